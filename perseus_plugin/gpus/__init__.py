@@ -1,0 +1,1 @@
+"""GPUs behind one small protocol: real ones through NVML or zeusd, and emulated ones."""

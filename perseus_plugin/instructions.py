@@ -1,0 +1,77 @@
+"""Instructions and the per-stage instruction stream, in the words of no particular framework.
+
+An integration translates its framework's schedule into one *stream* per stage: the list of operations that
+stage executes in program order. `pipeline.py` derives the dependency graph from the streams of all stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+FORWARD = "forward"
+BACKWARD = "backward"
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One controllable piece of computation: a kind of work on one microbatch in one stage.
+
+    Attributes:
+        stage: pipeline stage, 0-based. With virtual stages this is the pipeline *rank* that executes it.
+        kind: `"forward"`, `"backward"`, or another name for controllable work (`"input_backward"`,
+            `"weight_backward"`, ...). Profile rows are keyed by `(stage, kind)`.
+        microbatch: microbatch id, 0-based, within the iteration.
+        chunk: model chunk (virtual stage) on that rank, 0 without virtual stages.
+    """
+
+    stage: int
+    kind: str
+    microbatch: int
+    chunk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Stream operation: controllable work; becomes an `Instruction`."""
+
+    kind: str
+    microbatch: int
+    chunk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Stream operation: work whose time does not depend on the SM clock (load a microbatch, optimizer step).
+
+    Its duration is looked up by `(stage, name)`.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Stream operation: send to stage `peer`; matched in order with that stage's receives from here.
+
+    A blocking send ends only when the peer has begun to receive (rendezvous), which is an edge back from the
+    receiver's program order. Matching is per `(from stage, to stage, channel)`.
+    """
+
+    peer: int
+    blocking: bool = True
+    channel: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Stream operation: wait for a tensor from stage `peer`. See `Send`."""
+
+    peer: int
+    channel: str = ""
+
+
+StreamOp: TypeAlias = Compute | Constant | Send | Receive
+StageStream: TypeAlias = Sequence[StreamOp]
+"""The operations of one stage in program order."""

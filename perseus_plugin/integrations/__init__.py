@@ -1,0 +1,1 @@
+"""Adapters from a framework's events to session calls. No policy lives here."""

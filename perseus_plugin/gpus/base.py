@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
+
+from perseus_plugin.errors import GpuError
+
+
+class GpuPermissionError(GpuError):
+    """This process may not do that to the GPU; the message says how to be allowed to."""
+
+
+class GpuLostError(GpuError):
+    """The GPU no longer answers (fell off the bus, or its daemon is gone)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,10 +24,13 @@ class EnergyReading:
     Attributes:
         time_s: `time.monotonic()` when it was read (the system-wide clock, comparable between processes).
         energy_j: the counter's value; it moves in ticks, so two readings may be equal.
+        capped_s: how long in all the GPU has run below the clock asked for because of its power limit (NaN: the
+            GPU does not tell).
     """
 
     time_s: float
     energy_j: float
+    capped_s: float = math.nan
 
 
 class Gpu(Protocol):

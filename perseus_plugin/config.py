@@ -1,0 +1,296 @@
+"""The `perseus` block: strict, typed, documented; read from JSON, YAML or a dict.
+
+Every setting carries what is allowed and what it means, so that error messages and the reference in the docs come
+from one place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from perseus_plugin.errors import ConfigError
+
+BLOCK = "perseus"
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _setting(default: Any, allowed: str, meaning: str, **constraints: Any) -> Any:
+    return Field(default=default, description=meaning, json_schema_extra={"allowed": allowed}, **constraints)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ProfilingConfig(_Strict):
+    """How time and energy of the instructions are measured."""
+
+    warmup_steps: int = _setting(
+        5, "a whole number from 0", "Iterations at the start that are run at full clocks and not measured.", ge=0
+    )
+    clocks_mhz: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] | None = _setting(
+        None,
+        "a list of at least 2 different whole numbers above 0, or null",
+        "SM clocks to try, in MHz; each is moved to the nearest one the GPU supports. null: chosen by clock_count "
+        "and lowest_clock.",
+        min_length=2,
+    )
+    clock_count: int = _setting(8, "a whole number from 2 to 64", "How many clocks to try.", ge=2, le=64)
+    lowest_clock: float = _setting(
+        0.5,
+        "a number above 0 and below 1",
+        "Lowest clock to try, as a share of the GPU's highest.",
+        gt=0,
+        lt=1,
+    )
+    steps_per_clock: int = _setting(5, "a whole number from 2", "Measured iterations per clock.", ge=2)
+    settle_steps: int = _setting(
+        1, "a whole number from 1", "Iterations discarded after each change of clock.", ge=1
+    )
+    seed: int = _setting(0, "a whole number", "Seed of the random order in which clocks are tried.")
+    max_relative_error: float = _setting(
+        0.05,
+        "a number above 0 and at most 1",
+        "An instruction whose energy is known less exactly than this stays at full clock.",
+        gt=0,
+        le=1,
+    )
+    load: str | None = _setting(
+        None, "a path of a profile CSV, or null", "Use this profile instead of measuring one.", min_length=1
+    )
+    blocking_power_w: float | None = _setting(
+        None,
+        "a number above 0, or null",
+        "Power of a GPU that waits for a peer, in watts; needed with `load`, otherwise measured.",
+        gt=0,
+    )
+
+
+class GpuConfig(_Strict):
+    """Who sets the clocks."""
+
+    backend: Literal["auto", "nvml", "zeusd", "emulated", "off"] = _setting(
+        "auto",
+        '"auto", "nvml", "zeusd", "emulated" or "off"',
+        "auto: NVML where allowed, else zeusd, else observe only; emulated where torch has no CUDA device. "
+        "off: observe only, no clock is touched.",
+    )
+    zeusd_socket: str = _setting(
+        "/run/zeusd/zeusd.sock", "a path", "Unix socket of the zeusd daemon.", min_length=1
+    )
+
+
+_Times = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_as_tuple)]
+
+
+class EmulationConfig(_Strict):
+    """The emulated GPU, for machines without one. Real work still runs; each instruction is stretched."""
+
+    model: Literal["A100"] = _setting("A100", '"A100"', "Which GPU is emulated.")
+    forward_time_s: _Times | None = _setting(
+        None,
+        "a list with one number above 0 per stage, or null",
+        "Full-clock time of a forward of each stage, in seconds. null: the CPU time it takes, times time_scale.",
+        min_length=1,
+    )
+    backward_time_s: _Times | None = _setting(
+        None,
+        "a list with one number above 0 per stage, or null",
+        "The same for a backward.",
+        min_length=1,
+    )
+    time_scale: float = _setting(
+        8.0,
+        "a number from 1 to 1000",
+        "Emulated full-clock time of an instruction as a multiple of the CPU time it takes here.",
+        ge=1,
+        le=1000,
+    )
+    switch_latency_s: float = _setting(
+        0.005, "a number from 0 to 1", "Time from a clock request until it takes effect, in seconds.", ge=0, le=1
+    )
+    counter_period_s: float = _setting(
+        0.02, "a number from 0.001 to 1", "Period of the energy counter's ticks, in seconds.", ge=0.001, le=1
+    )
+
+
+class LimitsConfig(_Strict):
+    """Limits on clock changes."""
+
+    max_changes_per_iteration: int | None = _setting(
+        None, "a whole number from 0, or null", "Most clock changes per stage and iteration; null: no limit.", ge=0
+    )
+    min_dwell_s: float = _setting(
+        0.0, "a number from 0 to 60", "Shortest time between two clock changes of one GPU, in seconds.", ge=0, le=60
+    )
+    switch_latency_s: float | None = _setting(
+        None,
+        "a number from 0 to 1, or null",
+        "How long a clock change takes to have effect, in seconds; rises are asked for that much early. "
+        "null: measured.",
+        ge=0,
+        le=1,
+    )
+
+
+class WatchConfig(_Strict):
+    """When the plan is dropped because iterations run longer than they should."""
+
+    tolerance: float = _setting(
+        0.03,
+        "a number above 0 and at most 10",
+        "Share by which iterations may run longer than planned before the plan is dropped.",
+        gt=0,
+        le=10,
+    )
+    patience: int = _setting(
+        5, "a whole number from 1", "Median over this many iterations is what must exceed the tolerance.", ge=1
+    )
+    max_replans: int = _setting(
+        3, "a whole number from 0", "After so many dropped plans the job stays at full clocks.", ge=0
+    )
+
+
+class PerseusConfig(_Strict):
+    """The whole `perseus` block."""
+
+    enabled: bool = _setting(True, "true or false", "false: the plugin leaves no trace.")
+    slowdown: float = _setting(
+        0.0,
+        "a number from 0 to 10",
+        "Target: share by which an iteration may be longer than at full clocks.",
+        ge=0,
+        le=10,
+    )
+    effort: Literal["quick", "normal", "thorough"] = _setting(
+        "quick", '"quick", "normal" or "thorough"', "How hard the planner tries to come near the optimum."
+    )
+    output_dir: str = _setting(
+        "perseus_out",
+        "a path",
+        "Folder for summary.json, profile.csv and plan.json; made if missing.",
+        min_length=1,
+    )
+    profiling: ProfilingConfig = _setting(ProfilingConfig(), "an object", "How instructions are measured.")
+    gpu: GpuConfig = _setting(GpuConfig(), "an object", "Who sets the clocks.")
+    emulation: EmulationConfig = _setting(EmulationConfig(), "an object", "The emulated GPU.")
+    limits: LimitsConfig = _setting(LimitsConfig(), "an object", "Limits on clock changes.")
+    watch: WatchConfig = _setting(WatchConfig(), "an object", "When a plan is dropped.")
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", '"debug", "info", "warning" or "error"', "How much the plugin says."
+    )
+
+
+def parse_config(block: object, *, source: str = BLOCK) -> PerseusConfig:
+    """Check a `perseus` block given as a mapping.
+
+    Args:
+        block: the value of the `perseus` key.
+        source: how the block is called in error messages.
+
+    Raises:
+        ConfigError: naming the first wrong key, the value given, what is allowed and the nearest known key.
+    """
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"{source}: got {_shown(block)}; allowed: an object such as {{\"enabled\": true}}")
+    try:
+        config = PerseusConfig.model_validate(dict(block))
+    except ValidationError as error:
+        raise ConfigError(_explain(error.errors(include_url=False)[0], source)) from None
+    _check_together(config, source)
+    return config
+
+
+def load_config(path: Path | str) -> PerseusConfig:
+    """Read a block from a `.json`, `.yaml` or `.yml` file; an outer `perseus:` key is optional.
+
+    Raises:
+        ConfigError: the file cannot be read or parsed, or its content is wrong.
+    """
+    path = Path(path)
+    if path.suffix not in {".json", ".yaml", ".yml"}:
+        raise ConfigError(f"{path}: ending {path.suffix!r}; allowed: .json, .yaml or .yml")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            content = json.loads(text)
+        else:
+            import yaml
+
+            content = yaml.safe_load(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
+    except Exception as error:  # yaml.YAMLError; yaml is imported only where it is needed
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if isinstance(content, Mapping) and BLOCK in content:
+        return parse_config(content[BLOCK], source=f"{path}: {BLOCK}")
+    return parse_config({} if content is None else content, source=f"{path}: {BLOCK}")
+
+
+def _check_together(config: PerseusConfig, source: str) -> None:
+    """What no single key can check."""
+    if config.profiling.load is not None and config.profiling.blocking_power_w is None:
+        raise ConfigError(
+            f"{source}.profiling.blocking_power_w: missing; with profiling.load it must be given, "
+            "as a profile does not hold it; allowed: a number above 0"
+        )
+    clocks = config.profiling.clocks_mhz
+    if clocks is not None and (len(set(clocks)) != len(clocks) or min(clocks) <= 0):
+        raise ConfigError(
+            f"{source}.profiling.clocks_mhz: got {list(clocks)}; allowed: a list of at least 2 different whole "
+            "numbers above 0, or null"
+        )
+    times = config.emulation
+    if (times.forward_time_s is None) != (times.backward_time_s is None):
+        missing = "forward_time_s" if times.forward_time_s is None else "backward_time_s"
+        raise ConfigError(f"{source}.emulation.{missing}: missing; give both forward_time_s and backward_time_s or none")
+
+
+def _shown(value: object) -> str:
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _explain(error: ErrorDetails, source: str) -> str:
+    names = [part for part in error["loc"] if isinstance(part, str) and not _is_branch(part)]
+    key = ".".join([source, *names])
+    if error["type"] == "extra_forbidden":
+        model = _model_at(names[:-1])
+        known = sorted(model.model_fields)
+        near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{key}: unknown key, given the value {_shown(error['input'])}; {hint}known keys: {', '.join(known)}"
+    field = _model_at(names[:-1]).model_fields[names[-1]]
+    extra = field.json_schema_extra
+    allowed = extra["allowed"] if isinstance(extra, dict) else error["msg"]
+    value = error["input"]
+    shown = str(value) if isinstance(value, float) and not math.isfinite(value) else _shown(value)
+    return f"{key}: got {shown}; allowed: {allowed}"
+
+
+def _is_branch(part: str) -> bool:
+    """Whether pydantic put the name of a union's member, not of a key, into the location."""
+    return not part.isidentifier() or part in {"tuple", "int", "float", "str", "none"} or part.startswith("function")
+
+
+def _model_at(names: list[str]) -> type[BaseModel]:
+    model: type[BaseModel] = PerseusConfig
+    for name in names:
+        annotation = model.model_fields[name].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return model

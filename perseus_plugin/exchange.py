@@ -1,0 +1,123 @@
+"""What ranks tell each other, through the job's own c10d store; nothing else talks across ranks.
+
+Small JSON values under keys of our own prefix. Never a collective, nothing in the training's streams or groups, and no
+call that waits for a peer, except `wait_for`, which says so.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, Protocol
+
+from perseus_plugin.errors import PerseusError
+
+_CALL_TIMEOUT = timedelta(seconds=5)
+
+
+class ExchangeError(PerseusError):
+    """The store does not answer, or holds something that is not ours."""
+
+
+class Exchange(Protocol):
+    """Values that every rank of the job can read."""
+
+    def publish(self, key: str, value: Any) -> None:
+        """Set a JSON-serialisable value; the last one wins."""
+        ...
+
+    def fetch(self, key: str) -> Any | None:
+        """The value, or None when nobody has published it yet. Does not wait."""
+        ...
+
+
+class StoreExchange:
+    """An exchange over a `torch.distributed` store.
+
+    Args:
+        store: the job's store; a client of our own is made from it where it can be cloned, so that our calls from
+            another thread never wait behind the training's.
+        prefix: put before every key.
+
+    Raises:
+        ExchangeError: from every method, when the store does not answer in time or holds no valid JSON.
+    """
+
+    def __init__(self, store: Any, prefix: str) -> None:
+        self._store = _own_client(store)
+        self._prefix = prefix
+
+    def publish(self, key: str, value: Any) -> None:
+        data = json.dumps(value, separators=(",", ":"), allow_nan=True).encode()
+        try:
+            self._store.set(self._key(key), data)
+        except Exception as error:
+            raise ExchangeError(f"cannot publish {key!r} in the job's store: {error}") from error
+
+    def fetch(self, key: str) -> Any | None:
+        try:
+            if not self._store.check([self._key(key)]):
+                return None
+            data = self._store.get(self._key(key))
+        except Exception as error:
+            raise ExchangeError(f"cannot fetch {key!r} from the job's store: {error}") from error
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise ExchangeError(f"{key!r} in the job's store is not valid JSON: {error}") from error
+
+    def _key(self, key: str) -> str:
+        return f"{self._prefix}/{key}"
+
+
+class LocalExchange:
+    """An exchange within one process, for jobs of one rank and for tests; values pass through JSON all the same."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+
+    def publish(self, key: str, value: Any) -> None:
+        self._values[key] = json.dumps(value)
+
+    def fetch(self, key: str) -> Any | None:
+        text = self._values.get(key)
+        return None if text is None else json.loads(text)
+
+
+def wait_for(exchange: Exchange, keys: Iterable[str], timeout_s: float, interval_s: float = 0.02) -> dict[str, Any]:
+    """Wait until all keys have values, or the time is up; returns those that have."""
+    missing = list(keys)
+    found: dict[str, Any] = {}
+    deadline_s = time.monotonic() + timeout_s
+    while missing:
+        for key in list(missing):
+            value = exchange.fetch(key)
+            if value is not None:
+                found[key] = value
+                missing.remove(key)
+        if not missing or time.monotonic() >= deadline_s:
+            break
+        time.sleep(interval_s)
+    return found
+
+
+def open_exchange(prefix: str) -> Exchange:
+    """The exchange of this job: its default store, or a local one when `torch.distributed` is not initialised."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return LocalExchange()
+    store = dist.distributed_c10d._get_default_store()
+    return StoreExchange(store, prefix)
+
+
+def _own_client(store: Any) -> Any:
+    """A client of our own with a short timeout; the given store (timeout untouched) where it cannot be cloned."""
+    try:
+        clone = store.clone()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return store
+    clone.set_timeout(_CALL_TIMEOUT)
+    return clone

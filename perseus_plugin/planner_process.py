@@ -1,0 +1,214 @@
+"""The planner in a process of its own, so that planning takes neither the interpreter nor the cores from training.
+
+`PlannerProcess` is the side of rank 0; `python -m perseus_plugin.planner_process` is the other. One JSON line per
+request and per answer; the process ends when its standard input does, so it cannot outlive the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from perseus_plugin.errors import PerseusError, PlanError
+from perseus_plugin.instructions import StreamOp, stream_from_rows, stream_to_rows
+from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
+from perseus_plugin.profiling.profile import Measurement, Profile
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Everything a plan depends on.
+
+    Attributes:
+        schedule: the schedule's name.
+        streams: one per stage.
+        constant_time_s: duration of constant-time work by (stage, name).
+        profile: time and energy per (stage, kind) and clock.
+        blocking_power_w: one per stage.
+        slowdown: target against full clocks, as a share.
+        margin: share by which the plan must stay below that, because earlier plans ran too long.
+        effort: quick, normal or thorough.
+        max_changes, min_dwell_s: limits on clock changes.
+        full_clock_only: (stage, kind) that must not be slowed.
+    """
+
+    schedule: str
+    streams: Sequence[Sequence[StreamOp]]
+    constant_time_s: dict[tuple[int, str], float]
+    profile: Profile
+    blocking_power_w: Sequence[float]
+    slowdown: float
+    margin: float = 0.0
+    effort: str = "quick"
+    max_changes: int | None = None
+    min_dwell_s: float = 0.0
+    full_clock_only: frozenset[tuple[int, str]] = frozenset()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "schedule": self.schedule,
+            "streams": [stream_to_rows(stream) for stream in self.streams],
+            "constant_time_s": [[stage, name, t] for (stage, name), t in self.constant_time_s.items()],
+            "profile": [[s, kind, m.frequency_mhz, m.time_s, m.energy_j] for s, kind, m in self.profile.rows()],
+            "blocking_power_w": list(self.blocking_power_w),
+            "slowdown": self.slowdown,
+            "margin": self.margin,
+            "effort": self.effort,
+            "max_changes": self.max_changes,
+            "min_dwell_s": self.min_dwell_s,
+            "full_clock_only": [list(pair) for pair in sorted(self.full_clock_only)],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PlanRequest:
+        """Inverse of `to_dict`."""
+        return cls(
+            schedule=data["schedule"],
+            streams=[stream_from_rows(rows) for rows in data["streams"]],
+            constant_time_s={(stage, name): t for stage, name, t in data["constant_time_s"]},
+            profile=Profile.from_rows((s, k, Measurement(f, t, e)) for s, k, f, t, e in data["profile"]),
+            blocking_power_w=data["blocking_power_w"],
+            slowdown=data["slowdown"],
+            margin=data["margin"],
+            effort=data["effort"],
+            max_changes=data["max_changes"],
+            min_dwell_s=data["min_dwell_s"],
+            full_clock_only=frozenset((stage, kind) for stage, kind in data["full_clock_only"]),
+        )
+
+
+def plan_for(request: PlanRequest) -> Plan:
+    """Plan in this process.
+
+    With a margin, the deadline is shortened by it, but never below the shortest iteration the profile allows.
+
+    Raises:
+        PerseusError: there is no such plan, or the request is inconsistent.
+    """
+    from perseus_plugin.pipeline import build_graph
+    from perseus_plugin.planning.planner import ChangeLimits, Target, make_plan
+
+    graph = build_graph(request.streams, request.constant_time_s)
+
+    def make(slowdown: float | None, deadline_s: float = 0.0) -> Plan:
+        return make_plan(
+            graph,
+            request.profile,
+            blocking_power_w=request.blocking_power_w,
+            target=Target.deadline(deadline_s) if slowdown is None else Target.slowdown(slowdown),
+            limits=ChangeLimits(request.max_changes, request.min_dwell_s),
+            effort=request.effort,  # type: ignore[arg-type]
+            full_clock_only=request.full_clock_only,
+            schedule=request.schedule,
+        )
+
+    plan = make(request.slowdown)
+    if request.margin <= 0:
+        return plan
+    wanted_s = plan.deadline_s * (1 - request.margin)
+    try:
+        return make(None, wanted_s)
+    except PlanError as error:
+        raise PlanError(f"with a margin of {request.margin:.1%} there is no plan: {error}") from error
+
+
+@dataclass(frozen=True)
+class PlanAnswer:
+    """What came back: a plan and the seconds it took, or why there is none."""
+
+    plan: Plan | None
+    planning_time_s: float
+    error: str = ""
+
+
+class PlannerProcess:
+    """Starts the planner and asks it; every method returns at once.
+
+    The process starts ahead of the first request, so that loading the solver costs no time when a plan is wanted.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "perseus_plugin.planner_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        )
+        self._answer: PlanAnswer | None = None
+        self._busy = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being worked on."""
+        return self._busy
+
+    def submit(self, request: PlanRequest) -> None:
+        """Begin a request; one at a time."""
+        if self._busy:
+            raise PlanError("planner: a request is being worked on already")
+        self._busy, self._answer = True, None
+        threading.Thread(target=self._ask, args=(request,), name="perseus-planner", daemon=True).start()
+
+    def poll(self) -> PlanAnswer | None:
+        """The answer to the last request, once; None while there is none."""
+        answer, self._answer = self._answer, None
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        with suppress(OSError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        try:
+            self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _ask(self, request: PlanRequest) -> None:
+        begin_s = time.monotonic()
+        try:
+            assert self._process.stdin is not None  # both are pipes, see Popen
+            assert self._process.stdout is not None
+            self._process.stdin.write(json.dumps(request.to_dict()) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+            if not line:
+                raise PlanError(f"planner process ended with status {self._process.poll()}")
+            reply = json.loads(line)
+            error, text = reply["error"], reply["plan"]
+            plan = None if text is None else plan_from_json(text)
+        except (OSError, ValueError, KeyError, PerseusError) as failure:
+            plan, error = None, str(failure)
+        self._answer = PlanAnswer(plan, time.monotonic() - begin_s, error)
+        self._busy = False
+
+
+def main() -> None:
+    """Answer requests on standard input until it ends."""
+    with suppress(OSError):
+        os.nice(5)  # the trainer comes first
+    import perseus_plugin.planning.planner  # noqa: F401  (loads OR-Tools before the first request)
+
+    for line in sys.stdin:
+        text, error = None, ""
+        try:
+            text = plan_to_json(plan_for(PlanRequest.from_dict(json.loads(line))))
+        except Exception as failure:
+            error = str(failure) if isinstance(failure, PerseusError) else repr(failure)
+        print(json.dumps({"plan": text, "error": error}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

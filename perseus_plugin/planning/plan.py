@@ -1,0 +1,205 @@
+"""The plan: one clock per instruction, what it is predicted to take, and how far it can be from the optimum."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from perseus_plugin.errors import PlanError
+from perseus_plugin.files import write_atomically
+from perseus_plugin.instructions import Instruction
+
+PLAN_SCHEMA = "perseus-plan"
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedInstruction:
+    """One instruction of a plan.
+
+    Attributes:
+        instruction: which.
+        frequency_mhz: SM clock to run it at.
+        start_s, finish_s: predicted, from the start of the iteration.
+    """
+
+    instruction: Instruction
+    frequency_mhz: int
+    start_s: float
+    finish_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One clock per instruction. Energies are of one GPU per stage over a whole iteration, blocking included.
+
+    Attributes:
+        schedule: name of the schedule it was made for.
+        microbatches: microbatches per iteration.
+        deadline_s: iteration time that was allowed.
+        iteration_time_s: predicted; not above `deadline_s`.
+        energy_j: predicted.
+        energy_lower_bound_j: no plan that meets the deadline takes less.
+        baseline_time_s, baseline_energy_j: every instruction at the profile's highest clock.
+        stages: per stage its instructions in execution order.
+    """
+
+    schedule: str
+    microbatches: int
+    deadline_s: float
+    iteration_time_s: float
+    energy_j: float
+    energy_lower_bound_j: float
+    baseline_time_s: float
+    baseline_energy_j: float
+    stages: tuple[tuple[PlannedInstruction, ...], ...]
+
+    @property
+    def gap(self) -> float:
+        """How far the energy is above its lower bound, as a share of the bound."""
+        return self.energy_j / self.energy_lower_bound_j - 1
+
+    @property
+    def saving(self) -> float:
+        """Energy saved against the baseline, as a share of the baseline."""
+        return 1 - self.energy_j / self.baseline_energy_j
+
+    @property
+    def slowdown(self) -> float:
+        """Iteration time beyond the baseline's, as a share of it."""
+        return self.iteration_time_s / self.baseline_time_s - 1
+
+    def clocks_mhz(self, stage: int) -> list[int]:
+        """The clocks of one stage's instructions in execution order."""
+        return [planned.frequency_mhz for planned in self.stages[stage]]
+
+    def clock_changes(self, stage: int) -> int:
+        """How often the clock changes in one stage per iteration, from the last instruction to the first included."""
+        clocks = self.clocks_mhz(stage)
+        return sum(a != b for a, b in zip(clocks, [*clocks[1:], *clocks[:1]], strict=True))
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _Baseline(_Strict):
+    iteration_time_s: Annotated[float, Field(gt=0)]
+    energy_j: Annotated[float, Field(gt=0)]
+
+
+class _PlanFile(_Strict):
+    schema_name: Literal["perseus-plan"] = Field(alias="schema")
+    version: Literal[1]
+    schedule: str
+    microbatches: Annotated[int, Field(ge=1)]
+    deadline_s: Annotated[float, Field(gt=0)]
+    iteration_time_s: Annotated[float, Field(gt=0)]
+    energy_j: Annotated[float, Field(gt=0)]
+    energy_lower_bound_j: Annotated[float, Field(gt=0)]
+    gap: float
+    baseline: _Baseline
+    stages: Annotated[list[list[list[str | int]]], Field(min_length=1)]
+    predicted_s: list[list[Annotated[list[float], Field(min_length=2, max_length=2)]]]
+
+
+def plan_to_json(plan: Plan) -> str:
+    """The content of `plan.json`; `stages` holds `[kind, microbatch, frequency_mhz]`, and the chunk where not 0."""
+    content = {
+        "schema": PLAN_SCHEMA,
+        "version": PLAN_VERSION,
+        "schedule": plan.schedule,
+        "microbatches": plan.microbatches,
+        "deadline_s": plan.deadline_s,
+        "iteration_time_s": plan.iteration_time_s,
+        "energy_j": plan.energy_j,
+        "energy_lower_bound_j": plan.energy_lower_bound_j,
+        "gap": plan.gap,
+        "baseline": {"iteration_time_s": plan.baseline_time_s, "energy_j": plan.baseline_energy_j},
+        "stages": [
+            [
+                [p.instruction.kind, p.instruction.microbatch, p.frequency_mhz]
+                + ([p.instruction.chunk] if p.instruction.chunk else [])
+                for p in stage
+            ]
+            for stage in plan.stages
+        ],
+        "predicted_s": [[[p.start_s, p.finish_s] for p in stage] for stage in plan.stages],
+    }
+    return json.dumps(content, allow_nan=False) + "\n"
+
+
+def plan_from_json(text: str) -> Plan:
+    """Read what `plan_to_json` wrote.
+
+    Raises:
+        PlanError: naming the place and the reason.
+    """
+    try:
+        file = _PlanFile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "(file)"
+        raise PlanError(f"{where}: got {str(first['input'])[:80]}; {first['msg']}") from error
+    if len(file.stages) != len(file.predicted_s):
+        raise PlanError(f"predicted_s: {len(file.predicted_s)} stages; stages has {len(file.stages)}")
+    stages = []
+    for stage, (rows, times) in enumerate(zip(file.stages, file.predicted_s, strict=True)):
+        if len(rows) != len(times):
+            raise PlanError(f"predicted_s.{stage}: {len(times)} entries; stages.{stage} has {len(rows)}")
+        stages.append(
+            tuple(_planned(stage, at, row, pair) for at, (row, pair) in enumerate(zip(rows, times, strict=True)))
+        )
+    plan = Plan(
+        schedule=file.schedule,
+        microbatches=file.microbatches,
+        deadline_s=file.deadline_s,
+        iteration_time_s=file.iteration_time_s,
+        energy_j=file.energy_j,
+        energy_lower_bound_j=file.energy_lower_bound_j,
+        baseline_time_s=file.baseline.iteration_time_s,
+        baseline_energy_j=file.baseline.energy_j,
+        stages=tuple(stages),
+    )
+    if not math.isclose(plan.gap, file.gap, abs_tol=1e-9):
+        raise PlanError(f"gap: got {file.gap}; energy_j and energy_lower_bound_j make it {plan.gap}")
+    return plan
+
+
+def _planned(stage: int, at: int, row: list[str | int], times: list[float]) -> PlannedInstruction:
+    match row:
+        case [str(kind), int(microbatch), int(frequency), *rest] if (
+            kind and microbatch >= 0 and frequency > 0 and len(rest) <= 1
+        ):
+            chunk = rest[0] if rest else 0
+            if isinstance(chunk, int) and chunk >= 0:
+                return PlannedInstruction(Instruction(stage, kind, microbatch, chunk), frequency, *times)
+    raise PlanError(f"stages.{stage}.{at}: got {row}; allowed: [kind, microbatch, frequency_mhz]")
+
+
+def save_plan(plan: Plan, path: Path | str) -> None:
+    """Write `plan.json`, through a temporary file and a rename.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_atomically(Path(path), plan_to_json(plan))
+
+
+def load_plan(path: Path | str) -> Plan:
+    """Read `plan.json`.
+
+    Raises:
+        PlanError: naming the file, the place and the reason.
+    """
+    try:
+        return plan_from_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot read the plan: {error}") from error
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error

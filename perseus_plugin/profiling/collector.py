@@ -1,0 +1,84 @@
+"""Gathering one rank's sweep: iteration records and counter ticks in, runs for the estimator out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from perseus_plugin.instructions import Compute, Constant
+from perseus_plugin.profiling.observations import Activity, ClockRun, Tick
+from perseus_plugin.tap import IterationRecord
+from perseus_plugin.timetable import Sweep
+
+
+class SweepCollector:
+    """Collects the iterations of a profiling sweep.
+
+    Args:
+        top_mhz: the highest clock of the sweep; constant-time work is timed there.
+    """
+
+    def __init__(self, top_mhz: int) -> None:
+        self._top_mhz = top_mhz
+        self._groups: list[tuple[int, list[IterationRecord]]] = []
+        self._group: tuple[int, int] | None = None
+        self._ticks: list[Tick] = []
+        self._constants: dict[str, list[float]] = {}
+
+    def add(self, step: Sweep, record: IterationRecord, after_interruption: bool) -> None:
+        """Add an iteration of the sweep.
+
+        Args:
+            step: what the timetable said about it.
+            record: what was seen.
+            after_interruption: something else (an evaluation) ran since the iteration before it, so that the clock
+                has to settle anew: the iteration is dropped and a new run begins after it.
+        """
+        if not step.kept or after_interruption or not record.complete:
+            self._group = None
+            return
+        here = (step.block, step.frequency_mhz)
+        if here != self._group:
+            self._groups.append((step.frequency_mhz, []))
+            self._group = here
+        self._groups[-1][1].append(record)
+        if step.frequency_mhz == self._top_mhz:
+            for operation, start_s, end_s in _timed(record):
+                if isinstance(operation, Constant):
+                    self._constants.setdefault(operation.name, []).append(end_s - start_s)
+
+    def add_ticks(self, ticks: Iterable[Tick]) -> None:
+        """Add ticks of the energy counter, in the order they were seen."""
+        self._ticks.extend(ticks)
+
+    @property
+    def last_needed_s(self) -> float:
+        """End of the last iteration collected; ticks are needed until a little after it."""
+        return self._groups[-1][1][-1].end_s if self._groups else 0.0
+
+    def runs(self) -> list[ClockRun]:
+        """One run per stretch of consecutive kept iterations at one clock."""
+        return [self._run(frequency_mhz, records) for frequency_mhz, records in self._groups]
+
+    def constant_times_s(self) -> dict[str, float]:
+        """Median time of each kind of constant-time work, at the top clock."""
+        return {name: statistics.median(times) for name, times in self._constants.items()}
+
+    def _run(self, frequency_mhz: int, records: Sequence[IterationRecord]) -> ClockRun:
+        begin_s, end_s = records[0].begin_s, records[-1].end_s
+        return ClockRun(
+            frequency_mhz=frequency_mhz,
+            begin_s=begin_s,
+            end_s=end_s,
+            activities=tuple(
+                Activity(operation.kind, start_s, stop_s)
+                for record in records
+                for operation, start_s, stop_s in _timed(record)
+                if isinstance(operation, Compute)
+            ),
+            ticks=tuple(tick for tick in self._ticks if begin_s <= tick.time_s <= end_s),
+        )
+
+
+def _timed(record: IterationRecord) -> Iterable[tuple[Compute | Constant, float, float]]:
+    return zip(record.operations, record.starts_s, record.ends_s, strict=True)

@@ -1,0 +1,210 @@
+"""What a rank observed of its GPU while profiling: instruction times, counter ticks, and the clock they were seen at.
+
+All times are seconds on one monotonic host clock; all records turn into plain JSON and back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perseus_plugin.errors import ProfileError
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """One execution of a controllable instruction on this GPU. Time outside every activity is waiting (blocking).
+
+    Attributes:
+        kind: instruction kind, e.g. `"forward"`.
+        start_s, end_s: when it ran.
+    """
+
+    kind: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """One change of the energy counter, as a poller saw it.
+
+    Attributes:
+        previous_poll_s: the last poll that still showed the previous value.
+        time_s: the poll that first showed `energy_j`; the tick lies in `(previous_poll_s, time_s]`.
+        energy_j: the counter after the tick.
+    """
+
+    previous_poll_s: float
+    time_s: float
+    energy_j: float
+
+
+@dataclass(frozen=True)
+class ClockRun:
+    """A block of consecutive whole iterations at one locked clock on one GPU.
+
+    A clock may have several runs; revisits of one clock, spread over the sweep, measure drift.
+
+    Attributes:
+        frequency_mhz: the clock that was locked.
+        begin_s, end_s: the block; between them, time outside `activities` is waiting.
+        activities: every execution of a controllable instruction in the block, in any order.
+        ticks: the counter's changes in the block, in order of time.
+        capped: the GPU ran below the lock for a part of the block (power or thermal limit).
+    """
+
+    frequency_mhz: int
+    begin_s: float
+    end_s: float
+    activities: tuple[Activity, ...]
+    ticks: tuple[Tick, ...]
+    capped: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; activities and ticks become short lists, since there are thousands."""
+        return {
+            "frequency_mhz": self.frequency_mhz,
+            "begin_s": self.begin_s,
+            "end_s": self.end_s,
+            "activities": [[a.kind, a.start_s, a.end_s] for a in self.activities],
+            "ticks": [[t.previous_poll_s, t.time_s, t.energy_j] for t in self.ticks],
+            "capped": self.capped,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ClockRun:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ProfileError: a key is missing or a value has the wrong shape.
+        """
+        try:
+            return cls(
+                frequency_mhz=int(data["frequency_mhz"]),
+                begin_s=float(data["begin_s"]),
+                end_s=float(data["end_s"]),
+                activities=tuple(Activity(str(k), float(s), float(e)) for k, s, e in data["activities"]),
+                ticks=tuple(Tick(float(p), float(t), float(e)) for p, t, e in data["ticks"]),
+                capped=bool(data.get("capped", False)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"clock run: cannot be read: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionEstimate:
+    """Time and energy of one instruction kind at one clock.
+
+    Attributes:
+        kind, frequency_mhz: what was measured.
+        time_s, time_se_s: mean duration and its standard error.
+        energy_j, energy_se_j: energy of the GPU while it runs, and its standard error; both NaN when the
+            counter gave nothing to estimate from.
+        samples: executions behind the figures.
+    """
+
+    kind: str
+    frequency_mhz: int
+    time_s: float
+    time_se_s: float
+    energy_j: float
+    energy_se_j: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """What is known about one stage.
+
+    Attributes:
+        instructions: one entry per (kind, clock), sorted by kind and falling clock; every kind has the same clocks.
+        blocking_power_w, blocking_power_se_w: power while waiting for a peer (NaN without counter data).
+        window_s: length of the stretch of time that one tick measures (NaN: unknown).
+        lag_s: how long after the end of that stretch the tick shows (NaN: unknown).
+        unresolved: kinds whose relative standard error of energy is above the threshold at some clock, or that
+            were never seen at all clocks; and `BLOCKING` when the blocking power is assumed and not measured, or
+            its relative standard error is above the threshold.
+    """
+
+    instructions: tuple[InstructionEstimate, ...]
+    blocking_power_w: float
+    blocking_power_se_w: float
+    window_s: float
+    lag_s: float
+    unresolved: frozenset[str]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Instruction kinds with an entry, sorted."""
+        return tuple(sorted({row.kind for row in self.instructions}))
+
+    @property
+    def clocks_mhz(self) -> tuple[int, ...]:
+        """Clocks with an entry, falling."""
+        return tuple(sorted({row.frequency_mhz for row in self.instructions}, reverse=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data (NaN becomes null)."""
+        return {
+            "instructions": [
+                [
+                    row.kind,
+                    row.frequency_mhz,
+                    *(_null(v) for v in (row.time_s, row.time_se_s, row.energy_j, row.energy_se_j)),
+                    row.samples,
+                ]
+                for row in self.instructions
+            ],
+            "blocking_power_w": _null(self.blocking_power_w),
+            "blocking_power_se_w": _null(self.blocking_power_se_w),
+            "window_s": _null(self.window_s),
+            "lag_s": _null(self.lag_s),
+            "unresolved": sorted(self.unresolved),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StageEstimate:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ProfileError: a key is missing or a value has the wrong shape.
+        """
+        try:
+            return cls(
+                instructions=tuple(_row(row) for row in data["instructions"]),
+                blocking_power_w=_nan(data["blocking_power_w"]),
+                blocking_power_se_w=_nan(data["blocking_power_se_w"]),
+                window_s=_nan(data["window_s"]),
+                lag_s=_nan(data["lag_s"]),
+                unresolved=frozenset(str(kind) for kind in data["unresolved"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"stage estimate: cannot be read: {error!r}") from error
+
+
+BLOCKING = "blocking"
+"""The name under which `StageEstimate.unresolved` reports the blocking power."""
+
+
+def _row(row: Sequence[Any]) -> InstructionEstimate:
+    kind, frequency_mhz, time_s, time_se_s, energy_j, energy_se_j, samples = row
+    return InstructionEstimate(
+        str(kind),
+        int(frequency_mhz),
+        _nan(time_s),
+        _nan(time_se_s),
+        _nan(energy_j),
+        _nan(energy_se_j),
+        int(samples),
+    )
+
+
+def _null(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)

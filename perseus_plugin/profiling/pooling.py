@@ -1,0 +1,147 @@
+"""Joining estimates: replicas of one stage into one, stages into the profile and the job's blocking power."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from perseus_plugin.errors import ProfileError
+from perseus_plugin.profiling.observations import BLOCKING, InstructionEstimate, StageEstimate
+from perseus_plugin.profiling.profile import Measurement, Profile
+
+
+def pool(estimates: Sequence[StageEstimate], *, max_relative_error: float = 0.05) -> StageEstimate:
+    """Join the estimates of data-parallel replicas of one stage.
+
+    Replicas run on different GPUs, which differ by a few percent; each figure is therefore a random-effects mean
+    (DerSimonian and Laird 1986), whose standard error includes the spread between GPUs. Kept are the clocks that
+    every replica with data has: one plan drives them all, and a clock that one of them could not hold is no option.
+
+    Raises:
+        ValueError: no estimates.
+    """
+    if not estimates:
+        raise ValueError("pool: got no estimates; allowed: at least one")
+    if len(estimates) == 1:
+        return estimates[0]
+    filled = [e for e in estimates if e.instructions]
+    clocks = set.intersection(*(set(e.clocks_mhz) for e in filled)) if filled else set()
+    if not clocks:
+        clocks = set().union(*(e.clocks_mhz for e in filled))
+    kinds = sorted({kind for e in filled for kind in e.kinds})
+    rows = []
+    for kind in kinds:
+        for clock in sorted(clocks, reverse=True):
+            found = [r for e in filled for r in e.instructions if (r.kind, r.frequency_mhz) == (kind, clock)]
+            if found:
+                time_s, time_se_s = _random_effects([(r.time_s, r.time_se_s) for r in found])
+                energy_j, energy_se_j = _random_effects([(r.energy_j, r.energy_se_j) for r in found])
+                samples = sum(r.samples for r in found)
+                rows.append(
+                    InstructionEstimate(kind, clock, time_s, time_se_s, energy_j, energy_se_j, samples)
+                )
+    power_w, power_se_w = _pooled_blocking(filled)
+    joined = StageEstimate(
+        tuple(rows),
+        power_w,
+        power_se_w,
+        _median([e.window_s for e in filled]),
+        _median([e.lag_s for e in filled]),
+        frozenset(),
+    )
+    unresolved = unresolved_kinds(joined, max_relative_error)
+    unresolved |= set().union(*(e.unresolved for e in estimates)) - set(kinds) - {BLOCKING}
+    if all(BLOCKING in e.unresolved for e in estimates):
+        unresolved.add(BLOCKING)
+    return StageEstimate(
+        joined.instructions, power_w, power_se_w, joined.window_s, joined.lag_s, frozenset(unresolved)
+    )
+
+
+def blocking_power(stages: Sequence[StageEstimate]) -> tuple[float, float]:
+    """The job's blocking power in watts and its standard error: the mean over stages that measured it.
+
+    Stages that only assume it (they hardly wait) count only when no stage measured it. NaN without any data.
+    """
+    return _pooled_blocking(stages)
+
+
+def to_profile(stages: Sequence[StageEstimate]) -> tuple[Profile, frozenset[tuple[int, str]]]:
+    """The profile of all stages, and which (stage, kind) are unresolved and belong at full clock.
+
+    An unresolved kind keeps its rows, since plans need its times. Where its energy is not known at all or not above
+    zero, the row holds the stage's mean known power (or the blocking power) times its duration, with an unknown
+    standard error, so the rows can be planned with but must not be optimised over.
+
+    Raises:
+        ProfileError: naming the stage, when it has no measured instruction, or no power at all.
+    """
+    rows = []
+    unresolved = set()
+    for stage, estimate in enumerate(stages):
+        if not estimate.instructions:
+            raise ProfileError(f"stage {stage}: no instruction was measured at any clock without power capping")
+        known_w = [r.energy_j / r.time_s for r in estimate.instructions if r.energy_j > 0]
+        stand_in_w = float(np.mean(known_w)) if known_w else blocking_power(stages)[0]
+        for row in estimate.instructions:
+            energy_j, energy_se_j = row.energy_j, row.energy_se_j
+            if not energy_j > 0:
+                if not stand_in_w > 0:
+                    raise ProfileError(
+                        f"stage {stage}: no energy was measured: the GPU's energy counter did not move while profiling"
+                    )
+                energy_j, energy_se_j = stand_in_w * row.time_s, math.nan
+                unresolved.add((stage, row.kind))
+            rows.append(
+                (
+                    stage,
+                    row.kind,
+                    Measurement(
+                        row.frequency_mhz, row.time_s, energy_j, row.samples, row.time_se_s, energy_se_j
+                    ),
+                )
+            )
+        unresolved |= {(stage, kind) for kind in estimate.unresolved if kind != BLOCKING}
+    return Profile.from_rows(rows), frozenset(unresolved)
+
+
+def unresolved_kinds(estimate: StageEstimate, max_relative_error: float) -> set[str]:
+    """Kinds (and `BLOCKING`) whose relative standard error is above the threshold, or not known."""
+    unresolved = set()
+    for row in estimate.instructions:
+        if not (row.energy_j > 0 and row.energy_se_j <= max_relative_error * row.energy_j):
+            unresolved.add(row.kind)
+    if not (
+        estimate.blocking_power_w > 0
+        and estimate.blocking_power_se_w <= max_relative_error * estimate.blocking_power_w
+    ):
+        unresolved.add(BLOCKING)
+    return unresolved
+
+
+def _pooled_blocking(estimates: Sequence[StageEstimate]) -> tuple[float, float]:
+    measured = [e for e in estimates if BLOCKING not in e.unresolved] or list(estimates)
+    return _random_effects([(e.blocking_power_w, e.blocking_power_se_w) for e in measured])
+
+
+def _random_effects(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Mean and standard error of figures that differ by more than their errors."""
+    known = [(value, error) for value, error in pairs if math.isfinite(value) and math.isfinite(error)]
+    if not known:
+        return math.nan, math.nan
+    values = np.array([value for value, _ in known])
+    errors = np.maximum([error for _, error in known], 1e-12 * np.abs(values).max() + 1e-300)
+    weights = errors**-2.0
+    mean = weights @ values / weights.sum()
+    excess = float(weights @ (values - mean) ** 2) - (len(values) - 1)
+    scale = weights.sum() - (weights**2).sum() / weights.sum()
+    between = max(0.0, excess / scale) if scale > 0 else 0.0
+    weights = 1 / (errors**2 + between)
+    return float(weights @ values / weights.sum()), float(weights.sum() ** -0.5)
+
+
+def _median(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return float(np.median(known)) if known else math.nan

@@ -1,0 +1,111 @@
+"""What each iteration runs at: warm-up, the profiling sweep, and the switches agreed on later.
+
+Pure: an iteration number in, a directive out. Every rank builds the same timetable, so that nothing need be said until
+there is a plan.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class FullClock:
+    """No lock: the iteration runs as without the plugin."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """The whole iteration at one clock, to be measured.
+
+    Attributes:
+        block: index into the sweep's list of clocks.
+        frequency_mhz: the clock.
+        kept: False while the clock settles.
+    """
+
+    block: int
+    frequency_mhz: int
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """The iteration follows the plan of this version."""
+
+    version: int
+
+
+Directive: TypeAlias = FullClock | Sweep | Follow
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """Which directive holds for which iteration. Immutable, so that another thread can replace it whole.
+
+    Attributes:
+        warmup_steps: iterations before the sweep.
+        sweep_mhz: clocks in the order they are tried (see `sweep_order`).
+        settle_steps: iterations discarded at each of them.
+        steps_per_clock: iterations kept at each of them.
+        switches: (first iteration, directive), by rising iteration; the last one that has begun holds.
+    """
+
+    warmup_steps: int
+    sweep_mhz: tuple[int, ...]
+    settle_steps: int
+    steps_per_clock: int
+    switches: tuple[tuple[int, Directive], ...] = ()
+
+    @property
+    def steps_per_block(self) -> int:
+        """Iterations per clock, settling included."""
+        return self.settle_steps + self.steps_per_clock
+
+    @property
+    def sweep_end(self) -> int:
+        """First iteration after the sweep."""
+        return self.warmup_steps + self.steps_per_block * len(self.sweep_mhz)
+
+    def at(self, iteration: int) -> Directive:
+        """The directive of this iteration."""
+        for first, directive in reversed(self.switches):
+            if iteration >= first:
+                return directive
+        if iteration < self.warmup_steps:
+            return FullClock("warm-up")
+        if iteration < self.sweep_end:
+            block, step = divmod(iteration - self.warmup_steps, self.steps_per_block)
+            return Sweep(block, self.sweep_mhz[block], kept=step >= self.settle_steps)
+        return FullClock("planning")
+
+    def switched(self, first: int, directive: Directive) -> Timetable:
+        """The timetable with one more switch; earlier ones that begin later are superseded."""
+        kept = tuple(switch for switch in self.switches if switch[0] < first)
+        return replace(self, switches=(*kept[-1:], (first, directive)))
+
+
+def spread_clocks(supported_mhz: Sequence[int], count: int, lowest_share: float) -> list[int]:
+    """`count` supported clocks spread evenly from the highest down to `lowest_share` of it, falling."""
+    top = max(supported_mhz)
+    lowest = top * lowest_share
+    wanted = [top - (top - lowest) * i / (count - 1) for i in range(count)]
+    return nearest_clocks(supported_mhz, wanted)
+
+
+def nearest_clocks(supported_mhz: Sequence[int], wanted_mhz: Sequence[float]) -> list[int]:
+    """Each wanted clock moved to the nearest supported one; falling, without repeats."""
+    return sorted({min(supported_mhz, key=lambda clock: abs(clock - mhz)) for mhz in wanted_mhz}, reverse=True)
+
+
+def sweep_order(clocks_mhz: Sequence[int], seed: int) -> tuple[int, ...]:
+    """The order in which clocks are tried: the highest first and last (drift shows there), the rest shuffled."""
+    top = max(clocks_mhz)
+    rest = sorted(clock for clock in clocks_mhz if clock != top)
+    random.Random(seed).shuffle(rest)
+    return (top, *rest, top)

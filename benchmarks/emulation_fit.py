@@ -2,8 +2,9 @@
 
     python benchmarks/emulation_fit.py DATA_FOLDER
 
-`DATA_FOLDER` holds `gpt3-175b-a100_sxm.csv` and `gpt3-175b-a40.csv` (columns stage,instruction,frequency,time,energy)
-of the Perseus artifact (SOSP'24). Needs scipy. The errors of the constants that are in the package are printed too.
+`DATA_FOLDER` holds `gpt3-175b-a100_sxm.csv` and `gpt3-175b-a40.csv` (columns
+stage,instruction,frequency,time,energy) of the Perseus artifact (SOSP'24). Needs scipy. The errors of the
+constants that are in the package are printed too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ POWER_WEIGHT = 0.5  # the plan depends on time more than on power: an error in t
 
 
 def with_parameters(model: GpuModel, p: Array) -> GpuModel:
-    """The model with the free constants replaced: n, knee, slope, sharpness, then per kind share, limit, dynamic_w."""
+    """The model with its constants replaced: n, knee, slope, sharpness, per kind share, limit, dynamic_w."""
     n, knee, slope, sharpness = (float(x) for x in p[:4])
     forward, backward = (LoadModel(*(float(x) for x in p[4 + 3 * i : 7 + 3 * i])) for i in range(2))
     return replace(
@@ -47,9 +48,11 @@ def parameters(model: GpuModel) -> Array:
 
 
 def relative_errors(model: GpuModel, profile: Profile, kind: str) -> tuple[Array, Array, Array]:
-    """Relative errors of time, power and energy over all stages and clocks, each stage scaled by its own level.
+    """Relative errors of time, power and energy over all stages and clocks, each stage scaled by its own
+    level.
 
-    A stage's full-clock time is what the user of the model gives, so one factor per stage is free: its mean ratio.
+    A stage's full-clock time is what the user of the model gives, so one factor per stage is free: its mean
+    ratio.
     """
     load = load_class(kind)
     times: list[Array] = []

@@ -37,7 +37,10 @@ class ProfilingConfig(_Strict):
     """How time and energy of the instructions are measured."""
 
     warmup_steps: int = _setting(
-        5, "a whole number from 0", "Iterations at the start that are run at full clocks and not measured.", ge=0
+        5,
+        "a whole number from 0",
+        "Iterations at the start that are run at full clocks and not measured.",
+        ge=0,
     )
     clocks_mhz: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] | None = _setting(
         None,
@@ -118,7 +121,11 @@ class EmulationConfig(_Strict):
         le=1000,
     )
     switch_latency_s: float = _setting(
-        0.005, "a number from 0 to 1", "Time from a clock request until it takes effect, in seconds.", ge=0, le=1
+        0.005,
+        "a number from 0 to 1",
+        "Time from a clock request until it takes effect, in seconds.",
+        ge=0,
+        le=1,
     )
     counter_period_s: float = _setting(
         0.02, "a number from 0.001 to 1", "Period of the energy counter's ticks, in seconds.", ge=0.001, le=1
@@ -129,10 +136,17 @@ class LimitsConfig(_Strict):
     """Limits on clock changes."""
 
     max_changes_per_iteration: int | None = _setting(
-        None, "a whole number from 0, or null", "Most clock changes per stage and iteration; null: no limit.", ge=0
+        None,
+        "a whole number from 0, or null",
+        "Most clock changes per stage and iteration; null: no limit.",
+        ge=0,
     )
     min_dwell_s: float = _setting(
-        0.0, "a number from 0 to 60", "Shortest time between two clock changes of one GPU, in seconds.", ge=0, le=60
+        0.0,
+        "a number from 0 to 60",
+        "Shortest time between two clock changes of one GPU, in seconds.",
+        ge=0,
+        le=60,
     )
     switch_latency_s: float | None = _setting(
         None,
@@ -155,7 +169,10 @@ class WatchConfig(_Strict):
         le=10,
     )
     patience: int = _setting(
-        5, "a whole number from 1", "Median over this many iterations is what must exceed the tolerance.", ge=1
+        5,
+        "a whole number from 1",
+        "Median over this many iterations is what must exceed the tolerance.",
+        ge=1,
     )
     max_replans: int = _setting(
         3, "a whole number from 0", "After so many dropped plans the job stays at full clocks.", ge=0
@@ -203,7 +220,7 @@ def parse_config(block: object, *, source: str = BLOCK) -> PerseusConfig:
         ConfigError: naming the first wrong key, the value given, what is allowed and the nearest known key.
     """
     if not isinstance(block, Mapping):
-        raise ConfigError(f"{source}: got {_shown(block)}; allowed: an object such as {{\"enabled\": true}}")
+        raise ConfigError(f'{source}: got {_shown(block)}; allowed: an object such as {{"enabled": true}}')
     try:
         config = PerseusConfig.model_validate(dict(block))
     except ValidationError as error:
@@ -254,7 +271,9 @@ def _check_together(config: PerseusConfig, source: str) -> None:
     times = config.emulation
     if (times.forward_time_s is None) != (times.backward_time_s is None):
         missing = "forward_time_s" if times.forward_time_s is None else "backward_time_s"
-        raise ConfigError(f"{source}.emulation.{missing}: missing; give both forward_time_s and backward_time_s or none")
+        raise ConfigError(
+            f"{source}.emulation.{missing}: missing; give both forward_time_s and backward_time_s or none"
+        )
 
 
 def _shown(value: object) -> str:
@@ -284,7 +303,11 @@ def _explain(error: ErrorDetails, source: str) -> str:
 
 def _is_branch(part: str) -> bool:
     """Whether pydantic put the name of a union's member, not of a key, into the location."""
-    return not part.isidentifier() or part in {"tuple", "int", "float", "str", "none"} or part.startswith("function")
+    return (
+        not part.isidentifier()
+        or part in {"tuple", "int", "float", "str", "none"}
+        or part.startswith("function")
+    )
 
 
 def _model_at(names: list[str]) -> type[BaseModel]:

@@ -58,7 +58,9 @@ class PlanRequest:
             "schedule": self.schedule,
             "streams": [stream_to_rows(stream) for stream in self.streams],
             "constant_time_s": [[stage, name, t] for (stage, name), t in self.constant_time_s.items()],
-            "profile": [[s, kind, m.frequency_mhz, m.time_s, m.energy_j] for s, kind, m in self.profile.rows()],
+            "profile": [
+                [s, kind, m.frequency_mhz, m.time_s, m.energy_j] for s, kind, m in self.profile.rows()
+            ],
             "blocking_power_w": list(self.blocking_power_w),
             "slowdown": self.slowdown,
             "margin": self.margin,

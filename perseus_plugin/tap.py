@@ -74,7 +74,9 @@ class InstructionTap:
         self._slots: list[int] = []
         self._operations: Sequence[Compute | Constant] = ()
 
-    def arm(self, record: IterationRecord, operations: Sequence[Compute | Constant], slots: list[int]) -> None:
+    def arm(
+        self, record: IterationRecord, operations: Sequence[Compute | Constant], slots: list[int]
+    ) -> None:
         """Begin an iteration whose hooked operations are these.
 
         Args:

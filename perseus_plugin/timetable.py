@@ -18,6 +18,11 @@ class FullClock:
 
     reason: str
 
+    @property
+    def identity(self) -> object:
+        """Equal for iterations that run alike."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
@@ -33,12 +38,22 @@ class Sweep:
     frequency_mhz: int
     kept: bool
 
+    @property
+    def identity(self) -> object:
+        """Equal for iterations that run alike."""
+        return (self.block, self.frequency_mhz)
+
 
 @dataclass(frozen=True, slots=True)
 class Follow:
     """The iteration follows the plan of this version."""
 
     version: int
+
+    @property
+    def identity(self) -> object:
+        """Equal for iterations that run alike."""
+        return self.version
 
 
 Directive: TypeAlias = FullClock | Sweep | Follow
@@ -100,7 +115,9 @@ def spread_clocks(supported_mhz: Sequence[int], count: int, lowest_share: float)
 
 def nearest_clocks(supported_mhz: Sequence[int], wanted_mhz: Sequence[float]) -> list[int]:
     """Each wanted clock moved to the nearest supported one; falling, without repeats."""
-    return sorted({min(supported_mhz, key=lambda clock: abs(clock - mhz)) for mhz in wanted_mhz}, reverse=True)
+    return sorted(
+        {min(supported_mhz, key=lambda clock: abs(clock - mhz)) for mhz in wanted_mhz}, reverse=True
+    )
 
 
 def sweep_order(clocks_mhz: Sequence[int], seed: int) -> tuple[int, ...]:

@@ -24,8 +24,8 @@ class EnergyReading:
     Attributes:
         time_s: `time.monotonic()` when it was read (the system-wide clock, comparable between processes).
         energy_j: the counter's value; it moves in ticks, so two readings may be equal.
-        capped_s: how long in all the GPU has run below the clock asked for because of its power limit (NaN: the
-            GPU does not tell).
+        capped_s: how long in all the GPU has run below the clock asked for because of its power limit (NaN:
+            the GPU does not tell).
     """
 
     time_s: float

@@ -82,7 +82,9 @@ def to_profile(stages: Sequence[StageEstimate]) -> tuple[Profile, frozenset[tupl
     unresolved = set()
     for stage, estimate in enumerate(stages):
         if not estimate.instructions:
-            raise ProfileError(f"stage {stage}: no instruction was measured at any clock without power capping")
+            raise ProfileError(
+                f"stage {stage}: no instruction was measured at any clock without power capping"
+            )
         known_w = [r.energy_j / r.time_s for r in estimate.instructions if r.energy_j > 0]
         stand_in_w = float(np.mean(known_w)) if known_w else blocking_power(stages)[0]
         for row in estimate.instructions:

@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from perseus_plugin.profiling.observations import ClockRun
 from perseus_plugin.profiling.ticks import Array, Stretch, Timeline, stretches, timeline
 
-_RHOS = (0.0, 0.8, 0.98, 0.998, 1.0)
 _TAUS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12)
-_WINDOW_SHARES = (0.05, 0.1, 0.17, 0.25, 0.37, 0.5, 0.7, 0.85)
 
 
 @dataclass(frozen=True)
@@ -53,25 +51,18 @@ class Sensor:
         window_s: length of the sampled window, or None when a tick integrates all time since the tick before.
         lag_s: from the end of the measured time to the tick.
         rho: how much of the noise is in the times of the ticks (integrating sensors only).
-        spectrum: (frequency as a share of the highest, factor) knots that correct the noise's power spectrum.
     """
 
     window_s: float | None = None
     lag_s: float = 0.0
     rho: float = 0.0
-    spectrum: tuple[tuple[float, float], ...] = ()
 
     def variance(self, n: int, rho: float | None = None) -> Array:
         """Variance of each of the n sine coefficients of a stretch's errors, up to a common factor."""
-        share = np.arange(1, n + 1) / (n + 1)
-        result = np.ones(n)
-        if self.window_s is None:
-            rho = self.rho if rho is None else rho
-            result = (1 - rho) + rho * (1 - np.cos(np.pi * share))
-        if self.spectrum:
-            knots, factors = zip(*self.spectrum, strict=True)
-            result = result * np.interp(share, knots, factors)
-        return result
+        if self.window_s is not None:
+            return np.ones(n)
+        rho = self.rho if rho is None else rho
+        return np.asarray((1 - rho) + rho * (1 - np.cos(np.pi * np.arange(1, n + 1) / (n + 1))))
 
 
 @dataclass(frozen=True)
@@ -172,10 +163,10 @@ def moments(
         count += n
         table[:, :-1] *= unit_w
         table /= s.power_w
-        if sensor.window_s is not None and not sensor.spectrum:
+        if sensor.window_s is not None:
             grams[:, s.clock] += table.T @ table
             continue
-        waves = _sine_transform(table)
+        waves = sine_transform(table)
         for i, rho in enumerate(rhos):
             variance = sensor.variance(n, rho)
             grams[i, s.clock] += waves.T @ (waves / variance[:, None])
@@ -183,7 +174,7 @@ def moments(
     return [Moments(gram, count, float(logdet), unit_w) for gram, logdet in zip(grams, logdets, strict=True)]
 
 
-def _sine_transform(table: Array) -> Array:
+def sine_transform(table: Array) -> Array:
     """Orthonormal discrete sine transform (type I) of the columns."""
     n = len(table)
     zero = np.zeros((1, table.shape[1]))
@@ -216,11 +207,12 @@ def solve(data: Moments, frequencies: Sequence[int], tau: float) -> Fit:
     covariance = (covariance + covariance.T) / 2
     power = covariance @ target
     logdet = float(np.linalg.slogdet(precision)[1])
-    loglik = -0.5 * (
-        data.count * math.log(noise2) + data.logdet + (total - target @ power) - logprior + logdet
-    )
+    loglik = -0.5 * (data.count * math.log(noise2) + data.logdet + (total - target @ power) - logprior + logdet)
     return Fit(
-        power.reshape(clocks, width) * data.unit_w, covariance * data.unit_w**2, float(loglik), math.sqrt(noise2)
+        power.reshape(clocks, width) * data.unit_w,
+        covariance * data.unit_w**2,
+        float(loglik),
+        math.sqrt(noise2),
     )
 
 
@@ -251,121 +243,7 @@ def _roughness(frequencies: Sequence[int], *, linear: bool) -> tuple[Array, int]
     return np.eye(clocks) - basis @ basis.T, clocks - terms
 
 
-def with_spectrum(series: Sequence[Series], sensor: Sensor, period: float, fit: Fit) -> Sensor:
-    """The sensor with its noise's spectrum taken from the residuals of a fit.
-
-    Executions differ in power, and one execution spans several ticks, so that errors of neighbouring ticks also go
-    together. Taking them for independent would understate the standard errors.
-    """
-    shares, squares = [], []
-    for s in series:
-        table = rows(s, sensor, period)
-        n = len(table)
-        if n < 4:
-            continue
-        residual = (table[:, -1] - table[:, :-1] @ fit.power_w[s.clock]) / s.power_w
-        squares.append(_sine_transform(residual[:, None])[:, 0] ** 2 / sensor.variance(n))
-        shares.append(np.arange(1, n + 1) / (n + 1))
-    if not shares:
-        return sensor
-    share, square = np.concatenate(shares), np.concatenate(squares)
-    order = np.argsort(share)
-    bands = min(len(order) // 30, 16)
-    if bands < 2:
-        return sensor
-    knots = [
-        (float(share[band].mean()), float(square[band].mean())) for band in np.array_split(order, bands)
-    ]
-    mean = float(square.mean())
-    if mean <= 0:
-        return sensor
-    return replace(sensor, spectrum=tuple((at, max(value / mean, 1e-3)) for at, value in knots))
-
-
 def best_tau(data: Moments, frequencies: Sequence[int]) -> Fit:
     """Solve with the most likely smoothness over clocks (log-normal prior around 1 %)."""
     fits = [(solve(data, frequencies, tau), tau) for tau in _TAUS]
     return max(fits, key=lambda pair: pair[0].loglik - 0.5 * math.log(pair[1] / 0.01) ** 2)[0]
-
-
-def find_sensor(series: Sequence[Series], frequencies: Sequence[int], shortest_s: float) -> Sensor:
-    """The most likely window, lag and noise structure.
-
-    `shortest_s` is the duration of the shortest instruction: lags are searched in finer steps than that. A sampling
-    window must beat the integrating sensor by the usual penalty for one more parameter, and a lag is taken to be
-    small unless the data say otherwise.
-    """
-    period = period_s(series)
-    low_s, high_s, margin_s = _lag_range(period)
-    count = moments(series, len(frequencies), Sensor(), period, margin_s=margin_s)[0].count
-    width = 1 + len(series[0].timeline.edges_s)
-    if count < 2 * width + 8:
-        return Sensor(None, 0.0, 1.0)
-
-    def score(sensor: Sensor) -> tuple[float, Sensor]:
-        integrates = sensor.window_s is None
-        penalty = 0.5 * (sensor.lag_s / (0.5 * period + 0.02)) ** 2
-        penalty += 0.0 if integrates else 0.5 * math.log(count)
-        rhos = _RHOS if integrates else (0.0,)
-        candidates = moments(series, len(frequencies), sensor, period, rhos, margin_s)
-        scores = [(solve(m, frequencies, 0.01).loglik, rho) for m, rho in zip(candidates, rhos, strict=True)]
-        loglik, rho = max(scores)
-        return loglik - penalty, replace(sensor, rho=rho)
-
-    step_s = min(period / 8, max(shortest_s / 2, 0.002))
-    lags = np.arange(low_s, high_s, step_s)
-    coarse = [score(Sensor(None, lag)) for lag in (0.0, *lags)]
-    coarse += [score(Sensor(share * period, lag)) for share in _WINDOW_SHARES for lag in lags if lag >= -0.002]
-    ranked = sorted(coarse, key=lambda pair: -pair[0])
-    integrating = next(pair for pair in ranked if pair[1].window_s is None)
-    sampling = next(pair for pair in ranked if pair[1].window_s is not None)
-    finalists = []
-    for best in (integrating, sampling):
-        step, share = step_s / 2, 1.3
-        while step > 2e-4:
-            sensor = best[1]
-            windows = {sensor.window_s}
-            if sensor.window_s is not None:
-                windows |= {min(sensor.window_s * share, period), sensor.window_s / share}
-            tries = [
-                Sensor(window, min(max(sensor.lag_s + move, low_s), high_s))
-                for window in windows
-                for move in (-step, 0.0, step)
-            ]
-            best = max([best, *map(score, tries)], key=lambda pair: pair[0])
-            step, share = step / 2, math.sqrt(share)
-        finalists.append(best)
-    return max(finalists, key=lambda pair: pair[0])[1]
-
-
-def _lag_range(period: float) -> tuple[float, float, tuple[float, float]]:
-    """Lowest and highest lag considered, and the margin of time that ticks need so that all of them fit."""
-    low_s, high_s = -0.25 * period - 0.002, max(1.25 * period, 0.04)
-    return low_s, high_s, (high_s + 0.5 * period, -low_s)
-
-
-def sensor_covariance(
-    series: Sequence[Series], frequencies: Sequence[int], sensor: Sensor, step_s: float = 5e-4
-) -> Array:
-    """What not knowing lag and window exactly adds to the covariance of the powers, in W^2 (delta method)."""
-    period = period_s(series)
-    margin_s = _lag_range(period)[2]
-
-    def fit(moved: Sensor) -> Fit:
-        data = moments(series, len(frequencies), moved, period, margin_s=margin_s)[0]
-        return solve(data, frequencies, 0.01)
-
-    def spread(low: Sensor, high: Sensor) -> Array:
-        below, centre, above = fit(low), fit(sensor), fit(high)
-        curvature = -(above.loglik - 2 * centre.loglik + below.loglik) / step_s**2
-        variance = min(1 / max(curvature, 1e-12), (period / 8) ** 2)
-        slope = (above.power_w - below.power_w).ravel() / (2 * step_s)
-        return variance * np.outer(slope, slope)
-
-    lag, window = sensor.lag_s, sensor.window_s
-    total = spread(replace(sensor, lag_s=lag - step_s), replace(sensor, lag_s=lag + step_s))
-    if window is not None and window > 2 * step_s:
-        total += spread(
-            replace(sensor, window_s=window - step_s), replace(sensor, window_s=window + step_s)
-        )
-    return total

@@ -13,6 +13,8 @@ from perseus_plugin.profiling.observations import Activity, ClockRun, Tick
 Array = NDArray[np.float64]
 
 _GRID_SHARE = 0.95  # of ticks that must fit a regular grid before the grid is believed
+_SLOW_POLLS = 0.2  # of the time between ticks: polls slower than this and without a grid blur single ticks
+_THINNED = 5.0  # times the blur: the distance of ticks that are then kept
 _IMPLAUSIBLE = 10.0  # an increment this many times the typical power is a counter that jumped
 
 
@@ -23,10 +25,12 @@ class Stretch:
     Attributes:
         times_s: shape (n + 1,), rising: when the counter ticked.
         energy_j: shape (n,): what each tick after the first added.
+        blur_s: typical length of the interval in which a tick is known to lie; 0 when the ticks form a grid.
     """
 
     times_s: Array
     energy_j: Array
+    blur_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def _spent(edges: Array) -> Array:
 def durations_s(activities: Sequence[Activity], kind: str) -> Array:
     """Durations of the executions of one kind that are finite and above 0."""
     values = np.array([a.end_s - a.start_s for a in activities if a.kind == kind])
-    return values[np.isfinite(values) & (values > 0)]
+    return np.asarray(values[np.isfinite(values) & (values > 0)])
 
 
 def stretches(run: ClockRun) -> list[Stretch]:
@@ -94,7 +98,7 @@ def stretches(run: ClockRun) -> list[Stretch]:
     seen_s = np.array([t.time_s for t in ticks])
     before_s = np.array([t.previous_poll_s for t in ticks])
     counter_j = np.array([t.energy_j for t in ticks])
-    times_s, keep = tick_times(before_s, seen_s)
+    times_s, keep, blur_s = tick_times(before_s, seen_s)
     times_s, counter_j = times_s[keep], counter_j[keep]
     if len(times_s) < 2:
         return []
@@ -107,7 +111,7 @@ def stretches(run: ClockRun) -> list[Stretch]:
     good &= energy_j <= _IMPLAUSIBLE * typical_w * np.maximum(seconds, np.median(seconds))
     cuts = np.flatnonzero(np.diff(np.concatenate([[False], good, [False]]).astype(int)))
     return [
-        Stretch(times_s[first : last + 1], energy_j[first:last])
+        Stretch(times_s[first : last + 1], energy_j[first:last], blur_s)
         for first, last in zip(cuts[::2], cuts[1::2], strict=True)
     ]
 
@@ -124,15 +128,16 @@ def _distinct(ticks: Sequence[Tick]) -> list[Tick]:
     return kept
 
 
-def tick_times(before_s: Array, seen_s: Array) -> tuple[Array, NDArray[np.bool_]]:
+def tick_times(before_s: Array, seen_s: Array) -> tuple[Array, NDArray[np.bool_], float]:
     """When the counter ticked, better than the poller saw it.
 
     Each tick lies in `(before_s, seen_s]`. Counters tick regularly, so when one grid `phase + n * period` fits
     (nearly) all intervals, its points are taken; that also repairs late polls. Otherwise the middle of each
-    interval is taken, and ticks seen through an unusually long gap between polls are not used.
+    interval is taken, and of the ticks are used those not seen through an unusually long gap between polls, and, when
+    polls are slow, only some.
 
     Returns:
-        Times of the ticks, and which of them to use.
+        Times of the ticks, which of them to use, and `Stretch.blur_s`.
     """
     middle_s, width_s = (before_s + seen_s) / 2, np.maximum(seen_s - before_s, 0.0)
     every = np.ones(len(seen_s), dtype=bool)
@@ -144,9 +149,22 @@ def tick_times(before_s: Array, seen_s: Array) -> tuple[Array, NDArray[np.bool_]
         outside_s = np.maximum(np.maximum(before_s - times_s, times_s - seen_s), 0.0)
         inside = (outside_s[narrow] <= 0.1 * width_s[narrow] + 1e-6).mean()
         if inside >= _GRID_SHARE and outside_s.max() <= 0.25 * period_s and (np.diff(times_s) > 0).all():
-            return np.clip(times_s, before_s, seen_s), every
+            return np.clip(times_s, before_s, seen_s), every, 0.0
     usable = width_s <= max(4 * float(np.median(width_s)), 0.25 * period_s)
-    return middle_s, usable
+    blur_s = float(np.median(width_s))
+    if blur_s > _SLOW_POLLS * period_s:
+        usable = _thinned(middle_s, usable, _THINNED * blur_s)
+    return middle_s, usable, blur_s
+
+
+def _thinned(times_s: Array, usable: NDArray[np.bool_], least_s: float) -> NDArray[np.bool_]:
+    """Every tick that comes at least so long after the one kept before it: short rows with blurred ends mislead."""
+    kept = np.zeros(len(times_s), dtype=bool)
+    last_s = -np.inf
+    for i in np.flatnonzero(usable):
+        if times_s[i] - last_s >= least_s:
+            kept[i], last_s = True, times_s[i]
+    return kept
 
 
 def _fit_grid(before_s: Array, seen_s: Array, period_s: float) -> tuple[float, float]:

@@ -1,1 +1,1 @@
-"""An emulated GPU: a calibrated model of time, power and clock changes, kept in a file that processes share."""
+"""Emulated GPUs: a calibrated model of time, power and clock changes in a file that processes share."""

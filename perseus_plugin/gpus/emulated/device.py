@@ -78,9 +78,10 @@ class EmulatedGpu:
         Args:
             model: what it behaves like.
             uuid: default: derived from the path.
-            switch_latency_s, switch_jitter_s: a clock change takes effect after `latency + uniform(0, jitter)`.
-            tick_period_s, tick_window_s: how often the energy counter moves, and how much of that it sees (default:
-                all).
+            switch_latency_s, switch_jitter_s: a clock change takes effect after `latency +
+                uniform(0, jitter)`.
+            tick_period_s, tick_window_s: how often the energy counter moves, and how much of that it sees
+                (default: all).
 
         Raises:
             GpuError: the file cannot be written, or a value is out of range.
@@ -94,7 +95,8 @@ class EmulatedGpu:
             )
         if switch_latency_s < 0 or switch_jitter_s < 0:
             raise GpuError(
-                f"emulated GPU: switch latency {switch_latency_s} s, jitter {switch_jitter_s} s; allowed: from 0"
+                f"emulated GPU: switch latency {switch_latency_s} s and jitter {switch_jitter_s} s; "
+                "allowed: from 0"
             )
         digest = hashlib.sha256(str(path).encode()).hexdigest()
         tables = model_tables(model, tick_period_s, window_s, tick_period_s * int(digest[:4], 16) / 65536)
@@ -182,7 +184,7 @@ class EmulatedGpu:
         return self.state.setting("latency_s")
 
     def set_slowdown(self, factor: float, kind: str | None = None) -> None:
-        """Make work of `kind` (None: all kinds) take `factor` times as long from now on: an injected straggler."""
+        """Inject a straggler: work of `kind` (None: all) takes `factor` times as long from now on."""
         if not factor > 0:
             raise GpuError(f"emulated GPU: slowdown {factor}; allowed: above 0")
         with self.changing() as dynamics:

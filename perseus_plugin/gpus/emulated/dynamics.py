@@ -1,8 +1,8 @@
 """How an emulated GPU's state moves through time. Pure: no file, no clock of its own.
 
-Between two events (a clock change taking effect, work completing, somebody changing the load) power and speed are
-constant, so time, work and energy are integrated exactly, segment by segment. The C library of the tests that
-simulates NVML does the same arithmetic on the same file (`state.py` describes it).
+Between two events (a clock change taking effect, work completing, somebody changing the load) power and
+speed are constant, so time, work and energy are integrated exactly, segment by segment. The C library of the
+tests that simulates NVML does the same arithmetic on the same file (`state.py` describes it).
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class Tables:
         relative_power: per load class and clock, power above static power over the same at the highest clock.
         dynamic_w: per load class, power above blocking power at the highest clock.
         blocking_w: power while waiting.
-        tick_period_s, tick_window_s, tick_origin_s: the energy counter moves at `origin + k * period`, by `period`
-            times the mean power of the last `window` before that moment (window == period: it misses nothing).
+        tick_period_s, tick_window_s, tick_origin_s: the energy counter moves at `origin + k * period`, by
+            `period` times the mean power of the last `window` before that moment (window == period: it
+            misses nothing).
     """
 
     clocks_mhz: tuple[int, ...]
@@ -40,7 +41,7 @@ class Tables:
     tick_origin_s: float
 
     def index_at_most(self, clock_mhz: int) -> int:
-        """Index of the highest supported clock that is not above `clock_mhz` (the lowest clock if there is none)."""
+        """Index of the highest supported clock not above `clock_mhz` (of the lowest if there is none)."""
         for index, clock in enumerate(self.clocks_mhz):
             if clock <= clock_mhz:
                 return index
@@ -57,9 +58,11 @@ class Dynamics:
         counter_j: what the energy counter shows; window_j: energy seen in the current tick's window so far.
         ticks: number of counter ticks so far (boundary k is at `tick_origin_s + k * tick_period_s`).
         capped_s: time spent below the clock asked for.
-        static_w, dynamic_w, load: current load: power is `static_w + dynamic_w * relative_power[load][clock]`.
+        static_w, dynamic_w, load: current load: power is `static_w + dynamic_w *
+            relative_power[load][clock]`.
         work_s: full-clock duration of the running work (0: none runs); done_s: how much of it is done.
-        started_s, finished_s: when the last work started, and finished (0 while it runs); work_id: its number.
+        started_s, finished_s: when the last work started, and finished (0 while it runs); work_id: its
+            number.
         slowdown: per load class, a factor on the time its work takes (1: none).
         clock_mhz: the clock asked for that is in effect; locked_mhz: the lock requested last (0: none).
         cap_mhz: the GPU runs at most at this clock (0: no cap).
@@ -152,7 +155,7 @@ class Dynamics:
     def begin_work(
         self, tables: Tables, load: int, work_s: float, dynamic_w: float, backdated_s: float
     ) -> None:
-        """Start work of `work_s` full-clock seconds, `backdated_s` before `at_s`; it replaces work that runs."""
+        """Start work of `work_s` full-clock seconds, `backdated_s` before `at_s`, in place of any other."""
         before_w = self.power_w(tables)
         self.load, self.dynamic_w, self.work_s = load, dynamic_w, work_s
         self.work_id += 1

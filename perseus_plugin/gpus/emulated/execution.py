@@ -1,8 +1,8 @@
 """Stretching a real instruction to the time it would take on the emulated GPU.
 
-The trainer calls `begin` before an instruction's real work and `finish` after it. How far the emulated work has come
-is integrated in the GPU's state file over the clock as it really changes, whoever changes it; `finish` waits until it
-is done.
+The trainer calls `begin` before an instruction's real work and `finish` after it. How far the emulated work
+has come is integrated in the GPU's state file over the clock as it really changes, whoever changes it;
+`finish` waits until it is done.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SLICE_S = 0.002
 SPIN_S = 0.0003
 """How long before the end to stop sleeping: a sleeper wakes 0.05 to 0.2 ms late."""
 CARRY_GAP_S = 0.001
-"""Work that begins this soon after `finish` returned follows its predecessor without a gap on the emulated GPU."""
+"""Work that begins this soon after `finish` returned follows its predecessor without a gap on a GPU."""
 CARRY_LIMIT_S = 0.010
 """A wake-up later than this is not made good: the machine is overloaded, and that should be seen."""
 OVERRUN_TOLERANCE_S = 0.0005
@@ -31,7 +31,8 @@ class Execution:
 
     Attributes:
         start_s, end_s: its span on the emulated GPU. If it overran, `end_s` is when the CPU was done.
-        overran: the real work took longer than the emulated instruction: the CPU is too slow for this emulation.
+        overran: the real work took longer than the emulated instruction: the CPU is too slow for this
+            emulation.
         late_s: how late the waiting process woke up after `end_s` (0 if it overran).
     """
 
@@ -67,8 +68,9 @@ class EmulatedExecution:
     def begin(self, kind: str, full_clock_time_s: float, *, carry: bool = True) -> float:
         """Start an instruction that takes `full_clock_time_s` at the highest clock. Returns its start.
 
-        With `carry`, if the last `finish` returned less than a millisecond ago and late, the start is dated back by
-        that lateness: on a GPU the next kernel starts when the one before it ends, not when a process has woken up.
+        With `carry`, if the last `finish` returned less than a millisecond ago and late, the start is dated
+        back by that lateness: on a GPU the next kernel starts when the one before it ends, not when a
+        process has woken up.
         """
         now_s = self._now()
         carried_s = self._late_s if carry and now_s - self._returned_s <= CARRY_GAP_S else 0.0

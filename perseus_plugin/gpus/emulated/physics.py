@@ -4,18 +4,21 @@ With `u` the clock as a fraction of the highest one, a GPU under a training load
 
     sustained(u) = (u^-n + limit^-n)^(-1/n)
 
-(its power limit keeps it from the highest clocks under load: `limit` is where, `n` how sharply). An instruction takes
+(its power limit keeps it from the highest clocks under load: `limit` is where, `n` how sharply). An
+instruction takes
 
     time(u)  ~ compute_share / sustained(u) + (1 - compute_share)                  (1 at the highest clock)
-    power(u) = blocking_w + dynamic_w * r(u),   r ~ sustained(u) * voltage(sustained(u))^2    (1 at the highest clock)
+    power(u) = blocking_w + dynamic_w * r(u)
+    r(u)     ~ sustained(u) * voltage(sustained(u))^2                              (1 at the highest clock)
     voltage(u) = 1 + slope * softplus(sharpness * (u - knee)) / sharpness
 
-that is: a share of its work scales with the clock and the rest with memory; switching power goes with clock times
-voltage squared; the voltage is flat below a knee and rises above it. While a GPU waits it draws `blocking_w`,
-whatever its clock.
+that is: a share of its work scales with the clock and the rest with memory; switching power goes with clock
+times voltage squared; the voltage is flat below a knee and rises above it. While a GPU waits it draws
+`blocking_w`, whatever its clock.
 
-The constants are fitted by `benchmarks/emulation_fit.py` to the profiles published with the Perseus paper (GPT-3
-175B on A100 SXM and A40, SOSP'24), over all stages and clocks. Errors of the fit, root mean square and largest:
+The constants are fitted by `benchmarks/emulation_fit.py` to the profiles published with the Perseus paper
+(GPT-3 175B on A100 SXM and A40, SOSP'24), over all stages and clocks. Errors of the fit, root mean square
+and largest:
 
     A100 SXM  forward   time 0.11 %, 0.38 %   power 1.31 %, 4.50 %   energy 1.30 %, 4.45 %
               backward  time 0.21 %, 0.66 %   power 1.12 %, 3.84 %   energy 1.11 %, 3.93 %
@@ -23,7 +26,8 @@ The constants are fitted by `benchmarks/emulation_fit.py` to the profiles publis
               backward  time 1.79 %, 5.08 %   power 1.38 %, 3.08 %   energy 2.11 %, 4.60 %
 
 (The largest power errors are those of the last stage, which does other work at lower power.)
-Below 855 MHz, where nothing was published, it extrapolates. The `other` kind (optimizer, loading) is not calibrated.
+Below 855 MHz, where nothing was published, it extrapolates. The `other` kind (optimizer, loading) is not
+calibrated.
 """
 
 from __future__ import annotations

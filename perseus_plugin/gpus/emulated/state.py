@@ -8,9 +8,9 @@ Layout, little-endian (`struct` formats below are the truth; `tests/nvml_simulat
     slots       two copies of the changing state (`dynamics.Dynamics`)
     log         ring of lock and reset calls
 
-A writer holds `flock` on the file, fills the slot that is not current, and then raises the generation number, whose
-lowest bit says which slot is current. So a writer that dies leaves the old state whole and the kernel frees its lock,
-and readers need no lock at all.
+A writer holds `flock` on the file, fills the slot that is not current, and then raises the generation
+number, whose lowest bit says which slot is current. So a writer that dies leaves the old state whole and the
+kernel frees its lock, and readers need no lock at all.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ LOG_ENTRY = struct.Struct("<dIIII")
 FILE_BYTES = LOG_OFFSET + LOG_CAPACITY * LOG_ENTRY.size
 
 NO_PERMISSION, NOT_SUPPORTED, GPU_LOST, IGNORE_LOCKS = 1, 2, 4, 8
-"""Bits of the `faults` setting: control calls are refused; not supported; every call fails; locks have no effect."""
+"""Bits of the `faults` setting: setting clocks refused; not supported; all calls fail; locks do nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +171,8 @@ class StateFile:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
 
     def _after_fork_in_child(self) -> None:
-        # A forked child shares the open file and with it the lock: it must neither hold the parent's lock when the
-        # parent dies nor take part in it.
+        # A forked child shares the open file and with it the lock: it must neither hold the parent's lock
+        # when the parent dies nor take part in it.
         self._thread_lock = threading.Lock()
         if self._fd >= 0:
             with suppress(OSError):

@@ -1,0 +1,144 @@
+"""The process that owns a GPU's clock: `python -m perseus_plugin.control.helper SPEC --parent PID`.
+
+It takes commands on standard input and answers on standard output (`wire.py`). Whatever ends it (end of the
+pipe, a signal, an error, the death of the parent by any cause), it first resets the clock and makes sure
+that it holds. It imports only what it needs, so that it starts fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+from perseus_plugin.control.loop import HelperLoop, Parent, free_clock
+from perseus_plugin.control.ownership import Ownership, describe, lock_path
+from perseus_plugin.control.wire import BYE, READY, DeviceFacts, Trouble, pack_event, pack_reply
+from perseus_plugin.errors import GpuError
+from perseus_plugin.gpus.base import Gpu
+from perseus_plugin.gpus.opening import open_gpu
+
+TAKEOVER_WAIT_S = 1.5
+"""How long to wait for the helper of a run that is just ending."""
+RESET_LIMIT_S = 10.0
+EXIT_OK, EXIT_NO_GPU, EXIT_RESET_FAILED = 0, 2, 3
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the helper; returns its exit status (2: no GPU, 3: the clock may still be locked)."""
+    wakeup = _catch_signals()
+    options = _parse(arguments)
+    inlet, outlet = sys.stdin.fileno(), sys.stdout.fileno()
+    os.set_blocking(inlet, False)
+    os.set_blocking(outlet, False)
+    try:
+        gpu = open_gpu(options.spec)
+    except GpuError as error:
+        _say(outlet, Trouble("helper_failed", str(error), time.monotonic()))
+        return EXIT_NO_GPU
+    ownership, facts = take_over(gpu, options.spec, options.parent)
+    if options.reset_only:
+        return EXIT_OK if facts.can_lock else EXIT_RESET_FAILED
+    loop = HelperLoop(
+        gpu,
+        ownership,
+        Parent(options.parent),
+        inlet=inlet,
+        outlet=outlet,
+        wakeup=wakeup,
+        min_dwell_s=options.min_dwell,
+        settle_s=options.settle,
+    )
+    loop.emit(pack_reply(READY, facts.pack()))
+    gc.freeze()
+    try:
+        loop.run()
+    finally:
+        confirmed = ownership is None or _leave(gpu, ownership, loop.locked_mhz, outlet)
+    if confirmed:
+        loop.emit(pack_reply(BYE))
+    return EXIT_OK if confirmed else EXIT_RESET_FAILED
+
+
+def take_over(gpu: Gpu, spec: str, owner_pid: int) -> tuple[Ownership | None, DeviceFacts]:
+    """Become the one that controls this GPU and free its clock, or find out why not."""
+    ownership, why_not, leftover = None, "", ""
+    try:
+        ownership = Ownership(lock_path(spec, gpu.uuid), owner_pid, wait_s=TAKEOVER_WAIT_S)
+        gpu.reset_clock()
+        if ownership.leftover is not None:
+            leftover = f"left locked by {describe(ownership.leftover)}"
+        ownership.mark(locked=False)
+    except GpuError as error:
+        why_not = str(error)
+        if ownership is not None:
+            ownership.release()
+            ownership = None
+    facts = DeviceFacts(
+        name=gpu.name,
+        uuid=gpu.uuid,
+        emulated=gpu.emulated,
+        clocks_mhz=gpu.supported_clocks_mhz(),
+        can_lock=ownership is not None,
+        why_not=why_not,
+        leftover=leftover,
+        pid=os.getpid(),
+    )
+    return ownership, facts
+
+
+def _leave(gpu: Gpu, ownership: Ownership, locked_mhz: int | None, outlet: int) -> bool:
+    """Free the clock if it may be locked. If that fails, tell the parent and whoever reads standard error."""
+    if ownership.locked:
+        outcome = free_clock(gpu, ownership, locked_mhz, limit_s=RESET_LIMIT_S)
+        if not outcome.confirmed:
+            text = (
+                f"{gpu.name} {gpu.uuid}: the SM clock may still be locked at {locked_mhz} MHz: "
+                f"{outcome.problem}; free it with `perseus reset` or `nvidia-smi -rgc`"
+            )
+            _say(outlet, Trouble("reset_failed", text, time.monotonic()))
+            sys.stderr.write(f"perseus: {text}\n")
+            return False
+    ownership.release()
+    return True
+
+
+def _say(outlet: int, trouble: Trouble) -> None:
+    try:
+        os.write(outlet, pack_event(trouble))
+    except OSError:
+        sys.stderr.write(f"perseus: {trouble.text}\n")
+
+
+def _catch_signals() -> int:
+    """From now on the signals that ask a process to end make the returned file descriptor readable
+    instead."""
+    readable, writable = os.pipe()
+    os.set_blocking(readable, False)
+    os.set_blocking(writable, False)
+    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _ignore)
+    return readable
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """The loop learns of the signal through the wake-up file descriptor."""
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="perseus_plugin.control.helper", description=__doc__)
+    parser.add_argument("spec", help="which GPU, see perseus_plugin.gpus.opening")
+    parser.add_argument("--parent", type=int, required=True, help="the process that this one serves")
+    parser.add_argument("--min-dwell", type=float, default=0.0, help="shortest time between changes, s")
+    parser.add_argument("--settle", type=float, default=0.03, help="time from a change to its read-back, s")
+    parser.add_argument("--reset-only", action="store_true", help="free the clock and end")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""What the clock helper does between its start and its end: take commands, set clocks, read counters.
+
+It sleeps in `select` until a command arrives or something is due, and never waits for its parent to read.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from contextlib import suppress
+
+from perseus_plugin.control.latency import measure_switch_latency
+from perseus_plugin.control.ownership import Ownership
+from perseus_plugin.control.requests import PendingRequests, Request
+from perseus_plugin.control.resetting import ResetOutcome, reset_until_confirmed
+from perseus_plugin.control.wire import (
+    CLOSE,
+    HEARTBEAT,
+    MARK,
+    MEASURE_LATENCY,
+    POLL_ENERGY,
+    SET_CLOCK,
+    Applied,
+    Command,
+    Deviation,
+    Event,
+    Mark,
+    Tick,
+    Trouble,
+    WireError,
+    pack_event,
+    pack_reply,
+    split_commands,
+)
+from perseus_plugin.errors import GpuError
+from perseus_plugin.gpus.base import EnergyReading, Gpu
+
+HEARTBEAT_S = 1.0
+PARENT_CHECK_S = 0.1
+"""How often to look whether the parent lives where the kernel has no pidfd (before 5.3)."""
+DEVIATION_MHZ = 20
+"""A clock further than this from the one asked for is a deviation; clocks are rounded to steps of 15 or
+less."""
+DEVIATION_REPORT_S = 1.0
+GIVE_UP_RESET_S = 0.5
+
+
+class Parent:
+    """The process whose death ends the helper, even while a fork of it holds the pipe open."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.fd = -1
+        with suppress(OSError, AttributeError):
+            self.fd = os.pidfd_open(pid)
+
+    def gone(self) -> bool:
+        """Whether it has died."""
+        if os.getppid() != self._pid:
+            return True
+        return self.fd >= 0 and bool(select.select([self.fd], [], [], 0)[0])
+
+
+class HelperLoop:
+    """Serves one parent.
+
+    Args:
+        gpu: whose clock.
+        ownership: the held lock file; None: clocks are not to be set.
+        parent: its death ends the loop.
+        inlet, outlet: file descriptors of commands and replies, both non-blocking.
+        wakeup: file descriptor that becomes readable when a signal arrives.
+        min_dwell_s: shortest time between two clock changes.
+        settle_s: time after a change until the clock is read back; 0: never.
+    """
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        ownership: Ownership | None,
+        parent: Parent,
+        *,
+        inlet: int,
+        outlet: int,
+        wakeup: int,
+        min_dwell_s: float,
+        settle_s: float,
+    ) -> None:
+        self._gpu, self._ownership, self._parent = gpu, ownership, parent
+        self._may_set = ownership is not None
+        self._inlet, self._outlet, self._wakeup = inlet, outlet, wakeup
+        self._requests = PendingRequests(min_dwell_s)
+        self._settle_s = settle_s
+        self._buffer = bytearray()
+        self._ended = ""
+        self._poll_s = 0.0
+        self._next_poll_s = float("inf")
+        self._last_poll: EnergyReading | None = None
+        self._read_back_s = float("inf")
+        self._expected_mhz: int | None = None
+        self._next_deviation_s = 0.0
+        self._next_heartbeat_s = 0.0
+        self.locked_mhz: int | None = None
+
+    def run(self) -> str:
+        """Serve until something ends it; returns what. The clock is as it was set last."""
+        watched = [fd for fd in (self._inlet, self._wakeup, self._parent.fd) if fd >= 0]
+        while not self._ended:
+            readable = select.select(watched, [], [], self._timeout_s())[0]
+            if self._wakeup in readable:
+                return "signal"
+            if self._parent.gone():
+                return "parent died"
+            if self._inlet in readable:
+                self._read()
+            self._work()
+        return self._ended
+
+    def emit(self, reply: bytes) -> None:
+        """Send a reply; dropped if the parent does not read."""
+        with suppress(OSError):
+            os.write(self._outlet, reply)
+
+    def _event(self, event: Event) -> None:
+        self.emit(pack_event(event))
+
+    def _timeout_s(self) -> float:
+        times = [self._next_poll_s, self._read_back_s, self._next_heartbeat_s, self._requests.next_s()]
+        timeout_s = max(0.0, min(t for t in times if t is not None) - time.monotonic())
+        return timeout_s if self._parent.fd >= 0 else min(timeout_s, PARENT_CHECK_S)
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._inlet, 1 << 16)
+        except BlockingIOError:
+            return
+        if not data:
+            self._ended = "end of the pipe"
+            return
+        self._buffer += data
+        try:
+            for command in split_commands(self._buffer):
+                self._execute(command)
+        except WireError as error:
+            self._event(Trouble("protocol", str(error), time.monotonic()))
+            self._ended = "garbage on the pipe"
+
+    def _execute(self, command: Command) -> None:
+        if command.what == SET_CLOCK:
+            if self._may_set:
+                self._requests.push(
+                    Request(command.seq, command.number or None, command.sent_s, command.time_s)
+                )
+        elif command.what == POLL_ENERGY:
+            self._poll_s = command.time_s
+            self._last_poll = None
+            self._next_poll_s = time.monotonic() if command.time_s > 0 else float("inf")
+        elif command.what == MARK:
+            self._mark(command.number)
+        elif command.what == MEASURE_LATENCY:
+            self._measure_latency(command.number)
+        elif command.what == CLOSE:
+            self._ended = "closed"
+
+    def _work(self) -> None:
+        """Whatever is due."""
+        request = self._requests.take(time.monotonic())
+        if request is not None:
+            self._apply(request)
+        now_s = time.monotonic()
+        if now_s >= self._next_poll_s:
+            self._poll()
+        if now_s >= self._read_back_s:
+            self._read_back()
+        if now_s >= self._next_heartbeat_s:
+            self._next_heartbeat_s = now_s + HEARTBEAT_S
+            self.emit(pack_reply(HEARTBEAT))
+
+    def _apply(self, request: Request) -> None:
+        mhz = request.frequency_mhz
+        called_s = time.monotonic()
+        try:
+            self._set_clock(mhz)
+        except GpuError as error:
+            self._give_up_control(str(error))
+            return
+        applied_s = time.monotonic()
+        self._requests.set(mhz, applied_s)
+        self._expected_mhz = mhz
+        self._read_back_s = applied_s + self._settle_s if mhz and self._settle_s > 0 else float("inf")
+        self._event(Applied(request.seq, mhz, request.requested_s, request.apply_at_s, called_s, applied_s))
+
+    def _set_clock(self, mhz: int | None) -> None:
+        if mhz is None:
+            self._gpu.reset_clock()
+            self.locked_mhz = None
+            return
+        if self._ownership is not None:
+            self._ownership.mark(locked=True)
+        self.locked_mhz = mhz
+        self._gpu.lock_clock(mhz)
+
+    def _give_up_control(self, reason: str) -> None:
+        """A clock could not be set: full clocks from here on, if the driver lets us, and no further try."""
+        self._may_set = False
+        self._event(Trouble("lock_failed", reason, time.monotonic()))
+        self._requests.clear()
+        self._read_back_s = float("inf")
+        if self._ownership is not None:
+            free_clock(self._gpu, self._ownership, self.locked_mhz, limit_s=GIVE_UP_RESET_S)
+
+    def _poll(self) -> None:
+        try:
+            reading = self._gpu.read_energy()
+            last = self._last_poll
+            if last is not None and reading.energy_j != last.energy_j:
+                clock_mhz = self._gpu.read_clock_mhz()
+                self._event(Tick(last.time_s, reading.time_s, reading.energy_j, clock_mhz, reading.capped_s))
+        except GpuError as error:
+            self._event(Trouble("read_failed", str(error), time.monotonic()))
+            self._next_poll_s = float("inf")
+            return
+        self._last_poll = reading
+        self._next_poll_s = max(self._next_poll_s + self._poll_s, time.monotonic())
+
+    def _mark(self, tag: int) -> None:
+        try:
+            reading = self._gpu.read_energy()
+            clock_mhz = self._gpu.read_clock_mhz()
+        except GpuError as error:
+            self._event(Trouble("read_failed", str(error), time.monotonic()))
+            return
+        self._event(Mark(tag, reading.time_s, reading.energy_j, clock_mhz, reading.capped_s))
+
+    def _measure_latency(self, rounds: int) -> None:
+        if self._ownership is None or not self._may_set:
+            return
+
+        def stop() -> bool:
+            return self._parent.gone() or bool(select.select([self._wakeup], [], [], 0)[0])
+
+        try:
+            self._ownership.mark(locked=True)
+            self.locked_mhz = self._gpu.supported_clocks_mhz()[0]
+            event = measure_switch_latency(self._gpu, rounds, stop=stop)
+            self._set_clock(None)
+        except GpuError as error:
+            self._give_up_control(str(error))
+            return
+        self._requests.set(None, time.monotonic())
+        self._event(event)
+
+    def _read_back(self) -> None:
+        self._read_back_s = float("inf")
+        expected = self._expected_mhz
+        if expected is None:
+            return
+        try:
+            read_mhz = self._gpu.read_clock_mhz()
+        except GpuError as error:
+            self._event(Trouble("read_failed", str(error), time.monotonic()))
+            return
+        now_s = time.monotonic()
+        if abs(read_mhz - expected) > DEVIATION_MHZ and now_s >= self._next_deviation_s:
+            self._next_deviation_s = now_s + DEVIATION_REPORT_S
+            self._event(Deviation(now_s, expected, read_mhz))
+
+
+def free_clock(gpu: Gpu, ownership: Ownership, locked_mhz: int | None, *, limit_s: float) -> ResetOutcome:
+    """Reset the clock until it holds, and note in the lock file that it is free."""
+    outcome = reset_until_confirmed(gpu, locked_mhz, limit_s=limit_s)
+    if outcome.confirmed:
+        ownership.mark(locked=False)
+    return outcome

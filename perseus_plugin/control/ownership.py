@@ -1,0 +1,168 @@
+"""One helper per GPU: a lock file that names its holder, and that tells what a dead one left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from perseus_plugin.errors import GpuError
+
+LOCK_DIR_VARIABLE = "PERSEUS_LOCK_DIR"
+DEFAULT_LOCK_DIR = "/tmp/perseus-locks"
+"""The same for all users and jobs of a machine, so not the job's own TMPDIR."""
+
+
+class GpuBusyError(GpuError):
+    """Another live process controls this GPU; the message names it."""
+
+
+def lock_path(spec: str, uuid: str) -> Path:
+    """The lock file of a GPU: beside an emulated one's state file, else in the machine's lock folder."""
+    backend, _, rest = spec.partition(":")
+    if backend == "emulated":
+        return Path(rest + ".lock")
+    return Path(os.environ.get(LOCK_DIR_VARIABLE, DEFAULT_LOCK_DIR)) / f"{uuid}.lock"
+
+
+class Ownership:
+    """Holds a GPU's lock file (`flock`: the kernel frees it when the holder dies).
+
+    Attributes:
+        leftover: the record of a holder that died with the clock locked, or None.
+
+    Args:
+        path: the lock file.
+        owner_pid: the process on whose behalf (the trainer).
+        wait_s: how long to wait for a holder that is about to end.
+
+    Raises:
+        GpuBusyError: somebody else holds it.
+        GpuError: the file cannot be made or opened.
+    """
+
+    def __init__(self, path: Path, owner_pid: int, *, wait_s: float = 0.0) -> None:
+        self._path = path
+        self._owner_pid = owner_pid
+        try:
+            self._fd = _open(path)
+        except OSError as error:
+            raise GpuError(f"{path}: cannot open the GPU's lock file: {error}") from error
+        end_s = time.monotonic() + wait_s
+        while not self._try_lock():
+            if time.monotonic() >= end_s:
+                holder = read_record(path)
+                os.close(self._fd)
+                raise GpuBusyError(f"another job controls this GPU: {describe(holder)} (lock file {path})")
+            time.sleep(0.02)
+        before = read_record(path)
+        self.leftover = before if before.get("clock") == "locked" else None
+        self.locked = self.leftover is not None
+        self._write()
+
+    def mark(self, *, locked: bool) -> None:
+        """Note whether the clock may be locked, for whoever comes after a holder that died."""
+        if locked != self.locked:
+            self.locked = locked
+            self._write()
+
+    def release(self) -> None:
+        """Let go of the file; the record of what state the clock is in stays."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _try_lock(self) -> bool:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _write(self) -> None:
+        record = {
+            "schema": "perseus-gpu-lock/1",
+            "clock": "locked" if self.locked else "free",
+            "helper_pid": os.getpid(),
+            "pid": self._owner_pid,
+            "user_id": os.getuid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "command": _command_line(self._owner_pid),
+        }
+        content = json.dumps(record).encode()
+        with suppress(OSError):  # a full disk must not keep a clock from being set or reset
+            os.pwrite(self._fd, content, 0)
+            os.ftruncate(self._fd, len(content))
+
+
+def holder_of(path: Path) -> dict[str, Any] | None:
+    """The record of the live holder of a lock file; None if nobody holds it.
+
+    Raises:
+        GpuError: the file is there but cannot be opened.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise GpuError(f"{path}: cannot open the GPU's lock file: {error}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return read_record(path)
+    finally:
+        os.close(fd)
+    return None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record in a lock file; empty if there is none that can be read."""
+    with suppress(OSError, ValueError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+    return {}
+
+
+def describe(record: dict[str, Any]) -> str:
+    """A holder, for people."""
+    if not record:
+        return "a process that left no record"
+    return (
+        f"process {record.get('pid')} of user id {record.get('user_id')} on {record.get('host')} since "
+        f"{record.get('since')} ({record.get('command') or 'command unknown'})"
+    )
+
+
+def _open(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    # Without O_CREAT first: the kernel refuses O_CREAT on another user's file in a folder that all may write
+    # to.
+    with suppress(FileNotFoundError):
+        return os.open(path, flags)
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            path.parent.chmod(0o1777)
+    try:
+        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return os.open(path, flags)
+    with suppress(OSError):
+        os.fchmod(fd, 0o666)  # other users' jobs must be able to take it later, whatever our umask
+    return fd
+
+
+def _command_line(pid: int) -> str:
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return ""
+    return raw.replace(b"\0", b" ").decode(errors="replace").strip()[:200]

@@ -1,0 +1,385 @@
+"""Rank 0's part of a session: from the ranks' estimates to a plan, and what to do when the plan does not hold.
+
+Runs on the session's own thread: every method returns at once, waiting is done by being asked again.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from perseus_plugin.config import PerseusConfig
+from perseus_plugin.errors import PerseusError
+from perseus_plugin.exchange import Exchange
+from perseus_plugin.instructions import StreamOp
+from perseus_plugin.messages import (
+    NEWS,
+    TROUBLE,
+    News,
+    PlanPart,
+    RankEstimate,
+    Recheck,
+    Trouble,
+    estimate_key,
+    part_key,
+    receive,
+    recheck_key,
+)
+from perseus_plugin.planner_process import PlanAnswer, PlanRequest
+from perseus_plugin.planning.plan import Plan, save_plan
+from perseus_plugin.profiling.profile import save_profile
+from perseus_plugin.survey import Survey, rescaled, survey_of
+from perseus_plugin.tap import IterationRecord
+from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep
+
+logger = logging.getLogger(__name__)
+
+_ESTIMATES_TIMEOUT_S = 120.0
+_SWITCH_AHEAD = 2  # iterations between saying and doing: every rank looks for news once per iteration
+
+
+class Planner(Protocol):
+    """See `planner_process.PlannerProcess`."""
+
+    @property
+    def busy(self) -> bool: ...
+    def submit(self, request: PlanRequest) -> None: ...
+    def poll(self) -> PlanAnswer | None: ...
+
+
+class State(enum.Enum):
+    """What the coordinator waits for."""
+
+    MEASURING = "measuring"
+    PLANNING = "planning"
+    FOLLOWING = "following"
+    RECHECKING = "rechecking"
+    GIVEN_UP = "given up"
+
+
+@dataclass
+class _Schedule:
+    key: str
+    stream_of: Callable[[int], Sequence[StreamOp]]
+
+
+class Coordinator:
+    """Decides for all ranks; they hear of it through `News`.
+
+    Args:
+        config: the `perseus` block.
+        exchange: to all ranks.
+        planner: who plans.
+        world_size, stages: of the job.
+        sweep_end: first iteration after the sweep.
+        top_mhz: highest clock of the sweep.
+        output_dir: where profile.csv and plan.json go.
+        survey: what is known already (a loaded profile), None to wait for the ranks' estimates.
+    """
+
+    def __init__(
+        self,
+        config: PerseusConfig,
+        exchange: Exchange,
+        planner: Planner,
+        *,
+        world_size: int,
+        stages: int,
+        sweep_end: int,
+        top_mhz: int,
+        output_dir: Path,
+        survey: Survey | None = None,
+    ) -> None:
+        self._config = config
+        self._exchange = exchange
+        self._planner = planner
+        self._world_size, self._stages = world_size, stages
+        self._sweep_end, self._top_mhz = sweep_end, top_mhz
+        self._output_dir = output_dir
+        self.survey = survey
+        self._loaded = survey is not None
+        self.state = State.MEASURING
+        self.plan: Plan | None = None
+        self.planning_time_s = 0.0
+        self.dropped = 0
+        self._plans: dict[str, tuple[int, Plan]] = {}
+        self._version = 0
+        self._sequence = 0
+        self._schedule: _Schedule | None = None
+        self._requested: str | None = None
+        self._estimates: dict[int, RankEstimate] = {}
+        self._estimates_due_s: float | None = None
+        self._full_clock_s: list[float] = []
+        self._full_clock_schedule = ""
+        self._margin = 0.0
+        self._recent: deque[float] = deque(maxlen=config.watch.patience)
+        self._recheck_sequence = 0
+        self._recheck_s: list[float] = []
+        self._rechecks: dict[int, Recheck] = {}
+        self._excess = 0.0
+
+    # What rank 0 sees of its own iterations.
+
+    def use_schedule(self, key: str, stream_of: Callable[[int], Sequence[StreamOp]]) -> None:
+        """The schedule that iterations run from now on."""
+        if self._schedule is None or self._schedule.key != key:
+            self._schedule = _Schedule(key, stream_of)
+
+    def saw(self, directive: Directive, record: IterationRecord, undisturbed: bool) -> None:
+        """An iteration has ended on rank 0.
+
+        Args:
+            directive: what it ran as.
+            record: what was seen.
+            undisturbed: it neither follows an evaluation nor a change of directive.
+        """
+        duration_s = record.end_s - record.begin_s
+        if not undisturbed or not record.complete:
+            return
+        if isinstance(directive, Sweep) and directive.kept and directive.frequency_mhz == self._top_mhz:
+            self._full_clock_s.append(duration_s)
+            self._full_clock_schedule = record.schedule
+        elif isinstance(directive, FullClock) and self.state is State.RECHECKING:
+            self._recheck_s.append(duration_s)
+        elif isinstance(directive, Follow) and self._is_current(directive, record):
+            self._recent.append(duration_s)
+
+    @property
+    def full_clock_time_s(self) -> float | None:
+        """Median iteration time at full clocks; None before it was measured."""
+        return statistics.median(self._full_clock_s) if self._full_clock_s else None
+
+    # Steps.
+
+    def step(self, iteration: int) -> None:
+        """Do what can be done now; `iteration` is the one running on rank 0.
+
+        Raises:
+            ExchangeError: the store fails.
+        """
+        if self.state is State.GIVEN_UP:
+            return
+        trouble = self._exchange.fetch(TROUBLE)
+        if trouble is not None:
+            told = receive(Trouble, trouble)
+            self._give_up(iteration, f"rank {told.rank}: {told.reason}")
+        elif self.state is State.MEASURING:
+            self._collect(iteration)
+        elif self.state is State.PLANNING:
+            self._take_answer(iteration)
+        elif self.state is State.FOLLOWING:
+            self._watch(iteration)
+        elif self.state is State.RECHECKING:
+            self._judge(iteration)
+
+    def _collect(self, iteration: int) -> None:
+        if iteration < self._sweep_end or self._schedule is None:
+            return
+        if self.survey is None and not self._all_estimates(iteration):
+            return
+        if self.survey is None:
+            try:
+                ordered = [self._estimates[rank] for rank in range(self._world_size)]
+                self.survey = survey_of(ordered, self._stages)
+                save_profile(self.survey.profile, self._output_dir / "profile.csv")
+            except (PerseusError, OSError) as error:
+                self._give_up(iteration, f"the profile cannot be used: {error}")
+                return
+            self._report_survey(self.survey)
+        self._request_plan(iteration)
+
+    def _all_estimates(self, iteration: int) -> bool:
+        if self._estimates_due_s is None:
+            self._estimates_due_s = time.monotonic() + _ESTIMATES_TIMEOUT_S
+        for rank in range(self._world_size):
+            if rank not in self._estimates:
+                value = self._exchange.fetch(estimate_key(rank))
+                if value is not None:
+                    self._estimates[rank] = receive(RankEstimate, value)
+        missing = self._world_size - len(self._estimates)
+        if missing and time.monotonic() > self._estimates_due_s:
+            first = next(rank for rank in range(self._world_size) if rank not in self._estimates)
+            self._give_up(
+                iteration,
+                f"{missing} of {self._world_size} ranks sent no measurements within {_ESTIMATES_TIMEOUT_S:.0f} s "
+                f"(first missing: rank {first}); see that rank's log",
+            )
+            return False
+        return not missing
+
+    def _report_survey(self, survey: Survey) -> None:
+        for stage, kind in sorted(survey.unresolved):
+            logger.warning(
+                "stage %d: the energy of %s is not known to within %.0f %%; it stays at full clock "
+                "(more perseus.profiling.steps_per_clock would help)",
+                stage,
+                kind,
+                100 * self._config.profiling.max_relative_error,
+            )
+
+    def _request_plan(self, iteration: int) -> None:
+        assert self.survey is not None  # only asked for once there is one
+        assert self._schedule is not None
+        schedule = self._schedule
+        streams = [schedule.stream_of(stage) for stage in range(self._stages)]
+        limits = self._config.limits
+        self._planner.submit(
+            PlanRequest(
+                schedule=schedule.key,
+                streams=streams,
+                constant_time_s=self.survey.constants_for(streams),
+                profile=self.survey.profile,
+                blocking_power_w=[self.survey.blocking_power_w] * self._stages,
+                slowdown=self._config.slowdown,
+                margin=self._margin,
+                effort=self._config.effort,
+                max_changes=limits.max_changes_per_iteration,
+                min_dwell_s=limits.min_dwell_s,
+                full_clock_only=self.survey.unresolved,
+            )
+        )
+        self._requested = schedule.key
+        self.state = State.PLANNING
+
+    def _take_answer(self, iteration: int) -> None:
+        answer = self._planner.poll()
+        if answer is None:
+            return
+        if answer.plan is None:
+            self._give_up(iteration, f"there is no plan: {answer.error}")
+            return
+        assert self._requested is not None  # set with the request
+        self.planning_time_s = answer.planning_time_s
+        self._version += 1
+        self._plans[self._requested] = (self._version, answer.plan)
+        self._publish_parts(self._version, self._requested, answer.plan)
+        logger.info(
+            "plan %d for %s ready in %.2f s: %.1f %% less energy predicted, at most %.2f %% above the optimum",
+            self._version,
+            self._requested,
+            answer.planning_time_s,
+            100 * answer.plan.saving,
+            100 * answer.plan.gap,
+        )
+        self._follow(self._requested, iteration)
+
+    def _publish_parts(self, version: int, schedule: str, plan: Plan) -> None:
+        for stage, planned in enumerate(plan.stages):
+            part = PlanPart(
+                version=version,
+                schedule=schedule,
+                clocks_mhz=tuple(p.frequency_mhz for p in planned),
+                times_s=tuple(p.finish_s - p.start_s for p in planned),
+            )
+            self._exchange.publish(part_key(version, stage), part.model_dump())
+
+    def _follow(self, schedule: str, iteration: int) -> None:
+        version, plan = self._plans[schedule]
+        self.plan = plan
+        try:
+            save_plan(plan, self._output_dir / "plan.json")
+        except OSError as error:
+            logger.warning("cannot write plan.json: %s; training and the plan go on", error)
+        self._recent.clear()
+        self._tell(iteration, "follow", version=version)
+        self.state = State.FOLLOWING
+
+    def _watch(self, iteration: int) -> None:
+        assert self._schedule is not None  # there is a plan for one
+        if self._schedule.key not in self._plans:
+            logger.info(
+                "the schedule is now %s: full clocks until there is a plan for it", self._schedule.key
+            )
+            self._request_plan(iteration)
+            return
+        if self._plans[self._schedule.key][1] is not self.plan:
+            self._follow(self._schedule.key, iteration)
+            return
+        expected_s = self.expected_time_s()
+        if expected_s is None or len(self._recent) < self._config.watch.patience:
+            return
+        seen_s = statistics.median(self._recent)
+        if seen_s > expected_s * (1 + self._config.watch.tolerance):
+            self._drop(iteration, seen_s, expected_s)
+
+    def expected_time_s(self) -> float | None:
+        """How long an iteration under the current plan may take, in measured seconds; None before it is known.
+
+        The graph knows nothing of what surrounds the schedule, so the plan's deadline is scaled by what iterations at
+        full clocks took against what the graph says they take.
+        """
+        measured_s = self.full_clock_time_s
+        if self.plan is None or measured_s is None:
+            return None
+        _, reference = self._plans.get(self._full_clock_schedule, (0, self.plan))
+        return self.plan.deadline_s * measured_s / reference.baseline_time_s
+
+    def _drop(self, iteration: int, seen_s: float, expected_s: float) -> None:
+        self.dropped += 1
+        self._excess = seen_s / expected_s - 1
+        text = f"iterations take {seen_s:.4g} s instead of {expected_s:.4g} s under the plan"
+        if self.dropped > self._config.watch.max_replans:
+            self._give_up(iteration, f"{text}, for the {self.dropped}th time")
+            return
+        logger.warning("%s: back to full clocks, measuring and planning again", text)
+        self._recheck_s, self._rechecks = [], {}
+        self._tell(iteration, "full", reason=text, recheck=True)
+        self._recheck_sequence = self._sequence
+        self.state = State.RECHECKING
+
+    def _judge(self, iteration: int) -> None:
+        if len(self._recheck_s) < self._config.watch.patience:
+            return
+        for rank in range(self._world_size):
+            if rank not in self._rechecks:
+                value = self._exchange.fetch(recheck_key(self._recheck_sequence, rank))
+                if value is not None:
+                    self._rechecks[rank] = receive(Recheck, value)
+        patient = len(self._recheck_s) < 4 * self._config.watch.patience
+        if len(self._rechecks) < self._world_size and patient:
+            return
+        assert self.survey is not None  # it was planned on
+        self.survey = rescaled(self.survey, list(self._rechecks.values()))
+        full_s, before_s = statistics.median(self._recheck_s), self.full_clock_time_s
+        if before_s is None or full_s > before_s * (1 + self._config.watch.tolerance):
+            logger.warning(
+                "at full clocks an iteration now takes %.4g s: the job itself is slower; planning for that",
+                full_s,
+            )
+        else:
+            self._margin += self._excess
+        self._full_clock_s = list(self._recheck_s)
+        assert self._schedule is not None
+        self._full_clock_schedule = self._schedule.key
+        self._plans.clear()
+        self._request_plan(iteration)
+
+    def _give_up(self, iteration: int, why: str) -> None:
+        logger.warning("%s. Training stays at full clocks.", why)
+        self._tell(iteration, "full", reason=why)
+        self.state = State.GIVEN_UP
+
+    def _tell(
+        self, iteration: int, action: str, *, version: int = 0, reason: str = "", recheck: bool = False
+    ) -> None:
+        self._sequence += 1
+        news = News(
+            sequence=self._sequence,
+            switch=iteration + _SWITCH_AHEAD,
+            action=action,  # type: ignore[arg-type]
+            version=version,
+            reason=reason,
+            recheck=recheck,
+        )
+        self._exchange.publish(NEWS, news.model_dump())
+
+    def _is_current(self, directive: Follow, record: IterationRecord) -> bool:
+        version, _ = self._plans.get(record.schedule, (0, None))
+        return self.state is State.FOLLOWING and directive.version == version

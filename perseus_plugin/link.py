@@ -1,0 +1,91 @@
+"""What the training thread and the session's own thread share."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from perseus_plugin.instructions import StreamOp
+from perseus_plugin.messages import PlanPart
+from perseus_plugin.tap import IterationRecord
+from perseus_plugin.timetable import Directive, Timetable
+
+StreamOf = Callable[[int], Sequence[StreamOp]]
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedIteration:
+    """One iteration as the training thread leaves it.
+
+    Attributes:
+        directive: what it ran as.
+        record: what was seen.
+        undisturbed: the iteration before it ran alike, and nothing came between them.
+    """
+
+    directive: Directive
+    record: IterationRecord
+    undisturbed: bool
+
+
+class Link:
+    """What the training thread and the worker share; single attributes, replaced whole.
+
+    Attributes:
+        timetable: what each iteration runs as; the worker replaces it.
+        part: this stage's part of the newest plan.
+        rise_lead_s: how early a rising clock is asked for.
+        close: set by the worker; ends it.
+    """
+
+    def __init__(self, timetable: Timetable) -> None:
+        self.timetable = timetable
+        self.part: PlanPart | None = None
+        self.rise_lead_s = 0.0
+        self.close: Callable[[], None] = lambda: None
+        self.iteration = 0
+        self.schedule: tuple[str, StreamOf] | None = None
+        self.trouble_reason: str | None = None
+        self._finished: queue.SimpleQueue[FinishedIteration] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[list[tuple[str, float]]] = queue.SimpleQueue()
+        self.wake = threading.Event()
+
+    def use_schedule(self, key: str, stream_of: StreamOf) -> None:
+        """Iterations run this schedule from now on."""
+        self.schedule = (key, stream_of)
+
+    def finished(self, iteration: FinishedIteration) -> None:
+        """Hand an iteration over."""
+        self.iteration = iteration.record.number + 1
+        self._finished.put(iteration)
+        self.wake.set()
+
+    def trouble(self, reason: str) -> None:
+        """This rank controls its GPU no more."""
+        self.trouble_reason = reason
+        self.wake.set()
+
+    def take_finished(self) -> list[FinishedIteration]:
+        """Iterations handed over since the last call."""
+        return _drain(self._finished)
+
+    def add_events(self, events: list[tuple[str, float]]) -> None:
+        """Events for the framework's monitor, which only the training thread may touch."""
+        self._events.put(events)
+
+    def take_events(self) -> list[list[tuple[str, float]]]:
+        """Events to be written now."""
+        return _drain(self._events)
+
+
+def _drain(source: queue.SimpleQueue[ItemT]) -> list[ItemT]:
+    items: list[ItemT] = []
+    while True:
+        try:
+            items.append(source.get_nowait())
+        except queue.Empty:
+            return items

@@ -1,0 +1,172 @@
+"""What travels through the exchange, checked on arrival."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from perseus_plugin.exchange import ExchangeError
+
+NEWS = "news"
+TROUBLE = "trouble"
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class Placement(_Message):
+    """Where a rank sits in the job.
+
+    Attributes:
+        rank, world_size: in the whole job.
+        stage, stages: pipeline stage and how many there are.
+        replica: which data-parallel copy of the pipeline.
+        local_rank: on its machine.
+        device: torch device, e.g. "cuda:0" or "cpu".
+    """
+
+    rank: int
+    world_size: int
+    stage: int
+    stages: int
+    replica: int
+    local_rank: int
+    device: str
+
+
+class RankEstimate(_Message):
+    """What one rank measured in the sweep.
+
+    Attributes:
+        placement: who says so.
+        gpu: name of its GPU.
+        estimate: a `StageEstimate` as plain data.
+        constant_time_s: median time of each kind of constant-time work.
+    """
+
+    placement: Placement
+    gpu: str
+    estimate: dict[str, Any]
+    constant_time_s: dict[str, float]
+
+
+class News(_Message):
+    """An order to all ranks: what to do from which iteration on. The newest sequence number wins.
+
+    Attributes:
+        sequence: counts up from 1.
+        switch: first iteration it holds for.
+        action: follow the plan of `version`, or run at full clocks.
+        version: the plan's, 0 for full clocks.
+        reason: for people.
+        recheck: ranks shall time their instructions at full clocks and publish that.
+    """
+
+    sequence: int
+    switch: int
+    action: Literal["follow", "full"]
+    version: int = 0
+    reason: str = ""
+    recheck: bool = False
+
+
+class PlanPart(_Message):
+    """One stage's part of a plan.
+
+    Attributes:
+        version: counts up from 1.
+        schedule: key of the schedule it is for.
+        clocks_mhz: per controllable instruction in program order.
+        times_s: how long each takes at that clock.
+    """
+
+    version: int
+    schedule: str
+    clocks_mhz: tuple[int, ...]
+    times_s: tuple[float, ...]
+
+
+class Recheck(_Message):
+    """One rank's median instruction times at full clocks after a plan was dropped, by kind."""
+
+    stage: int
+    time_s: dict[str, float]
+
+
+class Trouble(_Message):
+    """A rank cannot control its GPU (any more); rank 0 then sends all ranks to full clocks."""
+
+    rank: int
+    reason: str
+
+
+class Totals(_Message):
+    """Sums over iterations of one sort on one rank; energy is None where nothing measures it."""
+
+    iterations: int = 0
+    time_s: float = 0.0
+    energy_j: float | None = None
+
+
+class RankStats(_Message):
+    """One rank's running account.
+
+    Attributes:
+        totals: by sort of iteration ("full_clock", "profiling", "plan").
+        overhead_s: time spent in our hooks on the training thread, over `hooked_iterations` iterations.
+        overran: emulated instructions for which the CPU was too slow, of `instructions`.
+        requests: clock changes that reached the driver.
+        late: iterations that began before their order had arrived.
+        final: nothing follows.
+    """
+
+    placement: Placement
+    totals: dict[str, Totals]
+    overhead_s: float = 0.0
+    hooked_iterations: int = 0
+    overran: int = 0
+    instructions: int = 0
+    requests: int = 0
+    late: int = 0
+    final: bool = False
+
+
+def estimate_key(rank: int) -> str:
+    """Where a rank publishes its `RankEstimate`."""
+    return f"estimate/{rank}"
+
+
+def part_key(version: int, stage: int) -> str:
+    """Where rank 0 publishes a stage's `PlanPart`."""
+    return f"plan/{version}/{stage}"
+
+
+def recheck_key(sequence: int, rank: int) -> str:
+    """Where a rank publishes the `Recheck` that news of this sequence number asked for."""
+    return f"recheck/{sequence}/{rank}"
+
+
+def stats_key(rank: int) -> str:
+    """Where a rank publishes its `RankStats`."""
+    return f"stats/{rank}"
+
+
+MessageT = TypeVar("MessageT", bound=_Message)
+
+
+def receive(message_class: type[MessageT], value: Any) -> MessageT:
+    """Check what was fetched.
+
+    Raises:
+        ExchangeError: it is no such message.
+    """
+    try:
+        return message_class.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ExchangeError(
+            f"{message_class.__name__} from the job's store: {where}: {first['msg']}"
+        ) from error

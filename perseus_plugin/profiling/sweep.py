@@ -1,0 +1,172 @@
+"""Which clocks to profile, in which order, and when to stop. Pure functions of what is known so far."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+from perseus_plugin.profiling.observations import BLOCKING, InstructionEstimate, StageEstimate
+from perseus_plugin.profiling.pooling import blocking_power
+
+_SIGMAS = 2.0  # by this many standard errors a clock must be worse before it is given up
+
+
+def choose_clocks(supported_mhz: Sequence[int], count: int, lowest_mhz: int = 0) -> tuple[int, ...]:
+    """`count` supported clocks (fewer if there are fewer) from the highest down to `lowest_mhz`, evenly spread, falling.
+
+    Raises:
+        ValueError: `count` below 1, or no supported clock at or above `lowest_mhz`.
+    """
+    if count < 1:
+        raise ValueError(f"count: got {count}; allowed: 1 or more")
+    allowed = sorted({clock for clock in supported_mhz if clock >= lowest_mhz}, reverse=True)
+    if not allowed:
+        raise ValueError(f"lowest_mhz: got {lowest_mhz}; allowed: at most the highest supported clock, {supported_mhz}")
+    if count >= len(allowed):
+        return tuple(allowed)
+    if count == 1:
+        return (allowed[0],)
+    chosen = []
+    for i in range(count):
+        target = allowed[0] + (allowed[-1] - allowed[0]) * i / (count - 1)
+        # Leave enough clocks for the rest where the supported ones are not evenly spread.
+        within = allowed[i : len(allowed) - (count - 1 - i)]
+        chosen.append(min((c for c in within if not chosen or c < chosen[-1]), key=lambda c: abs(c - target)))
+    return tuple(chosen)
+
+
+def sweep_order(clocks_mhz: Sequence[int], seed: int, revisits: int = 2) -> tuple[int, ...]:
+    """The order of a sweep: the top clock first, the others shuffled, the top revisited at even distances.
+
+    The last visit is to the top clock again. Shuffling keeps drift (the GPU warms up) from looking like an effect of
+    the clock; the revisits measure it.
+    """
+    top = max(clocks_mhz)
+    rest = sorted(set(clocks_mhz) - {top})
+    random.Random(seed).shuffle(rest)
+    order = [top]
+    done = 0
+    for i in range(1, revisits + 1):
+        upto = round(i * len(rest) / revisits)
+        order += rest[done:upto]
+        done = upto
+        if order[-1] != top:
+            order.append(top)
+    return tuple(order + rest[done:])
+
+
+def sweep_seconds(order: Sequence[int], iteration_s: float, iterations: int) -> float:
+    """How long a sweep takes at most, given the iteration time at its top clock: nothing slows more than the clock."""
+    top = max(order)
+    return sum(iterations * iteration_s * top / clock for clock in order)
+
+
+def is_pareto_candidate(
+    stage: StageEstimate, kind: str, frequency_mhz: int, *, blocking_power_w: float | None = None
+) -> bool:
+    """Whether a measured clock may be the best choice for a kind at some deadline.
+
+    It may not when another clock is faster and clearly cheaper in effective energy (energy less what waiting would
+    draw in the same time). Unknown energies give the clock the benefit of the doubt.
+    """
+    power_w = stage.blocking_power_w if blocking_power_w is None else blocking_power_w
+    rows = [row for row in stage.instructions if row.kind == kind]
+    mine = next((row for row in rows if row.frequency_mhz == frequency_mhz), None)
+    if mine is None:
+        return True
+    return not any(_beats(other, mine, power_w) for other in rows if other.time_s < mine.time_s)
+
+
+def worth_trying(stages: Sequence[StageEstimate], candidates_mhz: Sequence[int]) -> tuple[int, ...]:
+    """Those of the candidate clocks that can still be useful to some (stage, kind), in the order given.
+
+    Effective energy over the clock falls, then rises as the clock goes down further. Once the lowest measured clocks
+    are no Pareto candidates, no clock below the highest of them is. Unresolved kinds rule nothing out.
+    """
+    if not stages or any(not stage.instructions for stage in stages):
+        return tuple(candidates_mhz)
+    power_w, _ = blocking_power(stages)
+    lowest_useful = min(_floor(stage, kind, power_w) for stage in stages for kind in stage.kinds)
+    return tuple(clock for clock in candidates_mhz if clock > lowest_useful)
+
+
+def good_enough(stages: Sequence[StageEstimate], max_relative_error: float) -> bool:
+    """Whether every kind of every stage, and the job's blocking power, is known to within `max_relative_error`.
+
+    Clocks that are no Pareto candidates need not be known so well. A stage that hardly waits need not know its own
+    blocking power: the job's is taken from those that do.
+    """
+    if not stages:
+        return False
+    power_w, power_se_w = blocking_power(stages)
+    if all(BLOCKING in stage.unresolved for stage in stages) or not power_se_w <= max_relative_error * power_w:
+        return False
+    return all(
+        _known(row, max_relative_error)
+        or not is_pareto_candidate(stage, row.kind, row.frequency_mhz, blocking_power_w=power_w)
+        for stage in stages
+        for row in stage.instructions
+    ) and all(stage.instructions for stage in stages)
+
+
+def next_clock(
+    clocks_mhz: Sequence[int],
+    visited_mhz: Sequence[int],
+    stages: Sequence[StageEstimate],
+    *,
+    seed: int,
+    revisits: int = 2,
+    max_relative_error: float = 0.02,
+    rounds: int = 2,
+) -> int | None:
+    """The clock to profile next, or None when the sweep is over.
+
+    Every round goes through `sweep_order` and leaves out clocks that are not worth trying; a further round is made
+    only while the estimates are not good enough.
+
+    Args:
+        clocks_mhz: the clocks of the sweep.
+        visited_mhz: what was profiled so far, in order, as this function said.
+        stages: estimates from it, if any yet.
+        max_relative_error: see `good_enough`.
+        rounds: at most so many rounds.
+    """
+    left = Counter(visited_mhz)
+    top = max(clocks_mhz)
+    useful = {top, *worth_trying(stages, clocks_mhz)}
+    for turn in range(rounds):
+        if turn > 0 and good_enough(stages, max_relative_error):
+            return None
+        order = sweep_order(clocks_mhz, seed + turn, revisits)
+        for clock in order:
+            # A revisit of the top clock is only of use when something else was profiled since.
+            again = clock == top and visited_mhz and visited_mhz[-1] == top
+            if left[clock] > 0:
+                left[clock] -= 1
+            elif clock in useful and not again:
+                return clock
+    return None
+
+
+def _beats(other: InstructionEstimate, mine: InstructionEstimate, power_w: float) -> bool:
+    gain_j = (mine.energy_j - power_w * mine.time_s) - (other.energy_j - power_w * other.time_s)
+    error_j = math.hypot(mine.energy_se_j, other.energy_se_j, power_w * mine.time_se_s, power_w * other.time_se_s)
+    return gain_j > _SIGMAS * error_j  # False for NaN
+
+
+def _floor(stage: StageEstimate, kind: str, power_w: float) -> int:
+    """The highest clock below which (itself included) every measured clock is of no use to the kind; 0 if none."""
+    floor = 0
+    if kind in stage.unresolved:
+        return floor
+    for clock in reversed(stage.clocks_mhz):
+        if is_pareto_candidate(stage, kind, clock, blocking_power_w=power_w):
+            break
+        floor = clock
+    return floor
+
+
+def _known(row: InstructionEstimate, max_relative_error: float) -> bool:
+    return row.energy_j > 0 and row.energy_se_j <= max_relative_error * row.energy_j

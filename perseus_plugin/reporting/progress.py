@@ -1,0 +1,55 @@
+"""The progress lines while a job is being profiled."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+
+from perseus_plugin.tap import IterationRecord
+from perseus_plugin.timetable import Directive, FullClock, Sweep, Timetable
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Says before the sweep how long it will take, and at each clock how far it is.
+
+    Args:
+        timetable: the job's; its sweep is what progress is made in.
+    """
+
+    def __init__(self, timetable: Timetable) -> None:
+        self._timetable = timetable
+        self._durations_s: list[float] = []
+        self._block = -1
+
+    def iteration(self, directive: Directive, record: IterationRecord) -> None:
+        """An iteration has ended."""
+        if isinstance(directive, Sweep):
+            if directive.block != self._block:
+                self._block = directive.block
+                self._say(directive, record.number)
+            self._durations_s.append(record.end_s - record.begin_s)
+        elif isinstance(directive, FullClock) and record.number == 0 and self._timetable.sweep_mhz:
+            logger.info(
+                "warming up for %d iterations, then profiling for %d at %d clocks; training goes on all the while",
+                self._timetable.warmup_steps,
+                self._timetable.sweep_end - self._timetable.warmup_steps,
+                len(set(self._timetable.sweep_mhz)),
+            )
+
+    def _say(self, directive: Sweep, number: int) -> None:
+        done = number - self._timetable.warmup_steps
+        total = self._timetable.sweep_end - self._timetable.warmup_steps
+        left = ""
+        if self._durations_s:
+            left = f", about {(total - done) * statistics.mean(self._durations_s):.0f} s left"
+        logger.info(
+            "profiling clock %d of %d: %d MHz (iteration %d of %d%s)",
+            directive.block + 1,
+            len(self._timetable.sweep_mhz),
+            directive.frequency_mhz,
+            done + 1,
+            total,
+            left,
+        )

@@ -1,0 +1,138 @@
+"""The summary of a job: what full clocks take, what the plan promises, what it took. Pure figures; see `reporter.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from perseus_plugin.messages import RankStats, Totals
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING
+
+SUMMARY_SCHEMA = "perseus-summary"
+SUMMARY_VERSION = 1
+
+
+def iteration_time_s(stats: Sequence[RankStats], sort: str) -> float | None:
+    """Mean iteration time of this sort of iteration, as rank 0 saw it."""
+    for of_rank in stats:
+        if of_rank.placement.rank == 0:
+            totals = of_rank.totals.get(sort, Totals())
+            return totals.time_s / totals.iterations if totals.iterations else None
+    return None
+
+
+def energy_per_iteration_j(stats: Sequence[RankStats], sort: str) -> float | None:
+    """Mean energy of an iteration of this sort, all GPUs together; None when a rank has no figure."""
+    energies = [of_rank.totals.get(sort, Totals()) for of_rank in stats]
+    if not energies or any(t.energy_j is None or not t.iterations for t in energies):
+        return None
+    return math.fsum((t.energy_j or 0.0) / t.iterations for t in energies)
+
+
+def build_summary(
+    stats: Sequence[RankStats],
+    plan: Plan | None,
+    *,
+    world_size: int,
+    stages: int,
+    gpu: str,
+    emulated: bool,
+    backend: str,
+    state: str,
+    planning_time_s: float,
+    dropped_plans: int,
+) -> dict[str, Any]:
+    """The content of summary.json.
+
+    `predicted` is the measured full-clock figure times what the plan changes it by in the model, so that all three
+    columns speak of the same thing: the model's own figures, which know nothing of what surrounds the schedule, are in
+    plan.json. Figures that do not exist (yet) are null.
+    """
+    full_time_s, full_energy_j = (
+        iteration_time_s(stats, FULL_CLOCK),
+        energy_per_iteration_j(stats, FULL_CLOCK),
+    )
+    time_s, energy_j = iteration_time_s(stats, PLAN), energy_per_iteration_j(stats, PLAN)
+    predicted_time_s = _scaled(full_time_s, None if plan is None else plan.iteration_time_s / plan.baseline_time_s)
+    predicted_energy_j = _scaled(full_energy_j, None if plan is None else plan.energy_j / plan.baseline_energy_j)
+    return {
+        "schema": SUMMARY_SCHEMA,
+        "version": SUMMARY_VERSION,
+        "state": state,
+        "emulated": emulated,
+        "gpu": gpu,
+        "backend": backend,
+        "ranks": world_size,
+        "ranks_reporting": len(stats),
+        "stages": stages,
+        "iteration_time_s": {"full_clock": full_time_s, "predicted": predicted_time_s, "measured": time_s},
+        "energy_j": {"full_clock": full_energy_j, "predicted": predicted_energy_j, "measured": energy_j},
+        "saving_percent": {
+            "predicted": _saving(full_energy_j, predicted_energy_j),
+            "measured": _saving(full_energy_j, energy_j),
+        },
+        "slowdown_percent": {
+            "predicted": _excess(full_time_s, predicted_time_s),
+            "measured": _excess(full_time_s, time_s),
+        },
+        "plan": None if plan is None else _plan_figures(plan, planning_time_s, dropped_plans),
+        "profiling": _profiling_cost(stats, full_time_s, full_energy_j),
+        "iterations": {sort: _iterations(stats, sort) for sort in (FULL_CLOCK, PROFILING, PLAN)},
+        "overhead": _overhead(stats, time_s or full_time_s),
+    }
+
+
+def _plan_figures(plan: Plan, planning_time_s: float, dropped_plans: int) -> dict[str, Any]:
+    return {
+        "schedule": plan.schedule,
+        "saving_percent": 100 * plan.saving,
+        "gap_percent": 100 * plan.gap,
+        "planning_time_s": planning_time_s,
+        "clock_changes_per_iteration": [plan.clock_changes(stage) for stage in range(len(plan.stages))],
+        "dropped_plans": dropped_plans,
+    }
+
+
+def _profiling_cost(
+    stats: Sequence[RankStats], full_time_s: float | None, full_energy_j: float | None
+) -> dict[str, float | None]:
+    """What the sweep cost against running the same iterations at full clocks."""
+    count = _iterations(stats, PROFILING)
+    time_s, energy_j = iteration_time_s(stats, PROFILING), energy_per_iteration_j(stats, PROFILING)
+    return {
+        "extra_time_s": None if time_s is None or full_time_s is None else count * (time_s - full_time_s),
+        "extra_energy_j": None
+        if energy_j is None or full_energy_j is None
+        else count * (energy_j - full_energy_j),
+    }
+
+
+def _overhead(stats: Sequence[RankStats], time_s: float | None) -> dict[str, float | int | None]:
+    iterations = sum(s.hooked_iterations for s in stats)
+    hook_s = sum(s.overhead_s for s in stats) / iterations if iterations else None
+    return {
+        "hook_time_per_iteration_s": hook_s,
+        "hook_time_percent": None if hook_s is None or not time_s else 100 * hook_s / time_s,
+        "clock_requests": sum(s.requests for s in stats),
+        "late_switches": sum(s.late for s in stats),
+        "emulated_instructions": sum(s.instructions for s in stats),
+        "emulated_instructions_overrun": sum(s.overran for s in stats),
+    }
+
+
+def _iterations(stats: Sequence[RankStats], sort: str) -> int:
+    return max((s.totals[sort].iterations for s in stats if sort in s.totals), default=0)
+
+
+def _scaled(value: float | None, factor: float | None) -> float | None:
+    return None if value is None or factor is None else value * factor
+
+
+def _saving(reference: float | None, value: float | None) -> float | None:
+    return None if reference is None or value is None else 100 * (1 - value / reference)
+
+
+def _excess(reference: float | None, value: float | None) -> float | None:
+    return None if reference is None or value is None else 100 * (value / reference - 1)

@@ -1,0 +1,367 @@
+"""One job's life on one rank: warm-up, profile, plan, run, replan; the module that knows all others.
+
+`Session` is what an integration calls on the training thread. It keeps that thread's part small: look up what the
+iteration runs at, hand requests to the helper process, keep timestamps. All else is done by `worker.SessionWorker`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from typing import Concatenate, ParamSpec, TypeVar
+
+from perseus_plugin.config import PerseusConfig
+from perseus_plugin.control.client import ClockHelper
+from perseus_plugin.control.controller import Controller
+from perseus_plugin.emulation import EmulatedStage
+from perseus_plugin.errors import ConfigError, PerseusError
+from perseus_plugin.exchange import Exchange, open_exchange
+from perseus_plugin.gpus.selection import Selection, select_gpu, with_facts
+from perseus_plugin.instructions import Compute, Constant
+from perseus_plugin.link import FinishedIteration, Link, StreamOf
+from perseus_plugin.messages import Placement
+from perseus_plugin.profiling.profile import Profile, load_profile
+from perseus_plugin.reporting.account import begin_tag, end_tag
+from perseus_plugin.reporting.log import set_up_logging
+from perseus_plugin.survey import Survey
+from perseus_plugin.tap import InstructionTap, IterationRecord, hooked_operations
+from perseus_plugin.timetable import (
+    Directive,
+    Follow,
+    FullClock,
+    Sweep,
+    Timetable,
+    nearest_clocks,
+    spread_clocks,
+    sweep_order,
+)
+from perseus_plugin.worker import SessionWorker
+
+__all__ = ["Placement", "Session", "start_session"]
+
+logger = logging.getLogger(__name__)
+
+_READY_TIMEOUT_S = 20.0
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Monitor = Callable[[list[tuple[str, float]]], None]
+
+
+def _guarded(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R | None]:
+    """Nothing of ours may stop training: an exception ends the session instead."""
+
+    @functools.wraps(method)
+    def guarded(self: Session, *args: P.args, **kwargs: P.kwargs) -> R | None:
+        if self.closed:
+            return None
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            self.fail(error)
+            return None
+
+    return guarded
+
+
+class Session:
+    """What an integration calls on the training thread; made by `start_session`.
+
+    Attributes:
+        tap: hooks call its `begin` and `end` around every hooked operation.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        link: Link,
+        helper: ClockHelper | None,
+        emulated: EmulatedStage | None,
+        exchange: Exchange,
+        monitor: Monitor | None,
+    ) -> None:
+        self._placement = placement
+        self._link = link
+        self._helper = helper
+        self._controller = None if helper is None else Controller(helper)
+        self._emulated = emulated
+        self._exchange = exchange
+        self._monitor = monitor
+        self.tap = InstructionTap(self._controller, self.fail)
+        self.tap.execution = emulated
+        self._iteration = 0
+        self._record: IterationRecord | None = None
+        self._directive: Directive = FullClock("warm-up")
+        self._applied: object = None
+        self._undisturbed = False
+        self._schedule = ""
+        self._operations: dict[str, tuple[tuple[Compute | Constant, ...], list[int]]] = {}
+        self._on_close: list[Callable[[], None]] = []
+        self._closing = threading.Lock()
+        self.closed = False
+
+    @property
+    def controller(self) -> Controller | None:
+        """Who turns instruction boundaries into clock requests; None in observe mode."""
+        return self._controller
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Call this when the session ends or fails; it puts the framework back as it was."""
+        self._on_close.append(callback)
+
+    @_guarded
+    def begin_iteration(self) -> None:
+        """A training iteration begins."""
+        number = self._iteration
+        self._directive = self._link.timetable.at(number)
+        if (
+            self._emulated is not None
+            and self._emulated.needs_calibration
+            and isinstance(self._directive, Sweep)
+        ):
+            self._emulated.calibrate(self._exchange)
+        self._record = IterationRecord(number, monotonic())
+        if self._helper is not None:
+            self._helper.mark(begin_tag(number))
+
+    def begin_schedule(self, key: str, stream_of: StreamOf) -> bool:
+        """The iteration's schedule begins.
+
+        Args:
+            key: known schedules are known by it.
+            stream_of: the instruction stream of a stage.
+
+        Returns:
+            Whether hooked operations shall be hooked at all.
+        """
+        return bool(self._begin_schedule(key, stream_of))
+
+    @_guarded
+    def _begin_schedule(self, key: str, stream_of: StreamOf) -> bool:
+        record = self._record
+        if record is None:
+            return False
+        if key != self._schedule:
+            if key not in self._operations:
+                self._operations[key] = hooked_operations(stream_of(self._placement.stage))
+            self._schedule = key
+            self._link.use_schedule(key, stream_of)
+        record.schedule = key
+        record.operations, slots = self._operations[key]
+        wanted = (self._directive.identity, key)
+        self._undisturbed = wanted == self._applied
+        if not self._undisturbed:
+            self._applied = wanted if self._apply(self._directive, key, slots) else None
+        self.tap.arm(record, record.operations, slots)
+        return True
+
+    def _apply(self, directive: Directive, key: str, slots: list[int]) -> bool:
+        """Have the controller do what the directive says; False if it cannot be done (yet): full clocks then."""
+        if self._controller is None:
+            return True
+        if isinstance(directive, Sweep):
+            self._controller.hold(directive.frequency_mhz)
+            return True
+        part = self._link.part
+        if (
+            isinstance(directive, Follow)
+            and part is not None
+            and part.version == directive.version
+            and part.schedule == key
+            and len(part.clocks_mhz) == 1 + max(slots)
+        ):
+            self._controller.rise_lead_s = self._link.rise_lead_s
+            self._controller.follow(part.clocks_mhz, part.times_s)
+            return True
+        self._controller.hold(None)
+        return isinstance(directive, FullClock)
+
+    @_guarded
+    def end_schedule(self) -> None:
+        """The iteration's schedule is done; the loss is still to be exchanged."""
+        self.tap.disarm()
+
+    @_guarded
+    def end_iteration(self) -> None:
+        """A training iteration has ended."""
+        record, self._record = self._record, None
+        if record is None:
+            return
+        self.tap.disarm()
+        record.end_s = monotonic()
+        if self._helper is not None:
+            self._helper.mark(end_tag(record.number))
+        self._iteration += 1
+        self._link.finished(FinishedIteration(self._directive, record, self._undisturbed))
+        if self._monitor is not None:
+            for events in self._link.take_events():
+                self._monitor(events)
+
+    @_guarded
+    def evaluation(self) -> None:
+        """Something that is no training iteration runs: full clocks, and no part of any measurement."""
+        if self._controller is not None:
+            self._controller.hold(None)
+        self._applied = None
+
+    def fail(self, error: Exception) -> None:
+        """End the session because of an error: full clocks, one message, training goes on."""
+        if self.closed:
+            return
+        if isinstance(error, PerseusError):
+            logger.warning("perseus is off from here on: %s. Training goes on at full clocks.", error)
+        else:
+            logger.error("perseus is off from here on; training goes on at full clocks", exc_info=error)
+        self._link.trouble(str(error) or repr(error))
+        self._release()
+
+    def close(self) -> None:
+        """End the session: reset clocks, write the summary, end helper, planner and thread. Idempotent."""
+        if not self.closed:
+            self._release()
+        with self._closing:
+            callback, self._link.close = self._link.close, lambda: None
+        callback()
+        if self._helper is not None:
+            self._helper.close(timeout_s=2.0)
+
+    def _release(self) -> None:
+        self.closed = True
+        self.tap.disarm()
+        if self._controller is not None:
+            self._controller.hold(None)
+        for callback in self._on_close:
+            callback()
+
+
+def start_session(config: PerseusConfig, placement: Placement, monitor: Monitor | None = None) -> Session:
+    """Start a session on this rank.
+
+    Args:
+        config: the `perseus` block, enabled.
+        placement: where this rank sits.
+        monitor: writes (name, value) events; only where the framework has somewhere to write them.
+
+    Raises:
+        ConfigError: something in the block does not fit this job; raised on every rank, before training starts.
+    """
+    set_up_logging(config.log_level, placement.rank)
+    output_dir = _output_dir(config)
+    profile = _loaded_profile(config, placement)
+    _check_emulation_times(config, placement)
+    exchange = open_exchange(_next_prefix())
+    selection = select_gpu(config, placement, output_dir)
+    helper, emulated = None, None
+    if selection.spec is not None:
+        helper = ClockHelper.start(selection.spec, min_dwell_s=config.limits.min_dwell_s)
+        selection = with_facts(selection, helper.wait_ready(_READY_TIMEOUT_S))
+        if selection.spec is None:
+            helper.close(timeout_s=1.0)
+            helper = None
+    if selection.emulated_gpu is not None:
+        emulated = EmulatedStage(selection.emulated_gpu, config.emulation, placement)
+    if emulated is not None and emulated.needs_calibration and config.profiling.warmup_steps < 2:
+        raise ConfigError(
+            f"perseus.profiling.warmup_steps: got {config.profiling.warmup_steps}; allowed: a whole number from 2 "
+            "when emulated times are taken from the CPU's (or give perseus.emulation.forward_time_s and "
+            "backward_time_s)"
+        )
+    timetable = _timetable(config, selection, profile)
+    link = Link(timetable)
+    if helper is None:
+        _observe_only(selection, link, placement)
+    elif config.limits.switch_latency_s is None:
+        helper.measure_latency()
+    else:
+        link.rise_lead_s = config.limits.switch_latency_s
+    worker = SessionWorker(
+        config=config,
+        placement=placement,
+        link=link,
+        helper=helper,
+        exchange=exchange,
+        output_dir=output_dir,
+        selection=selection,
+        survey=None if profile is None else Survey(profile, config.profiling.blocking_power_w or 0.0),
+    )
+    session = Session(placement, link, helper, emulated, exchange, monitor)
+    worker.start(session)
+    atexit.register(session.close)
+    return session
+
+
+_sessions = 0
+
+
+def _next_prefix() -> str:
+    """Every rank makes its engines in the same order, so a count names the same session everywhere."""
+    global _sessions
+    _sessions += 1
+    return f"perseus/{_sessions}"
+
+
+def _output_dir(config: PerseusConfig) -> Path:
+    path = Path(config.output_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"perseus.output_dir: got {config.output_dir!r}; allowed: a folder that can be written ({error})"
+        ) from error
+    return path
+
+
+def _loaded_profile(config: PerseusConfig, placement: Placement) -> Profile | None:
+    if config.profiling.load is None:
+        return None
+    try:
+        profile = load_profile(config.profiling.load)
+    except PerseusError as error:
+        raise ConfigError(f"perseus.profiling.load: {error}") from error
+    if profile.stages != placement.stages:
+        raise ConfigError(
+            f"perseus.profiling.load: got {config.profiling.load!r} with {profile.stages} stages; allowed: a profile "
+            f"of this job's {placement.stages} stages"
+        )
+    return profile
+
+
+def _check_emulation_times(config: PerseusConfig, placement: Placement) -> None:
+    for key in ("forward_time_s", "backward_time_s"):
+        times = getattr(config.emulation, key)
+        if times is not None and len(times) != placement.stages:
+            raise ConfigError(
+                f"perseus.emulation.{key}: got {len(times)} numbers; allowed: one per stage, {placement.stages} here"
+            )
+
+
+def _observe_only(selection: Selection, link: Link, placement: Placement) -> None:
+    """No clock will be set on this rank: say why; the other ranks must not plan on it."""
+    if selection.backend == "off":
+        if placement.rank == 0:
+            logger.info("observing only, as the gpu backend is off")
+        return
+    logger.warning("observing only, no clock will be set: %s", selection.why_not)
+    link.trouble(selection.why_not)
+
+
+def _timetable(config: PerseusConfig, selection: Selection, profile: Profile | None) -> Timetable:
+    """Warm-up and sweep; without control there is nothing to sweep."""
+    profiling = config.profiling
+    if not selection.clocks_mhz:
+        sweep: tuple[int, ...] = ()
+    elif profile is not None:
+        sweep = (
+            max(selection.clocks_mhz),
+        )  # measured all the same, as the reference that the plan must keep to
+    elif profiling.clocks_mhz is not None:
+        sweep = sweep_order(nearest_clocks(selection.clocks_mhz, profiling.clocks_mhz), profiling.seed)
+    else:
+        spread = spread_clocks(selection.clocks_mhz, profiling.clock_count, profiling.lowest_clock)
+        sweep = sweep_order(spread, profiling.seed)
+    return Timetable(profiling.warmup_steps, sweep, profiling.settle_steps, profiling.steps_per_clock)

@@ -1,0 +1,89 @@
+"""What the ranks' estimates add up to: the job's profile, blocking power and constant-time work. Pure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from perseus_plugin.errors import ProfileError
+from perseus_plugin.instructions import Constant, StreamOp
+from perseus_plugin.messages import RankEstimate, Recheck
+from perseus_plugin.profiling.observations import StageEstimate
+from perseus_plugin.profiling.pooling import blocking_power, pool, to_profile
+from perseus_plugin.profiling.profile import Profile
+
+_SAME = 0.01  # instruction times within this share of the profile's count as unchanged
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Everything measured that a plan needs.
+
+    Attributes:
+        profile: pooled over data-parallel replicas.
+        blocking_power_w: power of a GPU that waits.
+        unresolved: (stage, kind) whose energy is not known well enough to plan on.
+        constant_time_s: constant-time work by (stage, name), as the stage saw it, waiting in collectives included.
+    """
+
+    profile: Profile
+    blocking_power_w: float
+    unresolved: frozenset[tuple[int, str]] = frozenset()
+    constant_time_s: dict[tuple[int, str], float] = field(default_factory=dict)
+
+    def constants_for(self, streams: Sequence[Sequence[StreamOp]]) -> dict[tuple[int, str], float]:
+        """Durations of the constant-time work in these streams.
+
+        In a collective every stage waits for the last one, which alone sees the work's own time: the shortest.
+        """
+        collective = {
+            op.name for stream in streams for op in stream if isinstance(op, Constant) and op.collective
+        }
+        shortest: dict[str, float] = {}
+        for (_, name), time_s in self.constant_time_s.items():
+            shortest[name] = min(time_s, shortest.get(name, math.inf))
+        return {
+            (stage, name): shortest[name] if name in collective else time_s
+            for (stage, name), time_s in self.constant_time_s.items()
+        }
+
+
+def survey_of(estimates: Sequence[RankEstimate], stages: int) -> Survey:
+    """Join the estimates of all ranks.
+
+    Raises:
+        ProfileError: a stage has no usable measurement, or nothing shows what waiting costs.
+    """
+    pooled: list[StageEstimate] = []
+    constants: dict[tuple[int, str], float] = {}
+    for stage in range(stages):
+        of_stage = [e for e in estimates if e.placement.stage == stage]
+        if not of_stage:
+            raise ProfileError(f"stage {stage}: no rank sent measurements")
+        pooled.append(pool([StageEstimate.from_dict(e.estimate) for e in of_stage]))
+        for name in {name for e in of_stage for name in e.constant_time_s}:
+            times = [e.constant_time_s[name] for e in of_stage if name in e.constant_time_s]
+            constants[stage, name] = statistics.median(times)
+    profile, unresolved = to_profile(pooled)
+    power_w, _ = blocking_power(pooled)
+    if not (math.isfinite(power_w) and power_w > 0):
+        raise ProfileError("blocking power: no energy counter moved while a GPU waited")
+    return Survey(profile, power_w, unresolved, constants)
+
+
+def rescaled(survey: Survey, rechecks: Sequence[Recheck]) -> Survey:
+    """The survey with instruction times and energies scaled to what was seen at full clocks since."""
+    factors: dict[tuple[int, str], float] = {}
+    for (stage, kind), rows in survey.profile.table.items():
+        seen = [r.time_s[kind] for r in rechecks if r.stage == stage and kind in r.time_s]
+        factor = statistics.median(seen) / rows[0].time_s if seen else 1.0
+        factors[stage, kind] = factor if abs(factor - 1) > _SAME else 1.0
+    table = {
+        key: tuple(
+            replace(m, time_s=m.time_s * factors[key], energy_j=m.energy_j * factors[key]) for m in rows
+        )
+        for key, rows in survey.profile.table.items()
+    }
+    return replace(survey, profile=Profile(table))

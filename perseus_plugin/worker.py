@@ -1,0 +1,379 @@
+"""The session's own thread on a rank: everything that need not happen on the training thread.
+
+It takes finished iterations and the helper's events, keeps the account, estimates the profile after the sweep, looks for
+news from rank 0, and on rank 0 runs the coordinator and writes the summary.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import sys
+import threading
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any
+
+from perseus_plugin.config import PerseusConfig
+from perseus_plugin.control import wire
+from perseus_plugin.control.client import ClockHelper
+from perseus_plugin.coordinator import Coordinator
+from perseus_plugin.errors import GpuError, PerseusError
+from perseus_plugin.exchange import Exchange, ExchangeError
+from perseus_plugin.gpus.selection import Selection
+from perseus_plugin.instructions import Compute
+from perseus_plugin.link import FinishedIteration, Link
+from perseus_plugin.messages import (
+    NEWS,
+    TROUBLE,
+    News,
+    Placement,
+    PlanPart,
+    RankEstimate,
+    RankStats,
+    Recheck,
+    Trouble,
+    estimate_key,
+    part_key,
+    receive,
+    recheck_key,
+    stats_key,
+)
+from perseus_plugin.planner_process import PlannerProcess
+from perseus_plugin.profiling.collector import SweepCollector
+from perseus_plugin.profiling.estimator import estimate_stage
+from perseus_plugin.profiling.observations import Tick
+from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, Account
+from perseus_plugin.reporting.progress import Progress
+from perseus_plugin.reporting.reporter import Reporter, events_of
+from perseus_plugin.survey import Survey
+from perseus_plugin.tap import IterationRecord
+from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep
+
+if TYPE_CHECKING:
+    from perseus_plugin.session import Session
+
+logger = logging.getLogger(__name__)
+
+_IDLE_S = 0.25
+_TICKS_AFTER_SWEEP_S = 0.4  # the counter's last tick of the sweep shows up to a period and a lag later
+_STATS_EVERY_S = 5.0
+_SUMMARY_EVERY_S = 30.0
+_FINAL_STATS_TIMEOUT_S = 5.0
+_CRASH_TIMEOUT_S = 0.5
+
+
+class SessionWorker:
+    """See the module's docstring. All methods but `start` run on the worker's thread."""
+
+    def __init__(
+        self,
+        *,
+        config: PerseusConfig,
+        placement: Placement,
+        link: Link,
+        helper: ClockHelper | None,
+        exchange: Exchange,
+        output_dir: Path,
+        selection: Selection,
+        survey: Survey | None,
+    ) -> None:
+        self._config = config
+        self._placement = placement
+        self._link = link
+        self._helper = helper
+        self._exchange = exchange
+        self._selection = selection
+        sweep_mhz = link.timetable.sweep_mhz
+        self._top_mhz = max(sweep_mhz, default=0)
+        self._collector = SweepCollector(self._top_mhz)
+        self._account = Account(measures_energy=helper is not None)
+        self._estimated = survey is not None or not sweep_mhz
+        self._polling = False
+        self._sweep_ended_s: float | None = None
+        self._news = News(sequence=0, switch=0, action="full")
+        self._recheck: dict[str, list[float]] | None = None
+        self._recheck_left = 0
+        self._told_trouble = False
+        self._requests = 0
+        self._deviations = 0
+        self._stats = RankStats(placement=placement, totals={})
+        self._stats_due_s = 0.0
+        self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="perseus", daemon=True)
+        self._session: Session | None = None
+        self._planner: PlannerProcess | None = None
+        self._coordinator: Coordinator | None = None
+        self._reporter: Reporter | None = None
+        self._progress: Progress | None = None
+        if placement.rank == 0:
+            self._become_rank_0(survey, output_dir)
+
+    def _become_rank_0(self, survey: Survey | None, output_dir: Path) -> None:
+        timetable = self._link.timetable
+        self._reporter = Reporter(
+            output_dir,
+            {
+                "world_size": self._placement.world_size,
+                "stages": self._placement.stages,
+                "gpu": self._selection.name,
+                "emulated": self._selection.emulated,
+                "backend": self._selection.backend,
+            },
+        )
+        self._progress = Progress(timetable)
+        if timetable.sweep_mhz:
+            self._planner = PlannerProcess()
+            self._coordinator = Coordinator(
+                self._config,
+                self._exchange,
+                self._planner,
+                world_size=self._placement.world_size,
+                stages=self._placement.stages,
+                sweep_end=timetable.sweep_end,
+                top_mhz=self._top_mhz,
+                output_dir=output_dir,
+                survey=survey,
+            )
+
+    def start(self, session: Session) -> None:
+        """Start the thread."""
+        self._session = session
+        self._link.close = self._close
+        self._thread.start()
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._link.wake.wait(_IDLE_S)
+                self._link.wake.clear()
+                self._step()
+        except Exception as error:
+            assert self._session is not None  # set before the thread starts
+            self._session.fail(error)
+            self._tell_trouble()
+
+    def _step(self) -> None:
+        self._take_helper_events()
+        for finished in self._link.take_finished():
+            self._take(finished)
+        self._tell_trouble()
+        self._finish_sweep()
+        self._look_for_news()
+        if self._coordinator is not None:
+            if self._link.schedule is not None:
+                self._coordinator.use_schedule(*self._link.schedule)
+            self._coordinator.step(self._link.iteration)
+        self._publish_stats()
+        self._update_summary()
+
+    def _take(self, finished: FinishedIteration) -> None:
+        directive, record = finished.directive, finished.record
+        duration_s = record.end_s - record.begin_s
+        sorts: list[str] = []
+        if isinstance(directive, Sweep):
+            self._poll_energy(True)
+            sorts.append(PROFILING)
+            if directive.kept and finished.undisturbed and directive.frequency_mhz == self._top_mhz:
+                sorts.append(FULL_CLOCK)
+            self._collector.add(directive, record, after_interruption=not finished.undisturbed)
+        elif isinstance(directive, Follow) and finished.undisturbed:
+            sorts.append(PLAN)
+        elif isinstance(directive, FullClock):
+            if self._helper is None and directive.reason != "warm-up" and finished.undisturbed:
+                sorts.append(FULL_CLOCK)
+            self._take_recheck(record)
+        self._account.add(record.number, sorts, duration_s)
+        self._account.forget_before(record.number - 16)
+        self._count(record)
+        if self._progress is not None:
+            self._progress.iteration(directive, record)
+        if self._coordinator is not None:
+            self._coordinator.saw(directive, record, finished.undisturbed)
+
+    def _count(self, record: IterationRecord) -> None:
+        stats = self._stats
+        self._stats = stats.model_copy(
+            update={
+                "overhead_s": stats.overhead_s + record.overhead_s,
+                "hooked_iterations": stats.hooked_iterations + bool(record.ends_s),
+                "overran": stats.overran + record.overran,
+                "instructions": stats.instructions + len(record.ends_s),
+            }
+        )
+
+    # The helper.
+
+    def _take_helper_events(self) -> None:
+        if self._helper is None:
+            return
+        ticks = []
+        for event in self._helper.drain():
+            match event:
+                case wire.Tick():
+                    ticks.append(Tick(event.previous_poll_s, event.time_s, event.energy_j))
+                case wire.Mark():
+                    self._account.add_reading(event.tag, event.energy_j)
+                case wire.Applied():
+                    self._requests += 1
+                case wire.SwitchLatency():
+                    self._take_latency(event)
+                case wire.Trouble():
+                    assert self._session is not None  # set before the thread starts
+                    self._session.fail(GpuError(event.text))
+                case wire.Deviation():
+                    self._deviations += 1
+        self._collector.add_ticks(ticks)
+
+    def _take_latency(self, latency: wire.SwitchLatency) -> None:
+        if latency.p95_s > 0:  # NaN when no change ever showed
+            self._link.rise_lead_s = latency.p95_s
+        logger.debug("clock changes take %.1f ms (95 %%: %.1f ms)", 1e3 * latency.p50_s, 1e3 * latency.p95_s)
+
+    def _poll_energy(self, on: bool) -> None:
+        if self._helper is not None and on != self._polling:
+            self._polling = on
+            self._helper.poll_energy(self._selection.poll_interval_s if on else None)
+
+    # Profile.
+
+    def _finish_sweep(self) -> None:
+        if self._estimated or self._link.iteration < self._link.timetable.sweep_end:
+            return
+        now_s = monotonic()
+        if self._sweep_ended_s is None:
+            self._sweep_ended_s = now_s
+        if now_s - self._sweep_ended_s < _TICKS_AFTER_SWEEP_S:
+            return
+        self._poll_energy(False)
+        self._estimated = True
+        estimate = estimate_stage(
+            self._collector.runs(), max_relative_error=self._config.profiling.max_relative_error
+        )
+        message = RankEstimate(
+            placement=self._placement,
+            gpu=self._selection.name,
+            estimate=estimate.to_dict(),
+            constant_time_s=self._collector.constant_times_s(),
+        )
+        self._exchange.publish(estimate_key(self._placement.rank), message.model_dump())
+
+    # News.
+
+    def _look_for_news(self) -> None:
+        value = self._exchange.fetch(NEWS)
+        if value is None:
+            return
+        news = receive(News, value)
+        if news.sequence <= self._news.sequence:
+            return
+        if news.action == "follow":
+            part = self._exchange.fetch(part_key(news.version, self._placement.stage))
+            if part is None:
+                return  # published before the news; if the store lost it, the next look finds it or newer news
+            self._link.part = receive(PlanPart, part)
+            self._account.clear(PLAN)
+            directive: Directive = Follow(news.version)
+        else:
+            directive = FullClock(news.reason)
+        self._news = news
+        self._recheck = {} if news.recheck else None
+        self._recheck_left = self._config.watch.patience
+        late = self._link.iteration > news.switch
+        self._stats = self._stats.model_copy(update={"late": self._stats.late + late})
+        self._link.timetable = self._link.timetable.switched(news.switch, directive)
+
+    def _take_recheck(self, record: IterationRecord) -> None:
+        if self._recheck is None or record.number <= self._news.switch or not record.complete:
+            return
+        for operation, start_s, end_s in zip(record.operations, record.starts_s, record.ends_s, strict=True):
+            if isinstance(operation, Compute):
+                self._recheck.setdefault(operation.kind, []).append(end_s - start_s)
+        self._recheck_left -= 1
+        if self._recheck_left == 0:
+            medians = {kind: statistics.median(times) for kind, times in self._recheck.items()}
+            message = Recheck(stage=self._placement.stage, time_s=medians)
+            self._exchange.publish(
+                recheck_key(self._news.sequence, self._placement.rank), message.model_dump()
+            )
+            self._recheck = None
+
+    def _tell_trouble(self) -> None:
+        reason = self._link.trouble_reason
+        if reason is None or self._told_trouble:
+            return
+        self._told_trouble = True
+        message = Trouble(rank=self._placement.rank, reason=reason)
+        try:
+            self._exchange.publish(TROUBLE, message.model_dump())
+        except ExchangeError as error:
+            logger.debug("could not tell rank 0: %s", error)
+
+    # Statistics and the summary.
+
+    def _publish_stats(self, final: bool = False) -> None:
+        if not final and monotonic() < self._stats_due_s:
+            return
+        self._stats_due_s = monotonic() + _STATS_EVERY_S
+        self._stats = self._stats.model_copy(
+            update={"totals": self._account.totals, "requests": self._requests, "final": final}
+        )
+        self._exchange.publish(stats_key(self._placement.rank), self._stats.model_dump())
+
+    def _update_summary(self) -> None:
+        """On rank 0, now and then: a job that dies leaves a summary of how far it came."""
+        if self._reporter is None or monotonic() < self._summary_due_s:
+            return
+        self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
+        summary = self._reporter.update(self._all_stats(), "running", **self._plan_facts())
+        self._link.add_events(events_of(summary))
+
+    def _close(self) -> None:
+        """End the thread, then settle accounts; called on the thread that ends the session."""
+        self._stop.set()
+        self._link.wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5.0)
+        try:
+            self._settle()
+        except (PerseusError, OSError) as error:
+            logger.warning("the summary may be incomplete: %s", error)
+        finally:
+            if self._planner is not None:
+                self._planner.close()
+
+    def _settle(self) -> None:
+        self._take_helper_events()
+        for finished in self._link.take_finished():
+            self._take(finished)
+        self._publish_stats(final=True)
+        if self._reporter is None:
+            return
+        deadline_s = monotonic() + (_CRASH_TIMEOUT_S if _crashing() else _FINAL_STATS_TIMEOUT_S)
+        stats = self._all_stats()
+        while not (len(stats) == self._placement.world_size and all(s.final for s in stats)):
+            if monotonic() > deadline_s:
+                break
+            sleep(0.05)
+            stats = self._all_stats()
+        self._reporter.finish(stats, **self._plan_facts())
+
+    def _all_stats(self) -> list[RankStats]:
+        values = (self._exchange.fetch(stats_key(rank)) for rank in range(self._placement.world_size))
+        return [receive(RankStats, value) for value in values if value is not None]
+
+    def _plan_facts(self) -> dict[str, Any]:
+        coordinator = self._coordinator
+        return {
+            "plan": None if coordinator is None else coordinator.plan,
+            "planning_time_s": 0.0 if coordinator is None else coordinator.planning_time_s,
+            "dropped_plans": 0 if coordinator is None else coordinator.dropped,
+        }
+
+
+def _crashing() -> bool:
+    """Whether the interpreter ends because of an exception; the other ranks are then not waited for long."""
+    return getattr(sys, "last_value", None) is not None

@@ -190,6 +190,13 @@ class PerseusConfig(_Strict):
         ge=0,
         le=10,
     )
+    margin: float = _setting(
+        0.01,
+        "a number from 0 to 1",
+        "Share of its time by which a slowed instruction is planned to end before it is needed: instruction times vary.",
+        ge=0,
+        le=1,
+    )
     effort: Literal["quick", "normal", "thorough"] = _setting(
         "quick", '"quick", "normal" or "thorough"', "How hard the planner tries to come near the optimum."
     )

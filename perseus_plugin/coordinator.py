@@ -118,7 +118,7 @@ class Coordinator:
         self._estimates_due_s: float | None = None
         self._full_clock_s: list[float] = []
         self._full_clock_schedule = ""
-        self._margin = 0.0
+        self._margin = config.margin
         self._recent: deque[float] = deque(maxlen=config.watch.patience)
         self._recheck_sequence = 0
         self._recheck_s: list[float] = []
@@ -271,12 +271,15 @@ class Coordinator:
         self._follow(self._requested, iteration)
 
     def _publish_parts(self, version: int, schedule: str, plan: Plan) -> None:
+        assert self.survey is not None  # it was planned on
+        time_s = {(stage, kind, m.frequency_mhz): m.time_s for stage, kind, m in self.survey.profile.rows()}
         for stage, planned in enumerate(plan.stages):
             part = PlanPart(
                 version=version,
                 schedule=schedule,
                 clocks_mhz=tuple(p.frequency_mhz for p in planned),
-                times_s=tuple(p.finish_s - p.start_s for p in planned),
+                # As measured: the plan's own times hold the margin.
+                times_s=tuple(time_s[stage, p.instruction.kind, p.frequency_mhz] for p in planned),
             )
             self._exchange.publish(part_key(version, stage), part.model_dump())
 

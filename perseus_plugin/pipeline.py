@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -107,6 +107,26 @@ class PipelineGraph:
             steps.append((nodes, self.edge_target[edges], self.edge_latency_s[edges], starts[nodes] - first))
         return steps
 
+    def in_units(self, unit_s: float) -> PipelineGraph:
+        """The same graph with constant times and latencies in whole units of `unit_s`."""
+        if not (self.constant_s.any() or self.edge_latency_s.any()):
+            return self
+        return replace(
+            self,
+            constant_s=np.rint(self.constant_s / unit_s),
+            edge_latency_s=np.rint(self.edge_latency_s / unit_s),
+        )
+
+    def edges_into(self, node: int) -> range:
+        """Ids of the edges into `node`."""
+        return range(int(self.predecessor_start[node]), int(self.predecessor_start[node + 1]))
+
+    def edges_from(self, node: int) -> list[int]:
+        """Ids of the edges out of `node`."""
+        order, starts = self._by_source
+        edges: list[int] = order[starts[node] : starts[node + 1]].tolist()
+        return edges
+
     def durations(self, durations_s: npt.ArrayLike) -> FloatArray:
         """`durations_s`, shape (nodes,), with the entries of constant-time nodes put in their place."""
         given = np.asarray(durations_s, dtype=np.float64)
@@ -153,7 +173,7 @@ class PipelineGraph:
 
     def critical_path(self, durations_s: npt.ArrayLike) -> list[int]:
         """Node ids of one longest path, first to last."""
-        start, finish = self.times(durations_s)
+        finish = self.times(durations_s)[1]
         node = int(finish.argmax())
         path = [node]
         while self.predecessor_start[node] < self.predecessor_start[node + 1]:

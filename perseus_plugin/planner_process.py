@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from perseus_plugin.errors import PerseusError, PlanError
@@ -34,7 +34,7 @@ class PlanRequest:
         profile: time and energy per (stage, kind) and clock.
         blocking_power_w: one per stage.
         slowdown: target against full clocks, as a share.
-        margin: share by which the plan must stay below that, because earlier plans ran too long.
+        margin: share by which slowed instructions are planned to end before they are needed.
         effort: quick, normal or thorough.
         max_changes, min_dwell_s: limits on clock changes.
         full_clock_only: (stage, kind) that must not be slowed.
@@ -91,36 +91,38 @@ class PlanRequest:
 def plan_for(request: PlanRequest) -> Plan:
     """Plan in this process.
 
-    With a margin, the deadline is shortened by it, but never below the shortest iteration the profile allows.
-
     Raises:
         PerseusError: there is no such plan, or the request is inconsistent.
     """
     from perseus_plugin.pipeline import build_graph
     from perseus_plugin.planning.planner import ChangeLimits, Target, make_plan
 
-    graph = build_graph(request.streams, request.constant_time_s)
+    return make_plan(
+        build_graph(request.streams, request.constant_time_s),
+        _with_margin(request.profile, request.margin),
+        blocking_power_w=request.blocking_power_w,
+        target=Target.slowdown(request.slowdown),
+        limits=ChangeLimits(request.max_changes, request.min_dwell_s),
+        effort=request.effort,  # type: ignore[arg-type]
+        full_clock_only=request.full_clock_only,
+        schedule=request.schedule,
+    )
 
-    def make(slowdown: float | None, deadline_s: float = 0.0) -> Plan:
-        return make_plan(
-            graph,
-            request.profile,
-            blocking_power_w=request.blocking_power_w,
-            target=Target.deadline(deadline_s) if slowdown is None else Target.slowdown(slowdown),
-            limits=ChangeLimits(request.max_changes, request.min_dwell_s),
-            effort=request.effort,  # type: ignore[arg-type]
-            full_clock_only=request.full_clock_only,
-            schedule=request.schedule,
-        )
 
-    plan = make(request.slowdown)
-    if request.margin <= 0:
-        return plan
-    wanted_s = plan.deadline_s * (1 - request.margin)
-    try:
-        return make(None, wanted_s)
-    except PlanError as error:
-        raise PlanError(f"with a margin of {request.margin:.1%} there is no plan: {error}") from error
+def _with_margin(profile: Profile, margin: float) -> Profile:
+    """The profile with everything below the top clock taking longer by the margin.
+
+    A plan for it has slowed instructions end that much before they are needed, and stays feasible at any margin, since
+    full clocks are as fast as ever.
+    """
+    if margin <= 0:
+        return profile
+    return Profile(
+        {
+            key: (rows[0], *(replace(m, time_s=m.time_s * (1 + margin)) for m in rows[1:]))
+            for key, rows in profile.table.items()
+        }
+    )
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class IterationRecord:
         begin_s, end_s: the whole iteration, end-of-batch work and loss exchange included.
         starts_s, ends_s: per hooked operation.
         overran: emulated instructions for which the CPU was too slow.
-        overhead_s: time spent in the tap, waiting for an emulated GPU not counted.
+        overhead_s: time spent at the beginnings of controllable instructions, emulation not counted.
     """
 
     number: int
@@ -104,9 +104,9 @@ class InstructionTap:
             if slot >= 0:
                 if self._controller is not None:
                     self._controller.begin(slot, now_s)
+                record.overhead_s += monotonic() - now_s
                 if self.execution is not None:
                     self.execution.begin(self._operations[position])  # type: ignore[arg-type]
-            record.overhead_s += monotonic() - now_s
         except Exception as error:
             self._fail(error)
 

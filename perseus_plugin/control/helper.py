@@ -20,7 +20,7 @@ from perseus_plugin.control.ownership import Ownership, describe, lock_path
 from perseus_plugin.control.wire import BYE, READY, DeviceFacts, Trouble, pack_event, pack_reply
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import Gpu
-from perseus_plugin.gpus.opening import open_gpu
+from perseus_plugin.gpus.opening import candidate_specs, open_gpu
 
 TAKEOVER_WAIT_S = 1.5
 """How long to wait for the helper of a run that is just ending."""
@@ -36,11 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.set_blocking(inlet, False)
     os.set_blocking(outlet, False)
     try:
-        gpu = open_gpu(options.spec)
+        gpu, ownership, facts = take_over(options.spec, options.parent)
     except GpuError as error:
         _say(outlet, Trouble("helper_failed", str(error), time.monotonic()))
         return EXIT_NO_GPU
-    ownership, facts = take_over(gpu, options.spec, options.parent)
     if options.reset_only:
         return EXIT_OK if facts.can_lock else EXIT_RESET_FAILED
     loop = HelperLoop(
@@ -64,31 +63,50 @@ def main(arguments: list[str] | None = None) -> int:
     return EXIT_OK if confirmed else EXIT_RESET_FAILED
 
 
-def take_over(gpu: Gpu, spec: str, owner_pid: int) -> tuple[Ownership | None, DeviceFacts]:
-    """Become the one that controls this GPU and free its clock, or find out why not."""
-    ownership, why_not, leftover = None, "", ""
+def take_over(spec: str, owner_pid: int) -> tuple[Gpu, Ownership | None, DeviceFacts]:
+    """Become the one that controls a GPU and free its clock, or find out why not.
+
+    Returns the GPU, the held lock file (None: it can only be read), and the facts.
+
+    Raises:
+        GpuError: it cannot even be read.
+    """
+    candidates = candidate_specs(spec)
+    gpu = open_gpu(candidates[0])
+    backend, refusals, leftover = "", [], ""
+    ownership = None
     try:
         ownership = Ownership(lock_path(spec, gpu.uuid), owner_pid, wait_s=TAKEOVER_WAIT_S)
-        gpu.reset_clock()
-        if ownership.leftover is not None:
-            leftover = f"left locked by {describe(ownership.leftover)}"
-        ownership.mark(locked=False)
     except GpuError as error:
-        why_not = str(error)
-        if ownership is not None:
-            ownership.release()
-            ownership = None
+        refusals.append(str(error))
+    else:
+        for candidate in candidates:
+            try:
+                controller = gpu if candidate == candidates[0] else open_gpu(candidate)
+                controller.reset_clock()
+            except GpuError as error:
+                refusals.append(str(error))
+                continue
+            gpu, backend = controller, candidate.partition(":")[0]
+            if ownership.leftover is not None:
+                leftover = f"left locked by {describe(ownership.leftover)}"
+            ownership.mark(locked=False)
+            break
+    if ownership is not None and not backend:
+        ownership.release()
+        ownership = None
     facts = DeviceFacts(
         name=gpu.name,
         uuid=gpu.uuid,
         emulated=gpu.emulated,
         clocks_mhz=gpu.supported_clocks_mhz(),
         can_lock=ownership is not None,
-        why_not=why_not,
+        why_not="" if ownership is not None else "; and ".join(refusals),
         leftover=leftover,
         pid=os.getpid(),
+        backend=backend,
     )
-    return ownership, facts
+    return gpu, ownership, facts
 
 
 def _leave(gpu: Gpu, ownership: Ownership, locked_mhz: int | None, outlet: int) -> bool:

@@ -149,9 +149,7 @@ class HelperLoop:
     def _execute(self, command: Command) -> None:
         if command.what == SET_CLOCK:
             if self._may_set:
-                self._requests.push(
-                    Request(command.seq, command.number or None, command.sent_s, command.time_s)
-                )
+                self._requests.push(Request(command.seq, command.number or None, command.sent_s, command.time_s))
         elif command.what == POLL_ENERGY:
             self._poll_s = command.time_s
             self._last_poll = None

@@ -65,9 +65,7 @@ def reset_until_confirmed(
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
-def _has_left(
-    gpu: Gpu, locked_mhz: int | None, now: Callable[[], float], sleep: Callable[[float], None]
-) -> bool:
+def _has_left(gpu: Gpu, locked_mhz: int | None, now: Callable[[], float], sleep: Callable[[float], None]) -> bool:
     if locked_mhz is None or locked_mhz >= gpu.supported_clocks_mhz()[0]:
         return True
     end_s = now() + READ_BACK_S

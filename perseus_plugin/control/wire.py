@@ -97,6 +97,7 @@ class DeviceFacts:
         why_not: the reason and the remedy if not, else empty.
         leftover: what a dead run had left locked and was reset now, else empty.
         pid: of the helper.
+        backend: through which the clock is set: `"nvml"`, `"zeusd"` or `"emulated"`; empty if it cannot be.
     """
 
     name: str
@@ -107,6 +108,7 @@ class DeviceFacts:
     why_not: str
     leftover: str
     pid: int
+    backend: str = ""
 
     def pack(self) -> bytes:
         """As the payload of READY."""
@@ -236,9 +238,7 @@ def pack_event(event: Event) -> bytes:
         times = (event.requested_s, event.apply_at_s, event.called_s, event.applied_s)
         return pack_reply(APPLIED, _APPLIED.pack(event.seq, event.frequency_mhz or 0, *times))
     if isinstance(event, Mark):
-        return pack_reply(
-            MARKED, _MARK.pack(event.tag, event.time_s, event.energy_j, event.clock_mhz, event.capped_s)
-        )
+        return pack_reply(MARKED, _MARK.pack(event.tag, event.time_s, event.energy_j, event.clock_mhz, event.capped_s))
     if isinstance(event, SwitchLatency):
         return pack_reply(LATENCY, _LATENCY.pack(event.p50_s, event.p95_s, event.samples, event.timeouts))
     if isinstance(event, Deviation):

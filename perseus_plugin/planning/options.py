@@ -131,6 +131,12 @@ class PlanningProblem:
         times[-1, 0] = energies[-1, 0] = 0.0
         return times, energies
 
+    @cached_property
+    def mean_energy_j(self) -> float:
+        """Mean size of an instruction's effective energy at its fastest, to measure differences by."""
+        sizes = np.abs(self.per_node([c.energy_j[0] for c in self.classes]))
+        return float(sizes[self.instruction_nodes].mean()) or 1.0
+
     def durations(self, choice: IntArray) -> FloatArray:
         """Duration of every node when instruction v runs at option `choice[v]` of its class."""
         return self.option_table[0][self.class_of, choice] + self.graph.constant_s

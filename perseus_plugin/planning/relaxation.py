@@ -84,6 +84,7 @@ class Relaxation:
         self.least_units = np.rint(self.least_s / TIME_UNIT_S).astype(np.int64)
         self.latency_units = np.rint(problem.graph.edge_latency_s / TIME_UNIT_S).astype(np.int64)
         self._nodes = np.arange(n)
+        self.graph_in_units = problem.graph.in_units(TIME_UNIT_S)
         self._build_arcs()
 
     @cached_property
@@ -162,7 +163,7 @@ class Relaxation:
             raise PlanError(
                 f"deadline: got {deadline_s:.6f} s; the shortest possible iteration takes {self.shortest_s:.6f} s"
             )
-        shortest_units = round(self.problem.graph.iteration_time_s(self.least_units * 1.0))
+        shortest_units = round(self.graph_in_units.iteration_time_s(self.least_units * 1.0))
         # Rounded durations may add up to more than the rounded deadline; that would be an unbounded problem.
         deadline_units = max(round(deadline_s / TIME_UNIT_S), shortest_units)
         flow = self._flow(deadline_units)
@@ -194,7 +195,7 @@ class Relaxation:
 
     def _guess(self, deadline_units: int) -> IntArray:
         """Event times half-way between the earliest and the latest schedule at the fastest durations."""
-        graph, events = self.problem.graph, self.events
+        graph, events = self.graph_in_units, self.events
         least = self.least_units * 1.0
         start, finish = graph.times(least)
         latest = graph.latest_finish(least, float(deadline_units))

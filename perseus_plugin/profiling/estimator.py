@@ -37,12 +37,7 @@ __all__ = [
     "to_profile",
 ]
 
-_OUTLIER = (
-    6.0  # durations this many robust standard deviations away are hiccups of the host, not the instruction
-)
-_BLOCKING_SHARE = (
-    0.5  # of the lowest instruction power: what waiting is taken to draw when no waiting was seen
-)
+_OUTLIER = 6.0  # durations this many robust standard deviations away are hiccups of the host, not the instruction
 
 
 def estimate_stage(
@@ -61,46 +56,28 @@ def estimate_stage(
             power is kept out of the blocking power, and they are not in the result.
     """
     usable = [run for run in runs if not run.capped and run.end_s > run.begin_s]
-    kinds = sorted({a.kind for run in runs for a in run.activities})
-    seen = {
-        (kind, clock): _typical_s(
-            [a for run in usable if run.frequency_mhz == clock for a in run.activities], kind
-        )
-        for kind in kinds
-        for clock in {run.frequency_mhz for run in usable}
-    }
-    never = {kind for kind in kinds if not any(seen[k] for k in seen if k[0] == kind)}
-    kinds = [kind for kind in kinds if kind not in never]
+    everything = {a.kind for run in runs for a in run.activities}
+    durations = _durations(usable)
+    kinds = sorted({kind for kind, _ in durations})
+    wanted = [kind for kind in kinds if kind not in constant_kinds]
+    never = everything - set(kinds) - set(constant_kinds)
     # A clock counts only if every kind was seen at it: a plan needs all of a stage's kinds at each of its clocks.
-    clocks = [
-        c for c in sorted({run.frequency_mhz for run in usable}) if all(seen[kind, c] for kind in kinds)
-    ]
-    usable = [run for run in usable if run.frequency_mhz in clocks]
-    if not kinds or not clocks:
-        return StageEstimate(
-            (), math.nan, math.nan, math.nan, math.nan, frozenset({*kinds, *never, BLOCKING})
-        )
-    powers = fit_powers(sorted(usable, key=lambda r: r.begin_s), clocks, kinds)
-    instructions = []
-    for k, kind in enumerate(kinds):
-        for c in reversed(range(len(clocks))):
-            time = seen[kind, clocks[c]]
-            assert time is not None
-            power_w, power_se_w = powers.instruction_w[c, k], powers.instruction_se_w[c, k]
-            energy_j = float(power_w * time.mean_s)
-            energy_se_j = float(math.hypot(power_se_w * time.mean_s, power_w * time.se_s))
-            instructions.append(
-                InstructionEstimate(
-                    kind, clocks[c], time.mean_s, time.se_s, energy_j, energy_se_j, time.samples
-                )
-            )
+    clocks = sorted({clock for _, clock in durations if all((kind, clock) in durations for kind in wanted)})
+    if not wanted or not clocks:
+        return StageEstimate((), math.nan, math.nan, math.nan, math.nan, frozenset({*wanted, *never, BLOCKING}))
+    fitted_runs = sorted((run for run in usable if run.frequency_mhz in clocks), key=lambda run: run.begin_s)
+    powers = fit_powers(fitted_runs, clocks, kinds)
     estimate = StageEstimate(
-        tuple(instructions),
-        powers.blocking_w,
-        powers.blocking_se_w,
-        powers.window_s,
-        powers.lag_s,
-        frozenset(),
+        instructions=tuple(
+            _instruction(kind, clock, durations[kind, clock], powers.watts(clocks.index(clock), kinds.index(kind)))
+            for kind in wanted
+            for clock in reversed(clocks)
+        ),
+        blocking_power_w=powers.blocking_w,
+        blocking_power_se_w=powers.blocking_se_w,
+        window_s=powers.window_s,
+        lag_s=powers.lag_s,
+        unresolved=frozenset(),
     )
     unresolved = unresolved_kinds(estimate, max_relative_error) | never
     if not powers.waited:
@@ -115,8 +92,31 @@ class _Duration:
     samples: int
 
 
+def _durations(runs: Sequence[ClockRun]) -> dict[tuple[str, int], _Duration]:
+    """Typical durations by kind and clock, of those that were seen."""
+    activities: dict[tuple[str, int], list[Activity]] = {}
+    for run in runs:
+        for activity in run.activities:
+            activities.setdefault((activity.kind, run.frequency_mhz), []).append(activity)
+    typical = {key: _typical_s(found, key[0]) for key, found in activities.items()}
+    return {key: duration for key, duration in typical.items() if duration is not None}
+
+
+def _instruction(kind: str, clock: int, duration: _Duration, watts: tuple[float, float]) -> InstructionEstimate:
+    power_w, power_se_w = watts
+    return InstructionEstimate(
+        kind=kind,
+        frequency_mhz=clock,
+        time_s=duration.mean_s,
+        time_se_s=duration.se_s,
+        energy_j=power_w * duration.mean_s,
+        energy_se_j=math.hypot(power_se_w * duration.mean_s, power_w * duration.se_s),
+        samples=duration.samples,
+    )
+
+
 def _typical_s(activities: Sequence[Activity], kind: str) -> _Duration | None:
-    """Mean duration without hiccups; None when the kind never ran.
+    """Mean duration without hiccups; None when no execution has a duration.
 
     The mean, not the median: energy and iteration time add up over executions of varying length. Only executions
     far outside the bulk are left out.

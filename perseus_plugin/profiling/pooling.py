@@ -39,9 +39,7 @@ def pool(estimates: Sequence[StageEstimate], *, max_relative_error: float = 0.05
                 time_s, time_se_s = _random_effects([(r.time_s, r.time_se_s) for r in found])
                 energy_j, energy_se_j = _random_effects([(r.energy_j, r.energy_se_j) for r in found])
                 samples = sum(r.samples for r in found)
-                rows.append(
-                    InstructionEstimate(kind, clock, time_s, time_se_s, energy_j, energy_se_j, samples)
-                )
+                rows.append(InstructionEstimate(kind, clock, time_s, time_se_s, energy_j, energy_se_j, samples))
     power_w, power_se_w = _pooled_blocking(filled)
     joined = StageEstimate(
         tuple(rows),
@@ -55,9 +53,7 @@ def pool(estimates: Sequence[StageEstimate], *, max_relative_error: float = 0.05
     unresolved |= set().union(*(e.unresolved for e in estimates)) - set(kinds) - {BLOCKING}
     if all(BLOCKING in e.unresolved for e in estimates):
         unresolved.add(BLOCKING)
-    return StageEstimate(
-        joined.instructions, power_w, power_se_w, joined.window_s, joined.lag_s, frozenset(unresolved)
-    )
+    return StageEstimate(joined.instructions, power_w, power_se_w, joined.window_s, joined.lag_s, frozenset(unresolved))
 
 
 def blocking_power(stages: Sequence[StageEstimate]) -> tuple[float, float]:
@@ -82,9 +78,7 @@ def to_profile(stages: Sequence[StageEstimate]) -> tuple[Profile, frozenset[tupl
     unresolved = set()
     for stage, estimate in enumerate(stages):
         if not estimate.instructions:
-            raise ProfileError(
-                f"stage {stage}: no instruction was measured at any clock without power capping"
-            )
+            raise ProfileError(f"stage {stage}: no instruction was measured at any clock without power capping")
         known_w = [r.energy_j / r.time_s for r in estimate.instructions if r.energy_j > 0]
         stand_in_w = float(np.mean(known_w)) if known_w else blocking_power(stages)[0]
         for row in estimate.instructions:
@@ -100,9 +94,7 @@ def to_profile(stages: Sequence[StageEstimate]) -> tuple[Profile, frozenset[tupl
                 (
                     stage,
                     row.kind,
-                    Measurement(
-                        row.frequency_mhz, row.time_s, energy_j, row.samples, row.time_se_s, energy_se_j
-                    ),
+                    Measurement(row.frequency_mhz, row.time_s, energy_j, row.samples, row.time_se_s, energy_se_j),
                 )
             )
         unresolved |= {(stage, kind) for kind in estimate.unresolved if kind != BLOCKING}
@@ -116,8 +108,7 @@ def unresolved_kinds(estimate: StageEstimate, max_relative_error: float) -> set[
         if not (row.energy_j > 0 and row.energy_se_j <= max_relative_error * row.energy_j):
             unresolved.add(row.kind)
     if not (
-        estimate.blocking_power_w > 0
-        and estimate.blocking_power_se_w <= max_relative_error * estimate.blocking_power_w
+        estimate.blocking_power_w > 0 and estimate.blocking_power_se_w <= max_relative_error * estimate.blocking_power_w
     ):
         unresolved.add(BLOCKING)
     return unresolved

@@ -38,6 +38,10 @@ class Powers:
     window_s: float
     lag_s: float
 
+    def watts(self, clock: int, kind: int) -> tuple[float, float]:
+        """Power and standard error by index of clock and kind."""
+        return float(self.instruction_w[clock, kind]), float(self.instruction_se_w[clock, kind])
+
 
 def fit_powers(runs: Sequence[ClockRun], clocks: Sequence[int], kinds: Sequence[str]) -> Powers:
     """Power of each kind at each clock.

@@ -199,10 +199,10 @@ def solve(data: Moments, frequencies: Sequence[int], tau: float) -> Fit:
         places = np.arange(clocks) * width + k
         precision[np.ix_(places, places)] += rough / tau**2
         logprior += freedom * -2 * math.log(tau)
-    # The weak prior: any power is 1 +- 1 in units of the typical power.
-    precision += np.eye(len(precision))
-    target += 1.0
-    total += len(target)
+    # The weak prior: a power's mean over clocks is 1 +- 1 in units of the typical power.
+    precision += np.eye(len(precision)) / clocks
+    target += 1.0 / clocks
+    total += width
     covariance = np.linalg.inv(precision)
     covariance = (covariance + covariance.T) / 2
     power = covariance @ target

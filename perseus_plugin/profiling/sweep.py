@@ -14,7 +14,8 @@ _SIGMAS = 2.0  # by this many standard errors a clock must be worse before it is
 
 
 def choose_clocks(supported_mhz: Sequence[int], count: int, lowest_mhz: int = 0) -> tuple[int, ...]:
-    """`count` supported clocks (fewer if there are fewer) from the highest down to `lowest_mhz`, evenly spread, falling.
+    """`count` supported clocks (fewer if there are fewer) from the highest down to `lowest_mhz`,
+    evenly spread, falling.
 
     Raises:
         ValueError: `count` below 1, or no supported clock at or above `lowest_mhz`.
@@ -28,7 +29,7 @@ def choose_clocks(supported_mhz: Sequence[int], count: int, lowest_mhz: int = 0)
         return tuple(allowed)
     if count == 1:
         return (allowed[0],)
-    chosen = []
+    chosen: list[int] = []
     for i in range(count):
         target = allowed[0] + (allowed[-1] - allowed[0]) * i / (count - 1)
         # Leave enough clocks for the rest where the supported ones are not evenly spread.

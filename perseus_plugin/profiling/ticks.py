@@ -15,6 +15,7 @@ Array = NDArray[np.float64]
 _GRID_SHARE = 0.95  # of ticks that must fit a regular grid before the grid is believed
 _SLOW_POLLS = 0.2  # of the time between ticks: polls slower than this and without a grid blur single ticks
 _THINNED = 5.0  # times the blur: the distance of ticks that are then kept
+_FOLLOW = 0.1  # of its error by which a grid's phase is corrected at each tick
 _IMPLAUSIBLE = 10.0  # an increment this many times the typical power is a counter that jumped
 
 
@@ -168,24 +169,50 @@ def _thinned(times_s: Array, usable: NDArray[np.bool_], least_s: float) -> NDArr
 
 
 def _fit_grid(before_s: Array, seen_s: Array, period_s: float) -> tuple[float, float]:
-    """Phase and period of the regular grid that violates the intervals least (alternating projections)."""
+    """Phase and period of the regular grid whose points lie deepest inside the intervals.
+
+    For a given period the best phase is known; how far the worst interval is then missed is convex in the period.
+    """
     middle_s = (before_s + seen_s) / 2
-    number = np.concatenate([[0.0], np.cumsum(np.round(np.diff(middle_s) / period_s))])
-    origin_s = middle_s[0]
+    number = _count_periods(middle_s, period_s)
+    if number[-1] == 0:
+        return float(middle_s[0]), period_s
+    origin_s = before_s[0]
     low_s, high_s = before_s - origin_s, seen_s - origin_s
-    target_s = middle_s - origin_s
-    centred = number - number.mean()
-    spread = float(centred @ centred)
-    if spread == 0:
-        return origin_s, period_s
+
+    def phases_s(period: float) -> tuple[float, float]:
+        return float((low_s - number * period).max()), float((high_s - number * period).min())
+
+    guess_s = float(np.polyfit(number, middle_s - origin_s, 1)[0])
+    reach_s = 2 * float((seen_s - before_s).max()) / number[-1]
+    shortest_s, longest_s = guess_s - reach_s, guess_s + reach_s
     for _ in range(60):
-        period_s = float(centred @ target_s) / spread
-        line_s = target_s.mean() + period_s * centred
-        renewed_s = np.clip(line_s, low_s, high_s)
-        if np.abs(renewed_s - line_s).max() < 1e-7:
-            break
-        target_s = renewed_s
-    return float(origin_s + target_s.mean() - period_s * number.mean()), period_s
+        below_s, above_s = (shortest_s + share * (longest_s - shortest_s) for share in (1 / 3, 2 / 3))
+        misses = [low - high for low, high in (phases_s(below_s), phases_s(above_s))]
+        if misses[0] < misses[1]:
+            longest_s = above_s
+        else:
+            shortest_s = below_s
+    period_s = (shortest_s + longest_s) / 2
+    return float(origin_s + sum(phases_s(period_s)) / 2), period_s
+
+
+def _count_periods(middle_s: Array, period_s: float) -> Array:
+    """Number of each tick on a grid of about this period, following its phase as a phase-locked loop does.
+
+    Rounding single differences would miscount where polls are nearly as slow as ticks.
+    """
+    for span in (2, 4, 8, 16):
+        if len(middle_s) > 2 * span:
+            stretches_s = middle_s[span:] - middle_s[:-span]
+            period_s = float(np.median(stretches_s / np.maximum(np.round(stretches_s / period_s), 1)))
+    turns = np.exp(2j * np.pi * (middle_s[:16] - middle_s[0]) / period_s)
+    phase_s = middle_s[0] + float(np.angle(turns.mean())) * period_s / (2 * np.pi)
+    number = np.zeros(len(middle_s))
+    for i, time_s in enumerate(middle_s):
+        number[i] = np.round((time_s - phase_s) / period_s)
+        phase_s += _FOLLOW * (time_s - phase_s - number[i] * period_s)
+    return np.asarray(number - number[0])
 
 
 def _nearest_grid_points(before_s: Array, seen_s: Array, phase_s: float, period_s: float) -> Array:

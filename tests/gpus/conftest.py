@@ -7,6 +7,10 @@ import pytest
 
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 
+from ..nvml_simulator.building import simulated_nvml
+
+__all__ = ["simulated_nvml"]
+
 
 class VirtualClock:
     """Time that passes only in `sleep`."""

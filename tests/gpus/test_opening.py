@@ -8,7 +8,7 @@ import pytest
 
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from perseus_plugin.gpus.opening import open_gpu
+from perseus_plugin.gpus.opening import candidate_specs, open_gpu
 
 
 def test_an_emulated_gpu_is_opened_by_its_path(tmp_path: Path) -> None:
@@ -18,9 +18,13 @@ def test_an_emulated_gpu_is_opened_by_its_path(tmp_path: Path) -> None:
     assert opened.emulated
 
 
-@pytest.mark.parametrize("spec", ["", "emulated:", "cuda:0", "nvml", "zeusd:/run/x.sock", "zeusd:/run/x.sock:a:GPU-1"])
+@pytest.mark.parametrize(
+    "spec", ["", "emulated:", "cuda:0", "nvml", "zeusd:/run/x.sock", "zeusd:/run/x.sock:a:GPU-1", "auto:GPU-1"]
+)
 def test_other_specs_are_refused_with_what_is_allowed(spec: str) -> None:
-    with pytest.raises(GpuError, match=r"allowed: emulated:PATH, nvml:UUID, zeusd:SOCKET:INDEX:UUID"):
+    with pytest.raises(
+        GpuError, match=r"allowed: emulated:PATH, nvml:UUID, zeusd:SOCKET:\[INDEX\]:UUID, auto:SOCKET:UUID"
+    ):
         open_gpu(spec)
 
 
@@ -31,3 +35,8 @@ def test_importing_the_helper_imports_no_heavy_module() -> None:
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
+
+
+def test_auto_tries_nvml_and_then_zeusd() -> None:
+    assert candidate_specs("auto:/run/z:x.sock:GPU-1") == ("nvml:GPU-1", "zeusd:/run/z:x.sock::GPU-1")
+    assert candidate_specs("emulated:/x") == ("emulated:/x",)

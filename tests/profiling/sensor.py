@@ -211,9 +211,7 @@ def _ticks(
         added = sampled[1:] * np.diff(times)
     added = added * (1 + counter.noise * rng.standard_normal(len(added)))
     values = np.round(5e4 + np.concatenate([[0.0], np.cumsum(added)]), 3)
-    polls = begin_s + np.cumsum(
-        counter.poll_s * rng.uniform(0.5, 1.5, int(2.2 * (end_s - begin_s) / counter.poll_s))
-    )
+    polls = begin_s + np.cumsum(counter.poll_s * rng.uniform(0.5, 1.5, int(2.2 * (end_s - begin_s) / counter.poll_s)))
     polls = polls[polls < end_s]
     shown = values[np.searchsorted(times, polls, side="right") - 1]
     changes = np.flatnonzero(np.diff(shown)) + 1

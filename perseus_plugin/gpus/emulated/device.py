@@ -90,13 +90,11 @@ class EmulatedGpu:
         window_s = tick_period_s if tick_window_s is None else tick_window_s
         if not (tick_period_s > 0 and 0 < window_s <= tick_period_s):
             raise GpuError(
-                f"emulated GPU: tick period {tick_period_s} s and window {window_s} s; "
-                "allowed: 0 < window <= period"
+                f"emulated GPU: tick period {tick_period_s} s and window {window_s} s; allowed: 0 < window <= period"
             )
         if switch_latency_s < 0 or switch_jitter_s < 0:
             raise GpuError(
-                f"emulated GPU: switch latency {switch_latency_s} s and jitter {switch_jitter_s} s; "
-                "allowed: from 0"
+                f"emulated GPU: switch latency {switch_latency_s} s and jitter {switch_jitter_s} s; allowed: from 0"
             )
         digest = hashlib.sha256(str(path).encode()).hexdigest()
         tables = model_tables(model, tick_period_s, window_s, tick_period_s * int(digest[:4], 16) / 65536)

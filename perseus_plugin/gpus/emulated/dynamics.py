@@ -152,9 +152,7 @@ class Dynamics:
             asked = mhz
         raise AssertionError("unreachable: the last change is at infinity")
 
-    def begin_work(
-        self, tables: Tables, load: int, work_s: float, dynamic_w: float, backdated_s: float
-    ) -> None:
+    def begin_work(self, tables: Tables, load: int, work_s: float, dynamic_w: float, backdated_s: float) -> None:
         """Start work of `work_s` full-clock seconds, `backdated_s` before `at_s`, in place of any other."""
         before_w = self.power_w(tables)
         self.load, self.dynamic_w, self.work_s = load, dynamic_w, work_s

@@ -52,8 +52,9 @@ LOG_OFFSET = SLOTS_OFFSET + 2 * SLOT_BYTES
 LOG_ENTRY = struct.Struct("<dIIII")
 FILE_BYTES = LOG_OFFSET + LOG_CAPACITY * LOG_ENTRY.size
 
-NO_PERMISSION, NOT_SUPPORTED, GPU_LOST, IGNORE_LOCKS = 1, 2, 4, 8
-"""Bits of the `faults` setting: setting clocks refused; not supported; all calls fail; locks do nothing."""
+NO_PERMISSION, NOT_SUPPORTED, GPU_LOST, IGNORE_LOCKS, MIG_ENABLED = 1, 2, 4, 8, 16
+"""Bits of the `faults` setting: setting clocks refused; not supported; all calls fail; locks do nothing; it is
+partitioned (told only by the simulated NVML)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,7 @@ class StateFile:
         self._open()
         header = HEADER.unpack_from(self._map, 0)
         if header[0] != MAGIC or header[1] != VERSION:
-            raise GpuError(
-                f"{self.path}: not an emulated GPU of version {VERSION}; remove it to have a new one made"
-            )
+            raise GpuError(f"{self.path}: not an emulated GPU of version {VERSION}; remove it to have a new one made")
         if header[5].rstrip(b"\0").decode() != boot_id():
             raise GpuError(f"{self.path}: from before the last boot; remove it to have a new one made")
         self.uuid: str = header[6].rstrip(b"\0").decode()
@@ -199,9 +198,7 @@ def boot_id() -> str:
         return "unknown"
 
 
-def initial_bytes(
-    uuid: str, name: str, tables: Tables, dynamics: Dynamics, settings: dict[str, float]
-) -> bytearray:
+def initial_bytes(uuid: str, name: str, tables: Tables, dynamics: Dynamics, settings: dict[str, float]) -> bytearray:
     """Content of a new state file."""
     content = bytearray(FILE_BYTES)
     HEADER.pack_into(

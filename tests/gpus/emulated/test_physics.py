@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from perseus_plugin.gpus.emulated.physics import (
@@ -26,7 +28,7 @@ def test_clocks_fall_in_steps_from_the_highest_to_the_lowest(model: GpuModel) ->
     clocks = model.clocks_mhz()
     assert clocks[0] == model.max_clock_mhz
     assert clocks[-1] == model.min_clock_mhz
-    assert {a - b for a, b in zip(clocks, clocks[1:], strict=False)} == {model.clock_step_mhz}
+    assert {a - b for a, b in itertools.pairwise(clocks)} == {model.clock_step_mhz}
 
 
 @pytest.mark.parametrize("model", MODEL_LIST, ids=lambda m: m.name)

@@ -1,0 +1,170 @@
+"""A GPU whose clock the zeusd daemon sets for us: for jobs without privilege.
+
+The daemon (of the Zeus project) runs as root and takes HTTP requests on a unix socket. It keeps no lease: if
+its client dies the clock stays locked, so the helper's reset is needed here as much as with NVML. Readings
+need no privilege and come from NVML directly.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from typing import Any
+from urllib.parse import urlencode
+
+from perseus_plugin.errors import GpuError
+from perseus_plugin.gpus.base import EnergyReading, GpuLostError, GpuPermissionError
+from perseus_plugin.gpus.nvml import NvmlGpu
+
+TIMEOUT_S = 10.0
+TOKEN_VARIABLE = "ZEUSD_TOKEN"
+
+
+class ZeusdGpu:
+    """One NVIDIA GPU, clocks through zeusd. Implements `perseus_plugin.gpus.base.Gpu`.
+
+    Args:
+        socket_path: the daemon's unix socket.
+        index: the GPU's number on the host, as zeusd counts; None: found by its PCI address.
+        uuid: as for `NvmlGpu`.
+
+    Raises:
+        GpuError: no daemon there, or the GPU cannot be found.
+    """
+
+    emulated = False
+
+    def __init__(self, socket_path: str, index: int | None, uuid: str) -> None:
+        self._readings = NvmlGpu(uuid)
+        self.name, self.uuid = self._readings.name, self._readings.uuid
+        self._daemon = Zeusd(socket_path)
+        self._index = self._find() if index is None else index
+
+    def supported_clocks_mhz(self) -> tuple[int, ...]:
+        """SM clocks that can be locked, falling."""
+        return self._readings.supported_clocks_mhz()
+
+    def lock_clock(self, frequency_mhz: int) -> None:
+        """Ask the daemon for a clock; it answers when the driver has taken the request."""
+        clocks = {"min_clock_mhz": frequency_mhz, "max_clock_mhz": frequency_mhz}
+        self._daemon.post("/gpu/set_gpu_locked_clocks", gpu_ids=self._index, **clocks, block="true")
+
+    def reset_clock(self) -> None:
+        """Have the daemon give up the lock."""
+        self._daemon.post("/gpu/reset_gpu_locked_clocks", gpu_ids=self._index, block="true")
+
+    def read_clock_mhz(self) -> int:
+        """The SM clock now."""
+        return self._readings.read_clock_mhz()
+
+    def read_energy(self) -> EnergyReading:
+        """The energy counter."""
+        return self._readings.read_energy()
+
+    def close(self) -> None:
+        """Hang up; does not reset the clock."""
+        self._daemon.close()
+        self._readings.close()
+
+    def _find(self) -> int:
+        gpus = self._daemon.discover().get("gpus", [])
+        address = self._readings.pci_address()
+        for gpu in gpus:
+            if str(gpu.get("pci_address", "")).lower() == address:
+                return int(gpu["id"])
+        raise GpuError(
+            f"zeusd at {self._daemon.socket_path}: none of its {len(gpus)} GPUs is at PCI address {address}; "
+            "a zeusd that tells PCI addresses (0.5 or later) on this host is needed"
+        )
+
+
+class Zeusd:
+    """Requests to the daemon over one kept connection, made again when it was lost.
+
+    Args:
+        socket_path: its unix socket.
+    """
+
+    def __init__(self, socket_path: str) -> None:
+        self.socket_path = socket_path
+        self._connection: _UnixConnection | None = None
+
+    def discover(self) -> dict[str, Any]:
+        """What the daemon offers.
+
+        Raises:
+            GpuError: no daemon there, or no zeusd.
+        """
+        answer = self._request("GET", "/discover")
+        try:
+            found = json.loads(answer)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise GpuError(f"zeusd at {self.socket_path}: /discover answered {answer[:80]!r}; is that a zeusd?")
+        return found
+
+    def post(self, path: str, **parameters: str | int) -> None:
+        """A request that changes something.
+
+        Raises:
+            GpuPermissionError: the daemon may not, or does not let us.
+            GpuLostError: the daemon does not answer.
+            GpuError: the request failed.
+        """
+        self._request("POST", f"{path}?{urlencode(parameters)}")
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _request(self, method: str, target: str) -> bytes:
+        for attempt in (1, 2):
+            fresh = self._connection is None
+            try:
+                connection = self._connection = self._connection or _UnixConnection(self.socket_path)
+                connection.request(method, target, headers=_headers())
+                response = connection.getresponse()
+                body = response.read()
+                break
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                # A daemon may close a connection that was idle; setting a clock twice does no harm.
+                if fresh or attempt == 2:
+                    raise GpuLostError(f"zeusd at {self.socket_path} does not answer: {error}") from error
+        if response.status == 200:
+            return body
+        reason = f"zeusd at {self.socket_path}: {method} {target.partition('?')[0]}: {response.status} {_reason(body)}"
+        if response.status in (401, 403, 404):
+            remedy = "; the daemon needs root, the API group gpu-control, and with authentication ZEUSD_TOKEN"
+            raise GpuPermissionError(reason + remedy)
+        raise GpuError(reason)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _headers() -> dict[str, str]:
+    token = os.environ.get(TOKEN_VARIABLE)
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _reason(body: bytes) -> str:
+    """The message in an answer: per GPU as JSON, or plain text."""
+    try:
+        errors = json.loads(body)["errors"]
+        return "; ".join(f"GPU {index}: {message}" for index, message in errors.items())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return body.decode(errors="replace")[:200].strip()

@@ -1,0 +1,165 @@
+"""From a good plan towards the lower bound: windows of the iteration solved exactly, and good patterns repeated.
+
+Where a stage would run between two clocks in the relaxation, a plan has to alternate, and which microbatch runs at
+which clock in which stage is a puzzle that rounding solves badly. A window of a few microbatches is small enough to
+be solved exactly. In the steady state all windows look alike, so what one window found is tried in the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from perseus_plugin.pipeline import FloatArray, IntArray
+from perseus_plugin.planning.options import PlanningProblem
+from perseus_plugin.planning.relaxation import Relaxed
+from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
+from perseus_plugin.planning.window import WindowLimits, regrets, solve_window
+
+
+@dataclass(frozen=True, slots=True)
+class SearchPass:
+    """One pass over the iteration, window by window.
+
+    Attributes:
+        nodes: about how many instructions a window holds.
+        offset: where the first window begins, as a share of a window.
+        limits: on the search in a window.
+        repeat: trust a pattern that carried over unimproved twice, and only repeat it from there.
+    """
+
+    nodes: int
+    offset: float
+    limits: WindowLimits
+    repeat: bool
+
+
+def _passes(*rows: tuple[int, float, float, float, bool]) -> tuple[SearchPass, ...]:
+    return tuple(
+        SearchPass(nodes, offset, WindowLimits(work, regret), repeat)
+        for nodes, offset, work, regret, repeat in rows
+    )
+
+
+# Instructions in a window, offset, work, regret, repeat.
+NORMAL = _passes(
+    (64, 0.0, 0.1, 0.02, True),
+    (64, 0.5, 0.1, 0.02, True),
+    (96, 0.25, 0.2, 0.02, True),
+    (64, 0.75, 0.2, 0.03, True),
+)
+THOROUGH = _passes(
+    (64, 0.0, 0.2, 0.02, True),
+    (64, 0.5, 0.2, 0.02, True),
+    (96, 0.0, 0.5, 0.02, True),
+    (96, 0.5, 0.5, 0.02, True),
+    (64, 0.25, 0.5, 0.03, False),
+    (96, 0.75, 0.5, 0.03, False),
+    (128, 0.25, 1.0, 0.02, False),
+    (96, 0.25, 1.0, 0.02, False),
+)
+
+
+def improve(
+    problem: PlanningProblem,
+    relaxed: Relaxed,
+    choice: IntArray,
+    passes: tuple[SearchPass, ...],
+    time_limit_s: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> IntArray:
+    """Search for a better choice that meets the same deadline; never returns a worse one.
+
+    Args:
+        problem: graph and options.
+        relaxed: the relaxation's optimum for the deadline.
+        choice: shape (nodes,), meets the deadline.
+        passes: what to do.
+        time_limit_s: stop after this many seconds.
+        clock: seconds, for the time limit.
+    """
+    search = _Search(problem, relaxed, choice, lambda deadline=clock() + time_limit_s: clock() > deadline)
+    for one in passes:
+        search.run(one)
+    return search.choice
+
+
+class _Search:
+    def __init__(
+        self, problem: PlanningProblem, relaxed: Relaxed, choice: IntArray, expired: Callable[[], bool]
+    ) -> None:
+        self.problem = problem
+        self.deadline_s = relaxed.deadline_s
+        self.choice = choice
+        self.energy_j = problem.effective_energy_j(choice)
+        self.expired = expired
+        self.regret_j = regrets(problem, relaxed.instruction_price_w)
+        self.when_s: FloatArray = (relaxed.earliest_finish_s + relaxed.latest_finish_s) / 2
+
+    def run(self, one: SearchPass) -> None:
+        graph = self.problem.graph
+        per_microbatch = len(self.problem.instruction_nodes) / graph.microbatches
+        shift = max(1, round(one.nodes / per_microbatch))
+        earlier = self._earlier(shift)
+        width = self._width(earlier, shift)
+        begin = -one.offset * width
+        gained, streak = 0.0, 0
+        while begin < self.deadline_s and not self.expired():
+            inside = (self.when_s >= begin) & (self.when_s < begin + width) & (self.problem.class_of >= 0)
+            nodes = np.flatnonzero(inside)
+            begin += width
+            if not len(nodes):
+                continue
+            carried = self._carry_over(nodes, earlier)
+            streak = streak + 1 if carried > 0 and carried >= 0.7 * gained else 0
+            if one.repeat and streak > 2:
+                continue
+            found, _ = solve_window(
+                self.problem, self.choice, self.deadline_s, nodes, self.regret_j, one.limits
+            )
+            improved = self._take(found)
+            streak = 0 if improved > 0.1 * carried else streak
+            gained = carried + improved
+
+    def _earlier(self, shift: int) -> IntArray:
+        """Shape (nodes,): the same instruction `shift` microbatches earlier, -1 where there is none."""
+        graph = self.problem.graph
+        earlier = np.full(len(graph), -1, dtype=np.int64)
+        for node, instruction in enumerate(graph.instructions):
+            if instruction is not None and instruction.microbatch >= shift:
+                before = replace(instruction, microbatch=instruction.microbatch - shift)
+                earlier[node] = graph.node_of.get(before, -1)
+        return earlier
+
+    def _width(self, earlier: IntArray, shift: int) -> float:
+        """Length of a window: that of `shift` microbatches in the steady state."""
+        has = earlier >= 0
+        if has.any():
+            median = float(np.median(self.when_s[has] - self.when_s[earlier[has]]))
+            if median > 0:
+                return median
+        return self.deadline_s * min(1.0, shift / self.problem.graph.microbatches)
+
+    def _carry_over(self, nodes: IntArray, earlier: IntArray) -> float:
+        """Try what the window one shift earlier runs at; returns the energy gained."""
+        known = earlier[nodes] >= 0
+        tried = self.choice.copy()
+        tried[nodes[known]] = self.choice[earlier[nodes[known]]]
+        return self._take(tried)
+
+    def _take(self, found: IntArray) -> float:
+        """Make `found` meet the deadline and keep it if it is better; returns the energy gained."""
+        if np.array_equal(found, self.choice):
+            return 0.0
+        finish = self.problem.graph.times(self.problem.durations(found))[1]
+        repaired = round_to_deadline(self.problem, finish + 1e-6, self.deadline_s)
+        repaired = use_up_slack(self.problem, repaired, self.deadline_s)
+        energy = self.problem.effective_energy_j(repaired)
+        gain = self.energy_j - energy
+        if gain <= 0:
+            return 0.0
+        self.choice, self.energy_j = repaired, energy
+        return gain

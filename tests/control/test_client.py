@@ -1,0 +1,272 @@
+"""The helper as a real process: what it does when asked, and what is left when things die."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from perseus_plugin.control.client import ClockHelper
+from perseus_plugin.control.wire import Applied, Deviation, Mark, SwitchLatency, Tick, Trouble
+from perseus_plugin.gpus.emulated.device import EmulatedGpu
+from perseus_plugin.gpus.emulated.state import GPU_LOST, IGNORE_LOCKS, NO_PERMISSION
+
+from .harness import free_and_unowned, other_events, start_trainer, wait_for_event, wait_until
+
+
+def test_it_tells_the_facts_of_its_gpu(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    facts = helper.wait_ready(0)
+    assert facts is not None
+    assert (facts.name, facts.uuid, facts.clocks_mhz) == (gpu.name, gpu.uuid, gpu.supported_clocks_mhz())
+    assert (facts.can_lock, facts.why_not, facts.leftover, facts.pid) == (True, "", "", helper.pid)
+    assert os.getsid(helper.pid or 0) == helper.pid
+
+
+def test_requests_reach_the_driver_and_repeats_do_not(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    for mhz in (900, 900, 1005, 1005):
+        helper.request(mhz)
+        time.sleep(0.01)
+    helper.request(1200, time.monotonic() + 0.05)
+    helper.request(None, time.monotonic() + 0.1)
+    applied = []
+    while len(applied) < 4:
+        applied.append(wait_for_event(helper, Applied))
+    assert [a.frequency_mhz for a in applied] == [900, 1005, 1200, None]
+    assert all(a.requested_s <= a.called_s <= a.applied_s for a in applied)
+    assert applied[2].called_s >= applied[2].apply_at_s
+    assert [e.mhz for e in gpu.events()][1:] == [900, 1005, 1200, 0]  # the first is the reset at the start
+
+
+def test_it_reports_ticks_and_marks(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    helper.poll_energy(0.001)
+    ticks = [wait_for_event(helper, Tick) for _ in range(3)]
+    assert all(t.previous_poll_s < t.time_s for t in ticks)
+    assert all(a.energy_j < b.energy_j for a, b in itertools.pairwise(ticks))
+    assert ticks[0].clock_mhz == 1410
+    helper.poll_energy(None)
+    helper.mark(2**32 - 1)
+    mark = wait_for_event(helper, Mark)
+    assert mark.tag == 2**32 - 1
+    assert ticks[-1].energy_j <= mark.energy_j <= gpu.exact_energy_j()
+
+
+def test_it_measures_the_switch_latency_and_leaves_the_clock_free(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    helper.measure_latency(2)
+    found = wait_for_event(helper, SwitchLatency)
+    assert (found.samples, found.timeouts) == (4, 0)
+    assert 0.002 <= found.p50_s <= found.p95_s
+    assert gpu.locked_mhz() is None
+
+
+def test_close_resets_and_ends(spec: str, gpu: EmulatedGpu) -> None:
+    helper = ClockHelper.start(spec)
+    helper.request(900)  # even before it is ready
+    wait_for_event(helper, Applied)
+    assert helper.close(20)
+    assert free_and_unowned(gpu, spec)
+    assert not helper.alive
+    helper.request(900)
+    helper.mark(1)
+    assert helper.drain() == []
+    assert helper.close()
+
+
+def test_dwell_is_kept(spec: str) -> None:
+    helper = ClockHelper.start(spec, min_dwell_s=0.1)
+    helper.wait_ready(20)
+    for mhz in (900, 1005, 1200):
+        helper.request(mhz)
+        time.sleep(0.02)
+    first, second = wait_for_event(helper, Applied), wait_for_event(helper, Applied)
+    assert (first.frequency_mhz, second.frequency_mhz) == (900, 1200)
+    assert second.called_s - first.applied_s >= 0.1
+    helper.close()
+
+
+@pytest.mark.parametrize("mode", ["plain", "fork", "raw"])
+def test_a_killed_trainer_leaves_no_lock_and_no_helper(spec: str, gpu: EmulatedGpu, mode: str) -> None:
+    trainer, child = start_trainer(spec, mode)
+    assert gpu.locked_mhz() == 900
+    trainer.kill()
+    trainer.wait()
+    try:
+        wait_until(lambda: free_and_unowned(gpu, spec), 1.0)
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)
+        assert trainer.stdout is not None
+        trainer.stdout.close()
+
+
+@pytest.mark.parametrize("mode", ["exception", "exit"])
+def test_a_trainer_that_just_ends_leaves_no_lock(spec: str, gpu: EmulatedGpu, mode: str) -> None:
+    trainer, _ = start_trainer(spec, mode)
+    trainer.wait(20)
+    wait_until(lambda: free_and_unowned(gpu, spec), 1.0)
+    assert trainer.stdout is not None
+    trainer.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_helper_frees_the_clock(helper: ClockHelper, gpu: EmulatedGpu, spec: str, number: int) -> None:
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    os.kill(helper.pid or 0, number)
+    wait_until(lambda: free_and_unowned(gpu, spec), 1.0)
+    wait_until(lambda: not helper.alive)
+
+
+def test_a_killed_helper_is_reported_once_and_its_lock_freed(helper: ClockHelper, gpu: EmulatedGpu, spec: str) -> None:
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    os.kill(helper.pid or 0, signal.SIGKILL)
+    wait_until(lambda: gpu.locked_mhz() is None, 2.0)
+    wait_until(lambda: not helper.alive)
+    helper.request(1005)
+    helper.poll_energy(0.001)
+    wait_until(lambda: free_and_unowned(gpu, spec))
+    assert [event.code for event in other_events(helper) if isinstance(event, Trouble)] == ["helper_died"]
+    assert gpu.locked_mhz() is None
+
+
+def test_garbage_on_the_pipe_frees_the_clock(helper: ClockHelper, gpu: EmulatedGpu, spec: str) -> None:
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    os.write(helper._inlet, b"x" * 64)
+    wait_until(lambda: free_and_unowned(gpu, spec), 1.0)
+    assert wait_for_event(helper, Trouble).code == "protocol"
+
+
+def test_a_stopped_helper_never_blocks_the_trainer(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    os.kill(helper.pid or 0, signal.SIGSTOP)
+    before_s = time.monotonic()
+    for number in range(5000):
+        helper.request(900 if number % 2 else 1005)
+    assert time.monotonic() - before_s < 5.0
+    assert helper.dropped > 0
+    os.kill(helper.pid or 0, signal.SIGCONT)
+    helper.request(None)
+    wait_until(lambda: gpu.locked_mhz() is None)
+
+
+def test_silence_counts_as_stuck(spec: str, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perseus_plugin.control.client.STUCK_AFTER_S", 1.5)
+    helper = ClockHelper.start(spec)
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    os.kill(helper.pid or 0, signal.SIGSTOP)
+    assert wait_for_event(helper, Trouble).code == "helper_stuck"
+    assert not helper.alive
+    os.kill(helper.pid or 0, signal.SIGCONT)
+    wait_until(lambda: free_and_unowned(gpu, spec))
+    assert other_events(helper) == []
+
+
+def test_a_second_job_on_the_gpu_observes_only(helper: ClockHelper, spec: str, gpu: EmulatedGpu) -> None:
+    second = ClockHelper.start(spec)
+    facts = second.wait_ready(20)
+    assert facts is not None
+    assert not facts.can_lock
+    assert f"another job controls this GPU: process {os.getpid()} of user id" in facts.why_not
+    second.request(900)
+    second.mark(5)
+    assert wait_for_event(second, Mark).tag == 5
+    assert gpu.locked_mhz() is None
+    assert second.close(20)
+
+
+def test_a_lock_left_by_a_dead_run_is_found_and_freed(helper: ClockHelper, spec: str, gpu: EmulatedGpu) -> None:
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    helper._closing = True  # nobody is left to start the rescue
+    os.kill(helper.pid or 0, signal.SIGKILL)
+    wait_until(lambda: not helper.alive)
+    gpu.lock_clock(900)
+    second = ClockHelper.start(spec)
+    facts = second.wait_ready(20)
+    assert facts is not None
+    assert facts.can_lock
+    assert second.close(20)
+    assert gpu.locked_mhz() is None
+
+
+def test_permission_taken_away_is_reported_once_and_nothing_is_tried_again(
+    helper: ClockHelper, gpu: EmulatedGpu, spec: str
+) -> None:
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    gpu.set_faults(NO_PERMISSION)
+    helper.request(1005)
+    trouble = wait_for_event(helper, Trouble)
+    assert (trouble.code, "no permission" in trouble.text) == ("lock_failed", True)
+    helper.request(1200)
+    helper.mark(1)
+    wait_for_event(helper, Mark)
+    assert other_events(helper) == []
+    assert helper.alive
+    gpu.set_faults(0)
+    assert helper.close(20)
+    assert free_and_unowned(gpu, spec)
+
+
+def test_a_lost_gpu_is_reported(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    gpu.set_faults(GPU_LOST)
+    helper.mark(1)
+    assert wait_for_event(helper, Trouble).code == "read_failed"
+    helper.request(900)
+    assert wait_for_event(helper, Trouble).code == "lock_failed"
+    gpu.set_faults(0)
+
+
+def test_a_gpu_that_does_not_follow_is_reported(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    gpu.set_faults(IGNORE_LOCKS)
+    helper.request(900)
+    found = wait_for_event(helper, Deviation)
+    assert (found.requested_mhz, found.read_mhz) == (900, 1410)
+
+
+def test_no_permission_at_the_start_leaves_a_helper_that_reads(spec: str, gpu: EmulatedGpu) -> None:
+    gpu.set_faults(NO_PERMISSION)
+    helper = ClockHelper.start(spec)
+    facts = helper.wait_ready(20)
+    assert facts is not None
+    assert (facts.can_lock, "no permission" in facts.why_not) == (False, True)
+    helper.mark(1)
+    assert wait_for_event(helper, Mark).tag == 1
+    assert helper.close(20)
+
+
+def test_a_gpu_that_cannot_be_opened_is_one_trouble(tmp_path: Path) -> None:
+    helper = ClockHelper.start(f"emulated:{tmp_path / 'missing'}")
+    assert helper.wait_ready(20) is None
+    wait_until(lambda: not helper.alive)
+    assert [(e.code, "cannot open" in e.text) for e in helper.drain() if isinstance(e, Trouble)] == [
+        ("helper_failed", True)
+    ]
+    helper.close()
+
+
+def test_a_python_that_cannot_start_is_one_trouble(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    helper = ClockHelper.start(spec)
+    assert not helper.alive
+    assert helper.wait_ready(0) is None
+    assert [e.code for e in helper.drain() if isinstance(e, Trouble)] == ["helper_failed"]
+    helper.request(900)
+    assert not helper.close()
+
+
+def test_a_forked_child_cannot_touch_the_helper(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    child = os.fork()
+    if child == 0:
+        helper.request(900)
+        os._exit(int(helper.alive or helper.close()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    helper.request(1005)
+    assert wait_for_event(helper, Applied).frequency_mhz == 1005
+    assert helper.alive

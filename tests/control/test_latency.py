@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from perseus_plugin.control.latency import measure_switch_latency, percentile
+
+from .conftest import ScriptedGpu
+
+
+def test_it_measures_the_latency_to_its_polling_interval(scripted: ScriptedGpu) -> None:
+    found = measure_switch_latency(scripted, 3, now=scripted.now, sleep=scripted.sleep)
+    assert (found.samples, found.timeouts) == (6, 0)
+    assert found.p50_s == pytest.approx(0.004, abs=3e-4)
+    assert found.p95_s == pytest.approx(0.004, abs=3e-4)
+    assert scripted.calls == [1410, *[840, 1410] * 3]
+
+
+def test_a_clock_that_never_follows_is_counted(scripted: ScriptedGpu) -> None:
+    scripted.latency_s = None
+    found = measure_switch_latency(scripted, 2, now=scripted.now, sleep=scripted.sleep)
+    # It "goes up" at once as it never went down.
+    assert (found.samples, found.timeouts) == (4, 2)
+
+
+def test_it_stops_when_told_to(scripted: ScriptedGpu) -> None:
+    found = measure_switch_latency(scripted, 5, stop=lambda: True, now=scripted.now, sleep=scripted.sleep)
+    assert found.samples == 0
+    assert math.isnan(found.p50_s)
+    assert scripted.calls == [1410]
+
+
+def test_percentiles_are_values_that_were_seen() -> None:
+    values = [float(x) for x in range(1, 21)]
+    assert percentile(values, 0.5) == 10.0
+    assert percentile(values, 0.95) == 19.0
+    assert percentile([3.0], 0.95) == 3.0
+    assert math.isnan(percentile([], 0.5))

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from perseus_plugin.control.ownership import (
+    LOCK_DIR_VARIABLE,
+    GpuBusyError,
+    Ownership,
+    holder_of,
+    lock_path,
+    read_record,
+)
+from perseus_plugin.errors import GpuError
+
+
+def test_a_second_owner_is_told_who_holds_it(tmp_path: Path) -> None:
+    path = tmp_path / "locks" / "gpu.lock"
+    first = Ownership(path, os.getpid())
+    with pytest.raises(GpuBusyError, match=rf"another job controls this GPU: process {os.getpid()} of user id"):
+        Ownership(path, os.getpid(), wait_s=0.05)
+    record = holder_of(path)
+    assert record is not None
+    assert (record["pid"], record["helper_pid"], record["clock"]) == (os.getpid(), os.getpid(), "free")
+    first.release()
+    assert holder_of(path) is None
+    assert Ownership(path, os.getpid()).leftover is None
+
+
+def test_a_clock_left_locked_is_found_by_the_next_owner(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.lock"
+    dead = Ownership(path, 4711)
+    dead.mark(locked=True)
+    dead.release()  # as the kernel does when a process dies
+    next_one = Ownership(path, os.getpid())
+    assert next_one.leftover is not None
+    assert next_one.leftover["pid"] == 4711
+    assert read_record(path)["clock"] == "locked"  # until it is really freed
+    next_one.mark(locked=False)
+    next_one.release()
+    assert Ownership(path, os.getpid()).leftover is None
+
+
+def test_other_users_can_take_the_file_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        Ownership(tmp_path / "locks" / "gpu.lock", os.getpid())
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "locks" / "gpu.lock").stat().st_mode) == 0o666
+    assert stat.S_IMODE((tmp_path / "locks").stat().st_mode) == 0o1777
+
+
+def test_a_link_or_an_unusable_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(GpuError, match="cannot open the GPU's lock file"):
+        Ownership(tmp_path / "link", os.getpid())
+    assert (tmp_path / "target").read_text() == "precious"
+    with pytest.raises(GpuError, match="cannot open the GPU's lock file"):
+        Ownership(tmp_path / "target" / "gpu.lock", os.getpid())
+
+
+def test_a_record_that_cannot_be_read_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "gpu.lock").write_text("{half a rec")
+    owner = Ownership(tmp_path / "gpu.lock", os.getpid())
+    assert owner.leftover is None
+    assert read_record(tmp_path / "gpu.lock")["clock"] == "free"
+
+
+def test_lock_files_lie_where_all_jobs_of_the_machine_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LOCK_DIR_VARIABLE, raising=False)
+    assert lock_path("nvml:GPU-1", "GPU-1") == Path("/tmp/perseus-locks/GPU-1.lock")
+    assert lock_path("zeusd:/run/z:0:GPU-1", "GPU-1") == Path("/tmp/perseus-locks/GPU-1.lock")
+    assert lock_path("emulated:/x/gpu0", "E-1") == Path("/x/gpu0.lock")
+    monkeypatch.setenv(LOCK_DIR_VARIABLE, "/var/lock/ours")
+    assert lock_path("nvml:GPU-1", "GPU-1") == Path("/var/lock/ours/GPU-1.lock")

@@ -1,0 +1,104 @@
+"""A training script that looks at its own process: what the plugin put there, and that it trains on through trouble.
+
+Every rank writes `facts<rank>.json` into the current folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from torch import nn
+from torch.nn import functional
+
+VOCABULARY, WIDTH, LENGTH = 64, 32, 16
+
+
+def logits(embedding: nn.Embedding, x: torch.Tensor) -> torch.Tensor:
+    return functional.linear(x, embedding.weight)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+def layers() -> list[Any]:
+    """Layers with the embedding tied between the first and the last stage."""
+    tied = {"key": "embedding", "typename": nn.Embedding}
+    return [
+        TiedLayerSpec(**tied, num_embeddings=VOCABULARY, embedding_dim=WIDTH),
+        *(Layer() for _ in range(4)),
+        TiedLayerSpec(**tied, forward_fn=logits, num_embeddings=VOCABULARY, embedding_dim=WIDTH),
+    ]
+
+
+def loss(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(output.flatten(0, 1), labels.flatten())
+
+
+def batches(batch: int) -> Any:
+    generator = torch.Generator().manual_seed(3)
+    while True:
+        tokens = torch.randint(VOCABULARY, (batch, LENGTH + 1), generator=generator)
+        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def look(engine: Any) -> dict[str, Any]:
+    """What of ours is in this process and on this engine."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return {
+        "stock_map": engine._INSTRUCTION_MAP is type(engine)._INSTRUCTION_MAP,
+        "on_engine": sorted(name for name in vars(engine) if "perseus" in name or name == "_exec_schedule"),
+        "threads": sorted(t.name for t in threading.enumerate() if t.name.startswith("perseus")),
+        "children": len(children),
+        "modules": sorted(name for name in ("ortools", "pydantic", "perseus_plugin.session") if name in sys.modules),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank", type=int, default=-1)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--change-batch-at", type=int, default=-1, help="step from which on there are 2 more")
+    parser.add_argument("--enable", help="call perseus_plugin.enable with the block in this JSON file")
+    parser.add_argument("--break-tap-at", type=int, default=-1, help="step at which the plugin's tap is sabotaged")
+    arguments = deepspeed.add_config_arguments(parser).parse_args()
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    module = PipelineModule(layers=layers(), num_stages=2, loss_fn=loss, activation_checkpoint_interval=1)
+    engine, _, _, _ = deepspeed.initialize(args=arguments, model=module, model_parameters=module.parameters())
+    if arguments.enable:
+        import perseus_plugin
+
+        perseus_plugin.enable(engine, arguments.enable)
+    data = batches(engine.train_micro_batch_size_per_gpu())
+    losses = []
+    facts = {"at_start": look(engine)}
+    for step in range(arguments.steps):
+        if step == arguments.change_batch_at:
+            engine.set_train_batch_size(engine.train_batch_size() + 2 * engine.train_micro_batch_size_per_gpu())
+        if step == arguments.break_tap_at:
+            vars(engine)["_perseus_session"].tap._controller = object()
+        losses.append(engine.train_batch(data).item())
+    facts["at_end"] = look(engine)
+    facts["losses"] = losses
+    Path(f"facts{torch.distributed.get_rank()}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -253,7 +253,7 @@ def load_config(path: Path | str) -> PerseusConfig:
             import yaml
 
             content = yaml.safe_load(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
     except Exception as error:  # yaml.YAMLError; yaml is imported only where it is needed
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
@@ -284,43 +284,40 @@ def _check_together(config: PerseusConfig, source: str) -> None:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     try:
         text = json.dumps(value)
-    except (TypeError, ValueError):
-        text = repr(value)
+    except (TypeError, ValueError, RecursionError):
+        try:
+            text = repr(value)
+        except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists without end
+            text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _explain(error: ErrorDetails, source: str) -> str:
-    names = [part for part in error["loc"] if isinstance(part, str) and not _is_branch(part)]
-    key = ".".join([source, *names])
-    if error["type"] == "extra_forbidden":
-        model = _model_at(names[:-1])
-        known = sorted(model.model_fields)
-        near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{key}: unknown key, given the value {_shown(error['input'])}; {hint}known keys: {', '.join(known)}"
-    field = _model_at(names[:-1]).model_fields[names[-1]]
-    extra = field.json_schema_extra
-    allowed = extra["allowed"] if isinstance(extra, dict) else error["msg"]
-    value = error["input"]
-    shown = str(value) if isinstance(value, float) and not math.isfinite(value) else _shown(value)
-    return f"{key}: got {shown}; allowed: {allowed}"
-
-
-def _is_branch(part: str) -> bool:
-    """Whether pydantic put the name of a union's member, not of a key, into the location."""
-    return (
-        not part.isidentifier()
-        or part in {"tuple", "int", "float", "str", "none"}
-        or part.startswith("function")
-    )
-
-
-def _model_at(names: list[str]) -> type[BaseModel]:
     model: type[BaseModel] = PerseusConfig
-    for name in names:
-        annotation = model.model_fields[name].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return model
+    names: list[str] = []
+    allowed = error["msg"]
+    for part in error["loc"]:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        if field is None:
+            return _explain_unknown(error, model, ".".join([source, *names]), str(part))
+        names.append(str(part))
+        if isinstance(field.json_schema_extra, dict):
+            allowed = str(field.json_schema_extra["allowed"])
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break  # what follows are indices and names of a union's members
+        model = field.annotation
+    return f"{'.'.join([source, *names])}: got {_shown(error['input'])}; allowed: {allowed}"
+
+
+def _explain_unknown(error: ErrorDetails, model: type[BaseModel], section: str, name: str) -> str:
+    known = sorted(model.model_fields)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    shown = name if name.isprintable() else json.dumps(name)
+    return (
+        f"{section}.{shown}: unknown key, given the value {_shown(error['input'])}; {hint}known keys: {', '.join(known)}"
+    )

@@ -96,9 +96,7 @@ class PipelineGraph:
         """Per level from the last: nodes with successors, their targets and latencies, and where each begins."""
         order, starts = self._by_source
         steps = []
-        for low, high in zip(
-            self.level_start[-2::-1].tolist(), self.level_start[:0:-1].tolist(), strict=True
-        ):
+        for low, high in zip(self.level_start[-2::-1].tolist(), self.level_start[:0:-1].tolist(), strict=True):
             first, last = int(starts[low]), int(starts[high])
             if first == last:
                 continue

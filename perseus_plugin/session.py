@@ -198,9 +198,7 @@ class Session:
             self._helper.mark(end_tag(record.number))
         self._iteration += 1
         self._link.finished(FinishedIteration(self._directive, record, self._undisturbed))
-        if self._monitor is not None:
-            for events in self._link.take_events():
-                self._monitor(events)
+        self._write_events()
 
     @_guarded
     def evaluation(self) -> None:
@@ -229,6 +227,15 @@ class Session:
         callback()
         if self._helper is not None:
             self._helper.close(timeout_s=2.0)
+        try:
+            self._write_events()
+        except Exception as error:  # the framework may have taken its monitor down already
+            logger.debug("last events not written: %r", error)
+
+    def _write_events(self) -> None:
+        if self._monitor is not None:
+            for events in self._link.take_events():
+                self._monitor(events)
 
     def _release(self) -> None:
         self.closed = True

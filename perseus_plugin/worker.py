@@ -40,6 +40,7 @@ from perseus_plugin.messages import (
     stats_key,
 )
 from perseus_plugin.planner_process import PlannerProcess
+from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.collector import SweepCollector
 from perseus_plugin.profiling.estimator import estimate_stage
 from perseus_plugin.profiling.observations import Tick
@@ -95,6 +96,7 @@ class SessionWorker:
         self._recheck: dict[str, list[float]] | None = None
         self._recheck_left = 0
         self._told_trouble = False
+        self._plan_told: Plan | None = None
         self._requests = 0
         self._deviations = 0
         self._stats = RankStats(placement=placement, totals={})
@@ -250,9 +252,7 @@ class SessionWorker:
             return
         self._poll_energy(False)
         self._estimated = True
-        estimate = estimate_stage(
-            self._collector.runs(), max_relative_error=self._config.profiling.max_relative_error
-        )
+        estimate = estimate_stage(self._collector.runs(), max_relative_error=self._config.profiling.max_relative_error)
         message = RankEstimate(
             placement=self._placement,
             gpu=self._selection.name,
@@ -296,9 +296,7 @@ class SessionWorker:
         if self._recheck_left == 0:
             medians = {kind: statistics.median(times) for kind, times in self._recheck.items()}
             message = Recheck(stage=self._placement.stage, time_s=medians)
-            self._exchange.publish(
-                recheck_key(self._news.sequence, self._placement.rank), message.model_dump()
-            )
+            self._exchange.publish(recheck_key(self._news.sequence, self._placement.rank), message.model_dump())
             self._recheck = None
 
     def _tell_trouble(self) -> None:
@@ -325,8 +323,9 @@ class SessionWorker:
 
     def _update_summary(self) -> None:
         """On rank 0, now and then: a job that dies leaves a summary of how far it came."""
-        if self._reporter is None or monotonic() < self._summary_due_s:
+        if self._reporter is None or (monotonic() < self._summary_due_s and self._plan_told is self._plan):
             return
+        self._plan_told = self._plan
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
         summary = self._reporter.update(self._all_stats(), "running", **self._plan_facts())
         self._link.add_events(events_of(summary))
@@ -359,16 +358,20 @@ class SessionWorker:
                 break
             sleep(0.05)
             stats = self._all_stats()
-        self._reporter.finish(stats, **self._plan_facts())
+        self._link.add_events(events_of(self._reporter.finish(stats, **self._plan_facts())))
 
     def _all_stats(self) -> list[RankStats]:
         values = (self._exchange.fetch(stats_key(rank)) for rank in range(self._placement.world_size))
         return [receive(RankStats, value) for value in values if value is not None]
 
+    @property
+    def _plan(self) -> Plan | None:
+        return None if self._coordinator is None else self._coordinator.plan
+
     def _plan_facts(self) -> dict[str, Any]:
         coordinator = self._coordinator
         return {
-            "plan": None if coordinator is None else coordinator.plan,
+            "plan": self._plan,
             "planning_time_s": 0.0 if coordinator is None else coordinator.planning_time_s,
             "dropped_plans": 0 if coordinator is None else coordinator.dropped,
         }

@@ -13,17 +13,16 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from types import FrameType
 
 from perseus_plugin.control.loop import HelperLoop, Parent, free_clock
-from perseus_plugin.control.ownership import Ownership, describe, lock_path
-from perseus_plugin.control.wire import BYE, READY, DeviceFacts, Trouble, pack_event, pack_reply
+from perseus_plugin.control.ownership import Ownership
+from perseus_plugin.control.takeover import take_over
+from perseus_plugin.control.wire import BYE, READY, Trouble, pack_event, pack_reply
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import Gpu
-from perseus_plugin.gpus.opening import candidate_specs, open_gpu
 
-TAKEOVER_WAIT_S = 1.5
-"""How long to wait for the helper of a run that is just ending."""
 RESET_LIMIT_S = 10.0
 EXIT_OK, EXIT_NO_GPU, EXIT_RESET_FAILED = 0, 2, 3
 
@@ -54,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     loop.emit(pack_reply(READY, facts.pack()))
     gc.freeze()
+    _hurry()
     try:
         loop.run()
     finally:
@@ -61,52 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
     if confirmed:
         loop.emit(pack_reply(BYE))
     return EXIT_OK if confirmed else EXIT_RESET_FAILED
-
-
-def take_over(spec: str, owner_pid: int) -> tuple[Gpu, Ownership | None, DeviceFacts]:
-    """Become the one that controls a GPU and free its clock, or find out why not.
-
-    Returns the GPU, the held lock file (None: it can only be read), and the facts.
-
-    Raises:
-        GpuError: it cannot even be read.
-    """
-    candidates = candidate_specs(spec)
-    gpu = open_gpu(candidates[0])
-    backend, refusals, leftover = "", [], ""
-    ownership = None
-    try:
-        ownership = Ownership(lock_path(spec, gpu.uuid), owner_pid, wait_s=TAKEOVER_WAIT_S)
-    except GpuError as error:
-        refusals.append(str(error))
-    else:
-        for candidate in candidates:
-            try:
-                controller = gpu if candidate == candidates[0] else open_gpu(candidate)
-                controller.reset_clock()
-            except GpuError as error:
-                refusals.append(str(error))
-                continue
-            gpu, backend = controller, candidate.partition(":")[0]
-            if ownership.leftover is not None:
-                leftover = f"left locked by {describe(ownership.leftover)}"
-            ownership.mark(locked=False)
-            break
-    if ownership is not None and not backend:
-        ownership.release()
-        ownership = None
-    facts = DeviceFacts(
-        name=gpu.name,
-        uuid=gpu.uuid,
-        emulated=gpu.emulated,
-        clocks_mhz=gpu.supported_clocks_mhz(),
-        can_lock=ownership is not None,
-        why_not="" if ownership is not None else "; and ".join(refusals),
-        leftover=leftover,
-        pid=os.getpid(),
-        backend=backend,
-    )
-    return gpu, ownership, facts
 
 
 def _leave(gpu: Gpu, ownership: Ownership, locked_mhz: int | None, outlet: int) -> bool:
@@ -123,6 +77,16 @@ def _leave(gpu: Gpu, ownership: Ownership, locked_mhz: int | None, outlet: int) 
             return False
     ownership.release()
     return True
+
+
+def _hurry() -> None:
+    """Run before all ordinary processes, where we may (root, CAP_SYS_NICE).
+
+    On a node whose cores are all busy a request else waits for a time slice of several ms. The helper sleeps
+    but for some 0.1 ms a request, and the kernel keeps 5 % of each core for others in any case.
+    """
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
 
 def _say(outlet: int, trouble: Trouble) -> None:

@@ -44,6 +44,8 @@ DEVIATION_MHZ = 20
 less."""
 DEVIATION_REPORT_S = 1.0
 GIVE_UP_RESET_S = 0.5
+SHORTEST_PAUSE_S = 0.0005
+"""Between two polls of the counter, however short an interval was asked for or however long a read takes."""
 
 
 class Parent:
@@ -105,12 +107,14 @@ class HelperLoop:
 
     def run(self) -> str:
         """Serve until something ends it; returns what. The clock is as it was set last."""
+        if self._parent.gone():
+            return "parent died"
         watched = [fd for fd in (self._inlet, self._wakeup, self._parent.fd) if fd >= 0]
         while not self._ended:
             readable = select.select(watched, [], [], self._timeout_s())[0]
             if self._wakeup in readable:
                 return "signal"
-            if self._parent.gone():
+            if self._parent.fd in readable or (self._parent.fd < 0 and self._parent.gone()):
                 return "parent died"
             if self._inlet in readable:
                 self._read()
@@ -220,7 +224,7 @@ class HelperLoop:
             self._next_poll_s = float("inf")
             return
         self._last_poll = reading
-        self._next_poll_s = max(self._next_poll_s + self._poll_s, time.monotonic())
+        self._next_poll_s = max(self._next_poll_s + self._poll_s, time.monotonic() + SHORTEST_PAUSE_S)
 
     def _mark(self, tag: int) -> None:
         try:

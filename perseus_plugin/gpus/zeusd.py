@@ -40,7 +40,11 @@ class ZeusdGpu:
         self._readings = NvmlGpu(uuid)
         self.name, self.uuid = self._readings.name, self._readings.uuid
         self._daemon = Zeusd(socket_path)
-        self._index = self._find() if index is None else index
+        try:
+            self._index = self._find() if index is None else index
+        except BaseException:
+            self.close()
+            raise
 
     def supported_clocks_mhz(self) -> tuple[int, ...]:
         """SM clocks that can be locked, falling."""

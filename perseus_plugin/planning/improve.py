@@ -39,8 +39,7 @@ class SearchPass:
 
 def _passes(*rows: tuple[int, float, float, float, bool]) -> tuple[SearchPass, ...]:
     return tuple(
-        SearchPass(nodes, offset, WindowLimits(work, regret), repeat)
-        for nodes, offset, work, regret, repeat in rows
+        SearchPass(nodes, offset, WindowLimits(work, regret), repeat) for nodes, offset, work, regret, repeat in rows
     )
 
 
@@ -81,7 +80,8 @@ def improve(
         time_limit_s: stop after this many seconds.
         clock: seconds, for the time limit.
     """
-    search = _Search(problem, relaxed, choice, lambda deadline=clock() + time_limit_s: clock() > deadline)
+    stop = clock() + time_limit_s
+    search = _Search(problem, relaxed, choice, lambda: clock() > stop)
     for one in passes:
         search.run(one)
     return search.choice
@@ -117,9 +117,7 @@ class _Search:
             streak = streak + 1 if carried > 0 and carried >= 0.7 * gained else 0
             if one.repeat and streak > 2:
                 continue
-            found, _ = solve_window(
-                self.problem, self.choice, self.deadline_s, nodes, self.regret_j, one.limits
-            )
+            found, _ = solve_window(self.problem, self.choice, self.deadline_s, nodes, self.regret_j, one.limits)
             improved = self._take(found)
             streak = 0 if improved > 0.1 * carried else streak
             gained = carried + improved

@@ -200,7 +200,7 @@ def _blocking_power(given: float | Sequence[float], stages: int) -> FloatArray:
         raise PlanError(f"blocking power: got {power.size} values; allowed: 1, or one for each of {stages} stages")
     if not (np.isfinite(power).all() and (power >= 0).all()):
         raise PlanError(f"blocking power: got {power.tolist()} W; allowed: finite numbers from 0")
-    return np.broadcast_to(power, (stages,)).copy()
+    return np.full(stages, power[0]) if power.size == 1 else power
 
 
 def clock_options(rows: Sequence[Measurement], blocking_power_w: float) -> ClockOptions:

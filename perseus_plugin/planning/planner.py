@@ -5,79 +5,184 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.pipeline import IntArray, PipelineGraph
+from perseus_plugin.planning.improve import NORMAL, THOROUGH, improve
+from perseus_plugin.planning.limits import keep_limits
 from perseus_plugin.planning.options import PlanningProblem, build_problem
 from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.planning.relaxation import Relaxation, Relaxed
 from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
+from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
 from perseus_plugin.profiling.profile import Profile
 
-Effort: TypeAlias = Literal["quick", "normal", "thorough"]
+__all__ = ["ChangeLimits", "Effort", "Planner", "Solution", "Target", "make_plan"]
+
+_SEARCH_S = {"normal": 6.0, "thorough": 100.0}
+_BUDGET_STEPS = 12
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What to plan for; make one with `slowdown`, `deadline`, `cheapest` or `energy_budget`.
-
-    Attributes:
-        kind: which of the four.
-        value: slowdown as a share (0.1: a tenth longer than at full clocks), seconds, nothing, or joules.
-    """
-
-    kind: Literal["slowdown", "deadline", "cheapest", "energy_budget"]
-    value: float = 0.0
-
-    @classmethod
-    def slowdown(cls, share: float = 0.0) -> Target:
-        """Least energy at an iteration at most `share` longer than with every instruction at full clock."""
-        _check_number("slowdown", share, allow_zero=True)
-        return cls("slowdown", share)
-
-    @classmethod
-    def deadline(cls, seconds: float) -> Target:
-        """Least energy at an iteration of at most `seconds`."""
-        _check_number("deadline", seconds)
-        return cls("deadline", seconds)
-
-    @classmethod
-    def cheapest(cls) -> Target:
-        """Least energy at any iteration time (the iteration time T* beyond which time costs energy again)."""
-        return cls("cheapest")
-
-    @classmethod
-    def energy_budget(cls, joules: float) -> Target:
-        """Shortest iteration whose energy, one GPU per stage, blocking included, is at most `joules`."""
-        _check_number("energy budget", joules)
-        return cls("energy_budget", joules)
-
-
-def _check_number(name: str, value: float, allow_zero: bool = False) -> None:
-    if not (math.isfinite(value) and (value > 0 or (allow_zero and value == 0))):
-        raise PlanError(f"{name}: got {value}; allowed: a finite number {'from' if allow_zero else 'above'} 0")
-
-
-@dataclass(frozen=True, slots=True)
-class ChangeLimits:
-    """Limits on clock changes.
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A choice of options with the relaxation that it came from.
 
     Attributes:
-        max_changes: most clock changes per stage and iteration (from the last instruction back to the first counts),
-            None: any number.
-        min_dwell_s: shortest time to stay at a clock before the next change.
+        choice: shape (nodes,), option of every instruction.
+        relaxed: the relaxation's optimum.
+        allowed_s: the deadline that was asked for, at least `relaxed.deadline_s`.
+        energy_j: energy of the choice, blocking included.
+        iteration_time_s: of the choice.
+        waits_until_s: when something else ends the iteration; None: it ends with its last instruction.
     """
 
-    max_changes: int | None = None
-    min_dwell_s: float = 0.0
+    choice: IntArray
+    relaxed: Relaxed
+    allowed_s: float
+    energy_j: float
+    iteration_time_s: float
+    waits_until_s: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.max_changes is not None and self.max_changes < 0:
-            raise PlanError(f"max changes: got {self.max_changes}; allowed: a whole number from 0")
-        _check_number("min dwell", self.min_dwell_s, allow_zero=True)
+
+class Planner:
+    """Plans one job for any number of targets.
+
+    Args:
+        graph: from `build_graph`.
+        profile: must cover every (stage, kind) of the graph.
+        blocking_power_w: power of a GPU that waits, for all stages or one each.
+        full_clock_only: (stage, kind) pairs that stay at the profile's highest clock.
+        schedule: name to put into plans.
+
+    Raises:
+        PlanError: the profile does not fit the graph.
+    """
+
+    def __init__(
+        self,
+        graph: PipelineGraph,
+        profile: Profile,
+        *,
+        blocking_power_w: float | Sequence[float],
+        full_clock_only: Collection[tuple[int, str]] = (),
+        schedule: str = "custom",
+    ) -> None:
+        self.problem = build_problem(graph, profile, blocking_power_w, full_clock_only)
+        self.schedule = schedule
+        # Large jobs get coarser units: the bound loses a few parts in 100,000 and the solver is several times faster.
+        self.relaxation = Relaxation(self.problem, coarseness=min(100.0, max(1.0, len(graph) / 500)))
+
+    def plan(self, target: Target, limits: ChangeLimits | None = None, effort: Effort = "quick") -> Plan:
+        """Choose a clock for every instruction.
+
+        Raises:
+            PlanError: the target cannot be met; the message says what can.
+        """
+        return self.to_plan(self.solve(target, limits, effort))
+
+    def solve(self, target: Target, limits: ChangeLimits | None = None, effort: Effort = "quick") -> Solution:
+        """As `plan`, in the planner's own terms."""
+        problem = self.problem
+        limits = limits or ChangeLimits()
+        match target.kind:
+            case "slowdown":
+                return self._by_deadline(problem.full_clock_time_s * (1 + target.value), limits, effort)
+            case "deadline":
+                return self._by_deadline(target.value, limits, effort)
+            case "straggler":
+                relaxed = self.relaxation.solve(target.value)
+                return self._discretise(relaxed, target.value, limits, effort, waits_until_s=target.value)
+            case "cheapest":
+                relaxed = self.relaxation.cheapest()
+                return self._discretise(relaxed, relaxed.deadline_s, limits, effort)
+            case "energy_budget":
+                return self._by_budget(target.value, limits, effort)
+
+    def _by_deadline(self, deadline_s: float, limits: ChangeLimits, effort: Effort) -> Solution:
+        relaxed = self.relaxation.solve(deadline_s)
+        if relaxed.price_w < self.problem.total_blocking_w:
+            relaxed = self.relaxation.cheapest()
+        return self._discretise(relaxed, deadline_s, limits, effort)
+
+    def _by_budget(self, budget_j: float, limits: ChangeLimits, effort: Effort) -> Solution:
+        """Bisection on the deadline, steered by the bound's slope."""
+        cheapest = self.relaxation.cheapest()
+        best = self._discretise(cheapest, cheapest.deadline_s, limits, effort)
+        if best.energy_j > budget_j:
+            raise PlanError(
+                f"energy budget: got {budget_j:.3f} J; the cheapest plan found takes {best.energy_j:.3f} J "
+                f"(no plan takes less than {cheapest.bound_j:.3f} J)"
+            )
+        low, high = self.relaxation.shortest_s, best
+        at_low = self._discretise(self.relaxation.solve(low), low, limits, effort)
+        if at_low.energy_j <= budget_j:
+            return at_low
+        low_energy = at_low.energy_j
+        for step in range(_BUDGET_STEPS):
+            # Regula falsi on a convex curve creeps along one side; every other step halves the bracket instead.
+            share = (low_energy - budget_j) / max(low_energy - high.energy_j, 1e-12) if step % 2 else 0.5
+            middle = low + (high.relaxed.deadline_s - low) * min(max(share, 0.02), 0.98)
+            found = self._discretise(self.relaxation.solve(middle), middle, limits, effort)
+            if found.energy_j <= budget_j:
+                high = found
+            else:
+                low, low_energy = middle, found.energy_j
+            if high.relaxed.deadline_s - low < 1e-4 * low:
+                break
+        return high
+
+    def _discretise(
+        self,
+        relaxed: Relaxed,
+        allowed_s: float,
+        limits: ChangeLimits,
+        effort: Effort,
+        waits_until_s: float | None = None,
+    ) -> Solution:
+        problem, deadline_s = self.problem, relaxed.deadline_s
+        choices = []
+        for share in (0.0, 0.5, 1.0):
+            aim = relaxed.earliest_finish_s * (1 - share) + relaxed.latest_finish_s * share
+            rounded = round_to_deadline(problem, aim, deadline_s)
+            choices.append(use_up_slack(problem, rounded, deadline_s))
+        choice = min(choices, key=problem.effective_energy_j)
+        if effort != "quick":
+            passes = NORMAL if effort == "normal" else THOROUGH
+            choice = improve(problem, relaxed, choice, passes, _SEARCH_S[effort])
+        choice = keep_limits(problem, relaxed, choice, limits)
+        iteration_time_s = problem.graph.iteration_time_s(problem.durations(choice))
+        end = iteration_time_s if waits_until_s is None else waits_until_s
+        return Solution(choice, relaxed, allowed_s, problem.energy_j(choice, end), iteration_time_s, waits_until_s)
+
+    def to_plan(self, solution: Solution) -> Plan:
+        """The plan of a solution; the baseline instead where that is allowed and no worse."""
+        problem = self.problem
+        baseline_s = problem.full_clock_time_s
+        baseline_end = baseline_s if solution.waits_until_s is None else solution.waits_until_s
+        baseline_j = problem.full_clock_energy_j + problem.total_blocking_w * (baseline_end - baseline_s)
+        duration, energy_j = problem.durations(solution.choice), solution.energy_j
+        frequency = np.zeros(len(problem.graph), dtype=np.int64)
+        for k, options in enumerate(problem.classes):
+            nodes = problem.class_of == k
+            frequency[nodes] = options.frequency_mhz[solution.choice[nodes]]
+        if energy_j >= baseline_j and baseline_s <= solution.allowed_s:
+            frequency = problem.per_node(problem.full_clock_mhz).astype(np.int64)
+            duration, energy_j = problem.full_clock_s, baseline_j
+        start, finish = problem.graph.times(duration)
+        return Plan(
+            schedule=self.schedule,
+            microbatches=problem.graph.microbatches,
+            deadline_s=solution.allowed_s,
+            iteration_time_s=float(finish.max()),
+            energy_j=energy_j,
+            # The bound is exact up to float rounding, which must not put it above what has been achieved.
+            energy_lower_bound_j=min(solution.relaxed.bound_j, energy_j),
+            baseline_time_s=baseline_s,
+            baseline_energy_j=baseline_j,
+            stages=_stages(problem, frequency.tolist(), start.tolist(), finish.tolist()),
+        )
 
 
 def make_plan(
@@ -93,14 +198,14 @@ def make_plan(
 ) -> Plan:
     """Choose a clock for every instruction.
 
-    The baseline is every instruction at the profile's highest clock. The plan is never worse than it. While a
-    constant-time node runs, its GPU counts as blocking.
+    The baseline is every instruction at the profile's highest clock. A plan whose deadline the baseline meets is
+    never worse than it. While a constant-time node runs, its GPU counts as blocking.
 
     Args:
         graph: from `build_graph`.
         profile: must cover every (stage, kind) of the graph.
         blocking_power_w: power of a GPU that waits, for all stages or one each.
-        target: slowdown, deadline, cheapest or energy budget.
+        target: slowdown, deadline, straggler, cheapest or energy budget.
         limits: on clock changes.
         effort: how much time to spend on coming closer to the lower bound.
         full_clock_only: (stage, kind) pairs that stay at the profile's highest clock.
@@ -109,69 +214,26 @@ def make_plan(
     Raises:
         PlanError: the target cannot be met (the message says what can), or the profile does not fit the graph.
     """
-    problem = build_problem(graph, profile, blocking_power_w, full_clock_only)
-    relaxation = Relaxation(problem)
-    deadline_s = _deadline(problem, relaxation, target)
-    relaxed = relaxation.solve(deadline_s)
-    choice = _discretise(problem, relaxed)
-    return assemble_plan(problem, choice, relaxed, schedule)
+    planner = Planner(
+        graph,
+        profile,
+        blocking_power_w=blocking_power_w,
+        full_clock_only=full_clock_only,
+        schedule=schedule,
+    )
+    return planner.plan(target, limits, effort)
 
 
-def _deadline(problem: PlanningProblem, relaxation: Relaxation, target: Target) -> float:
-    if target.kind == "slowdown":
-        return problem.full_clock_time_s * (1 + target.value)
-    if target.kind == "deadline":
-        return target.value
-    raise PlanError(f"target {target.kind} is not there yet")
-
-
-def _discretise(problem: PlanningProblem, relaxed: Relaxed) -> IntArray:
-    best: tuple[float, IntArray] | None = None
-    for share in (0.0, 0.5, 1.0):
-        aim = relaxed.earliest_finish_s * (1 - share) + relaxed.latest_finish_s * share
-        choice = use_up_slack(
-            problem, round_to_deadline(problem, aim, relaxed.deadline_s), relaxed.deadline_s
-        )
-        energy = problem.effective_energy_j(choice)
-        if best is None or energy < best[0]:
-            best = energy, choice
-    assert best is not None  # three were tried
-    return best[1]
-
-
-def assemble_plan(problem: PlanningProblem, choice: IntArray, relaxed: Relaxed, schedule: str) -> Plan:
-    """Evaluate `choice` and put it into a plan; the baseline instead if that is no worse."""
+def _stages(
+    problem: PlanningProblem, clocks: list[int], starts: list[float], finishes: list[float]
+) -> tuple[tuple[PlannedInstruction, ...], ...]:
     graph = problem.graph
-    frequency = np.zeros(len(graph), dtype=np.int64)
-    for k, options in enumerate(problem.classes):
-        nodes = problem.class_of == k
-        frequency[nodes] = options.frequency_mhz[choice[nodes]]
-    start, finish = graph.times(problem.durations(choice))
-    iteration_time_s = float(finish.max())
-    energy_j = problem.energy_j(choice, iteration_time_s)
-    if energy_j > problem.full_clock_energy_j and problem.full_clock_time_s <= relaxed.deadline_s:
-        frequency = problem.per_node(problem.full_clock_mhz).astype(np.int64)
-        start, finish = graph.times(problem.full_clock_s)
-        iteration_time_s, energy_j = problem.full_clock_time_s, problem.full_clock_energy_j
-    clocks, starts, finishes = frequency.tolist(), start.tolist(), finish.tolist()
     stages = []
     for nodes in graph.stage_nodes:
         planned = []
         for node in nodes.tolist():
             instruction = graph.instructions[node]
             if instruction is not None:
-                planned.append(
-                    PlannedInstruction(instruction, clocks[node], starts[node], finishes[node])
-                )
+                planned.append(PlannedInstruction(instruction, clocks[node], starts[node], finishes[node]))
         stages.append(tuple(planned))
-    return Plan(
-        schedule=schedule,
-        microbatches=graph.microbatches,
-        deadline_s=relaxed.deadline_s,
-        iteration_time_s=iteration_time_s,
-        energy_j=energy_j,
-        energy_lower_bound_j=min(relaxed.bound_j, energy_j),
-        baseline_time_s=problem.full_clock_time_s,
-        baseline_energy_j=problem.full_clock_energy_j,
-        stages=tuple(stages),
-    )
+    return tuple(stages)

@@ -1,15 +1,19 @@
-"""The exact continuous relaxation for one deadline, solved as a min-cost flow.
+"""The exact continuous relaxation, solved as a min-cost flow.
 
-Primal: choose event times so that every instruction runs for some duration, at the energy of the lower convex hull of
-its options, precedence holds and the iteration ends by the deadline; least total energy. Dual: a circulation in which
+Primal: choose event times so that every instruction runs for some duration, at the energy of the lower convex hull
+of its options, precedence holds and the iteration ends by the deadline; least total energy. Dual: a flow in which
 each instruction is a bundle of parallel arcs, one per hull vertex (length: its duration; capacity: difference of the
-slopes beside it, in watts; the fastest one uncapacitated), precedence edges are uncapacitated, and one return arc
-costs the deadline. See docs/planner.md for the formulation and references.
+slopes beside it, in watts; the fastest one uncapacitated) and precedence edges are uncapacitated. Events whose time
+is forced (begin, deadline, everything critical at the fastest) are one node. docs/planner.md has the formulation.
+
+The solver works on integers. The bound is evaluated afterwards in floating point at the flow that it found: by weak
+duality every flow gives a true bound, so units only decide how tight it is (a few parts in a million).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,12 +21,15 @@ import numpy.typing as npt
 from ortools.graph.python import min_cost_flow
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.pipeline import FloatArray, IntArray
+from perseus_plugin.planning.options import PlanningProblem
 
-TIME_UNIT_S = 1e-6
-POWER_UNIT_W = 1e-3
-_UNLIMITED = 1 << 40
+# Units as shares of the mean instruction's duration and of the steepest slope.
+_TIME_RESOLUTION = 1e-5
+_POWER_RESOLUTION = 2e-5
+# Events that can move by no more than this share of the iteration count as forced.
+_FORCED = 1e-8
+_NEVER = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +37,10 @@ class Relaxed:
     """Optimum of the relaxation.
 
     Attributes:
-        deadline_s: the deadline it was solved for.
-        bound_j: no plan that meets the deadline takes less energy per iteration (one GPU per stage, blocking included).
-        price_w: energy that a second more of deadline would save, joules per second.
+        deadline_s: the deadline it was solved for; for the energy minimum, the iteration time found.
+        bound_j: no plan that meets the deadline takes less effective energy plus blocking power until the deadline.
+        price_w: effective energy that a second more of deadline would save, joules per second; infinite at the
+            shortest possible iteration.
         instruction_price_w: shape (nodes,), energy that a second less of that node would save.
         earliest_finish_s, latest_finish_s: shape (nodes,), finish times in the earliest and the latest optimal
             solution, to the time unit; every mixture of the two is optimal too.
@@ -48,14 +56,39 @@ class Relaxed:
 
 @dataclass(frozen=True, eq=False)
 class _Events:
-    """Start and finish events of the nodes after merging those that an optimal solution can let coincide."""
+    """Start and finish events of the nodes after merging those that an optimal solution can let coincide.
+
+    Attributes:
+        start, finish: shape (nodes,), event ids.
+        count: number of events.
+        source, sink: ids of the iteration's begin and end.
+        edge: ids of the graph's edges whose two events have not been merged.
+    """
 
     start: IntArray
     finish: IntArray
+    count: int
     source: int
     sink: int
-    edge: npt.NDArray[np.bool_]
-    """Edges whose two events have not been merged."""
+    edge: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class _Network:
+    """The flow network at one deadline: integer costs relative to a feasible schedule.
+
+    Attributes:
+        guess_s: shape (events,), the schedule.
+        earliest_s, latest_s: shape (events,), range of every event's time.
+        node_of: shape (events,), flow node; 0 for all events whose time is forced.
+        cost: shape (arcs,), time units by which the arc's two events lie further apart than its length.
+    """
+
+    guess_s: FloatArray
+    earliest_s: FloatArray
+    latest_s: FloatArray
+    node_of: IntArray
+    cost: IntArray
 
 
 class Relaxation:
@@ -65,32 +98,34 @@ class Relaxation:
         problem: graph and options.
         fixed_s: shape (nodes,), durations to hold fixed, NaN where free; None: all free.
         fixed_energy_j: effective energy of the fixed nodes together.
+        coarseness: units are this many times larger than usual.
     """
 
     def __init__(
-        self, problem: PlanningProblem, fixed_s: FloatArray | None = None, fixed_energy_j: float = 0.0
+        self,
+        problem: PlanningProblem,
+        fixed_s: FloatArray | None = None,
+        fixed_energy_j: float = 0.0,
+        coarseness: float = 1.0,
     ) -> None:
         self.problem = problem
         self.fixed_energy_j = fixed_energy_j
-        n = len(problem.graph)
         self.free = problem.class_of >= 0
         self.least_s = problem.fastest_s
         if fixed_s is not None:
-            self.free &= np.isnan(fixed_s)
+            self.free = self.free & np.isnan(fixed_s)
             self.least_s = np.where(np.isnan(fixed_s), self.least_s, fixed_s)
-        self.free_of_class = [
-            np.flatnonzero(self.free & (problem.class_of == k)) for k in range(len(problem.classes))
-        ]
-        self.least_units = np.rint(self.least_s / TIME_UNIT_S).astype(np.int64)
-        self.latency_units = np.rint(problem.graph.edge_latency_s / TIME_UNIT_S).astype(np.int64)
-        self._nodes = np.arange(n)
-        self.graph_in_units = problem.graph.in_units(TIME_UNIT_S)
+        self.free_of_class = [np.flatnonzero(self.free & (problem.class_of == k)) for k in range(len(problem.classes))]
+        steepest = max((float(c.slope_w[0]) for c in problem.classes if len(c.slope_w)), default=1.0)
+        self.time_unit_s = coarseness * _TIME_RESOLUTION * float(self.least_s.mean() or 1.0)
+        self.power_unit_w = coarseness * _POWER_RESOLUTION * steepest
+        self.least_graph_times = problem.graph.times(self.least_s)
         self._build_arcs()
 
-    @cached_property
+    @property
     def shortest_s(self) -> float:
         """The shortest possible iteration."""
-        return self.problem.graph.iteration_time_s(self.least_s)
+        return float(self.least_graph_times[1].max())
 
     @cached_property
     def events(self) -> _Events:
@@ -103,10 +138,10 @@ class Relaxation:
         n = len(graph)
         out_degree = np.bincount(graph.edge_source, minlength=n)
         in_degree = np.bincount(graph.edge_target, minlength=n)
-        no_latency = self.latency_units == 0
         start, finish = np.arange(n), np.arange(n, 2 * n)
         start[in_degree == 0] = 2 * n
         finish[out_degree == 0] = 2 * n + 1
+        no_latency = graph.edge_latency_s == 0
         only_source = no_latency & (in_degree[graph.edge_target] == 1)
         start[graph.edge_target[only_source]] = finish[graph.edge_source[only_source]]
         only_target = no_latency & (out_degree[graph.edge_source] == 1) & ~only_source
@@ -119,137 +154,204 @@ class Relaxation:
         return _Events(
             start=start,
             finish=finish,
+            count=len(used),
             source=int(renamed[2 * n]),
             sink=int(renamed[2 * n + 1]),
-            edge=finish[graph.edge_source] != start[graph.edge_target],
+            edge=np.flatnonzero(finish[graph.edge_source] != start[graph.edge_target]),
         )
 
     def _build_arcs(self) -> None:
-        """Arcs of the flow network: instructions' hull vertices, fastest durations, edges, and the return arc."""
+        """Arcs of the network: hull vertices of the free instructions, all nodes' least durations, edges."""
         graph, events = self.problem.graph, self.events
         owners: list[IntArray] = []
-        lengths: list[IntArray] = []
+        lengths: list[FloatArray] = []
         capacities: list[IntArray] = []
         for options, nodes in zip(self.problem.classes, self.free_of_class, strict=True):
-            slopes = np.rint(np.append(options.slope_w, 0.0) / POWER_UNIT_W).astype(np.int64)
+            slopes = np.rint(np.append(options.slope_w, 0.0) / self.power_unit_w).astype(np.int64)
             capacity = slopes[:-1] - slopes[1:]
-            length = np.rint(options.time_s[options.hull[1:]] / TIME_UNIT_S).astype(np.int64)
             use = capacity > 0
-            count = int(use.sum())
-            owners.append(np.repeat(nodes, count))
-            lengths.append(np.tile(length[use], len(nodes)))
+            owners.append(np.repeat(nodes, int(use.sum())))
+            lengths.append(np.tile(options.time_s[options.hull[1:]][use], len(nodes)))
             capacities.append(np.tile(capacity[use], len(nodes)))
-        self.arc_owner = np.concatenate([*owners, self._nodes])
-        owner = self.arc_owner
-        finite = np.concatenate(capacities) if capacities else np.empty(0, dtype=np.int64)
+        finite = np.concatenate([*capacities, np.empty(0, dtype=np.int64)])
+        self.owner = np.concatenate([*owners, np.arange(len(graph))])
+        self.finite_arcs = len(finite)
         # More flow than all finite arcs together carry would have to run through unlimited arcs alone.
-        self.unlimited = min(_UNLIMITED, int(finite.sum()) + 1)
-        edge_source, edge_target = graph.edge_source[events.edge], graph.edge_target[events.edge]
-        self.tail = np.concatenate([events.start[owner], events.finish[edge_source], [events.sink]])
-        self.head = np.concatenate([events.finish[owner], events.start[edge_target], [events.source]])
-        self.length = np.concatenate(
-            [*lengths, self.least_units, self.latency_units[events.edge], np.zeros(1, dtype=np.int64)]
-        )
-        unlimited = np.full(len(graph) + len(edge_source) + 1, self.unlimited, dtype=np.int64)
-        self.capacity = np.concatenate([finite, unlimited])
+        self.blocking_units = math.ceil(self.problem.total_blocking_w / self.power_unit_w)
+        unlimited = len(graph) + len(events.edge)
+        most = int(finite.sum()) + self.blocking_units + 1
+        self.capacity = np.concatenate([finite, np.full(unlimited, most, dtype=np.int64)])
+        self.length_s = np.concatenate([*lengths, self.least_s, graph.edge_latency_s[events.edge]])
+        source, target = graph.edge_source[events.edge], graph.edge_target[events.edge]
+        self.tail = np.concatenate([events.start[self.owner], events.finish[source]])
+        self.head = np.concatenate([events.finish[self.owner], events.start[target]])
 
     def solve(self, deadline_s: float) -> Relaxed:
-        """Least energy at `deadline_s`.
+        """Least effective energy at `deadline_s`, with blocking power until then.
 
         Raises:
             PlanError: the deadline is shorter than the shortest possible iteration.
         """
-        if deadline_s < self.shortest_s:
+        if not deadline_s >= self.shortest_s:
             raise PlanError(
                 f"deadline: got {deadline_s:.6f} s; the shortest possible iteration takes {self.shortest_s:.6f} s"
             )
-        shortest_units = round(self.graph_in_units.iteration_time_s(self.least_units * 1.0))
-        # Rounded durations may add up to more than the rounded deadline; that would be an unbounded problem.
-        deadline_units = max(round(deadline_s / TIME_UNIT_S), shortest_units)
-        flow = self._flow(deadline_units)
-        owner_flow = flow[: len(self.arc_owner)]
-        price = np.bincount(self.arc_owner, weights=owner_flow * POWER_UNIT_W, minlength=len(self.problem.graph))
-        price_w = float(flow[-1] * POWER_UNIT_W)
-        edge_price = flow[len(self.arc_owner) : -1] * POWER_UNIT_W
-        earliest, latest = self._event_times(flow, deadline_units)
-        return Relaxed(
-            deadline_s=deadline_s,
-            bound_j=self._dual_value(price, edge_price, price_w, deadline_s),
-            price_w=price_w,
-            instruction_price_w=price,
-            earliest_finish_s=earliest[self.events.finish] * TIME_UNIT_S,
-            latest_finish_s=latest[self.events.finish] * TIME_UNIT_S,
-        )
+        network = self._network(deadline_s)
+        flow = self._flow(network, sink_units=None)
+        return self._result(network, flow, deadline_s, blocking_w=0.0)
 
-    def _flow(self, deadline_units: int) -> IntArray:
-        # Costs relative to a feasible schedule are smaller numbers than durations, and the solver scales by them.
-        guess = self._guess(deadline_units)
-        cost = guess[self.head] - guess[self.tail] - self.length
-        cost[-1] = deadline_units - guess[self.events.sink] + guess[self.events.source]
+    def cheapest(self) -> Relaxed:
+        """Least energy at any iteration time, blocking power until its end; `deadline_s` is that end."""
+        longest = self.problem.graph.iteration_time_s(np.where(self.free, self.problem.slowest_s, self.least_s))
+        network = self._network(longest, sink_is_free=True)
+        flow = self._flow(network, self.blocking_units)
+        found = self._result(network, flow, longest, blocking_w=self.problem.total_blocking_w)
+        end = max(float(found.earliest_finish_s.max()), self.shortest_s)
+        return replace(self.solve(min(end, longest)), bound_j=found.bound_j)
+
+    def _network(self, deadline_s: float, sink_is_free: bool = False) -> _Network:
+        graph, events = self.problem.graph, self.events
+        start, finish = self.least_graph_times
+        latest = np.maximum(graph.latest_finish(self.least_s, deadline_s), finish)
+        earliest_event = np.zeros(events.count)
+        latest_event = np.full(events.count, deadline_s)
+        for event, low, high in ((events.start, start, latest - self.least_s), (events.finish, finish, latest)):
+            np.maximum.at(earliest_event, event, low)
+            np.minimum.at(latest_event, event, high)
+        earliest_event[events.source] = latest_event[events.source] = 0.0
+        latest_event = np.maximum(latest_event, earliest_event)
+        forced = latest_event - earliest_event <= _FORCED * deadline_s
+        forced[[events.source, events.sink]] = True, not sink_is_free
+        guess = (earliest_event + latest_event) / 2
+        guess[events.sink] = deadline_s
+        node_of = np.zeros(events.count, dtype=np.int64)
+        node_of[~forced] = np.arange(1, 1 + int((~forced).sum()))
+        apart = (guess[self.head] - guess[self.tail] - self.length_s) / self.time_unit_s
+        # Rounded up, a cycle of unlimited arcs, which cannot be negative, does not become so.
+        cost = np.concatenate([np.rint(apart[: self.finite_arcs]), np.ceil(apart[self.finite_arcs :])])
+        return _Network(guess, earliest_event, latest_event, node_of, cost.astype(np.int64))
+
+    def _flow(self, network: _Network, sink_units: int | None) -> IntArray:
+        tail, head = network.node_of[self.tail], network.node_of[self.head]
+        use = np.flatnonzero(tail != head)
+        flow = np.zeros(len(tail), dtype=np.int64)
+        if not len(use):
+            return flow
         solver = min_cost_flow.SimpleMinCostFlow()
-        arcs = solver.add_arcs_with_capacity_and_unit_cost(self.tail, self.head, self.capacity, cost)
+        arcs = solver.add_arcs_with_capacity_and_unit_cost(tail[use], head[use], self.capacity[use], network.cost[use])
+        if sink_units is not None:
+            solver.set_node_supply(0, sink_units)
+            solver.set_node_supply(int(network.node_of[self.events.sink]), -sink_units)
         status = solver.solve()
         if status != solver.OPTIMAL:
             raise PlanError(f"the min-cost flow ended with {status}")
-        return np.asarray(solver.flows(arcs), dtype=np.int64)
+        flow[use] = solver.flows(arcs)
+        return flow
 
-    def _guess(self, deadline_units: int) -> IntArray:
-        """Event times half-way between the earliest and the latest schedule at the fastest durations."""
-        graph, events = self.graph_in_units, self.events
-        least = self.least_units * 1.0
-        start, finish = graph.times(least)
-        latest = graph.latest_finish(least, float(deadline_units))
-        guess = np.zeros(int(max(events.start.max(), events.finish.max())) + 1)
-        guess[events.finish] = (finish + latest) / 2
-        guess[events.start] = (start + latest - least) / 2
-        guess[events.source], guess[events.sink] = 0, deadline_units
-        return np.rint(guess).astype(np.int64)
+    def _result(self, network: _Network, flow: IntArray, deadline_s: float, blocking_w: float) -> Relaxed:
+        """Bound, prices and event times from a flow; `blocking_w` is paid until the end where that is free."""
+        events, count = self.events, len(self.owner)
+        carried = flow[:count] * self.power_unit_w
+        price: FloatArray = np.bincount(self.owner, weights=carried, minlength=len(self.problem.graph))
+        edge_price: FloatArray = flow[count:] * self.power_unit_w
+        self._price_forced(network, price)
+        balance = np.bincount(events.start, weights=price, minlength=events.count)
+        balance -= np.bincount(events.finish, weights=price, minlength=events.count)
+        balance += np.bincount(self.tail[count:], weights=edge_price, minlength=events.count)
+        balance -= np.bincount(self.head[count:], weights=edge_price, minlength=events.count)
+        price_w = -float(balance[events.sink])
+        balance[events.sink] += blocking_w
+        held = np.flatnonzero((network.node_of == 0) | (np.arange(events.count) == events.sink))
+        low, high = balance[held] * network.earliest_s[held], balance[held] * network.latest_s[held]
+        bound = float(np.minimum(low, high).sum()) + self._least_priced_energy(price)
+        bound += float((edge_price * self.length_s[count:]).sum())
+        if not blocking_w:
+            bound += self.problem.total_blocking_w * deadline_s
+        earliest, latest = self._event_times(network, flow)
+        pinned = int((network.node_of == 0).sum()) > 2
+        return Relaxed(
+            deadline_s=deadline_s,
+            bound_j=bound,
+            price_w=math.inf if pinned else price_w,
+            instruction_price_w=price,
+            earliest_finish_s=earliest[events.finish],
+            latest_finish_s=latest[events.finish],
+        )
 
-    def _dual_value(
-        self, price: FloatArray, edge_price: FloatArray, price_w: float, deadline_s: float
-    ) -> float:
-        """The Lagrangian at these prices: by weak duality a lower bound for any conserving non-negative flow."""
-        value = self.fixed_energy_j + (self.problem.total_blocking_w - price_w) * deadline_s
+    def _price_forced(self, network: _Network, price: FloatArray) -> None:
+        """Instructions between two forced events carry no flow in the network: price them by their own hull."""
+        both = (network.node_of[self.events.start] == 0) & (network.node_of[self.events.finish] == 0)
+        longest = network.latest_s[self.events.finish] - network.earliest_s[self.events.start]
         for options, nodes in zip(self.problem.classes, self.free_of_class, strict=True):
-            best = np.searchsorted(-options.slope_w, -price[nodes], side="left")
-            chosen = options.hull[best]
+            inner = nodes[both[nodes]]
+            if len(inner) and len(options.slope_w):
+                segment = np.searchsorted(options.time_s[options.hull], longest[inner], side="right") - 1
+                slopes = np.append(options.slope_w, 0.0)
+                price[inner] = slopes[np.clip(segment, 0, len(slopes) - 1)]
+
+    def _least_priced_energy(self, price: FloatArray) -> float:
+        """Sum over all nodes of the least energy plus price times duration."""
+        value = self.fixed_energy_j + float((price * np.where(self.free, 0.0, self.least_s)).sum())
+        for options, nodes in zip(self.problem.classes, self.free_of_class, strict=True):
+            chosen = options.hull[np.searchsorted(-options.slope_w, -price[nodes], side="left")]
             value += float((options.energy_j[chosen] + price[nodes] * options.time_s[chosen]).sum())
-        held = ~self.free
-        value += float((price[held] * self.least_s[held]).sum())
-        return value + float((edge_price * self.problem.graph.edge_latency_s[self.events.edge]).sum())
+        return value
 
-    def _event_times(self, flow: IntArray, deadline_units: int) -> tuple[IntArray, IntArray]:
+    def _event_times(self, network: _Network, flow: IntArray) -> tuple[FloatArray, FloatArray]:
         """Earliest and latest event times that are optimal together with the flow (complementary slackness)."""
-        n, count = len(self.problem.graph), len(self.arc_owner)
-        owner, length = self.arc_owner, self.length[:count]
-        carried, room = flow[:count] > 0, flow[:count] < self.capacity[:count]
-        at_least, at_most = np.zeros(n, dtype=np.int64), np.full(n, np.iinfo(np.int64).max)
-        np.maximum.at(at_least, owner[room], length[room])
-        np.minimum.at(at_most, owner[carried], length[carried])
-        bounded = at_most < np.iinfo(np.int64).max
-        tight = flow[count:-1] > 0
-        tail, head, latency = (a[count:-1] for a in (self.tail, self.head, self.length))
+        n, count = len(self.problem.graph), len(self.owner)
         events = self.events
-        tails = [events.start, events.finish[bounded], tail, head[tight], [events.source]]
-        heads = [events.finish, events.start[bounded], head, tail[tight], [events.sink]]
-        total = deadline_units if flow[-1] > 0 else 0
-        lengths = [at_least, -at_most[bounded], latency, -latency[tight], [total]]
-        joined = (np.concatenate(tails), np.concatenate(heads), np.concatenate(lengths))
-        size = int(max(events.start.max(), events.finish.max())) + 1
-        earliest = _longest_paths(size, *joined)
-        return earliest, deadline_units - _longest_paths(size, joined[1], joined[0], joined[2])
+        apart = -network.cost
+        carried, room = flow[:count] > 0, flow[:count] < self.capacity[:count]
+        at_least, at_most = np.full(n, -_NEVER), np.full(n, _NEVER)
+        np.maximum.at(at_least, self.owner[room], apart[:count][room])
+        np.minimum.at(at_most, self.owner[carried], apart[:count][carried])
+        bounded = at_most < _NEVER
+        tight = flow[count:] > 0
+        edge_tail, edge_head, edge_apart = self.tail[count:], self.head[count:], apart[count:]
+        tails = (events.start, events.finish[bounded], edge_tail, edge_head[tight])
+        heads = (events.finish, events.start[bounded], edge_head, edge_tail[tight])
+        lengths = (at_least, -at_most[bounded], edge_apart, -edge_apart[tight])
+        tail, head = network.node_of[np.concatenate(tails)], network.node_of[np.concatenate(heads)]
+        length = np.concatenate(lengths)
+        use = tail != head
+        tail, head, length = tail[use], head[use], length[use]
+        size = int(network.node_of.max()) + 1
+        # Every arc was rounded by less than a unit, so these are below the earliest and above the latest times.
+        depth = len(self.problem.graph.level_start) * 2
+        low, high = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+        units = self.time_unit_s
+        low[network.node_of] = np.floor((network.earliest_s - network.guess_s) / units).astype(np.int64) - depth
+        high[network.node_of] = np.ceil((network.latest_s - network.guess_s) / units).astype(np.int64) + depth
+        low[0] = high[0] = 0
+        earliest = _longest_paths(low, tail, head, length)
+        latest = -_longest_paths(-high, head, tail, length)
+        return (
+            network.guess_s + earliest[network.node_of] * units,
+            network.guess_s + latest[network.node_of] * units,
+        )
 
 
-def _longest_paths(size: int, tail: IntArray, head: IntArray, length: IntArray) -> IntArray:
-    """Longest path to every event from any start, all at least 0 (Bellman-Ford on whole arrays)."""
+def _longest_paths(
+    value: npt.NDArray[np.int64], tail: IntArray, head: IntArray, length: IntArray
+) -> npt.NDArray[np.int64]:
+    """Longest path to every node from node 0, whose value stays 0 (Bellman-Ford on whole arrays).
+
+    Args:
+        value: lower bounds to begin with.
+    """
+    if not len(tail):
+        return value
     order = np.argsort(head, kind="stable")
     tail, head, length = tail[order], head[order], length[order]
     first = np.flatnonzero(np.diff(head, prepend=-1))
     targets = head[first]
-    value = np.zeros(size, dtype=np.int64)
-    for _ in range(size + 1):
-        reached = np.maximum(value[targets], np.maximum.reduceat(value[tail] + length, first))
-        if np.array_equal(reached, value[targets]):
+    for _ in range(2 * len(value) + 2):
+        old = value[targets]
+        reached = np.maximum(old, np.maximum.reduceat(value[tail] + length, first))
+        if np.array_equal(reached, old):
             return value
         value[targets] = reached
+        if value[0] != 0:
+            break
     raise PlanError("the min-cost flow is not optimal: its residual graph has a cycle of positive length")

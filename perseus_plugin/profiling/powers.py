@@ -104,15 +104,16 @@ def _powers(fitted: _Fitted, covariance: Array, period: float) -> Powers:
     clocks, width = power_w.shape
     se_w = np.sqrt(np.diag(covariance)).reshape(clocks, width)
     waiting = np.arange(clocks) * width
+    kinds = slice(1, 1 + (width - 1) // 2)
     # One number for the planner: the mean over clocks.
     blocking_w = float(power_w[:, 0].mean())
     blocking_se_w = float(math.sqrt(covariance[np.ix_(waiting, waiting)].mean()))
     waited = blocking_w > 0 and blocking_se_w < 0.5 * blocking_w
     if not waited:
-        blocking_w = blocking_se_w = _BLOCKING_SHARE * float(max(power_w[:, 1:].min(), 0.0))
+        blocking_w = blocking_se_w = _BLOCKING_SHARE * float(max(power_w[:, kinds].min(), 0.0))
     sensor = fitted.sensor
     window_s = period if sensor.window_s is None else sensor.window_s
-    return Powers(power_w[:, 1:], se_w[:, 1:], blocking_w, blocking_se_w, waited, window_s, sensor.lag_s)
+    return Powers(power_w[:, kinds], se_w[:, kinds], blocking_w, blocking_se_w, waited, window_s, sensor.lag_s)
 
 
 @dataclass(frozen=True)

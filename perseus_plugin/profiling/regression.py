@@ -1,7 +1,8 @@
 """Regression of counter ticks on what the GPU did while each tick was measured.
 
-Power is modelled as one number per (kind of work, clock), waiting being a kind of work. Three things make the fit
-precise with few iterations:
+Power is modelled as one number per (kind of work, clock), waiting being a kind of work, and a ramp from the beginning
+to the end of an execution, which keeps power that varies within it from being taken for a lag. Three things make the
+fit precise with few iterations:
 
 - *What a tick measures* is fitted: a sensor may integrate the whole time between two ticks, or sample a shorter window
   and extrapolate, and shows the result some lag later (Yang et al., "Part-time Power Measurements", SC 2024).
@@ -24,6 +25,7 @@ import numpy as np
 from perseus_plugin.profiling.observations import ClockRun
 from perseus_plugin.profiling.ticks import Array, Stretch, Timeline, stretches, timeline
 
+_RAMP = 0.2
 _TAUS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12)
 
 
@@ -70,8 +72,9 @@ class Fit:
     """Power per clock and kind of work.
 
     Attributes:
-        power_w: shape (clocks, 1 + kinds); column 0 is waiting.
-        covariance: shape (clocks * (1 + kinds),) * 2, in W^2, clock-major.
+        power_w: shape (clocks, 1 + 2 * kinds): waiting, the kinds, and by how much each kind's power is higher at the
+            end of an execution than in its middle.
+        covariance: shape (clocks * (1 + 2 * kinds),) * 2, in W^2, clock-major.
         loglik: log marginal likelihood up to a constant.
         noise_s: standard deviation of a tick's error, as seconds of mean power.
     """
@@ -102,7 +105,7 @@ def period_s(series: Iterable[Series]) -> float:
 
 
 def rows(series: Series, sensor: Sensor, period: float, margin_s: tuple[float, float] | None = None) -> Array:
-    """Regression rows, shape (n, 2 + kinds): seconds per (waiting, kind, ...) and joules, one row per tick.
+    """Regression rows, shape (n, 2 + 2 * kinds): the columns of `Timeline.seconds` and joules, a row per tick.
 
     Only ticks whose measured time lies within the run; with `margin_s = (before, after)` only those whose time would
     lie within it for every lag and window considered, so that likelihoods compare the same ticks.
@@ -150,7 +153,7 @@ def moments(
 ) -> list[Moments]:
     """Moments for each rho (which a sampling sensor ignores); by default for the sensor's."""
     rhos = (sensor.rho,) if rhos is None else rhos
-    width = 2 + len(series[0].timeline.edges_s)
+    width = 2 + 2 * len(series[0].timeline.edges_s)
     unit_w = float(np.median([s.power_w for s in series]))
     grams = np.zeros((len(rhos), clocks, width, width))
     logdets = np.zeros(len(rhos))
@@ -194,15 +197,17 @@ def solve(data: Moments, frequencies: Sequence[int], tau: float) -> Fit:
         target[block] = data.gram[c, :-1, -1] / noise2
     total = data.gram[:, -1, -1].sum() / noise2
     logprior = 0.0
+    kinds = (width - 1) // 2
     for k in range(width):
-        rough, freedom = _roughness(frequencies, linear=k == 0)
+        rough, freedom = _roughness(frequencies, linear=k == 0 or k > kinds)
         places = np.arange(clocks) * width + k
         precision[np.ix_(places, places)] += rough / tau**2
         logprior += freedom * -2 * math.log(tau)
-    # The weak prior: a power's mean over clocks is 1 +- 1 in units of the typical power.
-    precision += np.eye(len(precision)) / clocks
-    target += 1.0 / clocks
-    total += width
+        # Weak priors on the mean over clocks: any power is 1 +- 1 in units of the typical power, a ramp 0 +- 0.2.
+        mean, error = (0.0, _RAMP) if k > kinds else (1.0, 1.0)
+        precision[places, places] += 1 / (clocks * error**2)
+        target[places] += mean / (clocks * error**2)
+        total += mean**2 / error**2
     covariance = np.linalg.inv(precision)
     covariance = (covariance + covariance.T) / 2
     power = covariance @ target

@@ -26,7 +26,7 @@ def find_sensor(series: Sequence[Series], frequencies: Sequence[int], shortest_s
     small unless the data say otherwise. With too few ticks to tell, ticks are taken to integrate, without lag.
     """
     search = _Search(series, frequencies, period_s(series))
-    if search.count() < 2 * (1 + len(series[0].timeline.edges_s)) + 8:
+    if search.count() < 4 * (1 + len(series[0].timeline.edges_s)) + 8:
         return Sensor(None, 0.0, 1.0)
     low_s, high_s = _lag_range(search.period)
     step_s = min(search.period / 8, max(shortest_s / 2, 0.002))

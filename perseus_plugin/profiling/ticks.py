@@ -50,15 +50,21 @@ class Timeline:
     spent_s: tuple[Array, ...]
 
     def seconds(self, times_s: Array) -> Array:
-        """Seconds from the beginning of the run in (waiting, kind 0, kind 1, ...), shape (len(times_s), 1 + kinds).
+        """Seconds from the beginning of the run to each time, shape (len(times_s), 1 + 2 * kinds).
 
-        `times_s` must lie within the run.
+        The columns are waiting, each kind, and each kind's ramp: seconds weighted from -1 at the beginning of an
+        execution to +1 at its end, so that a whole execution adds nothing. `times_s` must lie within the run.
         """
-        columns = np.zeros((len(times_s), 1 + len(self.edges_s)))
-        for column, (edges, spent) in enumerate(zip(self.edges_s, self.spent_s, strict=True), start=1):
+        kinds = len(self.edges_s)
+        columns = np.zeros((len(times_s), 1 + 2 * kinds))
+        for k, (edges, spent) in enumerate(zip(self.edges_s, self.spent_s, strict=True)):
             if len(edges):
-                columns[:, column] = np.interp(times_s, edges, spent)
-        columns[:, 0] = (times_s - self.begin_s) - columns[:, 1:].sum(axis=1)
+                columns[:, 1 + k] = np.interp(times_s, edges, spent)
+                last = np.maximum(2 * ((np.searchsorted(edges, times_s, side="right") - 1) // 2), 0)
+                length = edges[last + 1] - edges[last]
+                progress = np.clip(times_s - edges[last], 0.0, length)
+                columns[:, 1 + kinds + k] = progress * (progress / length - 1)
+        columns[:, 0] = (times_s - self.begin_s) - columns[:, 1 : 1 + kinds].sum(axis=1)
         return columns
 
 

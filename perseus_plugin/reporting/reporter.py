@@ -47,8 +47,8 @@ class Reporter:
             logger.warning("cannot write summary.json: %s; training goes on", error)
         return summary
 
-    def finish(self, stats: Sequence[RankStats], **of_plan: Any) -> None:
-        """Write the last summary and print it as a table."""
+    def finish(self, stats: Sequence[RankStats], **of_plan: Any) -> dict[str, Any]:
+        """Write the last summary, print it as a table, and return it."""
         summary = self.update(stats, "finished", **of_plan)
         if summary["iteration_time_s"]["full_clock"] is not None:
             print_summary(summary)
@@ -61,6 +61,7 @@ class Reporter:
                 overrun,
                 count,
             )
+        return summary
 
 
 def events_of(summary: dict[str, Any]) -> list[tuple[str, float]]:

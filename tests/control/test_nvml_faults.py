@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from perseus_plugin.control.wire import Applied, Deviation, Mark, SwitchLatency,
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, IGNORE_LOCKS, NO_PERMISSION
 
+from ..gpus.fake_zeusd import FakeZeusd
 from .harness import free_and_unowned, other_events, start_trainer, wait_for_event, wait_until
 
 UUID = "GPU-5e50aaaa-0000-1111-2222-333344445555"
@@ -162,6 +164,24 @@ def test_no_permission_names_every_way_out(spec: str, gpu: EmulatedGpu, tmp_path
     helper.mark(3)
     assert wait_for_event(helper, Mark).tag == 3
     assert helper.close(20)
+
+
+def test_auto_falls_back_to_zeusd(spec: str, gpu: EmulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERSEUS_SIMULATED_UNPRIVILEGED", "1")
+    path = tmp_path / "zeusd.sock"
+    with FakeZeusd(path, [gpu]) as daemon:
+        thread = threading.Thread(target=daemon.serve_forever, args=(0.01,))
+        thread.start()
+        helper = ClockHelper.start(f"auto:{path}:{UUID}")
+        facts = helper.wait_ready(20)
+        assert facts is not None
+        assert (facts.can_lock, facts.backend, facts.why_not) == (True, "zeusd", "")
+        lock(helper, 900)
+        assert gpu.locked_mhz() == 900
+        os.kill(helper.pid or 0, signal.SIGKILL)  # the daemon keeps no lease, the next helper frees the clock
+        wait_until(lambda: free_and_unowned(gpu, spec))
+        daemon.shutdown()
+        thread.join()
 
 
 def test_no_driver_is_one_trouble(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:

@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--change-batch-at", type=int, default=-1, help="step from which on there are 2 more")
     parser.add_argument("--enable", help="call perseus_plugin.enable with the block in this JSON file")
     parser.add_argument("--break-tap-at", type=int, default=-1, help="step at which the plugin's tap is sabotaged")
+    parser.add_argument("--slow-gpu-at", type=int, default=-1, help="step from which on rank 1's GPU is slower")
     arguments = deepspeed.add_config_arguments(parser).parse_args()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
@@ -92,6 +93,10 @@ def main() -> None:
     for step in range(arguments.steps):
         if step == arguments.change_batch_at:
             engine.set_train_batch_size(engine.train_batch_size() + 2 * engine.train_micro_batch_size_per_gpu())
+        if step == arguments.slow_gpu_at and torch.distributed.get_rank() == 1:
+            from perseus_plugin.gpus.emulated.device import EmulatedGpu
+
+            EmulatedGpu("out/emulated_gpus/rank1").set_slowdown(1.5)
         if step == arguments.break_tap_at:
             vars(engine)["_perseus_session"].tap._controller = object()
         losses.append(engine.train_batch(data).item())

@@ -31,7 +31,8 @@ def test_training_is_bit_identical(case: str, tmp_path: Path) -> None:
     options = ("--stages", str(stages), "--steps", "40" if ranks == 2 else "24", *arguments)
     without = train(ranks, config, tmp_path / "off", *options)
     block = perseus_block(tmp_path / "out", stages)
-    with_plugin = train(ranks, {**config, "perseus": block}, tmp_path / "on", *options)
+    monitor = {"enabled": True, "output_path": str(tmp_path / "monitor"), "job_name": "job"}
+    with_plugin = train(ranks, {**config, "perseus": block, "csv_monitor": monitor}, tmp_path / "on", *options)
     assert with_plugin == without
 
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -42,6 +43,8 @@ def test_training_is_bit_identical(case: str, tmp_path: Path) -> None:
     assert summary["iterations"]["full_clock"] >= 2
     for name in ("iteration_time_s", "energy_j"):
         assert all(value > 0 for value in summary[name].values())
+    events = (tmp_path / "monitor" / "job" / "Perseus_energy_j_measured.csv").read_text().splitlines()
+    assert float(events[-1].split(",")[-1]) == pytest.approx(summary["energy_j"]["measured"])
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert len({clock for stage in plan["stages"] for _, _, clock in stage}) > 1, "the plan slows nothing"
     header = (tmp_path / "out" / "profile.csv").read_text().splitlines()[0]

@@ -65,6 +65,19 @@ def test_enable_by_hand_and_a_changed_number_of_microbatches(tmp_path: Path) -> 
     assert facts_of(tmp_path)[0]["losses"] == facts_of(reference)[0]["losses"]
 
 
+def test_a_plan_that_does_not_hold_is_dropped_and_made_anew(tmp_path: Path) -> None:
+    block = perseus_block(tmp_path / "out", 2, watch={"tolerance": 0.2, "patience": 3})
+    done = run_job(
+        PROBE, 2, {**BASE_CONFIG, "perseus": block}, tmp_path, "--steps", "90", "--slow-gpu-at", "50"
+    ).check()
+    assert "back to full clocks, measuring and planning again" in done.output
+    assert "the job itself is slower" in done.output
+    assert "plan 2 for TrainSchedule/2x4 ready" in done.output
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["plan"]["dropped_plans"] == 1
+    assert summary["iterations"]["plan"] >= 2
+
+
 def test_a_wrong_block_stops_the_job_with_one_error(tmp_path: Path) -> None:
     config = {**BASE_CONFIG, "perseus": {"enabled": True, "profiling": {"steps_per_clok": 3}}}
     done = run_job(PROBE, 2, config, tmp_path, "--steps", "2")

@@ -1,6 +1,7 @@
 /* A libnvidia-ml.so.1 whose GPUs are emulated GPUs' state files: PERSEUS_SIMULATED_GPUS lists them, separated by ':'.
  * Enough of NVML for pynvml, torch's and Zeus's device code to find, read and control them. Faults, throttling and
- * slow calls are injected through the state file (EmulatedGpu.set_faults, set_cap). */
+ * slow calls are injected through the state file (EmulatedGpu.set_faults, set_cap); with PERSEUS_SIMULATED_UNPRIVILEGED
+ * set, this process may not set clocks. */
 #define _GNU_SOURCE
 #include "state.h"
 
@@ -228,7 +229,7 @@ static nvmlReturn_t change_clock(nvmlDevice_t gpu, uint32_t mhz) {
     unsigned faults;
     nvmlReturn_t result = call(gpu, &faults);
     if (result == UNINITIALIZED || result == INVALID_ARGUMENT) return result;
-    if (result == OK && faults & NO_PERMISSION) result = DENIED;
+    if (result == OK && (faults & NO_PERMISSION || getenv("PERSEUS_SIMULATED_UNPRIVILEGED"))) result = DENIED;
     if (result == OK && faults & NOT_SUPPORTED) result = UNSUPPORTED;
     struct state *s = gpu->state;
     const int fd = open(gpu->path, O_RDWR | O_CLOEXEC);

@@ -74,6 +74,8 @@ class Job:
         jitter_s: standard deviation of an execution's duration. timing_s: error of each recorded start and end.
         power_spread: relative standard deviation of each execution's power. drift: relative rise of all power
             over the sweep.
+        ramp: power is lower by this share in the first half of an execution and higher in the second. dip: for the
+            first 5 ms of an execution power is that of waiting; its mean over the execution stays.
         iterations: per run.
     """
 
@@ -87,6 +89,8 @@ class Job:
     timing_s: float = 0.00003
     power_spread: float = 0.01
     drift: float = 0.0
+    ramp: float = 0.0
+    dip: bool = False
     iterations: int = 10
     gap_s: float = 0.015
 
@@ -147,8 +151,12 @@ def _run(
     edges, power = [begin_s - 1.0], [_waiting_w(job, clock, top) * level]
     for kind, start_s, end_s in spans:
         watts = job.work[kind].watts(clock, top) * level * (1 + job.power_spread * rng.standard_normal())
-        edges += [start_s, end_s]
-        power += [watts, _waiting_w(job, clock, top) * level]
+        waiting_w = _waiting_w(job, clock, top) * level
+        first_s = 0.005 if job.dip else (end_s - start_s) / 2
+        first_w = waiting_w if job.dip else watts * (1 - job.ramp)
+        rest_w = (watts * (end_s - start_s) - first_w * first_s) / (end_s - start_s - first_s)
+        edges += [start_s, start_s + first_s, end_s]
+        power += [first_w, rest_w, waiting_w]
     edges.append(now_s + 1.0)
     ticks = _ticks(counter, np.array(edges), np.array(power), begin_s, now_s, rng)
 

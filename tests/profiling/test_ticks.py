@@ -54,13 +54,16 @@ def test_timeline_gives_every_moment_to_one_kind() -> None:
     )
     line = timeline(ClockRun(900, 0.0, 5.0, activities, ()), ["backward", "forward"])
     table = line.seconds(np.array([0.0, 0.5, 2.0, 2.5, 5.0]))
-    assert table.tolist() == [
+    assert table[:, :3].tolist() == [
         [0.0, 0.0, 0.0],
         [0.5, 0.0, 0.0],
         [0.5, 0.0, 1.5],
         [0.5, 0.5, 1.5],
         [1.5, 1.0, 2.5],
     ]
+    # The ramps: nothing outside executions and at their ends, the most negative in the middle.
+    assert table[:, 3].tolist() == [0.0, 0.0, 0.0, -0.25, 0.0]
+    assert line.seconds(np.array([0.5, 1.25, 2.0]))[:, 4].tolist() == [0.0, -0.375, 0.0]
 
 
 def test_durations_skip_nonsense() -> None:

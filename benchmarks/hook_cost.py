@@ -1,0 +1,124 @@
+"""What the hooks cost per instruction, beside DeepSpeed's unhooked loop in the same run.
+
+Runs `PipelineEngine._exec_schedule` itself over a real `TrainSchedule`, with instruction functions that do nothing, so that
+only the loop and the hooks are left. Blocks of both kinds alternate; the figure is the difference of medians.
+
+    python benchmarks/hook_cost.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import TrainSchedule
+
+from perseus_plugin.control.client import ClockHelper
+from perseus_plugin.control.controller import ClockRequests, Controller
+from perseus_plugin.gpus.emulated.device import EmulatedGpu
+from perseus_plugin.integrations.deepspeed import _hooked_map
+from perseus_plugin.integrations.deepspeed_schedule import translate
+from perseus_plugin.tap import InstructionTap, IterationRecord, hooked_operations
+
+
+class BareEngine:
+    """Just enough of an engine for DeepSpeed's own loop."""
+
+    _exec_schedule = PipelineEngine._exec_schedule
+
+    def __init__(self) -> None:
+        self._INSTRUCTION_MAP: dict[type, Any] = {}
+
+    def _reserve_pipe_buffers(self, count: int) -> None:
+        pass
+
+
+class NoRequests:
+    """Takes requests and does nothing."""
+
+    def request(self, frequency_mhz: int | None, apply_at_s: float = 0.0) -> None:
+        pass
+
+
+def following(requests: ClockRequests, microbatches: int) -> InstructionTap:
+    """A tap that changes the clock at every instruction, which no plan does."""
+    controller = Controller(requests)
+    controller.follow([1410, 1005] * microbatches, [0.03] * (2 * microbatches))
+    return InstructionTap(controller, fail)
+
+
+class Holder:
+    """What `_hooked_map` wants of a session."""
+
+    def __init__(self, tap: InstructionTap) -> None:
+        self.tap = tap
+
+
+def do_nothing(engine: Any, *args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--microbatches", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=400)
+    arguments = parser.parse_args()
+    schedule = TrainSchedule(micro_batches=arguments.microbatches, stages=4, stage_id=1)
+    count = sum(len(step) for step in schedule)
+    stream = translate(schedule.steps(), 1)
+    operations, slots = hooked_operations(stream)
+    stock = dict.fromkeys(PipelineEngine._INSTRUCTION_MAP, do_nothing)
+    engine = BareEngine()
+
+    def run(instruction_map: dict[type, Any], tap: InstructionTap | None) -> float:
+        engine._INSTRUCTION_MAP = instruction_map
+        begin_s = time.perf_counter()
+        if tap is not None:
+            tap.arm(IterationRecord(0, begin_s), operations, slots)
+        engine._exec_schedule(schedule)
+        if tap is not None:
+            tap.disarm()
+        return time.perf_counter() - begin_s
+
+    folder = Path(tempfile.mkdtemp())
+    EmulatedGpu.create(folder / "gpu")
+    helper = ClockHelper.start(f"emulated:{folder / 'gpu'}")
+    helper.wait_ready(10)
+    taps = {
+        "timestamps only": InstructionTap(None, fail),
+        "following a plan, requests dropped": following(NoRequests(), arguments.microbatches),
+        "following a plan, requests to a helper process": following(helper, arguments.microbatches),
+    }
+    maps = {name: _hooked_map(stock, Holder(tap)) for name, tap in taps.items()}  # type: ignore[arg-type]
+    times: dict[str, list[float]] = {"unhooked": [], **{name: [] for name in taps}}
+    for _ in range(arguments.rounds):
+        times["unhooked"].append(run(stock, None))
+        for name, tap in taps.items():
+            times[name].append(run(maps[name], tap))
+        time.sleep(0.005)  # lets the helper catch up: here it gets in a millisecond what a job asks for in seconds
+    dropped = helper.dropped
+    helper.close()
+    unhooked_s = statistics.median(times["unhooked"])
+    print(f"unhooked loop: {1e6 * unhooked_s / count:.2f} us per instruction of the schedule ({count} instructions)")
+    for name in taps:
+        extra = [a - b for a, b in zip(times[name], times["unhooked"], strict=True)]
+        low, _, high = statistics.quantiles(extra, n=4)
+        per_hook = 1e6 / len(operations)
+        print(
+            f"{name}: +{per_hook * statistics.median(extra):.2f} us per hooked instruction "
+            f"(quartiles {per_hook * low:.2f} to {per_hook * high:.2f}; {len(operations)} hooked)"
+        )
+    print(f"requests that did not fit into the pipe: {dropped}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""`perseus doctor`: would a job's GPUs be controlled here, and if not, what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perseus_plugin.cli.targets import DEFAULT_ZEUSD_SOCKET, gpu_specs
+from perseus_plugin.control.latency import measure_switch_latency
+from perseus_plugin.control.ownership import Ownership, describe, holder_of, lock_path, read_record
+from perseus_plugin.control.resetting import reset_until_confirmed
+from perseus_plugin.control.takeover import take_over
+from perseus_plugin.errors import GpuError, PerseusError
+from perseus_plugin.gpus.base import Gpu
+from perseus_plugin.gpus.opening import open_gpu
+
+PACKAGES = ("torch", "deepspeed", "megatron-core", "ortools", "nvidia-ml-py")
+COUNTER_WATCH_S = 1.0
+COUNTER_POLL_S = 0.001
+LATENCY_ROUNDS = 4
+
+
+@dataclass
+class Findings:
+    """What was found out about one GPU.
+
+    Attributes:
+        gpu: name and UUID.
+        controlled: whether a job's clocks would be set.
+        facts: what is known, by what it is about.
+        remedy: what to do if it is not controlled.
+    """
+
+    gpu: str
+    controlled: bool = False
+    facts: dict[str, str] = field(default_factory=dict)
+    remedy: str = ""
+
+
+def doctor(
+    gpu: Annotated[list[str] | None, typer.Option(help="UUID of a GPU; may be repeated. Default: all.")] = None,
+    emulated: Annotated[list[Path] | None, typer.Option(help="State file of an emulated GPU; may be repeated.")] = None,
+    zeusd_socket: Annotated[str, typer.Option(help="Unix socket of the zeusd daemon.")] = DEFAULT_ZEUSD_SOCKET,
+    control: Annotated[
+        bool, typer.Option(help="Try to set clocks (for about a second; resets any lock that is there).")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say for each GPU what works. Exit status 0 if a job's clocks would be set on all of them, else 1."""
+    software = {"driver": driver_version(), **{package: version_of(package) for package in PACKAGES}}
+    findings: list[Findings] = []
+    problem = ""
+    try:
+        specs = gpu_specs(gpu or [], emulated or [], zeusd_socket)
+        findings = [examine(spec, control=control) for spec in specs]
+        if not findings:
+            problem = "no GPU here"
+    except PerseusError as error:
+        problem = str(error)
+    zeusd = zeusd_state(zeusd_socket)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "schema": "perseus-doctor/1",
+                    "software": software,
+                    "zeusd": zeusd,
+                    "problem": problem,
+                    "gpus": [asdict(found) for found in findings],
+                },
+                indent=2,
+            )
+        )
+    else:
+        _print(software, zeusd, findings, problem)
+    good = bool(findings) and all(found.controlled for found in findings)
+    raise typer.Exit(0 if good else 1)
+
+
+def examine(spec: str, *, control: bool) -> Findings:
+    """Find out about one GPU; with `control` by locking and resetting its clock."""
+    try:
+        device = open_gpu(spec)
+    except GpuError as error:
+        return Findings(spec, remedy=str(error))
+    found = Findings(f"{device.name} {device.uuid}")
+    try:
+        clocks = device.supported_clocks_mhz()
+        found.facts["SM clocks"] = f"{len(clocks)} from {clocks[-1]} to {clocks[0]} MHz"
+        found.facts["SM clock now"] = f"{device.read_clock_mhz()} MHz"
+        found.facts["energy counter"] = counter_period(device)
+        path = lock_path(spec, device.uuid)
+        found.facts["MIG"] = "not in the way" if not device.emulated else "none (emulated)"
+        holder = holder_of(path)
+        if holder is not None:
+            found.facts["control"] = f"held by {describe(holder)}"
+            found.remedy = "wait until that job has ended"
+        elif control:
+            _examine_control(spec, found)
+        else:
+            left = read_record(path).get("clock") == "locked"
+            found.facts["leftover lock"] = "yes; `perseus reset` frees it" if left else "none"
+            found.remedy = "not tried: run without --no-control"
+    except GpuError as error:
+        found.remedy = str(error)
+    finally:
+        device.close()
+    return found
+
+
+def _examine_control(spec: str, found: Findings) -> None:
+    """Take the GPU over, time its clock changes, and leave it free."""
+    device, ownership, facts = take_over(spec, os.getpid(), wait_s=0.0)
+    if ownership is None:
+        found.facts["control"] = "refused"
+        found.remedy = facts.why_not
+        device.close()
+        return
+    try:
+        found.facts["control"] = f"allowed, through {facts.backend}"
+        found.facts["leftover lock"] = f"{facts.leftover}; it was freed" if facts.leftover else "none"
+        found.facts["switch latency"], found.controlled = _time_changes(device, ownership)
+        if not found.controlled:
+            found.remedy = (
+                "the driver takes locks but the clock does not follow: look for power or thermal limits "
+                "(`nvidia-smi -q -d PERFORMANCE`)"
+            )
+    finally:
+        ownership.release()
+        device.close()
+
+
+def _time_changes(device: Gpu, ownership: Ownership) -> tuple[str, bool]:
+    ownership.mark(locked=True)
+    top = device.supported_clocks_mhz()[0]
+    try:
+        latency = measure_switch_latency(device, LATENCY_ROUNDS)
+    finally:
+        if reset_until_confirmed(device, top, limit_s=5.0).confirmed:
+            ownership.mark(locked=False)
+    if latency.timeouts == latency.samples:
+        return "the clock never reached its target", False
+    text = f"{1e3 * latency.p50_s:.1f} ms (95 %: {1e3 * latency.p95_s:.1f} ms, {latency.samples} changes"
+    return text + (f", {latency.timeouts} not seen)" if latency.timeouts else ")"), not latency.timeouts
+
+
+def counter_period(
+    device: Gpu, now: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+) -> str:
+    """How often the energy counter moves, watched for a second."""
+    try:
+        last = device.read_energy()
+        end_s = now() + COUNTER_WATCH_S
+        ticks: list[float] = []
+        while now() < end_s:
+            sleep(COUNTER_POLL_S)
+            reading = device.read_energy()
+            if reading.energy_j != last.energy_j:
+                ticks.append(reading.time_s)
+            last = reading
+    except GpuError as error:
+        return f"cannot be read: {error}"
+    gaps = [b - a for a, b in itertools.pairwise(ticks)]
+    if not gaps:
+        return f"did not move within {COUNTER_WATCH_S:.0f} s"
+    return f"moves every {1e3 * statistics.median(gaps):.0f} ms"
+
+
+def zeusd_state(socket_path: str) -> str:
+    """Whether a zeusd answers there."""
+    if not Path(socket_path).exists():
+        return f"no socket at {socket_path}"
+    from perseus_plugin.gpus.zeusd import Zeusd
+
+    try:
+        found = Zeusd(socket_path).discover()
+    except GpuError as error:
+        return str(error)
+    groups = found.get("enabled_api_groups")
+    return f"answers at {socket_path}" + (f", API groups {', '.join(groups)}" if groups else "")
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's version, or why there is none."""
+    from perseus_plugin.gpus.nvml import load_nvml, text_of
+
+    try:
+        nvml = load_nvml()
+    except GpuError as error:
+        return str(error)
+    try:
+        return text_of(nvml.nvmlSystemGetDriverVersion())
+    except nvml.NVMLError as error:
+        return str(error)
+    finally:
+        nvml.nvmlShutdown()
+
+
+def version_of(package: str) -> str:
+    """An installed package's version."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _print(software: dict[str, str], zeusd: str, findings: list[Findings], problem: str) -> None:
+    for name, version in software.items():
+        typer.echo(f"{name:16} {version}")
+    typer.echo(f"{'zeusd':16} {zeusd}")
+    for found in findings:
+        typer.echo(f"\n{found.gpu}: {'would be controlled' if found.controlled else 'would NOT be controlled'}")
+        for about, text in found.facts.items():
+            typer.echo(f"  {about:14} {text}")
+        if found.remedy:
+            typer.echo(f"  {'to do':14} {found.remedy}")
+    if problem:
+        typer.echo(f"\nno GPU would be controlled: {problem}")

@@ -1,0 +1,90 @@
+"""Options that every planning subcommand shares, and the planner that they describe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perseus_plugin.errors import ConfigError, PlanError
+from perseus_plugin.instructions import Compute, StageStream
+from perseus_plugin.pipeline import build_graph
+from perseus_plugin.planning.planner import Planner
+from perseus_plugin.profiling.profile import Profile, load_profile
+from perseus_plugin.schedules import SCHEDULES, load_streams
+
+ProfileArgument = Annotated[
+    Path, typer.Argument(help="Profile CSV: stage,instruction,frequency,time,energy.", show_default=False)
+]
+Microbatches = Annotated[
+    int | None,
+    typer.Option(help="Microbatches per iteration; not with a schedule file, which has them.", show_default=False),
+]
+BlockingPower = Annotated[
+    str,
+    typer.Option(
+        help="Watts a GPU draws while it waits for another stage; one figure, or one per stage with commas.",
+        show_default=False,
+    ),
+]
+Schedule = Annotated[
+    str, typer.Option(help=f"{', '.join(SCHEDULES)}, or the path of a JSON file of instruction lists.")
+]
+Scale = Annotated[float, typer.Option(help="Multiply the profile's times and energies.")]
+Latency = Annotated[float, typer.Option(help="Seconds a transfer between stages takes.")]
+
+
+def planner_from_options(
+    profile_path: Path,
+    microbatches: int | None,
+    blocking_power: str,
+    schedule: str,
+    scale: float,
+    latency: float,
+) -> Planner:
+    """Read the files and set up the planner.
+
+    Raises:
+        PerseusError: an option, the profile or the schedule is wrong.
+    """
+    profile = load_profile(profile_path).scaled(scale)
+    streams = _streams(schedule, profile, microbatches)
+    needed = {(s, op.kind) for s, stream in enumerate(streams) for op in stream if isinstance(op, Compute)}
+    missing = sorted(needed - profile.table.keys())
+    if missing:
+        stage, kind = missing[0]
+        raise PlanError(f"{profile_path}: no row for {kind!r} in stage {stage}, which the schedule {schedule} runs")
+    return Planner(
+        build_graph(streams, latency_s=latency),
+        profile,
+        blocking_power_w=parse_power(blocking_power),
+        schedule=schedule if schedule in SCHEDULES else Path(schedule).stem,
+    )
+
+
+def _streams(schedule: str, profile: Profile, microbatches: int | None) -> list[StageStream]:
+    if schedule in SCHEDULES:
+        if microbatches is None:
+            raise ConfigError(f"--microbatches: missing; the schedule {schedule} needs it")
+        return SCHEDULES[schedule](profile.stages, microbatches)
+    if not Path(schedule).exists():
+        raise ConfigError(f"--schedule: got {schedule!r}; allowed: {', '.join(SCHEDULES)}, or an existing file")
+    if microbatches is not None:
+        raise ConfigError("--microbatches: not allowed with a schedule file, which has its own")
+    return load_streams(schedule)
+
+
+def parse_power(text: str) -> float | list[float]:
+    """One figure in watts, or one per stage separated by commas.
+
+    Raises:
+        ConfigError: not numbers.
+    """
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--blocking-power: got {text!r}; allowed: watts, or watts per stage with commas"
+        ) from None
+    return values if len(values) > 1 else values[0]

@@ -1,0 +1,34 @@
+"""Entry point of the `perseus` command. Every subcommand is one module of this package."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+# X from perseus_plugin.cli.frontier import frontier
+from perseus_plugin.cli.plan import plan
+from perseus_plugin.errors import PerseusError
+
+app = typer.Typer(
+    name="perseus",
+    help="Less GPU energy at the same speed for pipeline-parallel training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(plan)
+# X app.command()(frontier)
+
+
+def run() -> None:
+    """Run the command; an error meant for the user becomes one line on stderr and exit status 2."""
+    try:
+        app()
+    except (PerseusError, OSError) as error:
+        print(f"perseus: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,118 @@
+"""`perseus plan`: from a profile to a plan file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from perseus_plugin.cli.job import (
+    BlockingPower,
+    Latency,
+    Microbatches,
+    ProfileArgument,
+    Scale,
+    Schedule,
+    planner_from_options,
+)
+from perseus_plugin.errors import ConfigError
+from perseus_plugin.planning.plan import Plan, save_plan
+from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
+from perseus_plugin.planning.zeus import save_zeus_plan
+
+
+def plan(
+    profile: ProfileArgument,
+    blocking_power: BlockingPower,
+    microbatches: Microbatches = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the plan.")] = Path("plan.json"),
+    schedule: Schedule = "1f1b",
+    scale: Scale = 1.0,
+    latency: Latency = 0.0,
+    slowdown: Annotated[
+        float | None, typer.Option(help="Allowed slowdown against full clocks, as a share (the default: 0).")
+    ] = None,
+    deadline: Annotated[float | None, typer.Option(help="Longest iteration, seconds.")] = None,
+    straggler: Annotated[
+        float | None, typer.Option(help="The iteration takes this many seconds in any case.")
+    ] = None,
+    cheapest: Annotated[bool, typer.Option("--cheapest", help="Least energy at any iteration time.")] = False,
+    energy_budget: Annotated[float | None, typer.Option(help="Most joules per iteration.")] = None,
+    max_changes: Annotated[int | None, typer.Option(help="Most clock changes per stage and iteration.")] = None,
+    min_dwell: Annotated[float, typer.Option(help="Shortest time between clock changes, seconds.")] = 0.0,
+    effort: Annotated[str, typer.Option(help=f"{', '.join(get_args(Effort))}.")] = "quick",
+    zeus: Annotated[
+        Path | None, typer.Option(help="Also write the plan in the Zeus format (a Python literal).")
+    ] = None,
+) -> None:
+    """Choose a clock for every instruction so that the iteration ends in time with the least energy."""
+    if effort not in get_args(Effort):
+        raise ConfigError(f"--effort: got {effort!r}; allowed: {', '.join(get_args(Effort))}")
+    target = pick_target(slowdown, deadline, straggler, cheapest, energy_budget)
+    limits = ChangeLimits(max_changes, min_dwell)
+    planner = planner_from_options(profile, microbatches, blocking_power, schedule, scale, latency)
+    console = Console()
+    free = None
+    if limits != ChangeLimits():
+        free = planner.plan(target, effort="quick")
+    made = planner.plan(target, limits, _effort(effort))
+    save_plan(made, output)
+    if zeus is not None:
+        save_zeus_plan(made, zeus)
+    console.print(summary(made, free))
+    console.print(f"wrote {output}" + (f" and {zeus}" if zeus else ""), highlight=False, soft_wrap=True)
+
+
+def _effort(text: str) -> Effort:
+    return "thorough" if text == "thorough" else "normal" if text == "normal" else "quick"
+
+
+def pick_target(
+    slowdown: float | None,
+    deadline: float | None,
+    straggler: float | None,
+    cheapest: bool,
+    energy_budget: float | None,
+) -> Target:
+    """The one target that was named; slowdown 0 without any.
+
+    Raises:
+        ConfigError: more than one.
+        PlanError: a value out of range.
+    """
+    named = {
+        "--slowdown": slowdown is not None,
+        "--deadline": deadline is not None,
+        "--straggler": straggler is not None,
+        "--cheapest": cheapest,
+        "--energy-budget": energy_budget is not None,
+    }
+    given = [name for name, is_given in named.items() if is_given]
+    if len(given) > 1:
+        raise ConfigError(f"got {' and '.join(given)}; allowed: at most one of {', '.join(named)}")
+    if deadline is not None:
+        return Target.deadline(deadline)
+    if straggler is not None:
+        return Target.straggler(straggler)
+    if energy_budget is not None:
+        return Target.energy_budget(energy_budget)
+    return Target.cheapest() if cheapest else Target.slowdown(slowdown or 0.0)
+
+
+def summary(made: Plan, free: Plan | None = None) -> Table:
+    """What a plan promises, beside the baseline; `free` is the same without limits on clock changes."""
+    table = Table("", "full clocks", "plan", box=None, pad_edge=False)
+    table.add_row("iteration time", f"{made.baseline_time_s:.6f} s", f"{made.iteration_time_s:.6f} s")
+    table.add_row("energy per iteration", f"{made.baseline_energy_j:.3f} J", f"{made.energy_j:.3f} J")
+    table.add_row("saving", "", f"{made.saving:.3%}")
+    table.add_row("slowdown", "", f"{made.slowdown:.3%}")
+    table.add_row("lower bound of energy", "", f"{made.energy_lower_bound_j:.3f} J")
+    table.add_row("gap to the bound", "", f"{made.gap:.3%}")
+    changes = [made.clock_changes(stage) for stage in range(len(made.stages))]
+    table.add_row("clock changes per stage", "", f"{min(changes)} to {max(changes)}")
+    if free is not None:
+        table.add_row("cost of the limits", "", f"{made.energy_j - free.energy_j:.3f} J")
+    return table

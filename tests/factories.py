@@ -1,0 +1,122 @@
+"""Small valid things that tests of several modules need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from perseus_plugin.instructions import Compute, Constant, StreamOp
+from perseus_plugin.messages import Placement, RankEstimate
+from perseus_plugin.profiling.observations import InstructionEstimate, StageEstimate
+from perseus_plugin.profiling.profile import Measurement, Profile
+from perseus_plugin.schedules import one_f_one_b
+from perseus_plugin.tap import IterationRecord
+
+CLOCKS_MHZ = (1410, 1110, 810)
+BLOCKING_W = 80.0
+FULL_CLOCK_S: Mapping[str, float] = {"forward": 0.010, "backward": 0.020}
+
+
+def placement(rank: int = 0, world_size: int = 2, stages: int = 2) -> Placement:
+    """Rank r is stage r of the first pipeline, then of the next."""
+    return Placement(
+        rank=rank,
+        world_size=world_size,
+        stage=rank % stages,
+        stages=stages,
+        replica=rank // stages,
+        local_rank=rank,
+        device="cpu",
+    )
+
+
+def time_s(kind: str, clock_mhz: int, stage: int = 0) -> float:
+    """Time of an instruction: half of it scales with the clock; later stages take longer."""
+    return FULL_CLOCK_S[kind] * (1 + 0.3 * stage) * (0.5 + 0.5 * CLOCKS_MHZ[0] / clock_mhz)
+
+
+def energy_j(kind: str, clock_mhz: int, stage: int = 0) -> float:
+    """Energy of an instruction: 400 W at the top clock, falling with its square."""
+    watts = 100 + 300 * (clock_mhz / CLOCKS_MHZ[0]) ** 2
+    return watts * time_s(kind, clock_mhz, stage)
+
+
+def profile(stages: int = 2, kinds: Sequence[str] = ("forward", "backward")) -> Profile:
+    """A profile on which slowing down pays."""
+    return Profile.from_rows(
+        (stage, kind, Measurement(clock, time_s(kind, clock, stage), energy_j(kind, clock, stage)))
+        for stage in range(stages)
+        for kind in kinds
+        for clock in CLOCKS_MHZ
+    )
+
+
+def stage_estimate(stage: int = 0, scale: float = 1.0, unresolved: frozenset[str] = frozenset()) -> StageEstimate:
+    """What measuring `profile` exactly would give."""
+    return StageEstimate(
+        tuple(
+            InstructionEstimate(
+                kind,
+                clock,
+                scale * time_s(kind, clock, stage),
+                1e-6,
+                scale * energy_j(kind, clock, stage),
+                1e-4,
+                samples=20,
+            )
+            for kind in ("backward", "forward")
+            for clock in CLOCKS_MHZ
+        ),
+        BLOCKING_W,
+        0.1,
+        window_s=0.02,
+        lag_s=0.0,
+        unresolved=unresolved,
+    )
+
+
+def rank_estimate(
+    rank: int, world_size: int = 2, stages: int = 2, constants: Mapping[str, float] | None = None, scale: float = 1.0
+) -> RankEstimate:
+    """What a rank publishes after the sweep."""
+    where = placement(rank, world_size, stages)
+    return RankEstimate(
+        placement=where,
+        gpu="test GPU",
+        estimate=stage_estimate(where.stage, scale).to_dict(),
+        constant_time_s=dict(constants or {}),
+    )
+
+
+def stream_of(stages: int, microbatches: int) -> Callable[[int], Sequence[StreamOp]]:
+    """1F1B's streams by stage."""
+    streams = one_f_one_b(stages, microbatches)
+    return lambda stage: streams[stage]
+
+
+OPERATIONS: tuple[Compute | Constant, ...] = (
+    Constant("load_microbatch"),
+    Compute("forward", 0),
+    Compute("backward", 0),
+    Constant("optimizer_step", collective=True),
+)
+
+
+def record(
+    number: int,
+    *,
+    begin_s: float = 0.0,
+    durations_s: Sequence[float] = (0.001, 0.010, 0.020, 0.005),
+    operations: Sequence[Compute | Constant] = OPERATIONS,
+    schedule: str = "1F1B",
+    gap_s: float = 0.0,
+) -> IterationRecord:
+    """A complete record whose operations follow each other, each after a wait of `gap_s`."""
+    made = IterationRecord(number, begin_s, schedule, operations)
+    now_s = begin_s
+    for duration_s in durations_s:
+        now_s += gap_s
+        made.starts_s.append(now_s)
+        now_s += duration_s
+        made.ends_s.append(now_s)
+    made.end_s = now_s
+    return made

@@ -90,9 +90,7 @@ def report(title: str, model: GpuModel, profile: Profile) -> None:
     print(f"sharpness {model.sharpness:.2f}")
     for kind in KINDS:
         m = model.load(load_class(kind))
-        print(
-            f"  {kind:8} compute_share={m.compute_share:.4f} limit={m.limit:.4f} dynamic_w={m.dynamic_w:.1f}"
-        )
+        print(f"  {kind:8} compute_share={m.compute_share:.4f} limit={m.limit:.4f} dynamic_w={m.dynamic_w:.1f}")
         for what, e in zip(("time", "power", "energy"), relative_errors(model, profile, kind), strict=True):
             print(f"    {what:6} rms {np.sqrt(np.mean(e**2)):.2%}  largest {np.abs(e).max():.2%}")
 

@@ -176,6 +176,10 @@ def variations(iterations: int) -> dict[str, tuple[Job, Counter, Sequence[int]]]
         "H100-like, 10/20 ms, 4 iterations": (job(0.01, iterations=4), H100, every),
         "H100-like, 30/60 ms, executions differ by 5 % in power": (job(0.03, power_spread=0.05), H100, every),
         "H100-like, 30/60 ms, executions differ by 5 ms": (job(0.03, jitter_s=0.005), H100, every),
+        "V100-like, 30/60 ms, executions ramp from -30 % to +30 %": (job(0.03, ramp=0.3), V100, every),
+        "H100-like, 30/60 ms, executions ramp from -30 % to +30 %": (job(0.03, ramp=0.3), H100, every),
+        "V100-like, 30/60 ms, 5 ms idle in each execution": (job(0.03, dip=True), V100, every),
+        "H100-like, 30/60 ms, 5 ms idle in each execution": (job(0.03, dip=True), H100, every),
         "H100-like, 30/60 ms, 3 clocks": (job(0.03), H100, (705, 1095, 1410)),
         "A100-like, 2/4 ms, 3 times the iterations": (
             job(0.002, jitter_s=0.0001, iterations=3 * iterations),

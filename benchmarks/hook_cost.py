@@ -18,6 +18,7 @@ from typing import Any
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import TrainSchedule
 
+from perseus_plugin.control.boundaries import HostBoundaries
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.controller import ClockRequests, Controller
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
@@ -49,7 +50,7 @@ def following(requests: ClockRequests, microbatches: int) -> InstructionTap:
     """A tap that changes the clock at every instruction, which no plan does."""
     controller = Controller(requests)
     controller.follow([1410, 1005] * microbatches, [0.03] * (2 * microbatches))
-    return InstructionTap(controller, fail)
+    return InstructionTap(HostBoundaries(), controller, fail)
 
 
 class Holder:
@@ -83,7 +84,7 @@ def main() -> None:
         engine._INSTRUCTION_MAP = instruction_map
         begin_s = time.perf_counter()
         if tap is not None:
-            tap.arm(IterationRecord(0, begin_s), operations, slots)
+            tap.arm(IterationRecord(0, "", operations, slots))
         engine._exec_schedule(schedule)
         if tap is not None:
             tap.disarm()
@@ -94,7 +95,7 @@ def main() -> None:
     helper = ClockHelper.start(f"emulated:{folder / 'gpu'}")
     helper.wait_ready(10)
     taps = {
-        "timestamps only": InstructionTap(None, fail),
+        "timestamps only": InstructionTap(HostBoundaries(), None, fail),
         "following a plan, requests dropped": following(NoRequests(), arguments.microbatches),
         "following a plan, requests to a helper process": following(helper, arguments.microbatches),
     }

@@ -58,9 +58,7 @@ class ProfilingConfig(_Strict):
         lt=1,
     )
     steps_per_clock: int = _setting(5, "a whole number from 2", "Measured iterations per clock.", ge=2)
-    settle_steps: int = _setting(
-        1, "a whole number from 1", "Iterations discarded after each change of clock.", ge=1
-    )
+    settle_steps: int = _setting(1, "a whole number from 1", "Iterations discarded after each change of clock.", ge=1)
     seed: int = _setting(0, "a whole number", "Seed of the random order in which clocks are tried.")
     max_relative_error: float = _setting(
         0.05,
@@ -89,9 +87,7 @@ class GpuConfig(_Strict):
         "auto: NVML where allowed, else zeusd, else observe only; emulated where torch has no CUDA device. "
         "off: observe only, no clock is touched.",
     )
-    zeusd_socket: str = _setting(
-        "/run/zeusd/zeusd.sock", "a path", "Unix socket of the zeusd daemon.", min_length=1
-    )
+    zeusd_socket: str = _setting("/run/zeusd/zeusd.sock", "a path", "Unix socket of the zeusd daemon.", min_length=1)
 
 
 _Times = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_as_tuple)]
@@ -318,6 +314,4 @@ def _explain_unknown(error: ErrorDetails, model: type[BaseModel], section: str, 
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     shown = name if name.isprintable() else json.dumps(name)
-    return (
-        f"{section}.{shown}: unknown key, given the value {_shown(error['input'])}; {hint}known keys: {', '.join(known)}"
-    )
+    return f"{section}.{shown}: unknown key, given the value {_shown(error['input'])}; {hint}known keys: {', '.join(known)}"

@@ -132,16 +132,15 @@ class Coordinator:
         if self._schedule is None or self._schedule.key != key:
             self._schedule = _Schedule(key, stream_of)
 
-    def saw(self, directive: Directive, record: IterationRecord, undisturbed: bool) -> None:
+    def saw(self, directive: Directive, record: IterationRecord) -> None:
         """An iteration has ended on rank 0.
 
         Args:
             directive: what it ran as.
             record: what was seen.
-            undisturbed: it neither follows an evaluation nor a change of directive.
         """
         duration_s = record.end_s - record.begin_s
-        if not undisturbed or not record.complete:
+        if not record.undisturbed or not record.complete:
             return
         if isinstance(directive, Sweep) and directive.kept and directive.frequency_mhz == self._top_mhz:
             self._full_clock_s.append(duration_s)
@@ -297,9 +296,7 @@ class Coordinator:
     def _watch(self, iteration: int) -> None:
         assert self._schedule is not None  # there is a plan for one
         if self._schedule.key not in self._plans:
-            logger.info(
-                "the schedule is now %s: full clocks until there is a plan for it", self._schedule.key
-            )
+            logger.info("the schedule is now %s: full clocks until there is a plan for it", self._schedule.key)
             self._request_plan(iteration)
             return
         if self._plans[self._schedule.key][1] is not self.plan:
@@ -369,9 +366,7 @@ class Coordinator:
         self._tell(iteration, "full", reason=why)
         self.state = State.GIVEN_UP
 
-    def _tell(
-        self, iteration: int, action: str, *, version: int = 0, reason: str = "", recheck: bool = False
-    ) -> None:
+    def _tell(self, iteration: int, action: str, *, version: int = 0, reason: str = "", recheck: bool = False) -> None:
         self._sequence += 1
         news = News(
             sequence=self._sequence,

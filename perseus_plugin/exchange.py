@@ -86,9 +86,7 @@ class LocalExchange:
         return None if text is None else json.loads(text)
 
 
-def wait_for(
-    exchange: Exchange, keys: Iterable[str], timeout_s: float, interval_s: float = 0.02
-) -> dict[str, Any]:
+def wait_for(exchange: Exchange, keys: Iterable[str], timeout_s: float, interval_s: float = 0.02) -> dict[str, Any]:
     """Wait until all keys have values, or the time is up; returns those that have."""
     missing = list(keys)
     found: dict[str, Any] = {}

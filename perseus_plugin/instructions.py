@@ -114,7 +114,5 @@ def stream_from_rows(rows: Sequence[Sequence[str | int]]) -> list[StreamOp]:
             case ["receive", int(peer), str(channel)]:
                 stream.append(Receive(peer, channel))
             case _:
-                raise ScheduleError(
-                    f"stream row: got {list(row)!r}; allowed: compute, constant, send or receive"
-                )
+                raise ScheduleError(f"stream row: got {list(row)!r}; allowed: compute, constant, send or receive")
     return stream

@@ -24,12 +24,10 @@ class FinishedIteration:
     Attributes:
         directive: what it ran as.
         record: what was seen.
-        undisturbed: the iteration before it ran alike, and nothing came between them.
     """
 
     directive: Directive
     record: IterationRecord
-    undisturbed: bool
 
 
 class Link:

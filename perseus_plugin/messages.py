@@ -167,6 +167,4 @@ def receive(message_class: type[MessageT], value: Any) -> MessageT:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ExchangeError(
-            f"{message_class.__name__} from the job's store: {where}: {first['msg']}"
-        ) from error
+        raise ExchangeError(f"{message_class.__name__} from the job's store: {where}: {first['msg']}") from error

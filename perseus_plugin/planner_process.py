@@ -58,9 +58,7 @@ class PlanRequest:
             "schedule": self.schedule,
             "streams": [stream_to_rows(stream) for stream in self.streams],
             "constant_time_s": [[stage, name, t] for (stage, name), t in self.constant_time_s.items()],
-            "profile": [
-                [s, kind, m.frequency_mhz, m.time_s, m.energy_j] for s, kind, m in self.profile.rows()
-            ],
+            "profile": [[s, kind, m.frequency_mhz, m.time_s, m.energy_j] for s, kind, m in self.profile.rows()],
             "blocking_power_w": list(self.blocking_power_w),
             "slowdown": self.slowdown,
             "margin": self.margin,
@@ -193,7 +191,9 @@ class PlannerProcess:
             reply = json.loads(line)
             error, text = reply["error"], reply["plan"]
             plan = None if text is None else plan_from_json(text)
-        except (OSError, ValueError, KeyError, PerseusError) as failure:
+        except OSError:
+            plan, error = None, f"planner process ended with status {self._process.poll()}; see its message above"
+        except (ValueError, KeyError, PerseusError) as failure:
             plan, error = None, str(failure)
         self._answer = PlanAnswer(plan, time.monotonic() - begin_s, error)
         self._busy = False

@@ -12,10 +12,10 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
 from typing import Concatenate, ParamSpec, TypeVar
 
 from perseus_plugin.config import PerseusConfig
+from perseus_plugin.control.boundaries import boundaries_for
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.controller import Controller
 from perseus_plugin.emulation import EmulatedStage
@@ -56,8 +56,7 @@ Monitor = Callable[[list[tuple[str, float]]], None]
 def _guarded(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R | None]:
     """Nothing of ours may stop training: an exception ends the session instead."""
 
-    @functools.wraps(method)
-    def guarded(self: Session, *args: P.args, **kwargs: P.kwargs) -> R | None:
+    def guarded(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> R | None:
         if self.closed:
             return None
         try:
@@ -66,6 +65,7 @@ def _guarded(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatena
             self.fail(error)
             return None
 
+    functools.update_wrapper(guarded, method)
     return guarded
 
 
@@ -92,13 +92,13 @@ class Session:
         self._emulated = emulated
         self._exchange = exchange
         self._monitor = monitor
-        self.tap = InstructionTap(self._controller, self.fail)
+        self._boundaries = boundaries_for(placement.device, self.fail)
+        self.tap = InstructionTap(self._boundaries, self._controller, self.fail)
         self.tap.execution = emulated
         self._iteration = 0
         self._record: IterationRecord | None = None
         self._directive: Directive = FullClock("warm-up")
         self._applied: object = None
-        self._undisturbed = False
         self._schedule = ""
         self._operations: dict[str, tuple[tuple[Compute | Constant, ...], list[int]]] = {}
         self._on_close: list[Callable[[], None]] = []
@@ -119,15 +119,10 @@ class Session:
         """A training iteration begins."""
         number = self._iteration
         self._directive = self._link.timetable.at(number)
-        if (
-            self._emulated is not None
-            and self._emulated.needs_calibration
-            and isinstance(self._directive, Sweep)
-        ):
+        if self._emulated is not None and self._emulated.needs_calibration and isinstance(self._directive, Sweep):
             self._emulated.calibrate(self._exchange)
-        self._record = IterationRecord(number, monotonic())
-        if self._helper is not None:
-            self._helper.mark(begin_tag(number))
+        self._record = IterationRecord(number)
+        self._boundaries.reach(self._begins, self._record)
 
     def begin_schedule(self, key: str, stream_of: StreamOf) -> bool:
         """The iteration's schedule begins.
@@ -152,16 +147,25 @@ class Session:
             self._schedule = key
             self._link.use_schedule(key, stream_of)
         record.schedule = key
-        record.operations, slots = self._operations[key]
-        wanted = (self._directive.identity, key)
-        self._undisturbed = wanted == self._applied
-        if not self._undisturbed:
-            self._applied = wanted if self._apply(self._directive, key, slots) else None
-        self.tap.arm(record, record.operations, slots)
+        record.operations, record.slots = self._operations[key]
+        self._boundaries.reach(self._apply, record, self._directive)
+        self.tap.arm(record)
         return True
 
-    def _apply(self, directive: Directive, key: str, slots: list[int]) -> bool:
-        """Have the controller do what the directive says; False if it cannot be done (yet): full clocks then."""
+    def _begins(self, now_s: float, record: IterationRecord) -> None:
+        record.begin_s = now_s
+        if self._helper is not None:
+            self._helper.mark(begin_tag(record.number))
+
+    def _apply(self, now_s: float, record: IterationRecord, directive: Directive) -> None:
+        """The GPU gets to the schedule: have the controller do what the directive says, unless it does already."""
+        wanted = (directive.identity, record.schedule)
+        record.undisturbed = wanted == self._applied
+        if not record.undisturbed:
+            self._applied = wanted if self._control(directive, record) else None
+
+    def _control(self, directive: Directive, record: IterationRecord) -> bool:
+        """False if what the directive says cannot be done (yet): full clocks then."""
         if self._controller is None:
             return True
         if isinstance(directive, Sweep):
@@ -172,8 +176,8 @@ class Session:
             isinstance(directive, Follow)
             and part is not None
             and part.version == directive.version
-            and part.schedule == key
-            and len(part.clocks_mhz) == 1 + max(slots)
+            and part.schedule == record.schedule
+            and len(part.clocks_mhz) == 1 + max(record.slots)
         ):
             self._controller.rise_lead_s = self._link.rise_lead_s
             self._controller.follow(part.clocks_mhz, part.times_s)
@@ -193,16 +197,22 @@ class Session:
         if record is None:
             return
         self.tap.disarm()
-        record.end_s = monotonic()
+        self._iteration += 1
+        self._boundaries.reach(self._ended, record, self._directive)
+        self._write_events()
+
+    def _ended(self, now_s: float, record: IterationRecord, directive: Directive) -> None:
+        record.end_s = now_s
         if self._helper is not None:
             self._helper.mark(end_tag(record.number))
-        self._iteration += 1
-        self._link.finished(FinishedIteration(self._directive, record, self._undisturbed))
-        self._write_events()
+        self._link.finished(FinishedIteration(directive, record))
 
     @_guarded
     def evaluation(self) -> None:
         """Something that is no training iteration runs: full clocks, and no part of any measurement."""
+        self._boundaries.reach(self._interrupt)
+
+    def _interrupt(self, now_s: float) -> None:
         if self._controller is not None:
             self._controller.hold(None)
         self._applied = None
@@ -238,8 +248,9 @@ class Session:
                 self._monitor(events)
 
     def _release(self) -> None:
-        self.closed = True
         self.tap.disarm()
+        self._boundaries.close()
+        self.closed = True
         if self._controller is not None:
             self._controller.hold(None)
         for callback in self._on_close:
@@ -363,9 +374,7 @@ def _timetable(config: PerseusConfig, selection: Selection, profile: Profile | N
     if not selection.clocks_mhz:
         sweep: tuple[int, ...] = ()
     elif profile is not None:
-        sweep = (
-            max(selection.clocks_mhz),
-        )  # measured all the same, as the reference that the plan must keep to
+        sweep = (max(selection.clocks_mhz),)  # measured all the same, as the reference that the plan must keep to
     elif profiling.clocks_mhz is not None:
         sweep = sweep_order(nearest_clocks(selection.clocks_mhz, profiling.clocks_mhz), profiling.seed)
     else:

@@ -38,9 +38,7 @@ class Survey:
 
         In a collective every stage waits for the last one, which alone sees the work's own time: the shortest.
         """
-        collective = {
-            op.name for stream in streams for op in stream if isinstance(op, Constant) and op.collective
-        }
+        collective = {op.name for stream in streams for op in stream if isinstance(op, Constant) and op.collective}
         shortest: dict[str, float] = {}
         for (_, name), time_s in self.constant_time_s.items():
             shortest[name] = min(time_s, shortest.get(name, math.inf))
@@ -81,9 +79,7 @@ def rescaled(survey: Survey, rechecks: Sequence[Recheck]) -> Survey:
         factor = statistics.median(seen) / rows[0].time_s if seen else 1.0
         factors[stage, kind] = factor if abs(factor - 1) > _SAME else 1.0
     table = {
-        key: tuple(
-            replace(m, time_s=m.time_s * factors[key], energy_j=m.energy_j * factors[key]) for m in rows
-        )
+        key: tuple(replace(m, time_s=m.time_s * factors[key], energy_j=m.energy_j * factors[key]) for m in rows)
         for key, rows in survey.profile.table.items()
     }
     return replace(survey, profile=Profile(table))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Protocol
 
+from perseus_plugin.control.boundaries import Boundaries
 from perseus_plugin.control.controller import Controller
 from perseus_plugin.instructions import Compute, Constant, StreamOp
 
@@ -24,6 +25,8 @@ class IterationRecord:
         number: iterations since the session began, from 0.
         schedule: key of the schedule that ran.
         operations: the hooked operations in program order (compute and constant).
+        slots: for each of them its position among the compute ones, -1 for constants.
+        undisturbed: the iteration before it ran alike, and nothing came between them.
         begin_s, end_s: the whole iteration, end-of-batch work and loss exchange included.
         starts_s, ends_s: per hooked operation.
         overran: emulated instructions for which the CPU was too slow.
@@ -31,9 +34,11 @@ class IterationRecord:
     """
 
     number: int
-    begin_s: float
     schedule: str = ""
     operations: Sequence[Compute | Constant] = ()
+    slots: Sequence[int] = ()
+    undisturbed: bool = False
+    begin_s: float = math.nan
     end_s: float = math.nan
     starts_s: list[float] = field(default_factory=list)
     ends_s: list[float] = field(default_factory=list)
@@ -62,29 +67,23 @@ class InstructionTap:
     """Called at the beginning and the end of every hooked operation.
 
     Args:
+        boundaries: when the GPU gets there.
         controller: who turns boundaries into clock requests; None in observe mode.
         on_error: called with the exception when anything here fails; the tap is dead from then on.
     """
 
-    def __init__(self, controller: Controller | None, on_error: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, boundaries: Boundaries, controller: Controller | None, on_error: Callable[[Exception], None]
+    ) -> None:
+        self._reach = boundaries.reach
         self._controller = controller
         self._on_error = on_error
         self.execution: Execution | None = None
         self._record: IterationRecord | None = None
-        self._slots: list[int] = []
-        self._operations: Sequence[Compute | Constant] = ()
 
-    def arm(
-        self, record: IterationRecord, operations: Sequence[Compute | Constant], slots: list[int]
-    ) -> None:
-        """Begin an iteration whose hooked operations are these.
-
-        Args:
-            record: where the timestamps go.
-            operations: the hooked operations in program order.
-            slots: for each of them its position among the compute operations, -1 for constants.
-        """
-        self._operations, self._slots, self._record = operations, slots, record
+    def arm(self, record: IterationRecord) -> None:
+        """Begin an iteration; `record` names its hooked operations and takes the times."""
+        self._record = record
 
     def disarm(self) -> None:
         """The iteration is over; calls do nothing until the next `arm`."""
@@ -95,18 +94,14 @@ class InstructionTap:
         record = self._record
         if record is None:
             return
-        now_s = monotonic()
         try:
-            starts = record.starts_s
-            position = len(starts)
-            starts.append(now_s)
-            slot = self._slots[position]
-            if slot >= 0:
-                if self._controller is not None:
-                    self._controller.begin(slot, now_s)
-                record.overhead_s += monotonic() - now_s
-                if self.execution is not None:
-                    self.execution.begin(self._operations[position])  # type: ignore[arg-type]
+            called_s = monotonic()
+            self._reach(self._began, record)
+            record.overhead_s += monotonic() - called_s
+            if self.execution is not None:
+                operation = record.operations[len(record.starts_s) - 1]
+                if isinstance(operation, Compute):
+                    self.execution.begin(operation)
         except Exception as error:
             self._fail(error)
 
@@ -116,15 +111,25 @@ class InstructionTap:
         if record is None:
             return
         try:
-            if self.execution is not None and self._slots[len(record.ends_s)] >= 0:
+            if self.execution is not None and record.slots[len(record.ends_s)] >= 0:
                 record.overran += self.execution.finish()
-            record.ends_s.append(monotonic())
+            self._reach(_ended, record)
         except Exception as error:
             self._fail(error)
+
+    def _began(self, now_s: float, record: IterationRecord) -> None:
+        slot = record.slots[len(record.starts_s)]
+        record.starts_s.append(now_s)
+        if slot >= 0 and self._controller is not None:
+            self._controller.begin(slot, now_s)
 
     def _fail(self, error: Exception) -> None:
         self._record = None
         self._on_error(error)
+
+
+def _ended(now_s: float, record: IterationRecord) -> None:
+    record.ends_s.append(now_s)
 
 
 def hooked_operations(stream: Sequence[StreamOp]) -> tuple[tuple[Compute | Constant, ...], list[int]]:

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 
+_SWITCHES_KEPT = 8  # the one in force, and those that have not begun yet: never more than a few
+
+
 @dataclass(frozen=True, slots=True)
 class FullClock:
     """No lock: the iteration runs as without the plugin."""
@@ -102,7 +105,7 @@ class Timetable:
     def switched(self, first: int, directive: Directive) -> Timetable:
         """The timetable with one more switch; earlier ones that begin later are superseded."""
         kept = tuple(switch for switch in self.switches if switch[0] < first)
-        return replace(self, switches=(*kept[-1:], (first, directive)))
+        return replace(self, switches=(*kept[-_SWITCHES_KEPT:], (first, directive)))
 
 
 def spread_clocks(supported_mhz: Sequence[int], count: int, lowest_share: float) -> list[int]:
@@ -115,9 +118,7 @@ def spread_clocks(supported_mhz: Sequence[int], count: int, lowest_share: float)
 
 def nearest_clocks(supported_mhz: Sequence[int], wanted_mhz: Sequence[float]) -> list[int]:
     """Each wanted clock moved to the nearest supported one; falling, without repeats."""
-    return sorted(
-        {min(supported_mhz, key=lambda clock: abs(clock - mhz)) for mhz in wanted_mhz}, reverse=True
-    )
+    return sorted({min(supported_mhz, key=lambda clock: abs(clock - mhz)) for mhz in wanted_mhz}, reverse=True)
 
 
 def sweep_order(clocks_mhz: Sequence[int], seed: int) -> tuple[int, ...]:

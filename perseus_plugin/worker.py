@@ -179,13 +179,13 @@ class SessionWorker:
         if isinstance(directive, Sweep):
             self._poll_energy(True)
             sorts.append(PROFILING)
-            if directive.kept and finished.undisturbed and directive.frequency_mhz == self._top_mhz:
+            if directive.kept and record.undisturbed and directive.frequency_mhz == self._top_mhz:
                 sorts.append(FULL_CLOCK)
-            self._collector.add(directive, record, after_interruption=not finished.undisturbed)
-        elif isinstance(directive, Follow) and finished.undisturbed:
+            self._collector.add(directive, record)
+        elif isinstance(directive, Follow) and record.undisturbed:
             sorts.append(PLAN)
         elif isinstance(directive, FullClock):
-            if self._helper is None and directive.reason != "warm-up" and finished.undisturbed:
+            if self._helper is None and directive.reason != "warm-up" and record.undisturbed:
                 sorts.append(FULL_CLOCK)
             self._take_recheck(record)
         self._account.add(record.number, sorts, duration_s)
@@ -194,7 +194,7 @@ class SessionWorker:
         if self._progress is not None:
             self._progress.iteration(directive, record)
         if self._coordinator is not None:
-            self._coordinator.saw(directive, record, finished.undisturbed)
+            self._coordinator.saw(directive, record)
 
     def _count(self, record: IterationRecord) -> None:
         stats = self._stats

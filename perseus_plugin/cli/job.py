@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from perseus_plugin.errors import ConfigError, PlanError
 from perseus_plugin.instructions import Compute, StageStream
 from perseus_plugin.pipeline import build_graph
-from perseus_plugin.planning.planner import Planner
+from perseus_plugin.planning.targets import Effort
 from perseus_plugin.profiling.profile import Profile, load_profile
 from perseus_plugin.schedules import SCHEDULES, load_streams
+
+if TYPE_CHECKING:
+    from perseus_plugin.planning.planner import Planner
 
 ProfileArgument = Annotated[
     Path, typer.Argument(help="Profile CSV: stage,instruction,frequency,time,energy.", show_default=False)
@@ -32,6 +35,7 @@ Schedule = Annotated[
     str, typer.Option(help=f"{', '.join(SCHEDULES)}, or the path of a JSON file of instruction lists.")
 ]
 Scale = Annotated[float, typer.Option(help="Multiply the profile's times and energies.")]
+EffortOption = Annotated[str, typer.Option(help=f"{', '.join(get_args(Effort))}.")]
 Latency = Annotated[float, typer.Option(help="Seconds a transfer between stages takes.")]
 
 
@@ -48,6 +52,9 @@ def planner_from_options(
     Raises:
         PerseusError: an option, the profile or the schedule is wrong.
     """
+    # Loads OR-Tools, which other subcommands do without.
+    from perseus_plugin.planning.planner import Planner
+
     profile = load_profile(profile_path).scaled(scale)
     streams = _streams(schedule, profile, microbatches)
     needed = {(s, op.kind) for s, stream in enumerate(streams) for op in stream if isinstance(op, Compute)}
@@ -84,7 +91,17 @@ def parse_power(text: str) -> float | list[float]:
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(
-            f"--blocking-power: got {text!r}; allowed: watts, or watts per stage with commas"
-        ) from None
+        raise ConfigError(f"--blocking-power: got {text!r}; allowed: watts, or watts per stage with commas") from None
     return values if len(values) > 1 else values[0]
+
+
+def parse_effort(text: str) -> Effort:
+    """One of the efforts by name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    for effort in get_args(Effort):
+        if text == effort:
+            return effort  # type: ignore[no-any-return]
+    raise ConfigError(f"--effort: got {text!r}; allowed: {', '.join(get_args(Effort))}")

@@ -6,8 +6,11 @@ import sys
 
 import typer
 
-# X from perseus_plugin.cli.frontier import frontier
+from perseus_plugin.cli.config import config
+from perseus_plugin.cli.doctor import doctor
+from perseus_plugin.cli.frontier import frontier
 from perseus_plugin.cli.plan import plan
+from perseus_plugin.cli.reset import reset
 from perseus_plugin.errors import PerseusError
 
 app = typer.Typer(
@@ -18,7 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(plan)
-# X app.command()(frontier)
+app.command()(frontier)
+app.command()(config)
+app.command()(doctor)
+app.command()(reset)
 
 
 def run() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,16 +11,18 @@ from rich.table import Table
 
 from perseus_plugin.cli.job import (
     BlockingPower,
+    EffortOption,
     Latency,
     Microbatches,
     ProfileArgument,
     Scale,
     Schedule,
+    parse_effort,
     planner_from_options,
 )
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.planning.plan import Plan, save_plan
-from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
+from perseus_plugin.planning.targets import ChangeLimits, Target
 from perseus_plugin.planning.zeus import save_zeus_plan
 
 
@@ -36,38 +38,31 @@ def plan(
         float | None, typer.Option(help="Allowed slowdown against full clocks, as a share (the default: 0).")
     ] = None,
     deadline: Annotated[float | None, typer.Option(help="Longest iteration, seconds.")] = None,
-    straggler: Annotated[
-        float | None, typer.Option(help="The iteration takes this many seconds in any case.")
-    ] = None,
+    straggler: Annotated[float | None, typer.Option(help="The iteration takes this many seconds in any case.")] = None,
     cheapest: Annotated[bool, typer.Option("--cheapest", help="Least energy at any iteration time.")] = False,
     energy_budget: Annotated[float | None, typer.Option(help="Most joules per iteration.")] = None,
     max_changes: Annotated[int | None, typer.Option(help="Most clock changes per stage and iteration.")] = None,
     min_dwell: Annotated[float, typer.Option(help="Shortest time between clock changes, seconds.")] = 0.0,
-    effort: Annotated[str, typer.Option(help=f"{', '.join(get_args(Effort))}.")] = "quick",
+    effort: EffortOption = "quick",
     zeus: Annotated[
         Path | None, typer.Option(help="Also write the plan in the Zeus format (a Python literal).")
     ] = None,
 ) -> None:
     """Choose a clock for every instruction so that the iteration ends in time with the least energy."""
-    if effort not in get_args(Effort):
-        raise ConfigError(f"--effort: got {effort!r}; allowed: {', '.join(get_args(Effort))}")
+    spent = parse_effort(effort)
     target = pick_target(slowdown, deadline, straggler, cheapest, energy_budget)
     limits = ChangeLimits(max_changes, min_dwell)
     planner = planner_from_options(profile, microbatches, blocking_power, schedule, scale, latency)
     console = Console()
     free = None
     if limits != ChangeLimits():
-        free = planner.plan(target, effort="quick")
-    made = planner.plan(target, limits, _effort(effort))
+        free = planner.plan(target, effort=spent)
+    made = planner.plan(target, limits, spent)
     save_plan(made, output)
     if zeus is not None:
         save_zeus_plan(made, zeus)
     console.print(summary(made, free))
     console.print(f"wrote {output}" + (f" and {zeus}" if zeus else ""), highlight=False, soft_wrap=True)
-
-
-def _effort(text: str) -> Effort:
-    return "thorough" if text == "thorough" else "normal" if text == "normal" else "quick"
 
 
 def pick_target(

@@ -11,7 +11,7 @@ import typer
 from perseus_plugin.cli.targets import DEFAULT_ZEUSD_SOCKET, gpu_specs
 from perseus_plugin.control.ownership import describe, holder_of, lock_path
 from perseus_plugin.control.takeover import take_over
-from perseus_plugin.errors import GpuError, PerseusError
+from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.opening import candidate_specs, open_gpu
 
 
@@ -24,7 +24,7 @@ def reset(
     """Free the SM clocks of GPUs: of those named, or of all. Exit status 1 if one could not be freed."""
     try:
         specs = gpu_specs(gpu or [], emulated or [], zeusd_socket)
-    except PerseusError as error:
+    except GpuError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     failed = [spec for spec in specs if not reset_one(spec, force=force)]

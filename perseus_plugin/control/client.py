@@ -21,6 +21,8 @@ from pathlib import Path
 from perseus_plugin.control.wire import (
     BYE,
     CLOSE,
+    EXIT_NO_GPU,
+    EXIT_RESET_FAILED,
     HEARTBEAT,
     MARK,
     MEASURE_LATENCY,
@@ -236,7 +238,7 @@ class ClockHelper:
         with self._lock:
             self._close_inlet()
         self._ready.set()
-        if status < 0 or (status == 1 and not orderly):
+        if not self._said_bye and status not in (EXIT_NO_GPU, EXIT_RESET_FAILED):
             with suppress(OSError, RuntimeError, subprocess.TimeoutExpired):
                 _spawn(self._spec, ["--reset-only"], None).wait(RESCUE_WAIT_S)
 

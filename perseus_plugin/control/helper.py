@@ -19,12 +19,11 @@ from types import FrameType
 from perseus_plugin.control.loop import HelperLoop, Parent, free_clock
 from perseus_plugin.control.ownership import Ownership
 from perseus_plugin.control.takeover import take_over
-from perseus_plugin.control.wire import BYE, READY, Trouble, pack_event, pack_reply
+from perseus_plugin.control.wire import BYE, EXIT_NO_GPU, EXIT_RESET_FAILED, READY, Trouble, pack_event, pack_reply
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import Gpu
 
 RESET_LIMIT_S = 10.0
-EXIT_OK, EXIT_NO_GPU, EXIT_RESET_FAILED = 0, 2, 3
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say(outlet, Trouble("helper_failed", str(error), time.monotonic()))
         return EXIT_NO_GPU
     if options.reset_only:
-        return EXIT_OK if facts.can_lock else EXIT_RESET_FAILED
+        return 0 if facts.can_lock else EXIT_RESET_FAILED
     loop = HelperLoop(
         gpu,
         ownership,
@@ -60,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         confirmed = ownership is None or _leave(gpu, ownership, loop.locked_mhz, outlet)
     if confirmed:
         loop.emit(pack_reply(BYE))
-    return EXIT_OK if confirmed else EXIT_RESET_FAILED
+    return 0 if confirmed else EXIT_RESET_FAILED
 
 
 def _leave(gpu: Gpu, ownership: Ownership, locked_mhz: int | None, outlet: int) -> bool:

@@ -19,6 +19,8 @@ MAGIC = 0x5E50
 MAX_PAYLOAD = 4000
 
 SET_CLOCK, POLL_ENERGY, MARK, MEASURE_LATENCY, CLOSE = range(1, 6)
+EXIT_NO_GPU, EXIT_RESET_FAILED = 2, 3
+"""Exit statuses of a helper that could not open its GPU, or could not make sure that its clock is free."""
 READY, TICK, MARKED, APPLIED, LATENCY, DEVIATION, TROUBLE, HEARTBEAT, BYE = range(1, 10)
 
 

@@ -92,12 +92,7 @@ def _attach_if_enabled(engine: Any, config: PerseusConfig | None) -> None:
 
 
 def _warn_without_pipeline(engine: Any, config: PerseusConfig | None) -> None:
-    if (
-        config is not None
-        and config.enabled
-        and not hasattr(type(engine), "_INSTRUCTION_MAP")
-        and _rank() == 0
-    ):
+    if config is not None and config.enabled and not hasattr(type(engine), "_INSTRUCTION_MAP") and _rank() == 0:
         logger.warning(
             "perseus is off: it needs pipeline parallelism, and this engine has none. Give deepspeed.initialize a "
             "PipelineModule with at least 2 stages, or remove the %r block.",

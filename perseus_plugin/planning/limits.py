@@ -1,12 +1,141 @@
-"""Plans with few clock changes."""
+"""Plans with few clock changes.
+
+A stage's iteration is cut into phases of one clock each. Where to cut is a shortest path at the relaxation's prices;
+which clocks the phases get is a linear program over mixtures of clocks, rounded up and then improved by moves on
+single phases, pairs of phases and cuts. The linear program's own prices cut again, until that gains nothing.
+"""
 
 from __future__ import annotations
 
-from perseus_plugin.pipeline import IntArray
-from perseus_plugin.planning.options import PlanningProblem
+import time
+import numpy as np
+
+from perseus_plugin.errors import PlanError
+from perseus_plugin.pipeline import FloatArray, IntArray
+from perseus_plugin.planning.options import Assignment, PlanningProblem
+from perseus_plugin.planning.phase_lp import solve_phases
+from perseus_plugin.planning.phases import Phases, PhaseSearch, StageClocks, assign, stage_clocks
 from perseus_plugin.planning.relaxation import Relaxed
-from perseus_plugin.planning.targets import ChangeLimits
+from perseus_plugin.planning.segmentation import segment
+from perseus_plugin.planning.targets import ChangeLimits, Effort
+
+_ROUNDS = 5
+_SEARCH_S = {"quick": 3.0, "normal": 8.0, "thorough": 60.0}
 
 
-def keep_limits(problem: PlanningProblem, relaxed: Relaxed, choice: IntArray, limits: ChangeLimits) -> IntArray:
-    return choice
+def keep_limits(
+    problem: PlanningProblem,
+    relaxed: Relaxed,
+    free: Assignment,
+    limits: ChangeLimits,
+    effort: Effort,
+    deadline_s: float,
+) -> Assignment:
+    """`free` if it keeps the limits, else the best assignment found that does.
+
+    Args:
+        problem: graph and options.
+        relaxed: the relaxation's optimum, for its prices.
+        free: an assignment made without the limits.
+        limits: to keep.
+        effort: how long to search.
+        deadline_s: to meet.
+
+    Raises:
+        PlanError: no assignment that keeps the limits was found to meet the deadline.
+    """
+    if not violated(problem, free, limits):
+        return free
+    found = _search(problem, relaxed, free, limits, effort, deadline_s)
+    if found is None:
+        raise PlanError(
+            f"clock-change limits: with at most {limits.max_changes} changes and a dwell of {limits.min_dwell_s} s "
+            f"no plan was found that ends by {deadline_s:.6f} s"
+        )
+    return found
+
+
+def violated(problem: PlanningProblem, assignment: Assignment, limits: ChangeLimits) -> list[int]:
+    """Stages whose clock changes break the limits, by the assignment's own predicted times."""
+    start, finish = problem.graph.times(assignment.duration_s)
+    end = float(finish.max())
+    broken = []
+    for stage, nodes in enumerate(problem.graph.stage_nodes):
+        own = nodes[problem.class_of[nodes] >= 0]
+        when = change_times(assignment.frequency_mhz[own], start[own])
+        if limits.max_changes is not None and len(when) > limits.max_changes:
+            broken.append(stage)
+        elif limits.min_dwell_s > 0 and len(when) > 1:
+            dwell = np.diff(np.append(when, when[0] + end))
+            if dwell.min() < limits.min_dwell_s:
+                broken.append(stage)
+    return broken
+
+
+def change_times(frequency_mhz: IntArray, start_s: FloatArray) -> FloatArray:
+    """When a stage's clock changes; the change back to the first clock is the first instruction's start."""
+    changed = frequency_mhz != np.roll(frequency_mhz, 1)
+    return start_s[changed]
+
+
+def _search(
+    problem: PlanningProblem,
+    relaxed: Relaxed,
+    free: Assignment,
+    limits: ChangeLimits,
+    effort: Effort,
+    deadline_s: float,
+) -> Assignment | None:
+    stages = stage_clocks(problem)
+    stop = time.monotonic() + _SEARCH_S[effort]
+    search = PhaseSearch(problem, stages, deadline_s, lambda: time.monotonic() > stop)
+    start_s = problem.graph.times(free.duration_s)[0]
+    price = relaxed.instruction_price_w
+    best = problem.full_clocks if problem.full_clock_time_s <= deadline_s else None
+    least = np.inf
+    for _ in range(_ROUNDS):
+        mix = solve_phases(problem, stages, _cut(stages, price, start_s, limits), deadline_s)
+        if mix is None:
+            break
+        phases = _keep_dwell(problem, stages, search.run(mix.phases), limits)
+        found = assign(problem, stages, phases)
+        in_time = problem.graph.iteration_time_s(found.duration_s) <= deadline_s
+        if in_time and not violated(problem, found, limits) and (best is None or found.energy_j < best.energy_j):
+            best = found
+        if time.monotonic() > stop or mix.energy_j > least * (1 - 1e-4):
+            break
+        least = mix.energy_j
+        price = (price + mix.price_w) / 2
+    return best
+
+
+def _cut(stages: tuple[StageClocks, ...], price: FloatArray, start_s: FloatArray, limits: ChangeLimits) -> Phases:
+    """Phases at the given prices of time."""
+    begins, clocks = [], []
+    for stage in stages:
+        cost = stage.energy_j + price[stage.nodes, None] * stage.time_s
+        found = segment(cost, start_s[stage.nodes], limits.max_changes, limits.min_dwell_s)
+        begins.append(found.begins)
+        clocks.append(found.clocks)
+    return Phases(tuple(begins), tuple(clocks))
+
+
+def _keep_dwell(
+    problem: PlanningProblem, stages: tuple[StageClocks, ...], phases: Phases, limits: ChangeLimits
+) -> Phases:
+    """Join phases that turned out too short to a neighbour, both at the faster clock of the two."""
+    broken = violated(problem, assign(problem, stages, phases), limits)
+    while broken:
+        start = problem.graph.times(assign(problem, stages, phases).duration_s)[0]
+        for stage in broken:
+            clocks = phases.clocks[stage]
+            if len(clocks) < 2:
+                continue
+            when = start[stages[stage].nodes[list(phases.begins[stage])]]
+            phase = 1 + int(np.diff(when).argmin())
+            phases = phases.merged(stage, phase, min(clocks[phase - 1], clocks[phase]))
+        still = violated(problem, assign(problem, stages, phases), limits)
+        if all(len(phases.clocks[stage]) < 2 for stage in still):
+            break
+        broken = still
+    return phases

@@ -42,6 +42,21 @@ class ClockOptions:
 
 
 @dataclass(frozen=True, eq=False)
+class Assignment:
+    """A clock for every instruction.
+
+    Attributes:
+        frequency_mhz: shape (nodes,), 0 for constant-time nodes.
+        duration_s: shape (nodes,).
+        energy_j: effective energy of all instructions together.
+    """
+
+    frequency_mhz: IntArray
+    duration_s: FloatArray
+    energy_j: float
+
+
+@dataclass(frozen=True, eq=False)
 class PlanningProblem:
     """A graph with the options of every instruction.
 
@@ -55,6 +70,7 @@ class PlanningProblem:
         blocking_power_w: shape (stages,).
         full_clock: per class, time and effective energy at the profile's highest clock, shape (classes, 2).
         full_clock_mhz: per class, the profile's highest clock.
+        measured: per class, time and effective energy at every clock that is allowed, by clock.
     """
 
     graph: PipelineGraph
@@ -64,6 +80,7 @@ class PlanningProblem:
     blocking_power_w: FloatArray
     full_clock: FloatArray
     full_clock_mhz: IntArray
+    measured: tuple[dict[int, tuple[float, float]], ...]
 
     @cached_property
     def instruction_nodes(self) -> IntArray:
@@ -113,8 +130,7 @@ class PlanningProblem:
     @cached_property
     def full_clock_energy_j(self) -> float:
         """Energy of that iteration, one GPU per stage, blocking included."""
-        effective = float(self.per_node(self.full_clock[:, 1]).sum())
-        return effective + self.total_blocking_w * self.full_clock_time_s
+        return self.full_clocks.energy_j + self.total_blocking_w * self.full_clock_time_s
 
     @cached_property
     def option_table(self) -> tuple[FloatArray, FloatArray]:
@@ -145,9 +161,22 @@ class PlanningProblem:
         """Sum of the instructions' effective energies."""
         return float(self.option_table[1][self.class_of, choice].sum())
 
-    def energy_j(self, choice: IntArray, iteration_time_s: float) -> float:
-        """Energy of an iteration, one GPU per stage, blocking included."""
-        return self.effective_energy_j(choice) + self.total_blocking_w * iteration_time_s
+    def assignment(self, choice: IntArray) -> Assignment:
+        """The clocks behind `choice`."""
+        frequency = np.zeros(len(self.graph), dtype=np.int64)
+        for k, options in enumerate(self.classes):
+            nodes = self.class_of == k
+            frequency[nodes] = options.frequency_mhz[choice[nodes]]
+        return Assignment(frequency, self.durations(choice), self.effective_energy_j(choice))
+
+    @cached_property
+    def full_clocks(self) -> Assignment:
+        """Every instruction at the profile's highest clock."""
+        return Assignment(
+            self.per_node(self.full_clock_mhz).astype(np.int64),
+            self.full_clock_s,
+            float(self.per_node(self.full_clock[:, 1]).sum()),
+        )
 
 
 def build_problem(
@@ -175,6 +204,7 @@ def build_problem(
         if instruction is not None:
             class_of[node] = ids.setdefault((instruction.stage, instruction.kind), len(ids))
     classes = []
+    measured = []
     full_clock = np.empty((len(ids), 2))
     for (stage, kind), k in ids.items():
         rows = profile.table.get((stage, kind))
@@ -183,6 +213,7 @@ def build_problem(
         full_clock[k] = rows[0].time_s, rows[0].energy_j - power[stage] * rows[0].time_s
         usable = rows[:1] if (stage, kind) in full_clock_only else rows
         classes.append(clock_options(usable, float(power[stage])))
+        measured.append({m.frequency_mhz: (m.time_s, m.energy_j - power[stage] * m.time_s) for m in usable})
     return PlanningProblem(
         graph=graph,
         classes=tuple(classes),
@@ -191,6 +222,7 @@ def build_problem(
         blocking_power_w=power,
         full_clock=full_clock,
         full_clock_mhz=np.array([profile.table[key][0].frequency_mhz for key in ids], dtype=np.int64),
+        measured=tuple(measured),
     )
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import IntArray, PipelineGraph
+from perseus_plugin.pipeline import PipelineGraph
 from perseus_plugin.planning.improve import NORMAL, THOROUGH, improve
 from perseus_plugin.planning.limits import keep_limits
-from perseus_plugin.planning.options import PlanningProblem, build_problem
+from perseus_plugin.planning.options import Assignment, PlanningProblem, build_problem
 from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.planning.relaxation import Relaxation, Relaxed
 from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
@@ -30,7 +27,7 @@ class Solution:
     """A choice of options with the relaxation that it came from.
 
     Attributes:
-        choice: shape (nodes,), option of every instruction.
+        assignment: a clock for every instruction.
         relaxed: the relaxation's optimum.
         allowed_s: the deadline that was asked for, at least `relaxed.deadline_s`.
         energy_j: energy of the choice, blocking included.
@@ -38,7 +35,7 @@ class Solution:
         waits_until_s: when something else ends the iteration; None: it ends with its last instruction.
     """
 
-    choice: IntArray
+    assignment: Assignment
     relaxed: Relaxed
     allowed_s: float
     energy_j: float
@@ -93,10 +90,10 @@ class Planner:
                 return self._by_deadline(target.value, limits, effort)
             case "straggler":
                 relaxed = self.relaxation.solve(target.value)
-                return self._discretise(relaxed, target.value, limits, effort, waits_until_s=target.value)
+                return self.discretise(relaxed, target.value, limits, effort, waits_until_s=target.value)
             case "cheapest":
                 relaxed = self.relaxation.cheapest()
-                return self._discretise(relaxed, relaxed.deadline_s, limits, effort)
+                return self.discretise(relaxed, relaxed.deadline_s, limits, effort)
             case "energy_budget":
                 return self._by_budget(target.value, limits, effort)
 
@@ -104,19 +101,19 @@ class Planner:
         relaxed = self.relaxation.solve(deadline_s)
         if relaxed.price_w < self.problem.total_blocking_w:
             relaxed = self.relaxation.cheapest()
-        return self._discretise(relaxed, deadline_s, limits, effort)
+        return self.discretise(relaxed, deadline_s, limits, effort)
 
     def _by_budget(self, budget_j: float, limits: ChangeLimits, effort: Effort) -> Solution:
         """Bisection on the deadline, steered by the bound's slope."""
         cheapest = self.relaxation.cheapest()
-        best = self._discretise(cheapest, cheapest.deadline_s, limits, effort)
+        best = self.discretise(cheapest, cheapest.deadline_s, limits, effort)
         if best.energy_j > budget_j:
             raise PlanError(
                 f"energy budget: got {budget_j:.3f} J; the cheapest plan found takes {best.energy_j:.3f} J "
                 f"(no plan takes less than {cheapest.bound_j:.3f} J)"
             )
         low, high = self.relaxation.shortest_s, best
-        at_low = self._discretise(self.relaxation.solve(low), low, limits, effort)
+        at_low = self.discretise(self.relaxation.solve(low), low, limits, effort)
         if at_low.energy_j <= budget_j:
             return at_low
         low_energy = at_low.energy_j
@@ -124,7 +121,7 @@ class Planner:
             # Regula falsi on a convex curve creeps along one side; every other step halves the bracket instead.
             share = (low_energy - budget_j) / max(low_energy - high.energy_j, 1e-12) if step % 2 else 0.5
             middle = low + (high.relaxed.deadline_s - low) * min(max(share, 0.02), 0.98)
-            found = self._discretise(self.relaxation.solve(middle), middle, limits, effort)
+            found = self.discretise(self.relaxation.solve(middle), middle, limits, effort)
             if found.energy_j <= budget_j:
                 high = found
             else:
@@ -133,7 +130,7 @@ class Planner:
                 break
         return high
 
-    def _discretise(
+    def discretise(
         self,
         relaxed: Relaxed,
         allowed_s: float,
@@ -141,6 +138,7 @@ class Planner:
         effort: Effort,
         waits_until_s: float | None = None,
     ) -> Solution:
+        """Clocks for a relaxation's optimum, as `plan` finds them."""
         problem, deadline_s = self.problem, relaxed.deadline_s
         choices = []
         for share in (0.0, 0.5, 1.0):
@@ -151,10 +149,12 @@ class Planner:
         if effort != "quick":
             passes = NORMAL if effort == "normal" else THOROUGH
             choice = improve(problem, relaxed, choice, passes, _SEARCH_S[effort])
-        choice = keep_limits(problem, relaxed, choice, limits)
-        iteration_time_s = problem.graph.iteration_time_s(problem.durations(choice))
+        assignment = problem.assignment(choice)
+        assignment = keep_limits(problem, relaxed, assignment, limits, effort, deadline_s)
+        iteration_time_s = problem.graph.iteration_time_s(assignment.duration_s)
         end = iteration_time_s if waits_until_s is None else waits_until_s
-        return Solution(choice, relaxed, allowed_s, problem.energy_j(choice, end), iteration_time_s, waits_until_s)
+        energy_j = assignment.energy_j + problem.total_blocking_w * end
+        return Solution(assignment, relaxed, allowed_s, energy_j, iteration_time_s, waits_until_s)
 
     def to_plan(self, solution: Solution) -> Plan:
         """The plan of a solution; the baseline instead where that is allowed and no worse."""
@@ -162,15 +162,10 @@ class Planner:
         baseline_s = problem.full_clock_time_s
         baseline_end = baseline_s if solution.waits_until_s is None else solution.waits_until_s
         baseline_j = problem.full_clock_energy_j + problem.total_blocking_w * (baseline_end - baseline_s)
-        duration, energy_j = problem.durations(solution.choice), solution.energy_j
-        frequency = np.zeros(len(problem.graph), dtype=np.int64)
-        for k, options in enumerate(problem.classes):
-            nodes = problem.class_of == k
-            frequency[nodes] = options.frequency_mhz[solution.choice[nodes]]
+        assignment, energy_j = solution.assignment, solution.energy_j
         if energy_j >= baseline_j and baseline_s <= solution.allowed_s:
-            frequency = problem.per_node(problem.full_clock_mhz).astype(np.int64)
-            duration, energy_j = problem.full_clock_s, baseline_j
-        start, finish = problem.graph.times(duration)
+            assignment, energy_j = problem.full_clocks, baseline_j
+        start, finish = problem.graph.times(assignment.duration_s)
         return Plan(
             schedule=self.schedule,
             microbatches=problem.graph.microbatches,
@@ -181,7 +176,7 @@ class Planner:
             energy_lower_bound_j=min(solution.relaxed.bound_j, energy_j),
             baseline_time_s=baseline_s,
             baseline_energy_j=baseline_j,
-            stages=_stages(problem, frequency.tolist(), start.tolist(), finish.tolist()),
+            stages=_stages(problem, assignment.frequency_mhz.tolist(), start.tolist(), finish.tolist()),
         )
 
 

@@ -25,16 +25,17 @@ class SweepCollector:
         self._ticks: list[Tick] = []
         self._constants: dict[str, list[float]] = {}
 
-    def add(self, step: Sweep, record: IterationRecord, after_interruption: bool) -> None:
+    def add(self, step: Sweep, record: IterationRecord) -> None:
         """Add an iteration of the sweep.
+
+        One that is not undisturbed (an evaluation ran since the one before it) is dropped, as the clock has to settle
+        anew, and a new run begins after it.
 
         Args:
             step: what the timetable said about it.
             record: what was seen.
-            after_interruption: something else (an evaluation) ran since the iteration before it, so that the clock
-                has to settle anew: the iteration is dropped and a new run begins after it.
         """
-        if not step.kept or after_interruption or not record.complete:
+        if not step.kept or not record.undisturbed or not record.complete:
             self._group = None
             return
         here = (step.block, step.frequency_mhz)

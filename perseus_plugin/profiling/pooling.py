@@ -31,15 +31,12 @@ def pool(estimates: Sequence[StageEstimate], *, max_relative_error: float = 0.05
     if not clocks:
         clocks = set().union(*(e.clocks_mhz for e in filled))
     kinds = sorted({kind for e in filled for kind in e.kinds})
-    rows = []
-    for kind in kinds:
-        for clock in sorted(clocks, reverse=True):
-            found = [r for e in filled for r in e.instructions if (r.kind, r.frequency_mhz) == (kind, clock)]
-            if found:
-                time_s, time_se_s = _random_effects([(r.time_s, r.time_se_s) for r in found])
-                energy_j, energy_se_j = _random_effects([(r.energy_j, r.energy_se_j) for r in found])
-                samples = sum(r.samples for r in found)
-                rows.append(InstructionEstimate(kind, clock, time_s, time_se_s, energy_j, energy_se_j, samples))
+    rows = [
+        _pooled_instruction(found)
+        for kind in kinds
+        for clock in sorted(clocks, reverse=True)
+        if (found := [r for e in filled for r in e.instructions if (r.kind, r.frequency_mhz) == (kind, clock)])
+    ]
     power_w, power_se_w = _pooled_blocking(filled)
     joined = StageEstimate(
         tuple(rows),
@@ -112,6 +109,13 @@ def unresolved_kinds(estimate: StageEstimate, max_relative_error: float) -> set[
     ):
         unresolved.add(BLOCKING)
     return unresolved
+
+
+def _pooled_instruction(rows: Sequence[InstructionEstimate]) -> InstructionEstimate:
+    time_s, time_se_s = _random_effects([(row.time_s, row.time_se_s) for row in rows])
+    energy_j, energy_se_j = _random_effects([(row.energy_j, row.energy_se_j) for row in rows])
+    samples = sum(row.samples for row in rows)
+    return InstructionEstimate(rows[0].kind, rows[0].frequency_mhz, time_s, time_se_s, energy_j, energy_se_j, samples)
 
 
 def _pooled_blocking(estimates: Sequence[StageEstimate]) -> tuple[float, float]:

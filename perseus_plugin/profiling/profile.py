@@ -54,10 +54,7 @@ class Profile:
     table: Mapping[tuple[int, str], tuple[Measurement, ...]]
 
     def __post_init__(self) -> None:
-        ordered = {
-            key: tuple(sorted(rows, key=lambda m: -m.frequency_mhz))
-            for key, rows in sorted(self.table.items())
-        }
+        ordered = {key: tuple(sorted(rows, key=lambda m: -m.frequency_mhz)) for key, rows in sorted(self.table.items())}
         object.__setattr__(self, "table", ordered)
         _validate(ordered)
 
@@ -132,9 +129,7 @@ def load_profile(path: Path | str) -> Profile:
             stage, kind, measurement = _parse_record(record, where)
             key = (stage, kind, measurement.frequency_mhz)
             if key in seen:
-                raise ProfileError(
-                    f"{where}: stage {stage} {kind} at {key[2]} MHz stands in row {seen[key]} already"
-                )
+                raise ProfileError(f"{where}: stage {stage} {kind} at {key[2]} MHz stands in row {seen[key]} already")
             seen[key] = reader.line_num
             rows.append((stage, kind, measurement))
     except csv.Error as error:
@@ -177,9 +172,7 @@ def _parse_record(record: Mapping[str, str | None], where: str) -> tuple[int, st
     def whole(column: str, lowest: int, default: float | None = None) -> int:
         value = number(column, default)
         if not math.isfinite(value) or value != int(value) or value < lowest:
-            raise ProfileError(
-                f"{where}: {column}: got {record[column]!r}; allowed: a whole number from {lowest}"
-            )
+            raise ProfileError(f"{where}: {column}: got {record[column]!r}; allowed: a whole number from {lowest}")
         return int(value)
 
     measurement = Measurement(
@@ -211,9 +204,7 @@ def _validate(table: Mapping[tuple[int, str], tuple[Measurement, ...]]) -> None:
             if len(clocks) != len(rows):
                 raise ProfileError(f"stage {stage} {kind}: two rows for one frequency")
             for m in rows:
-                if not (
-                    math.isfinite(m.time_s) and m.time_s > 0 and math.isfinite(m.energy_j) and m.energy_j > 0
-                ):
+                if not (math.isfinite(m.time_s) and m.time_s > 0 and math.isfinite(m.energy_j) and m.energy_j > 0):
                     raise ProfileError(
                         f"stage {stage} {kind} at {m.frequency_mhz} MHz: time {m.time_s} and energy {m.energy_j} "
                         "must be finite numbers above 0"

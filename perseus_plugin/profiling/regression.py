@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -121,8 +122,13 @@ def rows(series: Series, sensor: Sensor, period: float, margin_s: tuple[float, f
     gaps = np.diff(times)
     if sensor.window_s is not None or margin_s is not None:
         keep &= np.abs(gaps - period) <= 0.5 * period
-    starts, ends, gaps, energy = starts[keep], ends[keep], gaps[keep], energy[keep]
-    seconds = line.seconds(ends) - line.seconds(starts)
+    if not keep.any():
+        return np.empty((0, 2 + 2 * len(line.edges_s)))
+    if sensor.window_s is None:
+        seconds = np.diff(line.seconds(np.clip(times - sensor.lag_s, line.begin_s, line.end_s)), axis=0)[keep]
+    else:
+        seconds = line.seconds(ends[keep]) - line.seconds(starts[keep])
+    gaps, energy = gaps[keep], energy[keep]
     if sensor.window_s is not None:
         seconds *= (gaps / sensor.window_s)[:, None]
     return np.column_stack([seconds, energy])
@@ -199,7 +205,7 @@ def solve(data: Moments, frequencies: Sequence[int], tau: float) -> Fit:
     logprior = 0.0
     kinds = (width - 1) // 2
     for k in range(width):
-        rough, freedom = _roughness(frequencies, linear=k == 0 or k > kinds)
+        rough, freedom = _roughness(tuple(frequencies), linear=k == 0 or k > kinds)
         places = np.arange(clocks) * width + k
         precision[np.ix_(places, places)] += rough / tau**2
         logprior += freedom * -2 * math.log(tau)
@@ -223,22 +229,20 @@ def solve(data: Moments, frequencies: Sequence[int], tau: float) -> Fit:
 
 def _noise(data: Moments) -> float:
     """Variance of whitened rows, from every clock fitted by itself."""
-    left, used = 0.0, 0
-    for gram in data.gram:
-        normal, right = gram[:-1, :-1], gram[:-1, -1]
-        scale = float(np.trace(normal))
-        if scale <= 0:
-            continue
-        values, vectors = np.linalg.eigh(normal)
-        real = values > 1e-10 * scale
-        used += int(real.sum())
-        projected = vectors[:, real].T @ right
-        left += max(float(gram[-1, -1] - (projected**2 / values[real]).sum()), 0.0)
+    normal, right = data.gram[:, :-1, :-1], data.gram[:, :-1, -1]
+    scale = np.trace(normal, axis1=1, axis2=2)
+    values, vectors = np.linalg.eigh(normal)
+    real = values > 1e-10 * np.maximum(scale, 1e-300)[:, None]
+    projected = np.einsum("cij,ci->cj", vectors, right)
+    explained = np.where(real, projected**2 / np.where(real, values, 1.0), 0.0).sum(axis=1)
+    left = float(np.maximum(data.gram[:, -1, -1] - explained, 0.0).sum())
+    used = int(real.sum())
     # The floor is a microsecond of power; it only matters for data without any noise.
     return max(left / max(data.count - used, 1), 1e-12)
 
 
-def _roughness(frequencies: Sequence[int], *, linear: bool) -> tuple[Array, int]:
+@lru_cache(maxsize=64)
+def _roughness(frequencies: tuple[int, ...], *, linear: bool) -> tuple[Array, int]:
     """Projection on what a polynomial in the clock cannot follow, and its rank."""
     clocks = len(frequencies)
     terms = min(clocks, 2 if linear and clocks > 2 else 4 if clocks >= 6 else 3)

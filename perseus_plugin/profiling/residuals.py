@@ -15,10 +15,11 @@ _BLOCKS = 12  # at most, per stretch
 
 
 def inflation(series: Sequence[Series], sensor: Sensor, fit: Fit) -> Array:
-    """Per kind of work, by how much standard errors must grow because its noise is not like the average tick's.
+    """Per column of the fit, by how much standard errors must grow because its noise is not like the average tick's.
 
     Compares the fit's covariance with the one from sums of scores over blocks of time, which holds whatever the
-    noise (a sandwich estimator, Liang and Zeger 1986), pooled over clocks; never below 1. Shape (1 + 2 * kinds,), as the columns of `Fit.power_w`.
+    noise (a sandwich estimator, Liang and Zeger 1986), pooled over clocks; never below 1. Shape (1 + 2 * kinds,), as
+    the columns of `Fit.power_w`.
     """
     clocks, width = fit.power_w.shape
     influence = fit.covariance / fit.noise_s**2

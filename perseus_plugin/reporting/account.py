@@ -87,6 +87,4 @@ class Account:
         for sort in sorts:
             old = self._totals.get(sort, Totals(energy_j=None if energy_j is None else 0.0))
             both = None if energy_j is None or old.energy_j is None else old.energy_j + energy_j
-            self._totals[sort] = Totals(
-                iterations=old.iterations + 1, time_s=old.time_s + time_s, energy_j=both
-            )
+            self._totals[sort] = Totals(iterations=old.iterations + 1, time_s=old.time_s + time_s, energy_j=both)

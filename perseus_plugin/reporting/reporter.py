@@ -82,17 +82,11 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     for name in ("per iteration", "full clocks", "predicted", "as run"):
         table.add_column(name, justify="left" if name == "per iteration" else "right")
     times, energies = summary["iteration_time_s"], summary["energy_j"]
-    table.add_row(
-        "time", *(_cell(times[column], "s", 4) for column in ("full_clock", "predicted", "measured"))
-    )
-    table.add_row(
-        "energy", *(_cell(energies[column], "J", 1) for column in ("full_clock", "predicted", "measured"))
-    )
+    table.add_row("time", *(_cell(times[column], "s", 4) for column in ("full_clock", "predicted", "measured")))
+    table.add_row("energy", *(_cell(energies[column], "J", 1) for column in ("full_clock", "predicted", "measured")))
     slowdown, saving = summary["slowdown_percent"], summary["saving_percent"]
     table.add_row("slowdown", "", *(_cell(slowdown[column], "%", 2) for column in ("predicted", "measured")))
-    table.add_row(
-        "energy saved", "", *(_cell(saving[column], "%", 2) for column in ("predicted", "measured"))
-    )
+    table.add_row("energy saved", "", *(_cell(saving[column], "%", 2) for column in ("predicted", "measured")))
     console.print(table)
     console.print(_remarks(summary), highlight=False)
 

@@ -103,9 +103,7 @@ def _profiling_cost(
     time_s, energy_j = iteration_time_s(stats, PROFILING), energy_per_iteration_j(stats, PROFILING)
     return {
         "extra_time_s": None if time_s is None or full_time_s is None else count * (time_s - full_time_s),
-        "extra_energy_j": None
-        if energy_j is None or full_energy_j is None
-        else count * (energy_j - full_energy_j),
+        "extra_energy_j": None if energy_j is None or full_energy_j is None else count * (energy_j - full_energy_j),
     }
 
 

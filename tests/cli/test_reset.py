@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from perseus_plugin.cli.reset import reset
 from perseus_plugin.control.ownership import Ownership, lock_path, read_record
+from perseus_plugin.errors import ConfigError
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import NO_PERMISSION
 
@@ -61,4 +62,4 @@ def test_what_cannot_be_freed_gives_status_1(gpu: EmulatedGpu, tmp_path: Path) -
     result = run("--emulated", str(gpu.state.path))
     assert result.exit_code == 1
     assert "not freed: emulated A100-SXM4-80GB: no permission to set clocks" in result.output
-    assert run("--emulated", str(tmp_path / "missing")).exit_code == 1
+    assert isinstance(run("--emulated", str(tmp_path / "missing")).exception, ConfigError)

@@ -11,12 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from perseus_plugin.control import client
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.wire import Applied, Deviation, Mark, SwitchLatency, Tick, Trouble
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, IGNORE_LOCKS, NO_PERMISSION
 
 from .harness import free_and_unowned, other_events, start_trainer, wait_for_event, wait_until
+
+
+def _cannot_spawn(*_: object) -> None:
+    raise OSError("no more processes")
 
 
 def test_it_tells_the_facts_of_its_gpu(helper: ClockHelper, gpu: EmulatedGpu) -> None:
@@ -33,7 +38,7 @@ def test_requests_reach_the_driver_and_repeats_do_not(helper: ClockHelper, gpu: 
         time.sleep(0.01)
     helper.request(1200, time.monotonic() + 0.05)
     helper.request(None, time.monotonic() + 0.1)
-    applied = []
+    applied: list[Applied] = []
     while len(applied) < 4:
         applied.append(wait_for_event(helper, Applied))
     assert [a.frequency_mhz for a in applied] == [900, 1005, 1200, None]
@@ -180,19 +185,23 @@ def test_a_second_job_on_the_gpu_observes_only(helper: ClockHelper, spec: str, g
     assert second.close(20)
 
 
-def test_a_lock_left_by_a_dead_run_is_found_and_freed(helper: ClockHelper, spec: str, gpu: EmulatedGpu) -> None:
+def test_a_lock_left_by_a_dead_run_is_found_and_freed(
+    helper: ClockHelper, spec: str, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
     helper.request(900)
     wait_for_event(helper, Applied)
-    helper._closing = True  # nobody is left to start the rescue
-    os.kill(helper.pid or 0, signal.SIGKILL)
-    wait_until(lambda: not helper.alive)
-    gpu.lock_clock(900)
+    with monkeypatch.context() as nobody_left:
+        nobody_left.setattr(client, "_spawn", _cannot_spawn)  # trainer and helper are killed together
+        os.kill(helper.pid or 0, signal.SIGKILL)
+        helper._reader.join(20)
+    assert gpu.locked_mhz() == 900
     second = ClockHelper.start(spec)
     facts = second.wait_ready(20)
     assert facts is not None
     assert facts.can_lock
-    assert second.close(20)
+    assert f"left locked by process {os.getpid()} of user id" in facts.leftover
     assert gpu.locked_mhz() is None
+    assert second.close(20)
 
 
 def test_permission_taken_away_is_reported_once_and_nothing_is_tried_again(

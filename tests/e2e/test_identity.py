@@ -28,7 +28,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any], tuple[str, ...]]] = {
 def test_training_is_bit_identical(case: str, tmp_path: Path) -> None:
     ranks, stages, changes, arguments = CASES[case]
     config = {**BASE_CONFIG, **changes}
-    options = ("--stages", str(stages), "--steps", "40" if ranks == 2 else "24", *arguments)
+    options = ("--stages", str(stages), "--steps", "40" if stages == 4 else "80", *arguments)
     without = train(ranks, config, tmp_path / "off", *options)
     block = perseus_block(tmp_path / "out", stages)
     monitor = {"enabled": True, "output_path": str(tmp_path / "monitor"), "job_name": "job"}

@@ -198,7 +198,10 @@ def test_a_holder_that_is_killed_within_an_update_blocks_nobody_and_changes_noth
 
 
 def _lock_many(path: Path, mhz: int, times: int) -> None:
-    gpu = EmulatedGpu(path)
+    _repeat(EmulatedGpu(path), mhz, times)
+
+
+def _repeat(gpu: EmulatedGpu, mhz: int, times: int) -> None:
     for _ in range(times):
         gpu.lock_clock(mhz)
 
@@ -208,7 +211,7 @@ def test_processes_and_forked_children_do_not_lose_each_others_updates(tmp_path:
     context = multiprocessing.get_context("fork")
     # The first child uses the forked object, the second opens its own.
     children = [
-        context.Process(target=lambda: [gpu.lock_clock(900) for _ in range(200)]),
+        context.Process(target=_repeat, args=(gpu, 900, 200)),
         context.Process(target=_lock_many, args=(tmp_path / "gpu", 1200, 200)),
     ]
     for child in children:

@@ -1,0 +1,100 @@
+"""`perseus frontier`: the whole time-energy curve of a job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from perseus_plugin.cli.job import (
+    BlockingPower,
+    EffortOption,
+    Latency,
+    Microbatches,
+    ProfileArgument,
+    Scale,
+    Schedule,
+    parse_effort,
+    planner_from_options,
+)
+from perseus_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from perseus_plugin.planning.frontier import Frontier
+
+
+def frontier(
+    profile: ProfileArgument,
+    blocking_power: BlockingPower,
+    microbatches: Microbatches = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write it.")] = Path("frontier.json"),
+    schedule: Schedule = "1f1b",
+    scale: Scale = 1.0,
+    latency: Latency = 0.0,
+    tolerance: Annotated[float, typer.Option(help="Share to within which to know the bound.")] = 0.002,
+    effort: EffortOption = "quick",
+    plot: Annotated[Path | None, typer.Option(help="Also draw it (needs matplotlib).")] = None,
+) -> None:
+    """Sample the least energy for every iteration time, each sample with its plan and its distance to the bound."""
+    # Loads OR-Tools, which other subcommands do without.
+    from perseus_plugin.planning.frontier import make_frontier, save_frontier
+
+    spent = parse_effort(effort)
+    planner = planner_from_options(profile, microbatches, blocking_power, schedule, scale, latency)
+    console = Console()
+    with console.status("sampling") as status:
+        made = make_frontier(
+            planner,
+            tolerance=tolerance,
+            effort=spent,
+            progress=lambda count, error: status.update(f"{count} samples, curve known to within {error:.3%}"),
+        )
+    save_frontier(made, output)
+    if plot is not None:
+        draw(made, plot)
+    console.print(summary(made))
+    console.print(f"wrote {output}" + (f" and {plot}" if plot else ""), highlight=False, soft_wrap=True)
+
+
+def summary(made: Frontier) -> Table:
+    """One row per sample."""
+    table = Table("deadline", "iteration time", "energy", "saving", "gap", box=None, pad_edge=False)
+    for point in made.points:
+        plan = point.plan
+        table.add_row(
+            f"{point.deadline_s:.4f} s",
+            f"{plan.iteration_time_s:.4f} s",
+            f"{plan.energy_j:.1f} J",
+            f"{1 - plan.energy_j / made.baseline_energy_j:.2%}",
+            f"{plan.energy_j / point.bound_j - 1:.3%}",
+        )
+    return table
+
+
+def draw(made: Frontier, path: Path) -> None:
+    """Draw bound and plans.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or it cannot write that kind of file.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("--plot: needs matplotlib, which is not installed (pip install matplotlib)") from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    deadlines = [point.deadline_s for point in made.points]
+    axes.plot(deadlines, [point.bound_j for point in made.points], color="0.6", label="lower bound")
+    plans = [point.plan for point in made.points]
+    axes.plot([p.iteration_time_s for p in plans], [p.energy_j for p in plans], "o", ms=4, label="plans")
+    axes.plot([made.baseline_time_s], [made.baseline_energy_j], "s", color="C3", label="full clocks")
+    axes.set_xlabel("iteration time [s]")
+    axes.set_ylabel("energy per iteration, one GPU per stage [J]")
+    axes.legend()
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise ConfigError(f"--plot: got {path}: {error}") from error

@@ -1,0 +1,175 @@
+"""The time-energy frontier of one job, sampled until its bound curve is known everywhere to within a tolerance.
+
+The least energy is a convex function of the deadline. Every solve gives its value and its slope, so between two
+samples the curve lies below the chord and above both tangents; the interval in which these are furthest apart gets
+the next sample (the sandwich algorithm; the curve is the one of Kelley 1961 and Fulkerson 1961).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from perseus_plugin.errors import PlanError
+from perseus_plugin.files import write_atomically
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.planner import Planner
+from perseus_plugin.planning.relaxation import Relaxed
+from perseus_plugin.planning.targets import ChangeLimits, Effort
+
+FRONTIER_SCHEMA = "perseus-frontier"
+FRONTIER_VERSION = 1
+Progress = Callable[[int, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierPoint:
+    """One sample.
+
+    Attributes:
+        deadline_s: where it was taken.
+        bound_j: least energy of the relaxation there, blocking included.
+        slope_w: slope of the bound curve there, joules per second, not above 0; -inf at the shortest iteration.
+        plan: what was achieved.
+    """
+
+    deadline_s: float
+    bound_j: float
+    slope_w: float
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """Samples by rising deadline, from the shortest possible iteration to the energy minimum T*.
+
+    Attributes:
+        points: the samples.
+        tolerance: share to within which the bound curve is known between them.
+        baseline_time_s, baseline_energy_j: every instruction at the profile's highest clock.
+    """
+
+    points: tuple[FrontierPoint, ...]
+    tolerance: float
+    baseline_time_s: float
+    baseline_energy_j: float
+
+    def plan_for(self, deadline_s: float) -> Plan:
+        """The sampled plan with the least energy among those that meet `deadline_s`.
+
+        Raises:
+            PlanError: none does.
+        """
+        fitting = [point.plan for point in self.points if point.plan.iteration_time_s <= deadline_s]
+        if not fitting:
+            shortest = self.points[0].deadline_s
+            raise PlanError(f"deadline: got {deadline_s:.6f} s; the shortest possible iteration takes {shortest:.6f} s")
+        return min(fitting, key=lambda plan: plan.energy_j)
+
+
+def make_frontier(
+    planner: Planner,
+    *,
+    tolerance: float = 0.002,
+    limits: ChangeLimits | None = None,
+    effort: Effort = "quick",
+    progress: Progress | None = None,
+) -> Frontier:
+    """Sample the frontier.
+
+    Args:
+        planner: the job.
+        tolerance: the bound curve is to be known everywhere to within this share of it.
+        limits: on clock changes of the plans; the bound is that without limits.
+        effort: spent on each sample's plan.
+        progress: called after each sample with their number and the share to which the curve is known by now.
+
+    Raises:
+        PlanError: a tolerance that is not between 0.00001 and 1.
+    """
+    if not 1e-5 <= tolerance < 1:
+        raise PlanError(f"tolerance: got {tolerance}; allowed: from 0.00001 to below 1")
+    curve = _Curve(planner)
+    while True:
+        error, deadline_s = curve.widest()
+        if progress is not None:
+            progress(len(curve.samples), error)
+        if error <= tolerance:
+            break
+        curve.sample(deadline_s)
+    points = []
+    for relaxed, slope_w in curve.samples:
+        plan = planner.to_plan(planner.discretise(relaxed, relaxed.deadline_s, limits or ChangeLimits(), effort))
+        points.append(FrontierPoint(relaxed.deadline_s, min(relaxed.bound_j, plan.energy_j), slope_w, plan))
+    return Frontier(
+        points=tuple(points),
+        tolerance=tolerance,
+        baseline_time_s=planner.problem.full_clock_time_s,
+        baseline_energy_j=planner.problem.full_clock_energy_j,
+    )
+
+
+class _Curve:
+    """The bound curve as known so far: relaxations by rising deadline, each with its slope."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.relaxation = planner.relaxation
+        self.blocking_w = planner.problem.total_blocking_w
+        cheapest = self.relaxation.cheapest()
+        self.samples: list[tuple[Relaxed, float]] = [(cheapest, 0.0)]
+        if cheapest.deadline_s > self.relaxation.shortest_s * (1 + 1e-9):
+            self.samples.insert(0, (self.relaxation.solve(self.relaxation.shortest_s), -math.inf))
+
+    def sample(self, deadline_s: float) -> None:
+        relaxed = self.relaxation.solve(deadline_s)
+        self.samples.append((relaxed, min(0.0, self.blocking_w - relaxed.price_w)))
+        self.samples.sort(key=lambda one: one[0].deadline_s)
+
+    def widest(self) -> tuple[float, float]:
+        """The largest relative distance of chord and tangents, and the deadline to look at next."""
+        worst = (0.0, self.samples[0][0].deadline_s)
+        for (left, left_w), (right, right_w) in zip(self.samples, self.samples[1:], strict=False):
+            width = right.deadline_s - left.deadline_s
+            # Where the tangents meet; without a slope on the left that is the left end itself.
+            at = 0.0
+            if math.isfinite(left_w) and right_w > left_w:
+                at = (right.bound_j - left.bound_j - right_w * width) / (left_w - right_w)
+                at = min(max(at, 0.0), width)
+            low = right.bound_j - right_w * (width - at)
+            chord = left.bound_j + (right.bound_j - left.bound_j) * at / width
+            error = (chord - low) / low
+            # Near an end a sample teaches little about the other side.
+            middle = left.deadline_s + min(max(at, 0.2 * width), 0.8 * width)
+            worst = max(worst, (error, middle))
+        return worst
+
+
+def frontier_to_json(frontier: Frontier) -> str:
+    """The content of `frontier.json`; each point's clocks are per stage in execution order."""
+    content = {
+        "schema": FRONTIER_SCHEMA,
+        "version": FRONTIER_VERSION,
+        "tolerance": frontier.tolerance,
+        "baseline": {"iteration_time_s": frontier.baseline_time_s, "energy_j": frontier.baseline_energy_j},
+        "points": [
+            {
+                "deadline_s": point.deadline_s,
+                "iteration_time_s": point.plan.iteration_time_s,
+                "energy_j": point.plan.energy_j,
+                "energy_lower_bound_j": point.bound_j,
+                "gap": point.plan.energy_j / point.bound_j - 1,
+                "slope_w": point.slope_w if math.isfinite(point.slope_w) else None,
+                "clocks_mhz": [point.plan.clocks_mhz(stage) for stage in range(len(point.plan.stages))],
+            }
+            for point in frontier.points
+        ],
+    }
+    return json.dumps(content, allow_nan=False) + "\n"
+
+
+def save_frontier(frontier: Frontier, path: Path | str) -> None:
+    """Write `frontier.json`, through a temporary file and a rename."""
+    write_atomically(Path(path), frontier_to_json(frontier))

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed import HashStore, PrefixStore, TCPStore
+
+from perseus_plugin.exchange import Exchange, ExchangeError, LocalExchange, StoreExchange, open_exchange, wait_for
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+@pytest.fixture(scope="module")
+def tcp_store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+
+
+@pytest.fixture(params=["local", "hash", "tcp", "default"])
+def exchange(request: pytest.FixtureRequest, tcp_store: TCPStore) -> Exchange:
+    stores: dict[str, Callable[[], Any]] = {
+        "hash": HashStore,
+        "tcp": lambda: tcp_store,
+        # What torch.distributed wraps the default store into.
+        "default": lambda: PrefixStore("default_pg", tcp_store),
+    }
+    if request.param == "local":
+        return LocalExchange()
+    return StoreExchange(stores[request.param](), f"perseus/{request.node.name}")
+
+
+def test_a_value_arrives_and_the_last_one_wins(exchange: Exchange) -> None:
+    exchange.publish("news", {"sequence": 1, "reason": "größer", "times": [0.1, None]})
+    assert exchange.fetch("news") == {"sequence": 1, "reason": "größer", "times": [0.1, None]}
+    exchange.publish("news", {"sequence": 2})
+    assert exchange.fetch("news") == {"sequence": 2}
+    assert exchange.fetch("news") == {"sequence": 2}, "fetching takes nothing away"
+
+
+def test_a_key_that_nobody_published_is_none_at_once(exchange: Exchange) -> None:
+    begin_s = time.monotonic()
+    assert exchange.fetch("nobody") is None
+    assert time.monotonic() - begin_s < 4.0, "it waited for the key"
+
+
+def test_a_large_value_arrives(exchange: Exchange) -> None:
+    value = {"clocks_mhz": list(range(20_000))}
+    exchange.publish("plan/1/0", value)
+    assert exchange.fetch("plan/1/0") == value
+
+
+@given(JSON)
+def test_what_json_can_say_comes_back(value: Any) -> None:
+    for exchange in (LocalExchange(), StoreExchange(HashStore(), "p")):
+        exchange.publish("key", value)
+        assert exchange.fetch("key") == value
+
+
+def test_prefixes_keep_sessions_apart(tcp_store: TCPStore) -> None:
+    first, second = StoreExchange(tcp_store, "apart/1"), StoreExchange(tcp_store, "apart/2")
+    first.publish("news", 1)
+    assert second.fetch("news") is None
+    assert first.fetch("news") == 1
+
+
+def test_two_clients_of_one_store_see_each_other(tcp_store: TCPStore) -> None:
+    other = TCPStore("127.0.0.1", tcp_store.port, is_master=False, wait_for_workers=False)
+    StoreExchange(tcp_store, "two").publish("estimate/1", [1, 2])
+    assert StoreExchange(other, "two").fetch("estimate/1") == [1, 2]
+
+
+def test_our_calls_do_not_wait_behind_the_training_and_leave_its_timeout(tcp_store: TCPStore) -> None:
+    exchange = StoreExchange(tcp_store, "behind")
+    assert tcp_store.timeout == timedelta(seconds=20)
+    blocked = threading.Thread(target=lambda: tcp_store.wait(["behind/the training"], timedelta(seconds=20)))
+    blocked.start()
+    try:
+        done = threading.Event()
+
+        def use() -> None:
+            exchange.publish("ours", 1)
+            assert exchange.fetch("ours") == 1
+            done.set()
+
+        threading.Thread(target=use, daemon=True).start()
+        assert done.wait(10), "our call waited for the training's"
+        assert blocked.is_alive()
+    finally:
+        TCPStore("127.0.0.1", tcp_store.port, wait_for_workers=False).set("behind/the training", "1")
+        blocked.join(20)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"nonsense", b"\xff\xfe"])
+def test_what_is_no_json_is_an_exchange_error(content: bytes) -> None:
+    store = HashStore()
+    store.set("p/key", content)
+    with pytest.raises(ExchangeError, match=r"'key' in the job's store is not valid JSON"):
+        StoreExchange(store, "p").fetch("key")
+
+
+class BrokenStore:
+    """A store whose server is gone; it cannot be cloned either."""
+
+    def set(self, key: str, value: bytes) -> None:
+        raise RuntimeError("connection reset")
+
+    check = get = set
+
+    def clone(self) -> None:
+        raise NotImplementedError
+
+
+def test_a_store_that_fails_is_an_exchange_error() -> None:
+    exchange = StoreExchange(BrokenStore(), "p")
+    with pytest.raises(ExchangeError, match="cannot publish 'key' in the job's store: connection reset"):
+        exchange.publish("key", 1)
+    with pytest.raises(ExchangeError, match="cannot fetch 'key' from the job's store"):
+        exchange.fetch("key")
+
+
+def test_a_server_that_went_away_is_an_exchange_error() -> None:
+    server: TCPStore | None = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert server is not None
+    client = TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+    exchange = StoreExchange(client, "gone")
+    exchange.publish("key", 1)
+    server = None
+    with pytest.raises(ExchangeError, match="the job's store"):
+        for _ in range(3):
+            exchange.publish("key", 2)
+            exchange.fetch("key")
+
+
+def test_local_values_pass_through_json() -> None:
+    exchange = LocalExchange()
+    mine = {"a": (1, 2)}
+    exchange.publish("key", mine)
+    assert exchange.fetch("key") == {"a": [1, 2]}
+    exchange.fetch("key")["a"].append(3)
+    assert exchange.fetch("key") == {"a": [1, 2]}, "a reader changed what others read"
+    with pytest.raises(TypeError):
+        exchange.publish("key", object())
+
+
+class Counting(LocalExchange):
+    """Publishes `late` once it has been asked for a few times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def fetch(self, key: str) -> Any | None:
+        self.asked += key == "late"
+        if self.asked == 3:
+            self.publish("late", "there")
+        return super().fetch(key)
+
+
+def test_wait_for_waits_until_all_are_there() -> None:
+    exchange = Counting()
+    exchange.publish("early", 0)
+    assert wait_for(exchange, iter(["early", "late"]), timeout_s=20, interval_s=0.001) == {"early": 0, "late": "there"}
+    assert exchange.asked == 3
+
+
+def test_wait_for_returns_what_came_in_time() -> None:
+    exchange = LocalExchange()
+    exchange.publish("a", 1)
+    assert wait_for(exchange, ["a", "b"], timeout_s=0.0) == {"a": 1}
+    assert wait_for(exchange, [], timeout_s=100.0) == {}
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_exchange_of_a_job_of_its_own() -> None:
+    assert isinstance(open_exchange("perseus/1"), LocalExchange)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_the_exchange_of_a_distributed_job_is_its_store() -> None:
+    import torch.distributed as dist
+
+    exchange = open_exchange("perseus/1")
+    assert isinstance(exchange, StoreExchange)
+    exchange.publish("news", 5)
+    assert json.loads(dist.distributed_c10d._get_default_store().get("perseus/1/news")) == 5

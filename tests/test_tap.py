@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+
+from perseus_plugin.control.controller import Controller
+from perseus_plugin.instructions import Compute, Constant, Receive, Send
+from perseus_plugin.tap import Execution, InstructionTap, IterationRecord, hooked_operations
+
+FORWARD, BACKWARD, STEP = Compute("forward", 0), Compute("backward", 0), Constant("optimizer_step")
+OPERATIONS = (FORWARD, BACKWARD, STEP)
+SLOTS = [0, 1, -1]
+
+
+class Boundaries(Controller):
+    """A controller that notes what it is told; it fails at slot `fails_at`."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        self.seen: list[tuple[int, float]] = []
+        self._fails_at = fails_at
+
+    def begin(self, position: int, now_s: float) -> None:
+        if position == self._fails_at:
+            raise RuntimeError("the pipe is gone")
+        self.seen.append((position, now_s))
+
+
+class Stretching(Execution):
+    """An emulated GPU whose every second instruction overruns."""
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+
+    def begin(self, operation: Compute) -> None:
+        self.calls.append(operation)
+
+    def finish(self) -> bool:
+        self.calls.append("finish")
+        return len(self.calls) % 4 == 0
+
+
+@pytest.fixture
+def errors() -> list[Exception]:
+    return []
+
+
+def armed(tap: InstructionTap) -> IterationRecord:
+    record = IterationRecord(0, time.monotonic(), "1F1B", OPERATIONS)
+    tap.arm(record, OPERATIONS, SLOTS)
+    return record
+
+
+def run(tap: InstructionTap, count: int = 3) -> None:
+    for _ in range(count):
+        tap.begin()
+        tap.end()
+
+
+def test_every_operation_is_timed_in_order(errors: list[Exception]) -> None:
+    tap = InstructionTap(None, errors.append)
+    before_s = time.monotonic()
+    record = armed(tap)
+    run(tap)
+    assert record.complete
+    times = [t for pair in zip(record.starts_s, record.ends_s, strict=True) for t in pair]
+    assert times == sorted(times)
+    assert before_s <= times[0]
+    assert times[-1] <= time.monotonic()
+    assert not errors
+
+
+def test_the_controller_hears_of_controllable_instructions_only(errors: list[Exception]) -> None:
+    boundaries = Boundaries()
+    tap = InstructionTap(boundaries, errors.append)
+    record = armed(tap)
+    run(tap)
+    assert boundaries.seen == [(0, record.starts_s[0]), (1, record.starts_s[1])]
+    assert 0 < record.overhead_s < record.ends_s[-1] - record.starts_s[0]
+
+
+def test_an_emulated_gpu_stretches_controllable_instructions_only(errors: list[Exception]) -> None:
+    tap = InstructionTap(None, errors.append)
+    tap.execution = Stretching()
+    record = armed(tap)
+    run(tap)
+    assert tap.execution.calls == [FORWARD, "finish", BACKWARD, "finish"]
+    assert record.overran == 1
+    assert record.complete
+    assert not errors
+
+
+def test_an_end_is_taken_after_the_emulated_gpu_is_done(errors: list[Exception]) -> None:
+    finished_s: list[float] = []
+
+    class Slow(Stretching):
+        def finish(self) -> bool:
+            finished_s.append(time.monotonic())
+            return False
+
+    tap = InstructionTap(None, errors.append)
+    tap.execution = Slow()
+    record = armed(tap)
+    run(tap, 1)
+    assert record.starts_s[0] <= finished_s[0] <= record.ends_s[0]
+
+
+def test_without_arm_nothing_happens(errors: list[Exception]) -> None:
+    boundaries = Boundaries()
+    tap = InstructionTap(boundaries, errors.append)
+    tap.execution = Stretching()
+    run(tap)
+    record = armed(tap)
+    tap.disarm()
+    run(tap)
+    assert not (boundaries.seen or tap.execution.calls or record.starts_s or record.ends_s or errors)
+
+
+def test_a_tap_serves_one_iteration_after_the_other(errors: list[Exception]) -> None:
+    boundaries = Boundaries()
+    tap = InstructionTap(boundaries, errors.append)
+    first = armed(tap)
+    run(tap)
+    tap.disarm()
+    second = armed(tap)
+    run(tap)
+    assert first.complete
+    assert second.complete
+    assert [slot for slot, _ in boundaries.seen] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_record_that_misses_operations_is_incomplete(errors: list[Exception], count: int) -> None:
+    tap = InstructionTap(None, errors.append)
+    record = armed(tap)
+    run(tap, count)
+    assert not record.complete
+    assert len(record.ends_s) == count
+
+
+def test_a_record_whose_last_operation_has_not_ended_is_incomplete(errors: list[Exception]) -> None:
+    tap = InstructionTap(None, errors.append)
+    record = armed(tap)
+    run(tap, 2)
+    tap.begin()
+    assert not record.complete
+    tap.end()
+    assert record.complete
+
+
+def test_a_record_of_no_schedule_is_incomplete() -> None:
+    record = IterationRecord(0, 1.0)
+    assert not record.complete
+    assert math.isnan(record.end_s)
+
+
+def test_more_operations_than_the_schedule_has_end_the_tap(errors: list[Exception]) -> None:
+    tap = InstructionTap(None, errors.append)
+    record = armed(tap)
+    run(tap, 5)
+    assert len(errors) == 1
+    assert isinstance(errors[0], IndexError)
+    assert not record.complete
+
+
+def test_an_error_at_a_beginning_ends_the_tap_and_goes_no_further(errors: list[Exception]) -> None:
+    boundaries = Boundaries(fails_at=1)
+    tap = InstructionTap(boundaries, errors.append)
+    record = armed(tap)
+    run(tap)
+    assert [str(error) for error in errors] == ["the pipe is gone"]
+    assert len(boundaries.seen) == 1
+    assert not record.complete
+    tap.begin()
+    assert len(errors) == 1, "a dead tap stays dead"
+
+
+def test_an_error_at_an_end_ends_the_tap_and_goes_no_further(errors: list[Exception]) -> None:
+    class Failing(Stretching):
+        def finish(self) -> bool:
+            raise OSError("the state file is gone")
+
+    tap = InstructionTap(None, errors.append)
+    tap.execution = Failing()
+    record = armed(tap)
+    run(tap)
+    assert [str(error) for error in errors] == ["the state file is gone"]
+    assert len(record.starts_s) == 1
+    assert not record.complete
+
+
+def test_an_operation_that_raised_leaves_the_record_incomplete(errors: list[Exception]) -> None:
+    """Its hook never calls `end`."""
+    tap = InstructionTap(None, errors.append)
+    record = armed(tap)
+    tap.begin()
+    run(tap, 2)
+    assert not record.complete
+    assert not errors
+
+
+def test_hooked_operations_are_those_that_take_time() -> None:
+    stream = [Constant("load"), Receive(0), FORWARD, Send(2), BACKWARD, Send(0), STEP, Compute("weight", 0)]
+    operations, slots = hooked_operations(stream)
+    assert operations == (Constant("load"), FORWARD, BACKWARD, STEP, Compute("weight", 0))
+    assert slots == [-1, 0, 1, -1, 2]
+    assert hooked_operations([Send(1)]) == ((), [])

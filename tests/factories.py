@@ -9,7 +9,7 @@ from perseus_plugin.messages import Placement, RankEstimate
 from perseus_plugin.profiling.observations import InstructionEstimate, StageEstimate
 from perseus_plugin.profiling.profile import Measurement, Profile
 from perseus_plugin.schedules import one_f_one_b
-from perseus_plugin.tap import IterationRecord
+from perseus_plugin.tap import IterationRecord, hooked_operations
 
 CLOCKS_MHZ = (1410, 1110, 810)
 BLOCKING_W = 80.0
@@ -109,9 +109,11 @@ def record(
     operations: Sequence[Compute | Constant] = OPERATIONS,
     schedule: str = "1F1B",
     gap_s: float = 0.0,
+    undisturbed: bool = True,
 ) -> IterationRecord:
     """A complete record whose operations follow each other, each after a wait of `gap_s`."""
-    made = IterationRecord(number, begin_s, schedule, operations)
+    operations, slots = hooked_operations(operations)
+    made = IterationRecord(number, schedule, operations, slots, undisturbed, begin_s)
     now_s = begin_s
     for duration_s in durations_s:
         now_s += gap_s

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from perseus_plugin.control.boundaries import Action, HostBoundaries
 from perseus_plugin.control.controller import Controller
 from perseus_plugin.instructions import Compute, Constant, Receive, Send
 from perseus_plugin.tap import Execution, InstructionTap, IterationRecord, hooked_operations
@@ -14,7 +15,7 @@ OPERATIONS = (FORWARD, BACKWARD, STEP)
 SLOTS = [0, 1, -1]
 
 
-class Boundaries(Controller):
+class Noting(Controller):
     """A controller that notes what it is told; it fails at slot `fails_at`."""
 
     def __init__(self, fails_at: int = -1) -> None:
@@ -47,8 +48,8 @@ def errors() -> list[Exception]:
 
 
 def armed(tap: InstructionTap) -> IterationRecord:
-    record = IterationRecord(0, time.monotonic(), "1F1B", OPERATIONS)
-    tap.arm(record, OPERATIONS, SLOTS)
+    record = IterationRecord(0, "1F1B", OPERATIONS, SLOTS, begin_s=time.monotonic())
+    tap.arm(record)
     return record
 
 
@@ -59,7 +60,7 @@ def run(tap: InstructionTap, count: int = 3) -> None:
 
 
 def test_every_operation_is_timed_in_order(errors: list[Exception]) -> None:
-    tap = InstructionTap(None, errors.append)
+    tap = InstructionTap(HostBoundaries(), None, errors.append)
     before_s = time.monotonic()
     record = armed(tap)
     run(tap)
@@ -72,16 +73,16 @@ def test_every_operation_is_timed_in_order(errors: list[Exception]) -> None:
 
 
 def test_the_controller_hears_of_controllable_instructions_only(errors: list[Exception]) -> None:
-    boundaries = Boundaries()
-    tap = InstructionTap(boundaries, errors.append)
+    noting = Noting()
+    tap = InstructionTap(HostBoundaries(), noting, errors.append)
     record = armed(tap)
     run(tap)
-    assert boundaries.seen == [(0, record.starts_s[0]), (1, record.starts_s[1])]
+    assert noting.seen == [(0, record.starts_s[0]), (1, record.starts_s[1])]
     assert 0 < record.overhead_s < record.ends_s[-1] - record.starts_s[0]
 
 
 def test_an_emulated_gpu_stretches_controllable_instructions_only(errors: list[Exception]) -> None:
-    tap = InstructionTap(None, errors.append)
+    tap = InstructionTap(HostBoundaries(), None, errors.append)
     tap.execution = Stretching()
     record = armed(tap)
     run(tap)
@@ -99,7 +100,7 @@ def test_an_end_is_taken_after_the_emulated_gpu_is_done(errors: list[Exception])
             finished_s.append(time.monotonic())
             return False
 
-    tap = InstructionTap(None, errors.append)
+    tap = InstructionTap(HostBoundaries(), None, errors.append)
     tap.execution = Slow()
     record = armed(tap)
     run(tap, 1)
@@ -107,19 +108,19 @@ def test_an_end_is_taken_after_the_emulated_gpu_is_done(errors: list[Exception])
 
 
 def test_without_arm_nothing_happens(errors: list[Exception]) -> None:
-    boundaries = Boundaries()
-    tap = InstructionTap(boundaries, errors.append)
+    noting = Noting()
+    tap = InstructionTap(HostBoundaries(), noting, errors.append)
     tap.execution = Stretching()
     run(tap)
     record = armed(tap)
     tap.disarm()
     run(tap)
-    assert not (boundaries.seen or tap.execution.calls or record.starts_s or record.ends_s or errors)
+    assert not (noting.seen or tap.execution.calls or record.starts_s or record.ends_s or errors)
 
 
 def test_a_tap_serves_one_iteration_after_the_other(errors: list[Exception]) -> None:
-    boundaries = Boundaries()
-    tap = InstructionTap(boundaries, errors.append)
+    noting = Noting()
+    tap = InstructionTap(HostBoundaries(), noting, errors.append)
     first = armed(tap)
     run(tap)
     tap.disarm()
@@ -127,12 +128,12 @@ def test_a_tap_serves_one_iteration_after_the_other(errors: list[Exception]) -> 
     run(tap)
     assert first.complete
     assert second.complete
-    assert [slot for slot, _ in boundaries.seen] == [0, 1, 0, 1]
+    assert [slot for slot, _ in noting.seen] == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_a_record_that_misses_operations_is_incomplete(errors: list[Exception], count: int) -> None:
-    tap = InstructionTap(None, errors.append)
+    tap = InstructionTap(HostBoundaries(), None, errors.append)
     record = armed(tap)
     run(tap, count)
     assert not record.complete
@@ -140,7 +141,7 @@ def test_a_record_that_misses_operations_is_incomplete(errors: list[Exception], 
 
 
 def test_a_record_whose_last_operation_has_not_ended_is_incomplete(errors: list[Exception]) -> None:
-    tap = InstructionTap(None, errors.append)
+    tap = InstructionTap(HostBoundaries(), None, errors.append)
     record = armed(tap)
     run(tap, 2)
     tap.begin()
@@ -150,27 +151,27 @@ def test_a_record_whose_last_operation_has_not_ended_is_incomplete(errors: list[
 
 
 def test_a_record_of_no_schedule_is_incomplete() -> None:
-    record = IterationRecord(0, 1.0)
+    record = IterationRecord(0, begin_s=1.0)
     assert not record.complete
     assert math.isnan(record.end_s)
 
 
 def test_more_operations_than_the_schedule_has_end_the_tap(errors: list[Exception]) -> None:
-    tap = InstructionTap(None, errors.append)
+    tap = InstructionTap(HostBoundaries(), None, errors.append)
     record = armed(tap)
     run(tap, 5)
     assert len(errors) == 1
     assert isinstance(errors[0], IndexError)
-    assert not record.complete
+    assert len(record.starts_s) == len(record.ends_s) == 3
 
 
 def test_an_error_at_a_beginning_ends_the_tap_and_goes_no_further(errors: list[Exception]) -> None:
-    boundaries = Boundaries(fails_at=1)
-    tap = InstructionTap(boundaries, errors.append)
+    noting = Noting(fails_at=1)
+    tap = InstructionTap(HostBoundaries(), noting, errors.append)
     record = armed(tap)
     run(tap)
     assert [str(error) for error in errors] == ["the pipe is gone"]
-    assert len(boundaries.seen) == 1
+    assert len(noting.seen) == 1
     assert not record.complete
     tap.begin()
     assert len(errors) == 1, "a dead tap stays dead"
@@ -181,7 +182,7 @@ def test_an_error_at_an_end_ends_the_tap_and_goes_no_further(errors: list[Except
         def finish(self) -> bool:
             raise OSError("the state file is gone")
 
-    tap = InstructionTap(None, errors.append)
+    tap = InstructionTap(HostBoundaries(), None, errors.append)
     tap.execution = Failing()
     record = armed(tap)
     run(tap)
@@ -190,9 +191,35 @@ def test_an_error_at_an_end_ends_the_tap_and_goes_no_further(errors: list[Except
     assert not record.complete
 
 
+class Later(HostBoundaries):
+    """A GPU that gets to a boundary only when told to; Python has long gone on."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Action, tuple[object, ...]]] = []
+
+    def reach(self, action: Action, *arguments: object) -> None:
+        self.waiting.append((action, arguments))
+
+
+def test_times_and_requests_are_those_of_the_gpu_not_of_python(errors: list[Exception]) -> None:
+    gpu, noting = Later(), Noting()
+    tap = InstructionTap(gpu, noting, errors.append)
+    record = armed(tap)
+    run(tap)
+    tap.disarm()
+    assert not record.complete
+    assert not noting.seen
+    for at_s, (action, arguments) in enumerate(gpu.waiting):
+        action(float(at_s), *arguments)
+    assert record.complete
+    assert (record.starts_s, record.ends_s) == ([0.0, 2.0, 4.0], [1.0, 3.0, 5.0])
+    assert noting.seen == [(0, 0.0), (1, 2.0)]
+    assert not errors
+
+
 def test_an_operation_that_raised_leaves_the_record_incomplete(errors: list[Exception]) -> None:
     """Its hook never calls `end`."""
-    tap = InstructionTap(None, errors.append)
+    tap = InstructionTap(HostBoundaries(), None, errors.append)
     record = armed(tap)
     tap.begin()
     run(tap, 2)

@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 COMMAND = struct.Struct("<HHIQdd")
 """magic, what, number, seq, sent at, time."""
@@ -28,8 +29,7 @@ class WireError(Exception):
     """Bytes on a pipe that are no command or reply."""
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """One command.
 
     Attributes:
@@ -58,11 +58,11 @@ def split_commands(buffer: bytearray) -> Iterator[Command]:
         WireError: bytes that are no command.
     """
     while len(buffer) >= COMMAND.size:
-        magic, what, number, seq, sent_s, time_s = COMMAND.unpack_from(buffer)
-        if magic != MAGIC or not SET_CLOCK <= what <= CLOSE:
+        magic, *fields = COMMAND.unpack_from(buffer)
+        if magic != MAGIC or not SET_CLOCK <= fields[0] <= CLOSE:
             raise WireError(f"not a command: {bytes(buffer[: COMMAND.size])!r}")
         del buffer[: COMMAND.size]
-        yield Command(what, number, seq, sent_s, time_s)
+        yield Command._make(fields)
 
 
 def pack_reply(what: int, payload: bytes = b"") -> bytes:

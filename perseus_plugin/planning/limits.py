@@ -8,19 +8,22 @@ single phases, pairs of phases and cuts. The linear program's own prices cut aga
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+
 import numpy as np
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.pipeline import FloatArray, IntArray
 from perseus_plugin.planning.options import Assignment, PlanningProblem
-from perseus_plugin.planning.phase_lp import solve_phases
+from perseus_plugin.planning.phase_lp import PhaseMix, solve_phases
 from perseus_plugin.planning.phases import Phases, PhaseSearch, StageClocks, assign, stage_clocks
 from perseus_plugin.planning.relaxation import Relaxed
-from perseus_plugin.planning.segmentation import segment
+from perseus_plugin.planning.segmentation import Segments, segment
 from perseus_plugin.planning.targets import ChangeLimits, Effort
 
-_ROUNDS = 5
-_SEARCH_S = {"quick": 3.0, "normal": 8.0, "thorough": 60.0}
+_ROUNDS = 16
+_TRIED = 3
+_SEARCH_S = {"quick": 5.0, "normal": 15.0, "thorough": 90.0}
 
 
 def keep_limits(
@@ -88,36 +91,52 @@ def _search(
 ) -> Assignment | None:
     stages = stage_clocks(problem)
     stop = time.monotonic() + _SEARCH_S[effort]
-    search = PhaseSearch(problem, stages, deadline_s, lambda: time.monotonic() > stop)
-    start_s = problem.graph.times(free.duration_s)[0]
-    price = relaxed.instruction_price_w
+    halfway = stop - _SEARCH_S[effort] / 2
     best = problem.full_clocks if problem.full_clock_time_s <= deadline_s else None
-    least = np.inf
-    for _ in range(_ROUNDS):
-        mix = solve_phases(problem, stages, _cut(stages, price, start_s, limits), deadline_s)
-        if mix is None:
-            break
+    start_s = problem.graph.times(free.duration_s)[0]
+    mixes = _mixes(problem, stages, relaxed, start_s, limits, deadline_s, lambda: time.monotonic() > halfway)
+    for left, mix in zip(range(_TRIED, 0, -1), sorted(mixes, key=lambda mix: mix.energy_j), strict=False):
+        until = time.monotonic() + max(0.0, stop - time.monotonic()) / left
+        search = PhaseSearch(problem, stages, deadline_s, lambda until=until: time.monotonic() > until)
         phases = _keep_dwell(problem, stages, search.run(mix.phases), limits)
         found = assign(problem, stages, phases)
         in_time = problem.graph.iteration_time_s(found.duration_s) <= deadline_s
         if in_time and not violated(problem, found, limits) and (best is None or found.energy_j < best.energy_j):
             best = found
-        if time.monotonic() > stop or mix.energy_j > least * (1 - 1e-4):
-            break
-        least = mix.energy_j
-        price = (price + mix.price_w) / 2
     return best
 
 
-def _cut(stages: tuple[StageClocks, ...], price: FloatArray, start_s: FloatArray, limits: ChangeLimits) -> Phases:
-    """Phases at the given prices of time."""
-    begins, clocks = [], []
-    for stage in stages:
-        cost = stage.energy_j + price[stage.nodes, None] * stage.time_s
-        found = segment(cost, start_s[stage.nodes], limits.max_changes, limits.min_dwell_s)
-        begins.append(found.begins)
-        clocks.append(found.clocks)
-    return Phases(tuple(begins), tuple(clocks))
+def _mixes(
+    problem: PlanningProblem,
+    stages: tuple[StageClocks, ...],
+    relaxed: Relaxed,
+    start_s: FloatArray,
+    limits: ChangeLimits,
+    deadline_s: float,
+    expired: Callable[[], bool],
+) -> list[PhaseMix]:
+    """Phases cut at the relaxation's prices, then again and again at the running mean of their programs' prices."""
+    price = relaxed.instruction_price_w
+    mixes: list[PhaseMix] = []
+    for round_ in range(1, _ROUNDS + 1):
+        segments = [_cut(stage, price, start_s, limits) for stage in stages]
+        phases = Phases(tuple(s.begins for s in segments), tuple(s.clocks for s in segments))
+        mix = solve_phases(problem, stages, phases, deadline_s)
+        if mix is None:
+            break
+        mixes.append(mix)
+        price = (round_ * price + mix.price_w) / (round_ + 1)
+        if expired():
+            break
+    return mixes
+
+
+def _cut(stage: StageClocks, price_w: FloatArray, start_s: FloatArray, limits: ChangeLimits) -> Segments:
+    """The best phases of one stage at given prices of its instructions' time."""
+    if not len(stage.nodes):
+        return Segments((0,), (0,))
+    cost = stage.energy_j + price_w[stage.nodes, None] * stage.time_s
+    return segment(cost, start_s[stage.nodes], limits.max_changes, limits.min_dwell_s)
 
 
 def _keep_dwell(

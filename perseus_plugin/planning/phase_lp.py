@@ -54,7 +54,8 @@ class _PhaseProgram:
         self.phase_of: dict[int, tuple[int, int, int]] = {}
         for stage in range(len(stages)):
             self._add_stage(stage)
-        self.constraints = self._add_precedence()
+        self.rows: list[tuple[int, pywraplp.Constraint]] = []
+        self._add_precedence()
 
     def _add_stage(self, stage: int) -> None:
         table, begins = self.stages[stage], self.phases.begins[stage]
@@ -83,23 +84,21 @@ class _PhaseProgram:
         self.shares.append(shares)
         objective.SetMinimization()
 
-    def _add_precedence(self) -> list[tuple[int, pywraplp.Constraint]]:
+    def _add_precedence(self) -> None:
         graph = self.problem.graph
-        added = []
         edges = zip(graph.edge_source.tolist(), graph.edge_target.tolist(), graph.edge_latency_s.tolist(), strict=True)
         for source, target, latency in edges:
             row = self.solver.Constraint(self._constant(source) + latency / self.unit_s, self.infinity)
             row.SetCoefficient(self.starts[target], 1.0)
             row.SetCoefficient(self.starts[source], -1.0)
             self._subtract_duration(row, source)
-            added.append((source, row))
+            self.rows.append((source, row))
         sinks = np.setdiff1d(np.arange(len(graph)), graph.edge_source)
         for source in sinks.tolist():
             row = self.solver.Constraint(self._constant(source) - self.deadline, self.infinity)
             row.SetCoefficient(self.starts[source], -1.0)
             self._subtract_duration(row, source)
-            added.append((source, row))
-        return added
+            self.rows.append((source, row))
 
     def _constant(self, node: int) -> float:
         return float(self.problem.graph.constant_s[node]) / self.unit_s
@@ -112,14 +111,15 @@ class _PhaseProgram:
                 row.SetCoefficient(share, -float(self.stages[stage].time_s[position, f]) / self.unit_s)
 
     def solve(self) -> PhaseMix | None:
+        """The optimum, with all phases rounded to clocks that are fast enough."""
         if self.solver.Solve() != pywraplp.Solver.OPTIMAL:
             return None
-        price = np.zeros(len(self.problem.graph))
-        for node, row in self.constraints:
-            price[node] += max(0.0, row.dual_value()) * self.unit_j / self.unit_s
         clocks = []
         for stage, shares in enumerate(self.shares):
             clocks.append(tuple(self._fast_enough(stage, phase) for phase in range(len(shares))))
+        price = np.zeros(len(self.problem.graph))
+        for node, row in self.rows:
+            price[node] += max(0.0, row.dual_value()) * self.unit_j / self.unit_s
         energy = self.solver.Objective().Value() * self.unit_j
         return PhaseMix(Phases(self.phases.begins, _tie(self.phases, tuple(clocks))), energy, price)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -135,6 +136,8 @@ class PhaseSearch:
             if better is phases:
                 better = self._first(phases, self._pair_moves(phases))
             if better is phases:
+                better = self._compound(phases)
+            if better is phases:
                 return phases
             phases = better
         return phases
@@ -161,7 +164,7 @@ class PhaseSearch:
     def _slow_down(self, phases: Phases) -> Phases:
         """Slow single phases, the largest gain first, until none can be."""
         while not self.expired():
-            moves = []
+            moves: list[tuple[float, int, Phases]] = []
             for stage, phase in self._units(phases):
                 clock = phases.clocks[stage][phase]
                 for slower in range(clock + 1, min(clock + 4, len(self.stages[stage].frequency_mhz))):
@@ -184,7 +187,18 @@ class PhaseSearch:
                 return moved
         return phases
 
-    def _cut_moves(self, phases: Phases) -> Iterator[Phases]:
+    def _compound(self, phases: Phases) -> Phases:
+        """Move a cut even at a loss and let the phases slow down again; the first that pays in the end."""
+        for moved in self._cut_moves(phases, least_gain=-math.inf):
+            if self.expired():
+                break
+            if self.in_time(moved):
+                slowed = self._slow_down(moved)
+                if self._gain(phases, slowed, set(range(len(self.stages)))) > 1e-9:
+                    return slowed
+        return phases
+
+    def _cut_moves(self, phases: Phases, least_gain: float = 1e-9) -> Iterator[Phases]:
         for stage, begins in enumerate(phases.begins):
             for phase in range(1, len(begins)):
                 low = begins[phase - 1] + 1
@@ -193,7 +207,7 @@ class PhaseSearch:
                     begin = begins[phase] + shift
                     if low <= begin < high:
                         moved = phases.with_begin(stage, phase, begin)
-                        if self._gain(phases, moved, {stage}) > 1e-9:
+                        if self._gain(phases, moved, {stage}) > least_gain:
                             yield moved
 
     def _pair_moves(self, phases: Phases) -> Iterator[Phases]:

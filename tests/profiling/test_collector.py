@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+
+from perseus_plugin.instructions import Compute, Constant
+from perseus_plugin.profiling.collector import SweepCollector
+from perseus_plugin.profiling.observations import Activity, Tick
+from perseus_plugin.timetable import Sweep
+
+from ..factories import OPERATIONS, record
+
+LENGTH_S = 0.036  # of a record
+
+
+def collector() -> SweepCollector:
+    return SweepCollector(top_mhz=1410)
+
+
+def test_consecutive_iterations_at_one_clock_are_one_run() -> None:
+    collected = collector()
+    for number in range(4):
+        collected.add(Sweep(0, 1410, kept=number > 0), record(number, begin_s=number))
+    for number in range(4, 7):
+        collected.add(Sweep(1, 810, kept=number > 4), record(number, begin_s=number))
+    first, second = collected.runs()
+    assert (first.frequency_mhz, first.begin_s, first.end_s) == (1410, 1.0, pytest.approx(3 + LENGTH_S))
+    assert (second.frequency_mhz, second.begin_s, second.end_s) == (810, 5.0, pytest.approx(6 + LENGTH_S))
+    assert [activity.kind for activity in second.activities] == ["forward", "backward"] * 2
+
+
+def test_activities_are_the_computations_with_their_times() -> None:
+    collected = collector()
+    seen = record(0, begin_s=5.0, gap_s=0.5)
+    collected.add(Sweep(0, 810, kept=True), seen)
+    assert collected.runs()[0].activities == (
+        Activity("forward", seen.starts_s[1], seen.ends_s[1]),
+        Activity("backward", seen.starts_s[2], seen.ends_s[2]),
+    )
+
+
+def test_a_revisit_of_a_clock_is_a_run_of_its_own() -> None:
+    collected = collector()
+    for block, number in enumerate(range(3)):
+        collected.add(Sweep(block, 1410, kept=True), record(number, begin_s=number))
+    assert [run.begin_s for run in collected.runs()] == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("what", ["settling", "disturbed", "incomplete"])
+def test_an_iteration_that_does_not_count_splits_the_run(what: str) -> None:
+    collected = collector()
+    for number in range(5):
+        seen = record(number, begin_s=number, undisturbed=what != "disturbed" or number != 2)
+        if what == "incomplete" and number == 2:
+            seen.ends_s.pop()
+        collected.add(Sweep(0, 1410, kept=what != "settling" or number != 2), seen)
+    assert [(run.begin_s, int(run.end_s)) for run in collected.runs()] == [(0.0, 1), (3.0, 4)]
+
+
+def test_ticks_go_to_the_run_they_fall_into() -> None:
+    collected = collector()
+    for number in range(2):
+        collected.add(Sweep(number, 1410 - 600 * number, kept=True), record(number, begin_s=number))
+    ticks = [Tick(t - 0.01, t, 100 * t) for t in (-0.1, 0.0, 0.02, LENGTH_S + 0.01, 1.01, 1.03, 2.0)]
+    collected.add_ticks(ticks[:4])
+    collected.add_ticks(ticks[4:])
+    first, second = collected.runs()
+    assert first.ticks == tuple(ticks[1:3])
+    assert second.ticks == tuple(ticks[4:6])
+
+
+def test_constant_times_are_medians_at_the_top_clock() -> None:
+    collected = collector()
+    for number, step_s in enumerate((0.005, 0.009, 0.007)):
+        seen = record(number, durations_s=(0.001, 0.01, 0.02, step_s), operations=OPERATIONS)
+        collected.add(Sweep(0, 1410, kept=True), seen)
+    collected.add(Sweep(1, 810, kept=True), record(3, durations_s=(1.0, 1.0, 1.0, 1.0)))
+    collected.add(Sweep(2, 1410, kept=False), record(4, durations_s=(1.0, 1.0, 1.0, 1.0)))
+    assert collected.constant_times_s() == pytest.approx({"load_microbatch": 0.001, "optimizer_step": 0.007})
+
+
+def test_loading_of_every_microbatch_counts() -> None:
+    load, forward = Constant("load"), Compute("forward", 0)
+    operations = (load, forward, load, Compute("forward", 1), load, Compute("forward", 2))
+    collected = collector()
+    collected.add(
+        Sweep(0, 1410, kept=True), record(0, durations_s=(0.1, 1.0, 0.3, 1.0, 0.2, 1.0), operations=operations)
+    )
+    assert collected.constant_times_s() == pytest.approx({"load": 0.2})
+
+
+def test_when_the_last_needed_tick_comes() -> None:
+    collected = collector()
+    assert collected.last_needed_s == 0.0
+    assert collected.runs() == []
+    assert collected.constant_times_s() == {}
+    collected.add(Sweep(0, 1410, kept=True), record(0, begin_s=7.0))
+    collected.add(Sweep(1, 810, kept=False), record(1, begin_s=8.0))
+    assert collected.last_needed_s == pytest.approx(7 + LENGTH_S)

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perseus_plugin.errors import ProfileError
+from perseus_plugin.profiling.profile import Measurement, Profile, load_profile, save_profile
+
+from ..factories import profile
+
+HEAD = "stage,instruction,frequency,time,energy"
+GOOD = [
+    "0,forward,1410,0.010,4.0",
+    "0,forward,810,0.014,3.0",
+    "0,backward,1410,0.020,8.0",
+    "0,backward,810,0.028,6.0",
+    "1,forward,1410,0.013,5.0",
+    "1,backward,1410,0.026,10.0",
+]
+
+
+def written(folder: Path, rows: list[str], head: str = HEAD) -> Path:
+    path = folder / "profile.csv"
+    path.write_text("\n".join([head, *rows]) + "\n")
+    return path
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(ProfileError) as caught:
+        load_profile(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+def test_a_file_of_five_columns_loads(tmp_path: Path) -> None:
+    """As Zeus writes it: pandas, rows in any order."""
+    loaded = load_profile(written(tmp_path, GOOD[::-1]))
+    assert loaded.stages == 2
+    assert set(loaded.kinds) == {"forward", "backward"}
+    assert loaded.table[0, "forward"] == (
+        Measurement(1410, 0.010, 4.0, 0, math.nan, math.nan),
+        Measurement(810, 0.014, 3.0, 0, math.nan, math.nan),
+    ) or [(m.frequency_mhz, m.time_s, m.energy_j) for m in loaded.table[0, "forward"]] == [
+        (1410, 0.010, 4.0),
+        (810, 0.014, 3.0),
+    ]
+    assert all(m.samples == 0 and math.isnan(m.time_se_s) and math.isnan(m.energy_se_j) for _, _, m in loaded.rows())
+    assert [m.frequency_mhz for m in loaded.table[1, "backward"]] == [1410]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text + "\n\n",
+        lambda text: text.replace(",", ", ").replace(", ", ",", 4),
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("1410", "1410.0"),
+        lambda text: text.rstrip("\n"),
+    ],
+    ids=["windows", "blank lines", "spaces", "byte order mark", "frequency as a float", "no last line break"],
+)
+def test_what_other_tools_make_of_it_loads(tmp_path: Path, change) -> None:  # type: ignore[no-untyped-def]
+    path = written(tmp_path, GOOD)
+    plain = repr(load_profile(path))
+    path.write_bytes(change(path.read_text()).encode())
+    assert repr(load_profile(path)) == plain
+
+
+def test_further_columns_may_follow(tmp_path: Path) -> None:
+    rows = [f"{row},{i},0.001,,note" for i, row in enumerate(GOOD)]
+    loaded = load_profile(written(tmp_path, rows, HEAD + ",samples,time_se,energy_se,remark"))
+    top = loaded.table[1, "forward"][0]
+    assert (top.samples, top.time_se_s) == (4, 0.001)
+    assert math.isnan(top.energy_se_j)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "",
+        "stage,instruction,frequency,time",
+        "instruction,stage,frequency,time,energy",
+        "Stage,instruction,frequency,time,energy",
+        "stage;instruction;frequency;time;energy",
+        '"stage,instruction',
+    ],
+)
+def test_wrong_columns_name_the_row_and_the_right_ones(tmp_path: Path, head: str) -> None:
+    message = refused(written(tmp_path, [] if head.startswith('"') else GOOD, head))
+    assert message.startswith("row 1: ")
+    if not head.startswith('"'):
+        assert message.endswith(f"they must begin with {HEAD}")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("1,forward,1410,0.013", "wrong number of columns"),
+        ("1,forward,1410,0.013,5.0,7", "wrong number of columns"),
+        ("1,,1410,0.013,5.0", "instruction is empty"),
+        ("x,forward,1410,0.013,5.0", "stage: got 'x'; allowed: a number"),
+        ("-1,forward,1410,0.013,5.0", "stage: got '-1'; allowed: a whole number from 0"),
+        ("0.5,forward,1410,0.013,5.0", "stage: got '0.5'; allowed: a whole number from 0"),
+        ("1,forward,0,0.013,5.0", "frequency: got '0'; allowed: a whole number from 1"),
+        ("1,forward,-1410,0.013,5.0", "frequency: got '-1410'; allowed: a whole number from 1"),
+        ("1,forward,inf,0.013,5.0", "frequency: got 'inf'; allowed: a whole number from 1"),
+        ("1,forward,nan,0.013,5.0", "frequency: got 'nan'; allowed: a whole number from 1"),
+        ("1,forward,1410,0,5.0", "time: got '0'; allowed: a finite number above 0"),
+        ("1,forward,1410,-0.1,5.0", "time: got '-0.1'; allowed: a finite number above 0"),
+        ("1,forward,1410,nan,5.0", "time: got 'nan'; allowed: a finite number above 0"),
+        ("1,forward,1410,1e999,5.0", "time: got '1e999'; allowed: a finite number above 0"),
+        ("1,forward,1410,,5.0", "time: got ''; allowed: a number"),
+        ("1,forward,1410,fast,5.0", "time: got 'fast'; allowed: a number"),
+        ("1,forward,1410,0.013,0", "energy: got '0'; allowed: a finite number above 0"),
+        ("1,forward,1410,0.013,-5", "energy: got '-5'; allowed: a finite number above 0"),
+        ("1,forward,1410,0.013,inf", "energy: got 'inf'; allowed: a finite number above 0"),
+        ("0,forward,810,0.014,3.0", "stage 0 forward at 810 MHz stands in row 3 already"),
+        ('1,"forward,1410,0.013,5.0', ""),
+        ('1,"for"ward,1410,0.013,5.0', ""),
+    ],
+)
+def test_a_wrong_row_is_named_with_the_reason(tmp_path: Path, row: str, reason: str) -> None:
+    message = refused(written(tmp_path, [*GOOD[:4], row, *GOOD[5:]]))
+    assert message == f"row 6: {reason}" if reason else message.startswith("row ")
+
+
+def test_a_wrong_standard_error_or_count_is_named(tmp_path: Path) -> None:
+    head = HEAD + ",samples,time_se,energy_se"
+    assert refused(written(tmp_path, [GOOD[0] + ",2.5,,"], head)) == (
+        "row 2: samples: got '2.5'; allowed: a whole number from 0"
+    )
+    assert refused(written(tmp_path, [GOOD[0] + ",2,often,"], head)) == "row 2: time_se: got 'often'; allowed: a number"
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ((4, 5), None),
+        ((0, 1, 2, 3), "stage 0 has no row for instruction 'backward'"),
+        ((4,), "stage 1 has no row for instruction 'forward'"),
+        ((5,), "stage 1 has no row for instruction 'backward'"),
+        ((1,), "stage 0: frequency 810 MHz has no row for 'forward'"),
+        ((2,), "stage 0: frequency 1410 MHz has no row for 'backward'"),
+        (range(6), "the profile has no rows"),
+    ],
+)
+def test_a_missing_stage_kind_or_clock_is_named(tmp_path: Path, missing: tuple[int, ...], reason: str | None) -> None:
+    path = written(tmp_path, [row for i, row in enumerate(GOOD) if i not in missing])
+    if reason is None:
+        assert load_profile(path).stages == 1
+    else:
+        assert refused(path).startswith(reason)
+
+
+def test_a_gap_between_stages_is_named(tmp_path: Path) -> None:
+    rows = [row.replace("1,", "3,", 1) if row.startswith("1,") else row for row in GOOD]
+    assert refused(written(tmp_path, rows)).startswith("stage 1 has no row")
+    rows[-1] = "1e300,backward,1410,0.026,10.0"
+    assert refused(written(tmp_path, rows)).startswith("stage 1 has no row")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"stage,instruction\x00", b""])
+def test_a_file_that_is_no_csv(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "profile.csv"
+    path.write_bytes(content)
+    refused(path)
+
+
+def test_a_file_that_is_not_there_or_is_a_folder(tmp_path: Path) -> None:
+    assert "cannot read the profile" in refused(tmp_path / "missing.csv")
+    assert "cannot read the profile" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (Measurement(810, 0.0, 1.0), "must be finite numbers above 0"),
+        (Measurement(810, 1.0, math.nan), "must be finite numbers above 0"),
+        (Measurement(1410, 1.0, 1.0), "two rows for one frequency"),
+    ],
+)
+def test_a_table_is_checked_without_a_file_too(row: Measurement, reason: str) -> None:
+    with pytest.raises(ProfileError, match=reason):
+        Profile({(0, "forward"): (Measurement(1410, 1.0, 1.0), row)})
+    with pytest.raises(ProfileError, match="no rows"):
+        Profile({})
+
+
+def test_measurements_are_sorted_by_falling_clock_whatever_the_order() -> None:
+    rows = list(profile().rows())
+    assert Profile.from_rows(rows[::-1]) == profile()
+    for measurements in profile().table.values():
+        clocks = [m.frequency_mhz for m in measurements]
+        assert clocks == sorted(clocks, reverse=True)
+
+
+POSITIVE = st.floats(min_value=1e-300, max_value=1e300)
+ERROR = st.one_of(st.just(math.nan), st.floats(0, 1e300))
+KIND = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=8)
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> Profile:
+    kinds = draw(st.lists(KIND, min_size=1, max_size=3, unique=True))
+    rows = []
+    for stage in range(draw(st.integers(1, 3))):
+        for clock in draw(st.lists(st.integers(1, 5000), min_size=1, max_size=4, unique=True)):
+            for kind in kinds:
+                row = Measurement(
+                    clock, draw(POSITIVE), draw(POSITIVE), draw(st.integers(0, 10**6)), draw(ERROR), draw(ERROR)
+                )
+                rows.append((stage, kind, row))
+    return Profile.from_rows(rows)
+
+
+@given(profiles())
+def test_a_profile_survives_its_file(tmp_path_factory: pytest.TempPathFactory, saved: Profile) -> None:
+    path = tmp_path_factory.mktemp("profile") / "profile.csv"
+    save_profile(saved, path)
+    assert repr(load_profile(path)) == repr(saved)  # NaN is not equal to itself
+    assert path.read_text(encoding="utf-8").startswith(HEAD + ",")
+
+
+@given(profiles(), st.floats(0.01, 100))
+def test_a_scaled_profile_has_all_times_and_energies_scaled(plain: Profile, factor: float) -> None:
+    try:
+        scaled = plain.scaled(factor)
+    except ProfileError:
+        assert any(not 0 < v * factor < math.inf for _, _, m in plain.rows() for v in (m.time_s, m.energy_j))
+        return
+    for (*key, new), (*old_key, old) in zip(scaled.rows(), plain.rows(), strict=True):
+        assert key == old_key
+        assert (new.frequency_mhz, new.samples) == (old.frequency_mhz, old.samples)
+        assert (new.time_s, new.energy_j) == (old.time_s * factor, old.energy_j * factor)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])
+def test_a_scale_must_be_a_number_above_zero(factor: float) -> None:
+    with pytest.raises(ProfileError, match=r"scale: got .*; allowed: a finite number above 0"):
+        profile().scaled(factor)

@@ -1,7 +1,7 @@
 """What the hooks cost per instruction, beside DeepSpeed's unhooked loop in the same run.
 
-Runs `PipelineEngine._exec_schedule` itself over a real `TrainSchedule`, with instruction functions that do nothing, so that
-only the loop and the hooks are left. Blocks of both kinds alternate; the figure is the difference of medians.
+Runs `PipelineEngine._exec_schedule` itself over a real `TrainSchedule`, with instruction functions that do nothing, so
+that only the loop and the hooks are left. Blocks of both kinds alternate; the figure is the difference of medians.
 
     python benchmarks/hook_cost.py
 """

@@ -123,6 +123,13 @@ class EmulationConfig(_Strict):
         ge=0,
         le=1,
     )
+    gpus: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = _setting(
+        None,
+        "a list of paths, one per local rank, or null",
+        "State files of emulated GPUs made elsewhere. With the backend nvml or auto their clocks are set through NVML: "
+        "a simulated one in tests. null: made in the output folder.",
+        min_length=1,
+    )
     counter_period_s: float = _setting(
         0.02, "a number from 0.001 to 1", "Period of the energy counter's ticks, in seconds.", ge=0.001, le=1
     )
@@ -189,7 +196,7 @@ class PerseusConfig(_Strict):
     margin: float = _setting(
         0.01,
         "a number from 0 to 1",
-        "Share of its time by which a slowed instruction is planned to end before it is needed: instruction times vary.",
+        "Share of its time by which a slowed instruction is planned to end before it is needed, as times vary.",
         ge=0,
         le=1,
     )
@@ -314,4 +321,5 @@ def _explain_unknown(error: ErrorDetails, model: type[BaseModel], section: str, 
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     shown = name if name.isprintable() else json.dumps(name)
-    return f"{section}.{shown}: unknown key, given the value {_shown(error['input'])}; {hint}known keys: {', '.join(known)}"
+    value = _shown(error["input"])
+    return f"{section}.{shown}: unknown key, given the value {value}; {hint}known keys: {', '.join(known)}"

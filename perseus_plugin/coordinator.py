@@ -186,11 +186,11 @@ class Coordinator:
         if self.survey is None:
             try:
                 ordered = [self._estimates[rank] for rank in range(self._world_size)]
-                self.survey = survey_of(ordered, self._stages)
-                save_profile(self.survey.profile, self._output_dir / "profile.csv")
-            except (PerseusError, OSError) as error:
+                survey = self.survey = survey_of(ordered, self._stages)
+            except PerseusError as error:
                 self._give_up(iteration, f"the profile cannot be used: {error}")
                 return
+            _try_to_write("profile.csv", lambda path: save_profile(survey.profile, path), self._output_dir)
             self._report_survey(self.survey)
         self._request_plan(iteration)
 
@@ -285,10 +285,7 @@ class Coordinator:
     def _follow(self, schedule: str, iteration: int) -> None:
         version, plan = self._plans[schedule]
         self.plan = plan
-        try:
-            save_plan(plan, self._output_dir / "plan.json")
-        except OSError as error:
-            logger.warning("cannot write plan.json: %s; training and the plan go on", error)
+        _try_to_write("plan.json", lambda path: save_plan(plan, path), self._output_dir)
         self._recent.clear()
         self._tell(iteration, "follow", version=version)
         self.state = State.FOLLOWING
@@ -381,3 +378,11 @@ class Coordinator:
     def _is_current(self, directive: Follow, record: IterationRecord) -> bool:
         version, _ = self._plans.get(record.schedule, (0, None))
         return self.state is State.FOLLOWING and directive.version == version
+
+
+def _try_to_write(name: str, write: Callable[[Path], None], folder: Path) -> None:
+    """A full disk must not cost the plan."""
+    try:
+        write(folder / name)
+    except (OSError, PerseusError) as error:
+        logger.warning("cannot write %s: %s; training and the plan go on", name, error)

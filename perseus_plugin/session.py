@@ -277,7 +277,10 @@ def start_session(config: PerseusConfig, placement: Placement, monitor: Monitor 
     helper, emulated = None, None
     if selection.spec is not None:
         helper = ClockHelper.start(selection.spec, min_dwell_s=config.limits.min_dwell_s)
-        selection = with_facts(selection, helper.wait_ready(_READY_TIMEOUT_S))
+        facts = helper.wait_ready(_READY_TIMEOUT_S)
+        if facts is not None and facts.leftover:
+            logger.warning("%s", facts.leftover)
+        selection = with_facts(selection, facts)
         if selection.spec is None:
             helper.close(timeout_s=1.0)
             helper = None

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-
 _SWITCHES_KEPT = 8  # the one in force, and those that have not begun yet: never more than a few
 
 

@@ -1,7 +1,7 @@
 """The session's own thread on a rank: everything that need not happen on the training thread.
 
-It takes finished iterations and the helper's events, keeps the account, estimates the profile after the sweep, looks for
-news from rank 0, and on rank 0 runs the coordinator and writes the summary.
+It takes finished iterations and the helper's events, keeps the account, estimates the profile after the sweep, looks
+for news from rank 0, and on rank 0 runs the coordinator and writes the summary.
 """
 
 from __future__ import annotations
@@ -212,23 +212,34 @@ class SessionWorker:
     def _take_helper_events(self) -> None:
         if self._helper is None:
             return
-        ticks = []
         for event in self._helper.drain():
             match event:
                 case wire.Tick():
-                    ticks.append(Tick(event.previous_poll_s, event.time_s, event.energy_j))
+                    tick = Tick(event.previous_poll_s, event.time_s, event.energy_j)
+                    self._collector.add_tick(tick, event.capped_s)
                 case wire.Mark():
                     self._account.add_reading(event.tag, event.energy_j)
                 case wire.Applied():
                     self._requests += 1
                 case wire.SwitchLatency():
                     self._take_latency(event)
+                case wire.Trouble(code="read_failed"):
+                    logger.warning("energy is not measured any more: %s", event.text)
                 case wire.Trouble():
                     assert self._session is not None  # set before the thread starts
                     self._session.fail(GpuError(event.text))
                 case wire.Deviation():
-                    self._deviations += 1
-        self._collector.add_ticks(ticks)
+                    self._take_deviation(event)
+
+    def _take_deviation(self, deviation: wire.Deviation) -> None:
+        self._collector.add_deviation(deviation.time_s)
+        if not self._deviations:
+            logger.warning(
+                "the GPU runs at %d MHz where %d MHz were asked for (power or thermal limit?); said once",
+                deviation.read_mhz,
+                deviation.requested_mhz,
+            )
+        self._deviations += 1
 
     def _take_latency(self, latency: wire.SwitchLatency) -> None:
         if latency.p95_s > 0:  # NaN when no change ever showed

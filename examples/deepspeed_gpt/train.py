@@ -2,7 +2,8 @@
 
 There is nothing about perseus in this script: the `perseus` block in the DeepSpeed config is enough.
 
-    torchrun --nproc-per-node 4 examples/deepspeed_gpt/train.py --deepspeed_config examples/deepspeed_gpt/quickstart.json
+    cd examples/deepspeed_gpt
+    torchrun --nproc-per-node 4 train.py --deepspeed_config quickstart.json
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pipeline stages share this machine's cores
 
@@ -87,8 +89,7 @@ def main() -> None:
             losses.append(engine.eval_batch(held_out).item())
     digest = parameter_hash(engine)
     if arguments.losses and torch.distributed.get_rank() == 0:
-        with open(arguments.losses, "w") as file:
-            json.dump({"losses": losses, "parameters": digest}, file)
+        Path(arguments.losses).write_text(json.dumps({"losses": losses, "parameters": digest}))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.control.wire import DeviceFacts
+from perseus_plugin.errors import ConfigError
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.messages import Placement
 
@@ -49,39 +50,38 @@ def select_gpu(config: PerseusConfig, placement: Placement, output_dir: Path) ->
     """Choose the GPU of this rank as configured; the emulated one is made here.
 
     Raises:
-        GpuError: the emulated GPU cannot be made.
+        ConfigError: what is configured is not there.
+        GpuError: the emulated GPU cannot be made or opened.
     """
     on_cuda = placement.device.startswith("cuda")
     backend = config.gpu.backend
-    if backend == "auto" and not on_cuda:
-        backend = "emulated"
-        if placement.rank == 0:
-            logger.warning(
-                "no NVIDIA GPU here: an emulated %s stands in for it, and every instruction is stretched to its time "
-                '("gpu": {"backend": "off"} turns that off)',
-                config.emulation.model,
-            )
     if backend == "off":
         return Selection("off", None, "GPU" if on_cuda else "CPU")
-    if backend == "emulated":
-        return _emulated(config, placement, output_dir)
-    return _real(config, placement)
+    if on_cuda and backend != "emulated":
+        return _real(config, placement)
+    if config.emulation.gpus is not None:
+        return _given(config, placement, config.emulation.gpus)
+    if backend in ("nvml", "zeusd"):
+        raise ConfigError(
+            f'perseus.gpu.backend: got "{backend}"; allowed: "auto", "emulated" or "off" where torch has no CUDA device'
+        )
+    if backend == "auto" and placement.rank == 0:
+        logger.warning(
+            "no NVIDIA GPU here: an emulated %s stands in for it, and every instruction is stretched to its time "
+            '("gpu": {"backend": "off"} turns that off)',
+            config.emulation.model,
+        )
+    return _emulated(config, placement, output_dir)
 
 
 def with_facts(selection: Selection, facts: DeviceFacts | None) -> Selection:
     """The selection with what the helper found out; without a spec when it cannot set clocks."""
-    if facts is not None and facts.can_lock:
-        return _replaced(selection, facts.name, selection.spec, facts.clocks_mhz, "")
-    why = "the clock helper did not start" if facts is None else facts.why_not
-    return _replaced(selection, selection.name if facts is None else facts.name, None, (), why)
-
-
-def _replaced(
-    selection: Selection, name: str, spec: str | None, clocks_mhz: tuple[int, ...], why_not: str
-) -> Selection:
-    return Selection(
-        selection.backend, spec, name, clocks_mhz, selection.poll_interval_s, selection.emulated_gpu, why_not
-    )
+    if facts is None:
+        why = "the clock helper did not start; see its message above"
+        return replace(selection, spec=None, clocks_mhz=(), why_not=why)
+    if not facts.can_lock:
+        return replace(selection, name=facts.name, spec=None, clocks_mhz=(), why_not=facts.why_not)
+    return replace(selection, backend=facts.backend or selection.backend, name=facts.name, clocks_mhz=facts.clocks_mhz)
 
 
 def _emulated(config: PerseusConfig, placement: Placement, output_dir: Path) -> Selection:
@@ -92,11 +92,28 @@ def _emulated(config: PerseusConfig, placement: Placement, output_dir: Path) -> 
         switch_latency_s=emulation.switch_latency_s,
         tick_period_s=emulation.counter_period_s,
     )
+    return _of_emulated(gpu, "emulated", f"emulated:{path}")
+
+
+def _given(config: PerseusConfig, placement: Placement, paths: tuple[str, ...]) -> Selection:
+    if placement.local_rank >= len(paths):
+        raise ConfigError(
+            f"perseus.emulation.gpus: got {len(paths)} paths; allowed: one per local rank, and there is a local rank "
+            f"{placement.local_rank}"
+        )
+    path = paths[placement.local_rank]
+    gpu = EmulatedGpu(path)
+    if config.gpu.backend == "emulated":
+        return _of_emulated(gpu, "emulated", f"emulated:{path}")
+    return _of_emulated(gpu, config.gpu.backend, _spec(config, gpu.uuid))
+
+
+def _of_emulated(gpu: EmulatedGpu, backend: str, spec: str) -> Selection:
     return Selection(
-        "emulated",
-        f"emulated:{path}",
+        backend,
+        spec,
         gpu.name,
-        poll_interval_s=emulation.counter_period_s / _POLLS_PER_TICK,
+        poll_interval_s=gpu.tables.tick_period_s / _POLLS_PER_TICK,
         emulated_gpu=gpu,
     )
 
@@ -106,4 +123,10 @@ def _real(config: PerseusConfig, placement: Placement) -> Selection:
 
     index = torch.device(placement.device).index
     uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-    return Selection("nvml", f"nvml:{uuid}", torch.cuda.get_device_name(index))
+    return Selection(config.gpu.backend, _spec(config, uuid), torch.cuda.get_device_name(index))
+
+
+def _spec(config: PerseusConfig, uuid: str) -> str:
+    """The spec of a GPU behind NVML or zeusd, see `gpus.opening`."""
+    socket = config.gpu.zeusd_socket
+    return {"nvml": f"nvml:{uuid}", "zeusd": f"zeusd:{socket}::{uuid}"}.get(config.gpu.backend, f"auto:{socket}:{uuid}")

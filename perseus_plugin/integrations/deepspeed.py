@@ -1,8 +1,8 @@
 """DeepSpeed: from `PipelineEngine`'s instruction stream to session calls.
 
 `PipelineEngine._INSTRUCTION_MAP` holds the functions captured when the class was made, so overriding
-`_exec_forward_pass` would do nothing. While a training schedule runs under a session, the engine *instance* carries a map
-of wrapped functions; before and after, and during evaluation, it has the stock one.
+`_exec_forward_pass` would do nothing. While a training schedule runs under a session, the engine *instance* carries a
+map of wrapped functions; before and after, and during evaluation, it has the stock one.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ def violated(problem: PlanningProblem, assignment: Assignment, limits: ChangeLim
 def change_times(frequency_mhz: IntArray, start_s: FloatArray) -> FloatArray:
     """When a stage's clock changes; the change back to the first clock is the first instruction's start."""
     changed = frequency_mhz != np.roll(frequency_mhz, 1)
-    return start_s[changed]
+    when: FloatArray = start_s[changed]
+    return when
 
 
 def _search(
@@ -97,7 +98,7 @@ def _search(
     mixes = _mixes(problem, stages, relaxed, start_s, limits, deadline_s, lambda: time.monotonic() > halfway)
     for left, mix in zip(range(_TRIED, 0, -1), sorted(mixes, key=lambda mix: mix.energy_j), strict=False):
         until = time.monotonic() + max(0.0, stop - time.monotonic()) / left
-        search = PhaseSearch(problem, stages, deadline_s, lambda until=until: time.monotonic() > until)
+        search = PhaseSearch(problem, stages, deadline_s, until)
         phases = _keep_dwell(problem, stages, search.run(mix.phases), limits)
         found = assign(problem, stages, phases)
         in_time = problem.graph.iteration_time_s(found.duration_s) <= deadline_s

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -112,7 +113,7 @@ class PhaseSearch:
 
     Args:
         deadline_s: to meet.
-        expired: says when to stop.
+        until: when to stop, on the monotonic clock.
     """
 
     def __init__(
@@ -120,12 +121,12 @@ class PhaseSearch:
         problem: PlanningProblem,
         stages: tuple[StageClocks, ...],
         deadline_s: float,
-        expired: Callable[[], bool],
+        until: float,
     ) -> None:
         self.problem = problem
         self.stages = stages
         self.deadline_s = deadline_s
-        self.expired = expired
+        self.until = until
         self.prefix_j = [np.vstack([np.zeros(s.energy_j.shape[1]), np.cumsum(s.energy_j, axis=0)]) for s in stages]
 
     def run(self, phases: Phases) -> Phases:
@@ -141,6 +142,10 @@ class PhaseSearch:
                 return phases
             phases = better
         return phases
+
+    def expired(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() > self.until
 
     def energy_j(self, phases: Phases, stage: int) -> float:
         """Effective energy of one stage."""

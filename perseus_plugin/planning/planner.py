@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from perseus_plugin.errors import PlanError
 from perseus_plugin.pipeline import PipelineGraph
 from perseus_plugin.planning.improve import NORMAL, THOROUGH, improve
-from perseus_plugin.planning.limits import keep_limits
+from perseus_plugin.planning.limits import keep_limits, violated
 from perseus_plugin.planning.options import Assignment, PlanningProblem, build_problem
 from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.planning.relaxation import Relaxation, Relaxed
@@ -146,7 +146,7 @@ class Planner:
             rounded = round_to_deadline(problem, aim, deadline_s)
             choices.append(use_up_slack(problem, rounded, deadline_s))
         choice = min(choices, key=problem.effective_energy_j)
-        if effort != "quick":
+        if effort != "quick" and not violated(problem, problem.assignment(choice), limits):
             passes = NORMAL if effort == "normal" else THOROUGH
             choice = improve(problem, relaxed, choice, passes, _SEARCH_S[effort])
         assignment = problem.assignment(choice)

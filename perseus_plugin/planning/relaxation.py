@@ -252,8 +252,8 @@ class Relaxation:
         """Bound, prices and event times from a flow; `blocking_w` is paid until the end where that is free."""
         events, count = self.events, len(self.owner)
         carried = flow[:count] * self.power_unit_w
-        price: FloatArray = np.bincount(self.owner, weights=carried, minlength=len(self.problem.graph))
-        edge_price: FloatArray = flow[count:] * self.power_unit_w
+        price = np.bincount(self.owner, weights=carried, minlength=len(self.problem.graph)).astype(np.float64)
+        edge_price = (flow[count:] * self.power_unit_w).astype(np.float64)
         self._price_forced(network, price)
         balance = np.bincount(events.start, weights=price, minlength=events.count)
         balance -= np.bincount(events.finish, weights=price, minlength=events.count)

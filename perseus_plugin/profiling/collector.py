@@ -10,6 +10,8 @@ from perseus_plugin.profiling.observations import Activity, ClockRun, Tick
 from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import Sweep
 
+_CAPPED_SHARE = 0.01  # of a run's time below the clock asked for, above which it does not count for that clock
+
 
 class SweepCollector:
     """Collects the iterations of a profiling sweep.
@@ -23,6 +25,8 @@ class SweepCollector:
         self._groups: list[tuple[int, list[IterationRecord]]] = []
         self._group: tuple[int, int] | None = None
         self._ticks: list[Tick] = []
+        self._capped: list[tuple[float, float]] = []
+        self._deviations_s: list[float] = []
         self._constants: dict[str, list[float]] = {}
 
     def add(self, step: Sweep, record: IterationRecord) -> None:
@@ -48,9 +52,19 @@ class SweepCollector:
                 if isinstance(operation, Constant):
                     self._constants.setdefault(operation.name, []).append(end_s - start_s)
 
-    def add_ticks(self, ticks: Iterable[Tick]) -> None:
-        """Add ticks of the energy counter, in the order they were seen."""
-        self._ticks.extend(ticks)
+    def add_tick(self, tick: Tick, capped_s: float) -> None:
+        """Add a tick of the energy counter, in the order they were seen.
+
+        Args:
+            tick: as it was seen.
+            capped_s: seconds in all that the GPU has run below the clock asked for (NaN: unknown).
+        """
+        self._ticks.append(tick)
+        self._capped.append((tick.time_s, capped_s))
+
+    def add_deviation(self, time_s: float) -> None:
+        """The GPU was seen at another clock than the one it was asked for."""
+        self._deviations_s.append(time_s)
 
     @property
     def last_needed_s(self) -> float:
@@ -78,7 +92,15 @@ class SweepCollector:
                 if isinstance(operation, Compute)
             ),
             ticks=tuple(tick for tick in self._ticks if begin_s <= tick.time_s <= end_s),
+            # At the highest clock a power limit belongs to what full clocks are on this GPU.
+            capped=frequency_mhz != self._top_mhz and self._was_capped(begin_s, end_s),
         )
+
+    def _was_capped(self, begin_s: float, end_s: float) -> bool:
+        if any(begin_s <= time_s <= end_s for time_s in self._deviations_s):
+            return True
+        within = [capped_s for time_s, capped_s in self._capped if begin_s <= time_s <= end_s]
+        return len(within) > 1 and within[-1] - within[0] > _CAPPED_SHARE * (end_s - begin_s)
 
 
 def _timed(record: IterationRecord) -> Iterable[tuple[Compute | Constant, float, float]]:

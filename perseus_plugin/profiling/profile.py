@@ -111,11 +111,14 @@ def load_profile(path: Path | str) -> Profile:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(f"{path}: cannot read the profile: {error}") from error
     reader = csv.DictReader(io.StringIO(text), restkey="__extra__", strict=True)
-    columns = tuple(reader.fieldnames or ())
+    try:
+        columns = tuple(reader.fieldnames or ())
+    except csv.Error as error:
+        raise ProfileError(f"{path}: row 1: {error}") from error
     if columns[: len(REQUIRED_COLUMNS)] != REQUIRED_COLUMNS:
         raise ProfileError(
             f"{path}: row 1: columns are {','.join(columns) or '(none)'}; "

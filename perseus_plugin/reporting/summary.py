@@ -1,4 +1,4 @@
-"""The summary of a job: what full clocks take, what the plan promises, what it took. Pure figures; see `reporter.py`."""
+"""The summary of a job: what full clocks take, what the plan promises, what it took. Pure figures."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ def _scaled(value: float | None, factor: float | None) -> float | None:
 
 
 def _saving(reference: float | None, value: float | None) -> float | None:
-    return None if reference is None or value is None else 100 * (1 - value / reference)
+    return None if reference is None or reference <= 0 or value is None else 100 * (1 - value / reference)
 
 
 def _excess(reference: float | None, value: float | None) -> float | None:
-    return None if reference is None or value is None else 100 * (value / reference - 1)
+    return None if reference is None or reference <= 0 or value is None else 100 * (value / reference - 1)

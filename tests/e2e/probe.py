@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ import torch
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch import nn
 from torch.nn import functional
+
+from perseus_plugin.gpus.emulated import state
 
 VOCABULARY, WIDTH, LENGTH = 64, 32, 16
 
@@ -56,6 +61,33 @@ def batches(batch: int) -> Any:
         yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+def gpu_of_rank_1() -> Any:
+    from perseus_plugin.gpus.emulated.device import EmulatedGpu
+
+    return EmulatedGpu("gpus/1")
+
+
+def kill_helper() -> None:
+    for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+        if b"control.helper" in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+
+
+def fill_disk() -> None:
+    """From now on this process can write no byte to any file, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "helper-killed": kill_helper,
+    "gpu-lost": lambda: gpu_of_rank_1().set_faults(state.GPU_LOST),
+    "no-permission": lambda: gpu_of_rank_1().set_faults(state.NO_PERMISSION),
+    "slow-calls": lambda: gpu_of_rank_1().set_faults(0, call_s=2.0),
+    "locks-ignored": lambda: gpu_of_rank_1().set_faults(state.IGNORE_LOCKS),
+}
+
+
 def look(engine: Any) -> dict[str, Any]:
     """What of ours is in this process and on this engine."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
@@ -76,6 +108,10 @@ def main() -> None:
     parser.add_argument("--enable", help="call perseus_plugin.enable with the block in this JSON file")
     parser.add_argument("--break-tap-at", type=int, default=-1, help="step at which the plugin's tap is sabotaged")
     parser.add_argument("--slow-gpu-at", type=int, default=-1, help="step from which on rank 1's GPU is slower")
+    parser.add_argument("--fault", choices=sorted(FAULTS), help="what goes wrong on rank 1 at --fault-at")
+    parser.add_argument("--full-disk-at", type=int, default=-1, help="step from which on no file can be written")
+    parser.add_argument("--fault-at", type=int, default=30)
+    parser.add_argument("--raise-at", type=int, default=-1, help="step at which the script itself fails")
     arguments = deepspeed.add_config_arguments(parser).parse_args()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
@@ -97,9 +133,16 @@ def main() -> None:
             from perseus_plugin.gpus.emulated.device import EmulatedGpu
 
             EmulatedGpu("out/emulated_gpus/rank1").set_slowdown(1.5)
+        if step == arguments.full_disk_at:
+            fill_disk()
+        if step == arguments.raise_at:
+            raise RuntimeError("the training script failed on purpose")
+        if arguments.fault and step == arguments.fault_at and torch.distributed.get_rank() == 1:
+            FAULTS[arguments.fault]()
         if step == arguments.break_tap_at:
             vars(engine)["_perseus_session"].tap._controller = object()
         losses.append(engine.train_batch(data).item())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     facts["at_end"] = look(engine)
     facts["losses"] = losses
     Path(f"facts{torch.distributed.get_rank()}.json").write_text(json.dumps(facts))

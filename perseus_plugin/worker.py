@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.25
 _TICKS_AFTER_SWEEP_S = 0.4  # the counter's last tick of the sweep shows up to a period and a lag later
+_READ_FAILURE_PATIENCE_S = 2.0
 _STATS_EVERY_S = 5.0
 _SUMMARY_EVERY_S = 30.0
 _FINAL_STATS_TIMEOUT_S = 5.0
@@ -99,6 +100,7 @@ class SessionWorker:
         self._plan_told: Plan | None = None
         self._requests = 0
         self._deviations = 0
+        self._read_failure: tuple[float, str] | None = None
         self._stats = RankStats(placement=placement, totals={})
         self._stats_due_s = 0.0
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
@@ -224,12 +226,23 @@ class SessionWorker:
                 case wire.SwitchLatency():
                     self._take_latency(event)
                 case wire.Trouble(code="read_failed"):
-                    logger.warning("energy is not measured any more: %s", event.text)
+                    self._read_failure = (monotonic(), event.text)
                 case wire.Trouble():
                     assert self._session is not None  # set before the thread starts
                     self._session.fail(GpuError(event.text))
                 case wire.Deviation():
                     self._take_deviation(event)
+
+        self._say_read_failure()
+
+    def _say_read_failure(self) -> None:
+        """Said a little later, as what broke reading may be about to end the session with a message of its own."""
+        if self._read_failure is None or monotonic() < self._read_failure[0] + _READ_FAILURE_PATIENCE_S:
+            return
+        assert self._session is not None  # set before the thread starts
+        if not self._session.closed:
+            logger.warning("energy is not measured any more: %s", self._read_failure[1])
+        self._read_failure = None
 
     def _take_deviation(self, deviation: wire.Deviation) -> None:
         self._collector.add_deviation(deviation.time_s)

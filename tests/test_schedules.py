@@ -81,7 +81,10 @@ def test_a_file_gives_the_streams_it_describes(tmp_path: Path) -> None:
             {"op": "compute", "kind": "forward", "microbatch": 0},
             {"op": "send", "peer": 1, "blocking": False, "channel": "a"},
         ],
-        [{"op": "receive", "peer": 0, "channel": "a"}, {"op": "compute", "kind": "forward", "microbatch": 0, "chunk": 2}],
+        [
+            {"op": "receive", "peer": 0, "channel": "a"},
+            {"op": "compute", "kind": "forward", "microbatch": 0, "chunk": 2},
+        ],
     ]
     path.write_text(json.dumps({"schema": "perseus-schedule", "version": 1, "stages": stages}))
     assert load_streams(path) == [

@@ -100,7 +100,7 @@ class Planner:
     def _by_deadline(self, deadline_s: float, limits: ChangeLimits, effort: Effort) -> Solution:
         relaxed = self.relaxation.solve(deadline_s)
         if relaxed.price_w < self.problem.total_blocking_w:
-            relaxed = self.relaxation.cheapest()
+            relaxed = self.relaxation.cheapest(at_most_s=deadline_s)
         return self.discretise(relaxed, deadline_s, limits, effort)
 
     def _by_budget(self, budget_j: float, limits: ChangeLimits, effort: Effort) -> Solution:

@@ -200,14 +200,20 @@ class Relaxation:
         flow = self._flow(network, sink_units=None)
         return self._result(network, flow, deadline_s, blocking_w=0.0)
 
-    def cheapest(self) -> Relaxed:
-        """Least energy at any iteration time, blocking power until its end; `deadline_s` is that end."""
+    def cheapest(self, at_most_s: float = math.inf) -> Relaxed:
+        """Least energy at any iteration time, blocking power until its end; `deadline_s` is that end.
+
+        Args:
+            at_most_s: a deadline that is known not to be shorter than the cheapest iteration.
+        """
         longest = self.problem.graph.iteration_time_s(np.where(self.free, self.problem.slowest_s, self.least_s))
         network = self._network(longest, sink_is_free=True)
         flow = self._flow(network, self.blocking_units)
         found = self._result(network, flow, longest, blocking_w=self.problem.total_blocking_w)
-        end = max(float(found.earliest_finish_s.max()), self.shortest_s)
-        return replace(self.solve(min(end, longest)), bound_j=found.bound_j)
+        # Rounded event times may be early by a unit per step of the longest path; the optimum is flat there.
+        rounding_s = len(self.problem.graph.level_start) * self.time_unit_s
+        end = max(float(found.latest_finish_s.max()) + rounding_s, self.shortest_s)
+        return replace(self.solve(min(end, longest, at_most_s)), bound_j=found.bound_j)
 
     def _network(self, deadline_s: float, sink_is_free: bool = False) -> _Network:
         graph, events = self.problem.graph, self.events

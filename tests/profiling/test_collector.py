@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from perseus_plugin.instructions import Compute, Constant
@@ -61,11 +63,47 @@ def test_ticks_go_to_the_run_they_fall_into() -> None:
     for number in range(2):
         collected.add(Sweep(number, 1410 - 600 * number, kept=True), record(number, begin_s=number))
     ticks = [Tick(t - 0.01, t, 100 * t) for t in (-0.1, 0.0, 0.02, LENGTH_S + 0.01, 1.01, 1.03, 2.0)]
-    collected.add_ticks(ticks[:4])
-    collected.add_ticks(ticks[4:])
+    for tick in ticks:
+        collected.add_tick(tick, math.nan)
     first, second = collected.runs()
     assert first.ticks == tuple(ticks[1:3])
     assert second.ticks == tuple(ticks[4:6])
+
+
+@pytest.mark.parametrize(
+    ("capped_s", "capped"),
+    [
+        ((5.0, 5.0, 5.0), False),
+        ((5.0, 5.0, 5.0 + 0.9), True),
+        ((0.0, 5.0, 5.0), False),
+        ((math.nan,) * 3, False),
+        ((5.0, 5.0, math.nan), False),
+    ],
+    ids=["never", "within", "before it", "unknown", "lost"],
+)
+def test_a_run_under_a_power_limit_is_marked(capped_s: tuple[float, ...], capped: bool) -> None:
+    collected = collector()
+    for number in (1, 2):
+        collected.add(Sweep(1, 810, kept=True), record(number, begin_s=number))
+    for time_s, so_far_s in zip((0.5, 1.1, 2.0), capped_s, strict=True):
+        collected.add_tick(Tick(time_s - 0.01, time_s, 1.0), so_far_s)
+    assert collected.runs()[0].capped is capped
+
+
+@pytest.mark.parametrize(("time_s", "capped"), [(0.99, False), (1.0, True), (2.0, True), (2.5, False)])
+def test_a_run_in_which_the_clock_deviated_is_marked(time_s: float, capped: bool) -> None:
+    collected = collector()
+    for number in (1, 2):
+        collected.add(Sweep(1, 810, kept=True), record(number, begin_s=number))
+    collected.add_deviation(time_s)
+    assert collected.runs()[0].capped is capped
+
+
+def test_a_limit_at_the_top_clock_belongs_to_what_full_clocks_are() -> None:
+    collected = collector()
+    collected.add(Sweep(0, 1410, kept=True), record(0, begin_s=0.0))
+    collected.add_deviation(0.01)
+    assert not collected.runs()[0].capped
 
 
 def test_constant_times_are_medians_at_the_top_clock() -> None:

@@ -12,7 +12,6 @@ from ..factories import record
 
 def lines(caplog: pytest.LogCaptureFixture, table: Timetable, iterations: int) -> list[str]:
     caplog.set_level(logging.INFO, "perseus_plugin")
-    logging.getLogger("perseus_plugin").propagate = True
     progress = Progress(table)
     for number in range(iterations):
         progress.iteration(table.at(number), record(number, durations_s=(0.5, 0.5, 0.5, 0.5)))

@@ -22,7 +22,6 @@ OF_PLAN: dict[str, Any] = {"plan": PLAN, "planning_time_s": 0.25, "dropped_plans
 @pytest.fixture(autouse=True)
 def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.DEBUG, "perseus_plugin")
-    logging.getLogger("perseus_plugin").propagate = True
     return caplog
 
 

@@ -67,6 +67,12 @@ class ProfilingConfig(_Strict):
         gt=0,
         le=1,
     )
+    reuse: bool = _setting(
+        True,
+        "true or false",
+        "Use the profile in the output folder again when it was measured on the same model, stage split, microbatch "
+        "size, GPUs and versions.",
+    )
     load: str | None = _setting(
         None, "a path of a profile CSV, or null", "Use this profile instead of measuring one.", min_length=1
     )

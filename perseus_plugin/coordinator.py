@@ -34,8 +34,8 @@ from perseus_plugin.messages import (
 )
 from perseus_plugin.planner_process import PlanAnswer, PlanRequest
 from perseus_plugin.planning.plan import Plan, save_plan
-from perseus_plugin.profiling.profile import save_profile
-from perseus_plugin.survey import Survey, rescaled, survey_of
+from perseus_plugin.profiling.reuse import Fingerprint, save_survey
+from perseus_plugin.survey import Survey, misfit, rescaled, survey_of
 from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep
 
@@ -81,7 +81,8 @@ class Coordinator:
         sweep_end: first iteration after the sweep.
         top_mhz: highest clock of the sweep.
         output_dir: where profile.csv and plan.json go.
-        survey: what is known already (a loaded profile), None to wait for the ranks' estimates.
+        survey: what is known already (a loaded or kept profile), None to wait for the ranks' estimates.
+        fingerprint: what a measured profile is kept with.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Coordinator:
         top_mhz: int,
         output_dir: Path,
         survey: Survey | None = None,
+        fingerprint: Fingerprint | None = None,
     ) -> None:
         self._config = config
         self._exchange = exchange
@@ -104,7 +106,7 @@ class Coordinator:
         self._sweep_end, self._top_mhz = sweep_end, top_mhz
         self._output_dir = output_dir
         self.survey = survey
-        self._loaded = survey is not None
+        self._fingerprint = fingerprint or {}
         self.state = State.MEASURING
         self.plan: Plan | None = None
         self.planning_time_s = 0.0
@@ -183,6 +185,8 @@ class Coordinator:
             return
         if self.survey is None and not self._all_estimates(iteration):
             return
+        if self.survey is not None and not self._fits(iteration, self.survey):
+            return
         if self.survey is None:
             try:
                 ordered = [self._estimates[rank] for rank in range(self._world_size)]
@@ -190,9 +194,28 @@ class Coordinator:
             except PerseusError as error:
                 self._give_up(iteration, f"the profile cannot be used: {error}")
                 return
-            _try_to_write("profile.csv", lambda path: save_profile(survey.profile, path), self._output_dir)
+            self._try_to_write("the profile", lambda: save_survey(survey, self._fingerprint, self._output_dir))
             self._report_survey(self.survey)
         self._request_plan(iteration)
+
+    def _fits(self, iteration: int, survey: Survey) -> bool:
+        """Whether a profile from elsewhere is this job's, by what all ranks measured at full clocks; False: not yet."""
+        if not self._all_rechecks(0):
+            return False
+        why_not = misfit(survey, list(self._rechecks.values()))
+        if why_not:
+            self._give_up(iteration, f"the profile is not of this job: {why_not}. Remove it, or set profiling.reuse")
+            return False
+        self.survey = rescaled(survey, list(self._rechecks.values()))
+        return True
+
+    def _all_rechecks(self, sequence: int) -> bool:
+        for rank in range(self._world_size):
+            if rank not in self._rechecks:
+                value = self._exchange.fetch(recheck_key(sequence, rank))
+                if value is not None:
+                    self._rechecks[rank] = receive(Recheck, value)
+        return len(self._rechecks) == self._world_size
 
     def _all_estimates(self, iteration: int) -> bool:
         if self._estimates_due_s is None:
@@ -285,7 +308,7 @@ class Coordinator:
     def _follow(self, schedule: str, iteration: int) -> None:
         version, plan = self._plans[schedule]
         self.plan = plan
-        _try_to_write("plan.json", lambda path: save_plan(plan, path), self._output_dir)
+        self._try_to_write("plan.json", lambda: save_plan(plan, self._output_dir / "plan.json"))
         self._recent.clear()
         self._tell(iteration, "follow", version=version)
         self.state = State.FOLLOWING
@@ -334,13 +357,8 @@ class Coordinator:
     def _judge(self, iteration: int) -> None:
         if len(self._recheck_s) < self._config.watch.patience:
             return
-        for rank in range(self._world_size):
-            if rank not in self._rechecks:
-                value = self._exchange.fetch(recheck_key(self._recheck_sequence, rank))
-                if value is not None:
-                    self._rechecks[rank] = receive(Recheck, value)
         patient = len(self._recheck_s) < 4 * self._config.watch.patience
-        if len(self._rechecks) < self._world_size and patient:
+        if not self._all_rechecks(self._recheck_sequence) and patient:
             return
         assert self.survey is not None  # it was planned on
         self.survey = rescaled(self.survey, list(self._rechecks.values()))
@@ -379,10 +397,9 @@ class Coordinator:
         version, _ = self._plans.get(record.schedule, (0, None))
         return self.state is State.FOLLOWING and directive.version == version
 
-
-def _try_to_write(name: str, write: Callable[[Path], None], folder: Path) -> None:
-    """A full disk must not cost the plan."""
-    try:
-        write(folder / name)
-    except (OSError, PerseusError) as error:
-        logger.warning("cannot write %s: %s; training and the plan go on", name, error)
+    def _try_to_write(self, what: str, write: Callable[[], None]) -> None:
+        """A full disk must not cost the plan."""
+        try:
+            write()
+        except (OSError, PerseusError) as error:
+            logger.warning("cannot write %s: %s; training and the plan go on", what, error)

@@ -10,6 +10,7 @@ from perseus_plugin.exchange import ExchangeError
 
 NEWS = "news"
 TROUBLE = "trouble"
+REUSE = "reuse"
 
 
 class _Message(BaseModel):
@@ -72,6 +73,13 @@ class News(_Message):
     recheck: bool = False
 
 
+class RankFacts(_Message):
+    """What a rank's part of the job is, for the profile's fingerprint."""
+
+    stage: int
+    facts: dict[str, str]
+
+
 class PlanPart(_Message):
     """One stage's part of a plan.
 
@@ -89,7 +97,7 @@ class PlanPart(_Message):
 
 
 class Recheck(_Message):
-    """One rank's median instruction times at full clocks after a plan was dropped, by kind."""
+    """One rank's median instruction times at full clocks, by kind: after a plan was dropped, or to check a profile."""
 
     stage: int
     time_s: dict[str, float]
@@ -131,6 +139,11 @@ class RankStats(_Message):
     requests: int = 0
     late: int = 0
     final: bool = False
+
+
+def facts_key(rank: int) -> str:
+    """Where a rank publishes its `RankFacts`."""
+    return f"facts/{rank}"
 
 
 def estimate_key(rank: int) -> str:

@@ -22,6 +22,7 @@ from perseus_plugin.errors import GpuError, PerseusError
 from perseus_plugin.exchange import Exchange, ExchangeError
 from perseus_plugin.gpus.selection import Selection
 from perseus_plugin.instructions import Compute
+from perseus_plugin.known import Known
 from perseus_plugin.link import FinishedIteration, Link
 from perseus_plugin.messages import (
     NEWS,
@@ -47,7 +48,6 @@ from perseus_plugin.profiling.observations import Tick
 from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, Account
 from perseus_plugin.reporting.progress import Progress
 from perseus_plugin.reporting.reporter import Reporter, events_of
-from perseus_plugin.survey import Survey
 from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep
 
@@ -78,7 +78,7 @@ class SessionWorker:
         exchange: Exchange,
         output_dir: Path,
         selection: Selection,
-        survey: Survey | None,
+        known: Known,
     ) -> None:
         self._config = config
         self._placement = placement
@@ -90,7 +90,8 @@ class SessionWorker:
         self._top_mhz = max(sweep_mhz, default=0)
         self._collector = SweepCollector(self._top_mhz)
         self._account = Account(measures_energy=helper is not None)
-        self._estimated = survey is not None or not sweep_mhz
+        self._known = known
+        self._estimated = not sweep_mhz
         self._polling = False
         self._sweep_ended_s: float | None = None
         self._news = News(sequence=0, switch=0, action="full")
@@ -112,9 +113,9 @@ class SessionWorker:
         self._reporter: Reporter | None = None
         self._progress: Progress | None = None
         if placement.rank == 0:
-            self._become_rank_0(survey, output_dir)
+            self._become_rank_0(output_dir)
 
-    def _become_rank_0(self, survey: Survey | None, output_dir: Path) -> None:
+    def _become_rank_0(self, output_dir: Path) -> None:
         timetable = self._link.timetable
         self._reporter = Reporter(
             output_dir,
@@ -138,7 +139,8 @@ class SessionWorker:
                 sweep_end=timetable.sweep_end,
                 top_mhz=self._top_mhz,
                 output_dir=output_dir,
-                survey=survey,
+                survey=self._known.survey,
+                fingerprint=self._known.fingerprint,
             )
 
     def start(self, session: Session) -> None:
@@ -276,6 +278,10 @@ class SessionWorker:
             return
         self._poll_energy(False)
         self._estimated = True
+        if self._known.profile:
+            recheck = Recheck(stage=self._placement.stage, time_s=self._collector.top_times_s())
+            self._exchange.publish(recheck_key(0, self._placement.rank), recheck.model_dump())
+            return
         estimate = estimate_stage(self._collector.runs(), max_relative_error=self._config.profiling.max_relative_error)
         message = RankEstimate(
             placement=self._placement,

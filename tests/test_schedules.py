@@ -101,7 +101,8 @@ def test_a_file_gives_the_streams_it_describes(tmp_path: Path) -> None:
         ('{"schema": "perseus-schedule", "version": 1, "stages": []}', "stages"),
         ('{"schema": "perseus-schedule", "version": 1, "stages": [[{"op": "jump"}]]}', "stages.0.0"),
         (
-            '{"schema": "perseus-schedule", "version": 1, "stages": [[{"op": "compute", "kind": "f", "microbatch": -1}]]}',
+            '{"schema": "perseus-schedule", "version": 1, '
+            '"stages": [[{"op": "compute", "kind": "f", "microbatch": -1}]]}',
             "microbatch",
         ),
     ],

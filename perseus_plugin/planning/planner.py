@@ -18,7 +18,7 @@ from perseus_plugin.profiling.profile import Profile
 
 __all__ = ["ChangeLimits", "Effort", "Planner", "Solution", "Target", "make_plan"]
 
-_SEARCH_S = {"normal": 6.0, "thorough": 100.0}
+_SEARCH_S = {"normal": 5.5, "thorough": 100.0}
 _BUDGET_STEPS = 12
 
 
@@ -68,8 +68,13 @@ class Planner:
     ) -> None:
         self.problem = build_problem(graph, profile, blocking_power_w, full_clock_only)
         self.schedule = schedule
-        # Large jobs get coarser units: the bound loses a few parts in 100,000 and the solver is several times faster.
-        self.relaxation = Relaxation(self.problem, coarseness=min(100.0, max(1.0, len(graph) / 500)))
+        # Large jobs get coarser units: the bound loses at most a part in 10,000, and the solver is several times faster.
+        size = len(graph)
+        self.relaxation = Relaxation(
+            self.problem,
+            coarser_time=min(100.0, max(1.0, size / 500)),
+            coarser_power=min(500.0, max(1.0, size / 100)),
+        )
 
     def plan(self, target: Target, limits: ChangeLimits | None = None, effort: Effort = "quick") -> Plan:
         """Choose a clock for every instruction.

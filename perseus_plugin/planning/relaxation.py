@@ -98,7 +98,7 @@ class Relaxation:
         problem: graph and options.
         fixed_s: shape (nodes,), durations to hold fixed, NaN where free; None: all free.
         fixed_energy_j: effective energy of the fixed nodes together.
-        coarseness: units are this many times larger than usual.
+        coarser_time, coarser_power: units are this many times larger than usual.
     """
 
     def __init__(
@@ -106,7 +106,8 @@ class Relaxation:
         problem: PlanningProblem,
         fixed_s: FloatArray | None = None,
         fixed_energy_j: float = 0.0,
-        coarseness: float = 1.0,
+        coarser_time: float = 1.0,
+        coarser_power: float = 1.0,
     ) -> None:
         self.problem = problem
         self.fixed_energy_j = fixed_energy_j
@@ -117,8 +118,8 @@ class Relaxation:
             self.least_s = np.where(np.isnan(fixed_s), self.least_s, fixed_s)
         self.free_of_class = [np.flatnonzero(self.free & (problem.class_of == k)) for k in range(len(problem.classes))]
         steepest = max((float(c.slope_w[0]) for c in problem.classes if len(c.slope_w)), default=1.0)
-        self.time_unit_s = coarseness * _TIME_RESOLUTION * float(self.least_s.mean() or 1.0)
-        self.power_unit_w = coarseness * _POWER_RESOLUTION * steepest
+        self.time_unit_s = coarser_time * _TIME_RESOLUTION * float(self.least_s.mean() or 1.0)
+        self.power_unit_w = coarser_power * _POWER_RESOLUTION * steepest
         self.least_graph_times = problem.graph.times(self.least_s)
         self._build_arcs()
 

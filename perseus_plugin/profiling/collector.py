@@ -79,6 +79,16 @@ class SweepCollector:
         """Median time of each kind of constant-time work, at the top clock."""
         return {name: statistics.median(times) for name, times in self._constants.items()}
 
+    def top_times_s(self) -> dict[str, float]:
+        """Median time of each instruction kind at the top clock."""
+        times: dict[str, list[float]] = {}
+        for frequency_mhz, records in self._groups:
+            for record in records if frequency_mhz == self._top_mhz else ():
+                for operation, start_s, end_s in _timed(record):
+                    if isinstance(operation, Compute):
+                        times.setdefault(operation.kind, []).append(end_s - start_s)
+        return {kind: statistics.median(values) for kind, values in times.items()}
+
     def _run(self, frequency_mhz: int, records: Sequence[IterationRecord]) -> ClockRun:
         begin_s, end_s = records[0].begin_s, records[-1].end_s
         return ClockRun(

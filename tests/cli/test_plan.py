@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def test_a_frontier_is_written(profile: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     points = json.loads(out.read_text())["points"]
     assert len(points) >= 3
-    assert all(a["deadline_s"] < b["deadline_s"] for a, b in zip(points, points[1:], strict=False))
+    assert all(a["deadline_s"] < b["deadline_s"] for a, b in itertools.pairwise(points))
 
 
 @pytest.mark.parametrize(

@@ -95,5 +95,5 @@ def test_the_minimum_dwell_is_kept(dwell_s: float) -> None:
 
 @pytest.mark.parametrize(("most", "dwell"), [(-1, 0.0), (None, -0.1), (None, float("nan"))])
 def test_limits_out_of_range_are_refused(most: int | None, dwell: float) -> None:
-    with pytest.raises(PlanError, match="got .*; allowed"):
+    with pytest.raises(PlanError, match=r"got .*; allowed"):
         ChangeLimits(most, dwell)

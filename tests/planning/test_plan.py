@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 
 def test_clock_changes_count_the_way_back_to_the_first(plan: Plan) -> None:
     clocks = plan.clocks_mhz(0)
-    changes = sum(a != b for a, b in zip(clocks, clocks[1:], strict=False)) + (clocks[0] != clocks[-1])
+    changes = sum(a != b for a, b in itertools.pairwise(clocks)) + (clocks[0] != clocks[-1])
     assert plan.clock_changes(0) == changes > 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -37,7 +38,7 @@ def test_promises_hold_in_an_independent_simulation(job: Job, slowdown: float) -
     assert energy == pytest.approx(plan.energy_j, rel=1e-9)
     assert plan.energy_lower_bound_j <= plan.energy_j <= plan.baseline_energy_j
     for stage in plan.stages:
-        for before, after in zip(stage, stage[1:], strict=False):
+        for before, after in itertools.pairwise(stage):
             assert before.finish_s <= after.start_s + 1e-12
 
 
@@ -187,7 +188,7 @@ def test_every_textbook_schedule_can_be_planned(name: str) -> None:
     ],
 )
 def test_targets_out_of_range_are_refused(make) -> None:
-    with pytest.raises(PlanError, match="got .*; allowed: a finite number"):
+    with pytest.raises(PlanError, match=r"got .*; allowed: a finite number"):
         make()
 
 

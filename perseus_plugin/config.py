@@ -59,6 +59,14 @@ class ProfilingConfig(_Strict):
     )
     steps_per_clock: int = _setting(5, "a whole number from 2", "Measured iterations per clock.", ge=2)
     settle_steps: int = _setting(1, "a whole number from 1", "Iterations discarded after each change of clock.", ge=1)
+    rounds: int = _setting(
+        2,
+        "a whole number from 1 to 10",
+        "Most rounds of profiling; a further one, at the clocks still of use, is made only while max_relative_error is "
+        "exceeded.",
+        ge=1,
+        le=10,
+    )
     seed: int = _setting(0, "a whole number", "Seed of the random order in which clocks are tried.")
     max_relative_error: float = _setting(
         0.05,

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.errors import PerseusError
@@ -35,9 +35,10 @@ from perseus_plugin.messages import (
 from perseus_plugin.planner_process import PlanAnswer, PlanRequest
 from perseus_plugin.planning.plan import Plan, save_plan
 from perseus_plugin.profiling.reuse import Fingerprint, save_survey
-from perseus_plugin.survey import Survey, misfit, rescaled, survey_of
+from perseus_plugin.profiling.sweep import good_enough, sweep_order, worth_trying
+from perseus_plugin.survey import Survey, misfit, rescaled, stage_estimates, survey_of
 from perseus_plugin.tap import IterationRecord
-from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep
+from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep, Timetable
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +79,7 @@ class Coordinator:
         exchange: to all ranks.
         planner: who plans.
         world_size, stages: of the job.
-        sweep_end: first iteration after the sweep.
-        top_mhz: highest clock of the sweep.
+        timetable: with the first round of the sweep.
         output_dir: where profile.csv and plan.json go.
         survey: what is known already (a loaded or kept profile), None to wait for the ranks' estimates.
         fingerprint: what a measured profile is kept with.
@@ -93,8 +93,7 @@ class Coordinator:
         *,
         world_size: int,
         stages: int,
-        sweep_end: int,
-        top_mhz: int,
+        timetable: Timetable,
         output_dir: Path,
         survey: Survey | None = None,
         fingerprint: Fingerprint | None = None,
@@ -103,7 +102,10 @@ class Coordinator:
         self._exchange = exchange
         self._planner = planner
         self._world_size, self._stages = world_size, stages
-        self._sweep_end, self._top_mhz = sweep_end, top_mhz
+        self._sweep = timetable.sweep
+        self._sweep_end, self._steps_per_block = timetable.sweep_end, timetable.steps_per_block
+        self._top_mhz = max(timetable.sweep.clocks_mhz)
+        self._round = 0
         self._output_dir = output_dir
         self.survey = survey
         self._fingerprint = fingerprint or {}
@@ -188,15 +190,35 @@ class Coordinator:
         if self.survey is not None and not self._fits(iteration, self.survey):
             return
         if self.survey is None:
+            ordered = [self._estimates[rank] for rank in range(self._world_size)]
             try:
-                ordered = [self._estimates[rank] for rank in range(self._world_size)]
-                survey = self.survey = survey_of(ordered, self._stages)
+                survey = survey_of(ordered, self._stages)
             except PerseusError as error:
                 self._give_up(iteration, f"the profile cannot be used: {error}")
                 return
+            if self._sweep_again(iteration, ordered):
+                return
+            self.survey = survey
             self._try_to_write("the profile", lambda: save_survey(survey, self._fingerprint, self._output_dir))
-            self._report_survey(self.survey)
+            self._report_survey(survey)
         self._request_plan(iteration)
+
+    def _sweep_again(self, iteration: int, estimates: Sequence[RankEstimate]) -> bool:
+        """Order another round of the sweep if the estimates are not good enough yet."""
+        profiling = self._config.profiling
+        if self._round + 1 >= profiling.rounds or len(set(self._sweep.clocks_mhz)) < 2:
+            return False
+        stages = stage_estimates(estimates, self._stages)
+        if good_enough(stages, profiling.max_relative_error):
+            return False
+        self._round += 1
+        self._estimates, self._estimates_due_s = {}, None
+        clocks = sorted({self._top_mhz, *worth_trying(stages, sorted(set(self._sweep.clocks_mhz)))})
+        order = sweep_order(clocks, profiling.seed + self._round)
+        logger.info("energies are not known well enough yet: profiling once more, at %d clocks", len(clocks))
+        self._tell(iteration, "sweep", clocks_mhz=order)
+        self._sweep_end = iteration + _SWITCH_AHEAD + self._steps_per_block * len(order)
+        return True
 
     def _fits(self, iteration: int, survey: Survey) -> bool:
         """Whether a profile from elsewhere is this job's, by what all ranks measured at full clocks; False: not yet."""
@@ -222,7 +244,7 @@ class Coordinator:
             self._estimates_due_s = time.monotonic() + _ESTIMATES_TIMEOUT_S
         for rank in range(self._world_size):
             if rank not in self._estimates:
-                value = self._exchange.fetch(estimate_key(rank))
+                value = self._exchange.fetch(estimate_key(self._round, rank))
                 if value is not None:
                     self._estimates[rank] = receive(RankEstimate, value)
         missing = self._world_size - len(self._estimates)
@@ -381,13 +403,23 @@ class Coordinator:
         self._tell(iteration, "full", reason=why)
         self.state = State.GIVEN_UP
 
-    def _tell(self, iteration: int, action: str, *, version: int = 0, reason: str = "", recheck: bool = False) -> None:
+    def _tell(
+        self,
+        iteration: int,
+        action: Literal["follow", "full", "sweep"],
+        *,
+        version: int = 0,
+        reason: str = "",
+        recheck: bool = False,
+        clocks_mhz: tuple[int, ...] = (),
+    ) -> None:
         self._sequence += 1
         news = News(
             sequence=self._sequence,
             switch=iteration + _SWITCH_AHEAD,
-            action=action,  # type: ignore[arg-type]
+            action=action,
             version=version,
+            clocks_mhz=clocks_mhz,
             reason=reason,
             recheck=recheck,
         )

@@ -59,16 +59,18 @@ class News(_Message):
     Attributes:
         sequence: counts up from 1.
         switch: first iteration it holds for.
-        action: follow the plan of `version`, or run at full clocks.
+        action: follow the plan of `version`, run at full clocks, or profile again at `clocks_mhz`.
         version: the plan's, 0 for full clocks.
+        clocks_mhz: in the order to try them; a rank with another GPU takes the nearest it has.
         reason: for people.
         recheck: ranks shall time their instructions at full clocks and publish that.
     """
 
     sequence: int
     switch: int
-    action: Literal["follow", "full"]
+    action: Literal["follow", "full", "sweep"]
     version: int = 0
+    clocks_mhz: tuple[int, ...] = ()
     reason: str = ""
     recheck: bool = False
 
@@ -146,9 +148,9 @@ def facts_key(rank: int) -> str:
     return f"facts/{rank}"
 
 
-def estimate_key(rank: int) -> str:
-    """Where a rank publishes its `RankEstimate`."""
-    return f"estimate/{rank}"
+def estimate_key(round_number: int, rank: int) -> str:
+    """Where a rank publishes its `RankEstimate` after a round of the sweep."""
+    return f"estimate/{round_number}/{rank}"
 
 
 def part_key(version: int, stage: int) -> str:

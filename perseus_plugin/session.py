@@ -26,6 +26,7 @@ from perseus_plugin.instructions import Compute, Constant
 from perseus_plugin.known import given_profile, kept_profile
 from perseus_plugin.link import FinishedIteration, Link, StreamOf
 from perseus_plugin.messages import Placement
+from perseus_plugin.profiling.sweep import choose_clocks, sweep_order
 from perseus_plugin.reporting.account import begin_tag, end_tag
 from perseus_plugin.reporting.log import set_up_logging
 from perseus_plugin.tap import InstructionTap, IterationRecord, hooked_operations
@@ -33,11 +34,10 @@ from perseus_plugin.timetable import (
     Directive,
     Follow,
     FullClock,
+    Round,
     Sweep,
     Timetable,
     nearest_clocks,
-    spread_clocks,
-    sweep_order,
 )
 from perseus_plugin.worker import SessionWorker
 
@@ -367,13 +367,14 @@ def _observe_only(selection: Selection, link: Link, placement: Placement) -> Non
 def _timetable(config: PerseusConfig, selection: Selection, known: bool) -> Timetable:
     """Warm-up and sweep; without control there is nothing to sweep."""
     profiling = config.profiling
-    if not selection.clocks_mhz:
-        sweep: tuple[int, ...] = ()
+    supported = selection.clocks_mhz
+    if not supported:
+        order: tuple[int, ...] = ()
     elif known:
-        sweep = (max(selection.clocks_mhz),)  # measured all the same, as the reference that the plan must keep to
+        order = (max(supported),)  # measured all the same, as the reference that the plan must keep to
     elif profiling.clocks_mhz is not None:
-        sweep = sweep_order(nearest_clocks(selection.clocks_mhz, profiling.clocks_mhz), profiling.seed)
+        order = sweep_order(nearest_clocks(supported, profiling.clocks_mhz), profiling.seed)
     else:
-        spread = spread_clocks(selection.clocks_mhz, profiling.clock_count, profiling.lowest_clock)
-        sweep = sweep_order(spread, profiling.seed)
-    return Timetable(profiling.warmup_steps, sweep, profiling.settle_steps, profiling.steps_per_clock)
+        lowest_mhz = round(max(supported) * profiling.lowest_clock)
+        order = sweep_order(choose_clocks(supported, profiling.clock_count, lowest_mhz), profiling.seed)
+    return Timetable(Round(profiling.warmup_steps, order), profiling.settle_steps, profiling.steps_per_clock)

@@ -49,19 +49,31 @@ class Survey:
         }
 
 
+def stage_estimates(estimates: Sequence[RankEstimate], stages: int) -> list[StageEstimate]:
+    """The estimate of each stage, pooled over its replicas.
+
+    Raises:
+        ProfileError: a stage from which no rank sent measurements.
+    """
+    pooled: list[StageEstimate] = []
+    for stage in range(stages):
+        of_stage = [StageEstimate.from_dict(e.estimate) for e in estimates if e.placement.stage == stage]
+        if not of_stage:
+            raise ProfileError(f"stage {stage}: no rank sent measurements")
+        pooled.append(pool(of_stage))
+    return pooled
+
+
 def survey_of(estimates: Sequence[RankEstimate], stages: int) -> Survey:
     """Join the estimates of all ranks.
 
     Raises:
         ProfileError: a stage has no usable measurement, or nothing shows what waiting costs.
     """
-    pooled: list[StageEstimate] = []
+    pooled = stage_estimates(estimates, stages)
     constants: dict[tuple[int, str], float] = {}
     for stage in range(stages):
         of_stage = [e for e in estimates if e.placement.stage == stage]
-        if not of_stage:
-            raise ProfileError(f"stage {stage}: no rank sent measurements")
-        pooled.append(pool([StageEstimate.from_dict(e.estimate) for e in of_stage]))
         for name in {name for e in of_stage for name in e.constant_time_s}:
             times = [e.constant_time_s[name] for e in of_stage if name in e.constant_time_s]
             constants[stage, name] = statistics.median(times)

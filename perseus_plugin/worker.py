@@ -49,7 +49,7 @@ from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, Accoun
 from perseus_plugin.reporting.progress import Progress
 from perseus_plugin.reporting.reporter import Reporter, events_of
 from perseus_plugin.tap import IterationRecord
-from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep
+from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep, nearest_clocks
 
 if TYPE_CHECKING:
     from perseus_plugin.session import Session
@@ -86,7 +86,7 @@ class SessionWorker:
         self._helper = helper
         self._exchange = exchange
         self._selection = selection
-        sweep_mhz = link.timetable.sweep_mhz
+        sweep_mhz = link.timetable.sweep.clocks_mhz
         self._top_mhz = max(sweep_mhz, default=0)
         self._collector = SweepCollector(self._top_mhz)
         self._account = Account(measures_energy=helper is not None)
@@ -128,7 +128,7 @@ class SessionWorker:
             },
         )
         self._progress = Progress(timetable)
-        if timetable.sweep_mhz:
+        if timetable.sweep.clocks_mhz:
             self._planner = PlannerProcess()
             self._coordinator = Coordinator(
                 self._config,
@@ -136,8 +136,7 @@ class SessionWorker:
                 self._planner,
                 world_size=self._placement.world_size,
                 stages=self._placement.stages,
-                sweep_end=timetable.sweep_end,
-                top_mhz=self._top_mhz,
+                timetable=timetable,
                 output_dir=output_dir,
                 survey=self._known.survey,
                 fingerprint=self._known.fingerprint,
@@ -282,14 +281,20 @@ class SessionWorker:
             recheck = Recheck(stage=self._placement.stage, time_s=self._collector.top_times_s())
             self._exchange.publish(recheck_key(0, self._placement.rank), recheck.model_dump())
             return
-        estimate = estimate_stage(self._collector.runs(), max_relative_error=self._config.profiling.max_relative_error)
+        estimate = estimate_stage(
+            self._collector.runs(),
+            max_relative_error=self._config.profiling.max_relative_error,
+            constant_kinds=self._collector.constant_kinds,
+        )
         message = RankEstimate(
             placement=self._placement,
             gpu=self._selection.name,
             estimate=estimate.to_dict(),
             constant_time_s=self._collector.constant_times_s(),
         )
-        self._exchange.publish(estimate_key(self._placement.rank), message.model_dump())
+        self._exchange.publish(
+            estimate_key(self._link.timetable.sweep.number, self._placement.rank), message.model_dump()
+        )
 
     # News.
 
@@ -299,6 +304,9 @@ class SessionWorker:
             return
         news = receive(News, value)
         if news.sequence <= self._news.sequence:
+            return
+        if news.action == "sweep":
+            self._sweep_again(news)
             return
         if news.action == "follow":
             part = self._exchange.fetch(part_key(news.version, self._placement.stage))
@@ -315,6 +323,15 @@ class SessionWorker:
         late = self._link.iteration > news.switch
         self._stats = self._stats.model_copy(update={"late": self._stats.late + late})
         self._link.timetable = self._link.timetable.switched(news.switch, directive)
+
+    def _sweep_again(self, news: News) -> None:
+        self._news = news
+        here = nearest_clocks(self._selection.clocks_mhz, news.clocks_mhz)
+        order = [min(here, key=lambda clock: abs(clock - wanted)) for wanted in news.clocks_mhz]
+        self._link.timetable = self._link.timetable.swept_again(news.switch, tuple(order))
+        self._estimated, self._sweep_ended_s = False, None
+        if self._progress is not None:
+            self._progress.timetable = self._link.timetable
 
     def _take_recheck(self, record: IterationRecord) -> None:
         if self._recheck is None or record.number <= self._news.switch or not record.complete:

@@ -26,8 +26,10 @@ FULL: dict[str, Any] = {
         "lowest_clock": 0.6,
         "steps_per_clock": 7,
         "settle_steps": 2,
+        "rounds": 3,
         "seed": -5,
         "max_relative_error": 0.1,
+        "reuse": False,
         "load": "profile.csv",
         "blocking_power_w": 83.64,
     },
@@ -255,7 +257,9 @@ def test_only_the_first_of_several_errors_is_told() -> None:
 
 
 def test_a_loaded_profile_needs_the_blocking_power() -> None:
-    with pytest.raises(ConfigError, match=r"^perseus\.profiling\.blocking_power_w: missing; .*allowed: a number above 0"):
+    with pytest.raises(
+        ConfigError, match=r"^perseus\.profiling\.blocking_power_w: missing; .*allowed: a number above 0"
+    ):
         parse_config({"profiling": {"load": "profile.csv"}})
 
 
@@ -340,11 +344,14 @@ BLOCKS = st.one_of(VALUES, st.dictionaries(KEYS, VALUES, max_size=4))
 
 @given(BLOCKS)
 def test_anything_gives_a_config_or_a_config_error(block: object) -> None:
+    told = ""
     try:
         config = parse_config(block)
     except ConfigError as error:
-        assert str(error).startswith("perseus")
-        assert len(str(error).splitlines()) == 1
+        told = str(error)
+    if told:
+        assert told.startswith("perseus")
+        assert len(told.splitlines()) == 1
     else:
         assert isinstance(block, dict)
         assert parse_config(config.model_dump()) == config

@@ -50,9 +50,7 @@ def burn_cpu(seconds: float) -> None:
         (0, "weight", 0.02),
     ],
 )
-def test_given_times_hold_from_the_first_instruction(
-    gpu: EmulatedGpu, rank: int, kind: str, expected_s: float
-) -> None:
+def test_given_times_hold_from_the_first_instruction(gpu: EmulatedGpu, rank: int, kind: str, expected_s: float) -> None:
     emulated = stage(gpu, rank, **GIVEN)
     assert not emulated.needs_calibration
     assert took_s(emulated, kind) >= expected_s

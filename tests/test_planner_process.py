@@ -52,7 +52,9 @@ def test_a_request_passes_through_json(**changes: Any) -> None:
     for field in dataclasses.fields(PlanRequest):
         if field.name != "profile":
             assert getattr(back, field.name) == getattr(made, field.name), field.name
-    rows = [[(s, k, m.frequency_mhz, m.time_s, m.energy_j) for s, k, m in p.rows()] for p in (back.profile, made.profile)]
+    rows = [
+        [(s, k, m.frequency_mhz, m.time_s, m.energy_j) for s, k, m in p.rows()] for p in (back.profile, made.profile)
+    ]
     assert rows[0] == rows[1]
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from perseus_plugin.instructions import Compute, Constant, Receive, Send, Stream
 from perseus_plugin.link import FinishedIteration, Link
 from perseus_plugin.messages import Placement, PlanPart
 from perseus_plugin.profiling.profile import save_profile
+from perseus_plugin.profiling.reuse import save_survey
 from perseus_plugin.session import Session, start_session
-from perseus_plugin.timetable import Follow, FullClock, Sweep, Timetable
+from perseus_plugin.survey import Survey
+from perseus_plugin.timetable import Follow, FullClock, Round, Sweep, Timetable
 
 from .factories import placement, profile
 
-TABLE = Timetable(warmup_steps=1, sweep_mhz=(1410, 810), settle_steps=1, steps_per_clock=2)
+TABLE = Timetable(Round(1, (1410, 810)), settle_steps=1, steps_per_clock=2)
 STREAM: list[StreamOp] = [
     Constant("load"),
     Compute("forward", 0),
@@ -261,7 +264,7 @@ def test_a_schedule_outside_an_iteration_is_not_hooked(rank: Rank) -> None:
 
 
 def test_without_a_helper_iterations_are_observed() -> None:
-    rank = Rank(Timetable(1, (), 1, 2), with_helper=False)
+    rank = Rank(Timetable(Round(1, ()), 1, 2), with_helper=False)
     assert rank.session.controller is None
     first, second = rank.iterate(), rank.iterate()
     assert first is not None
@@ -463,7 +466,7 @@ def block(folder: Path, **more: Any) -> dict[str, Any]:
 
 def start(folder: Path, **more: Any) -> dict[str, Any]:
     """Start a session with these settings; returns what its worker was made with."""
-    session = start_session(parse_config(block(folder, **more)), placement())
+    session = start_session(parse_config(block(folder, **more)), placement(world_size=1))
     made = FakeWorker.made[-1]
     assert made["session"] is session
     return made
@@ -473,20 +476,21 @@ def test_a_session_starts_with_a_sweep_of_the_gpus_clocks(tmp_path: Path, fakes:
     made = start(tmp_path, limits={"min_dwell_s": 0.5})
     table = made["link"].timetable
     assert (tmp_path / "out").is_dir()
-    assert set(table.sweep_mhz) == {1410, 1110, 600} or set(table.sweep_mhz) == {1410, 1110, 810}
-    assert table.sweep_mhz[0] == table.sweep_mhz[-1] == 1410
-    assert (table.warmup_steps, table.settle_steps, table.steps_per_clock) == (2, 1, 5)
+    assert set(table.sweep.clocks_mhz) == {1410, 1110, 600} or set(table.sweep.clocks_mhz) == {1410, 1110, 810}
+    assert table.sweep.clocks_mhz[0] == table.sweep.clocks_mhz[-1] == 1410
+    assert (table.sweep.first, table.settle_steps, table.steps_per_clock) == (2, 1, 5)
     (helper,) = fakes.started
     assert [call[0] for call in helper.calls] == ["start", "measure"]
     spec, dwell_s = helper.calls[0][1]
     assert spec.startswith(f"emulated:{tmp_path}")
     assert dwell_s == 0.5
-    assert made["survey"] is None
+    assert made["known"].profile is False
+    assert made["known"].fingerprint["stage 0: gpu"] == "test GPU"
 
 
 def test_clocks_can_be_given(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
     table = start(tmp_path, profiling={"clocks_mhz": [1400, 620]})["link"].timetable
-    assert table.sweep_mhz == (1410, 600, 1410)
+    assert table.sweep.clocks_mhz == (1410, 600, 1410)
 
 
 def test_a_given_switch_latency_is_not_measured(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
@@ -498,9 +502,25 @@ def test_a_given_switch_latency_is_not_measured(tmp_path: Path, fakes: type[Fake
 def test_a_loaded_profile_leaves_only_the_top_clock_to_measure(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
     save_profile(profile(2), tmp_path / "profile.csv")
     made = start(tmp_path, profiling={"load": str(tmp_path / "profile.csv"), "blocking_power_w": 83.0})
-    assert made["link"].timetable.sweep_mhz == (1410,)
-    assert made["survey"].blocking_power_w == 83.0
-    assert made["survey"].profile.stages == 2
+    assert made["link"].timetable.sweep.clocks_mhz == (1410,)
+    assert made["known"].survey.blocking_power_w == 83.0
+    assert made["known"].survey.profile.stages == 2
+
+
+def test_a_kept_profile_of_the_same_job_is_used_again(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
+    first = start(tmp_path)
+    survey = Survey(profile(2), 83.0, frozenset({(1, "forward")}), {(0, "load"): 0.1})
+    save_survey(survey, first["known"].fingerprint, tmp_path / "out")
+    again = start(tmp_path)
+    assert again["known"].profile
+    assert again["known"].survey.unresolved == survey.unresolved
+    assert again["known"].survey.constant_time_s == survey.constant_time_s
+    assert again["link"].timetable.sweep.clocks_mhz == (1410,)
+    assert not start(tmp_path, profiling={"reuse": False})["known"].profile
+    fakes.facts = replace(FACTS, name="another GPU")
+    other = start(tmp_path)
+    assert not other["known"].profile
+    assert len(other["link"].timetable.sweep.clocks_mhz) > 1
 
 
 @pytest.mark.parametrize("facts", [None, DeviceFacts("test GPU", "GPU-0", False, (), False, "no permission", "", 1)])
@@ -512,7 +532,7 @@ def test_a_gpu_that_cannot_be_controlled_is_observed_and_the_others_are_told(
     reason = with_facts(Selection("nvml", "nvml:GPU-0", "test GPU"), facts).why_not
     assert reason
     assert made["helper"] is None
-    assert made["link"].timetable.sweep_mhz == ()
+    assert made["link"].timetable.sweep.clocks_mhz == ()
     assert made["link"].trouble_reason == reason
     assert f"observing only, no clock will be set: {reason}" in heard.text
     assert fakes.started[0].calls[-1][0] == "close"
@@ -525,7 +545,7 @@ def test_with_the_backend_off_nothing_is_started_and_nobody_is_alarmed(
     assert fakes.started == []
     assert made["helper"] is None
     assert made["link"].trouble_reason is None
-    assert made["link"].timetable.sweep_mhz == ()
+    assert made["link"].timetable.sweep.clocks_mhz == ()
 
 
 def test_every_session_of_a_process_has_keys_of_its_own(
@@ -545,7 +565,10 @@ def test_every_session_of_a_process_has_keys_of_its_own(
             {"emulation": {"forward_time_s": [0.1], "backward_time_s": [0.1]}},
             r"perseus\.emulation\.forward_time_s: got 1 numbers; allowed: one per stage, 2 here",
         ),
-        ({"profiling": {"warmup_steps": 1}}, r"perseus\.profiling\.warmup_steps: got 1; allowed: a whole number from 2"),
+        (
+            {"profiling": {"warmup_steps": 1}},
+            r"perseus\.profiling\.warmup_steps: got 1; allowed: a whole number from 2",
+        ),
         (
             {"profiling": {"load": "missing.csv", "blocking_power_w": 1.0}},
             r"perseus\.profiling\.load: missing\.csv: cannot read the profile",

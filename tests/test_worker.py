@@ -15,6 +15,7 @@ from perseus_plugin.config import parse_config
 from perseus_plugin.control import wire
 from perseus_plugin.exchange import ExchangeError, LocalExchange
 from perseus_plugin.gpus.selection import Selection
+from perseus_plugin.known import Known
 from perseus_plugin.link import FinishedIteration, Link
 from perseus_plugin.messages import (
     NEWS,
@@ -32,12 +33,12 @@ from perseus_plugin.messages import (
     stats_key,
 )
 from perseus_plugin.reporting.account import begin_tag, end_tag
-from perseus_plugin.timetable import Directive, Follow, FullClock, Timetable
+from perseus_plugin.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
 from perseus_plugin.worker import SessionWorker
 
 from .factories import placement, record
 
-TABLE = Timetable(warmup_steps=1, sweep_mhz=(1410, 810, 1410), settle_steps=1, steps_per_clock=2)
+TABLE = Timetable(Round(1, (1410, 810, 1410)), settle_steps=1, steps_per_clock=2)
 PATIENCE = 3
 
 
@@ -98,7 +99,14 @@ class Rank:
     """A worker with its thread, and what surrounds it."""
 
     def __init__(
-        self, folder: Path, rank: int, table: Timetable, with_helper: bool, exchange: LocalExchange, world_size: int
+        self,
+        folder: Path,
+        rank: int,
+        table: Timetable,
+        with_helper: bool,
+        exchange: LocalExchange,
+        world_size: int,
+        has_profile: bool,
     ) -> None:
         self.rank = rank
         self.exchange = exchange
@@ -114,7 +122,7 @@ class Rank:
             exchange=exchange,
             output_dir=folder,
             selection=Selection("nvml", "nvml:GPU-0", "test GPU", (1410, 810), poll_interval_s=0.005),
-            survey=None,
+            known=Known(profile=has_profile),
         )
         self.worker.start(self.session)  # type: ignore[arg-type]
 
@@ -159,9 +167,14 @@ class Ranks:
         self.made: list[Rank] = []
 
     def __call__(
-        self, rank: int = 1, table: Timetable = TABLE, with_helper: bool = True, world_size: int = 2
+        self,
+        rank: int = 1,
+        table: Timetable = TABLE,
+        with_helper: bool = True,
+        world_size: int = 2,
+        has_profile: bool = False,
     ) -> Rank:
-        self.made.append(Rank(self.folder, rank, table, with_helper, self.exchange, world_size))
+        self.made.append(Rank(self.folder, rank, table, with_helper, self.exchange, world_size, has_profile))
         return self.made[-1]
 
 
@@ -204,7 +217,7 @@ def stats_of(rank: Rank) -> RankStats:
 def test_after_the_sweep_a_rank_publishes_what_it_measured(ranks: Ranks) -> None:
     rank = ranks()
     rank.iterate(TABLE.sweep_end)
-    told = receive(RankEstimate, rank.fetch(estimate_key(1)))
+    told = receive(RankEstimate, rank.fetch(estimate_key(0, 1)))
     assert told.placement == placement(1)
     assert told.gpu == "test GPU"
     assert told.constant_time_s == pytest.approx({"load_microbatch": 0.001, "optimizer_step": 0.005})
@@ -218,7 +231,7 @@ def test_nothing_is_published_before_the_sweep_is_over(ranks: Ranks) -> None:
     rank = ranks()
     rank.iterate(TABLE.sweep_end - 1)
     assert wait_until(lambda: stats_of(rank).hooked_iterations == TABLE.sweep_end - 1)
-    assert rank.exchange.fetch(estimate_key(1)) is None
+    assert rank.exchange.fetch(estimate_key(0, 1)) is None
 
 
 def test_the_counter_is_polled_during_the_sweep_only(ranks: Ranks) -> None:
@@ -227,8 +240,34 @@ def test_the_counter_is_polled_during_the_sweep_only(ranks: Ranks) -> None:
     assert wait_until(lambda: stats_of(rank).hooked_iterations == 1)
     assert rank.helper.polling == []
     rank.iterate(TABLE.sweep_end - 1)
-    rank.fetch(estimate_key(1))
+    rank.fetch(estimate_key(0, 1))
     assert rank.helper.polling == [0.005, None]
+
+
+def test_a_rank_profiles_again_when_it_is_told_to(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.iterate(TABLE.sweep_end)
+    rank.fetch(estimate_key(0, 1))
+    publish_news(rank.exchange, sequence=1, switch=12, action="sweep", clocks_mhz=(1400, 800, 1410))
+    assert wait_until(lambda: rank.link.timetable.at(12) == Sweep(0, 1410, kept=False, round=1))
+    assert rank.link.timetable.sweep.clocks_mhz == (1410, 810, 1410), "the nearest clocks that this GPU has"
+    rank.iterate(rank.link.timetable.sweep_end - rank.number - 1)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == rank.number)
+    assert rank.exchange.fetch(estimate_key(1, 1)) is None
+    rank.iterate(1)
+    told = receive(RankEstimate, rank.fetch(estimate_key(1, 1)))
+    samples = {(row[0], row[1]): row[6] for row in told.estimate["instructions"]}
+    assert samples == {(kind, clock): n for kind in ("forward", "backward") for clock, n in ((1410, 8), (810, 4))}
+
+
+def test_with_a_profile_from_elsewhere_a_rank_tells_its_full_clock_times(ranks: Ranks) -> None:
+    table = Timetable(Round(1, (1410,)), 1, 2)
+    rank = ranks(table=table, has_profile=True)
+    rank.iterate(table.sweep_end)
+    told = receive(Recheck, rank.fetch(recheck_key(0, 1)))
+    assert told.stage == 1
+    assert told.time_s == pytest.approx({"forward": 0.010, "backward": 0.020})
+    assert rank.exchange.fetch(estimate_key(0, 1)) is None
 
 
 # The account.
@@ -427,7 +466,7 @@ def test_the_last_statistics_say_that_nothing_follows(ranks: Ranks) -> None:
 
 
 def test_rank_0_writes_the_summary_of_all_ranks(ranks: Ranks) -> None:
-    table = Timetable(1, (), 1, 2)
+    table = Timetable(Round(1, ()), 1, 2)
     both = [ranks(rank, table, with_helper=False) for rank in (1, 0)]
     for rank in both:
         rank.iterate(5)
@@ -442,7 +481,7 @@ def test_rank_0_writes_the_summary_of_all_ranks(ranks: Ranks) -> None:
 
 
 def test_rank_0_does_not_wait_for_ever_for_a_rank_that_is_gone(ranks: Ranks) -> None:
-    rank = ranks(0, Timetable(0, (), 1, 2), with_helper=False)
+    rank = ranks(0, Timetable(Round(0, ()), 1, 2), with_helper=False)
     rank.iterate(3)
     rank.close()
     summary = json.loads((ranks.folder / "summary.json").read_text())
@@ -459,7 +498,7 @@ def test_rank_0_plans_from_all_estimates_and_ends_the_planner(ranks: Ranks) -> N
             wire.Tick(0.01 * i - 0.001, 0.01 * i, 2.0 * i, 1410, 0.0) for i in range(1, int(100 * 0.036 * 10))
         ]
         rank.iterate(TABLE.sweep_end)
-        rank.fetch(estimate_key(rank.rank))
+        rank.fetch(estimate_key(0, rank.rank))
     (planner,) = FakePlanner.made
     assert wait_until(lambda: bool(planner.requests) or ranks.exchange.fetch(NEWS) is not None)
     for rank in both:

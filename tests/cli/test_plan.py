@@ -77,6 +77,17 @@ def test_a_frontier_is_written(profile: Path, tmp_path: Path) -> None:
     assert all(a["deadline_s"] < b["deadline_s"] for a, b in itertools.pairwise(points))
 
 
+def test_a_frontier_is_drawn(profile: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    job = (profile, "--microbatches", 2, "--blocking-power", 60, "--tolerance", 0.05, "-o", tmp_path / "f.json")
+    picture = tmp_path / "frontier.png"
+    assert perseus("frontier", *job, "--plot", picture).returncode == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    refused = perseus("frontier", *job, "--plot", tmp_path / "frontier.xyz")
+    assert refused.returncode == 2
+    assert "--plot: got" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -68,7 +68,7 @@ def test_enable_by_hand_and_a_changed_number_of_microbatches(tmp_path: Path) -> 
 def test_a_profile_is_used_again_for_the_same_job_only(tmp_path: Path) -> None:
     config = {**BASE_CONFIG, "perseus": perseus_block(tmp_path / "out", 2)}
     first = run_job(PROBE, 2, config, tmp_path / "first", "--steps", "40").check()
-    assert "profiling clock 4 of 4" in first.output
+    assert "profiling clock 5 of 5" in first.output
     again = run_job(PROBE, 2, config, tmp_path / "again", "--steps", "40").check()
     assert "using the profile kept in" in again.output
     assert "profiling clock 1 of 1" in again.output

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from perseus_plugin.integrations.deepspeed import patch_engine_module
 from perseus_plugin.link import FinishedIteration, Link
 from perseus_plugin.messages import Placement
 from perseus_plugin.session import Session
-from perseus_plugin.timetable import Timetable
+from perseus_plugin.timetable import Round, Timetable
 
 from ..test_session import FakeHelper
 
@@ -108,7 +108,7 @@ class Engine:
         if what == self.fails_at:
             raise RuntimeError("training failed")
 
-    _INSTRUCTION_MAP: dict[type, Callable[..., None]] = {
+    _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
         LoadMicroBatch: lambda self, buffer_id: self._do(f"load {buffer_id}"),
         ForwardPass: lambda self, buffer_id: self._do(f"forward {buffer_id}"),
         BackwardPass: lambda self, buffer_id: self._do(f"backward {buffer_id}"),
@@ -140,7 +140,7 @@ class Started:
             raise self.error
         self.calls.append((config, placement, monitor))
         self.helpers.append(FakeHelper())
-        self.links.append(Link(Timetable(0, (1410, 810), 1, 1)))
+        self.links.append(Link(Timetable(Round(0, (1410, 810)), 1, 1)))
         session = Session(placement, self.links[-1], self.helpers[-1], None, LocalExchange(), monitor)  # type: ignore[arg-type]
         self.sessions.append(session)
         return session

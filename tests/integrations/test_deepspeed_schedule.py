@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -120,7 +121,7 @@ def test_dualpipev_translates_too(schedule: ModuleType, stages: int, microbatche
     way = [(stage, "forward", 0) for stage in range(stages)]
     way += [(stage, "forward_1", 1) for stage in reversed(range(stages))]
     nodes = {(i.stage, i.kind, i.microbatch): node for i, node in node_of.items()}
-    for (a, kind_a, _), (b, kind_b, _) in zip(way, way[1:], strict=False):
+    for (a, kind_a, _), (b, kind_b, _) in itertools.pairwise(way):
         for microbatch in range(microbatches):
             assert start[nodes[b, kind_b, microbatch]] >= finish[nodes[a, kind_a, microbatch]] - 1e-9
 

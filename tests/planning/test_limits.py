@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+import perseus_plugin.planning.limits as limits_module
 from perseus_plugin.errors import PlanError
 from perseus_plugin.pipeline import build_graph
 from perseus_plugin.planning.plan import Plan
@@ -91,6 +92,26 @@ def test_the_minimum_dwell_is_kept(dwell_s: float) -> None:
     assert plan.saving > 0
     assert plan.iteration_time_s <= plan.deadline_s
     assert min((d for stage in range(3) for d in dwells(plan, stage)), default=dwell_s) >= dwell_s - 1e-9
+
+
+def test_limits_and_unresolved_kinds_together() -> None:
+    planner = Planner(
+        build_graph(one_f_one_b(3, 6)), bundled_profile(3), blocking_power_w=60.0, full_clock_only={(0, "backward")}
+    )
+    plan = planner.plan(Target.slowdown(0.1), ChangeLimits(4))
+    backward = [p.frequency_mhz for p in plan.stages[0] if p.instruction.kind == "backward"]
+    assert set(backward) == {1400}
+    assert max(plan.clock_changes(stage) for stage in range(3)) <= 4
+    assert plan.saving > 0
+
+
+def test_without_time_for_the_programs_prices_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits_module, "solve_phases", lambda *_: None)
+    planner = Planner(build_graph(one_f_one_b(3, 6)), bundled_profile(3), blocking_power_w=60.0)
+    plan = planner.plan(Target.slowdown(0.1), ChangeLimits(4))
+    assert max(plan.clock_changes(stage) for stage in range(3)) <= 4
+    assert plan.iteration_time_s <= plan.deadline_s
+    assert plan.saving > 0.02
 
 
 @pytest.mark.parametrize(("most", "dwell"), [(-1, 0.0), (None, -0.1), (None, float("nan"))])

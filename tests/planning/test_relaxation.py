@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from perseus_plugin.errors import PlanError
 from perseus_plugin.pipeline import build_graph
 from perseus_plugin.planning.options import PlanningProblem, build_problem
 from perseus_plugin.planning.relaxation import Relaxation
+from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.schedules import one_f_one_b
 
 from .jobs import Job, brute_force, bundled_profile, jobs
@@ -110,6 +112,27 @@ def test_the_energy_minimum_is_below_every_deadline(job: Job, shares: list[float
     for share in shares:
         deadline = problem.shortest_s + share * (problem.longest_s - problem.shortest_s)
         assert cheapest.bound_j <= relaxation.solve(deadline).bound_j + loose
+
+
+def test_two_clocks_of_nearly_the_same_duration_do_not_spoil_the_units() -> None:
+    table = dict(bundled_profile(3).table)
+    for key, rows in bundled_profile(3).table.items():
+        twin = replace(
+            rows[0], frequency_mhz=1399, time_s=rows[0].time_s * (1 + 1e-9), energy_j=rows[0].energy_j * 0.99
+        )
+        table[key] = (*rows, twin)
+    graph = build_graph(one_f_one_b(3, 6))
+    plain = build_problem(graph, bundled_profile(3), 60.0)
+    steep = build_problem(graph, Profile(table), 60.0)
+    deadline = plain.full_clock_time_s * 1.1
+    loss = Relaxation(plain).solve(deadline).bound_j - Relaxation(steep).solve(deadline).bound_j
+    assert 0 <= loss < 0.01 * plain.full_clock_energy_j
+
+
+@pytest.mark.parametrize("deadline_s", [1e3, 1e12])
+def test_far_deadlines_can_be_solved(deadline_s: float) -> None:
+    problem = build_problem(build_graph(one_f_one_b(3, 4)), bundled_profile(3), 60.0)
+    assert Relaxation(problem).solve(deadline_s).price_w == 0
 
 
 def test_held_durations_are_kept_and_counted() -> None:

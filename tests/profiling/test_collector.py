@@ -27,17 +27,20 @@ def test_consecutive_iterations_at_one_clock_are_one_run() -> None:
     first, second = collected.runs()
     assert (first.frequency_mhz, first.begin_s, first.end_s) == (1410, 1.0, pytest.approx(3 + LENGTH_S))
     assert (second.frequency_mhz, second.begin_s, second.end_s) == (810, 5.0, pytest.approx(6 + LENGTH_S))
-    assert [activity.kind for activity in second.activities] == ["forward", "backward"] * 2
+    kinds = ["load_microbatch", "forward", "backward", "optimizer_step"]
+    assert [activity.kind for activity in second.activities] == kinds * 2
 
 
-def test_activities_are_the_computations_with_their_times() -> None:
+def test_activities_are_the_operations_with_their_times() -> None:
     collected = collector()
     seen = record(0, begin_s=5.0, gap_s=0.5)
-    collected.add(Sweep(0, 810, kept=True), seen)
-    assert collected.runs()[0].activities == (
-        Activity("forward", seen.starts_s[1], seen.ends_s[1]),
-        Activity("backward", seen.starts_s[2], seen.ends_s[2]),
+    collected.add(Sweep(0, 1410, kept=True), seen)
+    names = ("load_microbatch", "forward", "backward", "optimizer_step")
+    assert collected.runs()[0].activities == tuple(
+        Activity(name, start_s, end_s) for name, start_s, end_s in zip(names, seen.starts_s, seen.ends_s, strict=True)
     )
+    assert collected.constant_kinds == ("load_microbatch", "optimizer_step")
+    assert collected.top_times_s() == pytest.approx({"forward": 0.01, "backward": 0.02})
 
 
 def test_a_revisit_of_a_clock_is_a_run_of_its_own() -> None:

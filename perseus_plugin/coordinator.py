@@ -126,6 +126,7 @@ class Coordinator:
         self._recent: deque[float] = deque(maxlen=config.watch.patience)
         self._recheck_sequence = 0
         self._recheck_s: list[float] = []
+        self._recheck_schedule = ""
         self._rechecks: dict[int, Recheck] = {}
         self._excess = 0.0
 
@@ -150,7 +151,8 @@ class Coordinator:
             self._full_clock_s.append(duration_s)
             self._full_clock_schedule = record.schedule
         elif isinstance(directive, FullClock) and self.state is State.RECHECKING:
-            self._recheck_s.append(duration_s)
+            if record.schedule == self._recheck_schedule:
+                self._recheck_s.append(duration_s)
         elif isinstance(directive, Follow) and self._is_current(directive, record):
             self._recent.append(duration_s)
 
@@ -357,11 +359,24 @@ class Coordinator:
         The graph knows nothing of what surrounds the schedule, so the plan's deadline is scaled by what iterations at
         full clocks took against what the graph says they take.
         """
+        per_planned = self._seconds_per_planned
+        return None if self.plan is None or per_planned is None else self.plan.deadline_s * per_planned
+
+    @property
+    def _seconds_per_planned(self) -> float | None:
+        """Measured seconds per second of the graph; None before the schedule that was measured has a plan."""
         measured_s = self.full_clock_time_s
-        if self.plan is None or measured_s is None:
+        if measured_s is None or self._full_clock_schedule not in self._plans:
             return None
-        _, reference = self._plans.get(self._full_clock_schedule, (0, self.plan))
-        return self.plan.deadline_s * measured_s / reference.baseline_time_s
+        _, reference = self._plans[self._full_clock_schedule]
+        return measured_s / reference.baseline_time_s
+
+    def _full_clock_time_of(self, schedule: str) -> float | None:
+        """Iteration time at full clocks that this schedule should have; None if that is not known."""
+        per_planned = self._seconds_per_planned
+        if per_planned is None or schedule not in self._plans:
+            return None
+        return self._plans[schedule][1].baseline_time_s * per_planned
 
     def _drop(self, iteration: int, seen_s: float, expected_s: float) -> None:
         self.dropped += 1
@@ -372,11 +387,15 @@ class Coordinator:
             return
         logger.warning("%s: back to full clocks, measuring and planning again", text)
         self._recheck_s, self._rechecks = [], {}
+        self._recheck_schedule = self._schedule.key if self._schedule is not None else ""
         self._tell(iteration, "full", reason=text, recheck=True)
         self._recheck_sequence = self._sequence
         self.state = State.RECHECKING
 
     def _judge(self, iteration: int) -> None:
+        assert self._schedule is not None  # a plan was followed
+        if self._schedule.key != self._recheck_schedule:
+            self._recheck_s, self._recheck_schedule = [], self._schedule.key
         if len(self._recheck_s) < self._config.watch.patience:
             return
         patient = len(self._recheck_s) < 4 * self._config.watch.patience
@@ -384,8 +403,8 @@ class Coordinator:
             return
         assert self.survey is not None  # it was planned on
         self.survey = rescaled(self.survey, list(self._rechecks.values()))
-        full_s, before_s = statistics.median(self._recheck_s), self.full_clock_time_s
-        if before_s is None or full_s > before_s * (1 + self._config.watch.tolerance):
+        full_s, before_s = statistics.median(self._recheck_s), self._full_clock_time_of(self._recheck_schedule)
+        if before_s is not None and full_s > before_s * (1 + self._config.watch.tolerance):
             logger.warning(
                 "at full clocks an iteration now takes %.4g s: the job itself is slower; planning for that",
                 full_s,
@@ -393,8 +412,7 @@ class Coordinator:
         else:
             self._margin += self._excess
         self._full_clock_s = list(self._recheck_s)
-        assert self._schedule is not None
-        self._full_clock_schedule = self._schedule.key
+        self._full_clock_schedule = self._recheck_schedule
         self._plans.clear()
         self._request_plan(iteration)
 

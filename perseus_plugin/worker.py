@@ -98,6 +98,7 @@ class SessionWorker:
         self._recheck: dict[str, list[float]] | None = None
         self._recheck_left = 0
         self._told_trouble = False
+        self._plan_version = 0
         self._plan_told: Plan | None = None
         self._requests = 0
         self._deviations = 0
@@ -186,6 +187,9 @@ class SessionWorker:
                 sorts.append(FULL_CLOCK)
             self._collector.add(directive, record)
         elif isinstance(directive, Follow) and record.undisturbed:
+            if directive.version != self._plan_version:
+                self._plan_version = directive.version
+                self._account.clear(PLAN)
             sorts.append(PLAN)
         elif isinstance(directive, FullClock):
             if self._helper is None and directive.reason != "warm-up" and record.undisturbed:
@@ -313,7 +317,6 @@ class SessionWorker:
             if part is None:
                 return  # published before the news; if the store lost it, the next look finds it or newer news
             self._link.part = receive(PlanPart, part)
-            self._account.clear(PLAN)
             directive: Directive = Follow(news.version)
         else:
             directive = FullClock(news.reason)

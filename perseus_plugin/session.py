@@ -96,7 +96,6 @@ class Session:
         self.tap.execution = emulated
         self._iteration = 0
         self._record: IterationRecord | None = None
-        self._directive: Directive = FullClock("warm-up")
         self._applied: object = None
         self._schedule = ""
         self._operations: dict[str, tuple[tuple[Compute | Constant, ...], list[int]]] = {}
@@ -116,11 +115,10 @@ class Session:
     @_guarded
     def begin_iteration(self) -> None:
         """A training iteration begins."""
-        number = self._iteration
-        self._directive = self._link.timetable.at(number)
-        if self._emulated is not None and self._emulated.needs_calibration and isinstance(self._directive, Sweep):
-            self._emulated.calibrate(self._exchange)
-        self._record = IterationRecord(number)
+        emulated = self._emulated
+        if emulated is not None and emulated.needs_calibration and self._iteration >= self._link.timetable.sweep.first:
+            emulated.calibrate(self._exchange)
+        self._record = IterationRecord(self._iteration)
         self._boundaries.reach(self._begins, self._record)
 
     def begin_schedule(self, key: str, stream_of: StreamOf) -> bool:
@@ -147,21 +145,23 @@ class Session:
             self._link.use_schedule(key, stream_of)
         record.schedule = key
         record.operations, record.slots = self._operations[key]
-        self._boundaries.reach(self._apply, record, self._directive)
+        self._boundaries.reach(self._apply, record)
         self.tap.arm(record)
         return True
 
     def _begins(self, now_s: float, record: IterationRecord) -> None:
+        # Settled here, not where Python is: ranks' Python may be several iterations apart, their GPUs are not.
+        record.directive = self._link.timetable.at(record.number)
         record.begin_s = now_s
         if self._helper is not None:
             self._helper.mark(begin_tag(record.number))
 
-    def _apply(self, now_s: float, record: IterationRecord, directive: Directive) -> None:
+    def _apply(self, now_s: float, record: IterationRecord) -> None:
         """The GPU gets to the schedule: have the controller do what the directive says, unless it does already."""
-        wanted = (directive.identity, record.schedule)
+        wanted = (record.directive.identity, record.schedule)
         record.undisturbed = wanted == self._applied
         if not record.undisturbed:
-            self._applied = wanted if self._control(directive, record) else None
+            self._applied = wanted if self._control(record.directive, record) else None
 
     def _control(self, directive: Directive, record: IterationRecord) -> bool:
         """False if what the directive says cannot be done (yet): full clocks then."""
@@ -197,14 +197,14 @@ class Session:
             return
         self.tap.disarm()
         self._iteration += 1
-        self._boundaries.reach(self._ended, record, self._directive)
+        self._boundaries.reach(self._ended, record)
         self._write_events()
 
-    def _ended(self, now_s: float, record: IterationRecord, directive: Directive) -> None:
+    def _ended(self, now_s: float, record: IterationRecord) -> None:
         record.end_s = now_s
         if self._helper is not None:
             self._helper.mark(end_tag(record.number))
-        self._link.finished(FinishedIteration(directive, record))
+        self._link.finished(FinishedIteration(record.directive, record))
 
     @_guarded
     def evaluation(self) -> None:

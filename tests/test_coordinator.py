@@ -583,6 +583,21 @@ def test_a_plan_for_another_schedule_is_judged_by_that_schedules_time(job: Job) 
     assert job.coordinator.state is State.FOLLOWING
 
 
+def test_a_plan_is_not_judged_by_iterations_under_the_one_before(job: Job) -> None:
+    job.following()
+    job.schedule = "B"
+    job.step()
+    job.planner.finish()
+    job.step()
+    longer_s = job.coordinator.expected_time_s()
+    assert longer_s is not None
+    job.run(Follow(2), longer_s, PATIENCE)
+    job.schedule = "A"
+    job.step()
+    job.run(Follow(1), FULL_S, PATIENCE - 1)
+    assert job.coordinator.dropped == 0
+
+
 def test_a_schedule_that_changes_while_planning_is_planned_next(job: Job) -> None:
     job.measured()
     job.schedule = "B"

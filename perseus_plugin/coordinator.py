@@ -148,8 +148,9 @@ class Coordinator:
         if not record.undisturbed or not record.complete:
             return
         if isinstance(directive, Sweep) and directive.kept and directive.frequency_mhz == self._top_mhz:
+            if record.schedule != self._full_clock_schedule:
+                self._full_clock_s, self._full_clock_schedule = [], record.schedule
             self._full_clock_s.append(duration_s)
-            self._full_clock_schedule = record.schedule
         elif isinstance(directive, FullClock) and self.state is State.RECHECKING:
             if record.schedule == self._recheck_schedule:
                 self._recheck_s.append(duration_s)
@@ -383,7 +384,7 @@ class Coordinator:
         self._excess = seen_s / expected_s - 1
         text = f"iterations take {seen_s:.4g} s instead of {expected_s:.4g} s under the plan"
         if self.dropped > self._config.watch.max_replans:
-            self._give_up(iteration, f"{text}, for the {self.dropped}th time")
+            self._give_up(iteration, f"{text}; plan number {self.dropped} that does not hold")
             return
         logger.warning("%s: back to full clocks, measuring and planning again", text)
         self._recheck_s, self._rechecks = [], {}

@@ -323,7 +323,7 @@ class SessionWorker:
         self._news = news
         self._recheck = {} if news.recheck else None
         self._recheck_left = self._config.watch.patience
-        late = self._link.iteration > news.switch
+        late = self._link.iteration >= news.switch
         self._stats = self._stats.model_copy(update={"late": self._stats.late + late})
         self._link.timetable = self._link.timetable.switched(news.switch, directive)
 

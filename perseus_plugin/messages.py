@@ -10,6 +10,7 @@ from perseus_plugin.exchange import ExchangeError
 
 NEWS = "news"
 TROUBLE = "trouble"
+STRAGGLERS = "stragglers"  # list that ranks append reports and detections to
 
 
 class _Message(BaseModel):
@@ -60,6 +61,8 @@ class News(_Message):
         switch: first iteration it holds for.
         action: follow the plan of `version`, or run at full clocks.
         version: the plan's, 0 for full clocks.
+        variants: plans of the replicas that have one of their own; all others follow `version`.
+        straggler: the plans are for the pace of a straggler.
         reason: for people.
         recheck: ranks shall time their instructions at full clocks and publish that.
     """
@@ -68,8 +71,14 @@ class News(_Message):
     switch: int
     action: Literal["follow", "full"]
     version: int = 0
+    variants: dict[int, int] = {}
+    straggler: bool = False
     reason: str = ""
     recheck: bool = False
+
+    def version_for(self, replica: int) -> int:
+        """The plan that this replica follows."""
+        return self.variants.get(replica, self.version)
 
 
 class PlanPart(_Message):
@@ -80,12 +89,14 @@ class PlanPart(_Message):
         schedule: key of the schedule it is for.
         clocks_mhz: per controllable instruction in program order.
         times_s: how long each takes at that clock.
+        slowdown: how much longer than in the profile that is, as the stage is known to be slow.
     """
 
     version: int
     schedule: str
     clocks_mhz: tuple[int, ...]
     times_s: tuple[float, ...]
+    slowdown: float = 1.0
 
 
 class Recheck(_Message):

@@ -73,7 +73,11 @@ class Job:
         self.planner = FakePlanner()
         self.iteration = SWEEP_END
         self.config = parse_config(
-            {"margin": 0.01, "watch": {"patience": PATIENCE, "tolerance": 0.05, "max_replans": 2, **watch}}
+            {
+                "margin": 0.01,
+                "stragglers": {"detect": False},
+                "watch": {"patience": PATIENCE, "tolerance": 0.05, "max_replans": 2, **watch},
+            }
         )
         self.coordinator = Coordinator(
             self.config,
@@ -353,9 +357,7 @@ def test_a_plan_that_does_not_exist(job: Job, heard: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.parametrize("state", ["measuring", "planning", "following", "rechecking"])
-def test_trouble_of_one_rank_sends_all_to_full_clocks(
-    job: Job, state: str, heard: pytest.LogCaptureFixture
-) -> None:
+def test_trouble_of_one_rank_sends_all_to_full_clocks(job: Job, state: str, heard: pytest.LogCaptureFixture) -> None:
     {"measuring": lambda: job, "planning": job.measured, "following": job.following, "rechecking": job.dropped}[state]()
     job.exchange.publish(TROUBLE, Trouble(rank=1, reason="no permission").model_dump())
     job.step()

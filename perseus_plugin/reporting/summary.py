@@ -43,6 +43,7 @@ def build_summary(
     state: str,
     planning_time_s: float,
     dropped_plans: int,
+    stragglers: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of summary.json.
 
@@ -78,6 +79,7 @@ def build_summary(
             "measured": _excess(full_time_s, time_s),
         },
         "plan": None if plan is None else _plan_figures(plan, planning_time_s, dropped_plans),
+        "stragglers": stragglers,
         "profiling": _profiling_cost(stats, full_time_s, full_energy_j),
         "iterations": {sort: _iterations(stats, sort) for sort in (FULL_CLOCK, PROFILING, PLAN)},
         "overhead": _overhead(stats, time_s or full_time_s),

@@ -1,6 +1,6 @@
 """Saving and distance to the bound on the published profiles, beside the published figures.
 
-    python benchmarks/planner_quality.py DATA [--effort normal] [--limits]
+    python benchmarks/planner_quality.py DATA [--effort normal] [--microbatches 96] [--limits]
 
 DATA holds the profiles and `published.csv`. Zero slowdown: least energy at the iteration time of full clocks. At 1.2
 times that, something else makes the iteration that long in any case, and both sides wait for it at blocking power.
@@ -31,13 +31,15 @@ def planner_for(data: Path, gpu: str, microbatches: int) -> Planner:
     )
 
 
-def quality(data: Path, effort: Effort) -> None:
+def quality(data: Path, effort: Effort, sizes: list[int]) -> None:
     """The table of savings and gaps."""
     print(f"effort {effort}; savings in percent, published ones in brackets; excess is over the deadline")
     print("gpu       mb   time s   excess us   saving           gap      at 1.2x saving   gap")
     with (data / "published.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
+        if sizes and int(row["microbatches"]) not in sizes:
+            continue
         planner = planner_for(data, row["gpu"], int(row["microbatches"]))
         begin = time.perf_counter()
         plan = planner.plan(Target.slowdown(), effort=effort)
@@ -80,9 +82,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the published profiles")
     parser.add_argument("--effort", choices=["quick", "normal", "thorough"], default="normal")
+    parser.add_argument("--microbatches", type=int, action="append", default=[], help="only these")
     parser.add_argument("--limits", action="store_true", help="limits on clock changes instead")
     arguments = parser.parse_args()
-    (limits if arguments.limits else quality)(arguments.data, arguments.effort)
+    if arguments.limits:
+        limits(arguments.data, arguments.effort)
+    else:
+        quality(arguments.data, arguments.effort, arguments.microbatches)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,14 @@ class ProfilingConfig(_Strict):
     )
     steps_per_clock: int = _setting(5, "a whole number from 2", "Measured iterations per clock.", ge=2)
     settle_steps: int = _setting(1, "a whole number from 1", "Iterations discarded after each change of clock.", ge=1)
+    rounds: int = _setting(
+        2,
+        "a whole number from 1 to 10",
+        "Most rounds of profiling; a further one, at the clocks still of use, is made only while max_relative_error is "
+        "exceeded.",
+        ge=1,
+        le=10,
+    )
     seed: int = _setting(0, "a whole number", "Seed of the random order in which clocks are tried.")
     max_relative_error: float = _setting(
         0.05,
@@ -66,6 +74,12 @@ class ProfilingConfig(_Strict):
         "An instruction whose energy is known less exactly than this stays at full clock.",
         gt=0,
         le=1,
+    )
+    reuse: bool = _setting(
+        True,
+        "true or false",
+        "Use the profile in the output folder again when it was measured on the same model, stage split, microbatch "
+        "size, GPUs and versions.",
     )
     load: str | None = _setting(
         None, "a path of a profile CSV, or null", "Use this profile instead of measuring one.", min_length=1

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.errors import PerseusError
@@ -34,12 +34,13 @@ from perseus_plugin.messages import (
 )
 from perseus_plugin.planner_process import PaceRequest, PlanAnswer, PlanRequest
 from perseus_plugin.planning.plan import Plan, save_plan
-from perseus_plugin.profiling.profile import save_profile
+from perseus_plugin.profiling.reuse import Fingerprint, save_survey
+from perseus_plugin.profiling.sweep import good_enough, sweep_order, worth_trying
 from perseus_plugin.reporting.events import EventLog
 from perseus_plugin.straggler_desk import Answer, Situation, StragglerDesk
-from perseus_plugin.survey import Survey, rescaled, survey_of
+from perseus_plugin.survey import Survey, misfit, rescaled, stage_estimates, survey_of
 from perseus_plugin.tap import IterationRecord
-from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep
+from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep, Timetable
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +81,10 @@ class Coordinator:
         exchange: to all ranks.
         planner: who plans.
         world_size, stages: of the job.
-        sweep_end: first iteration after the sweep.
-        top_mhz: highest clock of the sweep.
+        timetable: with the first round of the sweep.
         output_dir: where profile.csv and plan.json go.
-        survey: what is known already (a loaded profile), None to wait for the ranks' estimates.
+        survey: what is known already (a loaded or kept profile), None to wait for the ranks' estimates.
+        fingerprint: what a measured profile is kept with.
     """
 
     def __init__(
@@ -94,19 +95,22 @@ class Coordinator:
         *,
         world_size: int,
         stages: int,
-        sweep_end: int,
-        top_mhz: int,
+        timetable: Timetable,
         output_dir: Path,
         survey: Survey | None = None,
+        fingerprint: Fingerprint | None = None,
     ) -> None:
         self._config = config
         self._exchange = exchange
         self._planner = planner
         self._world_size, self._stages = world_size, stages
-        self._sweep_end, self._top_mhz = sweep_end, top_mhz
+        self._sweep = timetable.sweep
+        self._sweep_end, self._steps_per_block = timetable.sweep_end, timetable.steps_per_block
+        self._top_mhz = max(timetable.sweep.clocks_mhz)
+        self._round = 0
         self._output_dir = output_dir
         self.survey = survey
-        self._loaded = survey is not None
+        self._fingerprint = fingerprint or {}
         self.state = State.MEASURING
         self.plan: Plan | None = None
         self.planning_time_s = 0.0
@@ -194,23 +198,64 @@ class Coordinator:
             return
         if self.survey is None and not self._all_estimates(iteration):
             return
+        if self.survey is not None and not self._fits(iteration, self.survey):
+            return
         if self.survey is None:
+            ordered = [self._estimates[rank] for rank in range(self._world_size)]
             try:
-                ordered = [self._estimates[rank] for rank in range(self._world_size)]
-                survey = self.survey = survey_of(ordered, self._stages)
+                survey = survey_of(ordered, self._stages)
             except PerseusError as error:
                 self._give_up(iteration, f"the profile cannot be used: {error}")
                 return
-            _try_to_write("profile.csv", lambda path: save_profile(survey.profile, path), self._output_dir)
-            self._report_survey(self.survey)
+            if self._sweep_again(iteration, ordered):
+                return
+            self.survey = survey
+            self._try_to_write("the profile", lambda: save_survey(survey, self._fingerprint, self._output_dir))
+            self._report_survey(survey)
         self._request_plan(iteration)
+
+    def _sweep_again(self, iteration: int, estimates: Sequence[RankEstimate]) -> bool:
+        """Order another round of the sweep if the estimates are not good enough yet."""
+        profiling = self._config.profiling
+        if self._round + 1 >= profiling.rounds or len(set(self._sweep.clocks_mhz)) < 2:
+            return False
+        stages = stage_estimates(estimates, self._stages)
+        if good_enough(stages, profiling.max_relative_error):
+            return False
+        self._round += 1
+        self._estimates, self._estimates_due_s = {}, None
+        clocks = sorted({self._top_mhz, *worth_trying(stages, sorted(set(self._sweep.clocks_mhz)))})
+        order = sweep_order(clocks, profiling.seed + self._round)
+        logger.info("energies are not known well enough yet: profiling once more, at %d clocks", len(clocks))
+        self._tell(iteration, "sweep", clocks_mhz=order)
+        self._sweep_end = iteration + _SWITCH_AHEAD + self._steps_per_block * len(order)
+        return True
+
+    def _fits(self, iteration: int, survey: Survey) -> bool:
+        """Whether a profile from elsewhere is this job's, by what all ranks measured at full clocks; False: not yet."""
+        if not self._all_rechecks(0):
+            return False
+        why_not = misfit(survey, list(self._rechecks.values()))
+        if why_not:
+            self._give_up(iteration, f"the profile is not of this job: {why_not}. Remove it, or set profiling.reuse")
+            return False
+        self.survey = rescaled(survey, list(self._rechecks.values()))
+        return True
+
+    def _all_rechecks(self, sequence: int) -> bool:
+        for rank in range(self._world_size):
+            if rank not in self._rechecks:
+                value = self._exchange.fetch(recheck_key(sequence, rank))
+                if value is not None:
+                    self._rechecks[rank] = receive(Recheck, value)
+        return len(self._rechecks) == self._world_size
 
     def _all_estimates(self, iteration: int) -> bool:
         if self._estimates_due_s is None:
             self._estimates_due_s = time.monotonic() + _ESTIMATES_TIMEOUT_S
         for rank in range(self._world_size):
             if rank not in self._estimates:
-                value = self._exchange.fetch(estimate_key(rank))
+                value = self._exchange.fetch(estimate_key(self._round, rank))
                 if value is not None:
                     self._estimates[rank] = receive(RankEstimate, value)
         missing = self._world_size - len(self._estimates)
@@ -302,7 +347,7 @@ class Coordinator:
     def _follow(self, schedule: str, iteration: int) -> None:
         version, plan = self._plans[schedule]
         self.plan = plan
-        _try_to_write("plan.json", lambda path: save_plan(plan, path), self._output_dir)
+        self._try_to_write("plan.json", lambda: save_plan(plan, self._output_dir / "plan.json"))
         self.stragglers.leave()
         self._tell(iteration, "follow", version=version)
         self.state = State.FOLLOWING
@@ -437,13 +482,8 @@ class Coordinator:
     def _judge(self, iteration: int) -> None:
         if len(self._recheck_s) < self._config.watch.patience:
             return
-        for rank in range(self._world_size):
-            if rank not in self._rechecks:
-                value = self._exchange.fetch(recheck_key(self._recheck_sequence, rank))
-                if value is not None:
-                    self._rechecks[rank] = receive(Recheck, value)
         patient = len(self._recheck_s) < 4 * self._config.watch.patience
-        if len(self._rechecks) < self._world_size and patient:
+        if not self._all_rechecks(self._recheck_sequence) and patient:
             return
         assert self.survey is not None  # it was planned on
         self.survey = rescaled(self.survey, self.stragglers.corrected(self._rechecks))
@@ -470,13 +510,14 @@ class Coordinator:
     def _tell(
         self,
         iteration: int,
-        action: str,
+        action: Literal["follow", "full", "sweep"],
         *,
         version: int = 0,
         variants: dict[int, int] | None = None,
         straggler: bool = False,
         reason: str = "",
         recheck: bool = False,
+        clocks_mhz: tuple[int, ...] = (),
     ) -> None:
         self._sequence += 1
         self._recent.clear()
@@ -484,10 +525,11 @@ class Coordinator:
         news = News(
             sequence=self._sequence,
             switch=iteration + _SWITCH_AHEAD,
-            action=action,  # type: ignore[arg-type]
+            action=action,
             version=version,
             variants=variants or {},
             straggler=straggler,
+            clocks_mhz=clocks_mhz,
             reason=reason,
             recheck=recheck,
         )
@@ -497,10 +539,9 @@ class Coordinator:
     def _is_current(self, directive: Follow, record: IterationRecord) -> bool:
         return self.state is State.FOLLOWING and directive.version == self._followed
 
-
-def _try_to_write(name: str, write: Callable[[Path], None], folder: Path) -> None:
-    """A full disk must not cost the plan."""
-    try:
-        write(folder / name)
-    except (OSError, PerseusError) as error:
-        logger.warning("cannot write %s: %s; training and the plan go on", name, error)
+    def _try_to_write(self, what: str, write: Callable[[], None]) -> None:
+        """A full disk must not cost the plan."""
+        try:
+            write()
+        except (OSError, PerseusError) as error:
+            logger.warning("cannot write %s: %s; training and the plan go on", what, error)

@@ -11,6 +11,7 @@ from perseus_plugin.exchange import ExchangeError
 NEWS = "news"
 TROUBLE = "trouble"
 STRAGGLERS = "stragglers"  # list that ranks append reports and detections to
+REUSE = "reuse"
 
 
 class _Message(BaseModel):
@@ -59,26 +60,35 @@ class News(_Message):
     Attributes:
         sequence: counts up from 1.
         switch: first iteration it holds for.
-        action: follow the plan of `version`, or run at full clocks.
+        action: follow the plan of `version`, run at full clocks, or profile again at `clocks_mhz`.
         version: the plan's, 0 for full clocks.
         variants: plans of the replicas that have one of their own; all others follow `version`.
         straggler: the plans are for the pace of a straggler.
+        clocks_mhz: in the order to try them; a rank with another GPU takes the nearest it has.
         reason: for people.
         recheck: ranks shall time their instructions at full clocks and publish that.
     """
 
     sequence: int
     switch: int
-    action: Literal["follow", "full"]
+    action: Literal["follow", "full", "sweep"]
     version: int = 0
     variants: dict[int, int] = {}
     straggler: bool = False
+    clocks_mhz: tuple[int, ...] = ()
     reason: str = ""
     recheck: bool = False
 
     def version_for(self, replica: int) -> int:
         """The plan that this replica follows."""
         return self.variants.get(replica, self.version)
+
+
+class RankFacts(_Message):
+    """What a rank's part of the job is, for the profile's fingerprint."""
+
+    stage: int
+    facts: dict[str, str]
 
 
 class PlanPart(_Message):
@@ -100,7 +110,7 @@ class PlanPart(_Message):
 
 
 class Recheck(_Message):
-    """One rank's median instruction times at full clocks after a plan was dropped, by kind."""
+    """One rank's median instruction times at full clocks, by kind: after a plan was dropped, or to check a profile."""
 
     stage: int
     time_s: dict[str, float]
@@ -144,9 +154,14 @@ class RankStats(_Message):
     final: bool = False
 
 
-def estimate_key(rank: int) -> str:
-    """Where a rank publishes its `RankEstimate`."""
-    return f"estimate/{rank}"
+def facts_key(rank: int) -> str:
+    """Where a rank publishes its `RankFacts`."""
+    return f"facts/{rank}"
+
+
+def estimate_key(round_number: int, rank: int) -> str:
+    """Where a rank publishes its `RankEstimate` after a round of the sweep."""
+    return f"estimate/{round_number}/{rank}"
 
 
 def part_key(version: int, stage: int) -> str:

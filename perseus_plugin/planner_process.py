@@ -126,7 +126,7 @@ def plan_for(request: PlanRequest) -> Plan:
 
     return make_plan(
         build_graph(request.streams, request.constant_time_s),
-        _with_margin(request.profile, request.margin),
+        _with_margin(request.profile, request.margin, request.blocking_power_w),
         blocking_power_w=request.blocking_power_w,
         target=Target.slowdown(request.slowdown),
         limits=ChangeLimits(request.max_changes, request.min_dwell_s),
@@ -155,7 +155,7 @@ def pace_for(request: PlanRequest) -> Pace:
         blocking_power_w=request.blocking_power_w,
         slowdown=request.slowdown,
         at_least_s=request.pace.at_least_s,
-        planned_on=lambda profile: _with_margin(profile, request.margin),
+        planned_on=lambda profile: _with_margin(profile, request.margin, request.blocking_power_w),
         limits=ChangeLimits(request.max_changes, request.min_dwell_s),
         effort=request.effort,  # type: ignore[arg-type]
         full_clock_only=request.full_clock_only,
@@ -163,18 +163,26 @@ def pace_for(request: PlanRequest) -> Pace:
     )
 
 
-def _with_margin(profile: Profile, margin: float) -> Profile:
+def _with_margin(profile: Profile, margin: float, blocking_power_w: Sequence[float]) -> Profile:
     """The profile with everything below the top clock taking longer by the margin.
 
     A plan for it has slowed instructions end that much before they are needed, and stays feasible at any margin, since
-    full clocks are as fast as ever.
+    full clocks are as fast as ever. In the time between the GPU waits, so the energy is that of the instruction and of
+    blocking for that long.
     """
     if margin <= 0:
         return profile
+
+    def later(stage: int, m: Measurement) -> Measurement:
+        # A list that is too short is the planner's to refuse.
+        watts = blocking_power_w[stage] if stage < len(blocking_power_w) else 0.0
+        extra_s = m.time_s * margin
+        return replace(m, time_s=m.time_s + extra_s, energy_j=m.energy_j + watts * extra_s)
+
     return Profile(
         {
-            key: (rows[0], *(replace(m, time_s=m.time_s * (1 + margin)) for m in rows[1:]))
-            for key, rows in profile.table.items()
+            (stage, kind): (rows[0], *(later(stage, m) for m in rows[1:]))
+            for (stage, kind), rows in profile.table.items()
         }
     )
 

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -25,23 +25,22 @@ from perseus_plugin.errors import ConfigError, PerseusError
 from perseus_plugin.exchange import Exchange, open_exchange
 from perseus_plugin.gpus.selection import Selection, select_gpu, with_facts
 from perseus_plugin.instructions import Compute, Constant
+from perseus_plugin.known import given_profile, kept_profile
 from perseus_plugin.link import FinishedIteration, Link, StreamOf
 from perseus_plugin.messages import Placement
-from perseus_plugin.profiling.profile import Profile, load_profile
+from perseus_plugin.profiling.sweep import choose_clocks, sweep_order
 from perseus_plugin.reporting.account import begin_tag, end_tag
 from perseus_plugin.reporting.log import set_up_logging
 from perseus_plugin.stragglers import DETECTION, StragglerError, check_report
-from perseus_plugin.survey import Survey
 from perseus_plugin.tap import InstructionTap, IterationRecord, hooked_operations
 from perseus_plugin.timetable import (
     Directive,
     Follow,
     FullClock,
+    Round,
     Sweep,
     Timetable,
     nearest_clocks,
-    spread_clocks,
-    sweep_order,
 )
 from perseus_plugin.worker import SessionWorker
 
@@ -276,30 +275,37 @@ class Session:
             callback()
 
 
-def start_session(config: PerseusConfig, placement: Placement, monitor: Monitor | None = None) -> Session:
+def start_session(
+    config: PerseusConfig,
+    placement: Placement,
+    monitor: Monitor | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> Session:
     """Start a session on this rank.
 
     Args:
         config: the `perseus` block, enabled.
         placement: where this rank sits.
         monitor: writes (name, value) events; only where the framework has somewhere to write them.
+        facts: what makes this rank's part of the job what it is (model, microbatch size, versions); a profile kept
+            from an earlier run is used only if they are the same.
 
     Raises:
         ConfigError: something in the block does not fit this job; raised on every rank, before training starts.
     """
     set_up_logging(config.log_level, placement.rank)
     output_dir = _output_dir(config)
-    profile = _loaded_profile(config, placement)
+    known = given_profile(config, placement)
     _check_emulation_times(config, placement)
     exchange = open_exchange(_next_prefix())
     selection = select_gpu(config, placement, output_dir)
     helper, emulated = None, None
     if selection.spec is not None:
         helper = ClockHelper.start(selection.spec, min_dwell_s=config.limits.min_dwell_s)
-        facts = helper.wait_ready(_READY_TIMEOUT_S)
-        if facts is not None and facts.leftover:
-            logger.warning("%s", facts.leftover)
-        selection = with_facts(selection, facts)
+        device = helper.wait_ready(_READY_TIMEOUT_S)
+        if device is not None and device.leftover:
+            logger.warning("%s", device.leftover)
+        selection = with_facts(selection, device)
         if selection.spec is None:
             helper.close(timeout_s=1.0)
             helper = None
@@ -311,7 +317,9 @@ def start_session(config: PerseusConfig, placement: Placement, monitor: Monitor 
             "when emulated times are taken from the CPU's (or give perseus.emulation.forward_time_s and "
             "backward_time_s)"
         )
-    timetable = _timetable(config, selection, profile)
+    if known is None:
+        known = kept_profile(config, placement, selection, facts or {}, exchange, output_dir)
+    timetable = _timetable(config, selection, known.profile)
     link = Link(timetable)
     if helper is None:
         _observe_only(selection, link, placement)
@@ -327,7 +335,7 @@ def start_session(config: PerseusConfig, placement: Placement, monitor: Monitor 
         exchange=exchange,
         output_dir=output_dir,
         selection=selection,
-        survey=None if profile is None else Survey(profile, config.profiling.blocking_power_w or 0.0),
+        known=known,
     )
     session = Session(placement, link, helper, emulated, exchange, monitor, config.stragglers)
     worker.start(session)
@@ -359,21 +367,6 @@ def _output_dir(config: PerseusConfig) -> Path:
     return path
 
 
-def _loaded_profile(config: PerseusConfig, placement: Placement) -> Profile | None:
-    if config.profiling.load is None:
-        return None
-    try:
-        profile = load_profile(config.profiling.load)
-    except PerseusError as error:
-        raise ConfigError(f"perseus.profiling.load: {error}") from error
-    if profile.stages != placement.stages:
-        raise ConfigError(
-            f"perseus.profiling.load: got {config.profiling.load!r} with {profile.stages} stages; allowed: a profile "
-            f"of this job's {placement.stages} stages"
-        )
-    return profile
-
-
 def _check_emulation_times(config: PerseusConfig, placement: Placement) -> None:
     for key in ("forward_time_s", "backward_time_s"):
         times = getattr(config.emulation, key)
@@ -393,16 +386,17 @@ def _observe_only(selection: Selection, link: Link, placement: Placement) -> Non
     link.trouble(selection.why_not)
 
 
-def _timetable(config: PerseusConfig, selection: Selection, profile: Profile | None) -> Timetable:
+def _timetable(config: PerseusConfig, selection: Selection, known: bool) -> Timetable:
     """Warm-up and sweep; without control there is nothing to sweep."""
     profiling = config.profiling
-    if not selection.clocks_mhz:
-        sweep: tuple[int, ...] = ()
-    elif profile is not None:
-        sweep = (max(selection.clocks_mhz),)  # measured all the same, as the reference that the plan must keep to
+    supported = selection.clocks_mhz
+    if not supported:
+        order: tuple[int, ...] = ()
+    elif known:
+        order = (max(supported),)  # measured all the same, as the reference that the plan must keep to
     elif profiling.clocks_mhz is not None:
-        sweep = sweep_order(nearest_clocks(selection.clocks_mhz, profiling.clocks_mhz), profiling.seed)
+        order = sweep_order(nearest_clocks(supported, profiling.clocks_mhz), profiling.seed)
     else:
-        spread = spread_clocks(selection.clocks_mhz, profiling.clock_count, profiling.lowest_clock)
-        sweep = sweep_order(spread, profiling.seed)
-    return Timetable(profiling.warmup_steps, sweep, profiling.settle_steps, profiling.steps_per_clock)
+        lowest_mhz = round(max(supported) * profiling.lowest_clock)
+        order = sweep_order(choose_clocks(supported, profiling.clock_count, lowest_mhz), profiling.seed)
+    return Timetable(Round(profiling.warmup_steps, order), profiling.settle_steps, profiling.steps_per_clock)

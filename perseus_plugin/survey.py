@@ -14,6 +14,7 @@ from perseus_plugin.profiling.observations import StageEstimate
 from perseus_plugin.profiling.pooling import blocking_power, pool, to_profile
 from perseus_plugin.profiling.profile import Profile
 
+_FITS = 0.25  # a profile whose full-clock times are further off is of something else
 _SAME = 0.01  # instruction times within this share of the profile's count as unchanged
 
 
@@ -48,19 +49,31 @@ class Survey:
         }
 
 
+def stage_estimates(estimates: Sequence[RankEstimate], stages: int) -> list[StageEstimate]:
+    """The estimate of each stage, pooled over its replicas.
+
+    Raises:
+        ProfileError: a stage from which no rank sent measurements.
+    """
+    pooled: list[StageEstimate] = []
+    for stage in range(stages):
+        of_stage = [StageEstimate.from_dict(e.estimate) for e in estimates if e.placement.stage == stage]
+        if not of_stage:
+            raise ProfileError(f"stage {stage}: no rank sent measurements")
+        pooled.append(pool(of_stage))
+    return pooled
+
+
 def survey_of(estimates: Sequence[RankEstimate], stages: int) -> Survey:
     """Join the estimates of all ranks.
 
     Raises:
         ProfileError: a stage has no usable measurement, or nothing shows what waiting costs.
     """
-    pooled: list[StageEstimate] = []
+    pooled = stage_estimates(estimates, stages)
     constants: dict[tuple[int, str], float] = {}
     for stage in range(stages):
         of_stage = [e for e in estimates if e.placement.stage == stage]
-        if not of_stage:
-            raise ProfileError(f"stage {stage}: no rank sent measurements")
-        pooled.append(pool([StageEstimate.from_dict(e.estimate) for e in of_stage]))
         for name in {name for e in of_stage for name in e.constant_time_s}:
             times = [e.constant_time_s[name] for e in of_stage if name in e.constant_time_s]
             constants[stage, name] = statistics.median(times)
@@ -69,6 +82,21 @@ def survey_of(estimates: Sequence[RankEstimate], stages: int) -> Survey:
     if not (math.isfinite(power_w) and power_w > 0):
         raise ProfileError("blocking power: no energy counter moved while a GPU waited")
     return Survey(profile, power_w, unresolved, constants)
+
+
+def misfit(survey: Survey, rechecks: Sequence[Recheck]) -> str:
+    """Why a profile that was not measured in this run cannot be its profile; empty if it can."""
+    for recheck in rechecks:
+        for kind, seen_s in recheck.time_s.items():
+            rows = survey.profile.table.get((recheck.stage, kind))
+            if rows is None:
+                return f"stage {recheck.stage} runs {kind}, which the profile does not have"
+            if abs(seen_s / rows[0].time_s - 1) > _FITS:
+                return (
+                    f"stage {recheck.stage} {kind} takes {seen_s:.4g} s at full clock, the profile says "
+                    f"{rows[0].time_s:.4g} s"
+                )
+    return ""
 
 
 def rescaled(survey: Survey, rechecks: Sequence[Recheck]) -> Survey:

@@ -6,7 +6,6 @@ there is a plan.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -34,16 +33,18 @@ class Sweep:
         block: index into the sweep's list of clocks.
         frequency_mhz: the clock.
         kept: False while the clock settles.
+        round: of profiling, see `Round`.
     """
 
     block: int
     frequency_mhz: int
     kept: bool
+    round: int = 0
 
     @property
     def identity(self) -> object:
         """Equal for iterations that run alike."""
-        return (self.block, self.frequency_mhz)
+        return (self.round, self.block, self.frequency_mhz)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +68,33 @@ class Follow:
 Directive: TypeAlias = FullClock | Sweep | Follow
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A sweep: blocks of iterations, each at one clock.
+
+    Attributes:
+        first: first iteration.
+        clocks_mhz: in the order they are tried.
+        number: which round of profiling it is, from 0.
+    """
+
+    first: int
+    clocks_mhz: tuple[int, ...]
+    number: int = 0
+
+
 @dataclass(frozen=True)
 class Timetable:
     """Which directive holds for which iteration. Immutable, so that another thread can replace it whole.
 
     Attributes:
-        warmup_steps: iterations before the sweep.
-        sweep_mhz: clocks in the order they are tried (see `sweep_order`).
-        settle_steps: iterations discarded at each of them.
+        sweep: the profiling sweep; what comes before it is warm-up.
+        settle_steps: iterations discarded at each of its clocks.
         steps_per_clock: iterations kept at each of them.
         switches: (first iteration, directive), by rising iteration; the last one that has begun holds.
     """
 
-    warmup_steps: int
-    sweep_mhz: tuple[int, ...]
+    sweep: Round
     settle_steps: int
     steps_per_clock: int
     switches: tuple[tuple[int, Directive], ...] = ()
@@ -93,18 +107,18 @@ class Timetable:
     @property
     def sweep_end(self) -> int:
         """First iteration after the sweep."""
-        return self.warmup_steps + self.steps_per_block * len(self.sweep_mhz)
+        return self.sweep.first + self.steps_per_block * len(self.sweep.clocks_mhz)
 
     def at(self, iteration: int) -> Directive:
         """The directive of this iteration."""
         for first, directive in reversed(self.switches):
             if iteration >= first:
                 return directive
-        if iteration < self.warmup_steps:
-            return FullClock("warm-up")
+        if iteration < self.sweep.first:
+            return FullClock("warm-up" if self.sweep.number == 0 else "planning")
         if iteration < self.sweep_end:
-            block, step = divmod(iteration - self.warmup_steps, self.steps_per_block)
-            return Sweep(block, self.sweep_mhz[block], kept=step >= self.settle_steps)
+            block, step = divmod(iteration - self.sweep.first, self.steps_per_block)
+            return Sweep(block, self.sweep.clocks_mhz[block], step >= self.settle_steps, self.sweep.number)
         return FullClock("planning")
 
     def switched(self, first: int, directive: Directive) -> Timetable:
@@ -112,23 +126,11 @@ class Timetable:
         kept = tuple(switch for switch in self.switches if switch[0] < first)
         return replace(self, switches=(*kept[-_SWITCHES_KEPT:], (first, directive)))
 
-
-def spread_clocks(supported_mhz: Sequence[int], count: int, lowest_share: float) -> list[int]:
-    """`count` supported clocks spread evenly from the highest down to `lowest_share` of it, falling."""
-    top = max(supported_mhz)
-    lowest = top * lowest_share
-    wanted = [top - (top - lowest) * i / (count - 1) for i in range(count)]
-    return nearest_clocks(supported_mhz, wanted)
+    def swept_again(self, first: int, clocks_mhz: tuple[int, ...]) -> Timetable:
+        """The timetable with another round of the sweep, and full clocks until it begins."""
+        return replace(self, sweep=Round(first, clocks_mhz, self.sweep.number + 1), switches=())
 
 
 def nearest_clocks(supported_mhz: Sequence[int], wanted_mhz: Sequence[float]) -> list[int]:
     """Each wanted clock moved to the nearest supported one; falling, without repeats."""
     return sorted({min(supported_mhz, key=lambda clock: abs(clock - mhz)) for mhz in wanted_mhz}, reverse=True)
-
-
-def sweep_order(clocks_mhz: Sequence[int], seed: int) -> tuple[int, ...]:
-    """The order in which clocks are tried: the highest first and last (drift shows there), the rest shuffled."""
-    top = max(clocks_mhz)
-    rest = sorted(clock for clock in clocks_mhz if clock != top)
-    random.Random(seed).shuffle(rest)
-    return (top, *rest, top)

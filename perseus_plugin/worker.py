@@ -24,6 +24,7 @@ from perseus_plugin.errors import GpuError, PerseusError
 from perseus_plugin.exchange import Exchange, ExchangeError
 from perseus_plugin.gpus.selection import Selection
 from perseus_plugin.instructions import Compute
+from perseus_plugin.known import Known
 from perseus_plugin.link import FinishedIteration, Link
 from perseus_plugin.messages import (
     NEWS,
@@ -52,9 +53,8 @@ from perseus_plugin.reporting.reporter import Reporter, events_of
 from perseus_plugin.straggler_desk import StragglerDesk
 from perseus_plugin.straggler_sensing import StragglerSensing
 from perseus_plugin.straggler_socket import StragglerSocket
-from perseus_plugin.survey import Survey
 from perseus_plugin.tap import IterationRecord
-from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep
+from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep, nearest_clocks
 
 if TYPE_CHECKING:
     from perseus_plugin.session import Session
@@ -64,6 +64,7 @@ logger = logging.getLogger(__name__)
 _IDLE_S = 0.25
 _RANK_0_IDLE_S = 0.05  # what ranks tell shall not wait for the iteration's end
 _TICKS_AFTER_SWEEP_S = 0.4  # the counter's last tick of the sweep shows up to a period and a lag later
+_READ_FAILURE_PATIENCE_S = 2.0
 _STATS_EVERY_S = 5.0
 _SUMMARY_EVERY_S = 30.0
 _FINAL_STATS_TIMEOUT_S = 5.0
@@ -83,7 +84,7 @@ class SessionWorker:
         exchange: Exchange,
         output_dir: Path,
         selection: Selection,
-        survey: Survey | None,
+        known: Known,
     ) -> None:
         self._config = config
         self._placement = placement
@@ -91,11 +92,12 @@ class SessionWorker:
         self._helper = helper
         self._exchange = exchange
         self._selection = selection
-        sweep_mhz = link.timetable.sweep_mhz
+        sweep_mhz = link.timetable.sweep.clocks_mhz
         self._top_mhz = max(sweep_mhz, default=0)
         self._collector = SweepCollector(self._top_mhz)
         self._account = Account(measures_energy=helper is not None)
-        self._estimated = survey is not None or not sweep_mhz
+        self._known = known
+        self._estimated = not sweep_mhz
         self._polling = False
         self._sweep_ended_s: float | None = None
         self._news = News(sequence=0, switch=0, action="full")
@@ -106,6 +108,7 @@ class SessionWorker:
         self._plan_told: Plan | None = None
         self._requests = 0
         self._deviations = 0
+        self._read_failure: tuple[float, str] | None = None
         self._stats = RankStats(placement=placement, totals={})
         self._stats_due_s = 0.0
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
@@ -119,9 +122,9 @@ class SessionWorker:
         self._reporter: Reporter | None = None
         self._progress: Progress | None = None
         if placement.rank == 0:
-            self._become_rank_0(survey, output_dir)
+            self._become_rank_0(output_dir)
 
-    def _become_rank_0(self, survey: Survey | None, output_dir: Path) -> None:
+    def _become_rank_0(self, output_dir: Path) -> None:
         timetable = self._link.timetable
         self._reporter = Reporter(
             output_dir,
@@ -134,7 +137,7 @@ class SessionWorker:
             },
         )
         self._progress = Progress(timetable)
-        if timetable.sweep_mhz:
+        if timetable.sweep.clocks_mhz:
             self._planner = PlannerProcess()
             self._coordinator = Coordinator(
                 self._config,
@@ -142,10 +145,10 @@ class SessionWorker:
                 self._planner,
                 world_size=self._placement.world_size,
                 stages=self._placement.stages,
-                sweep_end=timetable.sweep_end,
-                top_mhz=self._top_mhz,
+                timetable=timetable,
                 output_dir=output_dir,
-                survey=survey,
+                survey=self._known.survey,
+                fingerprint=self._known.fingerprint,
             )
             self._take_reports(self._coordinator.stragglers, output_dir)
 
@@ -245,12 +248,23 @@ class SessionWorker:
                 case wire.SwitchLatency():
                     self._take_latency(event)
                 case wire.Trouble(code="read_failed"):
-                    logger.warning("energy is not measured any more: %s", event.text)
+                    self._read_failure = (monotonic(), event.text)
                 case wire.Trouble():
                     assert self._session is not None  # set before the thread starts
                     self._session.fail(GpuError(event.text))
                 case wire.Deviation():
                     self._take_deviation(event)
+
+        self._say_read_failure()
+
+    def _say_read_failure(self) -> None:
+        """Said a little later, as what broke reading may be about to end the session with a message of its own."""
+        if self._read_failure is None or monotonic() < self._read_failure[0] + _READ_FAILURE_PATIENCE_S:
+            return
+        assert self._session is not None  # set before the thread starts
+        if not self._session.closed:
+            logger.warning("energy is not measured any more: %s", self._read_failure[1])
+        self._read_failure = None
 
     def _take_deviation(self, deviation: wire.Deviation) -> None:
         self._collector.add_deviation(deviation.time_s)
@@ -284,14 +298,24 @@ class SessionWorker:
             return
         self._poll_energy(False)
         self._estimated = True
-        estimate = estimate_stage(self._collector.runs(), max_relative_error=self._config.profiling.max_relative_error)
+        if self._known.profile:
+            recheck = Recheck(stage=self._placement.stage, time_s=self._collector.top_times_s())
+            self._exchange.publish(recheck_key(0, self._placement.rank), recheck.model_dump())
+            return
+        estimate = estimate_stage(
+            self._collector.runs(),
+            max_relative_error=self._config.profiling.max_relative_error,
+            constant_kinds=self._collector.constant_kinds,
+        )
         message = RankEstimate(
             placement=self._placement,
             gpu=self._selection.name,
             estimate=estimate.to_dict(),
             constant_time_s=self._collector.constant_times_s(),
         )
-        self._exchange.publish(estimate_key(self._placement.rank), message.model_dump())
+        self._exchange.publish(
+            estimate_key(self._link.timetable.sweep.number, self._placement.rank), message.model_dump()
+        )
 
     # News.
 
@@ -301,6 +325,9 @@ class SessionWorker:
             return
         news = receive(News, value)
         if news.sequence <= self._news.sequence:
+            return
+        if news.action == "sweep":
+            self._sweep_again(news)
             return
         if news.action == "follow":
             version = news.version_for(self._placement.replica)
@@ -320,6 +347,15 @@ class SessionWorker:
         late = self._link.iteration > news.switch
         self._stats = self._stats.model_copy(update={"late": self._stats.late + late})
         self._link.timetable = self._link.timetable.switched(news.switch, directive)
+
+    def _sweep_again(self, news: News) -> None:
+        self._news = news
+        here = nearest_clocks(self._selection.clocks_mhz, news.clocks_mhz)
+        order = [min(here, key=lambda clock: abs(clock - wanted)) for wanted in news.clocks_mhz]
+        self._link.timetable = self._link.timetable.swept_again(news.switch, tuple(order))
+        self._estimated, self._sweep_ended_s = False, None
+        if self._progress is not None:
+            self._progress.timetable = self._link.timetable
 
     def _take_recheck(self, record: IterationRecord) -> None:
         if self._recheck is None or record.number <= self._news.switch or not record.complete:

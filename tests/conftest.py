@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 # No deadline per example: the suite must hold on slow and busy machines.
@@ -10,3 +13,15 @@ settings.load_profile("perseus")
 
 # DeepSpeed looks for an accelerator when it is imported, and finds one by compiling code unless told.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_logging() -> Iterator[logging.Logger]:
+    """The package's logger as in a program that has set nothing up; a session under test changes it."""
+    logger = logging.getLogger("perseus_plugin")
+    before = (logger.handlers[:], logger.propagate, logger.level)
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
+    yield logger
+    logger.handlers, logger.propagate = before[:2]
+    logger.setLevel(before[2])

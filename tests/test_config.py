@@ -26,8 +26,10 @@ FULL: dict[str, Any] = {
         "lowest_clock": 0.6,
         "steps_per_clock": 7,
         "settle_steps": 2,
+        "rounds": 3,
         "seed": -5,
         "max_relative_error": 0.1,
+        "reuse": False,
         "load": "profile.csv",
         "blocking_power_w": 83.64,
     },
@@ -38,6 +40,7 @@ FULL: dict[str, Any] = {
         "backward_time_s": [0.02, 0.04],
         "time_scale": 2,
         "switch_latency_s": 0.01,
+        "gpus": ["gpu0", "gpu1"],
         "counter_period_s": 0.1,
     },
     "limits": {"max_changes_per_iteration": 4, "min_dwell_s": 0.5, "switch_latency_s": 0.02},
@@ -142,6 +145,8 @@ def test_a_config_cannot_be_changed_afterwards() -> None:
         ("gpu.zeusd_socket", None, "a path"),
         ("emulation.model", "H100", '"A100"'),
         ("emulation.forward_time_s", [], "a list with one number above 0 per stage, or null"),
+        ("emulation.gpus", "gpu0", "a list of paths, one per local rank, or null"),
+        ("emulation.gpus", [], "a list of paths, one per local rank, or null"),
         ("emulation.time_scale", 0.5, "a number from 1 to 1000"),
         ("emulation.switch_latency_s", 2, "a number from 0 to 1"),
         ("emulation.counter_period_s", 0, "a number from 0.001 to 1"),
@@ -262,7 +267,9 @@ def test_only_the_first_of_several_errors_is_told() -> None:
 
 
 def test_a_loaded_profile_needs_the_blocking_power() -> None:
-    with pytest.raises(ConfigError, match=r"^perseus\.profiling\.blocking_power_w: missing; .*allowed: a number above 0"):
+    with pytest.raises(
+        ConfigError, match=r"^perseus\.profiling\.blocking_power_w: missing; .*allowed: a number above 0"
+    ):
         parse_config({"profiling": {"load": "profile.csv"}})
 
 
@@ -347,11 +354,14 @@ BLOCKS = st.one_of(VALUES, st.dictionaries(KEYS, VALUES, max_size=4))
 
 @given(BLOCKS)
 def test_anything_gives_a_config_or_a_config_error(block: object) -> None:
+    told = ""
     try:
         config = parse_config(block)
     except ConfigError as error:
-        assert str(error).startswith("perseus")
-        assert len(str(error).splitlines()) == 1
+        told = str(error)
+    if told:
+        assert told.startswith("perseus")
+        assert len(told.splitlines()) == 1
     else:
         assert isinstance(block, dict)
         assert parse_config(config.model_dump()) == config

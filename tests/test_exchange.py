@@ -135,10 +135,14 @@ def test_a_server_that_went_away_is_an_exchange_error() -> None:
     exchange = StoreExchange(client, "gone")
     exchange.publish("key", 1)
     server = None
-    with pytest.raises(ExchangeError, match="the job's store"):
+
+    def use() -> None:
         for _ in range(3):
             exchange.publish("key", 2)
             exchange.fetch("key")
+
+    with pytest.raises(ExchangeError, match="the job's store"):
+        use()
 
 
 def test_local_values_pass_through_json() -> None:

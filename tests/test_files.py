@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
@@ -9,12 +8,16 @@ import pytest
 from perseus_plugin.files import write_atomically
 
 
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
 def test_the_text_is_written_and_nothing_else_is_left(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     for text in ("größer\n", ""):
         write_atomically(path, text)
         assert path.read_text(encoding="utf-8") == text
-        assert os.listdir(tmp_path) == ["summary.json"]
+        assert names(tmp_path) == ["summary.json"]
 
 
 def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
@@ -39,7 +42,7 @@ def test_a_failure_leaves_the_old_content_and_no_rest(
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["plan.json"]
+    assert names(tmp_path) == ["plan.json"]
 
 
 def test_a_reader_sees_one_whole_text(tmp_path: Path) -> None:
@@ -55,4 +58,4 @@ def test_a_reader_sees_one_whole_text(tmp_path: Path) -> None:
         assert path.read_text() in texts
     for writer in writers:
         writer.join()
-    assert os.listdir(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file"]

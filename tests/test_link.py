@@ -3,13 +3,13 @@ from __future__ import annotations
 import threading
 
 from perseus_plugin.link import FinishedIteration, Link
-from perseus_plugin.timetable import FullClock, Timetable
+from perseus_plugin.timetable import FullClock, Round, Timetable
 
 from .factories import record, stream_of
 
 
 def link() -> Link:
-    return Link(Timetable(1, (), 1, 2))
+    return Link(Timetable(Round(1, ()), 1, 2))
 
 
 def finished(number: int) -> FinishedIteration:

@@ -6,6 +6,9 @@ import pytest
 
 from perseus_plugin.exchange import ExchangeError, LocalExchange
 from perseus_plugin.messages import (
+    NEWS,
+    REUSE,
+    TROUBLE,
     News,
     PlanPart,
     RankEstimate,
@@ -14,6 +17,7 @@ from perseus_plugin.messages import (
     Totals,
     Trouble,
     estimate_key,
+    facts_key,
     part_key,
     receive,
     recheck_key,
@@ -63,6 +67,7 @@ def test_what_is_no_such_message_is_an_exchange_error(message_class: Any, value:
 
 
 def test_no_two_messages_share_a_key() -> None:
-    keys = [key(rank) for key in (estimate_key, stats_key) for rank in range(3)]
-    keys += [key(a, b) for key in (part_key, recheck_key) for a in range(12) for b in range(12)]
+    keys = [key(rank) for key in (facts_key, stats_key) for rank in range(12)]
+    keys += [key(a, b) for key in (estimate_key, part_key, recheck_key) for a in range(12) for b in range(12)]
+    keys += [NEWS, REUSE, TROUBLE]
     assert len(set(keys)) == len(keys)

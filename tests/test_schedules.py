@@ -81,7 +81,10 @@ def test_a_file_gives_the_streams_it_describes(tmp_path: Path) -> None:
             {"op": "compute", "kind": "forward", "microbatch": 0},
             {"op": "send", "peer": 1, "blocking": False, "channel": "a"},
         ],
-        [{"op": "receive", "peer": 0, "channel": "a"}, {"op": "compute", "kind": "forward", "microbatch": 0, "chunk": 2}],
+        [
+            {"op": "receive", "peer": 0, "channel": "a"},
+            {"op": "compute", "kind": "forward", "microbatch": 0, "chunk": 2},
+        ],
     ]
     path.write_text(json.dumps({"schema": "perseus-schedule", "version": 1, "stages": stages}))
     assert load_streams(path) == [
@@ -98,7 +101,8 @@ def test_a_file_gives_the_streams_it_describes(tmp_path: Path) -> None:
         ('{"schema": "perseus-schedule", "version": 1, "stages": []}', "stages"),
         ('{"schema": "perseus-schedule", "version": 1, "stages": [[{"op": "jump"}]]}', "stages.0.0"),
         (
-            '{"schema": "perseus-schedule", "version": 1, "stages": [[{"op": "compute", "kind": "f", "microbatch": -1}]]}',
+            '{"schema": "perseus-schedule", "version": 1, '
+            '"stages": [[{"op": "compute", "kind": "f", "microbatch": -1}]]}',
             "microbatch",
         ),
     ],

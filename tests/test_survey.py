@@ -9,7 +9,7 @@ from perseus_plugin.errors import ProfileError
 from perseus_plugin.instructions import Compute, Constant
 from perseus_plugin.messages import RankEstimate, Recheck
 from perseus_plugin.profiling.observations import StageEstimate
-from perseus_plugin.survey import Survey, rescaled, survey_of
+from perseus_plugin.survey import Survey, misfit, rescaled, survey_of
 
 from .factories import BLOCKING_W, CLOCKS_MHZ, placement, profile, rank_estimate, stage_estimate
 
@@ -85,7 +85,9 @@ def test_a_stage_that_nobody_measured_is_named() -> None:
     with pytest.raises(ProfileError, match="stage 1: no rank sent measurements"):
         survey_of([rank_estimate(0)], 2)
     with pytest.raises(ProfileError, match="stage 0"):
-        survey_of([told(0, StageEstimate((), math.nan, math.nan, math.nan, math.nan, frozenset())), rank_estimate(1)], 2)
+        survey_of(
+            [told(0, StageEstimate((), math.nan, math.nan, math.nan, math.nan, frozenset())), rank_estimate(1)], 2
+        )
 
 
 @pytest.mark.parametrize("watts", [math.nan, 0.0, -3.0])
@@ -120,6 +122,21 @@ def test_instructions_that_take_longer_now_are_scaled_at_every_clock() -> None:
             assert row.time_s == pytest.approx(factors[key] * old.time_s)
             assert row.energy_j == pytest.approx(factors[key] * old.energy_j)
     assert replace(after, profile=before.profile) == before
+
+
+def test_a_profile_of_something_else_is_recognised() -> None:
+    survey = Survey(profile(2), BLOCKING_W)
+    top_s = survey.profile.table[1, "backward"][0].time_s
+    fits = [Recheck(stage=1, time_s={"backward": factor * top_s}) for factor in (0.8, 1.0, 1.2)]
+    assert misfit(survey, fits) == ""
+    assert misfit(survey, []) == ""
+    for factor in (0.7, 1.3):
+        wrong = Recheck(stage=1, time_s={"backward": factor * top_s})
+        assert misfit(survey, [*fits, wrong]).startswith("stage 1 backward takes")
+    assert misfit(survey, [Recheck(stage=1, time_s={"weight": 1.0})]) == (
+        "stage 1 runs weight, which the profile does not have"
+    )
+    assert "stage 2" in misfit(survey, [Recheck(stage=2, time_s={"forward": 1.0})])
 
 
 def test_without_rechecks_nothing_changes() -> None:

@@ -8,15 +8,14 @@ from perseus_plugin.timetable import (
     Directive,
     Follow,
     FullClock,
+    Round,
     Sweep,
     Timetable,
     nearest_clocks,
-    spread_clocks,
-    sweep_order,
 )
 
 CLOCKS = st.lists(st.integers(1, 3000), min_size=1, max_size=30, unique=True)
-TABLE = Timetable(warmup_steps=3, sweep_mhz=(1410, 810, 1410), settle_steps=1, steps_per_clock=2)
+TABLE = Timetable(Round(3, (1410, 810, 1410)), settle_steps=1, steps_per_clock=2)
 
 
 def test_warm_up_then_the_sweep_then_full_clocks() -> None:
@@ -34,7 +33,7 @@ def test_revisits_of_a_clock_are_blocks_of_their_own() -> None:
 
 
 def test_without_a_sweep_there_is_only_full_clock() -> None:
-    table = Timetable(2, (), 1, 5)
+    table = Timetable(Round(2, ()), 1, 5)
     assert table.sweep_end == 2
     assert [table.at(i) for i in range(4)] == [FullClock("warm-up")] * 2 + [FullClock("planning")] * 2
 
@@ -94,33 +93,36 @@ def test_the_newest_switch_that_has_begun_holds(switches: list[tuple[int, int]],
     assert table.at(iteration) == (in_force[max(begun)] if begun else TABLE.at(iteration))
 
 
-@given(CLOCKS, st.integers())
-def test_a_sweep_tries_each_clock_and_the_highest_first_and_last(clocks: list[int], seed: int) -> None:
-    order = sweep_order(clocks, seed)
-    assert order[0] == order[-1] == max(clocks)
-    assert sorted(order[:-1]) == sorted(clocks)
-    assert order == sweep_order(clocks[::-1], seed), "every rank must get the same order"
+def test_another_round_of_the_sweep_replaces_the_first() -> None:
+    table = TABLE.swept_again(20, (1410, 600))
+    assert [table.at(i) for i in (12, 19)] == [FullClock("planning")] * 2, "full clocks until it begins"
+    assert [table.at(i) for i in range(20, 26)] == [
+        Sweep(block, clock, kept, round=1) for block, clock in enumerate((1410, 600)) for kept in (False, True, True)
+    ]
+    assert table.sweep_end == 26
+    assert table.at(26) == FullClock("planning")
+    assert table.at(20).identity != TABLE.at(3).identity, "the same clock in another round is another run"
+    third = table.swept_again(40, (1410,))
+    assert third.sweep.number == 2
+    assert third.at(22) == FullClock("planning")
 
 
-def test_the_order_of_a_sweep_depends_on_the_seed() -> None:
-    clocks = list(range(200, 1400, 100))
-    assert len({sweep_order(clocks, seed) for seed in range(20)}) > 10
-    assert any(sweep_order(clocks, seed)[1:-1] != tuple(sorted(clocks[:-1])) for seed in range(3))
+def test_a_switch_supersedes_a_round_and_a_round_a_switch() -> None:
+    assert TABLE.swept_again(20, (1410,)).switched(21, FullClock("trouble")).at(22) == FullClock("trouble")
+    assert TABLE.switched(15, Follow(1)).swept_again(20, (1410,)).at(20) == Sweep(0, 1410, False, round=1)
 
 
-@given(CLOCKS, st.integers(2, 64), st.floats(0.01, 0.99))
-def test_clocks_are_spread_from_the_highest_down_to_the_lowest_share(
-    supported: list[int], count: int, share: float
+@given(CLOCKS, st.lists(st.floats(0, 4000), max_size=8))
+def test_the_nearest_clocks_are_supported_ones_falling_without_repeats(
+    supported: list[int], wanted: list[float]
 ) -> None:
-    clocks = spread_clocks(supported, count, share)
+    clocks = nearest_clocks(supported, wanted)
     assert set(clocks) <= set(supported)
     assert clocks == sorted(set(clocks), reverse=True)
-    assert len(clocks) <= count
-    assert clocks[0] == max(supported)
-    assert abs(clocks[-1] - share * max(supported)) == min(abs(c - share * max(supported)) for c in supported)
+    for mhz in wanted:
+        assert min(abs(clock - mhz) for clock in clocks) == min(abs(clock - mhz) for clock in supported)
 
 
 def test_clocks_that_a_gpu_has_are_taken_as_they_are() -> None:
-    assert spread_clocks(range(210, 1411, 15), 4, 0.5) == [1410, 1170, 945, 705]
     assert nearest_clocks((1410, 1005, 705), [700, 1400, 1000, 1001]) == [1410, 1005, 705]
     assert nearest_clocks((1410, 1005), [5, 9000]) == [1410, 1005]

@@ -12,6 +12,7 @@ from perseus_plugin.cli.frontier import frontier
 from perseus_plugin.cli.plan import plan
 from perseus_plugin.cli.reset import reset
 from perseus_plugin.cli.straggler import straggler
+from perseus_plugin.cli.timeline import timeline
 from perseus_plugin.errors import PerseusError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command()(config)
 app.command()(doctor)
 app.command()(reset)
 app.add_typer(straggler, name="straggler")
+app.command()(timeline)
 
 
 def run() -> None:

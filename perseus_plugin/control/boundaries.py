@@ -95,6 +95,8 @@ class EventBoundaries:
             while (item := self._pending.get()) is not None and not self._closed:
                 event, action, arguments = item
                 event.synchronize()
+                if self._closed:
+                    return
                 action(self._time_of(event), *arguments)
         except Exception as error:
             self._closed = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections import deque
 from contextlib import suppress
 
 from perseus_plugin.control.latency import measure_switch_latency
@@ -36,6 +37,8 @@ from perseus_plugin.control.wire import (
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import EnergyReading, Gpu
 
+MAX_MARKS = 64
+"""Readings that wait; beyond that the oldest are dropped."""
 HEARTBEAT_S = 1.0
 PARENT_CHECK_S = 0.1
 """How often to look whether the parent lives where the kernel has no pidfd (before 5.3)."""
@@ -95,6 +98,8 @@ class HelperLoop:
         self._requests = PendingRequests(min_dwell_s)
         self._settle_s = settle_s
         self._buffer = bytearray()
+        self._marks: deque[int] = deque(maxlen=MAX_MARKS)
+        self._read_failed = False
         self._ended = ""
         self._poll_s = 0.0
         self._next_poll_s = float("inf")
@@ -131,6 +136,8 @@ class HelperLoop:
 
     def _timeout_s(self) -> float:
         times = [self._next_poll_s, self._read_back_s, self._next_heartbeat_s, self._requests.next_s()]
+        if self._marks:
+            return 0.0
         timeout_s = max(0.0, min(t for t in times if t is not None) - time.monotonic())
         return timeout_s if self._parent.fd >= 0 else min(timeout_s, PARENT_CHECK_S)
 
@@ -159,7 +166,7 @@ class HelperLoop:
             self._last_poll = None
             self._next_poll_s = time.monotonic() if command.time_s > 0 else float("inf")
         elif command.what == MARK:
-            self._mark(command.number)
+            self._marks.append(command.number)
         elif command.what == MEASURE_LATENCY:
             self._measure_latency(command.number)
         elif command.what == CLOSE:
@@ -170,6 +177,9 @@ class HelperLoop:
         request = self._requests.take(time.monotonic())
         if request is not None:
             self._apply(request)
+        if self._marks:
+            # One at a time: with a driver that takes seconds the pipe's end must not wait behind a queue of readings.
+            self._mark(self._marks.popleft())
         now_s = time.monotonic()
         if now_s >= self._next_poll_s:
             self._poll()
@@ -220,7 +230,7 @@ class HelperLoop:
                 clock_mhz = self._gpu.read_clock_mhz()
                 self._event(Tick(last.time_s, reading.time_s, reading.energy_j, clock_mhz, reading.capped_s))
         except GpuError as error:
-            self._event(Trouble("read_failed", str(error), time.monotonic()))
+            self._say_read_failed(error)
             self._next_poll_s = float("inf")
             return
         self._last_poll = reading
@@ -231,9 +241,14 @@ class HelperLoop:
             reading = self._gpu.read_energy()
             clock_mhz = self._gpu.read_clock_mhz()
         except GpuError as error:
-            self._event(Trouble("read_failed", str(error), time.monotonic()))
+            self._say_read_failed(error)
             return
         self._event(Mark(tag, reading.time_s, reading.energy_j, clock_mhz, reading.capped_s))
+
+    def _say_read_failed(self, error: GpuError) -> None:
+        if not self._read_failed:
+            self._read_failed = True
+            self._event(Trouble("read_failed", str(error), time.monotonic()))
 
     def _measure_latency(self, rounds: int) -> None:
         if self._ownership is None or not self._may_set:
@@ -261,7 +276,7 @@ class HelperLoop:
         try:
             read_mhz = self._gpu.read_clock_mhz()
         except GpuError as error:
-            self._event(Trouble("read_failed", str(error), time.monotonic()))
+            self._say_read_failed(error)
             return
         now_s = time.monotonic()
         if abs(read_mhz - expected) > DEVIATION_MHZ and now_s >= self._next_deviation_s:

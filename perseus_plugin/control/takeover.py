@@ -59,5 +59,6 @@ def take_over(
         leftover=leftover,
         pid=os.getpid(),
         backend=backend,
+        driver=gpu.driver,
     )
     return gpu, ownership, facts

@@ -100,6 +100,7 @@ class DeviceFacts:
         leftover: what a dead run had left locked and was reset now, else empty.
         pid: of the helper.
         backend: through which the clock is set: `"nvml"`, `"zeusd"` or `"emulated"`; empty if it cannot be.
+        driver: version of the driver, empty if there is none.
     """
 
     name: str
@@ -111,6 +112,7 @@ class DeviceFacts:
     leftover: str
     pid: int
     backend: str = ""
+    driver: str = ""
 
     def pack(self) -> bytes:
         """As the payload of READY."""

@@ -40,11 +40,13 @@ class Gpu(Protocol):
         name: for people, e.g. `"NVIDIA H100 80GB HBM3"` or `"emulated A100-SXM4-80GB"`.
         uuid: unique and stable over processes; two jobs on one GPU see the same.
         emulated: whether its numbers are a model's and not a GPU's.
+        driver: version of the driver, empty if there is none.
     """
 
     name: str
     uuid: str
     emulated: bool
+    driver: str
 
     def supported_clocks_mhz(self) -> tuple[int, ...]:
         """SM clocks that can be locked, falling."""

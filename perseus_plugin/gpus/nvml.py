@@ -40,11 +40,13 @@ class NvmlGpu:
         self.uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
         self._nvml = load_nvml()
         self.name = self.uuid
+        self.driver = ""
         try:
             with self._calling("find"):
                 # Some releases take text and some bytes.
                 self._handle = self._nvml.nvmlDeviceGetHandleByUUID(self.uuid.encode())
                 self.name = text_of(self._nvml.nvmlDeviceGetName(self._handle))
+                self.driver = text_of(self._nvml.nvmlSystemGetDriverVersion())
             if self.mig_enabled():
                 raise GpuError(
                     f"{self.name} {self.uuid}: MIG is enabled, its partitions share one clock; "

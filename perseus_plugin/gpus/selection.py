@@ -30,6 +30,7 @@ class Selection:
         poll_interval_s: how often to poll the energy counter while profiling.
         emulated_gpu: where this rank's work is stretched to an emulated GPU's.
         why_not: why clocks cannot be set, and what would help; empty when they can.
+        driver: version of the GPU's driver, empty if there is none.
     """
 
     backend: str
@@ -39,6 +40,7 @@ class Selection:
     poll_interval_s: float = _REAL_COUNTER_PERIOD_S / _POLLS_PER_TICK
     emulated_gpu: EmulatedGpu | None = None
     why_not: str = ""
+    driver: str = ""
 
     @property
     def emulated(self) -> bool:

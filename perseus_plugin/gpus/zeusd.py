@@ -38,7 +38,7 @@ class ZeusdGpu:
 
     def __init__(self, socket_path: str, index: int | None, uuid: str) -> None:
         self._readings = NvmlGpu(uuid)
-        self.name, self.uuid = self._readings.name, self._readings.uuid
+        self.name, self.uuid, self.driver = self._readings.name, self._readings.uuid, self._readings.driver
         self._daemon = Zeusd(socket_path)
         try:
             self._index = self._find() if index is None else index

@@ -8,8 +8,10 @@ map of wrapped functions; before and after, and during evaluation, it has the st
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +60,10 @@ def enable(engine: Any, config: Any = None) -> Session | None:
         parsed = _config_of(getattr(engine, "_config", None))
     elif isinstance(config, PerseusConfig):
         parsed = config
-    elif isinstance(config, Mapping):
-        parsed = parse_config(config)
-    else:
+    elif isinstance(config, (str, Path)):
         parsed = load_config(config)
+    else:
+        parsed = parse_config(config)
     if parsed is None or not parsed.enabled:
         return None
     return _attach(engine, parsed)
@@ -108,7 +110,7 @@ def _attach(engine: Any, config: PerseusConfig) -> Session | None:
     from perseus_plugin.session import Session, start_session
 
     try:
-        session = start_session(config, _placement(engine), monitor=_monitor_of(engine))
+        session = start_session(config, _placement(engine), monitor=_monitor_of(engine), facts=_facts(engine))
     except ConfigError:
         raise
     except Exception:
@@ -134,6 +136,24 @@ def _placement(engine: Any) -> Any:
         local_rank=int(getattr(engine, "local_rank", 0) or 0),
         device=str(engine.device),
     )
+
+
+def _facts(engine: Any) -> dict[str, str]:
+    """What makes this rank's part of the job what it is."""
+    import deepspeed
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in engine.module.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+    return {
+        "model": digest.hexdigest()[:16],
+        "microbatch size": str(engine.train_micro_batch_size_per_gpu()),
+        "activation checkpointing": str(getattr(engine.module, "activation_checkpoint_interval", "unknown")),
+        "ZeRO stage": str(engine.zero_optimization_stage()),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+    }
 
 
 def _monitor_of(engine: Any) -> Callable[[list[tuple[str, float]]], None] | None:
@@ -181,11 +201,17 @@ def _bracket_iterations(engine: Any, session: Session) -> None:
             vars(engine).pop("_INSTRUCTION_MAP", None)
             session.end_schedule()
 
-    vars(engine)["train_batch"] = train_batch
-    vars(engine)["_exec_schedule"] = exec_schedule
+    ours = {"train_batch": train_batch, "_exec_schedule": exec_schedule}
+    before = {name: vars(engine)[name] for name in ours if name in vars(engine)}
+    vars(engine).update(ours)
 
     def detach() -> None:
-        for name in ("train_batch", "_exec_schedule", "_INSTRUCTION_MAP", _SESSION):
+        for name, function in ours.items():
+            # Another tool may have wrapped the method on this instance too: before us, or around ours.
+            if vars(engine).get(name) is function:
+                del vars(engine)[name]
+                vars(engine).update({name: before[name]} if name in before else {})
+        for name in ("_INSTRUCTION_MAP", _SESSION):
             vars(engine).pop(name, None)
 
     session.on_close(detach)

@@ -77,4 +77,8 @@ def _patch(module: ModuleType) -> None:
 
 
 def _complain(error: Exception) -> None:
-    warnings.warn(f"perseus is off: could not hook into DeepSpeed: {error!r}", RuntimeWarning, stacklevel=2)
+    message = f"perseus is off: could not hook into DeepSpeed: {error!r}"
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except Warning:  # warnings are errors here; ours must not break somebody's import
+        print(message, file=sys.stderr)

@@ -8,7 +8,6 @@ single phases, pairs of phases and cuts. The linear program's own prices cut aga
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 
@@ -21,8 +20,9 @@ from perseus_plugin.planning.relaxation import Relaxed
 from perseus_plugin.planning.segmentation import Segments, segment
 from perseus_plugin.planning.targets import ChangeLimits, Effort
 
-_ROUNDS = 16
+_ROUNDS = 20
 _TRIED = 3
+_SCALINGS = 16
 _SEARCH_S = {"quick": 5.0, "normal": 15.0, "thorough": 90.0}
 
 
@@ -92,52 +92,86 @@ def _search(
 ) -> Assignment | None:
     stages = stage_clocks(problem)
     stop = time.monotonic() + _SEARCH_S[effort]
-    halfway = stop - _SEARCH_S[effort] / 2
     best = problem.full_clocks if problem.full_clock_time_s <= deadline_s else None
     start_s = problem.graph.times(free.duration_s)[0]
-    mixes = _mixes(problem, stages, relaxed, start_s, limits, deadline_s, lambda: time.monotonic() > halfway)
-    for left, mix in zip(range(_TRIED, 0, -1), sorted(mixes, key=lambda mix: mix.energy_j), strict=False):
+    candidates = _mixed(problem, stages, relaxed, start_s, limits, deadline_s, stop - _SEARCH_S[effort] / 2) or _scaled(
+        problem, stages, relaxed, start_s, limits, deadline_s
+    )
+    # A short search from every candidate, then a long one from the best.
+    short = 0.4 * max(0.0, stop - time.monotonic()) / max(1, len(candidates))
+    tried = []
+    for at, phases in enumerate(candidates):
+        searched = PhaseSearch(problem, stages, deadline_s, time.monotonic() + short).run(phases)
+        tried.append((assign(problem, stages, searched).energy_j, at, searched))
+    for left, (_, _, phases) in zip(range(_TRIED, 0, -1), sorted(tried, key=lambda one: one[:2]), strict=False):
         until = time.monotonic() + max(0.0, stop - time.monotonic()) / left
-        search = PhaseSearch(problem, stages, deadline_s, until)
-        phases = _keep_dwell(problem, stages, search.run(mix.phases), limits)
-        found = assign(problem, stages, phases)
+        searched = PhaseSearch(problem, stages, deadline_s, until).run(phases)
+        found = assign(problem, stages, _keep_dwell(problem, stages, searched, limits))
         in_time = problem.graph.iteration_time_s(found.duration_s) <= deadline_s
         if in_time and not violated(problem, found, limits) and (best is None or found.energy_j < best.energy_j):
             best = found
     return best
 
 
-def _mixes(
+def _mixed(
     problem: PlanningProblem,
     stages: tuple[StageClocks, ...],
     relaxed: Relaxed,
     start_s: FloatArray,
     limits: ChangeLimits,
     deadline_s: float,
-    expired: Callable[[], bool],
-) -> list[PhaseMix]:
-    """Phases cut at the relaxation's prices, then again and again at the running mean of their programs' prices."""
+    stop: float,
+) -> list[Phases]:
+    """Phases cut at the relaxation's prices, then again and again at the running mean of their programs' prices.
+
+    Those whose program takes the least energy come first; none if the programs are too large for the time.
+    """
     price = relaxed.instruction_price_w
     mixes: list[PhaseMix] = []
-    for round_ in range(1, _ROUNDS + 1):
-        segments = [_cut(stage, price, start_s, limits) for stage in stages]
-        phases = Phases(tuple(s.begins for s in segments), tuple(s.clocks for s in segments))
-        mix = solve_phases(problem, stages, phases, deadline_s)
+    for done in range(1, _ROUNDS + 1):
+        phases = _cut(stages, price, start_s, limits)
+        mix = solve_phases(problem, stages, phases, deadline_s, stop - time.monotonic())
         if mix is None:
             break
         mixes.append(mix)
-        price = (round_ * price + mix.price_w) / (round_ + 1)
-        if expired():
+        price = (done * price + mix.price_w) / (done + 1)
+        if time.monotonic() > stop:
             break
-    return mixes
+    return [mix.phases for mix in sorted(mixes, key=lambda mix: mix.energy_j)]
 
 
-def _cut(stage: StageClocks, price_w: FloatArray, start_s: FloatArray, limits: ChangeLimits) -> Segments:
-    """The best phases of one stage at given prices of its instructions' time."""
-    if not len(stage.nodes):
-        return Segments((0,), (0,))
-    cost = stage.energy_j + price_w[stage.nodes, None] * stage.time_s
-    return segment(cost, start_s[stage.nodes], limits.max_changes, limits.min_dwell_s)
+def _scaled(
+    problem: PlanningProblem,
+    stages: tuple[StageClocks, ...],
+    relaxed: Relaxed,
+    start_s: FloatArray,
+    limits: ChangeLimits,
+    deadline_s: float,
+) -> list[Phases]:
+    """Phases and clocks at the relaxation's prices times the smallest factor that meets the deadline."""
+    low, high, found = 0.0, 1.0, list[Phases]()
+    for _ in range(_SCALINGS):
+        factor = (low + high) / 2 if found else high
+        phases = _cut(stages, relaxed.instruction_price_w * factor, start_s, limits)
+        duration = assign(problem, stages, phases).duration_s
+        if problem.graph.iteration_time_s(duration) <= deadline_s:
+            found, high = [phases], factor
+        else:
+            low, high = factor, high if found else 4 * high
+    return found
+
+
+def _cut(stages: tuple[StageClocks, ...], price_w: FloatArray, start_s: FloatArray, limits: ChangeLimits) -> Phases:
+    """The best phases of every stage at given prices of its instructions' time."""
+    begins, clocks = [], []
+    for stage in stages:
+        found = Segments((0,), (0,))
+        if len(stage.nodes):
+            cost = stage.energy_j + price_w[stage.nodes, None] * stage.time_s
+            found = segment(cost, start_s[stage.nodes], limits.max_changes, limits.min_dwell_s)
+        begins.append(found.begins)
+        clocks.append(found.clocks)
+    return Phases(tuple(begins), tuple(clocks))
 
 
 def _keep_dwell(

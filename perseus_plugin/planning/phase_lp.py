@@ -28,10 +28,14 @@ class PhaseMix:
 
 
 def solve_phases(
-    problem: PlanningProblem, stages: tuple[StageClocks, ...], phases: Phases, deadline_s: float
+    problem: PlanningProblem,
+    stages: tuple[StageClocks, ...],
+    phases: Phases,
+    deadline_s: float,
+    time_limit_s: float,
 ) -> PhaseMix | None:
-    """Mixtures of clocks for the phases with the least energy by the deadline; None if it cannot be met."""
-    return _PhaseProgram(problem, stages, phases, deadline_s).solve()
+    """Mixtures of clocks for the phases with the least energy by the deadline; None if there are none in time."""
+    return _PhaseProgram(problem, stages, phases, deadline_s).solve(time_limit_s)
 
 
 class _PhaseProgram:
@@ -70,13 +74,13 @@ class _PhaseProgram:
             if 0 < phase == len(begins) - 1 and clocks[0] == clocks[-1]:
                 shares.append(shares[0])
             else:
-                usable = _hull(table.time_s[begin:end].sum(axis=0), energy)
+                usable = _hull(table.time_s[begin:end].sum(axis=0), energy, table.forbidden_j)
                 shares.append({f: self.solver.NumVar(0.0, 1.0, "") for f in usable})
                 one = self.solver.Constraint(1.0, 1.0)
                 for share in shares[-1].values():
                     one.SetCoefficient(share, 1.0)
             for f, share in list(shares[-1].items()):
-                if not np.isfinite(energy[f]):
+                if energy[f] >= table.forbidden_j:
                     share.SetUb(0.0)
                     continue
                 before = objective.GetCoefficient(share)
@@ -110,8 +114,9 @@ class _PhaseProgram:
             for f, share in self.shares[stage][phase].items():
                 row.SetCoefficient(share, -float(self.stages[stage].time_s[position, f]) / self.unit_s)
 
-    def solve(self) -> PhaseMix | None:
+    def solve(self, time_limit_s: float) -> PhaseMix | None:
         """The optimum, with all phases rounded to clocks that are fast enough."""
+        self.solver.SetTimeLimit(max(1, int(1000 * time_limit_s)))
         if self.solver.Solve() != pywraplp.Solver.OPTIMAL:
             return None
         clocks = []
@@ -128,7 +133,7 @@ class _PhaseProgram:
         end = begins[phase + 1] if phase + 1 < len(begins) else len(table.nodes)
         rows = slice(begins[phase], end)
         mixed = sum(table.time_s[rows, f] * share.solution_value() for f, share in self.shares[stage][phase].items())
-        allowed = np.isfinite(table.energy_j[rows]).all(axis=0)
+        allowed = (table.energy_j[rows] < table.forbidden_j).all(axis=0)
         fits = allowed & (table.time_s[rows] <= np.asarray(mixed)[:, None] * (1 + 1e-7)).all(axis=0)
         energy = np.where(fits, table.energy_j[rows].sum(axis=0), np.inf)
         return int(energy.argmin()) if fits.any() else 0
@@ -145,9 +150,9 @@ def _tie(before: Phases, clocks: tuple[tuple[int, ...], ...]) -> tuple[tuple[int
     return tuple(tied)
 
 
-def _hull(time_s: FloatArray, energy_j: FloatArray) -> list[int]:
+def _hull(time_s: FloatArray, energy_j: FloatArray, forbidden_j: float) -> list[int]:
     """Clocks on the lower convex hull of a phase's total time and energy, and the fastest one."""
-    usable = [f for f in np.argsort(time_s, kind="stable").tolist() if np.isfinite(energy_j[f])]
+    usable = [f for f in np.argsort(time_s, kind="stable").tolist() if energy_j[f] < forbidden_j]
     hull: list[int] = []
     for f in usable:
         if hull and energy_j[f] >= energy_j[hull[-1]]:

@@ -22,13 +22,16 @@ class StageClocks:
     Attributes:
         nodes: shape (instructions,), node ids in execution order.
         frequency_mhz: shape (clocks,), falling.
-        time_s, energy_j: shape (instructions, clocks); the (effective) energy is inf where a clock is not allowed.
+        time_s, energy_j: shape (instructions, clocks); the (effective) energy is `forbidden_j`, more than any plan
+            takes, where a clock is not allowed.
+        forbidden_j: that energy; finite, because energies are summed and subtracted.
     """
 
     nodes: IntArray
     frequency_mhz: IntArray
     time_s: FloatArray
     energy_j: FloatArray
+    forbidden_j: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +79,15 @@ def stage_clocks(problem: PlanningProblem) -> tuple[StageClocks, ...]:
         own = nodes[problem.class_of[nodes] >= 0]
         classes = sorted(set(problem.class_of[own].tolist()))
         useful = sorted({int(f) for k in classes for f in problem.classes[k].frequency_mhz}, reverse=True)
-        times, energies = np.zeros((len(own), len(useful))), np.full((len(own), len(useful)), np.inf)
+        forbidden = 1e3 * problem.mean_energy_j * (1 + len(problem.graph))
+        times, energies = np.zeros((len(own), len(useful))), np.full((len(own), len(useful)), forbidden)
         for k in classes:
             rows = problem.class_of[own] == k
+            times[rows] = problem.full_clock[k, 0]
             for column, frequency in enumerate(useful):
                 if frequency in problem.measured[k]:
                     times[rows, column], energies[rows, column] = problem.measured[k][frequency]
-        stages.append(StageClocks(own, np.array(useful, dtype=np.int64), times, energies))
+        stages.append(StageClocks(own, np.array(useful, dtype=np.int64), times, energies, forbidden))
     return tuple(stages)
 
 

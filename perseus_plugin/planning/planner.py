@@ -18,7 +18,7 @@ from perseus_plugin.profiling.profile import Profile
 
 __all__ = ["ChangeLimits", "Effort", "Planner", "Solution", "Target", "make_plan"]
 
-_SEARCH_S = {"normal": 6.0, "thorough": 100.0}
+_SEARCH_S = {"normal": 5.5, "thorough": 100.0}
 _BUDGET_STEPS = 12
 
 
@@ -68,8 +68,13 @@ class Planner:
     ) -> None:
         self.problem = build_problem(graph, profile, blocking_power_w, full_clock_only)
         self.schedule = schedule
-        # Large jobs get coarser units: the bound loses a few parts in 100,000 and the solver is several times faster.
-        self.relaxation = Relaxation(self.problem, coarseness=min(100.0, max(1.0, len(graph) / 500)))
+        # Large jobs get coarser units: the bound loses about a part in 10,000 and the solver is several times faster.
+        size = len(graph)
+        self.relaxation = Relaxation(
+            self.problem,
+            coarser_time=min(100.0, max(1.0, size / 500)),
+            coarser_power=min(500.0, max(1.0, size / 100)),
+        )
 
     def plan(self, target: Target, limits: ChangeLimits | None = None, effort: Effort = "quick") -> Plan:
         """Choose a clock for every instruction.
@@ -100,35 +105,44 @@ class Planner:
     def _by_deadline(self, deadline_s: float, limits: ChangeLimits, effort: Effort) -> Solution:
         relaxed = self.relaxation.solve(deadline_s)
         if relaxed.price_w < self.problem.total_blocking_w:
-            relaxed = self.relaxation.cheapest()
+            relaxed = self.relaxation.cheapest(at_most_s=deadline_s)
         return self.discretise(relaxed, deadline_s, limits, effort)
 
     def _by_budget(self, budget_j: float, limits: ChangeLimits, effort: Effort) -> Solution:
-        """Bisection on the deadline, steered by the bound's slope."""
+        """Close in on the shortest deadline whose quick plan keeps the budget; then the effort that was asked for."""
         cheapest = self.relaxation.cheapest()
-        best = self.discretise(cheapest, cheapest.deadline_s, limits, effort)
+        best = self.discretise(cheapest, cheapest.deadline_s, limits, "quick")
+        if best.energy_j > budget_j and effort != "quick":
+            best = self.discretise(cheapest, cheapest.deadline_s, limits, effort)
         if best.energy_j > budget_j:
             raise PlanError(
                 f"energy budget: got {budget_j:.3f} J; the cheapest plan found takes {best.energy_j:.3f} J "
                 f"(no plan takes less than {cheapest.bound_j:.3f} J)"
             )
         low, high = self.relaxation.shortest_s, best
-        at_low = self.discretise(self.relaxation.solve(low), low, limits, effort)
+        at_low = self.discretise(self.relaxation.solve(low), low, limits, "quick")
         if at_low.energy_j <= budget_j:
-            return at_low
+            return self._with_effort(at_low, limits, effort)
         low_energy = at_low.energy_j
         for step in range(_BUDGET_STEPS):
             # Regula falsi on a convex curve creeps along one side; every other step halves the bracket instead.
             share = (low_energy - budget_j) / max(low_energy - high.energy_j, 1e-12) if step % 2 else 0.5
             middle = low + (high.relaxed.deadline_s - low) * min(max(share, 0.02), 0.98)
-            found = self.discretise(self.relaxation.solve(middle), middle, limits, effort)
+            found = self.discretise(self.relaxation.solve(middle), middle, limits, "quick")
             if found.energy_j <= budget_j:
                 high = found
             else:
                 low, low_energy = middle, found.energy_j
             if high.relaxed.deadline_s - low < 1e-4 * low:
                 break
-        return high
+        return self._with_effort(high, limits, effort)
+
+    def _with_effort(self, quick: Solution, limits: ChangeLimits, effort: Effort) -> Solution:
+        """The same deadline with more effort, if that is better."""
+        if effort == "quick":
+            return quick
+        more = self.discretise(quick.relaxed, quick.allowed_s, limits, effort)
+        return min(quick, more, key=lambda solution: solution.energy_j)
 
     def discretise(
         self,

@@ -24,9 +24,11 @@ from perseus_plugin.errors import PlanError
 from perseus_plugin.pipeline import FloatArray, IntArray
 from perseus_plugin.planning.options import PlanningProblem
 
-# Units as shares of the mean instruction's duration and of the steepest slope.
+# Units as shares of a mean instruction's duration and power. (The steepest slope would be no measure: between two
+# clocks of nearly the same duration a slope can be anything.)
 _TIME_RESOLUTION = 1e-5
-_POWER_RESOLUTION = 2e-5
+_POWER_RESOLUTION = 1e-4
+_STEEPEST_UNITS = 1e9
 # Events that can move by no more than this share of the iteration count as forced.
 _FORCED = 1e-8
 _NEVER = np.iinfo(np.int64).max
@@ -98,7 +100,7 @@ class Relaxation:
         problem: graph and options.
         fixed_s: shape (nodes,), durations to hold fixed, NaN where free; None: all free.
         fixed_energy_j: effective energy of the fixed nodes together.
-        coarseness: units are this many times larger than usual.
+        coarser_time, coarser_power: units are this many times larger than usual.
     """
 
     def __init__(
@@ -106,7 +108,8 @@ class Relaxation:
         problem: PlanningProblem,
         fixed_s: FloatArray | None = None,
         fixed_energy_j: float = 0.0,
-        coarseness: float = 1.0,
+        coarser_time: float = 1.0,
+        coarser_power: float = 1.0,
     ) -> None:
         self.problem = problem
         self.fixed_energy_j = fixed_energy_j
@@ -116,9 +119,9 @@ class Relaxation:
             self.free = self.free & np.isnan(fixed_s)
             self.least_s = np.where(np.isnan(fixed_s), self.least_s, fixed_s)
         self.free_of_class = [np.flatnonzero(self.free & (problem.class_of == k)) for k in range(len(problem.classes))]
-        steepest = max((float(c.slope_w[0]) for c in problem.classes if len(c.slope_w)), default=1.0)
-        self.time_unit_s = coarseness * _TIME_RESOLUTION * float(self.least_s.mean() or 1.0)
-        self.power_unit_w = coarseness * _POWER_RESOLUTION * steepest
+        mean_s = float(self.least_s.mean())
+        self.time_unit_s = coarser_time * _TIME_RESOLUTION * mean_s
+        self.power_unit_w = coarser_power * _POWER_RESOLUTION * problem.mean_energy_j / mean_s
         self.least_graph_times = problem.graph.times(self.least_s)
         self._build_arcs()
 
@@ -167,7 +170,8 @@ class Relaxation:
         lengths: list[FloatArray] = []
         capacities: list[IntArray] = []
         for options, nodes in zip(self.problem.classes, self.free_of_class, strict=True):
-            slopes = np.rint(np.append(options.slope_w, 0.0) / self.power_unit_w).astype(np.int64)
+            slopes = np.append(options.slope_w, 0.0) / self.power_unit_w
+            slopes = np.rint(np.minimum(slopes, _STEEPEST_UNITS)).astype(np.int64)
             capacity = slopes[:-1] - slopes[1:]
             use = capacity > 0
             owners.append(np.repeat(nodes, int(use.sum())))
@@ -196,18 +200,32 @@ class Relaxation:
             raise PlanError(
                 f"deadline: got {deadline_s:.6f} s; the shortest possible iteration takes {self.shortest_s:.6f} s"
             )
-        network = self._network(deadline_s)
+        # Beyond the longest iteration only the waiting grows.
+        network = self._network(min(deadline_s, self.longest_s))
         flow = self._flow(network, sink_units=None)
-        return self._result(network, flow, deadline_s, blocking_w=0.0)
+        found = self._result(network, flow, deadline_s, blocking_w=0.0)
+        return found if deadline_s <= self.longest_s else replace(found, price_w=0.0)
 
-    def cheapest(self) -> Relaxed:
-        """Least energy at any iteration time, blocking power until its end; `deadline_s` is that end."""
-        longest = self.problem.graph.iteration_time_s(np.where(self.free, self.problem.slowest_s, self.least_s))
+    @cached_property
+    def longest_s(self) -> float:
+        """The iteration with every free instruction at its least effective energy."""
+        slowest = np.where(self.free, self.problem.slowest_s, self.least_s)
+        return self.problem.graph.iteration_time_s(slowest)
+
+    def cheapest(self, at_most_s: float = math.inf) -> Relaxed:
+        """Least energy at any iteration time, blocking power until its end; `deadline_s` is that end.
+
+        Args:
+            at_most_s: a deadline that is known not to be shorter than the cheapest iteration.
+        """
+        longest = self.longest_s
         network = self._network(longest, sink_is_free=True)
         flow = self._flow(network, self.blocking_units)
         found = self._result(network, flow, longest, blocking_w=self.problem.total_blocking_w)
-        end = max(float(found.earliest_finish_s.max()), self.shortest_s)
-        return replace(self.solve(min(end, longest)), bound_j=found.bound_j)
+        # Rounded event times may be early by a unit per step of the longest path; the optimum is flat there.
+        rounding_s = len(self.problem.graph.level_start) * self.time_unit_s
+        end = max(float(found.latest_finish_s.max()) + rounding_s, self.shortest_s)
+        return replace(self.solve(min(end, longest, at_most_s)), bound_j=found.bound_j)
 
     def _network(self, deadline_s: float, sink_is_free: bool = False) -> _Network:
         graph, events = self.problem.graph, self.events

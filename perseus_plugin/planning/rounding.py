@@ -7,8 +7,9 @@ import numpy as np
 from perseus_plugin.pipeline import FloatArray, IntArray
 from perseus_plugin.planning.options import PlanningProblem
 
-# Latest finish times are computed backwards and start times forwards; this keeps float noise off the deadline.
-_MARGIN = 1e-9
+# Latest finish times are computed backwards and start times forwards, which float noise sets apart: first a deadline
+# that something meets exactly is let pass, and if the sum comes out above it, a margin keeps it.
+_MARGINS = (1e-12, -1e-9)
 
 
 def round_to_deadline(problem: PlanningProblem, target_finish_s: FloatArray, deadline_s: float) -> IntArray:
@@ -26,21 +27,34 @@ def round_to_deadline(problem: PlanningProblem, target_finish_s: FloatArray, dea
         Shape (nodes,), the option of every instruction, 0 for constant-time nodes.
     """
     graph, fastest = problem.graph, problem.fastest_s
-    latest = graph.latest_finish(fastest, deadline_s * (1 - _MARGIN))
-    latest = np.maximum(latest, graph.times(fastest)[1])
     fastest_choice = np.zeros(len(graph), dtype=np.int64)
-    return _sweep(problem, np.minimum(latest, target_finish_s + _MARGIN * deadline_s), fastest_choice)
+    earliest = graph.times(fastest)[1]
+    for margin in _MARGINS:
+        latest = np.maximum(graph.latest_finish(fastest, deadline_s * (1 + margin)), earliest)
+        limit = np.minimum(latest, target_finish_s + 1e-9 * deadline_s)
+        choice, end = _sweep(problem, limit, fastest_choice)
+        if end <= deadline_s:
+            return choice
+    return fastest_choice
 
 
 def use_up_slack(problem: PlanningProblem, choice: IntArray, deadline_s: float) -> IntArray:
     """Slow instructions down, in topological order, into whatever slack is left; never speeds one up."""
     duration = problem.durations(choice)
-    latest = problem.graph.latest_finish(duration, deadline_s * (1 - _MARGIN))
-    return _sweep(problem, latest, choice)
+    for margin in _MARGINS:
+        latest = problem.graph.latest_finish(duration, deadline_s * (1 + margin))
+        slower, end = _sweep(problem, latest, choice)
+        if end <= deadline_s:
+            return slower
+    return choice
 
 
-def _sweep(problem: PlanningProblem, limit_s: FloatArray, at_least: IntArray) -> IntArray:
-    """In topological order, the slowest option that finishes by `limit_s`, but none faster than `at_least`."""
+def _sweep(problem: PlanningProblem, limit_s: FloatArray, at_least: IntArray) -> tuple[IntArray, float]:
+    """In topological order, the slowest option that finishes by `limit_s`, but none faster than `at_least`.
+
+    Returns:
+        The choice, and when the iteration ends.
+    """
     graph = problem.graph
     option_s = problem.option_table[0][problem.class_of]
     incoming = {low: (sources, latency, offsets) for low, _, sources, latency, offsets in graph.forward_steps}
@@ -55,4 +69,4 @@ def _sweep(problem: PlanningProblem, limit_s: FloatArray, at_least: IntArray) ->
         chosen = np.maximum(in_time.sum(axis=1) - 1, at_least[low:high])
         choice[low:high] = chosen
         finish[low:high] = start + option_s[np.arange(low, high), chosen] + graph.constant_s[low:high]
-    return choice
+    return choice, float(finish.max())

@@ -103,6 +103,7 @@ class _Window:
         latest = rounded.latest_finish(duration, end)
         mean_j = problem.mean_energy_j
         allowed = regret_j[nodes] <= max_regret * mean_j
+        allowed &= np.isfinite(regret_j[nodes])
         allowed[np.arange(len(nodes)), choice[nodes]] = True
         # A node with one option and no slack is a wall, not a variable.
         movable = (allowed.sum(axis=1) > 1) | (latest[nodes] - finish[nodes] > 0)

@@ -23,7 +23,7 @@ class SweepCollector:
     def __init__(self, top_mhz: int) -> None:
         self._top_mhz = top_mhz
         self._groups: list[tuple[int, list[IterationRecord]]] = []
-        self._group: tuple[int, int] | None = None
+        self._group: object = None
         self._ticks: list[Tick] = []
         self._capped: list[tuple[float, float]] = []
         self._deviations_s: list[float] = []
@@ -42,7 +42,7 @@ class SweepCollector:
         if not step.kept or not record.undisturbed or not record.complete:
             self._group = None
             return
-        here = (step.block, step.frequency_mhz)
+        here = step.identity
         if here != self._group:
             self._groups.append((step.frequency_mhz, []))
             self._group = here
@@ -75,9 +75,24 @@ class SweepCollector:
         """One run per stretch of consecutive kept iterations at one clock."""
         return [self._run(frequency_mhz, records) for frequency_mhz, records in self._groups]
 
+    @property
+    def constant_kinds(self) -> tuple[str, ...]:
+        """Names of the constant-time work seen; the estimator keeps its power out of the blocking power."""
+        return tuple(sorted(self._constants))
+
     def constant_times_s(self) -> dict[str, float]:
         """Median time of each kind of constant-time work, at the top clock."""
         return {name: statistics.median(times) for name, times in self._constants.items()}
+
+    def top_times_s(self) -> dict[str, float]:
+        """Median time of each instruction kind at the top clock."""
+        times: dict[str, list[float]] = {}
+        for frequency_mhz, records in self._groups:
+            for record in records if frequency_mhz == self._top_mhz else ():
+                for operation, start_s, end_s in _timed(record):
+                    if isinstance(operation, Compute):
+                        times.setdefault(operation.kind, []).append(end_s - start_s)
+        return {kind: statistics.median(values) for kind, values in times.items()}
 
     def _run(self, frequency_mhz: int, records: Sequence[IterationRecord]) -> ClockRun:
         begin_s, end_s = records[0].begin_s, records[-1].end_s
@@ -86,10 +101,9 @@ class SweepCollector:
             begin_s=begin_s,
             end_s=end_s,
             activities=tuple(
-                Activity(operation.kind, start_s, stop_s)
+                Activity(_name(operation), start_s, stop_s)
                 for record in records
                 for operation, start_s, stop_s in _timed(record)
-                if isinstance(operation, Compute)
             ),
             ticks=tuple(tick for tick in self._ticks if begin_s <= tick.time_s <= end_s),
             # At the highest clock a power limit belongs to what full clocks are on this GPU.
@@ -105,3 +119,7 @@ class SweepCollector:
 
 def _timed(record: IterationRecord) -> Iterable[tuple[Compute | Constant, float, float]]:
     return zip(record.operations, record.starts_s, record.ends_s, strict=True)
+
+
+def _name(operation: Compute | Constant) -> str:
+    return operation.kind if isinstance(operation, Compute) else operation.name

@@ -65,6 +65,22 @@ def test_enable_by_hand_and_a_changed_number_of_microbatches(tmp_path: Path) -> 
     assert facts_of(tmp_path)[0]["losses"] == facts_of(reference)[0]["losses"]
 
 
+def test_a_profile_is_used_again_for_the_same_job_only(tmp_path: Path) -> None:
+    config = {**BASE_CONFIG, "perseus": perseus_block(tmp_path / "out", 2)}
+    first = run_job(PROBE, 2, config, tmp_path / "first", "--steps", "40").check()
+    assert "profiling clock 5 of 5" in first.output
+    again = run_job(PROBE, 2, config, tmp_path / "again", "--steps", "40").check()
+    assert "using the profile kept in" in again.output
+    assert "profiling clock 1 of 1" in again.output
+    assert "plan 1 for TrainSchedule/2x4 ready" in again.output
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["iterations"]["plan"] >= 2
+    other = run_job(
+        PROBE, 2, {**config, "train_micro_batch_size_per_gpu": 2}, tmp_path / "other", "--steps", "3"
+    ).check()
+    assert "profiling anew" in other.output
+    assert "stage 0: microbatch size was 1 and is 2" in other.output
+
+
 def test_a_plan_that_does_not_hold_is_dropped_and_made_anew(tmp_path: Path) -> None:
     block = perseus_block(tmp_path / "out", 2, watch={"tolerance": 0.2, "patience": 3})
     done = run_job(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from perseus_plugin.instructions import Compute, Constant
@@ -25,17 +27,20 @@ def test_consecutive_iterations_at_one_clock_are_one_run() -> None:
     first, second = collected.runs()
     assert (first.frequency_mhz, first.begin_s, first.end_s) == (1410, 1.0, pytest.approx(3 + LENGTH_S))
     assert (second.frequency_mhz, second.begin_s, second.end_s) == (810, 5.0, pytest.approx(6 + LENGTH_S))
-    assert [activity.kind for activity in second.activities] == ["forward", "backward"] * 2
+    kinds = ["load_microbatch", "forward", "backward", "optimizer_step"]
+    assert [activity.kind for activity in second.activities] == kinds * 2
 
 
-def test_activities_are_the_computations_with_their_times() -> None:
+def test_activities_are_the_operations_with_their_times() -> None:
     collected = collector()
     seen = record(0, begin_s=5.0, gap_s=0.5)
-    collected.add(Sweep(0, 810, kept=True), seen)
-    assert collected.runs()[0].activities == (
-        Activity("forward", seen.starts_s[1], seen.ends_s[1]),
-        Activity("backward", seen.starts_s[2], seen.ends_s[2]),
+    collected.add(Sweep(0, 1410, kept=True), seen)
+    names = ("load_microbatch", "forward", "backward", "optimizer_step")
+    assert collected.runs()[0].activities == tuple(
+        Activity(name, start_s, end_s) for name, start_s, end_s in zip(names, seen.starts_s, seen.ends_s, strict=True)
     )
+    assert collected.constant_kinds == ("load_microbatch", "optimizer_step")
+    assert collected.top_times_s() == pytest.approx({"forward": 0.01, "backward": 0.02})
 
 
 def test_a_revisit_of_a_clock_is_a_run_of_its_own() -> None:
@@ -61,11 +66,47 @@ def test_ticks_go_to_the_run_they_fall_into() -> None:
     for number in range(2):
         collected.add(Sweep(number, 1410 - 600 * number, kept=True), record(number, begin_s=number))
     ticks = [Tick(t - 0.01, t, 100 * t) for t in (-0.1, 0.0, 0.02, LENGTH_S + 0.01, 1.01, 1.03, 2.0)]
-    collected.add_ticks(ticks[:4])
-    collected.add_ticks(ticks[4:])
+    for tick in ticks:
+        collected.add_tick(tick, math.nan)
     first, second = collected.runs()
     assert first.ticks == tuple(ticks[1:3])
     assert second.ticks == tuple(ticks[4:6])
+
+
+@pytest.mark.parametrize(
+    ("capped_s", "capped"),
+    [
+        ((5.0, 5.0, 5.0), False),
+        ((5.0, 5.0, 5.0 + 0.9), True),
+        ((0.0, 5.0, 5.0), False),
+        ((math.nan,) * 3, False),
+        ((5.0, 5.0, math.nan), False),
+    ],
+    ids=["never", "within", "before it", "unknown", "lost"],
+)
+def test_a_run_under_a_power_limit_is_marked(capped_s: tuple[float, ...], capped: bool) -> None:
+    collected = collector()
+    for number in (1, 2):
+        collected.add(Sweep(1, 810, kept=True), record(number, begin_s=number))
+    for time_s, so_far_s in zip((0.5, 1.1, 2.0), capped_s, strict=True):
+        collected.add_tick(Tick(time_s - 0.01, time_s, 1.0), so_far_s)
+    assert collected.runs()[0].capped is capped
+
+
+@pytest.mark.parametrize(("time_s", "capped"), [(0.99, False), (1.0, True), (2.0, True), (2.5, False)])
+def test_a_run_in_which_the_clock_deviated_is_marked(time_s: float, capped: bool) -> None:
+    collected = collector()
+    for number in (1, 2):
+        collected.add(Sweep(1, 810, kept=True), record(number, begin_s=number))
+    collected.add_deviation(time_s)
+    assert collected.runs()[0].capped is capped
+
+
+def test_a_limit_at_the_top_clock_belongs_to_what_full_clocks_are() -> None:
+    collected = collector()
+    collected.add(Sweep(0, 1410, kept=True), record(0, begin_s=0.0))
+    collected.add_deviation(0.01)
+    assert not collected.runs()[0].capped
 
 
 def test_constant_times_are_medians_at_the_top_clock() -> None:

@@ -49,7 +49,9 @@ def test_every_order_of_readings_gives_the_same_sums(
 
 
 @given(st.lists(st.tuples(st.sampled_from(SORTS), st.floats(0.001, 100)), max_size=8))
-def test_without_a_counter_iterations_count_at_once_and_have_no_energy(rows: list[tuple[tuple[str, ...], float]]) -> None:
+def test_without_a_counter_iterations_count_at_once_and_have_no_energy(
+    rows: list[tuple[tuple[str, ...], float]],
+) -> None:
     account = Account(measures_energy=False)
     for number, (sorts, time_s) in enumerate(rows):
         account.add(number, sorts, time_s)

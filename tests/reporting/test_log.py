@@ -1,21 +1,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 from perseus_plugin.reporting.log import set_up_logging
-
-
-@pytest.fixture
-def root() -> Iterator[logging.Logger]:
-    logger = logging.getLogger("perseus_plugin")
-    before = (logger.level, logger.handlers[:], logger.propagate)
-    logger.handlers, logger.propagate = [], True
-    yield logger
-    logger.level, logger.handlers, logger.propagate = before
-    logger.manager._clear_cache()  # type: ignore[attr-defined]
 
 
 def say() -> None:
@@ -35,23 +24,23 @@ def say() -> None:
     ],
 )
 def test_rank_0_speaks_and_the_others_only_of_trouble(
-    root: logging.Logger, capsys: pytest.CaptureFixture[str], level: str, rank: int, said: list[str]
+    fresh_logging: logging.Logger, capsys: pytest.CaptureFixture[str], level: str, rank: int, said: list[str]
 ) -> None:
     set_up_logging(level, rank)
     say()
     assert capsys.readouterr().err.splitlines() == said
 
 
-def test_a_second_session_says_nothing_twice(root: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_session_says_nothing_twice(fresh_logging: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging("info", 0)
     set_up_logging("warning", 0)
     say()
     assert capsys.readouterr().err.splitlines() == ["perseus: warning said"]
 
 
-def test_handlers_of_the_program_are_kept(root: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_handlers_of_the_program_are_kept(fresh_logging: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
     own = logging.NullHandler()
-    root.addHandler(own)
+    fresh_logging.addHandler(own)
     set_up_logging("info", 0)
-    assert root.handlers == [own]
-    assert root.propagate
+    assert fresh_logging.handlers == [own]
+    assert fresh_logging.propagate

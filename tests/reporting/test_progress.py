@@ -5,14 +5,13 @@ import logging
 import pytest
 
 from perseus_plugin.reporting.progress import Progress
-from perseus_plugin.timetable import Follow, Timetable
+from perseus_plugin.timetable import Follow, Round, Timetable
 
 from ..factories import record
 
 
 def lines(caplog: pytest.LogCaptureFixture, table: Timetable, iterations: int) -> list[str]:
     caplog.set_level(logging.INFO, "perseus_plugin")
-    logging.getLogger("perseus_plugin").propagate = True
     progress = Progress(table)
     for number in range(iterations):
         progress.iteration(table.at(number), record(number, durations_s=(0.5, 0.5, 0.5, 0.5)))
@@ -20,7 +19,7 @@ def lines(caplog: pytest.LogCaptureFixture, table: Timetable, iterations: int) -
 
 
 def test_one_line_before_the_sweep_and_one_per_clock(caplog: pytest.LogCaptureFixture) -> None:
-    assert lines(caplog, Timetable(2, (1410, 810, 1410), 1, 2), 14) == [
+    assert lines(caplog, Timetable(Round(2, (1410, 810, 1410)), 1, 2), 14) == [
         "warming up for 2 iterations, then profiling for 9 at 2 clocks; training goes on all the while",
         "profiling clock 1 of 3: 1410 MHz (iteration 1 of 9)",
         "profiling clock 2 of 3: 810 MHz (iteration 4 of 9, about 12 s left)",
@@ -29,9 +28,11 @@ def test_one_line_before_the_sweep_and_one_per_clock(caplog: pytest.LogCaptureFi
 
 
 def test_without_warm_up_the_sweep_is_told_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
-    assert lines(caplog, Timetable(0, (1410,), 1, 1), 2) == ["profiling clock 1 of 1: 1410 MHz (iteration 1 of 2)"]
+    assert lines(caplog, Timetable(Round(0, (1410,)), 1, 1), 2) == [
+        "profiling clock 1 of 1: 1410 MHz (iteration 1 of 2)"
+    ]
 
 
 def test_nothing_is_said_without_a_sweep_or_under_a_plan(caplog: pytest.LogCaptureFixture) -> None:
-    assert lines(caplog, Timetable(2, (), 1, 2), 5) == []
-    assert lines(caplog, Timetable(0, (), 1, 2).switched(0, Follow(1)), 5) == []
+    assert lines(caplog, Timetable(Round(2, ()), 1, 2), 5) == []
+    assert lines(caplog, Timetable(Round(0, ()), 1, 2).switched(0, Follow(1)), 5) == []

@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ OF_PLAN: dict[str, Any] = {"plan": PLAN, "planning_time_s": 0.25, "dropped_plans
 @pytest.fixture(autouse=True)
 def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.DEBUG, "perseus_plugin")
-    logging.getLogger("perseus_plugin").propagate = True
     return caplog
 
 
@@ -40,7 +38,7 @@ def test_the_summary_is_written_and_returned(tmp_path: Path) -> None:
     last = reporter.finish(RANKS, **OF_PLAN)
     assert json.loads((tmp_path / "summary.json").read_text()) == last
     assert last["state"] == "finished"
-    assert os.listdir(tmp_path) == ["summary.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_the_summary_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ class EmulatedGpu:
     """
 
     emulated = True
+    driver = ""
 
     def __init__(
         self,

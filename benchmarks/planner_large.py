@@ -1,0 +1,62 @@
+"""Time and memory for large jobs: more stages and microbatches than the published profiles have.
+
+    python benchmarks/planner_large.py DATA --size 16x256 --size 64x512 [--slowdown 0.05]
+
+DATA holds `gpt3-175b-a100_sxm.csv`. All stages but the last have the rows of its first stage, slowed by up to a
+tenth at random (seeded); the last stage has those of its last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import resource
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from perseus_plugin.pipeline import build_graph
+from perseus_plugin.planning.planner import Planner, Target
+from perseus_plugin.profiling.profile import Profile, load_profile
+from perseus_plugin.schedules import one_f_one_b
+
+
+def widened(profile: Profile, stages: int) -> Profile:
+    """The profile with this many stages."""
+    chance = random.Random(0)
+    last = profile.stages - 1
+    table = {}
+    for stage in range(stages):
+        factor = 1.0 if stage == stages - 1 else chance.uniform(0.9, 1.0)
+        for kind in profile.kinds:
+            rows = profile.table[last if stage == stages - 1 else 0, kind]
+            table[stage, kind] = tuple(replace(m, time_s=m.time_s * factor, energy_j=m.energy_j * factor) for m in rows)
+    return Profile(table)
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with the published profiles")
+    parser.add_argument("--size", action="append", help="STAGESxMICROBATCHES, may be repeated (default: 16x256)")
+    parser.add_argument("--slowdown", type=float, default=0.0)
+    arguments = parser.parse_args()
+    profile = load_profile(arguments.data / "gpt3-175b-a100_sxm.csv").scaled(10)
+    for size in arguments.size or ["16x256"]:
+        stages, microbatches = (int(part) for part in size.split("x"))
+        chosen = widened(profile, stages)
+        wall, cpu = time.perf_counter(), time.process_time()
+        graph = build_graph(one_f_one_b(stages, microbatches))
+        graph_s = time.perf_counter() - wall
+        plan = Planner(graph, chosen, blocking_power_w=83.64).plan(Target.slowdown(arguments.slowdown))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+        print(
+            f"{size}, slowdown {arguments.slowdown}: {len(graph)} instructions; graph {graph_s:.2f} s; graph and plan "
+            f"{wall:.2f} s wall, {cpu:.2f} s CPU, {memory:.2f} GiB; saving {plan.saving:.2%}, gap {plan.gap:.3%}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

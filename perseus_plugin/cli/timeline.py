@@ -1,0 +1,21 @@
+"""`perseus timeline`: the picture of a plan beside full clocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perseus_plugin.planning.plan import load_plan
+from perseus_plugin.profiling.profile import load_profile
+from perseus_plugin.reporting.timeline import draw_timeline
+
+
+def timeline(
+    folder: Annotated[Path, typer.Argument(help="A job's output folder, with plan.json and profile.csv.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path("timeline.png"),
+) -> None:
+    """Draw a job's plan beside full clocks: stages as rows, instructions coloured by clock (needs matplotlib)."""
+    draw_timeline(load_plan(folder / "plan.json"), load_profile(folder / "profile.csv"), output)
+    print(f"wrote {output}")

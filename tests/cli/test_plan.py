@@ -1,0 +1,119 @@
+"""`perseus plan` and `perseus frontier` as a user runs them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from perseus_plugin.planning.plan import load_plan
+from perseus_plugin.planning.zeus import load_zeus_plan
+from perseus_plugin.profiling.profile import save_profile
+
+from ..planning.jobs import bundled_profile
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    save_profile(bundled_profile(2), tmp_path / "profile.csv")
+    return tmp_path / "profile.csv"
+
+
+def perseus(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "perseus_plugin.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_plan_is_made_printed_and_written(profile: Path, tmp_path: Path) -> None:
+    out, zeus = tmp_path / "plan.json", tmp_path / "plan.py"
+    done = perseus(
+        "plan", profile, "--microbatches", 4, "--blocking-power", "60,70", "--scale", 10, "-o", out, "--zeus", zeus
+    )
+    assert done.returncode == 0, done.stderr
+    plan = load_plan(out)
+    assert plan.schedule == "1f1b"
+    assert plan.microbatches == 4
+    assert plan.iteration_time_s <= plan.baseline_time_s
+    assert f"{plan.saving:.3%}" in done.stdout
+    assert [len(stage) for stage in load_zeus_plan(zeus)] == [8, 8]
+
+
+def test_the_other_targets_and_limits(profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    job = (profile, "--microbatches", 4, "--blocking-power", 60, "-o", out)
+    assert perseus("plan", *job, "--cheapest").returncode == 0
+    cheapest = load_plan(out)
+    done = perseus("plan", *job, "--slowdown", 0.05, "--max-changes", 2)
+    assert done.returncode == 0
+    assert "cost of the limits" in done.stdout
+    limited = load_plan(out)
+    assert max(limited.clock_changes(stage) for stage in range(2)) <= 2
+    assert cheapest.energy_j <= limited.energy_j
+
+
+def test_a_schedule_file_brings_its_own_microbatches(profile: Path, tmp_path: Path) -> None:
+    schedule, out = tmp_path / "mine.json", tmp_path / "plan.json"
+    ops = [{"op": "compute", "kind": kind, "microbatch": m} for m in range(3) for kind in ("forward", "backward")]
+    schedule.write_text(json.dumps({"schema": "perseus-schedule", "version": 1, "stages": [ops, ops]}))
+    job = (profile, "--blocking-power", 60, "--schedule", schedule, "-o", out)
+    assert perseus("plan", *job).returncode == 0
+    assert load_plan(out).schedule == "mine"
+    assert load_plan(out).microbatches == 3
+    refused = perseus("plan", *job, "--microbatches", 3)
+    assert refused.returncode == 2
+    assert "--microbatches: not allowed with a schedule file" in refused.stderr
+
+
+def test_a_frontier_is_written(profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "frontier.json"
+    done = perseus("frontier", profile, "--microbatches", 4, "--blocking-power", 60, "--tolerance", 0.01, "-o", out)
+    assert done.returncode == 0, done.stderr
+    points = json.loads(out.read_text())["points"]
+    assert len(points) >= 3
+    assert all(a["deadline_s"] < b["deadline_s"] for a, b in itertools.pairwise(points))
+
+
+def test_a_frontier_is_drawn(profile: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    job = (profile, "--microbatches", 2, "--blocking-power", 60, "--tolerance", 0.05, "-o", tmp_path / "f.json")
+    picture = tmp_path / "frontier.png"
+    assert perseus("frontier", *job, "--plot", picture).returncode == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    refused = perseus("frontier", *job, "--plot", tmp_path / "frontier.xyz")
+    assert refused.returncode == 2
+    assert "--plot: got" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--blocking-power", "warm"), "--blocking-power: got 'warm'"),
+        (("--blocking-power", "60", "--slowdown", "0.1", "--cheapest"), "got --slowdown and --cheapest"),
+        (("--blocking-power", "60", "--deadline", "0.01"), "the shortest possible iteration takes"),
+        (("--blocking-power", "60", "--slowdown", "-1"), "slowdown: got -1.0; allowed"),
+        (("--blocking-power", "60", "--schedule", "nonsense"), "--schedule: got 'nonsense'; allowed: 1f1b, gpipe"),
+        (("--blocking-power", "60", "--effort", "heroic"), "--effort: got 'heroic'; allowed: quick"),
+        (("--blocking-power", "60", "--schedule", "early-recomputation-1f1b"), "no row for 'recompute' in stage 0"),
+        (("--blocking-power", "60", "--scale", "0"), "scale: got 0"),
+    ],
+)
+def test_wrong_options_give_one_line_and_status_2(
+    profile: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = perseus("plan", profile, "--microbatches", 4, "-o", tmp_path / "plan.json", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_bad_profile_is_refused_with_row_and_reason(tmp_path: Path) -> None:
+    path = tmp_path / "profile.csv"
+    path.write_text("stage,instruction,frequency,time,energy\n0,forward,1400,0.1,-3\n")
+    done = perseus("plan", path, "--microbatches", 4, "--blocking-power", 60)
+    assert done.returncode == 2
+    assert "row 2: energy: got '-3'" in done.stderr

@@ -1,0 +1,479 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import perseus_plugin
+from perseus_plugin import session as session_module
+from perseus_plugin.config import PerseusConfig
+from perseus_plugin.errors import ConfigError
+from perseus_plugin.exchange import LocalExchange
+from perseus_plugin.integrations.deepspeed import patch_engine_module
+from perseus_plugin.link import FinishedIteration, Link
+from perseus_plugin.messages import Placement
+from perseus_plugin.session import Session
+from perseus_plugin.timetable import Round, Timetable
+
+from ..test_session import FakeHelper
+
+
+class LoadMicroBatch:
+    def __init__(self, buffer_id: int) -> None:
+        self.buffer_id = buffer_id
+
+
+class ForwardPass(LoadMicroBatch):
+    pass
+
+
+class BackwardPass(LoadMicroBatch):
+    pass
+
+
+class SendActivation(LoadMicroBatch):
+    pass
+
+
+class OptimizerStep:
+    pass
+
+
+class Schedule:
+    """One stage, all forwards, then all backwards."""
+
+    def __init__(self, micro_batches: int, stages: int, stage_id: int) -> None:
+        self.micro_batches, self.stages, self.stage_id = micro_batches, stages, stage_id
+
+    def steps(self) -> Iterator[list[Any]]:
+        for i in range(self.micro_batches):
+            yield [LoadMicroBatch(i), ForwardPass(i)]
+        for i in range(self.micro_batches):
+            yield [BackwardPass(i)]
+        yield [OptimizerStep()]
+
+
+class EvalSchedule(Schedule):
+    """Forwards only."""
+
+    def steps(self) -> Iterator[list[Any]]:
+        for i in range(self.micro_batches):
+            yield [LoadMicroBatch(i), ForwardPass(i)]
+
+
+class Engine:
+    """A DeepSpeed engine, as far as the integration knows it."""
+
+    global_rank, world_size, stage_id, num_stages, local_rank, device = 0, 1, 0, 1, 0, "cpu"
+    global_samples = 32
+
+    def __init__(self, block: Any = None, micro_batches: int = 2, config_class: Any = None) -> None:
+        self._config = config_class or SimpleNamespace(_param_dict={} if block is None else {"perseus": block})
+        self.grid = SimpleNamespace(get_data_parallel_id=lambda: 0)
+        self.micro_batches = micro_batches
+        self.ran: list[str] = []
+        self.map_seen: dict[type, Any] = {}
+        self.fails_at = ""
+        self.module = torch.nn.Linear(2, 3)
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return 4
+
+    def zero_optimization_stage(self) -> int:
+        return 1
+
+    def train_batch(self, data_iter: Any = None) -> str:
+        """Stock training."""
+        self._exec_schedule(Schedule(self.micro_batches, 1, 0))
+        return f"loss of {data_iter}"
+
+    def eval_batch(self) -> str:
+        self._exec_schedule(EvalSchedule(self.micro_batches, 1, 0))
+        return "evaluated"
+
+    def _exec_schedule(self, schedule: Schedule) -> None:
+        self.map_seen = dict(self._INSTRUCTION_MAP)
+        for step in schedule.steps():
+            for instruction in step:
+                self._INSTRUCTION_MAP[type(instruction)].__get__(self)(**vars(instruction))
+
+    def _do(self, what: str) -> None:
+        self.ran.append(what)
+        if what == self.fails_at:
+            raise RuntimeError("training failed")
+
+    _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
+        LoadMicroBatch: lambda self, buffer_id: self._do(f"load {buffer_id}"),
+        ForwardPass: lambda self, buffer_id: self._do(f"forward {buffer_id}"),
+        BackwardPass: lambda self, buffer_id: self._do(f"backward {buffer_id}"),
+        SendActivation: lambda self, buffer_id: self._do(f"send {buffer_id}"),
+        OptimizerStep: lambda self: self._do("step"),
+    }
+
+
+STOCK_MAP = dict(Engine._INSTRUCTION_MAP)
+TRAINED = ["load 0", "forward 0", "load 1", "forward 1", "backward 0", "backward 1", "step"]
+
+
+class Started:
+    """What `start_session` was asked for, and the sessions that it made."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[PerseusConfig, Placement, Any]] = []
+        self.facts: list[dict[str, str]] = []
+        self.helpers: list[FakeHelper] = []
+        self.links: list[Link] = []
+        self.sessions: list[Session] = []
+        self.error: Exception | None = None
+
+    def __call__(
+        self, config: PerseusConfig, placement: Placement, monitor: Any = None, facts: Mapping[str, str] | None = None
+    ) -> Session:
+        self.facts.append(dict(facts or {}))
+        if self.error is not None:
+            raise self.error
+        self.calls.append((config, placement, monitor))
+        self.helpers.append(FakeHelper())
+        self.links.append(Link(Timetable(Round(0, (1410, 810)), 1, 1)))
+        session = Session(placement, self.links[-1], self.helpers[-1], None, LocalExchange(), monitor)  # type: ignore[arg-type]
+        self.sessions.append(session)
+        return session
+
+    def finished(self) -> list[FinishedIteration]:
+        return self.links[-1].take_finished()
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    made = Started()
+    monkeypatch.setattr(session_module, "start_session", made)
+    return made
+
+
+@pytest.fixture
+def engine(started: Started) -> Engine:
+    """An engine with a session."""
+    made = Engine({"enabled": True})
+    assert perseus_plugin.enable(made) is started.sessions[0]
+    return made
+
+
+def stock(engine: Engine) -> bool:
+    """Whether the engine is as DeepSpeed made it."""
+    return not {"train_batch", "_exec_schedule", "_INSTRUCTION_MAP", "_perseus_session"} & vars(engine).keys()
+
+
+# Enabling.
+
+
+@pytest.mark.parametrize("block", [None, {"enabled": False}])
+def test_without_the_block_or_disabled_no_trace_is_left(started: Started, block: Any) -> None:
+    engine = Engine(block)
+    assert perseus_plugin.enable(engine) is None
+    assert stock(engine)
+    assert started.calls == []
+    engine.train_batch()
+    assert engine.map_seen == STOCK_MAP
+
+
+def test_the_block_can_be_given_as_dict_file_or_config(started: Started, tmp_path: Path) -> None:
+    path = tmp_path / "perseus.json"
+    path.write_text(json.dumps({"slowdown": 0.2}))
+    for config in ({"slowdown": 0.2}, path, str(path), PerseusConfig(slowdown=0.2)):
+        assert perseus_plugin.enable(Engine({"slowdown": 9.0}), config) is not None
+    assert [config.slowdown for config, _, _ in started.calls] == [0.2] * 4
+    assert perseus_plugin.enable(Engine({"enabled": True}), {"enabled": False}) is None
+
+
+def test_enabling_twice_gives_the_session_there_is(engine: Engine, started: Started) -> None:
+    assert perseus_plugin.enable(engine, {"slowdown": 0.5}) is started.sessions[0]
+    assert len(started.calls) == 1
+
+
+def test_an_engine_without_a_pipeline_is_refused(started: Started) -> None:
+    with pytest.raises(ConfigError, match="enable: got a SimpleNamespace; allowed: a DeepSpeed PipelineEngine"):
+        perseus_plugin.enable(SimpleNamespace(), {})
+
+
+@pytest.mark.parametrize("config", [{"slow": 1}, "missing.yaml", 7, ["enabled"]])
+def test_a_wrong_block_is_a_config_error(started: Started, config: Any) -> None:
+    engine = Engine()
+    with pytest.raises(ConfigError):
+        perseus_plugin.enable(engine, config)
+    assert stock(engine)
+
+
+def test_the_placement_is_the_engines(engine: Engine, started: Started) -> None:
+    engine = Engine({"enabled": True})
+    vars(engine).update(global_rank=5, world_size=8, stage_id=1, num_stages=4, local_rank=2, device="cuda:2")
+    engine.grid.get_data_parallel_id = lambda: 1
+    perseus_plugin.enable(engine)
+    assert started.calls[-1][1] == Placement(
+        rank=5, world_size=8, stage=1, stages=4, replica=1, local_rank=2, device="cuda:2"
+    )
+
+
+def test_jobs_that_differ_have_different_facts(started: Started) -> None:
+    first, second, wider, half = (Engine({"enabled": True}) for _ in range(4))
+    wider.module = torch.nn.Linear(2, 4)
+    half.module = torch.nn.Linear(2, 3).half()
+    larger = Engine({"enabled": True})
+    vars(larger)["train_micro_batch_size_per_gpu"] = lambda: 8
+    for engine in (first, second, wider, half, larger):
+        perseus_plugin.enable(engine)
+    assert started.facts[0] == started.facts[1]
+    assert len({json.dumps(facts, sort_keys=True) for facts in started.facts}) == 4
+
+
+def test_a_session_that_cannot_start_leaves_training_as_it_was(
+    started: Started, caplog: pytest.LogCaptureFixture
+) -> None:
+    started.error = OSError("no more processes")
+    engine = Engine({"enabled": True})
+    assert perseus_plugin.enable(engine) is None
+    assert stock(engine)
+    assert "perseus is off: it could not start; training goes on at full clocks" in caplog.text
+    assert engine.train_batch("x") == "loss of x"
+
+
+def test_a_setting_that_does_not_fit_the_job_stops_it(started: Started) -> None:
+    started.error = ConfigError("perseus.emulation.forward_time_s: got 1 numbers")
+    with pytest.raises(ConfigError, match="got 1 numbers"):
+        perseus_plugin.enable(Engine({"enabled": True}))
+
+
+# Hooks.
+
+
+def test_training_runs_the_same_instructions_and_is_seen_whole(engine: Engine, started: Started) -> None:
+    for _ in range(2):
+        assert engine.train_batch("x") == "loss of x"
+    assert engine.ran == 2 * TRAINED
+    finished = started.finished()
+    assert [f.record.complete for f in finished] == [True, True]
+    assert [f.record.number for f in finished] == [0, 1]
+    assert finished[0].record.schedule == "Schedule/1x2"
+    names = [getattr(op, "kind", None) or op.name for op in finished[0].record.operations]  # type: ignore[union-attr]
+    assert names == [*["load_microbatch", "forward"] * 2, "backward", "backward", "optimizer_step"]
+
+
+def test_only_what_takes_time_is_hooked_and_only_while_training(engine: Engine) -> None:
+    engine.train_batch()
+    hooked = {kind for kind, function in engine.map_seen.items() if function is not STOCK_MAP[kind]}
+    assert hooked == {LoadMicroBatch, ForwardPass, BackwardPass, OptimizerStep}
+    assert "_INSTRUCTION_MAP" not in vars(engine), "afterwards the map is the class's"
+    assert type(engine)._INSTRUCTION_MAP == STOCK_MAP
+    other = Engine()
+    other.train_batch()
+    assert other.map_seen == STOCK_MAP, "another engine is left alone"
+
+
+def test_evaluation_runs_the_stock_functions_at_full_clocks(engine: Engine, started: Started) -> None:
+    engine.train_batch()
+    started.finished()
+    started.helpers[0].take()
+    assert engine.eval_batch() == "evaluated"
+    assert engine.map_seen == STOCK_MAP
+    assert started.helpers[0].requests() == [None]
+    assert started.finished() == []
+    engine.train_batch()
+    (after,) = started.finished()
+    assert after.record.complete
+    assert not after.record.undisturbed
+
+
+def test_a_changed_number_of_microbatches_is_another_schedule(engine: Engine, started: Started) -> None:
+    engine.train_batch()
+    engine.micro_batches = 3
+    engine.train_batch()
+    assert [f.record.schedule for f in started.finished()] == ["Schedule/1x2", "Schedule/1x3"]
+    schedule = started.links[0].schedule
+    assert schedule is not None
+    assert len(schedule[1](0)) == 3 * 3 + 1
+    assert schedule[1](0) is schedule[1](0), "streams are made once"
+
+
+@pytest.mark.parametrize("where", ["load 0", "forward 1", "backward 0", "step"])
+def test_an_error_in_training_reaches_the_script_and_the_next_batch_is_whole(
+    engine: Engine, started: Started, where: str
+) -> None:
+    engine.fails_at = where
+    with pytest.raises(RuntimeError, match="training failed"):
+        engine.train_batch()
+    assert "_INSTRUCTION_MAP" not in vars(engine)
+    engine.fails_at = ""
+    assert engine.train_batch("y") == "loss of y"
+    assert [f.record.complete for f in started.finished()] == [False, True]
+    engine.eval_batch()
+    assert engine.map_seen == STOCK_MAP
+
+
+@pytest.mark.parametrize("end", ["close", "fail"])
+def test_when_the_session_ends_the_engine_is_the_stock_one(engine: Engine, started: Started, end: str) -> None:
+    engine.train_batch()
+    if end == "close":
+        started.sessions[0].close()
+    else:
+        started.sessions[0].fail(OSError("lost"))
+    assert stock(engine)
+    engine.ran = []
+    assert engine.train_batch("z") == "loss of z"
+    assert engine.ran == TRAINED
+    assert engine.map_seen == STOCK_MAP
+
+
+def test_a_session_that_ends_amid_a_batch_lets_it_finish(engine: Engine, started: Started) -> None:
+    stock_forward = Engine._do
+
+    def failing(self: Engine, what: str) -> None:
+        stock_forward(self, what)
+        if what == "forward 1":
+            started.sessions[0].fail(OSError("lost"))
+
+    vars(engine)["_do"] = failing.__get__(engine)
+    assert engine.train_batch("x") == "loss of x"
+    assert engine.ran == TRAINED
+    assert stock(engine)
+
+
+def test_what_another_tool_put_on_the_instance_is_kept(started: Started) -> None:
+    engine = Engine({"enabled": True})
+    calls: list[str] = []
+    plain = engine.train_batch
+
+    def profiled(*args: Any) -> str:
+        calls.append("profiled")
+        return plain(*args)
+
+    vars(engine)["train_batch"] = profiled
+    perseus_plugin.enable(engine)
+    engine.train_batch("a")
+    started.sessions[0].close()
+    engine.train_batch("b")
+    assert calls == ["profiled"] * 2
+    assert vars(engine)["train_batch"] is profiled
+
+
+def test_what_another_tool_put_around_ours_is_kept(engine: Engine, started: Started) -> None:
+    calls: list[str] = []
+    ours = engine.train_batch
+
+    def profiled(*args: Any) -> str:
+        calls.append("profiled")
+        return ours(*args)
+
+    vars(engine)["train_batch"] = profiled
+    engine.train_batch("a")
+    started.sessions[0].close()
+    assert engine.train_batch("b") == "loss of b"
+    assert calls == ["profiled"] * 2
+    assert engine.ran == 2 * TRAINED
+    assert engine.map_seen == STOCK_MAP
+
+
+def test_figures_go_to_the_monitor_at_the_sample_count(started: Started) -> None:
+    written: list[Any] = []
+    for enabled in (True, False):
+        engine = Engine({"enabled": True})
+        vars(engine)["monitor"] = SimpleNamespace(enabled=enabled, write_events=written.extend)
+        perseus_plugin.enable(engine)
+        started.links[-1].add_events([("Perseus/x", 1.5)])
+        engine.train_batch()
+    assert written == [("Perseus/x", 1.5, 32)]
+
+
+# Patching the classes.
+
+
+class Module(ModuleType):
+    """An engine module whose class is made anew for each test."""
+
+    def __init__(self, name: str, base: type) -> None:
+        super().__init__("deepspeed.runtime." + name)
+
+        class Made(base):  # type: ignore[misc, valid-type]
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                self.built = True
+
+        setattr(self, name, Made)
+        self.engine_class: Any = Made
+
+
+def test_a_patched_pipeline_engine_attaches_itself(started: Started) -> None:
+    module = Module("PipelineEngine", Engine)
+    patch_engine_module(module)
+    patch_engine_module(module)
+    made = module.engine_class({"enabled": True})
+    assert made.built
+    assert len(started.sessions) == 1
+    assert perseus_plugin.enable(made) is started.sessions[0]
+    for block in (None, {"enabled": False}):
+        assert stock(module.engine_class(block))
+    assert len(started.sessions) == 1
+
+
+def test_a_wrong_block_stops_the_job_before_the_engine_is_built(started: Started) -> None:
+    module = Module("PipelineEngine", Engine)
+    built: list[bool] = []
+    stock_init = module.engine_class.__init__
+    module.engine_class.__init__ = lambda self, **more: (built.append(True), stock_init(self, **more))[-1]
+    patch_engine_module(module)
+    with pytest.raises(ConfigError, match=r"perseus\.slow: unknown key"):
+        module.engine_class(config_class=SimpleNamespace(_param_dict={"perseus": {"slow": 1}}))
+    assert built == []
+
+
+def test_only_rank_0_says_what_is_wrong(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    module = Module("PipelineEngine", Engine)
+    patch_engine_module(module)
+    with pytest.raises(SystemExit) as caught:
+        module.engine_class({"slow": 1})
+    assert caught.value.code == 1
+
+
+class Plain:
+    """An engine without a pipeline."""
+
+    def __init__(self, block: Any = None) -> None:
+        self._config = SimpleNamespace(_param_dict={} if block is None else {"perseus": block})
+
+
+def test_an_engine_without_a_pipeline_says_so_once_and_trains(
+    started: Started, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    module = Module("DeepSpeedEngine", Plain)
+    patch_engine_module(module)
+    for block in (None, {"enabled": False}):
+        module.engine_class(block)
+    assert caplog.text == ""
+    assert module.engine_class({"enabled": True}).built
+    assert caplog.text.count("perseus is off: it needs pipeline parallelism") == 1
+    with pytest.raises(ConfigError):
+        module.engine_class({"enabled": "yes"})
+    assert started.calls == []
+
+
+def test_a_module_without_engines_is_left_alone() -> None:
+    module = ModuleType("deepspeed.runtime.pipe.engine")
+    patch_engine_module(module)
+    assert not [name for name in vars(module) if not name.startswith("__")]
+
+
+def test_the_real_deepspeed_has_what_is_hooked() -> None:
+    engine_module = pytest.importorskip("deepspeed.runtime.pipe.engine")
+    engine_class = engine_module.PipelineEngine
+    assert "_perseus_patched" in vars(engine_class), "importing torch and DeepSpeed is enough"
+    for name in ("_INSTRUCTION_MAP", "train_batch", "eval_batch", "_exec_schedule"):
+        assert hasattr(engine_class, name), name

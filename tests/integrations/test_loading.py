@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+# Both engine modules as DeepSpeed has them, as far as the hooks care.
+FILES = {
+    "deepspeed/__init__.py": "from deepspeed.runtime.engine import DeepSpeedEngine\n",
+    "deepspeed/runtime/__init__.py": "",
+    "deepspeed/runtime/engine.py": """
+        class Config:
+            def __init__(self, block):
+                self._param_dict = {} if block is None else {"perseus": block}
+
+        class DeepSpeedEngine:
+            def __init__(self, config_class=None):
+                self._config = config_class
+    """,
+    "deepspeed/runtime/pipe/__init__.py": "",
+    "deepspeed/runtime/pipe/engine.py": """
+        # the source of the pipeline engine
+        from ..engine import DeepSpeedEngine
+
+        class PipelineEngine(DeepSpeedEngine):
+            _INSTRUCTION_MAP = {}
+
+            def __init__(self, *args, **kwargs):
+                \"\"\"Stock.\"\"\"
+                super().__init__(*args, **kwargs)
+                self.built = True
+    """,
+    "deepspeed/runtime/other.py": "value = 1\n",
+}
+PIPE = "deepspeed.runtime.pipe.engine"
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> Path:
+    """A folder with a DeepSpeed that is none."""
+    for name, content in FILES.items():
+        path = tmp_path / "packages" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(content))
+    return tmp_path / "packages"
+
+
+def run(packages: Path, code: str, *options: str) -> str:
+    """Run code in a fresh interpreter that finds the packages; returns what it says."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(packages), str(REPOSITORY)])}
+    environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    done = subprocess.run(
+        [sys.executable, *options, "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+INSTALL = "from perseus_plugin.integrations.loading import install_import_hooks; install_import_hooks()"
+
+
+def test_torch_calls_it() -> None:
+    (point,) = (p for p in entry_points(group="torch.backends") if p.name == "perseus_plugin")
+    assert point.value == "perseus_plugin.integrations.loading:install_import_hooks"
+
+
+def test_engines_imported_later_are_patched_and_others_left_alone(packages: Path) -> None:
+    out = run(
+        packages,
+        f"""
+        {INSTALL}
+        import sys
+        assert "perseus_plugin.integrations.deepspeed" not in sys.modules
+        import deepspeed, deepspeed.runtime.other
+        from {PIPE} import PipelineEngine
+        from deepspeed.runtime.engine import DeepSpeedEngine, Config
+        for engine_class in (PipelineEngine, DeepSpeedEngine):
+            assert "_perseus_patched" in vars(engine_class), engine_class
+        assert PipelineEngine.__init__.__doc__ == "Stock."
+        assert PipelineEngine(Config(None)).built
+        assert PipelineEngine(config_class=Config({{"enabled": False}})).built
+        assert type(deepspeed.runtime.other.__loader__).__name__ == "SourceFileLoader"
+        print("fine")
+        """,
+    )
+    assert out == "fine\n"
+
+
+def test_engines_imported_before_are_patched_too(packages: Path) -> None:
+    out = run(
+        packages,
+        f"""
+        from {PIPE} import PipelineEngine
+        {INSTALL}
+        assert "_perseus_patched" in vars(PipelineEngine)
+        print("fine")
+        """,
+    )
+    assert out == "fine\n"
+
+
+def test_installing_again_changes_nothing(packages: Path) -> None:
+    out = run(
+        packages,
+        f"""
+        import sys
+        {INSTALL}
+        finders = list(sys.meta_path)
+        {INSTALL}
+        assert sys.meta_path == finders
+        from {PIPE} import PipelineEngine
+        init = PipelineEngine.__init__
+        {INSTALL}
+        assert PipelineEngine.__init__ is init
+        assert init.__wrapped__.__doc__ == "Stock." and not hasattr(init.__wrapped__, "__wrapped__")
+        print("fine")
+        """,
+    )
+    assert out == "fine\n"
+
+
+def test_what_reads_the_source_still_can(packages: Path) -> None:
+    """`inspect`, tracebacks, `pickle` by reference, `importlib.reload` and `pkgutil` all ask the loader."""
+    out = run(
+        packages,
+        f"""
+        {INSTALL}
+        import importlib, importlib.util, inspect, linecache, pickle, pkgutil
+        import {PIPE} as module
+        assert "# the source of the pipeline engine" in inspect.getsource(module)
+        assert module.__loader__.get_source("{PIPE}").startswith("\\n# the source")
+        assert module.__spec__.loader.get_filename("{PIPE}") == module.__file__
+        assert b"# the source" in pkgutil.get_data("deepspeed.runtime.pipe", "engine.py")
+        assert not module.__loader__.is_package("{PIPE}")
+        assert pickle.loads(pickle.dumps(module.PipelineEngine)) is module.PipelineEngine
+        assert importlib.util.find_spec("{PIPE}").origin == module.__file__
+        try:
+            module.__loader__.no_such_thing
+        except AttributeError:
+            pass
+        again = importlib.reload(module)
+        assert "_perseus_patched" in vars(again.PipelineEngine)
+        print("fine")
+        """,
+    )
+    assert out == "fine\n"
+
+
+def test_the_byte_code_is_cached_as_ever(packages: Path) -> None:
+    run(packages, f"import sys; sys.dont_write_bytecode = False; {INSTALL}; import {PIPE}")
+    assert list((packages / "deepspeed/runtime/pipe/__pycache__").glob("engine.*.pyc"))
+
+
+def test_without_deepspeed_the_import_error_is_the_stock_one(tmp_path: Path) -> None:
+    # Without site-packages neither our dependencies nor the real DeepSpeed are found.
+    out = run(
+        tmp_path,
+        f"""
+        {INSTALL}
+        try:
+            import {PIPE}
+        except ModuleNotFoundError as error:
+            print(error)
+        """,
+        "-S",
+    )
+    assert out == "No module named 'deepspeed'\n"
+
+
+def test_an_error_inside_the_engine_module_is_its_own(packages: Path) -> None:
+    (packages / "deepspeed/runtime/pipe/engine.py").write_text("raise ValueError('no CUDA here')\n")
+    out = run(
+        packages,
+        f"""
+        {INSTALL}
+        try:
+            import {PIPE}
+        except ValueError as error:
+            print(error)
+        """,
+    )
+    assert out == "no CUDA here\n"
+
+
+def test_a_patch_that_fails_is_a_warning_and_deepspeed_is_as_ever(packages: Path) -> None:
+    out = run(
+        packages,
+        f"""
+        import sys
+        {INSTALL}
+        sys.modules["perseus_plugin.integrations.deepspeed"] = None  # importing it raises
+        from {PIPE} import PipelineEngine
+        assert PipelineEngine().built
+        """,
+    )
+    assert "RuntimeWarning: perseus is off: could not hook into DeepSpeed: ModuleNotFoundError" in out
+    assert "Traceback" not in out
+
+
+SABOTAGE = [
+    "sys.modules['perseus_plugin.integrations.deepspeed'] = None",
+    "sys.meta_path = None",
+    f"sys.modules['{PIPE}'] = None",
+    f"sys.modules['{PIPE}'] = 'no module'",
+]
+
+
+@pytest.mark.parametrize("options", [(), ("-W", "error")], ids=["", "warnings are errors"])
+def test_installing_never_raises(packages: Path, options: tuple[str, ...]) -> None:
+    """Not even where warnings are errors: `import torch` of every program depends on it."""
+    out = run(
+        packages,
+        f"""
+        import sys, {PIPE}
+        from perseus_plugin.integrations.loading import install_import_hooks
+        modules, meta_path = dict(sys.modules), list(sys.meta_path)
+        for number, sabotage in enumerate({SABOTAGE!r}):
+            exec(sabotage)
+            install_import_hooks()
+            print("alive", number)
+            sys.modules.clear()
+            sys.modules.update(modules)
+            sys.meta_path = list(meta_path)
+        """,
+        *options,
+    )
+    for number in range(len(SABOTAGE)):
+        assert f"alive {number}" in out
+    assert out.count("perseus is off: could not hook into DeepSpeed") >= 2
+
+
+def test_deepspeed_imports_where_warnings_are_errors_and_the_patch_fails(packages: Path) -> None:
+    out = run(
+        packages,
+        f"""
+        import sys
+        {INSTALL}
+        sys.modules["perseus_plugin.integrations.deepspeed"] = None
+        from {PIPE} import PipelineEngine
+        print("alive")
+        """,
+        "-W",
+        "error",
+    )
+    assert "alive" in out
+    assert "perseus is off: could not hook into DeepSpeed" in out
+
+
+def test_a_module_still_being_imported_is_left_to_the_finder(packages: Path) -> None:
+    """DeepSpeed may import torch for the first time in the middle of its own engine module."""
+    (packages / "deepspeed/runtime/engine.py").write_text(f"{INSTALL}\nclass DeepSpeedEngine:\n    pass\n")
+    out = run(packages, f"from {PIPE} import PipelineEngine; print('_perseus_patched' in vars(PipelineEngine))")
+    assert out == "True\n"

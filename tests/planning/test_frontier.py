@@ -1,0 +1,89 @@
+"""The frontier: convex, monotone, known to within its tolerance, with plans that keep their word."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perseus_plugin.errors import PlanError
+from perseus_plugin.pipeline import build_graph
+from perseus_plugin.planning.frontier import frontier_to_json, make_frontier
+from perseus_plugin.planning.planner import Planner
+from perseus_plugin.schedules import one_f_one_b
+
+from .jobs import Job, bundled_profile, jobs
+
+
+def small() -> Planner:
+    return Planner(build_graph(one_f_one_b(3, 6)), bundled_profile(3), blocking_power_w=60.0)
+
+
+@settings(max_examples=25)
+@given(jobs())
+def test_convex_monotone_and_with_plans_above_the_bound(job: Job) -> None:
+    graph = build_graph(job.streams, latency_s=job.latency_s)
+    planner = Planner(graph, job.profile, blocking_power_w=list(job.blocking_w))
+    frontier = make_frontier(planner, tolerance=0.01)
+    time = np.array([p.deadline_s for p in frontier.points])
+    bound = np.array([p.bound_j for p in frontier.points])
+    loose = 1e-3 * bound.max()
+    assert (np.diff(time) > 0).all()
+    assert (np.diff(bound) <= loose).all()
+    for left, middle, right in zip(frontier.points, frontier.points[1:], frontier.points[2:], strict=False):
+        share = (middle.deadline_s - left.deadline_s) / (right.deadline_s - left.deadline_s)
+        assert middle.bound_j <= (1 - share) * left.bound_j + share * right.bound_j + loose
+    for point in frontier.points:
+        assert point.plan.iteration_time_s <= point.deadline_s * (1 + 1e-12)
+        assert point.plan.energy_j >= point.bound_j
+    assert time[0] == pytest.approx(planner.problem.shortest_s)
+
+
+@given(st.floats(0, 1))
+@settings(max_examples=20)
+def test_between_samples_the_bound_is_where_chord_and_tangents_say(share: float) -> None:
+    planner = small()
+    frontier = make_frontier(planner, tolerance=0.002)
+    points = frontier.points
+    deadline = points[0].deadline_s + share * (points[-1].deadline_s - points[0].deadline_s)
+    value = planner.relaxation.solve(deadline).bound_j
+    chord = float(np.interp(deadline, [p.deadline_s for p in points], [p.bound_j for p in points]))
+    assert chord * (1 - 0.002 - 1e-4) <= value <= chord * (1 + 1e-4)
+
+
+def test_a_finer_tolerance_takes_more_samples_and_progress_is_told() -> None:
+    told: list[tuple[int, float]] = []
+    coarse = make_frontier(small(), tolerance=0.02)
+    fine = make_frontier(small(), tolerance=0.001, progress=lambda count, error: told.append((count, error)))
+    assert len(fine.points) > len(coarse.points)
+    assert [count for count, _ in told] == list(range(2, len(fine.points) + 1))
+    assert told[-1][1] <= 0.001 < told[0][1]
+
+
+def test_the_plan_for_a_deadline_meets_it() -> None:
+    frontier = make_frontier(small())
+    middle = frontier.points[len(frontier.points) // 2]
+    assert frontier.plan_for(middle.deadline_s).energy_j <= middle.plan.energy_j
+    assert frontier.plan_for(middle.deadline_s).iteration_time_s <= middle.deadline_s
+    assert frontier.plan_for(1e9).energy_j == min(p.plan.energy_j for p in frontier.points)
+    with pytest.raises(PlanError, match="shortest possible"):
+        frontier.plan_for(0.01)
+
+
+def test_the_file_holds_every_sample() -> None:
+    frontier = make_frontier(small(), tolerance=0.01)
+    content = json.loads(frontier_to_json(frontier))
+    assert content["schema"] == "perseus-frontier"
+    assert len(content["points"]) == len(frontier.points)
+    assert content["points"][0]["slope_w"] is None
+    assert content["points"][-1]["slope_w"] == 0
+    assert content["points"][0]["clocks_mhz"][0] == frontier.points[0].plan.clocks_mhz(0)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, 1.0, float("nan")])
+def test_a_tolerance_out_of_range_is_refused(tolerance: float) -> None:
+    with pytest.raises(PlanError, match="tolerance"):
+        make_frontier(small(), tolerance=tolerance)

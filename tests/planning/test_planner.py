@@ -1,0 +1,198 @@
+"""Whole plans: what they promise holds in a simulation that shares no code with the planner."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from perseus_plugin.errors import PlanError
+from perseus_plugin.instructions import Constant
+from perseus_plugin.pipeline import build_graph
+from perseus_plugin.planning.planner import Planner, Target, make_plan
+from perseus_plugin.profiling.profile import Measurement, Profile
+from perseus_plugin.schedules import SCHEDULES, one_f_one_b
+
+from .jobs import Job, brute_force, bundled_profile, jobs, replay
+
+
+def planner_of(job: Job) -> Planner:
+    graph = build_graph(job.streams, latency_s=job.latency_s)
+    return Planner(graph, job.profile, blocking_power_w=list(job.blocking_w))
+
+
+def small(stages: int = 3, microbatches: int = 6) -> Planner:
+    return Planner(build_graph(one_f_one_b(stages, microbatches)), bundled_profile(stages), blocking_power_w=60.0)
+
+
+@settings(max_examples=80)
+@given(jobs(), st.floats(0, 0.6))
+def test_promises_hold_in_an_independent_simulation(job: Job, slowdown: float) -> None:
+    plan = planner_of(job).plan(Target.slowdown(slowdown))
+    end, energy = replay(job, plan)
+    assert end == pytest.approx(plan.iteration_time_s, rel=1e-9)
+    assert end <= plan.deadline_s * (1 + 1e-12)
+    assert energy == pytest.approx(plan.energy_j, rel=1e-9)
+    assert plan.energy_lower_bound_j <= plan.energy_j <= plan.baseline_energy_j
+    for stage in plan.stages:
+        for before, after in itertools.pairwise(stage):
+            assert before.finish_s <= after.start_s + 1e-12
+
+
+@settings(max_examples=40)
+@given(jobs(max_stages=2, max_microbatches=1, max_clocks=3), st.floats(0, 0.6))
+def test_the_brute_force_optimum_lies_between_bound_and_plan(job: Job, slowdown: float) -> None:
+    planner = planner_of(job)
+    assume(len(planner.problem.instruction_nodes) <= 6)
+    plan = planner.plan(Target.slowdown(slowdown), effort="normal")
+    best = brute_force(job, plan.deadline_s)
+    assert plan.energy_lower_bound_j <= best * (1 + 1e-9) + 1e-9
+    assert best <= plan.energy_j * (1 + 1e-9)
+    # A window holds the whole of so small a job, so the search is exact up to its time unit.
+    assert plan.energy_j <= best * 1.02 + 1e-9
+
+
+@settings(max_examples=30)
+@given(jobs(), st.floats(1.0, 3.0))
+def test_a_straggler_is_waited_for(job: Job, stretch: float) -> None:
+    planner = planner_of(job)
+    until = planner.problem.full_clock_time_s * stretch
+    plan = planner.plan(Target.straggler(until))
+    end, energy = replay(job, plan)
+    assert end <= until * (1 + 1e-12)
+    assert plan.energy_j == pytest.approx(energy + sum(job.blocking_w) * (until - end), rel=1e-9)
+    assert plan.energy_lower_bound_j <= plan.energy_j <= plan.baseline_energy_j
+
+
+@settings(max_examples=30)
+@given(jobs())
+def test_cheapest_takes_no_more_than_any_deadline(job: Job) -> None:
+    planner = planner_of(job)
+    cheapest = planner.plan(Target.cheapest())
+    for slowdown in (0.0, 0.1, 0.5):
+        assert cheapest.energy_lower_bound_j <= planner.plan(Target.slowdown(slowdown)).energy_j * (1 + 1e-9)
+
+
+def test_more_effort_is_never_worse() -> None:
+    planner = small(4, 10)
+    quick, normal = (planner.plan(Target.slowdown(), effort=effort) for effort in ("quick", "normal"))
+    assert normal.energy_lower_bound_j == quick.energy_lower_bound_j
+    assert normal.energy_j <= quick.energy_j
+    assert normal.iteration_time_s <= normal.deadline_s
+
+
+def test_zero_slowdown_saves_energy_at_the_time_of_full_clocks() -> None:
+    plan = small(4, 12).plan(Target.slowdown())
+    assert plan.iteration_time_s <= plan.baseline_time_s
+    assert plan.saving > 0.01
+    assert plan.gap < 0.03
+    # The last stage is the bottleneck, so it has to stay at full clock in the steady state.
+    assert set(plan.clocks_mhz(3)) == {1400}
+
+
+def test_a_long_deadline_is_not_used_where_waiting_costs_energy() -> None:
+    planner = small()
+    cheapest = planner.plan(Target.cheapest())
+    relaxed = planner.plan(Target.deadline(100.0))
+    assert relaxed.deadline_s == 100.0
+    assert relaxed.iteration_time_s == cheapest.iteration_time_s < 100.0
+
+
+def test_an_energy_budget_gives_a_fast_plan_within_it() -> None:
+    planner = small()
+    full, cheapest = planner.plan(Target.slowdown()), planner.plan(Target.cheapest())
+    budget = (full.energy_j + cheapest.energy_j) / 2
+    plan = planner.plan(Target.energy_budget(budget))
+    assert plan.energy_j <= budget
+    assert full.iteration_time_s < plan.iteration_time_s < cheapest.iteration_time_s
+    assert planner.plan(Target.energy_budget(10 * budget)).iteration_time_s <= full.iteration_time_s
+    with pytest.raises(PlanError, match=r"energy budget: got 1\.000 J; the cheapest plan found takes"):
+        planner.plan(Target.energy_budget(1.0))
+
+
+def test_unresolved_kinds_stay_at_full_clock() -> None:
+    plan = make_plan(
+        build_graph(one_f_one_b(3, 6)),
+        bundled_profile(3),
+        blocking_power_w=60.0,
+        target=Target.slowdown(0.2),
+        full_clock_only={(0, "backward"), (1, "forward")},
+    )
+    held = [p for stage in plan.stages for p in stage]
+    held = [p for p in held if (p.instruction.stage, p.instruction.kind) in {(0, "backward"), (1, "forward")}]
+    assert {p.frequency_mhz for p in held} == {1400}
+    assert plan.saving > 0
+
+
+def test_the_fastest_clock_need_not_be_the_highest() -> None:
+    rows = (Measurement(1400, 0.11, 40.0), Measurement(1300, 0.10, 36.0), Measurement(1000, 0.14, 30.0))
+    profile = Profile({(0, "forward"): rows, (0, "backward"): rows})
+    planner = Planner(build_graph(one_f_one_b(1, 2)), profile, blocking_power_w=50.0)
+    plan = planner.plan(Target.deadline(0.40))
+    assert plan.iteration_time_s == pytest.approx(0.40)
+    assert set(plan.clocks_mhz(0)) == {1300}
+    assert plan.baseline_time_s == pytest.approx(0.44)
+
+
+def test_constant_time_nodes_count_as_blocking() -> None:
+    streams = [[Constant("load"), *one_f_one_b(1, 2)[0], Constant("step")]]
+    profile = bundled_profile(1)
+    plan = make_plan(
+        build_graph(streams, {(0, "load"): 0.5, (0, "step"): 0.25}),
+        profile,
+        blocking_power_w=60.0,
+        target=Target.slowdown(),
+    )
+    rows = [profile.table[0, kind][0] for kind in ("forward", "backward")]
+    busy = 2 * sum(m.time_s for m in rows)
+    assert plan.baseline_time_s == pytest.approx(busy + 0.75)
+    assert plan.baseline_energy_j == pytest.approx(2 * sum(m.energy_j for m in rows) + 60.0 * 0.75)
+    assert plan.stages[0][0].start_s == pytest.approx(0.5)
+
+
+def test_stages_may_have_different_clocks() -> None:
+    table = dict(bundled_profile(2).table)
+    for kind in ("forward", "backward"):
+        table[1, kind] = bundled_profile(2, clocks=(1980, 1500, 990)).table[1, kind]
+    plan = Planner(build_graph(one_f_one_b(2, 6)), Profile(table), blocking_power_w=[60.0, 90.0]).plan(
+        Target.slowdown(0.1)
+    )
+    assert set(plan.clocks_mhz(0)) <= {1400, 1200, 1000, 800, 600}
+    assert set(plan.clocks_mhz(1)) <= {1980, 1500, 990}
+    assert plan.saving > 0
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_textbook_schedule_can_be_planned(name: str) -> None:
+    profile = bundled_profile(4)
+    table = dict(profile.table)
+    if "recomputation" in name:
+        table |= {(s, "recompute"): rows for (s, kind), rows in profile.table.items() if kind == "forward"}
+    plan = Planner(build_graph(SCHEDULES[name](4, 8)), Profile(table), blocking_power_w=60.0).plan(Target.slowdown())
+    assert plan.microbatches == 8
+    assert plan.iteration_time_s <= plan.baseline_time_s
+    assert plan.energy_j < plan.baseline_energy_j
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Target.slowdown(-0.1),
+        lambda: Target.slowdown(math.nan),
+        lambda: Target.deadline(0.0),
+        lambda: Target.straggler(math.inf),
+        lambda: Target.energy_budget(-1.0),
+    ],
+)
+def test_targets_out_of_range_are_refused(make) -> None:
+    with pytest.raises(PlanError, match=r"got .*; allowed: a finite number"):
+        make()
+
+
+def test_an_impossible_deadline_names_the_shortest_iteration() -> None:
+    planner = small()
+    with pytest.raises(PlanError, match=f"{planner.problem.shortest_s:.6f} s"):
+        planner.plan(Target.deadline(0.01))

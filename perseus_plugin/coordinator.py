@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import statistics
 import time
 from collections import deque
@@ -45,7 +46,8 @@ from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep, Timeta
 logger = logging.getLogger(__name__)
 
 _ESTIMATES_TIMEOUT_S = 120.0
-_SWITCH_AHEAD = 2  # iterations between saying and doing: every rank looks for news once per iteration
+_SWITCH_AHEAD = 2  # see `Coordinator._ahead`
+_NEWS_TAKE_S = 0.1  # until the slowest rank has heard of something
 
 
 class Planner(Protocol):
@@ -162,7 +164,7 @@ class Coordinator:
         elif isinstance(directive, Follow) and self._is_current(directive, record):
             self._recent.append(duration_s)
             if directive.straggler:
-                self.stragglers.count_iteration(self._seconds_per_planned or 1.0)
+                self.stragglers.count_iteration()
 
     @property
     def full_clock_time_s(self) -> float | None:
@@ -228,7 +230,7 @@ class Coordinator:
         order = sweep_order(clocks, profiling.seed + self._round)
         logger.info("energies are not known well enough yet: profiling once more, at %d clocks", len(clocks))
         self._tell(iteration, "sweep", clocks_mhz=order)
-        self._sweep_end = iteration + _SWITCH_AHEAD + self._steps_per_block * len(order)
+        self._sweep_end = iteration + self._ahead + self._steps_per_block * len(order)
         return True
 
     def _fits(self, iteration: int, survey: Survey) -> bool:
@@ -441,7 +443,7 @@ class Coordinator:
             variants = {replica: own for replica, own in variants.items() if own != for_others}
             logger.info("planned for %d slow replica(s)", len(situation.slow) + len(situation.untouched))
             self._tell(iteration, "follow", version=for_others, variants=variants, straggler=True)
-        self.stragglers.switched(situation, answer, iteration + _SWITCH_AHEAD, self._followed)
+        self.stragglers.switched(situation, answer, iteration + self._ahead, self._followed)
 
     def expected_time_s(self) -> float | None:
         """How long an iteration under the current plan may take, in measured seconds; None before it is known.
@@ -524,7 +526,7 @@ class Coordinator:
         self._slow_since = None
         news = News(
             sequence=self._sequence,
-            switch=iteration + _SWITCH_AHEAD,
+            switch=iteration + self._ahead,
             action=action,
             version=version,
             variants=variants or {},
@@ -535,6 +537,12 @@ class Coordinator:
         )
         self._followed = news.version_for(0)  # rank 0 is in replica 0
         self._exchange.publish(NEWS, news.model_dump())
+
+    @property
+    def _ahead(self) -> int:
+        """Iterations between saying and doing: every rank looks for news at least once per iteration."""
+        time_s = self.full_clock_time_s
+        return _SWITCH_AHEAD if time_s is None else max(_SWITCH_AHEAD, 1 + math.ceil(_NEWS_TAKE_S / time_s))
 
     def _is_current(self, directive: Follow, record: IterationRecord) -> bool:
         return self.state is State.FOLLOWING and directive.version == self._followed

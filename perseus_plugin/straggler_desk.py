@@ -179,7 +179,8 @@ class StragglerDesk:
             logger.info("%s", f"rank {report.rank} is seen to be back to normal" if report.ends else what)
         else:
             self.figures.reports += 1
-        self._events.write("detection" if report.source == DETECTION else "report", **report.model_dump())
+        facts = report.model_dump(exclude={"time"}, exclude_none=True)
+        self._events.write("detection" if report.source == DETECTION else "report", **facts)
 
     # What there is to plan for.
 
@@ -303,12 +304,8 @@ class StragglerDesk:
         """How many pipelines are slow in the situation in force."""
         return 0 if self.situation is None else len(self.situation.slow) + len(self.situation.untouched)
 
-    def count_iteration(self, seconds_per_planned: float) -> None:
-        """An iteration has run under the answer in force.
-
-        Args:
-            seconds_per_planned: measured seconds per second of the graph.
-        """
+    def count_iteration(self) -> None:
+        """An iteration has run under the answer in force."""
         self.figures.iterations += 1
         if self.answer is None or self.situation is None or self.answer.pace is None:
             return
@@ -316,8 +313,8 @@ class StragglerDesk:
         replicas = self._world_size // self._stages
         for variant, planned in zip(self.situation.variants, self.answer.pace.variants, strict=True):
             count = replicas - self.slow_replicas if max(variant) == 1 else of_slow.count(variant)
-            self.figures.energy_saved_j += count * (planned.without_j - planned.energy_j) * seconds_per_planned
-        self.figures.time_saved_s += (self.answer.pace.without_s - self.answer.pace.pace_s) * seconds_per_planned
+            self.figures.energy_saved_j += count * (planned.without_j - planned.energy_j)
+        self.figures.time_saved_s += self.answer.pace.without_s - self.answer.pace.pace_s
 
 
 def _printable(value: Any) -> str:

@@ -146,6 +146,8 @@ def _listen(folder: Path) -> socket.socket:
 
 
 def _remove_if_dead(path: str) -> None:
+    if not Path(path).is_socket():
+        raise OSError(f"there is another file called {SOCKET_NAME}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_TIMEOUT_S)
         try:

@@ -1,4 +1,7 @@
-"""A training script whose GPUs become slow and recover; per rank it writes what every iteration took into `facts<rank>.json`."""
+"""A training script whose GPUs become slow and recover.
+
+Every rank writes what its iterations took into `facts<rank>.json` in the current folder.
+"""
 
 from __future__ import annotations
 

@@ -129,16 +129,20 @@ class StragglerDetector:
             return statistics.median(shortest)
         if len(recent) < (self._recent.maxlen or 0):
             return self.level
-        median = statistics.median(recent)
+        # Most iterations of the window must say so: half of them could be one interruption.
+        low, high = statistics.median_low(recent), statistics.median_high(recent)
         error = sigma * _MEDIAN_EFFICIENCY / math.sqrt(len(recent))
         known = self.level > 1
-        if known and median < 1 + min(self._threshold, (self.level - 1) / 3):
+        if known and high < 1 + min(self._threshold, (self.level - 1) / 3):
             return 1.0
         # Once a rank is known to be slow, its pace is worth knowing more exactly than that there is something.
-        least = self._threshold / 3 if known and median > 1 + self._threshold else self._threshold
-        if abs(median / self.level - 1) <= max(least, error):
-            return self.level
-        return median if median > 1 + self._threshold else 1.0
+        least = max(self._threshold / 3 if known else self._threshold, error)
+        if low > self.level * (1 + least) and low > 1 + self._threshold:
+            return statistics.median(recent)
+        if high < self.level * (1 - least):
+            median = statistics.median(recent)
+            return median if median > 1 + self._threshold else 1.0
+        return self.level
 
 
 class OwnPast:

@@ -23,10 +23,10 @@ from tests.e2e.probe import batches, layers, loss
 OUT = Path("out")
 
 
-def report(by: str, rank: int, slowdown: float) -> None:
-    """Tell the job, in one of the two ways there are."""
-    if by == "python":
-        assert perseus_plugin.report_straggler(rank=rank, slowdown=slowdown)
+def report(rank: int, slowdown: float) -> None:
+    """Tell the job: on the command line that a rank is slow, from Python that it is not any more."""
+    if slowdown == 1:
+        assert perseus_plugin.report_straggler(rank=rank, slowdown=slowdown, source="cli")
     else:
         command = [sys.executable, "-m", "perseus_plugin.cli.main", "straggler"]
         command += ["report", "--job", str(OUT), "--rank", str(rank), "--slowdown", str(slowdown)]
@@ -42,8 +42,7 @@ def main() -> None:
     parser.add_argument("--slow-at", type=int, default=-1)
     parser.add_argument("--recover-at", type=int, default=-1)
     parser.add_argument("--slowdown", type=float, default=1.25)
-    parser.add_argument("--report", choices=["python", "cli"], help="report it too, from the last rank")
-    parser.add_argument("--report-only", action="store_true", help="the GPU itself stays as it is")
+    parser.add_argument("--report", action="store_true", help="report it too, from the last rank")
     arguments = deepspeed.add_config_arguments(parser).parse_args()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
@@ -61,10 +60,10 @@ def main() -> None:
     for step in range(arguments.steps):
         change = {arguments.slow_at: arguments.slowdown, arguments.recover_at: 1.0}.get(step)
         if change is not None and gpu is not None:
-            if rank == arguments.slow_rank and not arguments.report_only:
+            if rank == arguments.slow_rank:
                 gpu.set_slowdown(change)
-            if rank == ranks - 1 and arguments.report is not None:
-                report(arguments.report, arguments.slow_rank, change)
+            if rank == ranks - 1 and arguments.report:
+                report(arguments.slow_rank, change)
         began_s.append(time.monotonic())
         energy_j.append(0.0 if gpu is None else gpu.exact_energy_j())
         losses.append(engine.train_batch(data).item())

@@ -17,7 +17,7 @@ from tests.e2e.launching import BASE_CONFIG, REPOSITORY, perseus_block, run_job
 pytestmark = pytest.mark.e2e
 
 PROBE = Path(__file__).with_name("straggler_probe.py")
-SLOW_AT, RECOVER_AT, STEPS = 40, 65, 85
+SLOW_AT, RECOVER_AT, STEPS = 36, 54, 66
 # DeepSpeed puts stage s of replica r on rank s * replicas + r.
 FAST, SLOW = (0, 2), (1, 3)
 
@@ -82,9 +82,9 @@ def test_a_slow_replica_is_seen_and_answered(tmp_path: Path, losses: list[float]
     assert facts[0]["losses"] == losses
 
 
-@pytest.mark.parametrize("by", ["python", "cli"])
-def test_a_slow_replica_is_reported_and_answered(by: str, tmp_path: Path, losses: list[float]) -> None:
-    facts = run(tmp_path, 4, {"detect": False}, "--slow-rank", "3", "--report", by)
+def test_a_slow_replica_is_reported_and_answered(tmp_path: Path, losses: list[float]) -> None:
+    """Reported on the command line, taken back from Python; without detection there is nothing else to go by."""
+    facts = run(tmp_path, 4, {"detect": False}, "--slow-rank", "3", "--report")
     figures = check_answered(tmp_path, facts)
     assert (figures["detections"], figures["reports"]) == (0, 2)
     assert switches_of(events_of(tmp_path))[0]["iteration"] <= SLOW_AT + 6

@@ -84,7 +84,7 @@ def main() -> None:
         engine._INSTRUCTION_MAP = instruction_map
         begin_s = time.perf_counter()
         if tap is not None:
-            tap.arm(IterationRecord(0, "", operations, slots))
+            tap.arm(IterationRecord(0, operations=operations, slots=slots))
         engine._exec_schedule(schedule)
         if tap is not None:
             tap.disarm()

@@ -136,6 +136,7 @@ class Coordinator:
         self._recent: deque[float] = deque(maxlen=config.watch.patience)
         self._recheck_sequence = 0
         self._recheck_s: list[float] = []
+        self._recheck_schedule = ""
         self._rechecks: dict[int, Recheck] = {}
         self._excess = 0.0
 
@@ -157,10 +158,12 @@ class Coordinator:
         if not record.undisturbed or not record.complete:
             return
         if isinstance(directive, Sweep) and directive.kept and directive.frequency_mhz == self._top_mhz:
+            if record.schedule != self._full_clock_schedule:
+                self._full_clock_s, self._full_clock_schedule = [], record.schedule
             self._full_clock_s.append(duration_s)
-            self._full_clock_schedule = record.schedule
         elif isinstance(directive, FullClock) and self.state is State.RECHECKING:
-            self._recheck_s.append(duration_s)
+            if record.schedule == self._recheck_schedule:
+                self._recheck_s.append(duration_s)
         elif isinstance(directive, Follow) and self._is_current(directive, record):
             self._recent.append(duration_s)
             if directive.straggler:
@@ -397,16 +400,8 @@ class Coordinator:
             self._switch(situation, answer, iteration)
             return True
         assert self.plan is not None  # it is followed
-        per_planned = self._seconds_per_planned
         self._asked = situation
-        self._request_plan(
-            iteration,
-            PaceRequest(
-                situation.variants,
-                tuple(tuple(self.plan.clocks_mhz(stage)) for stage in range(self._stages)),
-                0.0 if per_planned is None else situation.at_least_s / per_planned,
-            ),
-        )
+        self._request_plan(iteration, situation.request(self.plan, self._seconds_per_planned))
         return True
 
     def _take_pace(self, answer: PlanAnswer, situation: Situation, iteration: int) -> None:
@@ -434,15 +429,10 @@ class Coordinator:
         assert self._schedule is not None  # there is a plan for one
         version, _ = self._plans[self._schedule.key]
         if situation is None or answer is None:
-            logger.info("no rank is slow any more: back to plan %d", version)
             self._tell(iteration, "follow", version=version)
         else:
-            for_others = answer.versions.get(situation.unslowed, version)
-            variants = {replica: answer.versions.get(slowdowns, version) for replica, slowdowns in situation.slow}
-            variants.update(dict.fromkeys(situation.untouched, version))
-            variants = {replica: own for replica, own in variants.items() if own != for_others}
-            logger.info("planned for %d slow replica(s)", len(situation.slow) + len(situation.untouched))
-            self._tell(iteration, "follow", version=for_others, variants=variants, straggler=True)
+            version, variants = answer.versions_in(situation, version)
+            self._tell(iteration, "follow", version=version, variants=variants, straggler=True)
         self.stragglers.switched(situation, answer, iteration + self._ahead, self._followed)
 
     def expected_time_s(self) -> float | None:
@@ -455,33 +445,44 @@ class Coordinator:
         if self.plan is None or per_planned is None:
             return None
         answer = self.stragglers.answer
-        pace_s = self.plan.deadline_s if answer is None or answer.pace is None else answer.pace.pace_s
+        pace_s = 0.0 if answer is None or answer.pace is None else answer.pace.pace_s
         return max(pace_s, self.plan.deadline_s) * per_planned
 
     @property
     def _seconds_per_planned(self) -> float | None:
-        """Measured seconds per second of the graph."""
+        """Measured seconds per second of the graph; None before the schedule that was measured has a plan."""
         measured_s = self.full_clock_time_s
-        if self.plan is None or measured_s is None:
+        if measured_s is None or self._full_clock_schedule not in self._plans:
             return None
-        _, reference = self._plans.get(self._full_clock_schedule, (0, self.plan))
+        _, reference = self._plans[self._full_clock_schedule]
         return measured_s / reference.baseline_time_s
+
+    def _full_clock_time_of(self, schedule: str) -> float | None:
+        """Iteration time at full clocks that this schedule should have; None if that is not known."""
+        per_planned = self._seconds_per_planned
+        if per_planned is None or schedule not in self._plans:
+            return None
+        return self._plans[schedule][1].baseline_time_s * per_planned
 
     def _drop(self, iteration: int, seen_s: float, expected_s: float) -> None:
         self.dropped += 1
         self._excess = seen_s / expected_s - 1
         text = f"iterations take {seen_s:.4g} s instead of {expected_s:.4g} s under the plan"
         if self.dropped > self._config.watch.max_replans:
-            self._give_up(iteration, f"{text}, for the {self.dropped}th time")
+            self._give_up(iteration, f"{text}; plan number {self.dropped} that does not hold")
             return
         logger.warning("%s: back to full clocks, measuring and planning again", text)
         self._recheck_s, self._rechecks = [], {}
         self.stragglers.leave()
+        self._recheck_schedule = self._schedule.key if self._schedule is not None else ""
         self._tell(iteration, "full", reason=text, recheck=True)
         self._recheck_sequence = self._sequence
         self.state = State.RECHECKING
 
     def _judge(self, iteration: int) -> None:
+        assert self._schedule is not None  # a plan was followed
+        if self._schedule.key != self._recheck_schedule:
+            self._recheck_s, self._recheck_schedule = [], self._schedule.key
         if len(self._recheck_s) < self._config.watch.patience:
             return
         patient = len(self._recheck_s) < 4 * self._config.watch.patience
@@ -489,8 +490,8 @@ class Coordinator:
             return
         assert self.survey is not None  # it was planned on
         self.survey = rescaled(self.survey, self.stragglers.corrected(self._rechecks))
-        full_s, before_s = statistics.median(self._recheck_s), self.full_clock_time_s
-        if before_s is None or full_s > before_s * (1 + self._config.watch.tolerance):
+        full_s, before_s = statistics.median(self._recheck_s), self._full_clock_time_of(self._recheck_schedule)
+        if before_s is not None and full_s > before_s * (1 + self._config.watch.tolerance):
             logger.warning(
                 "at full clocks an iteration now takes %.4g s: the job itself is slower; planning for that",
                 full_s,
@@ -498,8 +499,7 @@ class Coordinator:
         else:
             self._margin += self._excess
         self._full_clock_s = list(self._recheck_s)
-        assert self._schedule is not None
-        self._full_clock_schedule = self._schedule.key
+        self._full_clock_schedule = self._recheck_schedule
         self._plans.clear()
         self.stragglers.forget()
         self._request_plan(iteration)

@@ -23,7 +23,7 @@ from perseus_plugin.control.controller import Controller
 from perseus_plugin.emulation import EmulatedStage
 from perseus_plugin.errors import ConfigError, PerseusError
 from perseus_plugin.exchange import Exchange, open_exchange
-from perseus_plugin.gpus.selection import Selection, select_gpu, with_facts
+from perseus_plugin.gpus.selection import Selection, emulates, select_gpu, with_facts
 from perseus_plugin.instructions import Compute, Constant
 from perseus_plugin.known import given_profile, kept_profile
 from perseus_plugin.link import FinishedIteration, Link, StreamOf
@@ -101,7 +101,6 @@ class Session:
         self.tap.execution = emulated
         self._iteration = 0
         self._record: IterationRecord | None = None
-        self._directive: Directive = FullClock("warm-up")
         self._applied: object = None
         self._schedule = ""
         self._operations: dict[str, tuple[tuple[Compute | Constant, ...], list[int]]] = {}
@@ -121,11 +120,10 @@ class Session:
     @_guarded
     def begin_iteration(self) -> None:
         """A training iteration begins."""
-        number = self._iteration
-        self._directive = self._link.timetable.at(number)
-        if self._emulated is not None and self._emulated.needs_calibration and isinstance(self._directive, Sweep):
-            self._emulated.calibrate(self._exchange)
-        self._record = IterationRecord(number)
+        emulated = self._emulated
+        if emulated is not None and emulated.needs_calibration and self._iteration >= self._link.timetable.sweep.first:
+            emulated.calibrate(self._exchange)
+        self._record = IterationRecord(self._iteration)
         self._boundaries.reach(self._begins, self._record)
 
     def begin_schedule(self, key: str, stream_of: StreamOf) -> bool:
@@ -152,21 +150,23 @@ class Session:
             self._link.use_schedule(key, stream_of)
         record.schedule = key
         record.operations, record.slots = self._operations[key]
-        self._boundaries.reach(self._apply, record, self._directive)
+        self._boundaries.reach(self._apply, record)
         self.tap.arm(record)
         return True
 
     def _begins(self, now_s: float, record: IterationRecord) -> None:
+        # Settled here, not where Python is: ranks' Python may be several iterations apart, their GPUs are not.
+        record.directive = self._link.timetable.at(record.number)
         record.begin_s = now_s
         if self._helper is not None:
             self._helper.mark(begin_tag(record.number))
 
-    def _apply(self, now_s: float, record: IterationRecord, directive: Directive) -> None:
+    def _apply(self, now_s: float, record: IterationRecord) -> None:
         """The GPU gets to the schedule: have the controller do what the directive says, unless it does already."""
-        wanted = (directive.identity, record.schedule)
+        wanted = (record.directive.identity, record.schedule)
         record.undisturbed = wanted == self._applied
         if not record.undisturbed:
-            self._applied = wanted if self._control(directive, record) else None
+            self._applied = wanted if self._control(record.directive, record) else None
 
     def _control(self, directive: Directive, record: IterationRecord) -> bool:
         """False if what the directive says cannot be done (yet): full clocks then."""
@@ -196,14 +196,14 @@ class Session:
             return
         self.tap.disarm()
         self._iteration += 1
-        self._boundaries.reach(self._ended, record, self._directive)
+        self._boundaries.reach(self._ended, record)
         self._write_events()
 
-    def _ended(self, now_s: float, record: IterationRecord, directive: Directive) -> None:
+    def _ended(self, now_s: float, record: IterationRecord) -> None:
         record.end_s = now_s
         if self._helper is not None:
             self._helper.mark(end_tag(record.number))
-        self._link.finished(FinishedIteration(directive, record))
+        self._link.finished(FinishedIteration(record.directive, record))
 
     @_guarded
     def evaluation(self) -> None:
@@ -296,52 +296,56 @@ def start_session(
     set_up_logging(config.log_level, placement.rank)
     output_dir = _output_dir(config)
     known = given_profile(config, placement)
-    _check_emulation_times(config, placement)
+    _check_emulation(config, placement)
     exchange = open_exchange(_next_prefix())
-    selection = select_gpu(config, placement, output_dir)
-    helper, emulated = None, None
-    if selection.spec is not None:
-        helper = ClockHelper.start(selection.spec, min_dwell_s=config.limits.min_dwell_s)
-        device = helper.wait_ready(_READY_TIMEOUT_S)
-        if device is not None and device.leftover:
-            logger.warning("%s", device.leftover)
-        selection = with_facts(selection, device)
-        if selection.spec is None:
-            helper.close(timeout_s=1.0)
-            helper = None
-    if selection.emulated_gpu is not None:
-        emulated = EmulatedStage(selection.emulated_gpu, config.emulation, placement)
-    if emulated is not None and emulated.needs_calibration and config.profiling.warmup_steps < 2:
-        raise ConfigError(
-            f"perseus.profiling.warmup_steps: got {config.profiling.warmup_steps}; allowed: a whole number from 2 "
-            "when emulated times are taken from the CPU's (or give perseus.emulation.forward_time_s and "
-            "backward_time_s)"
+    selection, helper = _take_gpu(config, select_gpu(config, placement, output_dir))
+    try:
+        if known is None:
+            known = kept_profile(config, placement, selection, facts or {}, exchange, output_dir)
+        link = Link(_timetable(config, selection, known.profile))
+        if helper is None:
+            _observe_only(selection, link, placement)
+        elif config.limits.switch_latency_s is None:
+            helper.measure_latency()
+        else:
+            link.rise_lead_s = config.limits.switch_latency_s
+        worker = SessionWorker(
+            config=config,
+            placement=placement,
+            link=link,
+            helper=helper,
+            exchange=exchange,
+            output_dir=output_dir,
+            selection=selection,
+            known=known,
         )
-    if known is None:
-        known = kept_profile(config, placement, selection, facts or {}, exchange, output_dir)
-    timetable = _timetable(config, selection, known.profile)
-    link = Link(timetable)
-    if helper is None:
-        _observe_only(selection, link, placement)
-    elif config.limits.switch_latency_s is None:
-        helper.measure_latency()
-    else:
-        link.rise_lead_s = config.limits.switch_latency_s
-    worker = SessionWorker(
-        config=config,
-        placement=placement,
-        link=link,
-        helper=helper,
-        exchange=exchange,
-        output_dir=output_dir,
-        selection=selection,
-        known=known,
-    )
-    session = Session(placement, link, helper, emulated, exchange, monitor, config.stragglers)
+        emulated = None
+        if selection.emulated_gpu is not None:
+            emulated = EmulatedStage(selection.emulated_gpu, config.emulation, placement)
+        session = Session(placement, link, helper, emulated, exchange, monitor, config.stragglers)
+    except BaseException:
+        if helper is not None:
+            helper.close(timeout_s=1.0)
+        raise
     worker.start(session)
     live_sessions.add(session)
     atexit.register(session.close)
     return session
+
+
+def _take_gpu(config: PerseusConfig, selection: Selection) -> tuple[Selection, ClockHelper | None]:
+    """Start the helper of the selected GPU; without one if it cannot set clocks."""
+    if selection.spec is None:
+        return selection, None
+    helper = ClockHelper.start(selection.spec, min_dwell_s=config.limits.min_dwell_s)
+    device = helper.wait_ready(_READY_TIMEOUT_S)
+    if device is not None and device.leftover:
+        logger.warning("%s", device.leftover)
+    selection = with_facts(selection, device)
+    if selection.spec is None:
+        helper.close(timeout_s=1.0)
+        return selection, None
+    return selection, helper
 
 
 live_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -367,13 +371,20 @@ def _output_dir(config: PerseusConfig) -> Path:
     return path
 
 
-def _check_emulation_times(config: PerseusConfig, placement: Placement) -> None:
+def _check_emulation(config: PerseusConfig, placement: Placement) -> None:
     for key in ("forward_time_s", "backward_time_s"):
         times = getattr(config.emulation, key)
         if times is not None and len(times) != placement.stages:
             raise ConfigError(
                 f"perseus.emulation.{key}: got {len(times)} numbers; allowed: one per stage, {placement.stages} here"
             )
+    measured = config.emulation.forward_time_s is None
+    if emulates(config, placement) and measured and config.profiling.warmup_steps < 2:
+        raise ConfigError(
+            f"perseus.profiling.warmup_steps: got {config.profiling.warmup_steps}; allowed: a whole number from 2 "
+            "when emulated times are taken from the CPU's (or give perseus.emulation.forward_time_s and "
+            "backward_time_s)"
+        )
 
 
 def _observe_only(selection: Selection, link: Link, placement: Placement) -> None:

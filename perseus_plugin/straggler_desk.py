@@ -17,7 +17,9 @@ from perseus_plugin.config import StragglersConfig
 from perseus_plugin.errors import PerseusError
 from perseus_plugin.exchange import Exchange
 from perseus_plugin.messages import STRAGGLERS, Placement, RankStats, Recheck, receive, stats_key
+from perseus_plugin.planner_process import PaceRequest
 from perseus_plugin.planning.paced import Pace, Slowdowns
+from perseus_plugin.planning.plan import Plan
 from perseus_plugin.reporting.events import EventLog
 from perseus_plugin.stragglers import DETECTION, StragglerBook, StragglerError, rounded_slowdown
 
@@ -56,6 +58,17 @@ class Situation:
         """A pipeline in which nothing is slow."""
         return (1.0,) * self.stages
 
+    def request(self, plan: Plan, seconds_per_planned: float | None) -> PaceRequest:
+        """What the planner has to be asked.
+
+        Args:
+            plan: the job's.
+            seconds_per_planned: measured seconds per second of the graph; None: not known.
+        """
+        clocks_mhz = tuple(tuple(plan.clocks_mhz(stage)) for stage in range(self.stages))
+        at_least_s = 0.0 if seconds_per_planned is None else self.at_least_s / seconds_per_planned
+        return PaceRequest(self.variants, clocks_mhz, at_least_s)
+
     @property
     def identity(self) -> object:
         """Equal where the same plans do, whichever replicas they are for."""
@@ -73,6 +86,18 @@ class Answer:
 
     pace: Pace | None
     versions: Mapping[Slowdowns, int]
+
+    def versions_in(self, situation: Situation, version: int) -> tuple[int, dict[int, int]]:
+        """The plan version of most replicas, and those of the replicas that have another one.
+
+        Args:
+            situation: a situation that this answers.
+            version: of the job's plan.
+        """
+        for_others = self.versions.get(situation.unslowed, version)
+        variants = {replica: self.versions.get(slowdowns, version) for replica, slowdowns in situation.slow}
+        variants.update(dict.fromkeys(situation.untouched, version))
+        return for_others, {replica: own for replica, own in variants.items() if own != for_others}
 
 
 @dataclass
@@ -288,6 +313,10 @@ class StragglerDesk:
         self.situation, self.answer = situation, answer
         self._answered_s = self._monotonic()
         self.figures.switches += 1
+        if situation is None:
+            logger.info("no rank is slow any more: back to the job's plan")
+        else:
+            logger.info("planned for %d slow replica(s)", self.slow_replicas)
         slow = [] if situation is None else [[replica, list(stages)] for replica, stages in situation.slow]
         pace_s = None if answer is None or answer.pace is None else answer.pace.pace_s
         self._events.write("switch", iteration=iteration, version=version, slow=slow, pace_s=pace_s)

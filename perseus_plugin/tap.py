@@ -15,6 +15,9 @@ from typing import Protocol
 from perseus_plugin.control.boundaries import Boundaries
 from perseus_plugin.control.controller import Controller
 from perseus_plugin.instructions import Compute, Constant, StreamOp
+from perseus_plugin.timetable import Directive, FullClock
+
+_UNSETTLED = FullClock("the GPU is not there yet")
 
 
 @dataclass(slots=True)
@@ -23,6 +26,7 @@ class IterationRecord:
 
     Attributes:
         number: iterations since the session began, from 0.
+        directive: what it runs as, settled when the GPU gets to it.
         schedule: key of the schedule that ran.
         operations: the hooked operations in program order (compute and constant).
         slots: for each of them its position among the compute ones, -1 for constants.
@@ -44,6 +48,7 @@ class IterationRecord:
     ends_s: list[float] = field(default_factory=list)
     overran: int = 0
     overhead_s: float = 0.0
+    directive: Directive = _UNSETTLED
 
     @property
     def complete(self) -> bool:

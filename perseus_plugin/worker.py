@@ -101,10 +101,10 @@ class SessionWorker:
         self._polling = False
         self._sweep_ended_s: float | None = None
         self._news = News(sequence=0, switch=0, action="full")
-        self._plan_version = 0
         self._recheck: dict[str, list[float]] | None = None
         self._recheck_left = 0
         self._told_trouble = False
+        self._plan_version = 0
         self._plan_told: Plan | None = None
         self._requests = 0
         self._deviations = 0
@@ -206,6 +206,9 @@ class SessionWorker:
                 sorts.append(FULL_CLOCK)
             self._collector.add(directive, record)
         elif isinstance(directive, Follow) and record.undisturbed:
+            if not directive.straggler and directive.version != self._plan_version:
+                self._plan_version = directive.version
+                self._account.clear(PLAN)
             sorts.append(STRAGGLER if directive.straggler else PLAN)
         elif isinstance(directive, FullClock):
             if self._helper is None and directive.reason != "warm-up" and record.undisturbed:
@@ -335,16 +338,13 @@ class SessionWorker:
             if part is None:
                 return  # published before the news; if the store lost it, the next look finds it or newer news
             self._link.parts = _with_newest(self._link.parts, receive(PlanPart, part))
-            if not news.straggler and version != self._plan_version:
-                self._plan_version = version
-                self._account.clear(PLAN)
             directive: Directive = Follow(version, news.straggler)
         else:
             directive = FullClock(news.reason)
         self._news = news
         self._recheck = {} if news.recheck else None
         self._recheck_left = self._config.watch.patience
-        late = self._link.iteration > news.switch
+        late = self._link.iteration >= news.switch
         self._stats = self._stats.model_copy(update={"late": self._stats.late + late})
         self._link.timetable = self._link.timetable.switched(news.switch, directive)
 

@@ -416,10 +416,6 @@ def test_a_new_plan_begins_its_sums_anew(ranks: Ranks) -> None:
     assert stats_of(rank).totals["plan"].iterations == 2
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="sums of the plan begin anew when its news arrive, so the iterations still under the old plan count for it",
-)
 def test_iterations_still_under_the_old_plan_do_not_count_for_the_new_one(ranks: Ranks) -> None:
     rank = ranks()
     publish_news(rank.exchange, sequence=1, switch=0, action="follow", version=1)

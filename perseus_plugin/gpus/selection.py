@@ -48,6 +48,13 @@ class Selection:
         return self.emulated_gpu is not None
 
 
+def emulates(config: PerseusConfig, placement: Placement) -> bool:
+    """Whether this rank's work is stretched to an emulated GPU's."""
+    if config.gpu.backend == "off":
+        return False
+    return config.gpu.backend == "emulated" or not placement.device.startswith("cuda")
+
+
 def select_gpu(config: PerseusConfig, placement: Placement, output_dir: Path) -> Selection:
     """Choose the GPU of this rank as configured; the emulated one is made here.
 
@@ -59,7 +66,7 @@ def select_gpu(config: PerseusConfig, placement: Placement, output_dir: Path) ->
     backend = config.gpu.backend
     if backend == "off":
         return Selection("off", None, "GPU" if on_cuda else "CPU")
-    if on_cuda and backend != "emulated":
+    if not emulates(config, placement):
         return _real(config, placement)
     if config.emulation.gpus is not None:
         return _given(config, placement, config.emulation.gpus)

@@ -1,4 +1,4 @@
 """Choosing a clock for every instruction: the exact relaxation, its rounding, the frontier, the plan.
 
-The names below load OR-Tools only when they are used for planning; `plan` and its file do not need it.
+`plan`, `targets` and `zeus` load no solver; `planner` and what it uses load OR-Tools.
 """

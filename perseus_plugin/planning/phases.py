@@ -12,7 +12,7 @@ import numpy as np
 from perseus_plugin.pipeline import FloatArray, IntArray
 from perseus_plugin.planning.options import Assignment, PlanningProblem
 
-_CUT_SHIFTS = (-8, -4, -2, -1, 1, 2, 4, 8)
+_CUT_SHIFTS = (-8, -5, -3, -2, -1, 1, 2, 3, 5, 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +142,8 @@ class PhaseSearch:
             if better is phases:
                 better = self._first(phases, self._pair_moves(phases))
             if better is phases:
+                better = self._first(phases, self._trade_moves(phases))
+            if better is phases:
                 better = self._compound(phases)
             if better is phases:
                 return phases
@@ -197,6 +199,35 @@ class PhaseSearch:
                 return moved
         return phases
 
+    def _trade_moves(self, phases: Phases) -> Iterator[Phases]:
+        """One phase at a neighbouring clock with one of its cuts moved to make up for it, the largest gains first.
+
+        Clocks are coarse steps for a whole phase; a cut moved by an instruction or two is a fine one.
+        """
+        moves: list[tuple[float, int, Phases]] = []
+        for stage, phase in self._units(phases):
+            for step in (-1, 1, 2):
+                clock = phases.clocks[stage][phase] + step
+                if not 0 <= clock < len(self.stages[stage].frequency_mhz):
+                    continue
+                turned = phases.with_clock(stage, phase, clock)
+                for cut in {phase, phase + 1} - {0, len(phases.begins[stage])}:
+                    for moved in self._shifts(turned, stage, cut):
+                        gain = self._gain(phases, moved, {stage})
+                        if gain > 1e-9:
+                            moves.append((gain, len(moves), moved))
+        for _, _, moved in sorted(moves, reverse=True):
+            yield moved
+
+    def _shifts(self, phases: Phases, stage: int, cut: int) -> Iterator[Phases]:
+        """One cut moved to where its two phases still have an instruction each."""
+        begins = phases.begins[stage]
+        low = begins[cut - 1] + 1
+        high = begins[cut + 1] if cut + 1 < len(begins) else len(self.stages[stage].nodes)
+        for shift in _CUT_SHIFTS:
+            if low <= begins[cut] + shift < high:
+                yield phases.with_begin(stage, cut, begins[cut] + shift)
+
     def _compound(self, phases: Phases) -> Phases:
         """Move a cut even at a loss and let the phases slow down again; the first that pays in the end."""
         for moved in self._cut_moves(phases, least_gain=-math.inf):
@@ -210,15 +241,10 @@ class PhaseSearch:
 
     def _cut_moves(self, phases: Phases, least_gain: float = 1e-9) -> Iterator[Phases]:
         for stage, begins in enumerate(phases.begins):
-            for phase in range(1, len(begins)):
-                low = begins[phase - 1] + 1
-                high = begins[phase + 1] if phase + 1 < len(begins) else len(self.stages[stage].nodes)
-                for shift in _CUT_SHIFTS:
-                    begin = begins[phase] + shift
-                    if low <= begin < high:
-                        moved = phases.with_begin(stage, phase, begin)
-                        if self._gain(phases, moved, {stage}) > least_gain:
-                            yield moved
+            for cut in range(1, len(begins)):
+                for moved in self._shifts(phases, stage, cut):
+                    if self._gain(phases, moved, {stage}) > least_gain:
+                        yield moved
 
     def _pair_moves(self, phases: Phases) -> Iterator[Phases]:
         """One phase a clock faster, another one up to three slower, the largest gains first."""

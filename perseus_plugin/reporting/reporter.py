@@ -78,7 +78,8 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     """Print the table of a summary."""
     console = console or Console(stderr=True)
     kind = "emulated, no real GPU" if summary["emulated"] else summary["backend"]
-    table = Table(title=f"perseus: {summary['ranks']} x {summary['gpu']} ({kind})", title_justify="left")
+    console.print(f"perseus: {summary['ranks']} x {summary['gpu']} ({kind})", highlight=False, soft_wrap=True)
+    table = Table()
     for name in ("per iteration", "full clocks", "predicted", "as run"):
         table.add_column(name, justify="left" if name == "per iteration" else "right")
     times, energies = summary["iteration_time_s"], summary["energy_j"]
@@ -88,7 +89,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     table.add_row("slowdown", "", *(_cell(slowdown[column], "%", 2) for column in ("predicted", "measured")))
     table.add_row("energy saved", "", *(_cell(saving[column], "%", 2) for column in ("predicted", "measured")))
     console.print(table)
-    console.print(_remarks(summary), highlight=False)
+    console.print(_remarks(summary), highlight=False, soft_wrap=True)
 
 
 def _remarks(summary: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """How long detection takes to find a straggler, and how often it cries wolf, on simulated traces.
 
-Every iteration's slowdown is drawn from a log-normal distribution with the noise given as its standard deviation. Traces
-of `--iterations` iterations without a straggler count false alarms; traces with one count iterations from its beginning
-to its detection (of those within 200), and from its end until it is taken back.
+Every iteration's slowdown is drawn from a log-normal distribution with the noise given as its standard deviation.
+Traces of `--iterations` iterations without a straggler count false alarms; traces with one count iterations from its
+beginning to its detection (of those within 200), and from its end until it is taken back.
 
     python benchmarks/straggler_detection.py
 """
@@ -54,7 +54,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=20, help="traces without a straggler")
     parser.add_argument("--traces", type=int, default=1000, help="traces with one")
     arguments = parser.parse_args()
-    print("| noise | false alarms | straggler | found | iterations: median, 99 %, most | level told | taken back after |")
+    print(
+        "| noise | false alarms | straggler | found | iterations: median, 99 %, most | level told | taken back after |"
+    )
     print("|---|---|---|---|---|---|---|")
     for noise in (0.003, 0.01, 0.03, 0.05):
         alarms = sum(false_alarms(noise, arguments.iterations, seed) for seed in range(arguments.ranks))

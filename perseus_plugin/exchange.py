@@ -7,6 +7,7 @@ call that waits for a peer, except `wait_for`, which says so.
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -163,14 +164,60 @@ def wait_for(exchange: Exchange, keys: Iterable[str], timeout_s: float, interval
     return found
 
 
-def open_exchange(prefix: str) -> Exchange:
-    """The exchange of this job: its default store, or a local one when `torch.distributed` is not initialised."""
+def open_exchange(name: str) -> Exchange:
+    """The exchange of this job: its default store, or a local one when `torch.distributed` is not initialised.
+
+    Waits until all ranks are there, before training starts.
+
+    Args:
+        name: the same on every rank.
+
+    Raises:
+        ExchangeError: the ranks do not find each other in time.
+    """
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():
         return LocalExchange()
     store = dist.distributed_c10d._get_default_store()
-    return StoreExchange(store, prefix)
+    lobby = StoreExchange(store, f"perseus/{name}")
+    session = meet(lobby, dist.get_rank(), dist.get_world_size())
+    return StoreExchange(store, f"perseus/{name}/{session}")
+
+
+def meet(lobby: Exchange, rank: int, world_size: int, timeout_s: float = 60.0) -> str:
+    """Agree on a name that no earlier run has used: a restarted job may find its old keys in the same store.
+
+    Every rank says hello with a number of its own, and rank 0 answers each such number with the name, until every
+    rank has said that it is there. What an earlier run left has other numbers.
+
+    Raises:
+        ExchangeError: not within `timeout_s`.
+    """
+    if rank != 0:
+        mine = secrets.token_hex(8)
+        lobby.publish(f"hello/{rank}", mine)
+        key = f"welcome/{mine}"
+        session = wait_for(lobby, [key], timeout_s).get(key)
+        if not isinstance(session, str):
+            raise ExchangeError(f"rank 0 did not answer within {timeout_s:.0f} s")
+        lobby.publish(f"{session}/here/{rank}", True)
+        return session
+    session = secrets.token_hex(8)
+    missing = set(range(1, world_size))
+    deadline_s = time.monotonic() + timeout_s
+    while missing:
+        for other in sorted(missing):
+            if lobby.fetch(f"{session}/here/{other}") is not None:
+                missing.discard(other)
+                continue
+            number = lobby.fetch(f"hello/{other}")
+            if number is not None:
+                lobby.publish(f"welcome/{number}", session)
+        if missing and time.monotonic() > deadline_s:
+            raise ExchangeError(f"rank {min(missing)} did not come within {timeout_s:.0f} s")
+        time.sleep(0.02 if world_size < 64 else 0.2)
+    return session
 
 
 def _own_client(store: Any) -> Any:

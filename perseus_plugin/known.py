@@ -47,6 +47,8 @@ def given_profile(config: PerseusConfig, placement: Placement) -> Known | None:
     path = config.profiling.load
     if path is None:
         return None
+    if placement.rank != 0:
+        return Known(True)  # rank 0 reads it, and ends the job if it is of no use
     try:
         profile = load_profile(path)
     except PerseusError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import os
 import threading
 import time
 import weakref
@@ -88,6 +89,10 @@ class Session:
         monitor: Monitor | None,
         stragglers: StragglersConfig | None = None,
     ) -> None:
+        self._closing = threading.Lock()
+        self.closed = False
+        self._pid = os.getpid()
+        self._on_close: list[Callable[[], None]] = []
         self._placement = placement
         self._stragglers = stragglers or StragglersConfig()
         self._link = link
@@ -104,9 +109,6 @@ class Session:
         self._applied: object = None
         self._schedule = ""
         self._operations: dict[str, tuple[tuple[Compute | Constant, ...], list[int]]] = {}
-        self._on_close: list[Callable[[], None]] = []
-        self._closing = threading.Lock()
-        self.closed = False
 
     @property
     def controller(self) -> Controller | None:
@@ -237,7 +239,7 @@ class Session:
 
     def fail(self, error: Exception) -> None:
         """End the session because of an error: full clocks, one message, training goes on."""
-        if self.closed:
+        if not self._end():
             return
         if isinstance(error, PerseusError):
             logger.warning("perseus is off from here on: %s. Training goes on at full clocks.", error)
@@ -246,9 +248,19 @@ class Session:
         self._link.trouble(str(error) or repr(error))
         self._release()
 
+    def _end(self) -> bool:
+        """The clock is given up for good; False if it was already."""
+        with self._closing:
+            ended, self.closed = self.closed, True
+        if not ended and self._helper is not None:
+            self._helper.retire()
+        return not ended
+
     def close(self) -> None:
         """End the session: reset clocks, write the summary, end helper, planner and thread. Idempotent."""
-        if not self.closed:
+        if os.getpid() != self._pid:
+            return  # a forked child: everything here belongs to its parent
+        if self._end():
             self._release()
         with self._closing:
             callback, self._link.close = self._link.close, lambda: None
@@ -268,9 +280,6 @@ class Session:
     def _release(self) -> None:
         self.tap.disarm()
         self._boundaries.close()
-        self.closed = True
-        if self._controller is not None:
-            self._controller.hold(None)
         for callback in self._on_close:
             callback()
 
@@ -294,10 +303,12 @@ def start_session(
         ConfigError: something in the block does not fit this job; raised on every rank, before training starts.
     """
     set_up_logging(config.log_level, placement.rank)
-    output_dir = _output_dir(config)
+    output_dir = Path(config.output_dir)
+    if placement.rank == 0 or emulates(config, placement):
+        _make(output_dir)
     known = given_profile(config, placement)
     _check_emulation(config, placement)
-    exchange = open_exchange(_next_prefix())
+    exchange = open_exchange(_next_name())
     selection, helper = _take_gpu(config, select_gpu(config, placement, output_dir))
     try:
         if known is None:
@@ -353,22 +364,20 @@ live_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 _sessions = 0
 
 
-def _next_prefix() -> str:
+def _next_name() -> str:
     """Every rank makes its engines in the same order, so a count names the same session everywhere."""
     global _sessions
     _sessions += 1
-    return f"perseus/{_sessions}"
+    return str(_sessions)
 
 
-def _output_dir(config: PerseusConfig) -> Path:
-    path = Path(config.output_dir)
+def _make(folder: Path) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"perseus.output_dir: got {config.output_dir!r}; allowed: a folder that can be written ({error})"
+            f"perseus.output_dir: got '{folder}'; allowed: a folder that can be written ({error})"
         ) from error
-    return path
 
 
 def _check_emulation(config: PerseusConfig, placement: Placement) -> None:

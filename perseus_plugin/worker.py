@@ -104,6 +104,7 @@ class SessionWorker:
         self._recheck: dict[str, list[float]] | None = None
         self._recheck_left = 0
         self._told_trouble = False
+        self._in_trouble = False
         self._plan_version = 0
         self._plan_told: Plan | None = None
         self._requests = 0
@@ -187,6 +188,7 @@ class SessionWorker:
         self._sensing.send(self._link.take_reports())
         self._tell_trouble()
         self._finish_sweep()
+        self._look_for_trouble()
         self._look_for_news()
         if self._coordinator is not None:
             if self._link.schedule is not None:
@@ -322,8 +324,17 @@ class SessionWorker:
 
     # News.
 
+    def _look_for_trouble(self) -> None:
+        """Every rank looks for itself: rank 0 may be the one in trouble."""
+        value = None if self._in_trouble else self._exchange.fetch(TROUBLE)
+        if value is not None:
+            self._in_trouble = True
+            told = receive(Trouble, value)
+            directive = FullClock(f"rank {told.rank}: {told.reason}")
+            self._link.timetable = self._link.timetable.switched(self._link.iteration + 1, directive)
+
     def _look_for_news(self) -> None:
-        value = self._exchange.fetch(NEWS)
+        value = None if self._in_trouble else self._exchange.fetch(NEWS)
         if value is None:
             return
         news = receive(News, value)

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from perseus_plugin.exchange import Exchange, ExchangeError, LocalExchange, StoreExchange, open_exchange, wait_for
+from perseus_plugin.exchange import (
+    Exchange,
+    ExchangeError,
+    LocalExchange,
+    StoreExchange,
+    meet,
+    open_exchange,
+    wait_for,
+)
 
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text()),
@@ -201,10 +210,31 @@ def test_the_exchange_of_a_job_of_its_own() -> None:
 def test_the_exchange_of_a_distributed_job_is_its_store() -> None:
     import torch.distributed as dist
 
-    exchange = open_exchange("perseus/1")
+    exchange = open_exchange("1")
     assert isinstance(exchange, StoreExchange)
     exchange.publish("news", 5)
-    assert json.loads(dist.distributed_c10d._get_default_store().get("perseus/1/news")) == 5
+    assert json.loads(dist.distributed_c10d._get_default_store().get(exchange._key("news"))) == 5
+    again = open_exchange("1")
+    assert again.fetch("news") is None, "a restarted job must not read what an earlier run left in the same store"
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_ranks_meet_under_a_name_that_no_earlier_run_used(world_size: int) -> None:
+    lobby = LocalExchange()
+    names = set()
+    for _ in range(3):
+        with ThreadPoolExecutor(world_size) as pool:
+            met = list(pool.map(lambda rank: meet(lobby, rank, world_size, 20.0), range(world_size)))
+        assert len(set(met)) == 1
+        names.add(met[0])
+    assert len(names) == 3
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    with pytest.raises(ExchangeError, match="rank 1 did not come within"):
+        meet(LocalExchange(), 0, 2, 0.05)
+    with pytest.raises(ExchangeError, match="rank 0 did not answer within"):
+        meet(LocalExchange(), 1, 2, 0.05)
 
 
 # Lists.

@@ -56,6 +56,9 @@ class FakeHelper:
     def request(self, frequency_mhz: int | None, apply_at_s: float = 0.0) -> None:
         self._note("early" if apply_at_s else "request", frequency_mhz)
 
+    def retire(self) -> None:
+        self._note("request", None)
+
     def mark(self, tag: int) -> None:
         self._note("mark", tag)
 

@@ -57,12 +57,19 @@ class EventBoundaries:
     Args:
         make_event: makes an event.
         on_error: called with the exception when waiting or an action fails; nothing is done after that.
+        prepare_thread: called first on the waiting thread.
     """
 
     REBASE_S = 1.0
 
-    def __init__(self, make_event: Callable[[], Event], on_error: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        make_event: Callable[[], Event],
+        on_error: Callable[[Exception], None],
+        prepare_thread: Callable[[], None] = lambda: None,
+    ) -> None:
         self._make_event = make_event
+        self._prepare_thread = prepare_thread
         self._on_error = on_error
         self._free: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._pending: queue.SimpleQueue[tuple[Event, Action, tuple[Any, ...]] | None] = queue.SimpleQueue()
@@ -92,6 +99,7 @@ class EventBoundaries:
 
     def _wait(self) -> None:
         try:
+            self._prepare_thread()
             while (item := self._pending.get()) is not None and not self._closed:
                 event, action, arguments = item
                 event.synchronize()
@@ -127,4 +135,9 @@ def boundaries_for(device: str, on_error: Callable[[Exception], None]) -> Bounda
         return HostBoundaries()
     import torch
 
-    return EventBoundaries(lambda: torch.cuda.Event(enable_timing=True, blocking=True), on_error)
+    return EventBoundaries(
+        lambda: torch.cuda.Event(enable_timing=True, blocking=True),
+        on_error,
+        # A new thread stands on device 0, and would make a context there in every rank that sees it.
+        lambda: torch.cuda.set_device(device),
+    )

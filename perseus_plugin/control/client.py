@@ -58,6 +58,7 @@ class ClockHelper:
         self._ready = threading.Event()
         self._facts: DeviceFacts | None = None
         self._closing = self._said_bye = self._lost = False
+        self._retired = False
         self._alive = process is not None
         self._inlet = -1
         self.dropped = 0
@@ -118,10 +119,18 @@ class ClockHelper:
         It replaces earlier requests for the same or a later time.
         """
         with self._lock:
+            if self._retired:
+                return
             if apply_at_s <= 0.0 and self._last_sent == (frequency_mhz,):
                 return
             sent = self._send(SET_CLOCK, frequency_mhz or 0, apply_at_s)
             self._last_sent = (frequency_mhz,) if sent and apply_at_s <= 0.0 else None
+
+    def retire(self) -> None:
+        """Give up the lock for good: later requests, also of other threads just now, are ignored."""
+        with self._lock:
+            self._retired = True
+            self._send(SET_CLOCK, 0, 0.0)
 
     def poll_energy(self, interval_s: float | None) -> None:
         """Have the helper poll the energy counter and report its ticks; None stops it."""

@@ -27,7 +27,7 @@ class PendingRequests:
 
     A new request replaces those with a later or equal apply time: they were made knowing less. Of several
     that are due at once only the last is applied. A request for the clock that is set already is dropped.
-    After a change the next one waits until `min_dwell_s` has passed.
+    After a change a lower clock waits until `min_dwell_s` has passed; a higher one or a reset never waits.
 
     Args:
         min_dwell_s: shortest time between two changes.
@@ -49,19 +49,25 @@ class PendingRequests:
         """When to call `take` next; None: not before another `push`."""
         if not self._waiting:
             return None
-        return max(self._waiting[0].apply_at_s, self._changed_s + self.min_dwell_s)
+        first = self._waiting[0]
+        return max(first.apply_at_s, self._changed_s + self.min_dwell_s) if self._lowers(first) else first.apply_at_s
 
     def take(self, now_s: float) -> Request | None:
         """The request to apply now, if there is one that changes the clock. The caller applies it and calls
         `set`."""
-        if now_s < self._changed_s + self.min_dwell_s:
+        due = [request for request in self._waiting if request.apply_at_s <= now_s]
+        if not due:
             return None
-        due = None
-        while self._waiting and self._waiting[0].apply_at_s <= now_s:
-            due = self._waiting.pop(0)
-        if due is None or due.frequency_mhz == self._set:
+        newest = due[-1]
+        if self._lowers(newest) and now_s < self._changed_s + self.min_dwell_s:
+            del self._waiting[: len(due) - 1]
             return None
-        return due
+        del self._waiting[: len(due)]
+        return None if newest.frequency_mhz == self._set else newest
+
+    def _lowers(self, request: Request) -> bool:
+        mhz = request.frequency_mhz
+        return mhz is not None and (self._set is None or mhz < self._set)
 
     def set(self, frequency_mhz: int | None, now_s: float) -> None:
         """The clock is now asked to be `frequency_mhz`."""

@@ -49,10 +49,8 @@ class Selection:
 
 
 def emulates(config: PerseusConfig, placement: Placement) -> bool:
-    """Whether this rank's work is stretched to an emulated GPU's."""
-    if config.gpu.backend == "off":
-        return False
-    return config.gpu.backend == "emulated" or not placement.device.startswith("cuda")
+    """Whether this rank's work is stretched to an emulated GPU's: only work of the CPU ever is."""
+    return config.gpu.backend != "off" and placement.device.startswith("cpu")
 
 
 def select_gpu(config: PerseusConfig, placement: Placement, output_dir: Path) -> Selection:
@@ -66,8 +64,16 @@ def select_gpu(config: PerseusConfig, placement: Placement, output_dir: Path) ->
     backend = config.gpu.backend
     if backend == "off":
         return Selection("off", None, "GPU" if on_cuda else "CPU")
-    if not emulates(config, placement):
+    if backend == "emulated" and not placement.device.startswith("cpu"):
+        raise ConfigError(
+            f'perseus.gpu.backend: got "emulated"; allowed: "auto", "nvml", "zeusd" or "off" for work on '
+            f"{placement.device}: only work of the CPU can be stretched to an emulated GPU's time"
+        )
+    if on_cuda:
         return _real(config, placement)
+    if not emulates(config, placement):
+        why_not = f"clocks of {placement.device} cannot be set; allowed: NVIDIA GPUs"
+        return Selection(backend, None, placement.device, why_not=why_not)
     if config.emulation.gpus is not None:
         return _given(config, placement, config.emulation.gpus)
     if backend in ("nvml", "zeusd"):

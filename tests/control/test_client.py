@@ -84,12 +84,16 @@ def test_close_resets_and_ends(spec: str, gpu: EmulatedGpu) -> None:
 def test_dwell_is_kept(spec: str) -> None:
     helper = ClockHelper.start(spec, min_dwell_s=0.1)
     helper.wait_ready(20)
-    for mhz in (900, 1005, 1200):
+    for mhz in (1200, 1005, 900):
         helper.request(mhz)
         time.sleep(0.02)
     first, second = wait_for_event(helper, Applied), wait_for_event(helper, Applied)
-    assert (first.frequency_mhz, second.frequency_mhz) == (900, 1200)
+    assert (first.frequency_mhz, second.frequency_mhz) == (1200, 900)
     assert second.called_s - first.applied_s >= 0.1
+    helper.request(1410)
+    rise = wait_for_event(helper, Applied)
+    assert rise.frequency_mhz == 1410
+    assert rise.called_s - rise.requested_s < 0.1, "a rise never waits"
     helper.close()
 
 

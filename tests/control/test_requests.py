@@ -83,12 +83,21 @@ def test_repeats_are_dropped() -> None:
 
 def test_a_change_waits_until_the_dwell_is_over_and_the_newest_is_taken_then() -> None:
     driver = Driver(min_dwell_s=0.5)
-    driver.ask(900, 1.0)
+    driver.ask(1200, 1.0)
     driver.run(1.0)
-    driver.ask(1200, 1.1)
-    driver.ask(1100, 1.2)
+    driver.ask(900, 1.1)
+    driver.ask(1005, 1.2)
     driver.run(9.0, now_s=1.1)
-    assert driver.applied == [(1.0, 900), (1.5, 1100)]
+    assert driver.applied == [(1.0, 1200), (1.5, 1005)]
+
+
+def test_a_rise_or_a_reset_never_waits_for_the_dwell() -> None:
+    driver = Driver(min_dwell_s=10.0)
+    driver.ask(900, 1.0)
+    driver.ask(1200, 1.1)
+    driver.ask(None, 1.2)
+    driver.run(5.0)
+    assert driver.applied == [(1.0, 900), (1.1, 1200), (1.2, None)]
 
 
 asked = st.lists(
@@ -110,5 +119,8 @@ def test_whatever_is_asked(history: list[tuple[int | None, float, float]], dwell
     values = [None, *(mhz for _, mhz in driver.applied)]
     assert values[-1] == last  # the newest request has the last word
     assert all(a != b for a, b in itertools.pairwise(values))
-    assert all(b - a >= dwell_s - 1e-9 for a, b in itertools.pairwise(at))
+    for (a, b), (before, after) in zip(itertools.pairwise(at), itertools.pairwise(values[1:]), strict=True):
+        # Only a lower clock waits: a rise or a reset that came late would slow training.
+        lowers = after is not None and (before is None or after < before)
+        assert b - a >= (dwell_s - 1e-9 if lowers else 0.0)
     assert driver.pending.next_s() is None

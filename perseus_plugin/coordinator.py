@@ -506,6 +506,7 @@ class Coordinator:
 
     def _give_up(self, iteration: int, why: str) -> None:
         logger.warning("%s. Training stays at full clocks.", why)
+        self.stragglers.refusal = f"the job stays at full clocks: {why}"
         self._tell(iteration, "full", reason=why)
         self.state = State.GIVEN_UP
 

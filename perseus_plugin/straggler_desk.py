@@ -123,6 +123,14 @@ class StragglerDesk:
         world_size, stages: of the job.
         events: where everything is recorded.
         now, monotonic: clocks.
+
+    Attributes:
+        book: who is slow.
+        figures: what happened so far.
+        situation, answer: in force; None while nothing is slow.
+        refusal: why every report is refused; empty if it is not.
+        monitor: takes (name, value) events; set by who has somewhere to write them.
+        wake: called when there is something new; set by who runs `collect`.
     """
 
     def __init__(
@@ -142,6 +150,7 @@ class StragglerDesk:
         self.book = StragglerBook(world_size, config.max_slowdown)
         self.monitor: Callable[[list[tuple[str, float]]], None] = lambda events: None
         self.wake: Callable[[], None] = lambda: None
+        self.refusal = "" if config.enabled else "perseus.stragglers.enabled is false"
         self.figures = StragglerFigures()
         self.situation: Situation | None = None
         self.answer: Answer | None = None
@@ -191,8 +200,8 @@ class StragglerDesk:
 
     def _enter(self, value: Any) -> None:
         try:
-            if not self._config.enabled:
-                raise StragglerError("perseus.stragglers.enabled is false")
+            if self.refusal:
+                raise StragglerError(self.refusal)
             report = self.book.take(value, self._now())
         except StragglerError as error:
             self.figures.refused += 1

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.25
-_RANK_0_IDLE_S = 0.05  # what ranks tell shall not wait for the iteration's end
+_RANK_0_IDLE_S = 0.1  # what ranks tell shall not wait for the iteration's end
 _TICKS_AFTER_SWEEP_S = 0.4  # the counter's last tick of the sweep shows up to a period and a lag later
 _READ_FAILURE_PATIENCE_S = 2.0
 _STATS_EVERY_S = 5.0
@@ -180,6 +180,8 @@ class SessionWorker:
             assert self._session is not None  # set before the thread starts
             self._session.fail(error)
             self._tell_trouble()
+            if self._socket is not None:
+                self._socket.close()
 
     def _step(self) -> None:
         self._take_helper_events()

@@ -16,10 +16,12 @@ from perseus_plugin.exchange import ExchangeError, LocalExchange
 from perseus_plugin.messages import (
     NEWS,
     STRAGGLERS,
+    TROUBLE,
     News,
     PlanPart,
     RankStats,
     Recheck,
+    Trouble,
     estimate_key,
     part_key,
     receive,
@@ -364,6 +366,17 @@ def test_turned_off_means_off(tmp_path: Path) -> None:
     assert len(job.planner.requests) == 1
     with pytest.raises(StragglerError, match=r"perseus\.stragglers\.enabled is false"):
         job.desk.request({"do": "report", "report": Report(rank=3, slowdown=1.25).model_dump()})
+
+
+def test_a_job_that_has_given_up_refuses_reports(job: Job) -> None:
+    job.following()
+    job.exchange.publish(TROUBLE, Trouble(rank=1, reason="no permission").model_dump())
+    job.step()
+    with pytest.raises(StragglerError, match="the job stays at full clocks: rank 1: no permission"):
+        job.desk.request({"do": "report", "report": Report(rank=3, slowdown=1.25).model_dump()})
+    job.tell(3, 1.25)
+    job.step()
+    assert job.coordinator.state is State.GIVEN_UP
 
 
 # The command line's requests.

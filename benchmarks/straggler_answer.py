@@ -54,7 +54,7 @@ def emulated_profile(stages: int, clocks: int) -> Profile:
 def time_planning(repeats: int) -> None:
     """Print how long the planner's process takes to answer."""
     planner = PlannerProcess()
-    print("| stages x microbatches | slow replicas of | plans | seconds: median, most |")
+    print("| stages x microbatches | replicas | plans | seconds: median, most |")
     print("|---|---|---|---|")
     for stages, microbatches in ((4, 32), (8, 32), (8, 96)):
         profile = emulated_profile(stages, 8)

@@ -186,7 +186,7 @@ class WatchConfig(_Strict):
         le=10,
     )
     patience: int = _setting(
-        5,
+        10,
         "a whole number from 1",
         "Median over this many iterations is what must exceed the tolerance.",
         ge=1,

@@ -46,6 +46,7 @@ from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep, Timeta
 logger = logging.getLogger(__name__)
 
 _ESTIMATES_TIMEOUT_S = 120.0
+_FORGIVEN_AFTER = 1000  # iterations under plans that hold, after which dropped ones do not count any more
 _SWITCH_AHEAD = 2  # see `Coordinator._ahead`
 _NEWS_TAKE_S = 0.1  # until the slowest rank has heard of something
 
@@ -87,6 +88,7 @@ class Coordinator:
         output_dir: where profile.csv and plan.json go.
         survey: what is known already (a loaded or kept profile), None to wait for the ranks' estimates.
         fingerprint: what a measured profile is kept with.
+        full_sweep_mhz: the sweep to make if a kept profile turns out not to fit.
     """
 
     def __init__(
@@ -101,12 +103,14 @@ class Coordinator:
         output_dir: Path,
         survey: Survey | None = None,
         fingerprint: Fingerprint | None = None,
+        full_sweep_mhz: tuple[int, ...] = (),
     ) -> None:
         self._config = config
         self._exchange = exchange
         self._planner = planner
         self._world_size, self._stages = world_size, stages
-        self._sweep = timetable.sweep
+        self._sweep_mhz = timetable.sweep.clocks_mhz
+        self._full_sweep_mhz = full_sweep_mhz or timetable.sweep.clocks_mhz
         self._sweep_end, self._steps_per_block = timetable.sweep_end, timetable.steps_per_block
         self._top_mhz = max(timetable.sweep.clocks_mhz)
         self._round = 0
@@ -123,6 +127,7 @@ class Coordinator:
         self._asked: Situation | None = None
         self._followed = 0
         self._slow_since: int | None = None
+        self._strikes = self._held = 0
         self._plans: dict[str, tuple[int, Plan]] = {}
         self._version = 0
         self._sequence = 0
@@ -168,11 +173,29 @@ class Coordinator:
             self._recent.append(duration_s)
             if directive.straggler:
                 self.stragglers.count_iteration()
+            self._held += 1
+            if self._held >= _FORGIVEN_AFTER:
+                self._strikes = 0
 
     @property
     def full_clock_time_s(self) -> float | None:
         """Median iteration time at full clocks; None before it was measured."""
         return statistics.median(self._full_clock_s) if self._full_clock_s else None
+
+    def full_clock_scale(self) -> tuple[float, float] | None:
+        """What full-clock time and energy have to be multiplied by where the plan is for another schedule.
+
+        1 for the schedule they were measured in; None where that is not known.
+        """
+        if self.plan is None or self.plan.schedule == self._full_clock_schedule:
+            return 1.0, 1.0
+        if self._full_clock_schedule not in self._plans:
+            return None
+        _, reference = self._plans[self._full_clock_schedule]
+        return (
+            self.plan.baseline_time_s / reference.baseline_time_s,
+            self.plan.baseline_energy_j / reference.baseline_energy_j,
+        )
 
     # Steps.
 
@@ -222,27 +245,37 @@ class Coordinator:
     def _sweep_again(self, iteration: int, estimates: Sequence[RankEstimate]) -> bool:
         """Order another round of the sweep if the estimates are not good enough yet."""
         profiling = self._config.profiling
-        if self._round + 1 >= profiling.rounds or len(set(self._sweep.clocks_mhz)) < 2:
+        if self._round + 1 >= profiling.rounds or len(set(self._sweep_mhz)) < 2:
             return False
         stages = stage_estimates(estimates, self._stages)
         if good_enough(stages, profiling.max_relative_error):
             return False
+        clocks = sorted({self._top_mhz, *worth_trying(stages, sorted(set(self._sweep_mhz)))})
+        logger.info("energies are not known well enough yet: profiling once more, at %d clocks", len(clocks))
+        self._sweep_over(iteration, sweep_order(clocks, profiling.seed + self._round + 1))
+        return True
+
+    def _sweep_over(self, iteration: int, order: tuple[int, ...]) -> None:
         self._round += 1
         self._estimates, self._estimates_due_s = {}, None
-        clocks = sorted({self._top_mhz, *worth_trying(stages, sorted(set(self._sweep.clocks_mhz)))})
-        order = sweep_order(clocks, profiling.seed + self._round)
-        logger.info("energies are not known well enough yet: profiling once more, at %d clocks", len(clocks))
+        self._sweep_mhz = order
         self._tell(iteration, "sweep", clocks_mhz=order)
         self._sweep_end = iteration + self._ahead + self._steps_per_block * len(order)
-        return True
 
     def _fits(self, iteration: int, survey: Survey) -> bool:
         """Whether a profile from elsewhere is this job's, by what all ranks measured at full clocks; False: not yet."""
-        if not self._all_rechecks(0):
+        if self._estimates_due_s is None:
+            self._estimates_due_s = time.monotonic() + _ESTIMATES_TIMEOUT_S
+        if not self._all_rechecks(0) and time.monotonic() < self._estimates_due_s:
             return False
         why_not = misfit(survey, list(self._rechecks.values()))
+        if why_not and self._config.profiling.load is not None:
+            self._give_up(iteration, f"the profile of perseus.profiling.load is not of this job: {why_not}")
+            return False
         if why_not:
-            self._give_up(iteration, f"the profile is not of this job: {why_not}. Remove it, or set profiling.reuse")
+            logger.warning("profiling anew, as the kept profile does not fit: %s", why_not)
+            self.survey, self._rechecks = None, {}
+            self._sweep_over(iteration, self._full_sweep_mhz)
             return False
         self.survey = rescaled(survey, list(self._rechecks.values()))
         return True
@@ -466,10 +499,12 @@ class Coordinator:
 
     def _drop(self, iteration: int, seen_s: float, expected_s: float) -> None:
         self.dropped += 1
+        self._strikes += 1
+        self._held = 0
         self._excess = seen_s / expected_s - 1
         text = f"iterations take {seen_s:.4g} s instead of {expected_s:.4g} s under the plan"
-        if self.dropped > self._config.watch.max_replans:
-            self._give_up(iteration, f"{text}; plan number {self.dropped} that does not hold")
+        if self._strikes > self._config.watch.max_replans:
+            self._give_up(iteration, f"{text}; plan number {self._strikes} that does not hold")
             return
         logger.warning("%s: back to full clocks, measuring and planning again", text)
         self._recheck_s, self._rechecks = [], {}

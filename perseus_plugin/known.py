@@ -108,6 +108,9 @@ def _kept(config: PerseusConfig, fingerprint: Fingerprint, output_dir: Path) -> 
     except ProfileError as error:
         logger.warning("profiling anew, as the kept profile is not of this job: %s", error)
         return None
+    if survey is not None and survey.unresolved:
+        logger.info("profiling anew, as energies in the kept profile are not known well enough")
+        return None
     if survey is not None:
         logger.info("using the profile kept in %s again (perseus.profiling.reuse)", output_dir)
     return survey

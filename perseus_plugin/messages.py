@@ -139,6 +139,7 @@ class RankStats(_Message):
         overhead_s: time spent in our hooks on the training thread, over `hooked_iterations` iterations.
         overran: emulated instructions for which the CPU was too slow, of `instructions`.
         requests: clock changes that reached the driver.
+        deviations: times the GPU was seen to run at another clock than asked for.
         late: iterations that began before their order had arrived.
         final: nothing follows.
     """
@@ -150,6 +151,7 @@ class RankStats(_Message):
     overran: int = 0
     instructions: int = 0
     requests: int = 0
+    deviations: int = 0
     late: int = 0
     final: bool = False
 

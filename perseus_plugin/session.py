@@ -313,7 +313,12 @@ def start_session(
     try:
         if known is None:
             known = kept_profile(config, placement, selection, facts or {}, exchange, output_dir)
-        link = Link(_timetable(config, selection, known.profile))
+        sweep = full_sweep = _sweep(config, selection)
+        if known.profile:
+            sweep = full_sweep[:1]  # the top clock all the same, as the reference that the plan must keep to
+        profiling = config.profiling
+        first_round = Round(profiling.warmup_steps, sweep)
+        link = Link(Timetable(first_round, profiling.settle_steps, profiling.steps_per_clock))
         if helper is None:
             _observe_only(selection, link, placement)
         elif config.limits.switch_latency_s is None:
@@ -329,6 +334,7 @@ def start_session(
             output_dir=output_dir,
             selection=selection,
             known=known,
+            full_sweep_mhz=full_sweep,
         )
         emulated = None
         if selection.emulated_gpu is not None:
@@ -406,17 +412,12 @@ def _observe_only(selection: Selection, link: Link, placement: Placement) -> Non
     link.trouble(selection.why_not)
 
 
-def _timetable(config: PerseusConfig, selection: Selection, known: bool) -> Timetable:
-    """Warm-up and sweep; without control there is nothing to sweep."""
-    profiling = config.profiling
-    supported = selection.clocks_mhz
+def _sweep(config: PerseusConfig, selection: Selection) -> tuple[int, ...]:
+    """The clocks to profile in order; none without control. As many on every rank, whatever its GPU supports."""
+    profiling, supported = config.profiling, selection.clocks_mhz
     if not supported:
-        order: tuple[int, ...] = ()
-    elif known:
-        order = (max(supported),)  # measured all the same, as the reference that the plan must keep to
-    elif profiling.clocks_mhz is not None:
-        order = sweep_order(nearest_clocks(supported, profiling.clocks_mhz), profiling.seed)
-    else:
+        return ()
+    if profiling.clocks_mhz is None:
         lowest_mhz = round(max(supported) * profiling.lowest_clock)
-        order = sweep_order(choose_clocks(supported, profiling.clock_count, lowest_mhz), profiling.seed)
-    return Timetable(Round(profiling.warmup_steps, order), profiling.settle_steps, profiling.steps_per_clock)
+        return sweep_order(choose_clocks(supported, profiling.clock_count, lowest_mhz), profiling.seed)
+    return nearest_clocks(supported, sweep_order(profiling.clocks_mhz, profiling.seed))

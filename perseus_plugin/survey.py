@@ -86,6 +86,8 @@ def survey_of(estimates: Sequence[RankEstimate], stages: int) -> Survey:
 
 def misfit(survey: Survey, rechecks: Sequence[Recheck]) -> str:
     """Why a profile that was not measured in this run cannot be its profile; empty if it can."""
+    if not any(recheck.time_s for recheck in rechecks):
+        return "no undisturbed iteration at full clocks was seen"
     for recheck in rechecks:
         for kind, seen_s in recheck.time_s.items():
             rows = survey.profile.table.get((recheck.stage, kind))

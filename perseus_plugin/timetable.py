@@ -131,6 +131,6 @@ class Timetable:
         return replace(self, sweep=Round(first, clocks_mhz, self.sweep.number + 1), switches=())
 
 
-def nearest_clocks(supported_mhz: Sequence[int], wanted_mhz: Sequence[float]) -> list[int]:
-    """Each wanted clock moved to the nearest supported one; falling, without repeats."""
-    return sorted({min(supported_mhz, key=lambda clock: abs(clock - mhz)) for mhz in wanted_mhz}, reverse=True)
+def nearest_clocks(supported_mhz: Sequence[int], wanted_mhz: Sequence[int]) -> tuple[int, ...]:
+    """Each wanted clock moved to the nearest supported one, in the same order; two may fall together."""
+    return tuple(min(supported_mhz, key=lambda clock: abs(clock - wanted)) for wanted in wanted_mhz)

@@ -85,6 +85,7 @@ class SessionWorker:
         output_dir: Path,
         selection: Selection,
         known: Known,
+        full_sweep_mhz: tuple[int, ...] = (),
     ) -> None:
         self._config = config
         self._placement = placement
@@ -97,6 +98,7 @@ class SessionWorker:
         self._collector = SweepCollector(self._top_mhz)
         self._account = Account(measures_energy=helper is not None)
         self._known = known
+        self._full_sweep_mhz = full_sweep_mhz
         self._estimated = not sweep_mhz
         self._polling = False
         self._sweep_ended_s: float | None = None
@@ -111,6 +113,7 @@ class SessionWorker:
         self._deviations = 0
         self._read_failure: tuple[float, str] | None = None
         self._stats = RankStats(placement=placement, totals={})
+        self._heard: dict[int, RankStats] = {}
         self._stats_due_s = 0.0
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
         self._stop = threading.Event()
@@ -150,6 +153,7 @@ class SessionWorker:
                 output_dir=output_dir,
                 survey=self._known.survey,
                 fingerprint=self._known.fingerprint,
+                full_sweep_mhz=self._full_sweep_mhz,
             )
             self._take_reports(self._coordinator.stragglers, output_dir)
 
@@ -305,7 +309,7 @@ class SessionWorker:
             return
         self._poll_energy(False)
         self._estimated = True
-        if self._known.profile:
+        if self._known.profile and self._link.timetable.sweep.number == 0:
             recheck = Recheck(stage=self._placement.stage, time_s=self._collector.top_times_s())
             self._exchange.publish(recheck_key(0, self._placement.rank), recheck.model_dump())
             return
@@ -363,9 +367,8 @@ class SessionWorker:
 
     def _sweep_again(self, news: News) -> None:
         self._news = news
-        here = nearest_clocks(self._selection.clocks_mhz, news.clocks_mhz)
-        order = [min(here, key=lambda clock: abs(clock - wanted)) for wanted in news.clocks_mhz]
-        self._link.timetable = self._link.timetable.swept_again(news.switch, tuple(order))
+        order = nearest_clocks(self._selection.clocks_mhz, news.clocks_mhz)
+        self._link.timetable = self._link.timetable.swept_again(news.switch, order)
         self._estimated, self._sweep_ended_s = False, None
         if self._progress is not None:
             self._progress.timetable = self._link.timetable
@@ -401,7 +404,12 @@ class SessionWorker:
             return
         self._stats_due_s = monotonic() + _STATS_EVERY_S
         self._stats = self._stats.model_copy(
-            update={"totals": self._account.totals, "requests": self._requests, "final": final}
+            update={
+                "totals": self._account.totals,
+                "requests": self._requests,
+                "deviations": self._deviations,
+                "final": final,
+            }
         )
         self._exchange.publish(stats_key(self._placement.rank), self._stats.model_dump())
 
@@ -434,7 +442,10 @@ class SessionWorker:
         self._take_helper_events()
         for finished in self._link.take_finished():
             self._take(finished)
-        self._publish_stats(final=True)
+        try:
+            self._publish_stats(final=True)
+        except ExchangeError as error:  # the script may have taken the process group down
+            logger.debug("the last statistics did not reach rank 0: %s", error)
         if self._reporter is None:
             return
         deadline_s = monotonic() + (_CRASH_TIMEOUT_S if _crashing() else _FINAL_STATS_TIMEOUT_S)
@@ -447,8 +458,16 @@ class SessionWorker:
         self._link.add_events(events_of(self._reporter.finish(stats, **self._plan_facts())))
 
     def _all_stats(self) -> list[RankStats]:
-        values = (self._exchange.fetch(stats_key(rank)) for rank in range(self._placement.world_size))
-        return [receive(RankStats, value) for value in values if value is not None]
+        """What is known of all ranks; of those that cannot be asked any more what they said last."""
+        self._heard[self._placement.rank] = self._stats
+        try:
+            for rank in range(self._placement.world_size):
+                value = self._exchange.fetch(stats_key(rank))
+                if value is not None:
+                    self._heard[rank] = receive(RankStats, value)
+        except ExchangeError as error:
+            logger.debug("statistics of some ranks are missing: %s", error)
+        return [self._heard[rank] for rank in sorted(self._heard)]
 
     @property
     def _plan(self) -> Plan | None:
@@ -459,6 +478,7 @@ class SessionWorker:
         return {
             "plan": self._plan,
             "planning_time_s": 0.0 if coordinator is None else coordinator.planning_time_s,
+            "full_clock_scale": (1.0, 1.0) if coordinator is None else coordinator.full_clock_scale(),
             "dropped_plans": 0 if coordinator is None else coordinator.dropped,
             "stragglers": None if coordinator is None else asdict(coordinator.stragglers.figures),
         }

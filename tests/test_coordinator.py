@@ -69,7 +69,9 @@ class FakePlanner:
 class Job:
     """Rank 0's coordinator, and the ranks it talks to."""
 
-    def __init__(self, folder: Path, world_size: int = 2, survey: Survey | None = None, **watch: Any) -> None:
+    def __init__(
+        self, folder: Path, world_size: int = 2, survey: Survey | None = None, profiling: Any = None, **watch: Any
+    ) -> None:
         self.folder = folder
         self.exchange = LocalExchange()
         self.planner = FakePlanner()
@@ -78,6 +80,7 @@ class Job:
             {
                 "margin": 0.01,
                 "stragglers": {"detect": False},
+                "profiling": profiling or {},
                 "watch": {"patience": PATIENCE, "tolerance": 0.05, "max_replans": 2, **watch},
             }
         )
@@ -253,9 +256,21 @@ def test_a_profile_of_another_job_is_refused(tmp_path: Path, heard: pytest.LogCa
     job = Job(tmp_path, survey=Survey(profile(2), BLOCKING_W))
     job.rechecked(1.5, sequence=0)
     job.step()
-    job.planner.requests.append(PlanRequest("A", [], {}, profile(), [], 0.0))
-    job.planner.error = "unused"
-    expect_full_clocks(job, "the profile is not of this job: stage 0 forward takes", heard)
+    assert "the kept profile does not fit: stage 0 forward takes" in heard.text
+    news = job.told()
+    assert (news.action, news.clocks_mhz) == ("sweep", TABLE.sweep.clocks_mhz), "a full sweep instead"
+    assert job.coordinator.survey is None
+
+
+def test_a_profile_of_another_job_that_was_asked_for_is_refused(
+    tmp_path: Path, heard: pytest.LogCaptureFixture
+) -> None:
+    load = {"load": "profile.csv", "blocking_power_w": BLOCKING_W}
+    job = Job(tmp_path, survey=Survey(profile(2), BLOCKING_W), profiling=load)
+    job.rechecked(1.5, sequence=0)
+    job.step()
+    assert "the profile of perseus.profiling.load is not of this job: stage 0 forward takes" in heard.text
+    assert job.told().action == "full"
 
 
 def vague(rank: int, error: float = 0.5) -> RankEstimate:

@@ -513,7 +513,7 @@ def test_a_loaded_profile_leaves_only_the_top_clock_to_measure(tmp_path: Path, f
 
 def test_a_kept_profile_of_the_same_job_is_used_again(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
     first = start(tmp_path)
-    survey = Survey(profile(2), 83.0, frozenset({(1, "forward")}), {(0, "load"): 0.1})
+    survey = Survey(profile(2), 83.0, frozenset(), {(0, "load"): 0.1})
     save_survey(survey, first["known"].fingerprint, tmp_path / "out")
     again = start(tmp_path)
     assert again["known"].profile
@@ -521,6 +521,9 @@ def test_a_kept_profile_of_the_same_job_is_used_again(tmp_path: Path, fakes: typ
     assert again["known"].survey.constant_time_s == survey.constant_time_s
     assert again["link"].timetable.sweep.clocks_mhz == (1410,)
     assert not start(tmp_path, profiling={"reuse": False})["known"].profile
+    vague = replace(survey, unresolved=frozenset({(1, "forward")}))
+    save_survey(vague, first["known"].fingerprint, tmp_path / "out")
+    assert not start(tmp_path)["known"].profile, "what is not known well enough is measured again"
     fakes.facts = replace(FACTS, name="another GPU")
     other = start(tmp_path)
     assert not other["known"].profile

@@ -129,7 +129,9 @@ def test_a_profile_of_something_else_is_recognised() -> None:
     top_s = survey.profile.table[1, "backward"][0].time_s
     fits = [Recheck(stage=1, time_s={"backward": factor * top_s}) for factor in (0.8, 1.0, 1.2)]
     assert misfit(survey, fits) == ""
-    assert misfit(survey, []) == ""
+    nothing_seen = "no undisturbed iteration at full clocks was seen"
+    assert misfit(survey, []) == nothing_seen
+    assert misfit(survey, [Recheck(stage=0, time_s={})]) == nothing_seen
     for factor in (0.7, 1.3):
         wrong = Recheck(stage=1, time_s={"backward": factor * top_s})
         assert misfit(survey, [*fits, wrong]).startswith("stage 1 backward takes")

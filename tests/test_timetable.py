@@ -112,17 +112,17 @@ def test_a_switch_supersedes_a_round_and_a_round_a_switch() -> None:
     assert TABLE.switched(15, Follow(1)).swept_again(20, (1410,)).at(20) == Sweep(0, 1410, False, round=1)
 
 
-@given(CLOCKS, st.lists(st.floats(0, 4000), max_size=8))
-def test_the_nearest_clocks_are_supported_ones_falling_without_repeats(
-    supported: list[int], wanted: list[float]
+@given(CLOCKS, st.lists(st.integers(0, 4000), max_size=8))
+def test_every_wanted_clock_gets_the_nearest_supported_one_in_its_place(
+    supported: list[int], wanted: list[int]
 ) -> None:
     clocks = nearest_clocks(supported, wanted)
+    assert len(clocks) == len(wanted), "ranks with other GPUs must make as many steps"
     assert set(clocks) <= set(supported)
-    assert clocks == sorted(set(clocks), reverse=True)
-    for mhz in wanted:
-        assert min(abs(clock - mhz) for clock in clocks) == min(abs(clock - mhz) for clock in supported)
+    for clock, mhz in zip(clocks, wanted, strict=True):
+        assert abs(clock - mhz) == min(abs(other - mhz) for other in supported)
 
 
 def test_clocks_that_a_gpu_has_are_taken_as_they_are() -> None:
-    assert nearest_clocks((1410, 1005, 705), [700, 1400, 1000, 1001]) == [1410, 1005, 705]
-    assert nearest_clocks((1410, 1005), [5, 9000]) == [1410, 1005]
+    assert nearest_clocks((1410, 1005, 705), [700, 1400, 1000, 1001]) == (705, 1410, 1005, 1005)
+    assert nearest_clocks((1410, 1005), [5, 9000]) == (1005, 1410)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SESSION = "_perseus_session"
+_DETACH = "_perseus_detach"
 _PATCHED = "_perseus_patched"
 
 
@@ -161,9 +163,13 @@ def _monitor_of(engine: Any) -> Callable[[list[tuple[str, float]]], None] | None
     monitor = getattr(engine, "monitor", None)
     if monitor is None or not getattr(monitor, "enabled", False):
         return None
+    # The session outlives the engine until the process ends; it must not keep the engine's memory.
+    of_engine = weakref.ref(engine)
 
     def write(events: list[tuple[str, float]]) -> None:
-        monitor.write_events([(name, value, engine.global_samples) for name, value in events])
+        alive = of_engine()
+        if alive is not None:
+            monitor.write_events([(name, value, alive.global_samples) for name, value in events])
 
     return write
 
@@ -211,10 +217,20 @@ def _bracket_iterations(engine: Any, session: Session) -> None:
             if vars(engine).get(name) is function:
                 del vars(engine)[name]
                 vars(engine).update({name: before[name]} if name in before else {})
-        for name in ("_INSTRUCTION_MAP", _SESSION):
+        for name in ("_INSTRUCTION_MAP", _SESSION, _DETACH):
             vars(engine).pop(name, None)
 
-    session.on_close(detach)
+    vars(engine)[_DETACH] = detach
+    # The session lives until the process ends; it must not keep the engine and its memory alive.
+    of_engine = weakref.ref(engine)
+    session.on_close(lambda: _detach(of_engine()))
+    weakref.finalize(engine, session.close)
+
+
+def _detach(engine: Any) -> None:
+    """Put an engine back as it was, if it is still there."""
+    if engine is not None and _DETACH in vars(engine):
+        vars(engine)[_DETACH]()
 
 
 def _hooked_map(stock: Mapping[type, Callable[..., Any]], session: Session) -> dict[type, Callable[..., Any]]:

@@ -10,6 +10,7 @@ from perseus_plugin.profiling.observations import Activity, ClockRun, Tick
 from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import Sweep
 
+_PAUSE_SHARE = 0.1  # of an iteration's time between two, above which they are two runs
 _CAPPED_SHARE = 0.01  # of a run's time below the clock asked for, above which it does not count for that clock
 
 
@@ -43,7 +44,7 @@ class SweepCollector:
             self._group = None
             return
         here = step.identity
-        if here != self._group:
+        if here != self._group or self._paused(record):
             self._groups.append((step.frequency_mhz, []))
             self._group = here
         self._groups[-1][1].append(record)
@@ -51,6 +52,11 @@ class SweepCollector:
             for operation, start_s, end_s in _timed(record):
                 if isinstance(operation, Constant):
                     self._constants.setdefault(operation.name, []).append(end_s - start_s)
+
+    def _paused(self, record: IterationRecord) -> bool:
+        """Whether something else (a checkpoint) ran before this iteration: its power is not that of waiting."""
+        last = self._groups[-1][1][-1]
+        return record.begin_s - last.end_s > _PAUSE_SHARE * (last.end_s - last.begin_s)
 
     def add_tick(self, tick: Tick, capped_s: float) -> None:
         """Add a tick of the energy counter, in the order they were seen.
@@ -65,11 +71,6 @@ class SweepCollector:
     def add_deviation(self, time_s: float) -> None:
         """The GPU was seen at another clock than the one it was asked for."""
         self._deviations_s.append(time_s)
-
-    @property
-    def last_needed_s(self) -> float:
-        """End of the last iteration collected; ticks are needed until a little after it."""
-        return self._groups[-1][1][-1].end_s if self._groups else 0.0
 
     def runs(self) -> list[ClockRun]:
         """One run per stretch of consecutive kept iterations at one clock."""

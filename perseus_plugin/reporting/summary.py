@@ -44,17 +44,18 @@ def build_summary(
     planning_time_s: float,
     dropped_plans: int,
     stragglers: dict[str, Any] | None = None,
+    full_clock_scale: tuple[float, float] | None = (1.0, 1.0),
 ) -> dict[str, Any]:
     """The content of summary.json.
 
     `predicted` is the measured full-clock figure times what the plan changes it by in the model, so that all three
     columns speak of the same thing: the model's own figures, which know nothing of what surrounds the schedule, are in
-    plan.json. Figures that do not exist (yet) are null.
+    plan.json. Where the schedule has changed since full clocks were measured, the full-clock figures are scaled by the
+    model (`full_clock_scale`). Figures that do not exist (yet) are null.
     """
-    full_time_s, full_energy_j = (
-        iteration_time_s(stats, FULL_CLOCK),
-        energy_per_iteration_j(stats, FULL_CLOCK),
-    )
+    swept_time_s, swept_energy_j = iteration_time_s(stats, FULL_CLOCK), energy_per_iteration_j(stats, FULL_CLOCK)
+    time_scale, energy_scale = (None, None) if full_clock_scale is None else full_clock_scale
+    full_time_s, full_energy_j = _scaled(swept_time_s, time_scale), _scaled(swept_energy_j, energy_scale)
     time_s, energy_j = iteration_time_s(stats, PLAN), energy_per_iteration_j(stats, PLAN)
     predicted_time_s = _scaled(full_time_s, None if plan is None else plan.iteration_time_s / plan.baseline_time_s)
     predicted_energy_j = _scaled(full_energy_j, None if plan is None else plan.energy_j / plan.baseline_energy_j)
@@ -80,7 +81,7 @@ def build_summary(
         },
         "plan": None if plan is None else _plan_figures(plan, planning_time_s, dropped_plans),
         "stragglers": None if stragglers is None else _straggler_figures(stats, stragglers),
-        "profiling": _profiling_cost(stats, full_time_s, full_energy_j),
+        "profiling": _profiling_cost(stats, swept_time_s, swept_energy_j),
         "iterations": {sort: _iterations(stats, sort) for sort in (FULL_CLOCK, PROFILING, PLAN)},
         "overhead": _overhead(stats, time_s or full_time_s),
     }

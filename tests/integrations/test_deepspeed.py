@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -326,6 +328,17 @@ def test_when_the_session_ends_the_engine_is_the_stock_one(engine: Engine, start
     assert engine.train_batch("z") == "loss of z"
     assert engine.ran == TRAINED
     assert engine.map_seen == STOCK_MAP
+
+
+def test_a_session_does_not_keep_its_engine_alive(started: Started) -> None:
+    engine = Engine(block={"enabled": True})
+    assert enable(engine) is started.sessions[0]
+    engine.train_batch()
+    gone = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert gone() is None, "the engine's memory would stay taken"
+    assert started.sessions[0].closed, "the helper would keep the GPU from the next engine"
 
 
 def test_a_session_that_ends_amid_a_batch_lets_it_finish(engine: Engine, started: Started) -> None:

@@ -11,7 +11,7 @@ from perseus_plugin.timetable import Sweep
 
 from ..factories import OPERATIONS, record
 
-LENGTH_S = 0.036  # of a record
+LENGTH_S = 0.036 + 4 * 0.24
 
 
 def collector() -> SweepCollector:
@@ -21,9 +21,9 @@ def collector() -> SweepCollector:
 def test_consecutive_iterations_at_one_clock_are_one_run() -> None:
     collected = collector()
     for number in range(4):
-        collected.add(Sweep(0, 1410, kept=number > 0), record(number, begin_s=number))
+        collected.add(Sweep(0, 1410, kept=number > 0), record(number, begin_s=number, gap_s=0.24))
     for number in range(4, 7):
-        collected.add(Sweep(1, 810, kept=number > 4), record(number, begin_s=number))
+        collected.add(Sweep(1, 810, kept=number > 4), record(number, begin_s=number, gap_s=0.24))
     first, second = collected.runs()
     assert (first.frequency_mhz, first.begin_s, first.end_s) == (1410, 1.0, pytest.approx(3 + LENGTH_S))
     assert (second.frequency_mhz, second.begin_s, second.end_s) == (810, 5.0, pytest.approx(6 + LENGTH_S))
@@ -46,7 +46,7 @@ def test_activities_are_the_operations_with_their_times() -> None:
 def test_a_revisit_of_a_clock_is_a_run_of_its_own() -> None:
     collected = collector()
     for block, number in enumerate(range(3)):
-        collected.add(Sweep(block, 1410, kept=True), record(number, begin_s=number))
+        collected.add(Sweep(block, 1410, kept=True), record(number, begin_s=number, gap_s=0.24))
     assert [run.begin_s for run in collected.runs()] == [0.0, 1.0, 2.0]
 
 
@@ -54,7 +54,7 @@ def test_a_revisit_of_a_clock_is_a_run_of_its_own() -> None:
 def test_an_iteration_that_does_not_count_splits_the_run(what: str) -> None:
     collected = collector()
     for number in range(5):
-        seen = record(number, begin_s=number, undisturbed=what != "disturbed" or number != 2)
+        seen = record(number, begin_s=number, gap_s=0.24, undisturbed=what != "disturbed" or number != 2)
         if what == "incomplete" and number == 2:
             seen.ends_s.pop()
         collected.add(Sweep(0, 1410, kept=what != "settling" or number != 2), seen)
@@ -64,8 +64,8 @@ def test_an_iteration_that_does_not_count_splits_the_run(what: str) -> None:
 def test_ticks_go_to_the_run_they_fall_into() -> None:
     collected = collector()
     for number in range(2):
-        collected.add(Sweep(number, 1410 - 600 * number, kept=True), record(number, begin_s=number))
-    ticks = [Tick(t - 0.01, t, 100 * t) for t in (-0.1, 0.0, 0.02, LENGTH_S + 0.01, 1.01, 1.03, 2.0)]
+        collected.add(Sweep(number, 1410 - 600 * number, kept=True), record(number, begin_s=number, gap_s=0.24))
+    ticks = [Tick(t - 0.01, t, 100 * t) for t in (-0.1, 0.0, 0.02, LENGTH_S + 0.002, 1.01, 1.03, 2.0)]
     for tick in ticks:
         collected.add_tick(tick, math.nan)
     first, second = collected.runs()
@@ -87,17 +87,17 @@ def test_ticks_go_to_the_run_they_fall_into() -> None:
 def test_a_run_under_a_power_limit_is_marked(capped_s: tuple[float, ...], capped: bool) -> None:
     collected = collector()
     for number in (1, 2):
-        collected.add(Sweep(1, 810, kept=True), record(number, begin_s=number))
+        collected.add(Sweep(1, 810, kept=True), record(number, begin_s=number, gap_s=0.24))
     for time_s, so_far_s in zip((0.5, 1.1, 2.0), capped_s, strict=True):
         collected.add_tick(Tick(time_s - 0.01, time_s, 1.0), so_far_s)
     assert collected.runs()[0].capped is capped
 
 
-@pytest.mark.parametrize(("time_s", "capped"), [(0.99, False), (1.0, True), (2.0, True), (2.5, False)])
+@pytest.mark.parametrize(("time_s", "capped"), [(0.99, False), (1.0, True), (2.0, True), (3.5, False)])
 def test_a_run_in_which_the_clock_deviated_is_marked(time_s: float, capped: bool) -> None:
     collected = collector()
     for number in (1, 2):
-        collected.add(Sweep(1, 810, kept=True), record(number, begin_s=number))
+        collected.add(Sweep(1, 810, kept=True), record(number, begin_s=number, gap_s=0.24))
     collected.add_deviation(time_s)
     assert collected.runs()[0].capped is capped
 
@@ -129,11 +129,17 @@ def test_loading_of_every_microbatch_counts() -> None:
     assert collected.constant_times_s() == pytest.approx({"load": 0.2})
 
 
-def test_when_the_last_needed_tick_comes() -> None:
-    collected = collector()
-    assert collected.last_needed_s == 0.0
-    assert collected.runs() == []
-    assert collected.constant_times_s() == {}
-    collected.add(Sweep(0, 1410, kept=True), record(0, begin_s=7.0))
-    collected.add(Sweep(1, 810, kept=False), record(1, begin_s=8.0))
-    assert collected.last_needed_s == pytest.approx(7 + LENGTH_S)
+def test_nothing_collected_is_nothing_to_estimate() -> None:
+    assert collector().runs() == []
+    assert collector().constant_times_s() == {}
+
+
+def test_a_pause_between_iterations_is_no_part_of_a_run() -> None:
+    collected = SweepCollector(1410)
+    begin_s = 0.0
+    for number in range(4):
+        collected.add(Sweep(0, 1410, kept=True), record(number, begin_s=begin_s))
+        begin_s += 0.036 + (60.0 if number == 1 else 0.001)  # a checkpoint is written after the second
+    runs = collected.runs()
+    assert [len(run.activities) for run in runs] == [len(runs[0].activities)] * 2
+    assert all(run.end_s - run.begin_s < 0.1 for run in runs)

@@ -5,6 +5,8 @@ Importing this package imports neither torch nor ortools; what needs them is loa
 
 from __future__ import annotations
 
+import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 from perseus_plugin._version import __version__
@@ -12,7 +14,7 @@ from perseus_plugin._version import __version__
 if TYPE_CHECKING:
     from perseus_plugin.session import Session
 
-__all__ = ["__version__", "enable"]
+__all__ = ["__version__", "enable", "report_straggler"]
 
 
 def enable(engine: Any, config: Any = None) -> Session | None:
@@ -32,3 +34,40 @@ def enable(engine: Any, config: Any = None) -> Session | None:
     from perseus_plugin.integrations.deepspeed import enable as enable_on_engine
 
     return enable_on_engine(engine, config)
+
+
+def report_straggler(
+    *,
+    rank: int,
+    slowdown: float | None = None,
+    iteration_time_s: float | None = None,
+    until: float | None = None,
+    source: str = "python",
+) -> bool:
+    """Tell the job that a rank is slow, or will be from now on; to be called on any one rank, any number of times.
+
+    Returns at once and never raises: what is refused is logged with its reason, and training goes on.
+
+    Args:
+        rank: which, in the whole job.
+        slowdown: its instructions take so many times as long as they did; 1 takes back what this source said.
+        iteration_time_s: or: an iteration of its pipeline takes so many seconds.
+        until: Unix time at which it ends by itself.
+        source: who says so; reports of different sources stand side by side, and the largest counts.
+
+    Returns:
+        Whether the report was sent; False also when no session runs in this process.
+    """
+    session_module = sys.modules.get("perseus_plugin.session")
+    sessions = [] if session_module is None else [s for s in session_module.live_sessions if not s.closed]
+    report = {
+        "rank": rank,
+        "slowdown": slowdown,
+        "iteration_time_s": iteration_time_s,
+        "until": until,
+        "source": source,
+    }
+    refusals = [session.report_straggler(**report) for session in sessions] or ["no session runs in this process"]
+    for reason in filter(None, refusals):
+        logging.getLogger(__name__).warning("a straggler report was refused: %s", reason)
+    return not any(refusals)

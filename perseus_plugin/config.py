@@ -196,6 +196,47 @@ class WatchConfig(_Strict):
     )
 
 
+class StragglersConfig(_Strict):
+    """Slow ranks: reported or seen, and planned for."""
+
+    enabled: bool = _setting(True, "true or false", "false: reports are refused and nothing is looked for.")
+    detect: bool = _setting(
+        True, "true or false", "Look for slow ranks in the session's own instruction times; false: reports only."
+    )
+    threshold: float = _setting(
+        0.03,
+        "a number from 0.01 to 1",
+        "Smallest slowdown, as a share, that is acted on; where times vary, only a larger one can be told from noise.",
+        ge=0.01,
+        le=1,
+    )
+    window: int = _setting(
+        8, "a whole number from 4 to 1000", "A rank is judged by its median over this many iterations.", ge=4, le=1000
+    )
+    min_duration: int = _setting(
+        3,
+        "a whole number from 1 to 1000",
+        "A slowdown far beyond the noise is acted on after this many iterations already.",
+        ge=1,
+        le=1000,
+    )
+    min_interval_s: float = _setting(
+        10.0,
+        "a number from 0 to 3600",
+        "Shortest time from one answer to the next, in seconds, however often reports change.",
+        ge=0,
+        le=3600,
+    )
+    max_slowdown: float = _setting(
+        100.0, "a number above 1 and at most 1000", "Reports of more than this are refused as absurd.", gt=1, le=1000
+    )
+    socket: bool = _setting(
+        True,
+        "true or false",
+        "Take reports of the command line on a unix socket in the output folder that only this user can use.",
+    )
+
+
 class PerseusConfig(_Strict):
     """The whole `perseus` block."""
 
@@ -228,6 +269,7 @@ class PerseusConfig(_Strict):
     emulation: EmulationConfig = _setting(EmulationConfig(), "an object", "The emulated GPU.")
     limits: LimitsConfig = _setting(LimitsConfig(), "an object", "Limits on clock changes.")
     watch: WatchConfig = _setting(WatchConfig(), "an object", "When a plan is dropped.")
+    stragglers: StragglersConfig = _setting(StragglersConfig(), "an object", "Slow ranks.")
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", '"debug", "info", "warning" or "error"', "How much the plugin says."
     )

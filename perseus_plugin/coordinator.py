@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import statistics
 import time
 from collections import deque
@@ -32,10 +33,12 @@ from perseus_plugin.messages import (
     receive,
     recheck_key,
 )
-from perseus_plugin.planner_process import PlanAnswer, PlanRequest
+from perseus_plugin.planner_process import PaceRequest, PlanAnswer, PlanRequest
 from perseus_plugin.planning.plan import Plan, save_plan
 from perseus_plugin.profiling.reuse import Fingerprint, save_survey
 from perseus_plugin.profiling.sweep import good_enough, sweep_order, worth_trying
+from perseus_plugin.reporting.events import EventLog
+from perseus_plugin.straggler_desk import Answer, Situation, StragglerDesk
 from perseus_plugin.survey import Survey, misfit, rescaled, stage_estimates, survey_of
 from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep, Timetable
@@ -44,7 +47,8 @@ logger = logging.getLogger(__name__)
 
 _ESTIMATES_TIMEOUT_S = 120.0
 _FORGIVEN_AFTER = 1000  # iterations under plans that hold, after which dropped ones do not count any more
-_SWITCH_AHEAD = 2  # iterations between saying and doing: every rank looks for news once per iteration
+_SWITCH_AHEAD = 2  # see `Coordinator._ahead`
+_NEWS_TAKE_S = 0.1  # until the slowest rank has heard of something
 
 
 class Planner(Protocol):
@@ -117,6 +121,12 @@ class Coordinator:
         self.plan: Plan | None = None
         self.planning_time_s = 0.0
         self.dropped = 0
+        self.stragglers = StragglerDesk(
+            config.stragglers, exchange, world_size=world_size, stages=stages, events=EventLog(output_dir)
+        )
+        self._asked: Situation | None = None
+        self._followed = 0
+        self._slow_since: int | None = None
         self._strikes = self._held = 0
         self._plans: dict[str, tuple[int, Plan]] = {}
         self._version = 0
@@ -161,6 +171,8 @@ class Coordinator:
                 self._recheck_s.append(duration_s)
         elif isinstance(directive, Follow) and self._is_current(directive, record):
             self._recent.append(duration_s)
+            if directive.straggler:
+                self.stragglers.count_iteration()
             self._held += 1
             if self._held >= _FORGIVEN_AFTER:
                 self._strikes = 0
@@ -193,6 +205,7 @@ class Coordinator:
         Raises:
             ExchangeError: the store fails.
         """
+        self.stragglers.collect()
         if self.state is State.GIVEN_UP:
             return
         trouble = self._exchange.fetch(TROUBLE)
@@ -247,7 +260,7 @@ class Coordinator:
         self._estimates, self._estimates_due_s = {}, None
         self._sweep_mhz = order
         self._tell(iteration, "sweep", clocks_mhz=order)
-        self._sweep_end = iteration + _SWITCH_AHEAD + self._steps_per_block * len(order)
+        self._sweep_end = iteration + self._ahead + self._steps_per_block * len(order)
 
     def _fits(self, iteration: int, survey: Survey) -> bool:
         """Whether a profile from elsewhere is this job's, by what all ranks measured at full clocks; False: not yet."""
@@ -304,7 +317,7 @@ class Coordinator:
                 100 * self._config.profiling.max_relative_error,
             )
 
-    def _request_plan(self, iteration: int) -> None:
+    def _request_plan(self, iteration: int, pace: PaceRequest | None = None) -> None:
         assert self.survey is not None  # only asked for once there is one
         assert self._schedule is not None
         schedule = self._schedule
@@ -323,6 +336,7 @@ class Coordinator:
                 max_changes=limits.max_changes_per_iteration,
                 min_dwell_s=limits.min_dwell_s,
                 full_clock_only=self.survey.unresolved,
+                pace=pace,
             )
         )
         self._requested = schedule.key
@@ -331,6 +345,9 @@ class Coordinator:
     def _take_answer(self, iteration: int) -> None:
         answer = self._planner.poll()
         if answer is None:
+            return
+        if self._asked is not None:
+            self._take_pace(answer, self._asked, iteration)
             return
         if answer.plan is None:
             self._give_up(iteration, f"there is no plan: {answer.error}")
@@ -350,16 +367,18 @@ class Coordinator:
         )
         self._follow(self._requested, iteration)
 
-    def _publish_parts(self, version: int, schedule: str, plan: Plan) -> None:
+    def _publish_parts(self, version: int, schedule: str, plan: Plan, slowdowns: Sequence[float] | None = None) -> None:
         assert self.survey is not None  # it was planned on
         time_s = {(stage, kind, m.frequency_mhz): m.time_s for stage, kind, m in self.survey.profile.rows()}
         for stage, planned in enumerate(plan.stages):
+            slowdown = 1.0 if slowdowns is None else slowdowns[stage]
             part = PlanPart(
                 version=version,
                 schedule=schedule,
                 clocks_mhz=tuple(p.frequency_mhz for p in planned),
                 # As measured: the plan's own times hold the margin.
-                times_s=tuple(time_s[stage, p.instruction.kind, p.frequency_mhz] for p in planned),
+                times_s=tuple(slowdown * time_s[stage, p.instruction.kind, p.frequency_mhz] for p in planned),
+                slowdown=slowdown,
             )
             self._exchange.publish(part_key(version, stage), part.model_dump())
 
@@ -367,7 +386,7 @@ class Coordinator:
         version, plan = self._plans[schedule]
         self.plan = plan
         self._try_to_write("plan.json", lambda: save_plan(plan, self._output_dir / "plan.json"))
-        self._recent.clear()
+        self.stragglers.leave()
         self._tell(iteration, "follow", version=version)
         self.state = State.FOLLOWING
 
@@ -380,12 +399,74 @@ class Coordinator:
         if self._plans[self._schedule.key][1] is not self.plan:
             self._follow(self._schedule.key, iteration)
             return
+        if self._answer_stragglers(iteration):
+            return
         expected_s = self.expected_time_s()
         if expected_s is None or len(self._recent) < self._config.watch.patience:
             return
         seen_s = statistics.median(self._recent)
-        if seen_s > expected_s * (1 + self._config.watch.tolerance):
+        if seen_s <= expected_s * (1 + self._config.watch.tolerance):
+            self._slow_since = None
+        elif not self._may_be_a_straggler(iteration):
             self._drop(iteration, seen_s, expected_s)
+
+    def _may_be_a_straggler(self, iteration: int) -> bool:
+        """Whether to wait for what detection says of iterations that run long."""
+        config = self._config.stragglers
+        if self._slow_since is None:
+            self._slow_since = iteration
+        return config.enabled and config.detect and iteration - self._slow_since < config.window
+
+    # Stragglers.
+
+    def _answer_stragglers(self, iteration: int) -> bool:
+        """Answer a new situation; returns whether there is one, for which the plan in force was not made."""
+        assert self._schedule is not None  # there is a plan for one
+        self.stragglers.book.full_clock_s = self.full_clock_time_s
+        situation = self.stragglers.current(self._schedule.key)
+        if situation == self.stragglers.situation:
+            return False
+        if not self.stragglers.may_answer:
+            return True
+        answer = None if situation is None else self.stragglers.known(situation)
+        if situation is None or answer is not None:
+            self._switch(situation, answer, iteration)
+            return True
+        assert self.plan is not None  # it is followed
+        self._asked = situation
+        self._request_plan(iteration, situation.request(self.plan, self._seconds_per_planned))
+        return True
+
+    def _take_pace(self, answer: PlanAnswer, situation: Situation, iteration: int) -> None:
+        """The planner has answered; the job's plan stays if it found nothing."""
+        self._asked = None
+        versions = {}
+        for slowdowns, planned in zip(situation.variants, answer.pace.variants if answer.pace else (), strict=False):
+            if planned.plan is not None:
+                self._version += 1
+                versions[slowdowns] = self._version
+                self._publish_parts(self._version, situation.schedule, planned.plan, slowdowns)
+        if answer.pace is None:
+            logger.warning("stragglers are not planned for: %s. The plan stays as it is.", answer.error)
+        made = Answer(answer.pace, versions)
+        for version in self.stragglers.learn(situation, made, answer.planning_time_s, answer.error):
+            for stage in range(self._stages):
+                self._exchange.publish(part_key(version, stage), None)  # the store shall not grow with every answer
+        self.state = State.FOLLOWING
+        assert self._schedule is not None  # there is a plan for one
+        if self._schedule.key == situation.schedule:
+            self._switch(situation, made, iteration)
+
+    def _switch(self, situation: Situation | None, answer: Answer | None, iteration: int) -> None:
+        """All ranks go over to what this situation asks for."""
+        assert self._schedule is not None  # there is a plan for one
+        version, _ = self._plans[self._schedule.key]
+        if situation is None or answer is None:
+            self._tell(iteration, "follow", version=version)
+        else:
+            version, variants = answer.versions_in(situation, version)
+            self._tell(iteration, "follow", version=version, variants=variants, straggler=True)
+        self.stragglers.switched(situation, answer, iteration + self._ahead, self._followed)
 
     def expected_time_s(self) -> float | None:
         """How long an iteration under the current plan may take, in measured seconds; None before it is known.
@@ -394,7 +475,11 @@ class Coordinator:
         full clocks took against what the graph says they take.
         """
         per_planned = self._seconds_per_planned
-        return None if self.plan is None or per_planned is None else self.plan.deadline_s * per_planned
+        if self.plan is None or per_planned is None:
+            return None
+        answer = self.stragglers.answer
+        pace_s = 0.0 if answer is None or answer.pace is None else answer.pace.pace_s
+        return max(pace_s, self.plan.deadline_s) * per_planned
 
     @property
     def _seconds_per_planned(self) -> float | None:
@@ -423,6 +508,7 @@ class Coordinator:
             return
         logger.warning("%s: back to full clocks, measuring and planning again", text)
         self._recheck_s, self._rechecks = [], {}
+        self.stragglers.leave()
         self._recheck_schedule = self._schedule.key if self._schedule is not None else ""
         self._tell(iteration, "full", reason=text, recheck=True)
         self._recheck_sequence = self._sequence
@@ -438,7 +524,7 @@ class Coordinator:
         if not self._all_rechecks(self._recheck_sequence) and patient:
             return
         assert self.survey is not None  # it was planned on
-        self.survey = rescaled(self.survey, list(self._rechecks.values()))
+        self.survey = rescaled(self.survey, self.stragglers.corrected(self._rechecks))
         full_s, before_s = statistics.median(self._recheck_s), self._full_clock_time_of(self._recheck_schedule)
         if before_s is not None and full_s > before_s * (1 + self._config.watch.tolerance):
             logger.warning(
@@ -450,10 +536,12 @@ class Coordinator:
         self._full_clock_s = list(self._recheck_s)
         self._full_clock_schedule = self._recheck_schedule
         self._plans.clear()
+        self.stragglers.forget()
         self._request_plan(iteration)
 
     def _give_up(self, iteration: int, why: str) -> None:
         logger.warning("%s. Training stays at full clocks.", why)
+        self.stragglers.refusal = f"the job stays at full clocks: {why}"
         self._tell(iteration, "full", reason=why)
         self.state = State.GIVEN_UP
 
@@ -463,25 +551,37 @@ class Coordinator:
         action: Literal["follow", "full", "sweep"],
         *,
         version: int = 0,
+        variants: dict[int, int] | None = None,
+        straggler: bool = False,
         reason: str = "",
         recheck: bool = False,
         clocks_mhz: tuple[int, ...] = (),
     ) -> None:
         self._sequence += 1
+        self._recent.clear()
+        self._slow_since = None
         news = News(
             sequence=self._sequence,
-            switch=iteration + _SWITCH_AHEAD,
+            switch=iteration + self._ahead,
             action=action,
             version=version,
+            variants=variants or {},
+            straggler=straggler,
             clocks_mhz=clocks_mhz,
             reason=reason,
             recheck=recheck,
         )
+        self._followed = news.version_for(0)  # rank 0 is in replica 0
         self._exchange.publish(NEWS, news.model_dump())
 
+    @property
+    def _ahead(self) -> int:
+        """Iterations between saying and doing: every rank looks for news at least once per iteration."""
+        time_s = self.full_clock_time_s
+        return _SWITCH_AHEAD if time_s is None else max(_SWITCH_AHEAD, 1 + math.ceil(_NEWS_TAKE_S / time_s))
+
     def _is_current(self, directive: Follow, record: IterationRecord) -> bool:
-        version, _ = self._plans.get(record.schedule, (0, None))
-        return self.state is State.FOLLOWING and directive.version == version
+        return self.state is State.FOLLOWING and directive.version == self._followed
 
     def _try_to_write(self, what: str, write: Callable[[], None]) -> None:
         """A full disk must not cost the plan."""

@@ -10,12 +10,14 @@ import json
 import secrets
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol
 
 from perseus_plugin.errors import PerseusError
 
 _CALL_TIMEOUT = timedelta(seconds=5)
+_LOST_AFTER_S = 5.0  # who took a place in a list and has not filled it since has died
 
 
 class ExchangeError(PerseusError):
@@ -31,6 +33,17 @@ class Exchange(Protocol):
 
     def fetch(self, key: str) -> Any | None:
         """The value, or None when nobody has published it yet. Does not wait."""
+        ...
+
+    def append(self, name: str, value: Any) -> None:
+        """Put a JSON-serialisable value at the end of a list that any rank may append to."""
+        ...
+
+    def take_new(self, name: str) -> list[Any]:
+        """What was appended since the last call, in order; for one reader per list. Does not wait.
+
+        A look at a list that nothing was appended to is one call to the store, however many ranks may append.
+        """
         ...
 
 
@@ -49,6 +62,8 @@ class StoreExchange:
     def __init__(self, store: Any, prefix: str) -> None:
         self._store = _own_client(store)
         self._prefix = prefix
+        self._taken: dict[str, int] = {}
+        self._missing_since_s: float | None = None
 
     def publish(self, key: str, value: Any) -> None:
         data = json.dumps(value, separators=(",", ":"), allow_nan=True).encode()
@@ -69,6 +84,44 @@ class StoreExchange:
         except ValueError as error:
             raise ExchangeError(f"{key!r} in the job's store is not valid JSON: {error}") from error
 
+    def append(self, name: str, value: Any) -> None:
+        place = self._add(f"{name}/count", 1)
+        self.publish(f"{name}/{place}", value)
+
+    def take_new(self, name: str) -> list[Any]:
+        count, taken = self._add(f"{name}/count", 0), self._taken.get(name, 0)
+        values: list[Any] = []
+        while taken < count:
+            key = f"{name}/{taken + 1}"
+            value = self.fetch(key)
+            if value is None and not self._is_lost():
+                break
+            if value is not None:
+                values.append(value)
+                self._delete(key)
+            self._missing_since_s = None
+            taken += 1
+        self._taken[name] = taken
+        return values
+
+    def _is_lost(self) -> bool:
+        """Whether the next place in the list has been empty for so long that it will stay so."""
+        now_s = time.monotonic()
+        if self._missing_since_s is None:
+            self._missing_since_s = now_s
+        return now_s - self._missing_since_s > _LOST_AFTER_S
+
+    def _add(self, key: str, amount: int) -> int:
+        try:
+            return int(self._store.add(self._key(key), amount))
+        except Exception as error:
+            raise ExchangeError(f"cannot count {key!r} in the job's store: {error}") from error
+
+    def _delete(self, key: str) -> None:
+        # Not every store can delete; what was taken then stays there and is not looked at again.
+        with suppress(Exception):
+            self._store.delete_key(self._key(key))
+
     def _key(self, key: str) -> str:
         return f"{self._prefix}/{key}"
 
@@ -78,6 +131,7 @@ class LocalExchange:
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
+        self._lists: dict[str, list[str]] = {}
 
     def publish(self, key: str, value: Any) -> None:
         self._values[key] = json.dumps(value)
@@ -85,6 +139,12 @@ class LocalExchange:
     def fetch(self, key: str) -> Any | None:
         text = self._values.get(key)
         return None if text is None else json.loads(text)
+
+    def append(self, name: str, value: Any) -> None:
+        self._lists.setdefault(name, []).append(json.dumps(value))
+
+    def take_new(self, name: str) -> list[Any]:
+        return [json.loads(text) for text in self._lists.pop(name, [])]
 
 
 def wait_for(exchange: Exchange, keys: Iterable[str], timeout_s: float, interval_s: float = 0.02) -> dict[str, Any]:

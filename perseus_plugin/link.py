@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from perseus_plugin.instructions import StreamOp
 from perseus_plugin.messages import PlanPart
+from perseus_plugin.stragglers import Report
 from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import Directive, Timetable
 
@@ -35,14 +36,14 @@ class Link:
 
     Attributes:
         timetable: what each iteration runs as; the worker replaces it.
-        part: this stage's part of the newest plan.
+        parts: this stage's parts of the newest plans, by version.
         rise_lead_s: how early a rising clock is asked for.
         close: set by the worker; ends it.
     """
 
     def __init__(self, timetable: Timetable) -> None:
         self.timetable = timetable
-        self.part: PlanPart | None = None
+        self.parts: Mapping[int, PlanPart] = {}
         self.rise_lead_s = 0.0
         self.close: Callable[[], None] = lambda: None
         self.iteration = 0
@@ -50,6 +51,7 @@ class Link:
         self.trouble_reason: str | None = None
         self._finished: queue.SimpleQueue[FinishedIteration] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[list[tuple[str, float]]] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self.wake = threading.Event()
 
     def use_schedule(self, key: str, stream_of: StreamOf) -> None:
@@ -70,6 +72,15 @@ class Link:
     def take_finished(self) -> list[FinishedIteration]:
         """Iterations handed over since the last call."""
         return _drain(self._finished)
+
+    def report(self, report: Report) -> None:
+        """Have the worker send a straggler report to rank 0."""
+        self._reports.put(report)
+        self.wake.set()
+
+    def take_reports(self) -> list[Report]:
+        """Straggler reports to be sent now."""
+        return _drain(self._reports)
 
     def add_events(self, events: list[tuple[str, float]]) -> None:
         """Events for the framework's monitor, which only the training thread may touch."""

@@ -10,6 +10,7 @@ from perseus_plugin.exchange import ExchangeError
 
 NEWS = "news"
 TROUBLE = "trouble"
+STRAGGLERS = "stragglers"  # list that ranks append reports and detections to
 REUSE = "reuse"
 
 
@@ -61,6 +62,8 @@ class News(_Message):
         switch: first iteration it holds for.
         action: follow the plan of `version`, run at full clocks, or profile again at `clocks_mhz`.
         version: the plan's, 0 for full clocks.
+        variants: plans of the replicas that have one of their own; all others follow `version`.
+        straggler: the plans are for the pace of a straggler.
         clocks_mhz: in the order to try them; a rank with another GPU takes the nearest it has.
         reason: for people.
         recheck: ranks shall time their instructions at full clocks and publish that.
@@ -70,9 +73,15 @@ class News(_Message):
     switch: int
     action: Literal["follow", "full", "sweep"]
     version: int = 0
+    variants: dict[int, int] = {}
+    straggler: bool = False
     clocks_mhz: tuple[int, ...] = ()
     reason: str = ""
     recheck: bool = False
+
+    def version_for(self, replica: int) -> int:
+        """The plan that this replica follows."""
+        return self.variants.get(replica, self.version)
 
 
 class RankFacts(_Message):
@@ -90,12 +99,14 @@ class PlanPart(_Message):
         schedule: key of the schedule it is for.
         clocks_mhz: per controllable instruction in program order.
         times_s: how long each takes at that clock.
+        slowdown: how much longer than in the profile that is, as the stage is known to be slow.
     """
 
     version: int
     schedule: str
     clocks_mhz: tuple[int, ...]
     times_s: tuple[float, ...]
+    slowdown: float = 1.0
 
 
 class Recheck(_Message):

@@ -14,13 +14,38 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from perseus_plugin.errors import PerseusError, PlanError
 from perseus_plugin.instructions import StreamOp, stream_from_rows, stream_to_rows
+from perseus_plugin.planning.paced import Pace, pace_from_dict, pace_to_dict
 from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
 from perseus_plugin.profiling.profile import Measurement, Profile
+
+
+@dataclass(frozen=True)
+class PaceRequest:
+    """What an answer to stragglers depends on beside all that a plan does; see `planning.pace.plan_pace`.
+
+    Attributes:
+        variants: slowdown per stage, for each sort of pipeline.
+        clocks_mhz: the job's plan, per stage.
+        at_least_s: lower bound on the pace.
+    """
+
+    variants: tuple[tuple[float, ...], ...]
+    clocks_mhz: tuple[tuple[int, ...], ...]
+    at_least_s: float = 0.0
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PaceRequest:
+        """From plain JSON data."""
+        return cls(
+            tuple(tuple(variant) for variant in data["variants"]),
+            tuple(tuple(clocks) for clocks in data["clocks_mhz"]),
+            data["at_least_s"],
+        )
 
 
 @dataclass(frozen=True)
@@ -38,6 +63,7 @@ class PlanRequest:
         effort: quick, normal or thorough.
         max_changes, min_dwell_s: limits on clock changes.
         full_clock_only: (stage, kind) that must not be slowed.
+        pace: plan for stragglers instead; None: one plan for the slowdown.
     """
 
     schedule: str
@@ -51,6 +77,7 @@ class PlanRequest:
     max_changes: int | None = None
     min_dwell_s: float = 0.0
     full_clock_only: frozenset[tuple[int, str]] = frozenset()
+    pace: PaceRequest | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -66,6 +93,7 @@ class PlanRequest:
             "max_changes": self.max_changes,
             "min_dwell_s": self.min_dwell_s,
             "full_clock_only": [list(pair) for pair in sorted(self.full_clock_only)],
+            "pace": None if self.pace is None else asdict(self.pace),
         }
 
     @classmethod
@@ -83,6 +111,7 @@ class PlanRequest:
             max_changes=data["max_changes"],
             min_dwell_s=data["min_dwell_s"],
             full_clock_only=frozenset((stage, kind) for stage, kind in data["full_clock_only"]),
+            pace=None if data["pace"] is None else PaceRequest.from_dict(data["pace"]),
         )
 
 
@@ -100,6 +129,33 @@ def plan_for(request: PlanRequest) -> Plan:
         _with_margin(request.profile, request.margin, request.blocking_power_w),
         blocking_power_w=request.blocking_power_w,
         target=Target.slowdown(request.slowdown),
+        limits=ChangeLimits(request.max_changes, request.min_dwell_s),
+        effort=request.effort,  # type: ignore[arg-type]
+        full_clock_only=request.full_clock_only,
+        schedule=request.schedule,
+    )
+
+
+def pace_for(request: PlanRequest) -> Pace:
+    """Answer stragglers in this process.
+
+    Raises:
+        PerseusError: there is no such plan, or the request is inconsistent.
+    """
+    from perseus_plugin.pipeline import build_graph
+    from perseus_plugin.planning.pace import plan_pace
+    from perseus_plugin.planning.planner import ChangeLimits
+
+    assert request.pace is not None  # the caller looked
+    return plan_pace(
+        build_graph(request.streams, request.constant_time_s),
+        request.profile,
+        request.pace.variants,
+        clocks_mhz=request.pace.clocks_mhz,
+        blocking_power_w=request.blocking_power_w,
+        slowdown=request.slowdown,
+        at_least_s=request.pace.at_least_s,
+        planned_on=lambda profile: _with_margin(profile, request.margin, request.blocking_power_w),
         limits=ChangeLimits(request.max_changes, request.min_dwell_s),
         effort=request.effort,  # type: ignore[arg-type]
         full_clock_only=request.full_clock_only,
@@ -133,11 +189,12 @@ def _with_margin(profile: Profile, margin: float, blocking_power_w: Sequence[flo
 
 @dataclass(frozen=True)
 class PlanAnswer:
-    """What came back: a plan and the seconds it took, or why there is none."""
+    """What came back: a plan (or an answer to stragglers) and the seconds it took, or why there is none."""
 
     plan: Plan | None
     planning_time_s: float
     error: str = ""
+    pace: Pace | None = None
 
 
 class PlannerProcess:
@@ -188,6 +245,7 @@ class PlannerProcess:
 
     def _ask(self, request: PlanRequest) -> None:
         begin_s = time.monotonic()
+        pace = None
         try:
             assert self._process.stdin is not None  # both are pipes, see Popen
             assert self._process.stdout is not None
@@ -199,11 +257,12 @@ class PlannerProcess:
             reply = json.loads(line)
             error, text = reply["error"], reply["plan"]
             plan = None if text is None else plan_from_json(text)
+            pace = None if reply["pace"] is None else pace_from_dict(reply["pace"])
         except OSError:
             plan, error = None, f"planner process ended with status {self._process.poll()}; see its message above"
         except (ValueError, KeyError, PerseusError) as failure:
             plan, error = None, str(failure)
-        self._answer = PlanAnswer(plan, time.monotonic() - begin_s, error)
+        self._answer = PlanAnswer(plan, time.monotonic() - begin_s, error, pace)
         self._busy = False
 
 
@@ -214,12 +273,16 @@ def main() -> None:
     import perseus_plugin.planning.planner  # noqa: F401  (loads OR-Tools before the first request)
 
     for line in sys.stdin:
-        text, error = None, ""
+        text, pace, error = None, None, ""
         try:
-            text = plan_to_json(plan_for(PlanRequest.from_dict(json.loads(line))))
+            request = PlanRequest.from_dict(json.loads(line))
+            if request.pace is None:
+                text = plan_to_json(plan_for(request))
+            else:
+                pace = pace_to_dict(pace_for(request))
         except Exception as failure:
             error = str(failure) if isinstance(failure, PerseusError) else repr(failure)
-        print(json.dumps({"plan": text, "error": error}), flush=True)
+        print(json.dumps({"plan": text, "pace": pace, "error": error}), flush=True)
 
 
 if __name__ == "__main__":

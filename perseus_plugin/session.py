@@ -11,11 +11,13 @@ import functools
 import logging
 import os
 import threading
+import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from perseus_plugin.config import PerseusConfig
+from perseus_plugin.config import PerseusConfig, StragglersConfig
 from perseus_plugin.control.boundaries import boundaries_for
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.controller import Controller
@@ -30,6 +32,7 @@ from perseus_plugin.messages import Placement
 from perseus_plugin.profiling.sweep import choose_clocks, sweep_order
 from perseus_plugin.reporting.account import begin_tag, end_tag
 from perseus_plugin.reporting.log import set_up_logging
+from perseus_plugin.stragglers import DETECTION, StragglerError, check_report
 from perseus_plugin.tap import InstructionTap, IterationRecord, hooked_operations
 from perseus_plugin.timetable import (
     Directive,
@@ -84,12 +87,14 @@ class Session:
         emulated: EmulatedStage | None,
         exchange: Exchange,
         monitor: Monitor | None,
+        stragglers: StragglersConfig | None = None,
     ) -> None:
         self._closing = threading.Lock()
         self.closed = False
         self._pid = os.getpid()
         self._on_close: list[Callable[[], None]] = []
         self._placement = placement
+        self._stragglers = stragglers or StragglersConfig()
         self._link = link
         self._helper = helper
         self._controller = None if helper is None else Controller(helper)
@@ -172,14 +177,8 @@ class Session:
         if isinstance(directive, Sweep):
             self._controller.hold(directive.frequency_mhz)
             return True
-        part = self._link.part
-        if (
-            isinstance(directive, Follow)
-            and part is not None
-            and part.version == directive.version
-            and part.schedule == record.schedule
-            and len(part.clocks_mhz) == 1 + max(record.slots)
-        ):
+        part = self._link.parts.get(directive.version) if isinstance(directive, Follow) else None
+        if part is not None and part.schedule == record.schedule and len(part.clocks_mhz) == 1 + max(record.slots):
             self._controller.rise_lead_s = self._link.rise_lead_s
             self._controller.follow(part.clocks_mhz, part.times_s)
             return True
@@ -217,6 +216,26 @@ class Session:
         if self._controller is not None:
             self._controller.hold(None)
         self._applied = None
+
+    def report_straggler(self, **report: Any) -> str:
+        """Send a straggler report to rank 0; see `perseus_plugin.report_straggler`.
+
+        Returns:
+            Why it is refused, or nothing. What only rank 0 can tell (a replay) is said in its log.
+        """
+        if self.closed:
+            return "the session has ended"
+        if not self._stragglers.enabled:
+            return "perseus.stragglers.enabled is false"
+        if report.get("source") == DETECTION:
+            return f"source: got {DETECTION!r}, which is the session's own"
+        try:
+            self._link.report(
+                check_report(report, self._placement.world_size, self._stragglers.max_slowdown, time.time())
+            )
+        except StragglerError as error:
+            return str(error)
+        return ""
 
     def fail(self, error: Exception) -> None:
         """End the session because of an error: full clocks, one message, training goes on."""
@@ -320,12 +339,13 @@ def start_session(
         emulated = None
         if selection.emulated_gpu is not None:
             emulated = EmulatedStage(selection.emulated_gpu, config.emulation, placement)
-        session = Session(placement, link, helper, emulated, exchange, monitor)
+        session = Session(placement, link, helper, emulated, exchange, monitor, config.stragglers)
     except BaseException:
         if helper is not None:
             helper.close(timeout_s=1.0)
         raise
     worker.start(session)
+    live_sessions.add(session)
     atexit.register(session.close)
     return session
 
@@ -345,6 +365,8 @@ def _take_gpu(config: PerseusConfig, selection: Selection) -> tuple[Selection, C
     return selection, helper
 
 
+live_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+"""Sessions of this process."""
 _sessions = 0
 
 

@@ -49,9 +49,15 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class Follow:
-    """The iteration follows the plan of this version."""
+    """The iteration follows the plan of this version.
+
+    Attributes:
+        version: the plan's.
+        straggler: it is followed because of a straggler; changes nothing but what the iteration counts for.
+    """
 
     version: int
+    straggler: bool = False
 
     @property
     def identity(self) -> object:

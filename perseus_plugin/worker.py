@@ -10,6 +10,8 @@ import logging
 import statistics
 import sys
 import threading
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
@@ -45,9 +47,12 @@ from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.collector import SweepCollector
 from perseus_plugin.profiling.estimator import estimate_stage
 from perseus_plugin.profiling.observations import Tick
-from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, Account
+from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, STRAGGLER, Account
 from perseus_plugin.reporting.progress import Progress
 from perseus_plugin.reporting.reporter import Reporter, events_of
+from perseus_plugin.straggler_desk import StragglerDesk
+from perseus_plugin.straggler_sensing import StragglerSensing
+from perseus_plugin.straggler_socket import StragglerSocket
 from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep, nearest_clocks
 
@@ -57,6 +62,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.25
+_RANK_0_IDLE_S = 0.1  # what ranks tell shall not wait for the iteration's end
 _TICKS_AFTER_SWEEP_S = 0.4  # the counter's last tick of the sweep shows up to a period and a lag later
 _READ_FAILURE_PATIENCE_S = 2.0
 _STATS_EVERY_S = 5.0
@@ -113,6 +119,8 @@ class SessionWorker:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="perseus", daemon=True)
         self._session: Session | None = None
+        self._sensing = StragglerSensing(config.stragglers, placement.rank, exchange)
+        self._socket: StragglerSocket | None = None
         self._planner: PlannerProcess | None = None
         self._coordinator: Coordinator | None = None
         self._reporter: Reporter | None = None
@@ -147,6 +155,16 @@ class SessionWorker:
                 fingerprint=self._known.fingerprint,
                 full_sweep_mhz=self._full_sweep_mhz,
             )
+            self._take_reports(self._coordinator.stragglers, output_dir)
+
+    def _take_reports(self, desk: StragglerDesk, output_dir: Path) -> None:
+        desk.monitor, desk.wake = self._link.add_events, self._link.wake.set
+        if not (self._config.stragglers.enabled and self._config.stragglers.socket):
+            return
+        try:
+            self._socket = StragglerSocket(output_dir, desk.request)
+        except OSError as error:
+            logger.warning("`perseus straggler` cannot reach this job: %s; all else goes on", error)
 
     def start(self, session: Session) -> None:
         """Start the thread."""
@@ -159,18 +177,21 @@ class SessionWorker:
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
-                self._link.wake.wait(_IDLE_S)
+                self._link.wake.wait(_IDLE_S if self._coordinator is None else _RANK_0_IDLE_S)
                 self._link.wake.clear()
                 self._step()
         except Exception as error:
             assert self._session is not None  # set before the thread starts
             self._session.fail(error)
             self._tell_trouble()
+            if self._socket is not None:
+                self._socket.close()
 
     def _step(self) -> None:
         self._take_helper_events()
         for finished in self._link.take_finished():
             self._take(finished)
+        self._sensing.send(self._link.take_reports())
         self._tell_trouble()
         self._finish_sweep()
         self._look_for_trouble()
@@ -193,10 +214,10 @@ class SessionWorker:
                 sorts.append(FULL_CLOCK)
             self._collector.add(directive, record)
         elif isinstance(directive, Follow) and record.undisturbed:
-            if directive.version != self._plan_version:
+            if not directive.straggler and directive.version != self._plan_version:
                 self._plan_version = directive.version
                 self._account.clear(PLAN)
-            sorts.append(PLAN)
+            sorts.append(STRAGGLER if directive.straggler else PLAN)
         elif isinstance(directive, FullClock):
             if self._helper is None and directive.reason != "warm-up" and record.undisturbed:
                 sorts.append(FULL_CLOCK)
@@ -204,6 +225,7 @@ class SessionWorker:
         self._account.add(record.number, sorts, duration_s)
         self._account.forget_before(record.number - 16)
         self._count(record)
+        self._sensing.saw(directive, record, self._link.parts)
         if self._progress is not None:
             self._progress.iteration(directive, record)
         if self._coordinator is not None:
@@ -328,11 +350,12 @@ class SessionWorker:
             self._sweep_again(news)
             return
         if news.action == "follow":
-            part = self._exchange.fetch(part_key(news.version, self._placement.stage))
+            version = news.version_for(self._placement.replica)
+            part = self._exchange.fetch(part_key(version, self._placement.stage))
             if part is None:
                 return  # published before the news; if the store lost it, the next look finds it or newer news
-            self._link.part = receive(PlanPart, part)
-            directive: Directive = Follow(news.version)
+            self._link.parts = _with_newest(self._link.parts, receive(PlanPart, part))
+            directive: Directive = Follow(version, news.straggler)
         else:
             directive = FullClock(news.reason)
         self._news = news
@@ -410,6 +433,8 @@ class SessionWorker:
         except (PerseusError, OSError) as error:
             logger.warning("the summary may be incomplete: %s", error)
         finally:
+            if self._socket is not None:
+                self._socket.close()
             if self._planner is not None:
                 self._planner.close()
 
@@ -455,7 +480,14 @@ class SessionWorker:
             "planning_time_s": 0.0 if coordinator is None else coordinator.planning_time_s,
             "full_clock_scale": (1.0, 1.0) if coordinator is None else coordinator.full_clock_scale(),
             "dropped_plans": 0 if coordinator is None else coordinator.dropped,
+            "stragglers": None if coordinator is None else asdict(coordinator.stragglers.figures),
         }
+
+
+def _with_newest(parts: Mapping[int, PlanPart], part: PlanPart) -> Mapping[int, PlanPart]:
+    """Those that the running iteration and switches yet to come may need."""
+    others = [(version, old) for version, old in parts.items() if version != part.version]
+    return {**dict(others[-3:]), part.version: part}
 
 
 def _crashing() -> bool:

@@ -45,6 +45,16 @@ FULL: dict[str, Any] = {
     },
     "limits": {"max_changes_per_iteration": 4, "min_dwell_s": 0.5, "switch_latency_s": 0.02},
     "watch": {"tolerance": 0.05, "patience": 3, "max_replans": 0},
+    "stragglers": {
+        "enabled": False,
+        "detect": False,
+        "threshold": 0.05,
+        "window": 10,
+        "min_duration": 2,
+        "min_interval_s": 5,
+        "max_slowdown": 20,
+        "socket": False,
+    },
     "log_level": "debug",
 }
 

@@ -78,8 +78,9 @@ class Job:
         self.iteration = SWEEP_END
         self.config = parse_config(
             {
-                "profiling": profiling or {},
                 "margin": 0.01,
+                "stragglers": {"detect": False},
+                "profiling": profiling or {},
                 "watch": {"patience": PATIENCE, "tolerance": 0.05, "max_replans": 2, **watch},
             }
         )

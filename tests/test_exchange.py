@@ -235,3 +235,94 @@ def test_a_rank_that_does_not_come_is_named() -> None:
         meet(LocalExchange(), 0, 2, 0.05)
     with pytest.raises(ExchangeError, match="rank 0 did not answer within"):
         meet(LocalExchange(), 1, 2, 0.05)
+
+
+# Lists.
+
+
+def test_what_is_appended_is_taken_once_and_in_order(exchange: Exchange) -> None:
+    assert exchange.take_new("list") == []
+    for number in range(3):
+        exchange.append("list", {"number": number})
+    assert exchange.take_new("list") == [{"number": 0}, {"number": 1}, {"number": 2}]
+    assert exchange.take_new("list") == []
+    exchange.append("list", [4])
+    assert exchange.take_new("other") == []
+    assert exchange.take_new("list") == [[4]]
+
+
+def test_many_ranks_append_and_none_is_lost(tcp_store: TCPStore) -> None:
+    reader = StoreExchange(tcp_store, "many")
+    clients = [TCPStore("127.0.0.1", tcp_store.port, is_master=False, wait_for_workers=False) for _ in range(4)]
+
+    def append(rank: int) -> None:
+        exchange = StoreExchange(clients[rank], "many")
+        for number in range(20):
+            exchange.append("list", [rank, number])
+
+    threads = [threading.Thread(target=append, args=(rank,)) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    taken: list[list[int]] = []
+    while any(thread.is_alive() for thread in threads) or len(taken) < 80:
+        taken += reader.take_new("list")
+    assert sorted(taken) == [[rank, number] for rank in range(4) for number in range(20)]
+    for rank in range(4):
+        assert [number for who, number in taken if who == rank] == list(range(20))
+
+
+class CountingStore:
+    """Counts calls to a store."""
+
+    def __init__(self) -> None:
+        self._store = HashStore()
+        self.calls = 0
+
+    def clone(self) -> None:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls += 1
+        return getattr(self._store, name)
+
+
+def test_a_look_at_a_list_without_news_is_one_call() -> None:
+    store = CountingStore()
+    exchange = StoreExchange(store, "p")
+    exchange.append("list", 1)
+    exchange.take_new("list")
+    store.calls = 0
+    assert exchange.take_new("list") == []
+    assert store.calls == 1
+
+
+def test_what_was_taken_does_not_stay_in_the_store() -> None:
+    store = HashStore()
+    exchange = StoreExchange(store, "p")
+    before = store.num_keys()
+    for _ in range(10):
+        exchange.append("list", 1)
+        exchange.take_new("list")
+    assert store.num_keys() <= before + 1  # the count
+
+
+def test_a_rank_that_dies_while_appending_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("perseus_plugin.exchange.time.monotonic", lambda: now_s)
+    store = HashStore()
+    exchange = StoreExchange(store, "p")
+    store.add("p/list/count", 1)  # its place is taken; the value never comes
+    exchange.append("list", "next")
+    assert exchange.take_new("list") == []
+    now_s += 4
+    assert exchange.take_new("list") == []
+    now_s += 2
+    assert exchange.take_new("list") == ["next"]
+
+
+def test_a_store_that_cannot_count_is_an_exchange_error() -> None:
+    exchange = StoreExchange(BrokenStore(), "p")
+    with pytest.raises(ExchangeError, match="in the job's store"):
+        exchange.append("list", 1)
+    with pytest.raises(ExchangeError, match="in the job's store"):
+        exchange.take_new("list")

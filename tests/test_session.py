@@ -109,7 +109,8 @@ class Rank:
 
     def follow(self, version: int, first: int, key: str = "A") -> None:
         """News has come: follow a plan."""
-        self.link.part = PlanPart(version=version, schedule=key, clocks_mhz=(810, 1410), times_s=(0.1, 0.2))
+        part = PlanPart(version=version, schedule=key, clocks_mhz=(810, 1410), times_s=(0.1, 0.2))
+        self.link.parts = {version: part}
         self.link.timetable = self.link.timetable.switched(first, Follow(version))
 
 
@@ -202,11 +203,11 @@ def test_rises_are_asked_for_by_the_measured_lead(rank: Rank, monkeypatch: pytes
 def test_a_plan_that_does_not_fit_is_not_followed(rank: Rank, why: str) -> None:
     rank.follow(1, first=0, key="B" if why == "another schedule" else "A")
     if why == "no part":
-        rank.link.part = None
+        rank.link.parts = {}
     elif why == "another version":
-        rank.link.part = rank.link.part.model_copy(update={"version": 2})  # type: ignore[union-attr]
+        rank.link.parts = {2: rank.link.parts[1].model_copy(update={"version": 2})}
     elif why == "another length":
-        rank.link.part = rank.link.part.model_copy(update={"clocks_mhz": (810,) * 3})  # type: ignore[union-attr]
+        rank.link.parts = {1: rank.link.parts[1].model_copy(update={"clocks_mhz": (810,) * 3})}
     for _ in range(2):
         finished = rank.iterate()
         assert finished is not None

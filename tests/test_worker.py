@@ -367,8 +367,7 @@ def test_a_plan_is_taken_with_its_part_and_its_iteration(ranks: Ranks) -> None:
     publish_news(rank.exchange, sequence=1, switch=7, action="follow", version=1)
     assert wait_until(lambda: rank.link.timetable.at(7) == Follow(1))
     assert rank.link.timetable.at(6) == TABLE.at(6)
-    assert rank.link.part is not None
-    assert (rank.link.part.version, rank.link.part.clocks_mhz) == (1, (810, 1410))
+    assert {version: part.clocks_mhz for version, part in rank.link.parts.items()} == {1: (810, 1410)}
     assert stats_of(rank).late == 0
 
 

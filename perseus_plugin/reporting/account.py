@@ -15,6 +15,7 @@ from perseus_plugin.messages import Totals
 FULL_CLOCK = "full_clock"
 PROFILING = "profiling"
 PLAN = "plan"
+STRAGGLER = "straggler"
 
 
 def begin_tag(iteration: int) -> int:

@@ -107,6 +107,12 @@ def _remarks(summary: dict[str, Any]) -> str:
         remarks.append(
             f"planned in {plan['planning_time_s']:.2f} s, at most {plan['gap_percent']:.2f} % above the optimum"
         )
+    stragglers = summary["stragglers"]
+    if stragglers is not None and stragglers["iterations"]:
+        remarks.append(
+            f"{stragglers['iterations']} iterations at a straggler's pace, about "
+            f"{stragglers['energy_saved_j']:.0f} J saved by it"
+        )
     overhead = summary["overhead"]["hook_time_percent"]
     if overhead is not None:
         remarks.append(f"hooks took {overhead:.3f} % of the time")

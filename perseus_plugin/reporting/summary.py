@@ -8,7 +8,7 @@ from typing import Any
 
 from perseus_plugin.messages import RankStats, Totals
 from perseus_plugin.planning.plan import Plan
-from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING
+from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, STRAGGLER
 
 SUMMARY_SCHEMA = "perseus-summary"
 SUMMARY_VERSION = 1
@@ -43,6 +43,7 @@ def build_summary(
     state: str,
     planning_time_s: float,
     dropped_plans: int,
+    stragglers: dict[str, Any] | None = None,
     full_clock_scale: tuple[float, float] | None = (1.0, 1.0),
 ) -> dict[str, Any]:
     """The content of summary.json.
@@ -79,6 +80,7 @@ def build_summary(
             "measured": _excess(full_time_s, time_s),
         },
         "plan": None if plan is None else _plan_figures(plan, planning_time_s, dropped_plans),
+        "stragglers": None if stragglers is None else _straggler_figures(stats, stragglers),
         "profiling": _profiling_cost(stats, swept_time_s, swept_energy_j),
         "iterations": {sort: _iterations(stats, sort) for sort in (FULL_CLOCK, PROFILING, PLAN)},
         "overhead": _overhead(stats, time_s or full_time_s),
@@ -94,6 +96,15 @@ def _plan_figures(plan: Plan, planning_time_s: float, dropped_plans: int) -> dic
         "clock_changes_per_iteration": [plan.clock_changes(stage) for stage in range(len(plan.stages))],
         "dropped_plans": dropped_plans,
     }
+
+
+def _straggler_figures(stats: Sequence[RankStats], figures: dict[str, Any]) -> dict[str, Any]:
+    """What happened, and what was measured per iteration meanwhile; savings are estimated from the profile."""
+    measured = {
+        "iteration_time_s": iteration_time_s(stats, STRAGGLER),
+        "energy_j": energy_per_iteration_j(stats, STRAGGLER),
+    }
+    return {**figures, "measured": measured}
 
 
 def _profiling_cost(

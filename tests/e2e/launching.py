@@ -47,6 +47,7 @@ def perseus_block(output_dir: Path, stages: int, **changes: Any) -> dict[str, An
             "backward_time_s": [0.016 + 0.008 * stage for stage in range(stages)],
         },
         "watch": {"tolerance": 1.0},
+        "stragglers": {"detect": False},
     }
     block.update(changes)
     return block

@@ -112,3 +112,11 @@ def test_events_are_the_known_main_figures() -> None:
         }
     )
     assert events_of(summary([], None)) == []
+
+
+def test_what_stragglers_brought_is_said() -> None:
+    figures = {"iterations": 29, "energy_saved_j": 1232.7}
+    assert "29 iterations at a straggler's pace, about 1233 J saved by it" in printed(
+        summary(RANKS, stragglers=figures)
+    )
+    assert "straggler" not in printed(summary(RANKS, stragglers={**figures, "iterations": 0}))

@@ -199,3 +199,14 @@ def test_figures_follow_from_the_totals(
         assert made["energy_j"]["predicted"] is None
     else:
         assert made["energy_j"]["predicted"] == pytest.approx(0.8 * full)
+
+
+def test_figures_of_stragglers_stand_beside_what_was_measured_meanwhile() -> None:
+    assert summary(RANKS)["stragglers"] is None
+    ranks = [stats(rank, {"straggler": (4, 5.0, 1000.0)}) for rank in range(2)]
+    made = summary(ranks, stragglers={"iterations": 4, "energy_saved_j": 12.0})["stragglers"]
+    assert made == {
+        "iterations": 4,
+        "energy_saved_j": 12.0,
+        "measured": {"iteration_time_s": 1.25, "energy_j": pytest.approx(500.0)},
+    }

@@ -1,0 +1,44 @@
+"""`events.jsonl`: one JSON line per thing that happened, with its time; may be written from any thread."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_MAX_BYTES = 16 * 2**20
+
+
+class EventLog:
+    """Appends to `events.jsonl`. A file that cannot be written, or has grown too large, is said once and then left.
+
+    Args:
+        output_dir: folder of the file.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.path = output_dir / "events.jsonl"
+        self._lock = threading.Lock()
+        self._left_bytes = _MAX_BYTES
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Append one line: `time` (Unix seconds), `event` and the facts."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, allow_nan=False) + "\n"
+        with self._lock:
+            if self._left_bytes <= 0:
+                return
+            self._left_bytes -= len(line)
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:
+                self._left_bytes = 0
+                logger.warning("cannot write %s: %s; training goes on", self.path.name, error)
+                return
+            if self._left_bytes <= 0:
+                logger.warning("%s has reached %d bytes; nothing more is written to it", self.path.name, _MAX_BYTES)

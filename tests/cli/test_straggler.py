@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from perseus_plugin.cli.straggler import straggler
+from perseus_plugin.config import StragglersConfig
+from perseus_plugin.errors import PerseusError
+from perseus_plugin.exchange import LocalExchange
+from perseus_plugin.reporting.events import EventLog
+from perseus_plugin.straggler_desk import StragglerDesk
+from perseus_plugin.straggler_socket import StragglerSocket
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[StragglerDesk]:
+    """A job of 8 ranks that takes reports in this folder."""
+    desk = StragglerDesk(StragglersConfig(), LocalExchange(), world_size=8, stages=2, events=EventLog(tmp_path))
+    socket = StragglerSocket(tmp_path, desk.request)
+    yield desk
+    socket.close()
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(straggler, list(arguments), terminal_width=200)
+
+
+def report(folder: Path, *arguments: str) -> Result:
+    return run("report", "--job", str(folder), *arguments)
+
+
+def test_report_list_and_clear(tmp_path: Path, desk: StragglerDesk) -> None:
+    assert run("list", "--job", str(tmp_path)).output.strip() == "no rank is slow"
+    assert report(tmp_path, "--rank", "5", "--slowdown", "1.25", "--for", "600").exit_code == 0
+    assert report(tmp_path, "--rank", "6", "--iteration-time", "0.8", "--source", "me").exit_code == 0
+    first, second = desk.book.live(time.time())
+    assert (first.rank, first.slowdown, first.source) == (5, 1.25, "cli")
+    assert first.until == pytest.approx(time.time() + 600, abs=60)
+    assert (second.rank, second.iteration_time_s, second.until) == (6, 0.8, None)
+    listed = run("list", "--job", str(tmp_path)).output
+    assert "1.250" in listed
+    assert "0.8 s" in listed
+    assert run("clear", "--job", str(tmp_path), "--rank", "5").output.strip() == "1 report(s) cleared"
+    assert [r.rank for r in desk.book.live(time.time())] == [6]
+    assert run("clear", "--job", str(tmp_path)).output.strip() == "1 report(s) cleared"
+    assert desk.book.live(time.time()) == []
+
+
+def test_until_is_unix_seconds_or_a_date(tmp_path: Path, desk: StragglerDesk) -> None:
+    soon = int(time.time()) + 100
+    dated = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(soon))
+    for text in (str(soon), dated):
+        assert report(tmp_path, "--rank", "5", "--slowdown", "1.25", "--until", text).exit_code == 0
+        assert desk.book.live(time.time())[0].until == soon
+
+
+@pytest.mark.usefixtures("desk")
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--rank", "8", "--slowdown", "1.25"), "rank: got 8; allowed: 0 to 7"),
+        (("--rank", "1", "--slowdown", "0.5"), "slowdown: got 0.5; allowed: 1 to 100"),
+        (("--rank", "1", "--slowdown", "nan"), "slowdown"),
+        (("--rank", "1", "--slowdown", "2", "--until", "1000"), "until: got 1000, which has passed"),
+        (("--rank", "1", "--slowdown", "2", "--until", "soon"), "--until: got 'soon'"),
+        (("--rank", "1", "--slowdown", "2", "--until", "nan"), "--until: got 'nan'"),
+        (("--rank", "1", "--slowdown", "2", "--until", "1", "--for", "1"), "either --until or --for"),
+        (("--rank", "1"), "either --slowdown or --iteration-time"),
+        (("--rank", "1", "--slowdown", "2", "--iteration-time", "2"), "either --slowdown or --iteration-time"),
+        (("--rank", "1", "--slowdown", "2", "--source", "detection"), "which is the session's own"),
+    ],
+)
+def test_what_is_refused_is_said(tmp_path: Path, arguments: tuple[str, ...], reason: str) -> None:
+    result = report(tmp_path, *arguments)
+    assert isinstance(result.exception, PerseusError), "the command's entry point prints it and exits with status 2"
+    assert reason in str(result.exception)
+
+
+def test_without_a_job_it_says_so(tmp_path: Path) -> None:
+    result = report(tmp_path, "--rank", "1", "--slowdown", "2")
+    assert "no running job takes reports here" in str(result.exception)

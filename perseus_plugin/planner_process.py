@@ -266,8 +266,16 @@ class PlannerProcess:
         self._busy = False
 
 
+def _end_with(parent: int) -> None:
+    """End when the trainer is gone, even if a process it forked still holds our standard input open."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(0)
+
+
 def main() -> None:
     """Answer requests on standard input until it ends."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with suppress(OSError):
         os.nice(5)  # the trainer comes first
     import perseus_plugin.planning.planner  # noqa: F401  (loads OR-Tools before the first request)

@@ -332,7 +332,7 @@ def test_when_the_session_ends_the_engine_is_the_stock_one(engine: Engine, start
 
 def test_a_session_does_not_keep_its_engine_alive(started: Started) -> None:
     engine = Engine(block={"enabled": True})
-    assert enable(engine) is started.sessions[0]
+    assert perseus_plugin.enable(engine) is started.sessions[0]
     engine.train_batch()
     gone = weakref.ref(engine)
     del engine

@@ -158,6 +158,7 @@ class StragglerDesk:
         self._placements: dict[int, Placement] = {}
         self._answered_s = float("-inf")
         self._said_job_slower = False
+        self._refused_last = ""
 
     # What comes in.
 
@@ -173,7 +174,10 @@ class StragglerDesk:
             try:
                 self._enter(value)
             except StragglerError as error:
-                logger.warning("a straggler report was refused: %s", error)
+                # One that comes again and again is said once; events.jsonl has them all.
+                again = str(error) == self._refused_last
+                logger.log(logging.DEBUG if again else logging.WARNING, "a straggler report was refused: %s", error)
+                self._refused_last = str(error)
 
     def request(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Answer a request of the command line (see `straggler_socket`).
@@ -213,6 +217,7 @@ class StragglerDesk:
             logger.info("%s", f"rank {report.rank} is seen to be back to normal" if report.ends else what)
         else:
             self.figures.reports += 1
+            logger.info("rank %d is reported by %r", report.rank, report.source)
         facts = report.model_dump(exclude={"time"}, exclude_none=True)
         self._events.write("detection" if report.source == DETECTION else "report", **facts)
 

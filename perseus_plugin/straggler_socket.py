@@ -81,11 +81,11 @@ class StragglerSocket:
 
     def _serve_one(self, connection: socket.socket) -> None:
         connection.settimeout(_TIMEOUT_S)
-        if (caller := _caller(connection)) not in (0, os.geteuid()):
-            _send(connection, {"ok": False, "error": f"user {caller} may not use this job's socket"})
-            return
         try:
-            request = json.loads(_read_line(connection))
+            line = _read_line(connection)  # first, as hanging up on a caller who still writes loses the reply
+            if (caller := _caller(connection)) not in (0, os.geteuid()):
+                raise PerseusError(f"user {caller} may not use this job's socket")
+            request = json.loads(line)
             if not isinstance(request, dict):
                 raise ValueError("not an object")
             reply = {"ok": True, **self._answer(request)}

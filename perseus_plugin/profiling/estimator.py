@@ -55,6 +55,7 @@ def estimate_stage(
         constant_kinds: kinds of activities that are neither controllable nor waiting (the optimizer step): their
             power is kept out of the blocking power, and they are not in the result.
     """
+    runs = [run for run in runs if _credible(run)]
     usable = [run for run in runs if not run.capped and run.end_s > run.begin_s]
     everything = {a.kind for run in runs for a in run.activities}
     durations = _durations(usable)
@@ -83,6 +84,9 @@ def estimate_stage(
     if not powers.waited:
         unresolved |= {BLOCKING}
     return replace(estimate, unresolved=frozenset(unresolved))
+
+
+_ABSURD = 1e12  # seconds or joules
 
 
 @dataclass(frozen=True)
@@ -130,3 +134,11 @@ def _typical_s(activities: Sequence[Activity], kind: str) -> _Duration | None:
     # One execution has no spread to see; its own duration is then all that bounds the error.
     spread = float(kept.std(ddof=1)) if len(kept) > 1 else float(kept.mean())
     return _Duration(float(kept.mean()), spread / math.sqrt(len(kept)), len(kept))
+
+
+def _credible(run: ClockRun) -> bool:
+    """Whether all its figures are of the size that times and energies have: what is not would overflow further on."""
+    figures = [run.begin_s, run.end_s]
+    figures += [t for activity in run.activities for t in (activity.start_s, activity.end_s)]
+    figures += [value for tick in run.ticks for value in (tick.previous_poll_s, tick.time_s, tick.energy_j)]
+    return bool(np.all(np.abs(np.array(figures)) < _ABSURD))  # False for NaN

@@ -189,7 +189,11 @@ def _fit_grid(before_s: Array, seen_s: Array, period_s: float) -> tuple[float, f
     def phases_s(period: float) -> tuple[float, float]:
         return float((low_s - number * period).max()), float((high_s - number * period).min())
 
-    guess_s = float(np.polyfit(number, middle_s - origin_s, 1)[0])
+    offset = number - number.mean()
+    with np.errstate(all="ignore"):  # times that mean nothing overflow; the caller tells from what comes out
+        guess_s = float(offset @ (middle_s - origin_s) / (offset @ offset))
+    if not np.isfinite(guess_s):
+        return float(middle_s[0]), period_s
     reach_s = 2 * float((seen_s - before_s).max()) / number[-1]
     shortest_s, longest_s = guess_s - reach_s, guess_s + reach_s
     for _ in range(60):

@@ -146,6 +146,7 @@ def main() -> None:
     facts["at_end"] = look(engine)
     facts["losses"] = losses
     Path(f"facts{torch.distributed.get_rank()}.json").write_text(json.dumps(facts))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def main() -> None:
         losses.append(engine.train_batch(data).item())
     facts = {"losses": losses, "began_s": began_s, "energy_j": energy_j}
     Path(f"facts{rank}.json").write_text(json.dumps(facts))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

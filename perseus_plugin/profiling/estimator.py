@@ -37,6 +37,7 @@ __all__ = [
     "to_profile",
 ]
 
+_ABSURD = 1e12  # seconds or joules
 _OUTLIER = 6.0  # durations this many robust standard deviations away are hiccups of the host, not the instruction
 
 
@@ -84,9 +85,6 @@ def estimate_stage(
     if not powers.waited:
         unresolved |= {BLOCKING}
     return replace(estimate, unresolved=frozenset(unresolved))
-
-
-_ABSURD = 1e12  # seconds or joules
 
 
 @dataclass(frozen=True)

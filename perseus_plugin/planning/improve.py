@@ -61,6 +61,9 @@ THOROUGH = _passes(
     (96, 0.25, 1.0, 0.02, False),
 )
 
+# A job of at most so many instructions is also searched as a whole.
+SMALL = 64
+
 
 def improve(
     problem: PlanningProblem,
@@ -87,6 +90,45 @@ def improve(
     for one in passes:
         search.run(one)
     return search.choice
+
+
+def search_whole(
+    problem: PlanningProblem, relaxed: Relaxed, choice: IntArray, allowed_s: float, end_price_w: float, work: float
+) -> IntArray:
+    """Search a small job as one window, with every option that can be in a better plan; never returns a worse one.
+
+    What two clocks are to a long iteration, one instruction is to a short one: the best plan may end well after the
+    relaxation's optimum, or hold an option far from it. An option whose reduced cost is above the gap cannot be in a
+    better plan.
+
+    Args:
+        problem: graph and options; at most `SMALL` instructions are worth it.
+        relaxed: the relaxation's optimum for the deadline, or for the cheapest one before it.
+        choice: shape (nodes,), meets the deadline.
+        allowed_s: the deadline.
+        end_price_w: blocking power of all stages if they wait no longer than the iteration takes, else 0.
+        work: CP-SAT's deterministic time.
+    """
+
+    def cost_j(candidate: IntArray) -> float:
+        end_s = problem.graph.iteration_time_s(problem.durations(candidate))
+        return problem.effective_energy_j(candidate) + end_price_w * end_s
+
+    now_j = cost_j(choice)
+    waited_j = 0.0 if end_price_w else problem.total_blocking_w * relaxed.deadline_s
+    gap = max(0.0, now_j + waited_j - relaxed.bound_j) / problem.mean_energy_j
+    nodes = np.arange(len(problem.graph))
+    limits = WindowLimits(work, max(gap, NORMAL[0].limits.max_regret))
+    regret_j = regrets(problem, relaxed.instruction_price_w)
+    found, _ = solve_window(problem, choice, allowed_s, nodes, regret_j, limits, end_price_w)
+    found = _repaired(problem, found, allowed_s)
+    return found if cost_j(found) < now_j else choice
+
+
+def _repaired(problem: PlanningProblem, found: IntArray, deadline_s: float) -> IntArray:
+    """What a window found, which may miss the deadline by microseconds, made to meet it."""
+    finish = problem.graph.times(problem.durations(found))[1]
+    return round_to_deadline(problem, finish + 1e-6, deadline_s)
 
 
 class _Search:
@@ -154,8 +196,7 @@ class _Search:
         """Make `found` meet the deadline and keep it if it is better; returns the energy gained."""
         if np.array_equal(found, self.choice):
             return 0.0
-        finish = self.problem.graph.times(self.problem.durations(found))[1]
-        repaired = round_to_deadline(self.problem, finish + 1e-6, self.deadline_s)
+        repaired = _repaired(self.problem, found, self.deadline_s)
         repaired = use_up_slack(self.problem, repaired, self.deadline_s)
         energy = self.problem.effective_energy_j(repaired)
         gain = self.energy_j - energy

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.pipeline import PipelineGraph
-from perseus_plugin.planning.improve import NORMAL, THOROUGH, improve
+from perseus_plugin.planning.improve import NORMAL, SMALL, THOROUGH, improve, search_whole
 from perseus_plugin.planning.limits import keep_limits, violated
 from perseus_plugin.planning.options import Assignment, PlanningProblem, build_problem
 from perseus_plugin.planning.plan import Plan, PlannedInstruction
@@ -163,6 +163,10 @@ class Planner:
         if effort != "quick" and not violated(problem, problem.assignment(choice), limits):
             passes = NORMAL if effort == "normal" else THOROUGH
             choice = improve(problem, relaxed, choice, passes, _SEARCH_S[effort])
+            if len(problem.instruction_nodes) <= SMALL:
+                end_price_w = problem.total_blocking_w if waits_until_s is None else 0.0
+                work = _SEARCH_S[effort] / 2
+                choice = search_whole(problem, relaxed, choice, allowed_s, end_price_w, work)
         assignment = problem.assignment(choice)
         assignment = keep_limits(problem, relaxed, assignment, limits, effort, deadline_s)
         iteration_time_s = problem.graph.iteration_time_s(assignment.duration_s)

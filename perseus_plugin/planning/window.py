@@ -12,6 +12,8 @@ from perseus_plugin.planning.options import PlanningProblem
 
 TIME_UNIT_S = 1e-7
 _ENERGY_STEPS = 100_000
+# An iteration's end is priced in watts times 0.1 us, far below a step of energy: such a model counts finer steps.
+_FINER_STEPS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ def solve_window(
     nodes: IntArray,
     regret_j: FloatArray,
     limits: WindowLimits,
+    end_price_w: float = 0.0,
 ) -> tuple[IntArray, bool]:
     """The best options found for `nodes`, the rest running as early (before them) or as late (after them) as they can.
 
@@ -56,14 +59,15 @@ def solve_window(
         problem: graph and options.
         choice: shape (nodes,), a choice that meets the deadline.
         deadline_s: the deadline.
-        nodes: ids of the nodes to choose anew, in topological order.
+        nodes: ids of the nodes to choose anew, in topological order; constant-time nodes among them may move.
         regret_j: from `regrets`.
         limits: on the search.
+        end_price_w: what every second until the last of `nodes` ends costs; only for a window of all nodes.
 
     Returns:
         A choice, and whether it was proven the best for this window.
     """
-    model = _Window(problem, choice, deadline_s, nodes, regret_j, limits.max_regret)
+    model = _Window(problem, choice, deadline_s, nodes, regret_j, limits.max_regret, end_price_w)
     if not model.options:
         return choice, True
     solver = cp_model.CpSolver()
@@ -90,52 +94,69 @@ class _Window:
         nodes: IntArray,
         regret_j: FloatArray,
         max_regret: float,
+        end_price_w: float,
     ) -> None:
-        graph = problem.graph
         self.model = cp_model.CpModel()
         self.options: dict[int, list[tuple[int, cp_model.IntVar]]] = {}
         self.problem = problem
-        duration = np.rint(problem.durations(choice) / TIME_UNIT_S)
-        rounded = graph.in_units(TIME_UNIT_S)
-        latency = rounded.edge_latency_s
-        _, finish = rounded.times(duration)
-        end = max(float(finish.max()), np.floor(deadline_s / TIME_UNIT_S))
-        latest = rounded.latest_finish(duration, end)
-        mean_j = problem.mean_energy_j
-        allowed = regret_j[nodes] <= max_regret * mean_j
+        self.rounded = problem.graph.in_units(TIME_UNIT_S)
+        self.duration = np.rint(problem.durations(choice) / TIME_UNIT_S)
+        self.finish = self.rounded.times(self.duration)[1]
+        self.end = max(float(self.finish.max()), np.floor(deadline_s / TIME_UNIT_S))
+        self.latest = self.rounded.latest_finish(self.duration, self.end)
+        self.steps = _ENERGY_STEPS * (_FINER_STEPS if end_price_w else 1)
+        self.lengths: dict[int, cp_model.LinearExpr | int] = {}
+        self.costs: list[cp_model.LinearExpr] = []
+        allowed = regret_j[nodes] <= max_regret * problem.mean_energy_j
         allowed &= np.isfinite(regret_j[nodes])
         allowed[np.arange(len(nodes)), choice[nodes]] = True
-        # A node with one option and no slack is a wall, not a variable.
-        movable = (allowed.sum(axis=1) > 1) | (latest[nodes] - finish[nodes] > 0)
-        movable &= problem.class_of[nodes] >= 0
-        inside = set(nodes[movable].tolist())
-        times, energies = problem.option_table
-        starts: dict[int, cp_model.IntVar] = {}
-        lengths: dict[int, cp_model.LinearExpr] = {}
-        costs = []
+        # A node with one option and no slack is a wall, not a variable, unless the end itself may move.
+        movable = (allowed.sum(axis=1) > 1) | (self.latest[nodes] - self.finish[nodes] > 0) | (end_price_w > 0)
         for node, row in zip(nodes[movable].tolist(), allowed[movable], strict=True):
-            ids = np.flatnonzero(row)
-            k = problem.class_of[node]
-            length = np.rint(times[k, ids] / TIME_UNIT_S).astype(np.int64).tolist()
-            cost = np.rint((energies[k, ids] - energies[k, ids].min()) / mean_j * _ENERGY_STEPS)
-            literals = [self.model.new_bool_var("") for _ in ids]
-            self.model.add_exactly_one(literals)
-            for option, literal in zip(ids.tolist(), literals, strict=True):
-                self.model.add_hint(literal, option == choice[node])
-            lengths[node] = cp_model.LinearExpr.weighted_sum(literals, length)
-            costs.append(cp_model.LinearExpr.weighted_sum(literals, cost.astype(np.int64).tolist()))
-            self.options[node] = list(zip(ids.tolist(), literals, strict=True))
-            edges = graph.edges_into(node)
-            outside = [e for e in edges if int(graph.edge_source[e]) not in inside]
-            ready = max((float(finish[graph.edge_source[e]] + latency[e]) for e in outside), default=0.0)
-            starts[node] = self.model.new_int_var(int(ready), int(end), "")
-        for node in inside:
-            last = end
+            self._add_options(node, np.flatnonzero(row), int(choice[node]))
+        starts = self._add_precedence()
+        if end_price_w:
+            self._price_end(starts, end_price_w)
+        self.model.minimize(cp_model.LinearExpr.sum(self.costs))
+
+    def _add_options(self, node: int, ids: IntArray, now: int) -> None:
+        """One literal per option, or a fixed length for a constant-time node."""
+        k = self.problem.class_of[node]
+        if k < 0:
+            self.lengths[node] = int(self.duration[node])
+            return
+        times, energies = self.problem.option_table
+        length = np.rint(times[k, ids] / TIME_UNIT_S).astype(np.int64).tolist()
+        cost = np.rint((energies[k, ids] - energies[k, ids].min()) / self.problem.mean_energy_j * self.steps)
+        literals = [self.model.new_bool_var("") for _ in ids]
+        self.model.add_exactly_one(literals)
+        for option, literal in zip(ids.tolist(), literals, strict=True):
+            self.model.add_hint(literal, option == now)
+        self.lengths[node] = cp_model.LinearExpr.weighted_sum(literals, length)
+        self.costs.append(cp_model.LinearExpr.weighted_sum(literals, cost.astype(np.int64).tolist()))
+        self.options[node] = list(zip(ids.tolist(), literals, strict=True))
+
+    def _add_precedence(self) -> dict[int, cp_model.IntVar]:
+        """Start times: after what stands before the window, in time for what stands behind it."""
+        graph, latency = self.problem.graph, self.rounded.edge_latency_s
+        starts: dict[int, cp_model.IntVar] = {}
+        for node in self.lengths:
+            outside = [e for e in graph.edges_into(node) if int(graph.edge_source[e]) not in self.lengths]
+            ready = max((float(self.finish[graph.edge_source[e]] + latency[e]) for e in outside), default=0.0)
+            starts[node] = self.model.new_int_var(int(ready), int(self.end), "")
+        for node, start in starts.items():
+            last = self.end
             for e in graph.edges_from(node):
                 target = int(graph.edge_target[e])
-                if target in inside:
-                    self.model.add(starts[target] >= starts[node] + lengths[node] + int(latency[e]))
+                if target in starts:
+                    self.model.add(starts[target] >= start + self.lengths[node] + int(latency[e]))
                 else:
-                    last = min(last, float(latest[target] - duration[target] - latency[e]))
-            self.model.add(starts[node] + lengths[node] <= int(last))
-        self.model.minimize(cp_model.LinearExpr.sum(costs))
+                    last = min(last, float(self.latest[target] - self.duration[target] - latency[e]))
+            self.model.add(start + self.lengths[node] <= int(last))
+        return starts
+
+    def _price_end(self, starts: dict[int, cp_model.IntVar], price_w: float) -> None:
+        end = self.model.new_int_var(0, int(self.end), "")
+        for node, start in starts.items():
+            self.model.add(start + self.lengths[node] <= end)
+        self.costs.append(end * round(price_w * TIME_UNIT_S / self.problem.mean_energy_j * self.steps))

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from perseus_plugin.control.requests import DWELL_LATENCIES
 from perseus_plugin.errors import ConfigError
 
 BLOCK = "perseus"
@@ -155,13 +156,14 @@ class LimitsConfig(_Strict):
     max_changes_per_iteration: int | None = _setting(
         None,
         "a whole number from 0, or null",
-        "Most clock changes per stage and iteration; null: no limit.",
+        "Most clock changes from one instruction to another per stage and iteration; null: no limit. The return to "
+        "full clocks for the end of the batch comes on top.",
         ge=0,
     )
-    min_dwell_s: float = _setting(
-        0.0,
-        "a number from 0 to 60",
-        "Shortest time between two clock changes of one GPU, in seconds.",
+    min_dwell_s: float | None = _setting(
+        None,
+        "a number from 0 to 60, or null",
+        "Shortest time between two clock changes of one GPU, in seconds. null: twice the switch latency.",
         ge=0,
         le=60,
     )
@@ -173,6 +175,13 @@ class LimitsConfig(_Strict):
         ge=0,
         le=1,
     )
+
+    @property
+    def dwell_s(self) -> float | None:
+        """The shortest time between two changes, None if it follows from a latency yet to be measured."""
+        if self.min_dwell_s is not None:
+            return self.min_dwell_s
+        return None if self.switch_latency_s is None else DWELL_LATENCIES * self.switch_latency_s
 
 
 class WatchConfig(_Strict):
@@ -261,8 +270,13 @@ class PerseusConfig(_Strict):
     output_dir: str = _setting(
         "perseus_out",
         "a path",
-        "Folder for summary.json, profile.csv and plan.json; made if missing.",
+        "Folder for summary.json, profile.csv, plan.json and frontier.json; made if missing.",
         min_length=1,
+    )
+    frontier: bool = _setting(
+        True,
+        "true or false",
+        "Keep the time-energy frontier of the plan as frontier.json, computed by a process of lowest priority.",
     )
     profiling: ProfilingConfig = _setting(ProfilingConfig(), "an object", "How instructions are measured.")
     gpu: GpuConfig = _setting(GpuConfig(), "an object", "Who sets the clocks.")

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from perseus_plugin.config import PerseusConfig
+from perseus_plugin.control.requests import DWELL_LATENCIES
 from perseus_plugin.errors import PerseusError
 from perseus_plugin.exchange import Exchange
+from perseus_plugin.frontier_process import BackgroundFrontier
 from perseus_plugin.instructions import StreamOp
 from perseus_plugin.messages import (
     NEWS,
@@ -89,6 +91,7 @@ class Coordinator:
         survey: what is known already (a loaded or kept profile), None to wait for the ranks' estimates.
         fingerprint: what a measured profile is kept with.
         full_sweep_mhz: the sweep to make if a kept profile turns out not to fit.
+        frontier: told of every plan's request, None where no frontier is wanted.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Coordinator:
         survey: Survey | None = None,
         fingerprint: Fingerprint | None = None,
         full_sweep_mhz: tuple[int, ...] = (),
+        frontier: BackgroundFrontier | None = None,
     ) -> None:
         self._config = config
         self._exchange = exchange
@@ -115,6 +119,7 @@ class Coordinator:
         self._top_mhz = max(timetable.sweep.clocks_mhz)
         self._round = 0
         self._output_dir = output_dir
+        self._frontier = frontier
         self.survey = survey
         self._fingerprint = fingerprint or {}
         self.state = State.MEASURING
@@ -132,7 +137,7 @@ class Coordinator:
         self._version = 0
         self._sequence = 0
         self._schedule: _Schedule | None = None
-        self._requested: str | None = None
+        self._requested: PlanRequest | None = None
         self._estimates: dict[int, RankEstimate] = {}
         self._estimates_due_s: float | None = None
         self._full_clock_s: list[float] = []
@@ -206,6 +211,8 @@ class Coordinator:
             ExchangeError: the store fails.
         """
         self.stragglers.collect()
+        if self._frontier is not None:
+            self._frontier.step()
         if self.state is State.GIVEN_UP:
             return
         trouble = self._exchange.fetch(TROUBLE)
@@ -323,24 +330,32 @@ class Coordinator:
         schedule = self._schedule
         streams = [schedule.stream_of(stage) for stage in range(self._stages)]
         limits = self._config.limits
-        self._planner.submit(
-            PlanRequest(
-                schedule=schedule.key,
-                streams=streams,
-                constant_time_s=self.survey.constants_for(streams),
-                profile=self.survey.profile,
-                blocking_power_w=[self.survey.blocking_power_w] * self._stages,
-                slowdown=self._config.slowdown,
-                margin=self._margin,
-                effort=self._config.effort,
-                max_changes=limits.max_changes_per_iteration,
-                min_dwell_s=limits.min_dwell_s,
-                full_clock_only=self.survey.unresolved,
-                pace=pace,
-            )
+        self._requested = PlanRequest(
+            schedule=schedule.key,
+            streams=streams,
+            constant_time_s=self.survey.constants_for(streams),
+            profile=self.survey.profile,
+            blocking_power_w=[self.survey.blocking_power_w] * self._stages,
+            slowdown=self._config.slowdown,
+            margin=self._margin,
+            effort=self._config.effort,
+            max_changes=limits.max_changes_per_iteration,
+            min_dwell_s=self._dwell_s,
+            full_clock_only=self.survey.unresolved,
+            pace=pace,
         )
-        self._requested = schedule.key
+        self._planner.submit(self._requested)
         self.state = State.PLANNING
+
+    @property
+    def _dwell_s(self) -> float:
+        """The shortest time between two clock changes; if not set, by the slowest GPU's switch latency."""
+        configured = self._config.limits.dwell_s
+        if configured is not None:
+            return configured
+        estimated = [one.switch_latency_s for one in self._estimates.values()]
+        checked = [one.switch_latency_s for one in self._rechecks.values()]
+        return DWELL_LATENCIES * max((latency_s or 0.0 for latency_s in (*estimated, *checked)), default=0.0)
 
     def _take_answer(self, iteration: int) -> None:
         answer = self._planner.poll()
@@ -352,20 +367,23 @@ class Coordinator:
         if answer.plan is None:
             self._give_up(iteration, f"there is no plan: {answer.error}")
             return
-        assert self._requested is not None  # set with the request
+        assert self._requested is not None  # it was submitted
+        schedule = self._requested.schedule
         self.planning_time_s = answer.planning_time_s
         self._version += 1
-        self._plans[self._requested] = (self._version, answer.plan)
-        self._publish_parts(self._version, self._requested, answer.plan)
+        self._plans[schedule] = (self._version, answer.plan)
+        self._publish_parts(self._version, schedule, answer.plan)
         logger.info(
             "plan %d for %s ready in %.2f s: %.1f %% less energy predicted, at most %.2f %% above the optimum",
             self._version,
-            self._requested,
+            schedule,
             answer.planning_time_s,
             100 * answer.plan.saving,
             100 * answer.plan.gap,
         )
-        self._follow(self._requested, iteration)
+        self._follow(schedule, iteration)
+        if self._frontier is not None:
+            self._frontier.renew(self._requested)
 
     def _publish_parts(self, version: int, schedule: str, plan: Plan, slowdowns: Sequence[float] | None = None) -> None:
         assert self.survey is not None  # it was planned on

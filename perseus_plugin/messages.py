@@ -46,12 +46,14 @@ class RankEstimate(_Message):
         gpu: name of its GPU.
         estimate: a `StageEstimate` as plain data.
         constant_time_s: median time of each kind of constant-time work.
+        switch_latency_s: 95 % of clock changes take no longer; None where that was not measured.
     """
 
     placement: Placement
     gpu: str
     estimate: dict[str, Any]
     constant_time_s: dict[str, float]
+    switch_latency_s: float | None = None
 
 
 class News(_Message):
@@ -110,10 +112,14 @@ class PlanPart(_Message):
 
 
 class Recheck(_Message):
-    """One rank's median instruction times at full clocks, by kind: after a plan was dropped, or to check a profile."""
+    """One rank's median instruction times at full clocks, by kind: after a plan was dropped, or to check a profile.
+
+    `switch_latency_s` is as in `RankEstimate`.
+    """
 
     stage: int
     time_s: dict[str, float]
+    switch_latency_s: float | None = None
 
 
 class Trouble(_Message):
@@ -141,6 +147,7 @@ class RankStats(_Message):
         requests: clock changes that reached the driver.
         deviations: times the GPU was seen to run at another clock than asked for.
         late: iterations that began before their order had arrived.
+        switch_latency_s: median and 95 % of how long a clock change takes; None where that was not measured.
         final: nothing follows.
     """
 
@@ -153,6 +160,7 @@ class RankStats(_Message):
     requests: int = 0
     deviations: int = 0
     late: int = 0
+    switch_latency_s: tuple[float, float] | None = None
     final: bool = False
 
 

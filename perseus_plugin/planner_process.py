@@ -15,13 +15,17 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perseus_plugin.errors import PerseusError, PlanError
 from perseus_plugin.instructions import StreamOp, stream_from_rows, stream_to_rows
 from perseus_plugin.planning.paced import Pace, pace_from_dict, pace_to_dict
 from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
 from perseus_plugin.profiling.profile import Measurement, Profile
+
+if TYPE_CHECKING:
+    from perseus_plugin.planning.planner import Planner
+    from perseus_plugin.planning.targets import ChangeLimits, Effort
 
 
 @dataclass(frozen=True)
@@ -121,19 +125,35 @@ def plan_for(request: PlanRequest) -> Plan:
     Raises:
         PerseusError: there is no such plan, or the request is inconsistent.
     """
-    from perseus_plugin.pipeline import build_graph
-    from perseus_plugin.planning.planner import ChangeLimits, Target, make_plan
+    from perseus_plugin.planning.targets import Target
 
-    return make_plan(
+    effort: Effort = request.effort  # type: ignore[assignment]
+    return planner_for(request).plan(Target.slowdown(request.slowdown), limits_of(request), effort)
+
+
+def planner_for(request: PlanRequest) -> Planner:
+    """The planner of a request's job, its margin kept.
+
+    Raises:
+        PerseusError: the request is inconsistent.
+    """
+    from perseus_plugin.pipeline import build_graph
+    from perseus_plugin.planning.planner import Planner
+
+    return Planner(
         build_graph(request.streams, request.constant_time_s),
         _with_margin(request.profile, request.margin, request.blocking_power_w),
         blocking_power_w=request.blocking_power_w,
-        target=Target.slowdown(request.slowdown),
-        limits=ChangeLimits(request.max_changes, request.min_dwell_s),
-        effort=request.effort,  # type: ignore[arg-type]
         full_clock_only=request.full_clock_only,
         schedule=request.schedule,
     )
+
+
+def limits_of(request: PlanRequest) -> ChangeLimits:
+    """A request's limits on clock changes."""
+    from perseus_plugin.planning.targets import ChangeLimits
+
+    return ChangeLimits(request.max_changes, request.min_dwell_s)
 
 
 def pace_for(request: PlanRequest) -> Pace:
@@ -144,7 +164,6 @@ def pace_for(request: PlanRequest) -> Pace:
     """
     from perseus_plugin.pipeline import build_graph
     from perseus_plugin.planning.pace import plan_pace
-    from perseus_plugin.planning.planner import ChangeLimits
 
     assert request.pace is not None  # the caller looked
     return plan_pace(
@@ -156,7 +175,7 @@ def pace_for(request: PlanRequest) -> Pace:
         slowdown=request.slowdown,
         at_least_s=request.pace.at_least_s,
         planned_on=lambda profile: _with_margin(profile, request.margin, request.blocking_power_w),
-        limits=ChangeLimits(request.max_changes, request.min_dwell_s),
+        limits=limits_of(request),
         effort=request.effort,  # type: ignore[arg-type]
         full_clock_only=request.full_clock_only,
         schedule=request.schedule,
@@ -266,7 +285,7 @@ class PlannerProcess:
         self._busy = False
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """End when the trainer is gone, even if a process it forked still holds our standard input open."""
     while os.getppid() == parent:
         time.sleep(1.0)
@@ -275,7 +294,7 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     """Answer requests on standard input until it ends."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     with suppress(OSError):
         os.nice(5)  # the trainer comes first
     import perseus_plugin.planning.planner  # noqa: F401  (loads OR-Tools before the first request)

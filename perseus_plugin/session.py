@@ -354,7 +354,7 @@ def _take_gpu(config: PerseusConfig, selection: Selection) -> tuple[Selection, C
     """Start the helper of the selected GPU; without one if it cannot set clocks."""
     if selection.spec is None:
         return selection, None
-    helper = ClockHelper.start(selection.spec, min_dwell_s=config.limits.min_dwell_s)
+    helper = ClockHelper.start(selection.spec, min_dwell_s=config.limits.dwell_s)
     device = helper.wait_ready(_READY_TIMEOUT_S)
     if device is not None and device.leftover:
         logger.warning("%s", device.leftover)

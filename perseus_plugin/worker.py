@@ -22,6 +22,7 @@ from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.coordinator import Coordinator
 from perseus_plugin.errors import GpuError, PerseusError
 from perseus_plugin.exchange import Exchange, ExchangeError
+from perseus_plugin.frontier_process import BackgroundFrontier
 from perseus_plugin.gpus.selection import Selection
 from perseus_plugin.instructions import Compute
 from perseus_plugin.known import Known
@@ -122,6 +123,7 @@ class SessionWorker:
         self._sensing = StragglerSensing(config.stragglers, placement.rank, exchange)
         self._socket: StragglerSocket | None = None
         self._planner: PlannerProcess | None = None
+        self._frontier: BackgroundFrontier | None = None
         self._coordinator: Coordinator | None = None
         self._reporter: Reporter | None = None
         self._progress: Progress | None = None
@@ -143,6 +145,7 @@ class SessionWorker:
         self._progress = Progress(timetable)
         if timetable.sweep.clocks_mhz:
             self._planner = PlannerProcess()
+            self._frontier = BackgroundFrontier(output_dir) if self._config.frontier else None
             self._coordinator = Coordinator(
                 self._config,
                 self._exchange,
@@ -154,6 +157,7 @@ class SessionWorker:
                 survey=self._known.survey,
                 fingerprint=self._known.fingerprint,
                 full_sweep_mhz=self._full_sweep_mhz,
+                frontier=self._frontier,
             )
             self._take_reports(self._coordinator.stragglers, output_dir)
 
@@ -288,9 +292,22 @@ class SessionWorker:
         self._deviations += 1
 
     def _take_latency(self, latency: wire.SwitchLatency) -> None:
-        if latency.p95_s > 0:  # NaN when no change ever showed
-            self._link.rise_lead_s = latency.p95_s
+        if not latency.p95_s > 0:  # NaN when no change ever showed
+            if latency.timeouts:
+                logger.warning(
+                    "none of %d clock changes was seen to take effect: clocks are asked for as if they changed at "
+                    "once. `perseus doctor` tests the GPU; perseus.limits.switch_latency_s says how long changes take",
+                    latency.timeouts,
+                )
+            return
+        self._link.rise_lead_s = latency.p95_s
+        self._stats = self._stats.model_copy(update={"switch_latency_s": (latency.p50_s, latency.p95_s)})
         logger.debug("clock changes take %.1f ms (95 %%: %.1f ms)", 1e3 * latency.p50_s, 1e3 * latency.p95_s)
+
+    @property
+    def _switch_latency_s(self) -> float | None:
+        measured = self._stats.switch_latency_s
+        return None if measured is None else measured[1]
 
     def _poll_energy(self, on: bool) -> None:
         if self._helper is not None and on != self._polling:
@@ -310,8 +327,7 @@ class SessionWorker:
         self._poll_energy(False)
         self._estimated = True
         if self._known.profile and self._link.timetable.sweep.number == 0:
-            recheck = Recheck(stage=self._placement.stage, time_s=self._collector.top_times_s())
-            self._exchange.publish(recheck_key(0, self._placement.rank), recheck.model_dump())
+            self._publish_recheck(0, self._collector.top_times_s())
             return
         estimate = estimate_stage(
             self._collector.runs(),
@@ -323,6 +339,7 @@ class SessionWorker:
             gpu=self._selection.name,
             estimate=estimate.to_dict(),
             constant_time_s=self._collector.constant_times_s(),
+            switch_latency_s=self._switch_latency_s,
         )
         self._exchange.publish(
             estimate_key(self._link.timetable.sweep.number, self._placement.rank), message.model_dump()
@@ -382,9 +399,12 @@ class SessionWorker:
         self._recheck_left -= 1
         if self._recheck_left == 0:
             medians = {kind: statistics.median(times) for kind, times in self._recheck.items()}
-            message = Recheck(stage=self._placement.stage, time_s=medians)
-            self._exchange.publish(recheck_key(self._news.sequence, self._placement.rank), message.model_dump())
+            self._publish_recheck(self._news.sequence, medians)
             self._recheck = None
+
+    def _publish_recheck(self, sequence: int, time_s: dict[str, float]) -> None:
+        message = Recheck(stage=self._placement.stage, time_s=time_s, switch_latency_s=self._switch_latency_s)
+        self._exchange.publish(recheck_key(sequence, self._placement.rank), message.model_dump())
 
     def _tell_trouble(self) -> None:
         reason = self._link.trouble_reason
@@ -437,6 +457,8 @@ class SessionWorker:
                 self._socket.close()
             if self._planner is not None:
                 self._planner.close()
+            if self._frontier is not None:
+                self._frontier.close()
 
     def _settle(self) -> None:
         self._take_helper_events()

@@ -75,7 +75,12 @@ def stage_estimate(stage: int = 0, scale: float = 1.0, unresolved: frozenset[str
 
 
 def rank_estimate(
-    rank: int, world_size: int = 2, stages: int = 2, constants: Mapping[str, float] | None = None, scale: float = 1.0
+    rank: int,
+    world_size: int = 2,
+    stages: int = 2,
+    constants: Mapping[str, float] | None = None,
+    scale: float = 1.0,
+    switch_latency_s: float | None = None,
 ) -> RankEstimate:
     """What a rank publishes after the sweep."""
     where = placement(rank, world_size, stages)
@@ -84,6 +89,7 @@ def rank_estimate(
         gpu="test GPU",
         estimate=stage_estimate(where.stage, scale).to_dict(),
         constant_time_s=dict(constants or {}),
+        switch_latency_s=switch_latency_s,
     )
 
 

@@ -19,6 +19,7 @@ FULL: dict[str, Any] = {
     "margin": 0.02,
     "effort": "normal",
     "output_dir": "somewhere",
+    "frontier": False,
     "profiling": {
         "warmup_steps": 3,
         "clocks_mhz": [1410, 1005],
@@ -151,7 +152,7 @@ def test_a_config_cannot_be_changed_afterwards() -> None:
         ("emulation.switch_latency_s", 2, "a number from 0 to 1"),
         ("emulation.counter_period_s", 0, "a number from 0.001 to 1"),
         ("limits.max_changes_per_iteration", -1, "a whole number from 0, or null"),
-        ("limits.min_dwell_s", 61, "a number from 0 to 60"),
+        ("limits.min_dwell_s", 61, "a number from 0 to 60, or null"),
         ("limits.switch_latency_s", -1, "a number from 0 to 1, or null"),
         ("watch.tolerance", 0, "a number above 0 and at most 10"),
         ("watch.patience", 0, "a whole number from 1"),
@@ -221,7 +222,9 @@ def test_an_unknown_key_near_to_none_lists_the_known_ones(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(with_value(key, None))
     assert str(caught.value).startswith(f"perseus.{key}: unknown key, given the value null; ")
-    known = "blocking_power_w, clock_count" if key.startswith("profiling.") else "effort, emulation, enabled, gpu"
+    known = (
+        "blocking_power_w, clock_count" if key.startswith("profiling.") else "effort, emulation, enabled, frontier, gpu"
+    )
     assert known in str(caught.value)
 
 

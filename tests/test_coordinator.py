@@ -12,6 +12,7 @@ from perseus_plugin import coordinator as coordinator_module
 from perseus_plugin.config import parse_config
 from perseus_plugin.coordinator import Coordinator, State
 from perseus_plugin.exchange import LocalExchange
+from perseus_plugin.frontier_process import BackgroundFrontier
 from perseus_plugin.instructions import Compute, Constant, StreamOp
 from perseus_plugin.messages import (
     NEWS,
@@ -70,7 +71,14 @@ class Job:
     """Rank 0's coordinator, and the ranks it talks to."""
 
     def __init__(
-        self, folder: Path, world_size: int = 2, survey: Survey | None = None, profiling: Any = None, **watch: Any
+        self,
+        folder: Path,
+        world_size: int = 2,
+        survey: Survey | None = None,
+        profiling: Any = None,
+        frontier: BackgroundFrontier | None = None,
+        limits: Any = None,
+        **watch: Any,
     ) -> None:
         self.folder = folder
         self.exchange = LocalExchange()
@@ -81,6 +89,7 @@ class Job:
                 "margin": 0.01,
                 "stragglers": {"detect": False},
                 "profiling": profiling or {},
+                "limits": limits or {},
                 "watch": {"patience": PATIENCE, "tolerance": 0.05, "max_replans": 2, **watch},
             }
         )
@@ -93,6 +102,7 @@ class Job:
             timetable=TABLE,
             output_dir=folder,
             survey=survey,
+            frontier=frontier,
         )
         self.schedule = "A"
 
@@ -204,6 +214,15 @@ def test_the_request_holds_what_was_measured_and_configured(job: Job) -> None:
     assert request.blocking_power_w == pytest.approx([BLOCKING_W] * 2)
     assert (request.slowdown, request.margin, request.effort) == (0.0, 0.01, "quick")
     assert request.full_clock_only == frozenset()
+
+
+def test_the_dwell_follows_from_the_slowest_gpus_switch_latency_unless_it_is_set(tmp_path: Path) -> None:
+    for limits, dwell_s in (({}, 0.06), ({"min_dwell_s": 0.5}, 0.5), ({"switch_latency_s": 0.1}, 0.2)):
+        job = Job(tmp_path, limits=limits)
+        job.publish_estimates(0, switch_latency_s=0.01)
+        job.publish_estimates(1, switch_latency_s=0.03)
+        job.step()
+        assert job.planner.requests[0].min_dwell_s == pytest.approx(dwell_s)
 
 
 def test_the_profile_is_saved(job: Job) -> None:
@@ -346,6 +365,28 @@ def test_a_plan_reaches_every_rank_before_the_iteration_it_begins_at(job: Job) -
         ]
     assert load_plan(job.folder / "plan.json") == plan
     assert job.coordinator.planning_time_s == 0.1
+
+
+class FakeFrontier(BackgroundFrontier):
+    """Remembers what it was asked for."""
+
+    def __init__(self, output_dir: Path) -> None:
+        super().__init__(output_dir)
+        self.requests: list[PlanRequest] = []
+
+    def renew(self, request: PlanRequest) -> None:
+        self.requests.append(request)
+
+
+def test_every_plan_of_the_job_gets_its_frontier(tmp_path: Path) -> None:
+    frontier = FakeFrontier(tmp_path)
+    job = Job(tmp_path, frontier=frontier).following()
+    assert [(asked.schedule, asked.pace) for asked in frontier.requests] == [("A", None)]
+    job.schedule = "B"
+    job.step()
+    job.planner.finish()
+    job.step()
+    assert [asked.schedule for asked in frontier.requests] == ["A", "B"]
 
 
 def test_parts_are_there_before_the_news_that_names_them(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -501,6 +501,8 @@ def test_a_given_switch_latency_is_not_measured(tmp_path: Path, fakes: type[Fake
     link = start(tmp_path, limits={"switch_latency_s": 0.03})["link"]
     assert link.rise_lead_s == 0.03
     assert "measure" not in [call[0] for call in fakes.started[0].calls]
+    _, (_, dwell_s) = fakes.started[0].calls[0]
+    assert dwell_s == 0.06, "it follows from the latency"
 
 
 def test_a_loaded_profile_leaves_only_the_top_clock_to_measure(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:

@@ -287,13 +287,17 @@ def test_iterations_are_counted_by_sort(ranks: Ranks) -> None:
     assert stats_of(rank).instructions == 16 * 4
 
 
-def test_clock_changes_and_the_switch_latency_are_taken_from_the_helper(ranks: Ranks) -> None:
+def test_clock_changes_and_the_switch_latency_are_taken_from_the_helper(
+    ranks: Ranks, heard: pytest.LogCaptureFixture
+) -> None:
     rank = ranks()
     rank.helper.events += [wire.SwitchLatency(0.01, 0.02, 8, 0), *[wire.Applied(1, 810, 0.0, 0.0, 0.0, 0.0)] * 3]
     assert wait_until(lambda: rank.link.rise_lead_s == 0.02)
     assert wait_until(lambda: stats_of(rank).requests == 3)
-    rank.helper.events.append(wire.SwitchLatency(float("nan"), float("nan"), 0, 8))
-    assert wait_until(lambda: not rank.helper.events)
+    assert stats_of(rank).switch_latency_s == (0.01, 0.02)
+    assert not [told for told in heard.records if told.levelno >= logging.WARNING]
+    rank.helper.events.append(wire.SwitchLatency(float("nan"), float("nan"), 8, 8))
+    assert wait_until(lambda: "none of 8 clock changes was seen to take effect" in heard.text)
     assert rank.link.rise_lead_s == 0.02, "no change ever showed"
 
 

@@ -79,7 +79,7 @@ class ClockHelper:
         spec: str,
         *,
         log_path: Path | str | None = None,
-        min_dwell_s: float = 0.0,
+        min_dwell_s: float | None = 0.0,
         settle_s: float = 0.03,
     ) -> ClockHelper:
         """Start the helper of the GPU that `spec` names (see `gpus.opening`); does not wait for it.
@@ -87,10 +87,12 @@ class ClockHelper:
         Args:
             spec: which GPU.
             log_path: where its standard error is appended; None: the caller's standard error.
-            min_dwell_s: shortest time between two clock changes.
+            min_dwell_s: shortest time between two clock changes; None: follows from the switch latency once
+                that was measured.
             settle_s: time after a change until the clock is read back (0: never).
         """
-        options = ["--min-dwell", repr(min_dwell_s), "--settle", repr(settle_s)]
+        dwell = [] if min_dwell_s is None else ["--min-dwell", repr(min_dwell_s)]
+        options = [*dwell, "--settle", repr(settle_s)]
         try:
             process = _spawn(spec, options, log_path)
         except OSError as error:

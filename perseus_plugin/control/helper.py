@@ -115,7 +115,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="perseus_plugin.control.helper", description=__doc__)
     parser.add_argument("spec", help="which GPU, see perseus_plugin.gpus.opening")
     parser.add_argument("--parent", type=int, required=True, help="the process that this one serves")
-    parser.add_argument("--min-dwell", type=float, default=0.0, help="shortest time between changes, s")
+    parser.add_argument("--min-dwell", type=float, help="shortest time between changes, s (default: by the latency)")
     parser.add_argument("--settle", type=float, default=0.03, help="time from a change to its read-back, s")
     parser.add_argument("--reset-only", action="store_true", help="free the clock and end")
     return parser.parse_args(arguments)

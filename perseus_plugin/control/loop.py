@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from perseus_plugin.control.latency import measure_switch_latency
 from perseus_plugin.control.ownership import Ownership
-from perseus_plugin.control.requests import PendingRequests, Request
+from perseus_plugin.control.requests import DWELL_LATENCIES, PendingRequests, Request
 from perseus_plugin.control.resetting import ResetOutcome, reset_until_confirmed
 from perseus_plugin.control.wire import (
     CLOSE,
@@ -76,7 +76,8 @@ class HelperLoop:
         parent: its death ends the loop.
         inlet, outlet: file descriptors of commands and replies, both non-blocking.
         wakeup: file descriptor that becomes readable when a signal arrives.
-        min_dwell_s: shortest time between two clock changes.
+        min_dwell_s: shortest time between two clock changes; None: follows from the switch latency once that was
+            measured.
         settle_s: time after a change until the clock is read back; 0: never.
     """
 
@@ -89,13 +90,14 @@ class HelperLoop:
         inlet: int,
         outlet: int,
         wakeup: int,
-        min_dwell_s: float,
+        min_dwell_s: float | None,
         settle_s: float,
     ) -> None:
         self._gpu, self._ownership, self._parent = gpu, ownership, parent
         self._may_set = ownership is not None
         self._inlet, self._outlet, self._wakeup = inlet, outlet, wakeup
-        self._requests = PendingRequests(min_dwell_s)
+        self._requests = PendingRequests(min_dwell_s or 0.0)
+        self._measure_dwell = min_dwell_s is None
         self._settle_s = settle_s
         self._buffer = bytearray()
         self._marks: deque[int] = deque(maxlen=MAX_MARKS)
@@ -265,6 +267,8 @@ class HelperLoop:
         except GpuError as error:
             self._give_up_control(str(error))
             return
+        if self._measure_dwell and event.p95_s > 0:  # NaN when no change ever showed
+            self._requests.min_dwell_s = DWELL_LATENCIES * event.p95_s
         self._requests.set(None, time.monotonic())
         self._event(event)
 

@@ -122,9 +122,13 @@ def _profiling_cost(
 def _overhead(stats: Sequence[RankStats], time_s: float | None) -> dict[str, float | int | None]:
     iterations = sum(s.hooked_iterations for s in stats)
     hook_s = sum(s.overhead_s for s in stats) / iterations if iterations else None
+    latencies = [s.switch_latency_s for s in stats if s.switch_latency_s is not None]
     return {
         "hook_time_per_iteration_s": hook_s,
         "hook_time_percent": None if hook_s is None or not time_s else 100 * hook_s / time_s,
+        # Of the slowest GPU; None where no GPU's was measured.
+        "switch_latency_p50_s": max((p50_s for p50_s, _ in latencies), default=None),
+        "switch_latency_p95_s": max((p95_s for _, p95_s in latencies), default=None),
         "clock_requests": sum(s.requests for s in stats),
         "late_switches": sum(s.late for s in stats),
         "emulated_instructions": sum(s.instructions for s in stats),

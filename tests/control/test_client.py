@@ -68,6 +68,20 @@ def test_it_measures_the_switch_latency_and_leaves_the_clock_free(helper: ClockH
     assert gpu.locked_mhz() is None
 
 
+def test_without_a_dwell_given_it_follows_from_the_switch_latency(spec: str) -> None:
+    helper = ClockHelper.start(spec, min_dwell_s=None)
+    helper.measure_latency(2)
+    latency = wait_for_event(helper, SwitchLatency)
+    helper.drain()
+    helper.request(1200)
+    first = wait_for_event(helper, Applied)
+    helper.request(900)
+    second = wait_for_event(helper, Applied)
+    helper.close(20)
+    assert (first.frequency_mhz, second.frequency_mhz) == (1200, 900)
+    assert second.called_s - first.called_s >= 2 * latency.p95_s
+
+
 def test_close_resets_and_ends(spec: str, gpu: EmulatedGpu) -> None:
     helper = ClockHelper.start(spec)
     helper.request(900)  # even before it is ready

@@ -64,12 +64,14 @@ RANKS = [
         instructions=400,
         requests=50,
         late=1,
+        switch_latency_s=(0.012, 0.02),
     ),
     stats(
         1,
         {"full_clock": (4, 4.0, 1600.0), "profiling": (10, 14.0, 3000.0), "plan": (4, 4.4, 1400.0)},
         overhead_s=0.004,
         hooked_iterations=20,
+        switch_latency_s=(0.01, 0.03),
         instructions=400,
         requests=70,
     ),
@@ -89,6 +91,8 @@ def test_figures_of_a_whole_job() -> None:
         {
             "hook_time_per_iteration_s": 0.006 / 40,
             "hook_time_percent": 100 * 0.006 / 40 / 1.122,
+            "switch_latency_p50_s": 0.012,
+            "switch_latency_p95_s": 0.03,
             "clock_requests": 120,
             "late_switches": 1,
             "emulated_instructions": 800,

@@ -26,6 +26,7 @@ from perseus_plugin.messages import (
     NEWS,
     TROUBLE,
     News,
+    Placement,
     PlanPart,
     RankEstimate,
     Recheck,
@@ -41,6 +42,7 @@ from perseus_plugin.profiling.reuse import Fingerprint, save_survey
 from perseus_plugin.profiling.sweep import good_enough, sweep_order, worth_trying
 from perseus_plugin.reporting.events import EventLog
 from perseus_plugin.straggler_desk import Answer, Situation, StragglerDesk
+from perseus_plugin.straggler_external import ExternalFigures, PlannedWork, planned_work, slowed_by
 from perseus_plugin.survey import Survey, misfit, rescaled, stage_estimates, survey_of
 from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep, Timetable
@@ -134,6 +136,8 @@ class Coordinator:
         self._slow_since: int | None = None
         self._strikes = self._held = 0
         self._plans: dict[str, tuple[int, Plan]] = {}
+        self._work: dict[int, PlannedWork] = {}
+        self._told: News | None = None
         self._version = 0
         self._sequence = 0
         self._schedule: _Schedule | None = None
@@ -388,6 +392,7 @@ class Coordinator:
     def _publish_parts(self, version: int, schedule: str, plan: Plan, slowdowns: Sequence[float] | None = None) -> None:
         assert self.survey is not None  # it was planned on
         time_s = {(stage, kind, m.frequency_mhz): m.time_s for stage, kind, m in self.survey.profile.rows()}
+        self._work[version] = planned_work(plan, time_s)
         for stage, planned in enumerate(plan.stages):
             slowdown = 1.0 if slowdowns is None else slowdowns[stage]
             part = PlanPart(
@@ -455,6 +460,18 @@ class Coordinator:
         self._request_plan(iteration, situation.request(self.plan, self._seconds_per_planned))
         return True
 
+    def judge_external(self, figures: ExternalFigures) -> None:
+        """Enter what another detector's figures say once they are corrected for the plans in force."""
+        if self.state is not State.FOLLOWING:
+            return
+        news = self._told
+        assert news is not None  # of the plan that is followed
+
+        def slowed(placement: Placement) -> float | None:
+            return slowed_by(self._work.get(news.version_for(placement.replica)), placement.stage, figures.kinds)
+
+        self.stragglers.take_external(figures, news.sequence, slowed)
+
     def _take_pace(self, answer: PlanAnswer, situation: Situation, iteration: int) -> None:
         """The planner has answered; the job's plan stays if it found nothing."""
         self._asked = None
@@ -468,6 +485,7 @@ class Coordinator:
             logger.warning("stragglers are not planned for: %s. The plan stays as it is.", answer.error)
         made = Answer(answer.pace, versions)
         for version in self.stragglers.learn(situation, made, answer.planning_time_s, answer.error):
+            self._work.pop(version, None)
             for stage in range(self._stages):
                 self._exchange.publish(part_key(version, stage), None)  # the store shall not grow with every answer
         self.state = State.FOLLOWING
@@ -589,6 +607,7 @@ class Coordinator:
             reason=reason,
             recheck=recheck,
         )
+        self._told = news
         self._followed = news.version_for(0)  # rank 0 is in replica 0
         self._exchange.publish(NEWS, news.model_dump())
 

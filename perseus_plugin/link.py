@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from perseus_plugin.instructions import StreamOp
 from perseus_plugin.messages import PlanPart
+from perseus_plugin.straggler_external import ExternalFigures
 from perseus_plugin.stragglers import Report
 from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import Directive, Timetable
@@ -52,6 +53,7 @@ class Link:
         self._finished: queue.SimpleQueue[FinishedIteration] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[list[tuple[str, float]]] = queue.SimpleQueue()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._external: queue.SimpleQueue[ExternalFigures] = queue.SimpleQueue()
         self.wake = threading.Event()
 
     def use_schedule(self, key: str, stream_of: StreamOf) -> None:
@@ -81,6 +83,15 @@ class Link:
     def take_reports(self) -> list[Report]:
         """Straggler reports to be sent now."""
         return _drain(self._reports)
+
+    def add_external(self, figures: ExternalFigures) -> None:
+        """Have the worker of rank 0 look at another detector's figures."""
+        self._external.put(figures)
+        self.wake.set()
+
+    def take_external(self) -> list[ExternalFigures]:
+        """Figures to look at now."""
+        return _drain(self._external)
 
     def add_events(self, events: list[tuple[str, float]]) -> None:
         """Events for the framework's monitor, which only the training thread may touch."""

@@ -32,6 +32,7 @@ from perseus_plugin.messages import Placement
 from perseus_plugin.profiling.sweep import choose_clocks, sweep_order
 from perseus_plugin.reporting.account import begin_tag, end_tag
 from perseus_plugin.reporting.log import set_up_logging
+from perseus_plugin.straggler_external import ExternalFigures
 from perseus_plugin.stragglers import DETECTION, StragglerError, check_report
 from perseus_plugin.tap import InstructionTap, IterationRecord, hooked_operations
 from perseus_plugin.timetable import (
@@ -236,6 +237,11 @@ class Session:
         except StragglerError as error:
             return str(error)
         return ""
+
+    def external_figures(self, figures: ExternalFigures) -> None:
+        """What another straggler detector has measured; of use on rank 0 only, which knows everybody's plan."""
+        if not self.closed and self._stragglers.enabled and self._placement.rank == 0:
+            self._link.add_external(figures)
 
     def fail(self, error: Exception) -> None:
         """End the session because of an error: full clocks, one message, training goes on."""

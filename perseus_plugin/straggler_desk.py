@@ -21,6 +21,7 @@ from perseus_plugin.planner_process import PaceRequest
 from perseus_plugin.planning.paced import Pace, Slowdowns
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.reporting.events import EventLog
+from perseus_plugin.straggler_external import ExternalFigures, ExternalJudge
 from perseus_plugin.stragglers import DETECTION, StragglerBook, StragglerError, rounded_slowdown
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,8 @@ class StragglerDesk:
         self.answer: Answer | None = None
         self._answers: OrderedDict[object, Answer] = OrderedDict()
         self._placements: dict[int, Placement] = {}
+        self._judges: dict[str, ExternalJudge] = {}
+        self._judged_under: dict[str, int] = {}
         self._answered_s = float("-inf")
         self._said_job_slower = False
         self._refused_last = ""
@@ -178,6 +181,28 @@ class StragglerDesk:
                 again = str(error) == self._refused_last
                 logger.log(logging.DEBUG if again else logging.WARNING, "a straggler report was refused: %s", error)
                 self._refused_last = str(error)
+
+    def take_external(self, figures: ExternalFigures, plans: int, slowed: Callable[[Placement], float | None]) -> None:
+        """Enter what another detector's figures say.
+
+        Args:
+            figures: of iterations up to now.
+            plans: number of the order that is followed; figures that span a change of plans are not looked at.
+            slowed: how many times as long as at full clocks a rank's work takes by its plan; None: not known.
+        """
+        if figures.source not in self._judges:
+            self._judges[figures.source] = ExternalJudge(self._config.threshold)
+        if self._judged_under.get(figures.source) != plans:
+            self._judged_under[figures.source] = plans
+            return
+        placed = {rank: self._placement(rank) for rank in figures.relative_time}
+        planned = {rank: slowed(placement) for rank, placement in placed.items() if placement is not None}
+        known = {rank: factor for rank, factor in planned.items() if factor is not None}
+        for report in self._judges[figures.source].judge(figures, known):
+            try:
+                self._enter(report.model_dump())
+            except StragglerError as error:
+                logger.warning("what %r says of rank %d was refused: %s", figures.source, report.rank, error)
 
     def request(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Answer a request of the command line (see `straggler_socket`).

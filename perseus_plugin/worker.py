@@ -203,6 +203,8 @@ class SessionWorker:
         if self._coordinator is not None:
             if self._link.schedule is not None:
                 self._coordinator.use_schedule(*self._link.schedule)
+            for figures in self._link.take_external():
+                self._coordinator.judge_external(figures)
             self._coordinator.step(self._link.iteration)
         self._publish_stats()
         self._update_summary()

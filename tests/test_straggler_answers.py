@@ -29,6 +29,7 @@ from perseus_plugin.messages import (
     stats_key,
 )
 from perseus_plugin.planner_process import PlanAnswer, pace_for, plan_for
+from perseus_plugin.straggler_external import ExternalFigures
 from perseus_plugin.stragglers import DETECTION, Report, StragglerError
 from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep
 
@@ -523,3 +524,47 @@ def test_the_store_does_not_grow_with_every_answer(job: Job) -> None:
     held = [v for v in range(1, 200) if job.exchange.fetch(part_key(v, 0)) is not None]
     assert 1 in held
     assert len(held) <= 2 * 32 + 1
+
+
+def test_another_detectors_figures_are_corrected_for_the_plan(tmp_path: Path) -> None:
+    job = Job(tmp_path, detect=False).following()
+    assert job.coordinator.plan is not None
+    measured = profile(2)
+
+    def seen(slow: dict[int, float]) -> ExternalFigures:
+        """Kernel times of a detector that does not know the plan."""
+        plan = job.coordinator.plan
+        assert plan is not None
+        times = {}
+        for rank in range(4):
+            stage = rank % 2
+            of_stage = [(p.instruction.kind, p.frequency_mhz) for p in plan.stages[stage]]
+            rows = {(kind, m.frequency_mhz): m.time_s for s, kind, m in measured.rows() if s == stage}
+            full_s = sum(measured.table[stage, kind][0].time_s for kind, _ in of_stage)
+            times[rank] = slow.get(rank, 1.0) * sum(rows[one] for one in of_stage) / full_s
+        return ExternalFigures("other", times, comparable=True)
+
+    assert max(seen({}).relative_time.values()) > 1.03, "the plan alone would look like a straggler"
+    for _ in range(5):
+        job.coordinator.judge_external(seen({}))
+    assert job.desk.figures.reports == 0
+    for _ in range(2):
+        job.coordinator.judge_external(seen({3: 1.3}))
+    (slow,) = job.desk.book.slow_ranks(time.time())
+    assert (slow.rank, slow.sources) == (3, ("other",))
+    assert slow.slowdown == pytest.approx(1.3, rel=1e-6)
+    job.coordinator.judge_external(seen({}))
+    assert not job.desk.book.slow_ranks(time.time())
+
+
+def test_another_detectors_figures_are_not_looked_at_across_a_change_of_plans(tmp_path: Path) -> None:
+    job = Job(tmp_path, detect=False)
+    slow = ExternalFigures("other", {0: 1.0, 1: 1.0, 2: 1.0, 3: 2.0}, comparable=True)
+    for _ in range(5):
+        job.coordinator.judge_external(slow)  # nothing is planned yet
+    job.following()
+    job.coordinator.judge_external(slow)
+    assert not job.desk.book.slow_ranks(time.time())
+    job.coordinator.judge_external(slow)
+    job.coordinator.judge_external(slow)
+    assert 3 in [one.rank for one in job.desk.book.slow_ranks(time.time())]

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 _ESTIMATES_TIMEOUT_S = 120.0
 _FORGIVEN_AFTER = 1000  # iterations under plans that hold, after which dropped ones do not count any more
 _SWITCH_AHEAD = 2  # see `Coordinator._ahead`
-_NEWS_TAKE_S = 0.1  # until the slowest rank has heard of something
+_NEWS_TAKE_S = 0.2  # until the slowest rank has heard of something
 
 
 class Planner(Protocol):

@@ -64,6 +64,7 @@ logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.25
 _RANK_0_IDLE_S = 0.1  # what ranks tell shall not wait for the iteration's end
+_REST_S = 0.1
 _TICKS_AFTER_SWEEP_S = 0.4  # the counter's last tick of the sweep shows up to a period and a lag later
 _READ_FAILURE_PATIENCE_S = 2.0
 _STATS_EVERY_S = 5.0
@@ -184,6 +185,9 @@ class SessionWorker:
                 self._link.wake.wait(_IDLE_S if self._coordinator is None else _RANK_0_IDLE_S)
                 self._link.wake.clear()
                 self._step()
+                # Where iterations are short, several are looked at together: this thread takes the interpreter from
+                # the training thread.
+                self._stop.wait(_REST_S)
         except Exception as error:
             assert self._session is not None  # set before the thread starts
             self._session.fail(error)

@@ -105,4 +105,6 @@ def test_a_slow_stage_within_the_only_pipeline(tmp_path: Path) -> None:
     assert after[0] > before[0]
     assert after[1] < before[1], "its neighbour stops racing"
     assert switches_of(events)[-1]["slow"] == []
-    assert len(facts[0]["losses"]) == STEPS
+    without = run(tmp_path / "without", 2, None)
+    assert len(without[0]["losses"]) == STEPS
+    assert facts[0]["losses"] == without[0]["losses"]

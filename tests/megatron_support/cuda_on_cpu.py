@@ -14,25 +14,23 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-# Modules of Triton kernels that Megatron imports without a guard, and the names it takes from them.
-_KERNEL_MODULES = {
-    "megatron.core.transformer.moe.ops.paged_stash": (
-        "GLOBAL_BLOCK_SIZE",
-        "paged_stash_copy_kernel",
-        "paged_stash_pop_kernel",
-    ),
-}
+# Files with Triton kernels that Megatron imports without a guard.
+_KERNEL_MODULES = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
 _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Put the stand-ins in place, for the rest of the process. Says nothing of CUDA being there: `is_available` stays."""
-    _stub_kernel_modules()
+    """Put the stand-ins in place, for the rest of the process; `torch.cuda.is_available` goes on saying no."""
+    if importlib.util.find_spec("triton") is None:
+        sys.meta_path.insert(0, _WithoutTriton())
     if not hasattr(typing, "override"):  # Python 3.11 and before
         typing.override = lambda method: method
     # Megatron compiles a dozen small functions; on a CPU that takes a C++ compiler and minutes.
@@ -44,6 +42,8 @@ def install() -> None:
     cuda.current_stream = lambda device=None: _Stream()
     cuda.default_stream = lambda device=None: _Stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
+    # The newest architecture: older ones ask for environment variables.
+    cuda.get_device_properties = lambda device=None: types.SimpleNamespace(name="none", major=10, minor=0)
     cuda.device_memory_used = lambda device=None: 0
     for name in ("set_device", "set_stream", "synchronize", "empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, _new_nothing())  # torch wants each of its functions to be another object
@@ -68,8 +68,11 @@ class _DevicesOnCpu(TorchFunctionMode):
     ) -> Any:
         if function is torch.Tensor.cuda:
             return arguments[0]
+        if function is torch.Tensor.type and len(arguments) == 1 and not keywords:
+            # Optimizers refuse half precision parameters whose type does not name CUDA.
+            return str(function(*arguments)).replace("torch.", "torch.cuda.")
         keywords = keywords or {}
-        if "device" in keywords and not isinstance(keywords["device"], type(None)):
+        if "device" in keywords:
             keywords = {**keywords, "device": _on_cpu(keywords["device"])}
         if function is torch.Tensor.to and len(arguments) > 1:
             arguments = (arguments[0], *(_on_cpu(argument) for argument in arguments[1:]))
@@ -99,14 +102,26 @@ class _Stream:
         pass
 
 
-def _stub_kernel_modules() -> None:
-    if importlib.util.find_spec("triton") is not None:
-        return
-    for name, contents in _KERNEL_MODULES.items():
-        module = types.ModuleType(name)
-        for content in contents:
-            setattr(module, content, None)
-        sys.modules[name] = module
+class _WithoutTriton(MetaPathFinder):
+    """Lets the kernel modules be imported where there is no Triton, which only they see as if it were there."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname not in _KERNEL_MODULES:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = functools.partial(_execute, spec.loader.exec_module)  # type: ignore[method-assign]
+        return spec
+
+
+def _execute(stock: Callable[[types.ModuleType], None], module: types.ModuleType) -> None:
+    names = ("triton", "triton.language")
+    sys.modules.update({name: mock.MagicMock() for name in names})
+    try:
+        stock(module)
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)  # one kernel module imports the other
 
 
 def _new_nothing() -> Callable[..., None]:

@@ -5,6 +5,7 @@ Megatron script, with the flags in `flags.py` beside what you want to try. `--re
 microbatch of every iteration, and a hash of every rank's final parameters, as JSON.
 """
 
+# ruff: noqa: E402 (the stand-ins come before Megatron)
 from __future__ import annotations
 
 import argparse
@@ -142,7 +143,7 @@ def write_results() -> None:
     for model in _MODELS:
         for name, parameter in model.named_parameters():
             digest.update(name.encode())
-            digest.update(parameter.detach().contiguous().numpy().tobytes())
+            digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
     mine = {
         "rank": torch.distributed.get_rank(),
         "stage": parallel_state.get_pipeline_model_parallel_rank(),

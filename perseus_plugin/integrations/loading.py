@@ -2,11 +2,13 @@
 
 `install_import_hooks` is an entry point of the group `torch.backends`: `import torch` calls it in *every* program of an
 environment where this package is installed. So it costs microseconds, imports nothing, and never raises: it only
-puts a finder in front of `sys.meta_path` that, when DeepSpeed's engine modules are imported, runs our patch after them.
+puts a finder in front of `sys.meta_path` that, when DeepSpeed's engine modules or Megatron's argument parser are
+imported, runs our patch after them.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import sys
 import warnings
@@ -14,37 +16,47 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 
-_ENGINE_MODULES = ("deepspeed.runtime.engine", "deepspeed.runtime.pipe.engine")
+# Module of a framework -> what it is called in messages, and our module and function that patch it.
+_PATCHES = {
+    "deepspeed.runtime.engine": ("DeepSpeed", "perseus_plugin.integrations.deepspeed", "patch_engine_module"),
+    "deepspeed.runtime.pipe.engine": ("DeepSpeed", "perseus_plugin.integrations.deepspeed", "patch_engine_module"),
+    "megatron.training.arguments": (
+        "Megatron",
+        "perseus_plugin.integrations.megatron_arguments",
+        "patch_arguments_module",
+    ),
+}
 
 
 def install_import_hooks() -> None:
-    """Patch DeepSpeed's engine classes as soon as they are imported. Never raises; safe to call again."""
+    """Patch the frameworks' modules as soon as they are imported. Never raises; safe to call again."""
+    name = ""
     try:
-        for name in _ENGINE_MODULES:
+        for name in _PATCHES:
             module = sys.modules.get(name)
             if module is not None and not getattr(module.__spec__, "_initializing", False):
-                _patch(module)
+                _patch(module, name)
         if not any(isinstance(finder, _PatchingFinder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _PatchingFinder())
     except Exception as error:
-        _complain(error)
+        _complain(error, name)
 
 
 class _PatchingFinder(MetaPathFinder):
-    """Finds the engine modules as the normal finders would, with a loader that patches after execution."""
+    """Finds the modules to be patched as the normal finders would, with a loader that patches after execution."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in _ENGINE_MODULES:
+        if fullname not in _PATCHES:
             return None
         try:
             spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
             if spec is None or spec.loader is None:
                 return None
-            spec.loader = _PatchingLoader(spec.loader)
+            spec.loader = _PatchingLoader(spec.loader, fullname)
         except Exception as error:
-            _complain(error)
+            _complain(error, fullname)
             return None
         return spec
 
@@ -52,8 +64,8 @@ class _PatchingFinder(MetaPathFinder):
 class _PatchingLoader(Loader):
     """Delegates to the real loader; everything it does not define comes from there (`get_source` and the like)."""
 
-    def __init__(self, real: Loader) -> None:
-        self._real = real
+    def __init__(self, real: Loader, name: str) -> None:
+        self._real, self._name = real, name
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._real.create_module(spec)
@@ -61,23 +73,23 @@ class _PatchingLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._real.exec_module(module)
         try:
-            _patch(module)
+            _patch(module, self._name)
         except Exception as error:
-            _complain(error)
+            _complain(error, self._name)
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         attribute: Callable[..., object] = getattr(self._real, name)
         return attribute
 
 
-def _patch(module: ModuleType) -> None:
-    from perseus_plugin.integrations.deepspeed import patch_engine_module
+def _patch(module: ModuleType, name: str) -> None:
+    _, where, function = _PATCHES[name]
+    getattr(importlib.import_module(where), function)(module)
 
-    patch_engine_module(module)
 
-
-def _complain(error: Exception) -> None:
-    message = f"perseus is off: could not hook into DeepSpeed: {error!r}"
+def _complain(error: Exception, name: str) -> None:
+    framework = _PATCHES[name][0] if name in _PATCHES else "any framework"
+    message = f"perseus is off: could not hook into {framework}: {error!r}"
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     except Warning:  # warnings are errors here; ours must not break somebody's import

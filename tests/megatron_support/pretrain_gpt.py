@@ -9,9 +9,7 @@ microbatch of every iteration, and a hash of every rank's final parameters, as J
 from __future__ import annotations
 
 import argparse
-import hashlib
 import inspect
-import json
 import sys
 from collections import defaultdict
 from functools import partial
@@ -24,8 +22,8 @@ import cuda_on_cpu
 
 cuda_on_cpu.install()
 
+import results
 import torch
-from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset, MockGPTLowLevelDataset
 from megatron.core.enums import ModelType
@@ -68,22 +66,9 @@ def provide_model(pre_process: bool = True, post_process: bool = True, vp_stage:
         **chunk,
     )
     if arguments.same_weights:
-        set_weights_by_name(model)
+        results.set_weights_by_name(model)
     _MODELS.append(model)
     return model
-
-
-def set_weights_by_name(model: GPTModel) -> None:
-    """Give each matrix values that follow from its name with the layer's number in the whole model."""
-    numbers = {f"decoder.layers.{i}.": layer.layer_number for i, layer in enumerate(model.decoder.layers)}
-    for name, parameter in model.named_parameters():
-        for prefix, number in numbers.items():
-            name = name.replace(prefix, f"layer{number}.")
-        if parameter.dim() > 1:
-            # The last stage's copy of the embedding has another name than the first one's.
-            name = "embedding" if name in ("embedding.word_embeddings.weight", "output_layer.weight") else name
-            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(seed))
 
 
 def provide_datasets(samples: list[int], vp_stage: int | None = None) -> Any:
@@ -137,27 +122,8 @@ def train() -> None:
     pretrain(**{datasets: provide_datasets}, **common)
 
 
-def write_results() -> None:
-    """Collect every rank's losses and parameter hash in one file."""
-    digest = hashlib.sha256()
-    for model in _MODELS:
-        for name, parameter in model.named_parameters():
-            digest.update(name.encode())
-            digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    mine = {
-        "rank": torch.distributed.get_rank(),
-        "stage": parallel_state.get_pipeline_model_parallel_rank(),
-        "losses": [losses for _, losses in sorted(_LOSSES.items())],
-        "parameters": digest.hexdigest(),
-    }
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    if mine["rank"] == 0:
-        Path(get_args().results).write_text(json.dumps({"ranks": everyone}))
-
-
 if __name__ == "__main__":
     train()
     if get_args().results:
-        write_results()
+        results.write(get_args().results, [losses for _, losses in sorted(_LOSSES.items())], _MODELS)
     torch.distributed.destroy_process_group()

@@ -88,6 +88,7 @@ class Coordinator:
         exchange: to all ranks.
         planner: who plans.
         world_size, stages: of the job.
+        shards: ranks that work together on one stage of one replica.
         timetable: with the first round of the sweep.
         output_dir: where profile.csv and plan.json go.
         survey: what is known already (a loaded or kept profile), None to wait for the ranks' estimates.
@@ -104,6 +105,7 @@ class Coordinator:
         *,
         world_size: int,
         stages: int,
+        shards: int = 1,
         timetable: Timetable,
         output_dir: Path,
         survey: Survey | None = None,
@@ -129,7 +131,12 @@ class Coordinator:
         self.planning_time_s = 0.0
         self.dropped = 0
         self.stragglers = StragglerDesk(
-            config.stragglers, exchange, world_size=world_size, stages=stages, events=EventLog(output_dir)
+            config.stragglers,
+            exchange,
+            world_size=world_size,
+            stages=stages,
+            shards=shards,
+            events=EventLog(output_dir),
         )
         self._asked: Situation | None = None
         self._followed = 0

@@ -24,7 +24,9 @@ class Placement(_Message):
     Attributes:
         rank, world_size: in the whole job.
         stage, stages: pipeline stage and how many there are.
-        replica: which data-parallel copy of the pipeline.
+        replica: which copy of the pipeline that runs at a pace of its own.
+        shards: ranks that work together on one stage of one replica (tensor, context and expert parallel ones): they
+            have the same stage and replica, and run in lock-step under the same plan.
         local_rank: on its machine.
         device: torch device, e.g. "cuda:0" or "cpu".
     """
@@ -34,8 +36,14 @@ class Placement(_Message):
     stage: int
     stages: int
     replica: int
+    shards: int = 1
     local_rank: int
     device: str
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas there are in the job."""
+        return self.world_size // (self.stages * self.shards)
 
 
 class RankEstimate(_Message):
@@ -162,6 +170,12 @@ class RankStats(_Message):
     late: int = 0
     switch_latency_s: tuple[float, float] | None = None
     final: bool = False
+
+
+class Figures(_Message):
+    """Figures by name, for a framework's monitor."""
+
+    events: tuple[tuple[str, float], ...]
 
 
 def facts_key(rank: int) -> str:

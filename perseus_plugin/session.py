@@ -210,10 +210,15 @@ class Session:
 
     @_guarded
     def evaluation(self) -> None:
-        """Something that is no training iteration runs: full clocks, and no part of any measurement."""
-        self._boundaries.reach(self._interrupt)
+        """Something that is no training iteration runs: full clocks, and no part of any measurement.
 
-    def _interrupt(self, now_s: float) -> None:
+        An iteration in the midst of which it runs is no part of any measurement either.
+        """
+        self._boundaries.reach(self._interrupt, self._record)
+
+    def _interrupt(self, now_s: float, record: IterationRecord | None) -> None:
+        if record is not None:
+            record.undisturbed = False
         if self._controller is not None:
             self._controller.hold(None)
         self._applied = None
@@ -341,6 +346,7 @@ def start_session(
             selection=selection,
             known=known,
             full_sweep_mhz=full_sweep,
+            writes_figures=monitor is not None,
         )
         emulated = None
         if selection.emulated_gpu is not None:

@@ -122,6 +122,7 @@ class StragglerDesk:
         config: the `stragglers` block.
         exchange: to all ranks.
         world_size, stages: of the job.
+        shards: ranks that work together on one stage of one replica.
         events: where everything is recorded.
         now, monotonic: clocks.
 
@@ -141,12 +142,14 @@ class StragglerDesk:
         *,
         world_size: int,
         stages: int,
+        shards: int = 1,
         events: EventLog,
         now: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._exchange, self._events = config, exchange, events
-        self._world_size, self._stages = world_size, stages
+        self._stages, self._shards = stages, shards
+        self._replicas = world_size // (stages * shards)
         self._now, self._monotonic = now, monotonic
         self.book = StragglerBook(world_size, config.max_slowdown)
         self.monitor: Callable[[list[tuple[str, float]]], None] = lambda events: None
@@ -270,7 +273,7 @@ class StragglerDesk:
         untouched -= listed.keys()
         if not listed and not untouched:
             return None
-        others = len(listed) + len(untouched) < self._world_size // self._stages
+        others = len(listed) + len(untouched) < self._replicas
         return Situation(
             schedule, tuple(sorted(listed.items())), tuple(sorted(untouched)), at_least_s, others, self._stages
         )
@@ -378,10 +381,10 @@ class StragglerDesk:
         if self.answer is None or self.situation is None or self.answer.pace is None:
             return
         of_slow = [slowdowns for _, slowdowns in self.situation.slow]
-        replicas = self._world_size // self._stages
         for variant, planned in zip(self.situation.variants, self.answer.pace.variants, strict=True):
-            count = replicas - self.slow_replicas if max(variant) == 1 else of_slow.count(variant)
-            self.figures.energy_saved_j += count * (planned.without_j - planned.energy_j)
+            count = self._replicas - self.slow_replicas if max(variant) == 1 else of_slow.count(variant)
+            # A plan's energy is that of one GPU per stage.
+            self.figures.energy_saved_j += self._shards * count * (planned.without_j - planned.energy_j)
         self.figures.time_saved_s += self.answer.pace.without_s - self.answer.pace.pace_s
 
 

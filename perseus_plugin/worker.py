@@ -50,6 +50,7 @@ from perseus_plugin.profiling.estimator import estimate_stage
 from perseus_plugin.profiling.observations import Tick
 from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, STRAGGLER, Account
 from perseus_plugin.reporting.progress import Progress
+from perseus_plugin.reporting.relay import FigureRelay
 from perseus_plugin.reporting.reporter import Reporter, events_of
 from perseus_plugin.straggler_desk import StragglerDesk
 from perseus_plugin.straggler_sensing import StragglerSensing
@@ -88,6 +89,7 @@ class SessionWorker:
         selection: Selection,
         known: Known,
         full_sweep_mhz: tuple[int, ...] = (),
+        writes_figures: bool = False,
     ) -> None:
         self._config = config
         self._placement = placement
@@ -121,6 +123,7 @@ class SessionWorker:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="perseus", daemon=True)
         self._session: Session | None = None
+        self._relay = FigureRelay(exchange, link, placement.rank, writes_figures)
         self._sensing = StragglerSensing(config.stragglers, placement.rank, exchange)
         self._socket: StragglerSocket | None = None
         self._planner: PlannerProcess | None = None
@@ -153,6 +156,7 @@ class SessionWorker:
                 self._planner,
                 world_size=self._placement.world_size,
                 stages=self._placement.stages,
+                shards=self._placement.shards,
                 timetable=timetable,
                 output_dir=output_dir,
                 survey=self._known.survey,
@@ -163,7 +167,7 @@ class SessionWorker:
             self._take_reports(self._coordinator.stragglers, output_dir)
 
     def _take_reports(self, desk: StragglerDesk, output_dir: Path) -> None:
-        desk.monitor, desk.wake = self._link.add_events, self._link.wake.set
+        desk.monitor, desk.wake = self._relay.tell, self._link.wake.set
         if not (self._config.stragglers.enabled and self._config.stragglers.socket):
             return
         try:
@@ -212,6 +216,7 @@ class SessionWorker:
             self._coordinator.step(self._link.iteration)
         self._publish_stats()
         self._update_summary()
+        self._relay.look()
 
     def _take(self, finished: FinishedIteration) -> None:
         directive, record = finished.directive, finished.record
@@ -446,7 +451,7 @@ class SessionWorker:
         self._plan_told = self._plan
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
         summary = self._reporter.update(self._all_stats(), "running", **self._plan_facts())
-        self._link.add_events(events_of(summary))
+        self._relay.tell(events_of(summary))
 
     def _close(self) -> None:
         """End the thread, then settle accounts; called on the thread that ends the session."""
@@ -483,7 +488,7 @@ class SessionWorker:
                 break
             sleep(0.05)
             stats = self._all_stats()
-        self._link.add_events(events_of(self._reporter.finish(stats, **self._plan_facts())))
+        self._relay.tell(events_of(self._reporter.finish(stats, **self._plan_facts())))
 
     def _all_stats(self) -> list[RankStats]:
         """What is known of all ranks; of those that cannot be asked any more what they said last."""

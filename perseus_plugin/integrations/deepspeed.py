@@ -128,13 +128,15 @@ def _attach(engine: Any, config: PerseusConfig) -> Session | None:
 def _placement(engine: Any) -> Any:
     from perseus_plugin.messages import Placement
 
-    import_rank = engine.global_rank
+    stages, world_size = int(engine.num_stages), int(engine.world_size)
+    replicas = int(getattr(engine.grid, "data_parallel_size", 0)) or world_size // stages
     return Placement(
-        rank=int(import_rank),
-        world_size=int(engine.world_size),
+        rank=int(engine.global_rank),
+        world_size=world_size,
         stage=int(engine.stage_id),
-        stages=int(engine.num_stages),
+        stages=stages,
         replica=int(engine.grid.get_data_parallel_id()),
+        shards=world_size // (stages * replicas),  # of model parallelism within a stage
         local_rank=int(getattr(engine, "local_rank", 0) or 0),
         device=str(engine.device),
     )

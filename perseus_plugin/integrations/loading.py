@@ -23,6 +23,11 @@ _PATCHES = {
         ("nvidia_resiliency_ext.straggler.straggler", "nvidia_resiliency_ext.attribution.straggler.straggler"),
         ("nvidia-resiliency-ext", "perseus_plugin.integrations.resiliency", "patch_straggler_module"),
     ),
+    "megatron.training.arguments": (
+        "Megatron",
+        "perseus_plugin.integrations.megatron_arguments",
+        "patch_arguments_module",
+    ),
 }
 
 

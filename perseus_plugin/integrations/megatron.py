@@ -1,0 +1,251 @@
+"""Megatron: from `--perseus` on its command line to a session that follows its schedules.
+
+`megatron_arguments` has the flags, `megatron_hooks` what runs in Megatron's place, `megatron_schedule` the instruction
+streams, and `megatron_metrics` what goes to its writers. Here a job is looked at: what it is, where its ranks sit, and
+whether it can be controlled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import importlib
+import logging
+import os
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from perseus_plugin.errors import ConfigError
+from perseus_plugin.integrations.megatron_arguments import add_arguments, patch_arguments_module
+from perseus_plugin.integrations.megatron_hooks import BRACKETS, Hooks, Schedule
+from perseus_plugin.integrations.megatron_schedule import Shape, supports_waiting_for_sends
+
+if TYPE_CHECKING:
+    from perseus_plugin.config import PerseusConfig
+    from perseus_plugin.messages import Placement
+    from perseus_plugin.session import Session
+
+__all__ = ["add_arguments", "install", "patch_arguments_module"]
+
+logger = logging.getLogger(__name__)
+
+_PIPELINE = "megatron.core.pipeline_parallel"
+_MODEL_FACTS = (
+    "micro_batch_size",
+    "seq_length",
+    "tensor_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "sequence_parallel",
+    "params_dtype",
+    "fp8",
+    "fp4",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+    "transformer_impl",
+    "attention_backend",
+    "cuda_graph_impl",
+)
+_hooks: Hooks | None = None
+
+
+def install(config: PerseusConfig, arguments: argparse.Namespace) -> Hooks | None:
+    """Hook Megatron's schedules; the session starts with the first training iteration. Idempotent.
+
+    Args:
+        config: enabled.
+        arguments: Megatron's own, as parsed; read again when the session starts, when Megatron has completed them.
+
+    Returns:
+        The hooks, None for a job that cannot be controlled. Then it has been said why, and nothing is hooked.
+    """
+    global _hooks
+    if _hooks is not None:
+        return _hooks
+    reason = why_not(arguments)
+    if reason:
+        say_off(reason)
+        return None
+    try:
+        schedules = importlib.import_module(f"{_PIPELINE}.schedules")
+        training = _import_if_there("megatron.training.training")
+        combined = _import_if_there(f"{_PIPELINE}.combined_1f1b")
+    except Exception as error:
+        say_off(f"megatron-core cannot be hooked: {error!r}")
+        return None
+    _hooks = _hooked(schedules, training, combined, _Job(config, arguments))
+    return _hooks
+
+
+def _hooked(schedules: ModuleType, training: ModuleType | None, combined: ModuleType | None, job: _Job) -> Hooks:
+    hooks = Hooks(job.start, job.schedule_of, job.after_iteration)
+    hooks.put(schedules, "forward_step", hooks.forward_step)
+    hooks.put(schedules, "backward_step", hooks.backward_step)
+    for name, interleaved in BRACKETS.items():
+        hooks.put(schedules, name, functools.partial(hooks.schedule, interleaved=interleaved))
+    if combined is not None:
+        hooks.put(combined, "combined_forward_backward_step", hooks.combined_step)
+    if training is not None:
+        hooks.put(training, "train_step", hooks.train_step)
+    return hooks
+
+
+def why_not(settings: Any) -> str:
+    """Why a job with these arguments, or this model configuration, cannot be controlled; empty if it can."""
+    scope = getattr(settings, "cuda_graph_scope", None)
+    scopes = [scope] if not isinstance(scope, (list, tuple)) else scope
+    names = [getattr(settings, "cuda_graph_impl", None), *(getattr(s, "name", s) for s in scopes)]
+    if "full_iteration" in names:
+        return (
+            "a CUDA graph of the full iteration (--cuda-graph-impl or --cuda-graph-scope full_iteration) replays "
+            "without Python, so there is nowhere to set a clock; graphs of layers are fine"
+        )
+    if getattr(settings, "hybrid_context_parallel", False):
+        return "with --hybrid-context-parallel every microbatch is another piece of work"
+    if (getattr(settings, "encoder_pipeline_model_parallel_size", None) or 0) > 0:
+        return "an encoder with pipeline stages of its own (--encoder-pipeline-model-parallel-size) is not supported"
+    return ""
+
+
+def say_off(reason: str) -> None:
+    """Say once for the whole job that it goes on without us."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("perseus is off: %s; training goes on at full clocks", reason)
+
+
+class _Job:
+    """What hooks want to know of the running job."""
+
+    def __init__(self, config: PerseusConfig, arguments: argparse.Namespace) -> None:
+        self._config, self._arguments = config, arguments
+        self._schedules: dict[tuple[bool, int, int], Schedule] = {}
+        self._metrics: Any = None
+
+    def start(self, model: list[Any]) -> Session | None:
+        """Start the session.
+
+        Raises:
+            ConfigError: something in the configuration does not fit this job.
+        """
+        from perseus_plugin.integrations.megatron_metrics import metrics_of
+        from perseus_plugin.session import start_session
+
+        reason = why_not(self._arguments) or why_not(_configuration_of(model))
+        if reason:
+            say_off(reason)
+            return None
+        try:
+            where = placement(str(next(model[0].parameters()).device))
+            self._metrics = metrics_of(self._arguments, where)
+            return start_session(self._config, where, self._metrics, facts(model, self._arguments))
+        except ConfigError:
+            raise
+        except Exception:
+            logger.exception("perseus is off: it could not start; training goes on at full clocks")
+            return None
+
+    def schedule_of(self, interleaved: bool, model: list[Any], microbatches: int) -> Schedule:
+        """The schedule of the iteration that begins now."""
+        known = (interleaved, len(model), microbatches)
+        if known not in self._schedules:
+            from megatron.core import parallel_state
+
+            shape = shape_of(_configuration_of(model), interleaved, *known[1:])
+            self._schedules[known] = Schedule.of(shape, parallel_state.get_pipeline_model_parallel_rank())
+        return self._schedules[known]
+
+    def after_iteration(self) -> None:
+        """A training iteration has ended."""
+        if self._metrics is not None:
+            self._metrics.after_iteration()
+
+
+def shape_of(configuration: Any, interleaved: bool, chunks: int, microbatches: int) -> Shape:
+    """The schedule's shape.
+
+    Args:
+        configuration: Megatron's `ModelParallelConfig`.
+        interleaved: whether the schedule has virtual stages.
+        chunks: model chunks on this rank.
+        microbatches: of the iteration.
+    """
+    import megatron.core
+    from megatron.core import parallel_state
+
+    stages = int(parallel_state.get_pipeline_model_parallel_world_size())
+    pairs = bool(getattr(configuration, "overlap_moe_expert_parallel_comm", False))
+    if not interleaved:
+        return Shape(stages, microbatches, pairs=pairs)
+    waits = supports_waiting_for_sends(megatron.core.__version__)
+    return Shape(
+        stages,
+        microbatches,
+        chunks=chunks,
+        group_size=int(getattr(configuration, "microbatch_group_size_per_vp_stage", None) or stages),
+        overlap=bool(getattr(configuration, "overlap_p2p_comm", False)),
+        overlap_ends=bool(getattr(configuration, "overlap_p2p_comm_warmup_flush", False)),
+        waits_for_sends=waits and bool(getattr(configuration, "deallocate_pipeline_outputs", False)),
+        pairs=pairs,
+    )
+
+
+def placement(device: str) -> Placement:
+    """Where this rank sits, from Megatron's own groups.
+
+    Tensor and context parallel ranks work on the same microbatches, and expert parallel ones exchange tokens within
+    every layer: all of them run in lock-step, and are shards of one replica. Data parallel groups that are left run at
+    a pace of their own.
+    """
+    import torch.distributed
+    from megatron.core import parallel_state
+
+    from perseus_plugin.messages import Placement
+
+    world_size = torch.distributed.get_world_size()
+    stages = int(parallel_state.get_pipeline_model_parallel_world_size())
+    dense = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    expert = parallel_state.get_expert_data_parallel_world_size(), parallel_state.get_expert_data_parallel_rank()
+    replicas, replica = min(dense, expert)
+    return Placement(
+        rank=torch.distributed.get_rank(),
+        world_size=world_size,
+        stage=int(parallel_state.get_pipeline_model_parallel_rank()),
+        stages=stages,
+        replica=int(replica),
+        shards=world_size // (stages * replicas),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        device=device,
+    )
+
+
+def facts(model: list[Any], arguments: argparse.Namespace) -> dict[str, str]:
+    """What makes this rank's part of the job what it is."""
+    import megatron.core
+    import torch
+
+    digest = hashlib.sha256()
+    for number, chunk in enumerate(model):
+        for name, parameter in chunk.named_parameters():
+            digest.update(f"{number} {name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+    return {
+        "model": digest.hexdigest()[:16],
+        "torch": torch.__version__,
+        "megatron-core": megatron.core.__version__,
+        **{name.replace("_", " "): str(getattr(arguments, name, None)) for name in _MODEL_FACTS},
+    }
+
+
+def _configuration_of(model: list[Any]) -> Any:
+    from megatron.core.utils import get_model_config
+
+    return get_model_config(model[0])
+
+
+def _import_if_there(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None

@@ -1,0 +1,333 @@
+"""What stands in the place of Megatron's own functions while a job runs under perseus.
+
+Megatron looks up `forward_step`, `backward_step` and its schedule functions as globals of their modules, call by call,
+so putting wrappers there is enough. A wrapper calls the stock function with the arguments it was given, whatever the
+version's signature; the few arguments that it reads are found by name with `inspect.signature`. Iterations are
+bracketed by `train_step` of `megatron.training`, or, in loops of one's own, by the schedule function.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from perseus_plugin.errors import ScheduleError
+from perseus_plugin.instructions import StreamOp
+from perseus_plugin.integrations.megatron_schedule import (
+    Id,
+    Shape,
+    backward_id,
+    forward_id,
+    ids,
+    pair_id,
+    stream,
+)
+
+if TYPE_CHECKING:
+    from perseus_plugin.session import Session
+
+logger = logging.getLogger(__name__)
+
+Function = Callable[..., Any]
+
+BRACKETS = {
+    "forward_backward_no_pipelining": False,
+    "forward_backward_pipelining_without_interleaving": False,
+    "forward_backward_pipelining_with_interleaving": True,
+}
+"""Megatron's schedule functions, and whether they have virtual stages."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule as hooks need it.
+
+    Attributes:
+        key: see `Shape.key`.
+        expected: this stage's instructions in program order.
+        stream_of: the stream of any stage.
+    """
+
+    key: str
+    expected: Sequence[Id]
+    stream_of: Callable[[int], Sequence[StreamOp]]
+
+    @classmethod
+    def of(cls, shape: Shape, stage: int) -> Schedule:
+        """The schedule of a shape, seen from a stage.
+
+        Raises:
+            ScheduleError: Megatron has no such schedule.
+        """
+        return cls(shape.key, ids(stream(shape, stage)), functools.cache(lambda other: stream(shape, other)))
+
+
+class Argument:
+    """One argument of a function, by name, however it is passed.
+
+    Args:
+        function: whose signature counts.
+        name: of the argument; where the function has none, its value is None.
+    """
+
+    def __init__(self, function: Function, name: str) -> None:
+        names = list(inspect.signature(function).parameters)
+        self._name = name
+        self._position = names.index(name) if name in names else len(names)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Its value in a call, None where it was not passed."""
+        if self._name in kwargs:
+            return kwargs[self._name]
+        return args[self._position] if self._position < len(args) else None
+
+
+class Hooks:
+    """Wrappers in module globals, and where in the iteration they are.
+
+    Args:
+        start: makes this job's session at the first training iteration, from the list of model chunks; None for none.
+        schedule_of: the schedule of a call of a schedule function: whether it has virtual stages, the model chunks and
+            the number of microbatches in, None for a schedule that cannot be followed.
+        after_iteration: called after each training iteration.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[list[Any]], Session | None],
+        schedule_of: Callable[[bool, list[Any], int], Schedule],
+        after_iteration: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._start, self._schedule_of = start, schedule_of
+        self.after_iteration = after_iteration
+        self._stock: list[tuple[ModuleType, str, Function, Function]] = []
+        self._session: Session | None = None
+        self._removed = False
+        self._in_step = self._ran = False
+        self._following = self._at_end = False
+        self._expected: Sequence[Id] = ()
+        self._position = 0
+        self._chunk_of: dict[int, int] = {}
+        self._forward_of: dict[int, tuple[int, int]] = {}
+
+    # In and out.
+
+    def put(self, module: ModuleType, name: str, wrap: Callable[[Function], Function]) -> None:
+        """Put a wrapper in the place of a module's function, if it has one of this name."""
+        stock = getattr(module, name, None)
+        if stock is None:
+            return
+        wrapper = functools.wraps(stock)(wrap(stock))
+        self._stock.append((module, name, stock, wrapper))
+        setattr(module, name, wrapper)
+
+    def remove(self) -> None:
+        """Put the stock functions back, where nobody else has put something since."""
+        self._removed, self._following = True, False
+        for module, name, stock, wrapper in self._stock:
+            if getattr(module, name, None) is wrapper:
+                setattr(module, name, stock)
+        self._stock.clear()
+        self._forward_of.clear()
+
+    # Iterations.
+
+    def train_step(self, stock: Function) -> Function:
+        """For `megatron.training.training.train_step`."""
+        model_in = Argument(stock, "model")
+
+        def train_step(*args: Any, **kwargs: Any) -> Any:
+            session = self._session_for(model_in(args, kwargs))
+            if session is None or self._in_step:
+                return stock(*args, **kwargs)
+            return self._step(session, lambda: stock(*args, **kwargs))
+
+        return train_step
+
+    def schedule(self, stock: Function, interleaved: bool) -> Function:
+        """For one of the functions of `BRACKETS`."""
+        forward_only_in, model_in = Argument(stock, "forward_only"), Argument(stock, "model")
+        microbatches_in = Argument(stock, "num_microbatches")
+
+        def run_schedule(*args: Any, **kwargs: Any) -> Any:
+            def run() -> Any:
+                return stock(*args, **kwargs)
+
+            if self._removed or self._following:
+                return run()
+            if forward_only_in(args, kwargs):
+                if self._session is not None:
+                    self._session.evaluation()
+                return run()
+            model = model_in(args, kwargs)
+            session = self._session_for(model)
+            if session is None:
+                return run()
+
+            def follow() -> Any:
+                return self._follow(session, interleaved, _chunks(model), microbatches_in(args, kwargs), run)
+
+            return follow() if self._in_step else self._step(session, follow)
+
+        return run_schedule
+
+    def _session_for(self, model: Any) -> Session | None:
+        """The session, made at the first training iteration."""
+        if self._session is None and not self._removed:
+            self._session = self._start(_chunks(model))
+            if self._session is None:
+                self.remove()
+            else:
+                self._session.on_close(self.remove)
+        return None if self._removed else self._session
+
+    def _step(self, session: Session, run: Callable[[], Any]) -> Any:
+        session.begin_iteration()
+        self._in_step, self._ran, self._at_end = True, False, False
+        try:
+            return run()
+        finally:
+            self._in_step = False
+            if self._at_end:
+                session.tap.end()
+            session.end_schedule()
+            session.end_iteration()
+            self.after_iteration()
+
+    def _follow(
+        self, session: Session, interleaved: bool, model: list[Any], microbatches: int, run: Callable[[], Any]
+    ) -> Any:
+        if self._ran:  # the same batch again, to validate results or after an overflow
+            session.evaluation()
+            return run()
+        self._ran = True
+        try:
+            schedule = self._schedule_of(interleaved, model, microbatches)
+        except Exception as error:
+            session.fail(error)
+            return run()
+        if not session.begin_schedule(schedule.key, schedule.stream_of):
+            return run()
+        self._expected, self._position, self._following = schedule.expected, 0, True
+        self._chunk_of = {id(chunk): number for number, chunk in enumerate(model)}
+        try:
+            result = run()
+        finally:
+            complete = not self._following or self._position == len(self._expected)
+            self._following = False
+            self._forward_of.clear()
+        if not complete:
+            self._mismatch(f"the schedule ended after {self._position} of {len(self._expected)} instructions")
+        return result
+
+    # Instructions.
+
+    def forward_step(self, stock: Function) -> Function:
+        """For `schedules.forward_step`."""
+        model_in, microbatch_in = Argument(stock, "model"), Argument(stock, "current_microbatch")
+
+        def forward_step(*args: Any, **kwargs: Any) -> Any:
+            if not self._following:
+                return stock(*args, **kwargs)
+            forward = microbatch_in(args, kwargs), self._chunk_of.get(id(model_in(args, kwargs)), -1)
+            self._begin(forward_id(*forward))
+            result = stock(*args, **kwargs)
+            self._end()
+            self._remember(result[0], forward)
+            return result
+
+        return forward_step
+
+    def backward_step(self, stock: Function) -> Function:
+        """For `schedules.backward_step`: the same tensor that a forward has returned says whose backward it is."""
+        output_in = Argument(stock, "output_tensor")
+
+        def backward_step(*args: Any, **kwargs: Any) -> Any:
+            if not self._following:
+                return stock(*args, **kwargs)
+            self._begin(backward_id(*self._forward_with(output_in(args, kwargs))))
+            result = stock(*args, **kwargs)
+            self._end()
+            return result
+
+        return backward_step
+
+    def combined_step(self, stock: Function) -> Function:
+        """For `combined_1f1b.combined_forward_backward_step`: a forward, a backward, or both as one."""
+        forward_model_in, backward_model_in = Argument(stock, "f_model"), Argument(stock, "b_model")
+        microbatch_in, output_in = Argument(stock, "current_microbatch"), Argument(stock, "b_output_tensor")
+
+        def combined_step(*args: Any, **kwargs: Any) -> Any:
+            if not self._following:
+                return stock(*args, **kwargs)
+            model = forward_model_in(args, kwargs)
+            forward = None if model is None else (microbatch_in(args, kwargs), self._chunk_of.get(id(model), -1))
+            of_forward = None if forward is None else forward_id(*forward)
+            of_backward = None
+            if backward_model_in(args, kwargs) is not None:
+                of_backward = backward_id(*self._forward_with(output_in(args, kwargs)))
+            self._begin(_joined(of_forward, of_backward))
+            result = stock(*args, **kwargs)
+            self._end()
+            if forward is not None:
+                self._remember(result[0], forward)
+            return result
+
+        return combined_step
+
+    def _begin(self, instruction: Id) -> None:
+        session = self._session
+        if session is None or not self._following:
+            return
+        position = self._position
+        expected = self._expected[position] if position < len(self._expected) else None
+        if instruction != expected:
+            wanted = "the end" if expected is None else _shown(expected)
+            self._mismatch(f"instruction {position} of the iteration is {_shown(instruction)} instead of {wanted}")
+            return
+        session.tap.begin()
+
+    def _end(self) -> None:
+        session = self._session
+        if session is None or not self._following:
+            return
+        session.tap.end()
+        self._position += 1
+        if self._position == len(self._expected):
+            self._at_end = True
+            session.tap.begin()  # what follows, up to the end of the step, is the end of the batch
+
+    def _remember(self, output: Any, forward: tuple[int, int]) -> None:
+        # By identity: the tensor lives until its backward, and another one may take its place only then.
+        self._forward_of[id(_first(output))] = forward
+
+    def _forward_with(self, output: Any) -> tuple[int, int]:
+        return self._forward_of.pop(id(_first(output)), (-1, -1))
+
+    def _mismatch(self, text: str) -> None:
+        self._following = False
+        if self._session is not None:
+            self._session.fail(ScheduleError(f"Megatron's schedule is not the one that is known: {text}"))
+
+
+def _joined(forward: Id | None, backward: Id | None) -> Id:
+    if forward is None or backward is None:
+        return forward or backward or Id("nothing", -1, -1)
+    return pair_id(forward, backward)
+
+
+def _shown(instruction: Id) -> str:
+    return f"{instruction.kind} of microbatch {instruction.microbatch}"
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, (list, tuple)) and output else output
+
+
+def _chunks(model: Any) -> list[Any]:
+    return list(model) if isinstance(model, (list, tuple)) else [model]

@@ -1,0 +1,133 @@
+"""Megatron on a machine without a GPU: stand-ins for what it asks of CUDA. Call `install` before importing Megatron.
+
+Megatron names its device in hundreds of places ("cuda", `torch.cuda.current_device()`), so a mode of torch maps every
+device argument to the CPU, and the few functions of `torch.cuda` that its training loop calls do nothing. The rest is
+Megatron's own: parser, training loop, schedules, communication (by gloo), optimizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import sys
+import types
+import typing
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# Files with Triton kernels that Megatron imports without a guard.
+_KERNEL_MODULES = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
+_CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Put the stand-ins in place, for the rest of the process; `torch.cuda.is_available` goes on saying no."""
+    if importlib.util.find_spec("triton") is None:
+        sys.meta_path.insert(0, _WithoutTriton())
+    if not hasattr(typing, "override"):  # Python 3.11 and before
+        typing.override = lambda method: method
+    # Megatron compiles a dozen small functions; on a CPU that takes a C++ compiler and minutes.
+    torch.compile = _as_is
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: 0
+    cuda.device_count = lambda: 1
+    cuda.Stream = _Stream
+    cuda.current_stream = lambda device=None: _Stream()
+    cuda.default_stream = lambda device=None: _Stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    # The newest architecture: older ones ask for environment variables.
+    cuda.get_device_properties = lambda device=None: types.SimpleNamespace(name="none", major=10, minor=0)
+    cuda.device_memory_used = lambda device=None: 0
+    for name in ("set_device", "set_stream", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+        setattr(cuda, name, _new_nothing())  # torch wants each of its functions to be another object
+    torch.nn.Module.cuda = lambda module, device=None: module
+    _DevicesOnCpu().__enter__()
+
+
+def let_megatron_start() -> None:
+    """Megatron refuses to start without CUDA, and compiles an index builder that its wheel brings along."""
+    import megatron.core.datasets.utils as datasets
+    import megatron.training.training as training
+
+    datasets.compile_helpers = _new_nothing()
+    training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+
+
+class _DevicesOnCpu(TorchFunctionMode):
+    """Maps the device of every torch call to the CPU; `tensor.cuda()` gives the tensor itself."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], classes: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        if function is torch.Tensor.cuda:
+            return arguments[0]
+        if function is torch.Tensor.type and len(arguments) == 1 and not keywords:
+            # Optimizers refuse half precision parameters whose type does not name CUDA.
+            return str(function(*arguments)).replace("torch.", "torch.cuda.")
+        keywords = keywords or {}
+        if "device" in keywords:
+            keywords = {**keywords, "device": _on_cpu(keywords["device"])}
+        if function is torch.Tensor.to and len(arguments) > 1:
+            arguments = (arguments[0], *(_on_cpu(argument) for argument in arguments[1:]))
+        return function(*arguments, **keywords)
+
+
+def _on_cpu(device: Any) -> Any:
+    """The CPU for whatever names a CUDA device; everything else (a dtype, the meta device) as it is."""
+    is_cuda = (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+    return _CPU if is_cuda or (isinstance(device, int) and not isinstance(device, bool)) else device
+
+
+class _Stream:
+    """A stream on which nothing is ever waited for."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        self.cuda_stream = 0
+
+    wait_stream = wait_event = record_event = synchronize = lambda self, *arguments, **keywords: None
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+
+class _WithoutTriton(MetaPathFinder):
+    """Lets the kernel modules be imported where there is no Triton, which only they see as if it were there."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname not in _KERNEL_MODULES:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = functools.partial(_execute, spec.loader.exec_module)  # type: ignore[method-assign]
+        return spec
+
+
+def _execute(stock: Callable[[types.ModuleType], None], module: types.ModuleType) -> None:
+    names = ("triton", "triton.language")
+    sys.modules.update({name: mock.MagicMock() for name in names})
+    try:
+        stock(module)
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)  # one kernel module imports the other
+
+
+def _new_nothing() -> Callable[..., None]:
+    return lambda *arguments, **keywords: None
+
+
+def _as_is(function: Any = None, **keywords: Any) -> Any:
+    """What a decorator returns that changes nothing, with or without arguments."""
+    return function if function is not None else _as_is

@@ -1,0 +1,50 @@
+"""What the scripts here have in common: weights that do not depend on the layout, and the file of results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+
+def set_weights_by_name(model: Any) -> None:
+    """Give each matrix values that follow from its name with the layer's number in the whole model."""
+    numbers = {f"decoder.layers.{i}.": layer.layer_number for i, layer in enumerate(model.decoder.layers)}
+    for name, parameter in model.named_parameters():
+        for prefix, number in numbers.items():
+            name = name.replace(prefix, f"layer{number}.")
+        if parameter.dim() > 1:
+            # The last stage's copy of the embedding has another name than the first one's.
+            name = "embedding" if name in ("embedding.word_embeddings.weight", "output_layer.weight") else name
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(seed))
+
+
+def write(path: str, losses: list[list[float]], models: Sequence[Any]) -> None:
+    """Collect every rank's losses and the hash of its parameters in one file.
+
+    Args:
+        path: JSON, `{"ranks": [{"rank", "stage", "losses", "parameters"}]}`.
+        losses: for each iteration those of its microbatches; nothing on ranks that compute none.
+        models: the model chunks of this rank.
+    """
+    digest = hashlib.sha256()
+    for model in models:
+        for name, parameter in model.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    mine = {
+        "rank": torch.distributed.get_rank(),
+        "stage": parallel_state.get_pipeline_model_parallel_rank(),
+        "losses": losses,
+        "parameters": digest.hexdigest(),
+    }
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    if mine["rank"] == 0:
+        Path(path).write_text(json.dumps({"ranks": everyone}))

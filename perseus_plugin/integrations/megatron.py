@@ -20,6 +20,7 @@ from perseus_plugin.errors import ConfigError
 from perseus_plugin.integrations.megatron_arguments import add_arguments, patch_arguments_module
 from perseus_plugin.integrations.megatron_hooks import BRACKETS, Hooks, Schedule
 from perseus_plugin.integrations.megatron_schedule import Shape, supports_waiting_for_sends
+from perseus_plugin.integrations.megatron_stragglers import listen
 
 if TYPE_CHECKING:
     from perseus_plugin.config import PerseusConfig
@@ -77,6 +78,8 @@ def install(config: PerseusConfig, arguments: argparse.Namespace) -> Hooks | Non
         say_off(f"megatron-core cannot be hooked: {error!r}")
         return None
     _hooks = _hooked(schedules, training, combined, _Job(config, arguments))
+    if getattr(arguments, "log_straggler", False):
+        listen(importlib.import_module("megatron.core.utils"))
     return _hooks
 
 

@@ -25,7 +25,7 @@ class ExternalFigures:
     Attributes:
         source: who says so.
         relative_time: per rank, any measure proportional to the time its work took.
-        kinds: instruction kinds that the measure covers; empty for all.
+        kinds: what the kinds of instruction that the measure covers begin with; empty for all.
         comparable: the work is the same on every rank, so that a rank that was slow from the start shows; else ranks
             are compared with their own past.
     """
@@ -131,6 +131,8 @@ def planned_work(plan: Plan, time_s: Mapping[tuple[int, str, int], float]) -> Pl
 
 def slowed_by(work: PlannedWork | None, stage: int, kinds: tuple[str, ...]) -> float | None:
     """How many times as long as at the highest clock a stage's instructions of these kinds take; None: not known."""
-    rows = [times for (of, kind), times in (work or {}).items() if of == stage and (not kinds or kind in kinds)]
+    rows = [
+        times for (of, kind), times in (work or {}).items() if of == stage and (not kinds or kind.startswith(kinds))
+    ]
     full_s = sum(full for _, full in rows)
     return sum(planned for planned, _ in rows) / full_s if full_s > 0 else None

@@ -77,7 +77,7 @@ def _patch(module: ModuleType) -> None:
 
 
 def _complain(error: Exception) -> None:
-    message = f"perseus is off: could not hook into DeepSpeed: {error!r}"
+    message = f"perseus is off: could not hook into DeepSpeed: {error!r}; see docs/deepspeed.md for supported versions"
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     except Warning:  # warnings are errors here; ours must not break somebody's import

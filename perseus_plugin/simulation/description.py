@@ -164,9 +164,8 @@ def load_description(path: Path) -> ModelDescription:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: got {type(content).__name__}; allowed: keys {', '.join(ModelDescription.model_fields)}"
-        )
+        known = ", ".join(ModelDescription.model_fields)
+        raise ConfigError(f"{path}: got {type(content).__name__}; allowed: an object with the keys {known}")
     try:
         description = ModelDescription.model_validate(content)
     except ValidationError as error:

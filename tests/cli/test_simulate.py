@@ -4,17 +4,46 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from perseus_plugin.cli import main
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.profiling.profile import save_profile
 
 from ..planning.jobs import bundled_profile
-from .test_plan import perseus
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Perseus = Callable[..., Done]
 
 MODEL = "layers: 6\nhidden: 64\nsequence_length: 32\nmicrobatch_size: 2\nvocabulary: 1000\n"
+
+
+@pytest.fixture
+def perseus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Perseus:
+    """The command in this process: starting it dozens of times would take minutes."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["perseus", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        code = ended.value.code
+        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture
@@ -29,7 +58,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model.yaml"
 
 
-def test_the_table_and_the_files_say_what_perseus_plan_says(profile: Path, tmp_path: Path) -> None:
+def test_the_table_and_the_files_say_what_perseus_plan_says(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
     job = (profile, "--blocking-power", 60, "--scale", 10, "--latency", 0.002)
     options = ("--microbatches", 4, "--microbatches", 6, "--slowdown", 0, "--slowdown", 0.1, "--straggler", 1.2)
     as_json, as_csv = tmp_path / "out.json", tmp_path / "out.csv"
@@ -58,7 +87,7 @@ def test_the_table_and_the_files_say_what_perseus_plan_says(profile: Path, tmp_p
     assert [float(row["energy_j"]) for row in rows] == [row["energy_j"] for row in data["outcomes"]]
 
 
-def test_a_model_is_simulated_on_several_gpus_and_splits(model: Path, tmp_path: Path) -> None:
+def test_a_model_is_simulated_on_several_gpus_and_splits(perseus: Perseus, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     done = perseus(
         "simulate", model, "--gpu", "a100", "--gpu", "a40", "--stages", 2, "--split", "3,2,1", "--microbatches", 6,
@@ -77,7 +106,7 @@ def test_a_model_is_simulated_on_several_gpus_and_splits(model: Path, tmp_path: 
     assert all(0 < row["saving"] < 1 for row in data["outcomes"])
 
 
-def test_another_split_of_a_profile(profile: Path, tmp_path: Path) -> None:
+def test_another_split_of_a_profile(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     options = ("--blocking-power", 60, "--microbatches", 4, "--layers", "3,3,3,3", "-o", out)
     done = perseus("simulate", profile, *options, "--split", "3,3,3,3", "--split", "4,3,3,2", "--stages", 6)
@@ -89,7 +118,7 @@ def test_another_split_of_a_profile(profile: Path, tmp_path: Path) -> None:
     assert rows[1]["energy_j"] == load_plan(tmp_path / "plan.json").energy_j
 
 
-def test_what_is_not_possible_is_said_beside_what_is(profile: Path, tmp_path: Path) -> None:
+def test_what_is_not_possible_is_said_beside_what_is(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     job = (profile, "--blocking-power", 60, "--schedule", "interleaved-1f1b", "-o", out)
     done = perseus("simulate", *job, "--microbatches", 4, "--microbatches", 6)
@@ -102,7 +131,7 @@ def test_what_is_not_possible_is_said_beside_what_is(profile: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("counts", [(4,), (4, 6)])
-def test_it_is_drawn(profile: Path, tmp_path: Path, counts: tuple[int, ...]) -> None:
+def test_it_is_drawn(perseus: Perseus, profile: Path, tmp_path: Path, counts: tuple[int, ...]) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "out.png"
     several = [part for count in counts for part in ("--microbatches", count)]
@@ -136,7 +165,7 @@ def test_it_is_drawn(profile: Path, tmp_path: Path, counts: tuple[int, ...]) -> 
     ],
 )
 def test_wrong_options_give_one_line_and_status_2(
-    profile: Path, model: Path, source: str, arguments: tuple[str, ...], message: str
+    perseus: Perseus, profile: Path, model: Path, source: str, arguments: tuple[str, ...], message: str
 ) -> None:
     path = {"profile": profile, "model": model}.get(source, Path(source))
     done = perseus("simulate", path, *arguments)

@@ -1,4 +1,4 @@
-"""The commands of README and quickstart page, as they stand there: training, then everything that reads what it left."""
+"""The commands of README and quickstart page as they stand there: training, then all that reads what it left."""
 
 from __future__ import annotations
 

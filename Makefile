@@ -32,9 +32,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# Any warning (a dead link, a page without a place, an unknown name) ends it.
+# Any warning (a dead link, a page without a place, an unknown name) ends it; --quiet would hide them from --strict too.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: setup
 	$(BIN)/pytest -m "not e2e"

@@ -130,6 +130,12 @@ def test_ci_runs_the_command_that_the_readme_names_for_tests() -> None:
     assert recipe[1].split() == ["lint", "types", "docs", "unit", "e2e"]
 
 
+def test_warnings_end_the_build_of_the_site() -> None:
+    recipe = re.search(r"^docs: .*\n\t(.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert recipe is not None
+    assert recipe[1].endswith("mkdocs build --strict"), "--quiet would hide warnings from --strict too"
+
+
 def test_the_readme_is_short() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 100, "two screens"

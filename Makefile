@@ -7,13 +7,13 @@ STEPS ?= 90
 # On a machine without a GPU, torch's CPU build saves gigabytes: TORCH_OPTIONS="--index-url URL_OF_TORCH_CPU_INDEX".
 TORCH_OPTIONS ?=
 
-.PHONY: quickstart test lint types unit e2e setup clean
+.PHONY: quickstart test lint types docs unit e2e setup clean
 
 quickstart: setup
 	DS_ACCELERATOR=cpu $(BIN)/torchrun --standalone --nproc-per-node 4 examples/deepspeed_gpt/train.py \
 	    --deepspeed_config examples/deepspeed_gpt/quickstart.json --steps $(STEPS)
 
-test: lint types unit e2e
+test: lint types docs unit e2e
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,10 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# Any warning (a dead link, a page without a place, an unknown name) ends it; --quiet would hide them from --strict too.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: setup
 	$(BIN)/pytest -m "not e2e"

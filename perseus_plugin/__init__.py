@@ -69,5 +69,5 @@ def report_straggler(
     }
     refusals = [session.report_straggler(**report) for session in sessions] or ["no session runs in this process"]
     for reason in filter(None, refusals):
-        logging.getLogger(__name__).warning("a straggler report was refused: %s", reason)
+        logging.getLogger(__name__).warning("a straggler report was refused: %s; correct it and report again", reason)
     return not any(refusals)

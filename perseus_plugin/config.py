@@ -246,6 +246,26 @@ class StragglersConfig(_Strict):
     )
 
 
+class PrometheusConfig(_Strict):
+    """Metrics for Prometheus, published by rank 0; off by default, needs the extra `prometheus`."""
+
+    textfile: str | None = _setting(
+        None,
+        "a path that ends in .prom, or null",
+        "File for node_exporter's textfile collector: needs no port. Removed when the job ends.",
+        pattern=r"\.prom$",
+    )
+    port: int | None = _setting(
+        None, "a whole number from 1 to 65535, or null", "TCP port to be scraped on, over HTTP.", ge=1, le=65535
+    )
+    address: str = _setting(
+        "127.0.0.1",
+        "an address of the machine",
+        "Where the port is opened. There is no password: open it to other machines only in a network you trust.",
+        min_length=1,
+    )
+
+
 class PerseusConfig(_Strict):
     """The whole `perseus` block."""
 
@@ -284,6 +304,7 @@ class PerseusConfig(_Strict):
     limits: LimitsConfig = _setting(LimitsConfig(), "an object", "Limits on clock changes.")
     watch: WatchConfig = _setting(WatchConfig(), "an object", "When a plan is dropped.")
     stragglers: StragglersConfig = _setting(StragglersConfig(), "an object", "Slow ranks.")
+    prometheus: PrometheusConfig = _setting(PrometheusConfig(), "an object", "Metrics for Prometheus.")
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", '"debug", "info", "warning" or "error"', "How much the plugin says."
     )

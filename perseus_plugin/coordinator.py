@@ -251,7 +251,7 @@ class Coordinator:
             try:
                 survey = survey_of(ordered, self._stages)
             except PerseusError as error:
-                self._give_up(iteration, f"the profile cannot be used: {error}")
+                self._give_up(iteration, f"the profile cannot be used: {error} (try more steps_per_clock)")
                 return
             if self._sweep_again(iteration, ordered):
                 return
@@ -291,7 +291,7 @@ class Coordinator:
             self._give_up(iteration, f"the profile of perseus.profiling.load is not of this job: {why_not}")
             return False
         if why_not:
-            logger.warning("profiling anew, as the kept profile does not fit: %s", why_not)
+            logger.warning("profiling anew, as the kept profile does not fit: %s. Nothing needs to be done", why_not)
             self.survey, self._rechecks = None, {}
             self._sweep_over(iteration, self._full_sweep_mhz)
             return False
@@ -376,7 +376,7 @@ class Coordinator:
             self._take_pace(answer, self._asked, iteration)
             return
         if answer.plan is None:
-            self._give_up(iteration, f"there is no plan: {answer.error}")
+            self._give_up(iteration, f"there is no plan: {answer.error} (try looser perseus.limits)")
             return
         assert self._requested is not None  # it was submitted
         schedule = self._requested.schedule
@@ -489,7 +489,9 @@ class Coordinator:
                 versions[slowdowns] = self._version
                 self._publish_parts(self._version, situation.schedule, planned.plan, slowdowns)
         if answer.pace is None:
-            logger.warning("stragglers are not planned for: %s. The plan stays as it is.", answer.error)
+            logger.warning(
+                "stragglers are not planned for: %s. The plan stays as it is; nothing needs to be done", answer.error
+            )
         made = Answer(answer.pace, versions)
         for version in self.stragglers.learn(situation, made, answer.planning_time_s, answer.error):
             self._work.pop(version, None)
@@ -547,9 +549,16 @@ class Coordinator:
         self._excess = seen_s / expected_s - 1
         text = f"iterations take {seen_s:.4g} s instead of {expected_s:.4g} s under the plan"
         if self._strikes > self._config.watch.max_replans:
-            self._give_up(iteration, f"{text}; plan number {self._strikes} that does not hold")
+            self._give_up(
+                iteration,
+                f"{text}; plan number {self._strikes} that does not hold: raise perseus.watch.tolerance or margin",
+            )
             return
-        logger.warning("%s: back to full clocks, measuring and planning again", text)
+        logger.warning(
+            "%s: back to full clocks, measuring and planning again. If this comes back, raise perseus.watch.tolerance "
+            "or perseus.margin",
+            text,
+        )
         self._recheck_s, self._rechecks = [], {}
         self.stragglers.leave()
         self._recheck_schedule = self._schedule.key if self._schedule is not None else ""
@@ -571,7 +580,8 @@ class Coordinator:
         full_s, before_s = statistics.median(self._recheck_s), self._full_clock_time_of(self._recheck_schedule)
         if before_s is not None and full_s > before_s * (1 + self._config.watch.tolerance):
             logger.warning(
-                "at full clocks an iteration now takes %.4g s: the job itself is slower; planning for that",
+                "at full clocks an iteration now takes %.4g s: the job itself is slower; planning for that. If it "
+                "should not be, look at data loading and at what else runs on the nodes",
                 full_s,
             )
         else:
@@ -583,7 +593,7 @@ class Coordinator:
         self._request_plan(iteration)
 
     def _give_up(self, iteration: int, why: str) -> None:
-        logger.warning("%s. Training stays at full clocks.", why)
+        logger.warning("%s. Training stays at full clocks. A restart of the job tries again", why)
         self.stragglers.refusal = f"the job stays at full clocks: {why}"
         self._tell(iteration, "full", reason=why)
         self.state = State.GIVEN_UP
@@ -632,4 +642,8 @@ class Coordinator:
         try:
             write()
         except (OSError, PerseusError) as error:
-            logger.warning("cannot write %s: %s; training and the plan go on", what, error)
+            logger.warning(
+                "cannot write %s: %s; training and the plan go on. See to space and permissions of perseus.output_dir",
+                what,
+                error,
+            )

@@ -106,7 +106,7 @@ def _kept(config: PerseusConfig, fingerprint: Fingerprint, output_dir: Path) -> 
     try:
         survey = load_survey(fingerprint, output_dir)
     except ProfileError as error:
-        logger.warning("profiling anew, as the kept profile is not of this job: %s", error)
+        logger.warning("profiling anew, as the kept profile is not of this job: %s. Nothing needs to be done", error)
         return None
     if survey is not None and survey.unresolved:
         logger.info("profiling anew, as energies in the kept profile are not known well enough")

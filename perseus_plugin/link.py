@@ -40,6 +40,7 @@ class Link:
         parts: this stage's parts of the newest plans, by version.
         rise_lead_s: how early a rising clock is asked for.
         close: set by the worker; ends it.
+        publish: what else is told of events, on the thread that adds them.
     """
 
     def __init__(self, timetable: Timetable) -> None:
@@ -47,6 +48,7 @@ class Link:
         self.parts: Mapping[int, PlanPart] = {}
         self.rise_lead_s = 0.0
         self.close: Callable[[], None] = lambda: None
+        self.publish: Callable[[list[tuple[str, float]]], None] = lambda events: None
         self.iteration = 0
         self.schedule: tuple[str, StreamOf] | None = None
         self.trouble_reason: str | None = None
@@ -96,6 +98,7 @@ class Link:
     def add_events(self, events: list[tuple[str, float]]) -> None:
         """Events for the framework's monitor, which only the training thread may touch."""
         self._events.put(events)
+        self.publish(events)
 
     def take_events(self) -> list[list[tuple[str, float]]]:
         """Events to be written now."""

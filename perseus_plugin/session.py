@@ -22,7 +22,7 @@ from perseus_plugin.control.boundaries import boundaries_for
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.controller import Controller
 from perseus_plugin.emulation import EmulatedStage
-from perseus_plugin.errors import ConfigError, PerseusError
+from perseus_plugin.errors import ConfigError, GpuError, PerseusError
 from perseus_plugin.exchange import Exchange, open_exchange
 from perseus_plugin.gpus.selection import Selection, emulates, select_gpu, with_facts
 from perseus_plugin.instructions import Compute, Constant
@@ -252,10 +252,23 @@ class Session:
         """End the session because of an error: full clocks, one message, training goes on."""
         if not self._end():
             return
-        if isinstance(error, PerseusError):
-            logger.warning("perseus is off from here on: %s. Training goes on at full clocks.", error)
+        if isinstance(error, GpuError):
+            logger.warning(
+                "perseus is off from here on: %s. Training goes on at full clocks; run `perseus doctor` on this "
+                "machine",
+                error,
+            )
+        elif isinstance(error, PerseusError):
+            logger.warning(
+                "perseus is off from here on: %s. Training goes on at full clocks; a restart of the job tries again",
+                error,
+            )
         else:
-            logger.error("perseus is off from here on; training goes on at full clocks", exc_info=error)
+            logger.error(
+                "perseus is off from here on; training goes on at full clocks. This is a fault of perseus_plugin: "
+                "please report it with what follows",
+                exc_info=error,
+            )
         self._link.trouble(str(error) or repr(error))
         self._release()
 
@@ -369,7 +382,7 @@ def _take_gpu(config: PerseusConfig, selection: Selection) -> tuple[Selection, C
     helper = ClockHelper.start(selection.spec, min_dwell_s=config.limits.dwell_s)
     device = helper.wait_ready(_READY_TIMEOUT_S)
     if device is not None and device.leftover:
-        logger.warning("%s", device.leftover)
+        logger.warning("the SM clock was %s; it is free again, nothing needs to be done", device.leftover)
     selection = with_facts(selection, device)
     if selection.spec is None:
         helper.close(timeout_s=1.0)
@@ -420,7 +433,7 @@ def _observe_only(selection: Selection, link: Link, placement: Placement) -> Non
         if placement.rank == 0:
             logger.info("observing only, as the gpu backend is off")
         return
-    logger.warning("observing only, no clock will be set: %s", selection.why_not)
+    logger.warning("observing only, no clock will be set: %s. `perseus doctor` says what is missing", selection.why_not)
     link.trouble(selection.why_not)
 
 

@@ -71,7 +71,11 @@ class StragglerSocket:
                 connection, _ = self._listener.accept()
             except OSError as error:
                 if not self._closed:
-                    logger.warning("no more reports are taken on %s: %s", SOCKET_NAME, error)
+                    logger.warning(
+                        "no more reports are taken on %s: %s; all else goes on. Report from Python instead",
+                        SOCKET_NAME,
+                        error,
+                    )
                 return
             with connection:
                 try:

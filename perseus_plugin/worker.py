@@ -50,6 +50,7 @@ from perseus_plugin.profiling.estimator import estimate_stage
 from perseus_plugin.profiling.observations import Tick
 from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, STRAGGLER, Account
 from perseus_plugin.reporting.progress import Progress
+from perseus_plugin.reporting.prometheus import PrometheusPublisher
 from perseus_plugin.reporting.relay import FigureRelay
 from perseus_plugin.reporting.reporter import Reporter, events_of
 from perseus_plugin.straggler_desk import StragglerDesk
@@ -130,22 +131,22 @@ class SessionWorker:
         self._frontier: BackgroundFrontier | None = None
         self._coordinator: Coordinator | None = None
         self._reporter: Reporter | None = None
+        self._prometheus: PrometheusPublisher | None = None
         self._progress: Progress | None = None
         if placement.rank == 0:
             self._become_rank_0(output_dir)
 
     def _become_rank_0(self, output_dir: Path) -> None:
         timetable = self._link.timetable
-        self._reporter = Reporter(
-            output_dir,
-            {
-                "world_size": self._placement.world_size,
-                "stages": self._placement.stages,
-                "gpu": self._selection.name,
-                "emulated": self._selection.emulated,
-                "backend": self._selection.backend,
-            },
-        )
+        facts = {
+            "world_size": self._placement.world_size,
+            "stages": self._placement.stages,
+            "gpu": self._selection.name,
+            "emulated": self._selection.emulated,
+            "backend": self._selection.backend,
+        }
+        self._reporter = Reporter(output_dir, facts)
+        self._link.publish = self._prometheus = PrometheusPublisher(self._config.prometheus, facts)
         self._progress = Progress(timetable)
         if timetable.sweep.clocks_mhz:
             self._planner = PlannerProcess()
@@ -173,7 +174,11 @@ class SessionWorker:
         try:
             self._socket = StragglerSocket(output_dir, desk.request)
         except OSError as error:
-            logger.warning("`perseus straggler` cannot reach this job: %s; all else goes on", error)
+            logger.warning(
+                "`perseus straggler` cannot reach this job: %s; all else goes on. Give the job a perseus.output_dir of "
+                "its own with a short path, or set perseus.stragglers.socket to false",
+                error,
+            )
 
     def start(self, session: Session) -> None:
         """Start the thread."""
@@ -289,14 +294,18 @@ class SessionWorker:
             return
         assert self._session is not None  # set before the thread starts
         if not self._session.closed:
-            logger.warning("energy is not measured any more: %s", self._read_failure[1])
+            logger.warning(
+                "energy is not measured any more: %s. Clocks are set as before; run `perseus doctor` on this machine",
+                self._read_failure[1],
+            )
         self._read_failure = None
 
     def _take_deviation(self, deviation: wire.Deviation) -> None:
         self._collector.add_deviation(deviation.time_s)
         if not self._deviations:
             logger.warning(
-                "the GPU runs at %d MHz where %d MHz were asked for (power or thermal limit?); said once",
+                "the GPU runs at %d MHz where %d MHz were asked for; said once. Look for a power or thermal limit "
+                "(nvidia-smi -q -d PERFORMANCE) and for other programs that set clocks",
                 deviation.read_mhz,
                 deviation.requested_mhz,
             )
@@ -462,7 +471,7 @@ class SessionWorker:
         try:
             self._settle()
         except (PerseusError, OSError) as error:
-            logger.warning("the summary may be incomplete: %s", error)
+            logger.warning("the summary may be incomplete: %s. Training is not affected", error)
         finally:
             if self._socket is not None:
                 self._socket.close()
@@ -470,6 +479,8 @@ class SessionWorker:
                 self._planner.close()
             if self._frontier is not None:
                 self._frontier.close()
+            if self._prometheus is not None:
+                self._prometheus.close()
 
     def _settle(self) -> None:
         self._take_helper_events()

@@ -56,6 +56,7 @@ FULL: dict[str, Any] = {
         "max_slowdown": 20,
         "socket": False,
     },
+    "prometheus": {"textfile": "/var/lib/node_exporter/perseus.prom", "port": 9400, "address": "0.0.0.0"},
     "log_level": "debug",
 }
 

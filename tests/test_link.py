@@ -70,3 +70,12 @@ def test_nothing_is_lost_between_threads() -> None:
         taken += [iteration.record.number for iteration in shared.take_finished()]
     taken += [iteration.record.number for iteration in shared.take_finished()]
     assert taken == list(range(500))
+
+
+def test_whoever_publishes_hears_of_events_when_they_are_added() -> None:
+    shared = link()
+    heard: list[tuple[str, float]] = []
+    shared.publish = heard.extend
+    shared.add_events([("Perseus/energy_j/measured", 1.0)])
+    assert heard == [("Perseus/energy_j/measured", 1.0)]
+    assert shared.take_events() == [heard]

@@ -11,7 +11,7 @@ from perseus_plugin.errors import ConfigError, PlanError
 from perseus_plugin.instructions import Compute, StageStream
 from perseus_plugin.pipeline import build_graph
 from perseus_plugin.planning.targets import Effort
-from perseus_plugin.profiling.profile import Profile, load_profile
+from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.schedules import SCHEDULES, load_streams
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def planner_from_options(
     from perseus_plugin.planning.planner import Planner
 
     profile = load_profile(profile_path).scaled(scale)
-    streams = _streams(schedule, profile, microbatches)
+    streams = streams_for(schedule, profile.stages, microbatches)
     needed = {(s, op.kind) for s, stream in enumerate(streams) for op in stream if isinstance(op, Compute)}
     missing = sorted(needed - profile.table.keys())
     if missing:
@@ -66,15 +66,26 @@ def planner_from_options(
         build_graph(streams, latency_s=latency),
         profile,
         blocking_power_w=parse_power(blocking_power),
-        schedule=schedule if schedule in SCHEDULES else Path(schedule).stem,
+        schedule=schedule_name(schedule),
     )
 
 
-def _streams(schedule: str, profile: Profile, microbatches: int | None) -> list[StageStream]:
+def schedule_name(schedule: str) -> str:
+    """What plans call the schedule that `--schedule` names."""
+    return schedule if schedule in SCHEDULES else Path(schedule).stem
+
+
+def streams_for(schedule: str, stages: int, microbatches: int | None) -> list[StageStream]:
+    """The instruction streams that `--schedule` and `--microbatches` name.
+
+    Raises:
+        ConfigError: there is no such schedule, or microbatches are missing or too many.
+        ScheduleError: the schedule does not exist for so many stages and microbatches, or its file is wrong.
+    """
     if schedule in SCHEDULES:
         if microbatches is None:
             raise ConfigError(f"--microbatches: missing; the schedule {schedule} needs it")
-        return SCHEDULES[schedule](profile.stages, microbatches)
+        return SCHEDULES[schedule](stages, microbatches)
     if not Path(schedule).exists():
         raise ConfigError(f"--schedule: got {schedule!r}; allowed: {', '.join(SCHEDULES)}, or an existing file")
     if microbatches is not None:

@@ -11,6 +11,7 @@ from perseus_plugin.cli.doctor import doctor
 from perseus_plugin.cli.frontier import frontier
 from perseus_plugin.cli.plan import plan
 from perseus_plugin.cli.reset import reset
+from perseus_plugin.cli.simulate import simulate
 from perseus_plugin.cli.straggler import straggler
 from perseus_plugin.cli.timeline import timeline
 from perseus_plugin.errors import PerseusError
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(frontier)
+app.command()(simulate)
 app.command()(config)
 app.command()(doctor)
 app.command()(reset)

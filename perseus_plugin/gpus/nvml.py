@@ -134,7 +134,7 @@ def load_nvml() -> Any:
     try:
         import pynvml
     except ImportError as error:
-        raise GpuError("NVML: the package nvidia-ml-py is not installed") from error
+        raise GpuError("NVML: the package nvidia-ml-py is not installed; pip install nvidia-ml-py") from error
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
@@ -152,7 +152,7 @@ def translate(error: Exception, what: str) -> GpuError:
     if code in (_GPU_IS_LOST, _RESET_REQUIRED):
         return GpuLostError(f"{what}: {error}; see `nvidia-smi` and the kernel log for Xid errors")
     if code == _NOT_FOUND:
-        return GpuError(f"{what}: no such GPU is visible here")
+        return GpuError(f"{what}: no such GPU is visible here; see `nvidia-smi -L`")
     if code == _NOT_SUPPORTED:
         return GpuError(f"{what}: this GPU or driver does not support it")
     return GpuError(f"{what}: {error}")

@@ -116,7 +116,10 @@ def _attach(engine: Any, config: PerseusConfig) -> Session | None:
     except ConfigError:
         raise
     except Exception:
-        logger.exception("perseus is off: it could not start; training goes on at full clocks")
+        logger.exception(
+            "perseus is off: it could not start; training goes on at full clocks. This is a fault of perseus_plugin or "
+            "of the machine: `perseus doctor` tells the latter; else please report it with what follows"
+        )
         return None
     if not isinstance(session, Session):
         return None

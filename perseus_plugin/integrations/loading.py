@@ -92,7 +92,7 @@ def _patch(module: ModuleType, name: str) -> None:
 
 def _complain(error: Exception, name: str) -> None:
     framework = _PATCHES[name][0] if name in _PATCHES else "any framework"
-    message = f"perseus is off: could not hook into {framework}: {error!r}"
+    message = f"perseus is off: could not hook into {framework}: {error!r}; the docs list supported versions"
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     except Warning:  # warnings are errors here; ours must not break somebody's import

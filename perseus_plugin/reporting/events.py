@@ -38,7 +38,16 @@ class EventLog:
                     file.write(line)
             except OSError as error:
                 self._left_bytes = 0
-                logger.warning("cannot write %s: %s; training goes on", self.path.name, error)
+                logger.warning(
+                    "cannot write %s: %s; training goes on. See to space and permissions of perseus.output_dir",
+                    self.path.name,
+                    error,
+                )
                 return
             if self._left_bytes <= 0:
-                logger.warning("%s has reached %d bytes; nothing more is written to it", self.path.name, _MAX_BYTES)
+                logger.warning(
+                    "%s has reached %d bytes; nothing more is written to it, all else goes on. Report stragglers less "
+                    "often, or move the file away before the next start",
+                    self.path.name,
+                    _MAX_BYTES,
+                )

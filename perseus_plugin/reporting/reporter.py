@@ -44,7 +44,10 @@ class Reporter:
         try:
             write_atomically(self._output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
         except OSError as error:
-            logger.warning("cannot write summary.json: %s; training goes on", error)
+            logger.warning(
+                "cannot write summary.json: %s; training goes on. See to space and permissions of perseus.output_dir",
+                error,
+            )
         return summary
 
     def finish(self, stats: Sequence[RankStats], **of_plan: Any) -> dict[str, Any]:

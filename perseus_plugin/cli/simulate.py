@@ -1,0 +1,242 @@
+"""`perseus simulate`: the saving to expect, before touching a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from perseus_plugin.cli.job import (
+    EffortOption,
+    Latency,
+    Scale,
+    parse_effort,
+    parse_power,
+    schedule_name,
+    streams_for,
+)
+from perseus_plugin.errors import ConfigError
+from perseus_plugin.planning.targets import ChangeLimits
+from perseus_plugin.profiling.profile import Profile, load_profile
+from perseus_plugin.schedules import SCHEDULES
+from perseus_plugin.simulation.description import (
+    ModelDescription,
+    even_split,
+    gpu_named,
+    load_description,
+    modelled_profile,
+)
+from perseus_plugin.simulation.resplit import Split, resplit
+
+if TYPE_CHECKING:
+    from perseus_plugin.simulation.scenarios import Aim, Outcome, Pipeline
+    from perseus_plugin.simulation.scenarios import Schedule as SimulatedSchedule
+
+_MODELLED = "a model, no measurement: times from counted operations, clock and power curves of an emulated GPU"
+
+
+def simulate(
+    source: Annotated[
+        Path, typer.Argument(help="Profile (.csv) or model description (.yaml, .yml).", show_default=False)
+    ],
+    blocking_power: Annotated[
+        str | None,
+        typer.Option(help="Watts of a GPU that waits, as for `perseus plan`; with a profile.", show_default=False),
+    ] = None,
+    microbatches: Annotated[
+        list[int] | None, typer.Option(help="Microbatches per iteration.", show_default=False)
+    ] = None,
+    schedule: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(SCHEDULES)}, or a schedule file (default: 1f1b).")
+    ] = None,
+    slowdown: Annotated[
+        list[float] | None, typer.Option(help="Allowed slowdown against full clocks, as a share (default: 0).")
+    ] = None,
+    straggler: Annotated[
+        list[float] | None, typer.Option(help="The iteration takes so many times full clocks in any case.")
+    ] = None,
+    stages: Annotated[list[int] | None, typer.Option(help="Stages of an even split of the layers.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Layers of each stage, with commas.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers of each stage of the profile, with commas; for another split of it.")
+    ] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="GPU of the catalogue; with a model description (default: a100).")
+    ] = None,
+    profile_chunks: Annotated[int, typer.Option(help="Model chunks per stage of which a profile row is one.")] = 1,
+    scale: Scale = 1.0,
+    latency: Latency = 0.0,
+    max_changes: Annotated[int | None, typer.Option(help="Most clock changes per stage and iteration.")] = None,
+    min_dwell: Annotated[float, typer.Option(help="Shortest time between clock changes, seconds.")] = 0.0,
+    effort: EffortOption = "quick",
+    output: Annotated[
+        list[Path] | None, typer.Option("-o", "--output", help="Also write it: a path ending in .json or .csv.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it (needs matplotlib).")] = None,
+) -> None:
+    """Say what saving to expect; several values per option are combined, each combination with each target."""
+    # Loads OR-Tools, which other subcommands do without.
+    from perseus_plugin.simulation.output import draw, save_outcomes
+    from perseus_plugin.simulation.scenarios import simulate as run
+
+    spent, limits = parse_effort(effort), ChangeLimits(max_changes, min_dwell)
+    for path in output or ():
+        if path.suffix not in {".json", ".csv"}:
+            raise ConfigError(f"--output: got {path}; allowed: a path that ends in .json or .csv")
+    aims = _aims(slowdown, straggler)
+    splits = [_layers("--split", text) for text in split or ()]
+    modelled = source.suffix in {".yaml", ".yml"}
+    if modelled:
+        for name, given in (("--blocking-power", blocking_power), ("--layers", layers)):
+            if given is not None:
+                raise ConfigError(f"{name}: got {given}; allowed: nothing with a model description, whose GPU says it")
+        pipelines = _modelled(load_description(source), gpu or ["a100"], stages or [], splits, scale)
+    elif source.suffix == ".csv":
+        if gpu:
+            raise ConfigError(f"--gpu: got {gpu[0]!r}; allowed: nothing with a profile, which is of its own GPU")
+        profile = load_profile(source).scaled(scale)
+        pipelines = _measured(profile, blocking_power, layers, stages or [], splits, profile_chunks)
+    else:
+        raise ConfigError(f"got {source}; allowed: a profile (.csv) or a model description (.yaml, .yml)")
+    schedules = _schedules(schedule or ["1f1b"], microbatches)
+    console = Console()
+    outcomes: list[Outcome] = []
+    with console.status("planning") as status:
+        for outcome in run(pipelines, schedules, aims, latency_s=latency, limits=limits, effort=spent):
+            outcomes.append(outcome)
+            status.update(f"{len(outcomes)} scenarios planned")
+    if all(outcome.figures is None for outcome in outcomes):
+        raise ConfigError(f"no scenario can be planned; the first one: {outcomes[0].error}")
+    _print(console, outcomes, modelled)
+    facts: dict[str, Any] = {"source": str(source), "modelled": modelled, "energies": "one GPU of each stage"}
+    for path in output or ():
+        save_outcomes(outcomes, facts, path)
+    if plot is not None:
+        draw(outcomes, f"{source.name}{' (modelled, not measured)' if modelled else ''}", plot)
+    written = [*(output or ()), *([plot] if plot else [])]
+    if written:
+        console.print(f"wrote {' and '.join(map(str, written))}", highlight=False, soft_wrap=True)
+
+
+def _aims(slowdowns: Sequence[float] | None, stragglers: Sequence[float] | None) -> list[Aim]:
+    from perseus_plugin.simulation.scenarios import Aim
+
+    for value in stragglers or ():
+        if not 1 <= value < float("inf"):
+            raise ConfigError(f"--straggler: got {value:g}; allowed: times full clocks, a finite number from 1")
+    for value in slowdowns or ():
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"--slowdown: got {value:g}; allowed: a share, a finite number from 0")
+    aims = [Aim(slowdown=value) for value in slowdowns or ()] + [Aim(straggler=value) for value in stragglers or ()]
+    return aims or [Aim(slowdown=0.0)]
+
+
+def _layers(option: str, text: str) -> Split:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option}: got {text!r}; allowed: layers of each stage with commas") from None
+
+
+def _modelled(
+    description: ModelDescription, gpus: Sequence[str], stages: Sequence[int], splits: Sequence[Split], scale: float
+) -> list[Pipeline]:
+    from perseus_plugin.simulation.scenarios import Pipeline
+
+    wanted = [*(even_split(description.layers, count) for count in stages), *splits]
+    if not wanted and description.own_split is not None:
+        wanted = [description.own_split]
+    if not wanted:
+        raise ConfigError("--stages: missing; neither it nor --split is given, and the description has none of the two")
+
+    def profile_for(split: Split, name: str, kinds: Collection[str]) -> Profile:
+        return modelled_profile(description, split, name, kinds).scaled(scale)
+
+    return [
+        Pipeline(partial(profile_for, cut, name), gpu_named(name).blocking_w, len(cut), cut, gpu_named(name).name)
+        for name in gpus
+        for cut in wanted
+    ]
+
+
+def _measured(
+    profile: Profile,
+    blocking_power: str | None,
+    layers: str | None,
+    stages: Sequence[int],
+    splits: Sequence[Split],
+    chunks: int,
+) -> list[Pipeline]:
+    from perseus_plugin.simulation.scenarios import Pipeline
+
+    if blocking_power is None:
+        raise ConfigError("--blocking-power: missing; a profile does not hold it; allowed: watts, or watts per stage")
+    if chunks < 1:
+        raise ConfigError(f"--profile-chunks: got {chunks}; allowed: a whole number from 1")
+    power = parse_power(blocking_power)
+    before = None if layers is None else _layers("--layers", layers)
+    if (stages or splits) and before is None:
+        raise ConfigError("--layers: missing; another split needs the layers of each stage of the profile")
+    if before is None:
+        return [Pipeline(lambda kinds: profile, power, profile.stages, None, chunks=chunks)]
+    wanted = [*(even_split(sum(before), count) for count in stages), *splits] or [before]
+
+    def profile_for(cut: Split, kinds: Collection[str]) -> Profile:
+        return profile if cut == before else resplit(profile, before, cut)
+
+    return [Pipeline(partial(profile_for, cut), power, len(cut), cut, chunks=chunks) for cut in wanted]
+
+
+def _schedules(names: Sequence[str], microbatches: Sequence[int] | None) -> list[SimulatedSchedule]:
+    from perseus_plugin.simulation.scenarios import Schedule
+
+    made = []
+    for name in names:
+        if name not in SCHEDULES and not Path(name).exists():
+            raise ConfigError(f"--schedule: got {name!r}; allowed: {', '.join(SCHEDULES)}, or an existing file")
+        if name in SCHEDULES and not microbatches:
+            raise ConfigError(f"--microbatches: missing; the schedule {name} needs it")
+        counts = tuple(microbatches or ()) if name in SCHEDULES else (None,)
+        made.append(Schedule(schedule_name(name), partial(streams_for, name), counts))
+    return made
+
+
+def _print(console: Console, outcomes: Sequence[Outcome], modelled: bool) -> None:
+    from perseus_plugin.simulation.output import label
+
+    table = Table(
+        "GPU", "stages", "schedule", "microbatches", "target", "full clocks", "plan", "saving", "slower", "gap",
+        box=None, pad_edge=False,
+    )  # fmt: skip
+    for outcome in outcomes:
+        figures = outcome.figures
+        if figures is None:
+            continue
+        split = "" if outcome.split is None else f" ({'-'.join(map(str, outcome.split))})"
+        table.add_row(
+            outcome.gpu or "as profiled",
+            f"{outcome.stages}{split}",
+            outcome.schedule,
+            str(outcome.microbatches),
+            str(outcome.aim),
+            f"{figures.full_clock_s:.4f} s, {figures.full_clock_j:.1f} J",
+            f"{figures.iteration_s:.4f} s, {figures.energy_j:.1f} J",
+            f"{figures.saving:.3%}",
+            f"{figures.slowdown:.3%}",
+            f"{figures.gap:.3%}",
+        )
+    for column in table.columns:
+        column.no_wrap = True
+    # Figures that a narrow terminal cuts are of no use: as wide as the table is.
+    wide = Console(width=max(console.width, 240)) if not console.is_terminal else console
+    wide.print(table)
+    for why_not in dict.fromkeys(f"{label(o, but='target')}: {o.error}" for o in outcomes if o.figures is None):
+        console.print(f"not possible: {why_not}", highlight=False, soft_wrap=True)
+    console.print("Energies are of one GPU per stage and iteration, waiting included.", highlight=False, soft_wrap=True)
+    if modelled:
+        console.print(f"This is {_MODELLED}.", highlight=False, soft_wrap=True)

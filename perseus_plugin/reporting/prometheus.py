@@ -1,0 +1,138 @@
+"""The metrics that go to the framework's monitor, for Prometheus: scraped over HTTP, or from a textfile-collector file.
+
+Off unless the configuration asks for it; needs `prometheus_client` (the extra `prometheus`). Nothing here raises or
+waits: what cannot be published is said once, and training goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perseus_plugin.config import PrometheusConfig
+from perseus_plugin.files import write_atomically
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Gauge
+
+logger = logging.getLogger(__name__)
+
+FIGURES = ("full_clock", "predicted", "measured")
+"""Last parts of event names that become the label `figure`."""
+
+_UNITS = {"_s": "_seconds", "_j": "_joules"}
+Event = tuple[str, float]
+
+
+def metric_of(event_name: str) -> tuple[str, str]:
+    """Metric and value of the label `figure` (empty: none) of an event such as `Perseus/energy_j/measured`."""
+    parts = event_name.lower().split("/")
+    figure = parts.pop() if parts[-1] in FIGURES else ""
+    name = "_".join(parts)
+    for short, long in _UNITS.items():
+        if name.endswith(short):
+            name = name.removesuffix(short) + long
+    return name, figure
+
+
+class PrometheusPublisher:
+    """Publishes rank 0's events until it is closed; may be called from any thread.
+
+    Args:
+        config: the `prometheus` block; without a port and a textfile nothing is done.
+        facts: labels of `perseus_job_info` (GPU, backend, whether it is emulated).
+    """
+
+    def __init__(self, config: PrometheusConfig, facts: Mapping[str, Any]) -> None:
+        self._lock = threading.Lock()
+        self._textfile = None if config.textfile is None else Path(config.textfile)
+        self._address = (config.address, config.port)
+        self._server: Any = None
+        self._gauges: dict[str, Gauge] = {}
+        self._registry: CollectorRegistry | None = None
+        if config.port is None and self._textfile is None:
+            return
+        try:
+            self._open(facts)
+        except ImportError:
+            self._off("prometheus_client is not installed: pip install 'perseus-plugin[prometheus]'")
+        except Exception as error:
+            self._off(f"{error}")
+
+    def __call__(self, events: Sequence[Event]) -> None:
+        """Publish the newest values."""
+        with self._lock:
+            if self._registry is None:
+                return
+            try:
+                self._publish(events)
+            except Exception as error:
+                self._off(f"{error}")
+
+    def close(self) -> None:
+        """Free the port and remove the file: figures of a job that has ended are in its summary."""
+        with self._lock:
+            self._registry = None
+            self._close_server()
+            if self._textfile is not None:
+                with suppress(OSError):
+                    self._textfile.unlink(missing_ok=True)
+
+    def _open(self, facts: Mapping[str, Any]) -> None:
+        from prometheus_client import CollectorRegistry, Gauge, start_http_server
+
+        registry = CollectorRegistry()
+        labels = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in facts.items()}
+        info = Gauge("perseus_job_info", "What the job runs on; always 1", list(labels), registry=registry)
+        info.labels(**labels).set(1)
+        address, port = self._address
+        if port is not None:
+            try:
+                self._server, _ = start_http_server(port, addr=address, registry=registry)
+            except OSError as error:
+                trouble = _port_trouble(address, port, error)
+                if self._textfile is None:
+                    raise OSError(trouble) from error
+                logger.warning("prometheus: %s; the textfile is written all the same", trouble)
+        self._registry = registry
+
+    def _publish(self, events: Sequence[Event]) -> None:
+        from prometheus_client import generate_latest
+
+        assert self._registry is not None  # checked by the caller
+        for name, value in [*events, ("Perseus/last_update_timestamp_s", time.time())]:
+            metric, figure = metric_of(name)
+            gauge = self._gauge(metric, bool(figure))
+            (gauge.labels(figure=figure) if figure else gauge).set(value)
+        if self._textfile is not None:
+            write_atomically(self._textfile, generate_latest(self._registry).decode())
+
+    def _gauge(self, metric: str, has_figure: bool) -> Gauge:
+        from prometheus_client import Gauge
+
+        if metric not in self._gauges:
+            text = f"{metric.removeprefix('perseus_').replace('_', ' ')}; see docs/metrics.md"
+            self._gauges[metric] = Gauge(metric, text, ["figure"] if has_figure else [], registry=self._registry)
+        return self._gauges[metric]
+
+    def _off(self, why: str) -> None:
+        self._registry = None
+        self._close_server()
+        logger.warning("prometheus: nothing is published from here on: %s; training goes on", why)
+
+    def _close_server(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+
+
+def _port_trouble(address: str, port: int, error: OSError) -> str:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return f"cannot listen on {address}:{port}: {reason}; choose another perseus.prometheus.port, or use textfile"

@@ -264,6 +264,12 @@ class PerseusConfig(_Strict):
         "Folder for summary.json, profile.csv and plan.json; made if missing.",
         min_length=1,
     )
+    record: bool = _setting(
+        True,
+        "true or false",
+        "Every rank keeps its iterations, and a few of them whole, in the output folder for `perseus report` and "
+        "`perseus trace`.",
+    )
     profiling: ProfilingConfig = _setting(ProfilingConfig(), "an object", "How instructions are measured.")
     gpu: GpuConfig = _setting(GpuConfig(), "an object", "Who sets the clocks.")
     emulation: EmulationConfig = _setting(EmulationConfig(), "an object", "The emulated GPU.")

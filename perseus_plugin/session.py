@@ -335,6 +335,7 @@ def start_session(
             selection=selection,
             known=known,
             full_sweep_mhz=full_sweep,
+            facts=facts,
         )
         emulated = None
         if selection.emulated_gpu is not None:

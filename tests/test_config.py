@@ -19,6 +19,7 @@ FULL: dict[str, Any] = {
     "margin": 0.02,
     "effort": "normal",
     "output_dir": "somewhere",
+    "record": False,
     "profiling": {
         "warmup_steps": 3,
         "clocks_mhz": [1410, 1005],

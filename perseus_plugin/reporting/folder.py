@@ -30,7 +30,7 @@ ReadT = TypeVar("ReadT")
 
 
 class _Loose(BaseModel):
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, frozen=True)
 
 
 class Columns(_Loose):
@@ -45,7 +45,35 @@ class PlanFigures(_Loose):
     """What the summary says of the plan."""
 
     planning_time_s: float
+    gap_percent: float
     dropped_plans: int
+
+
+class ProfilingFigures(_Loose):
+    """What profiling took more than full clocks; None: not known (yet)."""
+
+    extra_time_s: float | None
+
+
+class StragglerFigures(_Loose):
+    """What stragglers were answered with."""
+
+    iterations: int
+    energy_saved_j: float
+
+
+class Counts(_Loose):
+    """Iterations by what they count for."""
+
+    full_clock: int
+    profiling: int
+    plan: int
+
+
+class Overhead(_Loose):
+    """What the hooks cost."""
+
+    hook_time_percent: float | None
 
 
 class Summary(_Loose):
@@ -65,8 +93,10 @@ class Summary(_Loose):
     saving_percent: Columns
     slowdown_percent: Columns
     plan: PlanFigures | None
-    iterations: dict[str, int]
-    overhead: dict[str, float | int | None]
+    profiling: ProfilingFigures
+    stragglers: StragglerFigures | None
+    iterations: Counts
+    overhead: Overhead
 
 
 @dataclass

@@ -80,7 +80,7 @@ def timeline(lanes: Sequence[Lanes]) -> go.Figure:
     end_s = max(one.end_s for one in lanes)
     figure.update_xaxes(range=[-0.004 * end_s, 1.004 * end_s])
     figure.update_xaxes(title_text="time from the first instruction (s)", row=len(lanes), col=1)
-    figure.update_yaxes(showgrid=False)
+    figure.update_yaxes(showgrid=False, ticks="outside", ticklen=5, tickcolor="rgba(0,0,0,0)")
     figure.update_annotations(x=0, xanchor="left", font={"size": 14})
     return _styled(figure)
 
@@ -110,6 +110,7 @@ def _block_bars(one: Lanes, low: int, high: int) -> go.Bar:
     shares = {block.clock_mhz: (block.clock_mhz - low) / (high - low) if high > low else 1.0 for block in blocks}
     colours = {clock: sample_colorscale(CLOCKS, min(max(share, 0.0), 1.0))[0] for clock, share in shares.items()}
     labelled = len(blocks) <= _LABELLED
+    outline = 1.6 if labelled else 0.8
     return go.Bar(
         name="instructions",
         orientation="h",
@@ -121,7 +122,7 @@ def _block_bars(one: Lanes, low: int, high: int) -> go.Bar:
             "color": [colours[block.clock_mhz] if block.clock_mhz else CLOCKS[-1] for block in blocks],
             "line": {
                 "color": ["#111111" if block.critical else "#ffffff" for block in blocks],
-                "width": [1.6 if block.critical else 0.4 for block in blocks],
+                "width": [outline if block.critical else 0.25 * outline for block in blocks],
             },
         },
         text=[f"{block.instruction.kind[0].upper()}{block.instruction.microbatch}" for block in blocks]
@@ -259,12 +260,18 @@ def clocks(samples: Sequence[Sample]) -> go.Figure:
             go.Scatter(
                 name="read back", legendgroup="read", showlegend=stage == 0, mode="markers",
                 x=[r.time_s for r in sample.readings], y=[r.clock_mhz for r in sample.readings],
-                marker={"color": BLUE, "size": 5}, customdata=[powers.get(r.time_s, 0.0) for r in sample.readings],
+                marker={"color": BLUE, "size": 4}, customdata=[powers.get(r.time_s, 0.0) for r in sample.readings],
                 hovertemplate=f"stage {stage}: %{{y}} MHz read at %{{x:.4f}} s<br>%{{customdata:.0f}} W from then on"
                 "<extra></extra>",
             ), row=stage + 1, col=1,
         )  # fmt: skip
         figure.update_yaxes(title_text=f"stage {stage}<br>MHz", nticks=4, fixedrange=True, row=stage + 1, col=1)
+    seen = [
+        clock for one in samples for clock in (*(r[1] for r in one.requests), *(r[1] for r in one.readings)) if clock
+    ]
+    if seen:
+        room = 20 + 0.06 * (max(seen) - min(seen))
+        figure.update_yaxes(range=[min(seen) - room, max(seen) + room])
     figure.update_xaxes(title_text="time from the beginning of the iteration (s)", row=stages, col=1)
     figure.update_layout(height=120 + 105 * stages, legend=_legend_above())
     return _styled(figure)

@@ -101,7 +101,7 @@ def _waiting_bars(one: Lanes) -> go.Bar:
         width=0.86,
         marker={"color": WAITING, "line": {"width": 0}},
         customdata=[one.end_s - time_s for time_s in busy],
-        hovertemplate="stage %{y} waits %{customdata:.4f} s in all<extra></extra>",
+        hovertemplate="%{y} waits %{customdata:.4f} s in all<extra></extra>",
     )
 
 

@@ -60,9 +60,7 @@ def test_a_change_of_sort_stays_where_it_was() -> None:
     st.integers(2, 40),
     st.lists(st.tuples(st.floats(0.01, 10), st.one_of(st.none(), st.floats(0, 1e4))), min_size=1, max_size=400),
 )
-def test_joining_loses_no_iteration_no_time_and_no_energy(
-    limit: int, seen: list[tuple[float, float | None]]
-) -> None:
+def test_joining_loses_no_iteration_no_time_and_no_energy(limit: int, seen: list[tuple[float, float | None]]) -> None:
     log = IterationLog(limit)
     for number, (time_s, energy_j) in enumerate(seen):
         log.add(one(number, time_s, energy_j))

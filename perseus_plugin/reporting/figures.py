@@ -15,7 +15,7 @@ from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.findings import Mark
 from perseus_plugin.reporting.iterations import FULL, PLAN, PROFILING, STRAGGLER, WARM_UP, Stretch
-from perseus_plugin.reporting.lanes import Block, Lanes
+from perseus_plugin.reporting.lanes import Block, Lanes, waits
 from perseus_plugin.reporting.records import Series
 from perseus_plugin.reporting.samples import Sample
 from perseus_plugin.reporting.worth import PerIteration
@@ -91,17 +91,18 @@ def _waits(one: Lanes) -> str:
 
 
 def _waiting_bars(one: Lanes) -> go.Bar:
-    busy = [math.fsum(block.finish_s - block.start_s for block in row) for row in one.rows]
+    # One bar per wait, not one behind a whole row: where bars lie on each other the pointer finds the wrong one.
+    gaps = waits(one)
     return go.Bar(
         name="waiting",
         orientation="h",
-        y=list(range(len(one.rows))),
-        base=[0.0] * len(one.rows),
-        x=[one.end_s] * len(one.rows),
+        y=[stage for stage, _, _ in gaps],
+        base=[round(since_s, 6) for _, since_s, _ in gaps],
+        x=[round(until_s - since_s, 6) for _, since_s, until_s in gaps],
         width=0.86,
         marker={"color": WAITING, "line": {"width": 0}},
-        customdata=[one.end_s - time_s for time_s in busy],
-        hovertemplate="%{y} waits %{customdata:.4f} s in all<extra></extra>",
+        customdata=[round(1e3 * (until_s - since_s), 3) for _, since_s, until_s in gaps],
+        hovertemplate="%{y} waits %{customdata:.1f} ms, from %{base:.4f} s on<extra></extra>",
     )
 
 

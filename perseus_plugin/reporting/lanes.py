@@ -14,6 +14,8 @@ from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Measurement, Profile
 from perseus_plugin.reporting.samples import Sample
 
+_SHORTEST_WAIT_S = 1e-5
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -62,6 +64,20 @@ class Lanes:
         """Time that stages spend between and around blocks, all stages together."""
         busy_s = math.fsum(block.finish_s - block.start_s for block in self.blocks)
         return len(self.rows) * self.end_s - busy_s
+
+
+def waits(lanes: Lanes) -> list[tuple[int, float, float]]:
+    """Where stages wait, as (stage, from, to), by rising time in each stage; from the beginning to the lanes' end."""
+    found = []
+    for stage, row in enumerate(lanes.rows):
+        free_s = 0.0
+        for block in row:
+            if block.start_s - free_s > _SHORTEST_WAIT_S:
+                found.append((stage, free_s, block.start_s))
+            free_s = max(free_s, block.finish_s)
+        if lanes.end_s - free_s > _SHORTEST_WAIT_S:
+            found.append((stage, free_s, lanes.end_s))
+    return found
 
 
 def planned_lanes(title: str, plan: Plan, profile: Profile | None, graph: PipelineGraph | None) -> Lanes:

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from perseus_plugin.reporting.findings import Findings, find
+from perseus_plugin.reporting.findings import Findings, Options, find
 from perseus_plugin.reporting.folder import load_folder
+from perseus_plugin.reporting.lanes import waits
 
 from ..reporting.job import Job
 from .launching import BASE_CONFIG, SMALL, TRAIN, perseus_block, run_job
@@ -149,7 +150,8 @@ def test_the_browser_has_nothing_to_complain_about_and_fetches_nothing(page: Sho
 
 def test_the_timeline_has_a_bar_per_instruction(page: Shown, found: Findings) -> None:
     blocks = sum(len(lane.blocks) for lane in found.lanes)
-    assert page.count("#figure-timeline .barlayer .point") == blocks + len(found.lanes) * STAGES
+    gaps = sum(len(waits(lane)) for lane in found.lanes)
+    assert page.count("#figure-timeline .barlayer .point") == blocks + gaps
     traces = [trace for trace in page.data("timeline") if trace["name"] == "instructions"]
     assert [trace["length"] for trace in traces] == [STAGES * MICROBATCHES * 2] * 3
 
@@ -202,5 +204,8 @@ def test_eight_stages_and_96_microbatches_open(shown: Shown, tmp_path: Path) -> 
     shown.complaints.clear()
     shown.open(tmp_path / "report.html")
     assert shown.complaints == []
-    assert shown.count("#figure-timeline .barlayer .point") == 3 * (8 * 96 * 2 + 8)
+    lanes = find(load_folder(folder), Options(frontier=False)).lanes
+    assert [len(lane.blocks) for lane in lanes] == [8 * 96 * 2] * 3
+    expected = sum(len(lane.blocks) + len(waits(lane)) for lane in lanes)
+    assert shown.count("#figure-timeline .barlayer .point") == expected
     assert (tmp_path / "report.html").stat().st_size < 12e6

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from perseus_plugin.reporting.folder import JobFolder, load_folder
-from perseus_plugin.reporting.lanes import Lanes, full_clock_lanes, planned_lanes, recorded_lanes
+from perseus_plugin.reporting.lanes import Lanes, full_clock_lanes, planned_lanes, recorded_lanes, waits
 
 from ..factories import CLOCKS_MHZ, energy_j, time_s
 from .job import STEP_S, Job
@@ -82,3 +82,14 @@ def test_a_graph_of_something_else_is_not_used(tmp_path: Path, job: Job, folder:
     other = Job(tmp_path / "out", stages=3, microbatches=4)
     lanes = recorded_lanes("ran", folder.pipeline(("plan",)), job.profile, other.graph)
     assert not any(block.critical for block in lanes.blocks)
+
+
+def test_waits_and_blocks_fill_every_row(job: Job) -> None:
+    lanes = planned_lanes("plan", job.plan, job.profile, job.graph)
+    gaps = waits(lanes)
+    assert sum(until_s - since_s for _, since_s, until_s in gaps) == pytest.approx(lanes.waiting_s, abs=1e-4)
+    for stage, row in enumerate(lanes.rows):
+        spans = sorted([(b.start_s, b.finish_s) for b in row] + [(a, b) for s, a, b in gaps if s == stage])
+        assert spans[0][0] == 0
+        assert spans[-1][1] == pytest.approx(lanes.end_s)
+        assert [a for a, _ in spans[1:]] == pytest.approx([b for _, b in spans[:-1]], abs=2e-5)

@@ -298,6 +298,12 @@ class PerseusConfig(_Strict):
         "true or false",
         "Keep the time-energy frontier of the plan as frontier.json, computed by a process of lowest priority.",
     )
+    record: bool = _setting(
+        True,
+        "true or false",
+        "Every rank keeps its iterations, and a few of them whole, in the output folder for `perseus report` and "
+        "`perseus trace`.",
+    )
     profiling: ProfilingConfig = _setting(ProfilingConfig(), "an object", "How instructions are measured.")
     gpu: GpuConfig = _setting(GpuConfig(), "an object", "Who sets the clocks.")
     emulation: EmulationConfig = _setting(EmulationConfig(), "an object", "The emulated GPU.")

@@ -25,3 +25,7 @@ class PlanError(PerseusError):
 
 class GpuError(PerseusError):
     """A GPU that cannot be read or controlled: no permission, lost, not supported."""
+
+
+class ReportError(PerseusError):
+    """An output folder that cannot be reported on: foreign or damaged."""

@@ -6,13 +6,14 @@ For planning without a framework; an integration brings the streams of its own s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from perseus_plugin.errors import ScheduleError
+from perseus_plugin.files import write_atomically
 from perseus_plugin.instructions import (
     BACKWARD,
     FORWARD,
@@ -182,6 +183,7 @@ class _ComputeOp(_Op):
 class _ConstantOp(_Op):
     op: Literal["constant"]
     name: str = Field(min_length=1)
+    collective: bool = False
 
 
 class _SendOp(_Op):
@@ -207,7 +209,8 @@ def load_streams(path: Path | str) -> list[StageStream]:
     """Read streams from a JSON file.
 
     `{"schema": "perseus-schedule", "version": 1, "stages": [[op, ...], ...]}` with operations
-    `{"op": "compute", "kind": "forward", "microbatch": 0, "chunk": 0}`, `{"op": "constant", "name": "load"}`,
+    `{"op": "compute", "kind": "forward", "microbatch": 0, "chunk": 0}`,
+    `{"op": "constant", "name": "load", "collective": false}`,
     `{"op": "send", "peer": 1, "blocking": true, "channel": ""}` and `{"op": "receive", "peer": 0, "channel": ""}`.
 
     Raises:
@@ -226,11 +229,35 @@ def load_streams(path: Path | str) -> list[StageStream]:
     return [[_stream_op(op) for op in stage] for stage in parsed.stages]
 
 
+def save_streams(streams: Sequence[StageStream], path: Path | str) -> None:
+    """Write what `load_streams` reads, through a temporary file and a rename.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    content = {
+        "schema": SCHEDULE_SCHEMA,
+        "version": SCHEDULE_VERSION,
+        "stages": [[_op_row(op) for op in s] for s in streams],
+    }
+    write_atomically(Path(path), json.dumps(content) + "\n")
+
+
+def _op_row(op: StreamOp) -> dict[str, str | int | bool]:
+    if isinstance(op, Compute):
+        return {"op": "compute", "kind": op.kind, "microbatch": op.microbatch, "chunk": op.chunk}
+    if isinstance(op, Constant):
+        return {"op": "constant", "name": op.name, "collective": op.collective}
+    if isinstance(op, Send):
+        return {"op": "send", "peer": op.peer, "blocking": op.blocking, "channel": op.channel}
+    return {"op": "receive", "peer": op.peer, "channel": op.channel}
+
+
 def _stream_op(op: _ComputeOp | _ConstantOp | _SendOp | _ReceiveOp) -> StreamOp:
     if isinstance(op, _ComputeOp):
         return Compute(op.kind, op.microbatch, op.chunk)
     if isinstance(op, _ConstantOp):
-        return Constant(op.name)
+        return Constant(op.name, op.collective)
     if isinstance(op, _SendOp):
         return Send(op.peer, op.blocking, op.channel)
     return Receive(op.peer, op.channel)

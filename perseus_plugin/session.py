@@ -360,6 +360,7 @@ def start_session(
             known=known,
             full_sweep_mhz=full_sweep,
             writes_figures=monitor is not None,
+            facts=facts,
         )
         emulated = None
         if selection.emulated_gpu is not None:

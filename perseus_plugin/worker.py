@@ -51,6 +51,7 @@ from perseus_plugin.profiling.observations import Tick
 from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, STRAGGLER, Account
 from perseus_plugin.reporting.progress import Progress
 from perseus_plugin.reporting.prometheus import PrometheusPublisher
+from perseus_plugin.reporting.recorder import Recorder
 from perseus_plugin.reporting.relay import FigureRelay
 from perseus_plugin.reporting.reporter import Reporter, events_of
 from perseus_plugin.straggler_desk import StragglerDesk
@@ -91,6 +92,7 @@ class SessionWorker:
         known: Known,
         full_sweep_mhz: tuple[int, ...] = (),
         writes_figures: bool = False,
+        facts: Mapping[str, str] | None = None,
     ) -> None:
         self._config = config
         self._placement = placement
@@ -101,7 +103,14 @@ class SessionWorker:
         sweep_mhz = link.timetable.sweep.clocks_mhz
         self._top_mhz = max(sweep_mhz, default=0)
         self._collector = SweepCollector(self._top_mhz)
-        self._account = Account(measures_energy=helper is not None)
+        about = {
+            "gpu": selection.name,
+            "backend": selection.backend,
+            "emulated": selection.emulated,
+            "facts": dict(facts or {}),
+        }
+        self._recorder = Recorder(output_dir, placement, about, helper is not None, config.record)
+        self._account = Account(helper is not None, self._recorder.energy)
         self._known = known
         self._full_sweep_mhz = full_sweep_mhz
         self._estimated = not sweep_mhz
@@ -219,9 +228,17 @@ class SessionWorker:
             for figures in self._link.take_external():
                 self._coordinator.judge_external(figures)
             self._coordinator.step(self._link.iteration)
+        self._record()
         self._publish_stats()
         self._update_summary()
         self._relay.look()
+
+    def _record(self) -> None:
+        if self._coordinator is not None and self._link.schedule is not None:
+            self._recorder.use_schedule(*self._link.schedule, self._placement.stages)
+        if self._estimated:
+            self._poll_energy(self._recorder.wants_readings(self._link.timetable, self._link.iteration))
+        self._recorder.step()
 
     def _take(self, finished: FinishedIteration) -> None:
         directive, record = finished.directive, finished.record
@@ -242,6 +259,7 @@ class SessionWorker:
             if self._helper is None and directive.reason != "warm-up" and record.undisturbed:
                 sorts.append(FULL_CLOCK)
             self._take_recheck(record)
+        self._recorder.iteration(record, self._link.timetable, self._link.parts)
         self._account.add(record.number, sorts, duration_s)
         self._account.forget_before(record.number - 16)
         self._count(record)
@@ -268,8 +286,9 @@ class SessionWorker:
         if self._helper is None:
             return
         for event in self._helper.drain():
+            self._recorder.helper_event(event)
             match event:
-                case wire.Tick():
+                case wire.Tick() if not self._estimated:
                     tick = Tick(event.previous_poll_s, event.time_s, event.energy_j)
                     self._collector.add_tick(tick, event.capped_s)
                 case wire.Mark():
@@ -486,6 +505,7 @@ class SessionWorker:
         self._take_helper_events()
         for finished in self._link.take_finished():
             self._take(finished)
+        self._recorder.step(final=True)
         try:
             self._publish_stats(final=True)
         except ExchangeError as error:  # the script may have taken the process group down

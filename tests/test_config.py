@@ -20,6 +20,7 @@ FULL: dict[str, Any] = {
     "effort": "normal",
     "output_dir": "somewhere",
     "frontier": False,
+    "record": False,
     "profiling": {
         "warmup_steps": 3,
         "clocks_mhz": [1410, 1005],

@@ -10,6 +10,7 @@ from perseus_plugin.cli.config import config
 from perseus_plugin.cli.doctor import doctor
 from perseus_plugin.cli.frontier import frontier
 from perseus_plugin.cli.plan import plan
+from perseus_plugin.cli.report import report, trace
 from perseus_plugin.cli.reset import reset
 from perseus_plugin.cli.simulate import simulate
 from perseus_plugin.cli.straggler import straggler
@@ -31,6 +32,8 @@ app.command()(doctor)
 app.command()(reset)
 app.add_typer(straggler, name="straggler")
 app.command()(timeline)
+app.command()(report)
+app.command()(trace)
 
 
 def run() -> None:

@@ -168,7 +168,13 @@ class Planner:
                 work = _SEARCH_S[effort] / 2
                 choice = search_whole(problem, relaxed, choice, allowed_s, end_price_w, work)
         assignment = problem.assignment(choice)
-        assignment = keep_limits(problem, relaxed, assignment, limits, effort, deadline_s)
+        try:
+            assignment = keep_limits(problem, relaxed, assignment, limits, effort, deadline_s)
+        except PlanError:
+            if allowed_s <= deadline_s:
+                raise
+            # The cheapest iteration may be too short for few changes where a longer one is not.
+            assignment = keep_limits(problem, relaxed, assignment, limits, effort, allowed_s)
         iteration_time_s = problem.graph.iteration_time_s(assignment.duration_s)
         end = iteration_time_s if waits_until_s is None else waits_until_s
         energy_j = assignment.energy_j + problem.total_blocking_w * end

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -65,30 +64,43 @@ def save_survey(survey: Survey, fingerprint: Fingerprint, folder: Path) -> None:
     write_atomically(folder / "profile.json", json.dumps(content, indent=2) + "\n")
 
 
+def read_survey(folder: Path) -> tuple[Survey, Fingerprint] | None:
+    """The survey kept in `folder` and its fingerprint, whatever it was measured on; None if there is none.
+
+    Raises:
+        ProfileError: it is damaged or of another version.
+    """
+    path = folder / "profile.json"
+    if not path.exists():
+        return None
+    try:
+        file = _ProfileFile.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise ProfileError(f"{path}: cannot be read: {reason}") from error
+    if (file.schema_name, file.version) != (SCHEMA, VERSION):
+        raise ProfileError(f"{path}: is {file.schema_name} {file.version}; allowed: {SCHEMA} {VERSION}")
+    survey = Survey(
+        load_profile(folder / "profile.csv"),
+        file.blocking_power_w,
+        frozenset(file.unresolved),
+        {(stage, name): time_s for stage, name, time_s in file.constant_time_s},
+    )
+    return survey, file.fingerprint
+
+
 def load_survey(fingerprint: Fingerprint, folder: Path) -> Survey | None:
     """The survey kept in `folder` if it has this fingerprint; None if there is none.
 
     Raises:
         ProfileError: there is one, but of something else (the message names the first difference), or it is damaged.
     """
-    path = folder / "profile.json"
-    if not path.exists():
+    kept = read_survey(folder)
+    if kept is None:
         return None
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        file = _ProfileFile.model_validate_json(json.dumps(content))
-    except (OSError, ValueError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise ProfileError(f"{path}: cannot be read: {reason}") from error
-    if (file.schema_name, file.version) != (SCHEMA, VERSION):
-        raise ProfileError(f"{path}: is {file.schema_name} {file.version}; allowed: {SCHEMA} {VERSION}")
-    for name in sorted({*fingerprint, *file.fingerprint}):
-        before, now = file.fingerprint.get(name, "(nothing)"), fingerprint.get(name, "(nothing)")
+    survey, facts = kept
+    for name in sorted({*fingerprint, *facts}):
+        before, now = facts.get(name, "(nothing)"), fingerprint.get(name, "(nothing)")
         if before != now:
-            raise ProfileError(f"{path}: {name} was {before} and is {now}")
-    return Survey(
-        load_profile(folder / "profile.csv"),
-        file.blocking_power_w,
-        frozenset(file.unresolved),
-        {(stage, name): time_s for stage, name, time_s in file.constant_time_s},
-    )
+            raise ProfileError(f"{folder / 'profile.json'}: {name} was {before} and is {now}")
+    return survey

@@ -6,7 +6,7 @@ iteration is known to within a tick; the error of a sum over iterations averages
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,12 @@ class Account:
 
     Args:
         measures_energy: whether counter readings will come; without, an iteration counts as soon as it is added.
+        on_energy: called with an iteration and its energy as soon as that is known.
     """
 
-    def __init__(self, measures_energy: bool) -> None:
+    def __init__(self, measures_energy: bool, on_energy: Callable[[int, float], None] | None = None) -> None:
         self._measures_energy = measures_energy
+        self._on_energy = on_energy
         self._begun: dict[int, float] = {}
         self._ended: dict[int, float] = {}
         self._open: dict[int, _Open] = {}
@@ -83,6 +85,8 @@ class Account:
             energy_j = self._ended.pop(iteration) - self._begun.pop(iteration)
             entry = self._open.pop(iteration)
             self._count(entry.sorts, entry.time_s, energy_j)
+            if self._on_energy is not None:
+                self._on_energy(iteration, energy_j)
 
     def _count(self, sorts: Sequence[str], time_s: float, energy_j: float | None) -> None:
         for sort in sorts:

@@ -16,6 +16,7 @@ from perseus_plugin.pipeline import build_graph
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import ChangeLimits, Planner, Target
 from perseus_plugin.planning.segmentation import Segments, segment
+from perseus_plugin.profiling.profile import Measurement, Profile
 from perseus_plugin.schedules import one_f_one_b
 
 from .jobs import Job, bundled_profile, jobs, replay
@@ -75,6 +76,23 @@ def test_limits_are_kept_and_promises_hold(job: Job, most: int, slowdown: float)
     assert end <= plan.deadline_s * (1 + 1e-12)
     assert energy == pytest.approx(plan.energy_j, rel=1e-9)
     assert plan.energy_j <= plan.baseline_energy_j
+
+
+def test_few_changes_may_take_longer_than_the_cheapest_iteration() -> None:
+    """Forward is fastest and cheapest below the top clock, backward at it: T* needs both, and a change between."""
+    rows = {
+        "forward": [(710, 1.0, 200.0), (700, 0.9, 150.0)],
+        "backward": [(710, 1.0, 200.0), (700, 1.2, 260.0)],
+    }
+    measured = Profile(
+        {(0, kind): tuple(Measurement(f, t, e) for f, t, e in options) for kind, options in rows.items()}
+    )
+    planner = Planner(build_graph(one_f_one_b(1, 2)), measured, blocking_power_w=1.0)
+    free = planner.plan(Target.slowdown())
+    limited = planner.plan(Target.slowdown(), ChangeLimits(0))
+    assert free.iteration_time_s < limited.iteration_time_s <= free.baseline_time_s
+    assert limited.energy_j <= limited.baseline_energy_j
+    assert limited.clock_changes(0) == 0
 
 
 def test_more_changes_save_more() -> None:

@@ -1,0 +1,177 @@
+"""What energy is worth: kWh at the meter, money and operational carbon, so far and projected. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perseus_plugin.errors import ConfigError
+from perseus_plugin.reporting.iterations import PLAN, PROFILING, STRAGGLER, Stretch
+from perseus_plugin.reporting.records import Series
+
+WORLD_INTENSITY_G = 445.0
+"""Grams of CO2 per kWh of electricity, world average of 2024 (IEA, Electricity 2025)."""
+AVERAGE_PUE = 1.54
+"""Power usage effectiveness, weighted average of 2025 (Uptime Institute, Global Data Center Survey 2025)."""
+HOURS_PER_YEAR = 8760.0
+_J_PER_KWH = 3.6e6
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a kWh costs and emits.
+
+    Attributes:
+        price: of a kWh, in `currency`; None: no money is stated (prices differ too much for a default).
+        currency: for people.
+        intensity_g: grams of CO2 per kWh.
+        pue: energy of the whole site for one unit of energy of its computers.
+
+    Raises:
+        ConfigError: on construction, for a value that cannot be.
+    """
+
+    price: float | None = None
+    currency: str = "USD"
+    intensity_g: float = WORLD_INTENSITY_G
+    pue: float = AVERAGE_PUE
+
+    def __post_init__(self) -> None:
+        if self.price is not None and not (math.isfinite(self.price) and self.price >= 0):
+            raise ConfigError(f"--price: got {self.price}; allowed: a number from 0, per kWh")
+        if not (math.isfinite(self.intensity_g) and 0 <= self.intensity_g <= 5000):
+            raise ConfigError(f"--intensity: got {self.intensity_g}; allowed: a number from 0 to 5000, grams per kWh")
+        if not (math.isfinite(self.pue) and 1 <= self.pue <= 10):
+            raise ConfigError(f"--pue: got {self.pue}; allowed: a number from 1 to 10")
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """An energy and what it is worth; negative where something is lost.
+
+    Attributes:
+        energy_j: of the GPUs.
+        site_kwh: at the site's meter.
+        money: None without a price.
+        carbon_kg: CO2, operational.
+    """
+
+    energy_j: float
+    site_kwh: float
+    money: float | None
+    carbon_kg: float
+
+
+def amount(energy_j: float, rates: Rates) -> Amount:
+    """What this energy of GPUs is worth."""
+    site_kwh = energy_j / _J_PER_KWH * rates.pue
+    money = None if rates.price is None else site_kwh * rates.price
+    return Amount(energy_j, site_kwh, money, site_kwh * rates.intensity_g / 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class PerIteration:
+    """Energy and time of an iteration of the whole job.
+
+    Attributes:
+        full_j, full_s: at full clocks.
+        plan_j, plan_s: under the plan; measured, or as predicted where it did not run yet.
+        predicted: the latter.
+    """
+
+    full_j: float
+    full_s: float
+    plan_j: float
+    plan_s: float
+    predicted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SoFar:
+    """The run so far. None: not known, as an energy is missing.
+
+    Attributes:
+        iterations: recorded ones.
+        hours: they took.
+        used_j: energy of all GPUs.
+        saved_j: under plans, against the same number of iterations at full clocks.
+        profiling_j: what profiling took more than full clocks, negative: less.
+        profiling_s: the same for time.
+    """
+
+    iterations: int
+    hours: float
+    used_j: float | None
+    saved_j: float | None
+    profiling_j: float | None
+    profiling_s: float | None
+
+
+def so_far(run: Series, full: PerIteration | None) -> SoFar:
+    """Add up what was recorded.
+
+    Args:
+        run: the job's iterations.
+        full: what an iteration at full clocks takes; None: not known.
+    """
+    pairs = list(zip(run.stretches, run.energy_j.tolist(), strict=True))
+    iterations = sum(stretch.count for stretch, _ in pairs)
+    seconds = math.fsum(stretch.count * stretch.time_s for stretch, _ in pairs)
+    planned, profiled = run.of(PLAN, STRAGGLER), run.of(PROFILING)
+    if full is None:
+        return SoFar(iterations, seconds / 3600, _total(pairs), None, None, None)
+    return SoFar(
+        iterations,
+        seconds / 3600,
+        _total(pairs),
+        _total([(stretch, full.full_j - energy_j) for stretch, energy_j in planned]),
+        _total([(stretch, energy_j - full.full_j) for stretch, energy_j in profiled]),
+        math.fsum(stretch.count * (stretch.time_s - full.full_s) for stretch, _ in profiled),
+    )
+
+
+def _total(pairs: Sequence[tuple[Stretch, float]]) -> float | None:
+    """Energy times iterations; iterations without a figure count as the others' mean, None where none has one."""
+    if not pairs:
+        return 0.0
+    known = [(stretch.count, energy_j) for stretch, energy_j in pairs if not math.isnan(energy_j)]
+    if not known:
+        return None
+    share = sum(count for count, _ in known) / sum(stretch.count for stretch, _ in pairs)
+    return math.fsum(count * energy_j for count, energy_j in known) / share
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """The same job on `gpus` GPUs for `hours`: what full clocks take, and what the plan saves of it.
+
+    Both do the same number of iterations: as many as the plan does in `hours`.
+    """
+
+    hours: float
+    gpus: int
+    full: Amount
+    saved: Amount
+
+
+def project(per: PerIteration, ranks: int, hours: float, gpus: int, rates: Rates) -> Projection:
+    """Project savings.
+
+    Args:
+        per: of the job that ran.
+        ranks: GPUs it ran on.
+        hours, gpus: to project to; more GPUs mean more of the same pipelines.
+        rates: of a kWh.
+
+    Raises:
+        ConfigError: no hours, or no GPU.
+    """
+    if not (math.isfinite(hours) and hours > 0):
+        raise ConfigError(f"--hours: got {hours}; allowed: a number above 0")
+    if gpus < 1:
+        raise ConfigError(f"--gpus: got {gpus}; allowed: a whole number from 1")
+    iterations = hours * 3600 / per.plan_s * gpus / ranks
+    return Projection(
+        hours, gpus, amount(iterations * per.full_j, rates), amount(iterations * (per.full_j - per.plan_j), rates)
+    )

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from ..reporting.job import Job
+
+
+def perseus(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "perseus_plugin.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Job(tmp_path_factory.mktemp("job") / "out").planned().finished().folder
+
+
+def test_a_report_is_printed_and_written_into_the_folder(folder: Path) -> None:
+    done = perseus("report", str(folder), "--price", "0.1", "--gpus", "1024", "--hours", "1000")
+    assert done.returncode == 0, done.stderr
+    for text in ("2 × test GPU", "energy saved", "1,000 hours on 1,024", "USD", "Emulated: GPU times", "11: profiled"):
+        assert text in done.stdout, text
+    assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert "missing" not in done.stdout
+
+
+def test_the_page_goes_where_it_is_told(folder: Path, tmp_path: Path) -> None:
+    done = perseus("report", str(folder), "--html", str(tmp_path / "page.html"), "--no-frontier")
+    assert done.returncode == 0, done.stderr
+    assert 'id="frontier"' not in (tmp_path / "page.html").read_text()
+
+
+def test_no_page_on_request(tmp_path: Path) -> None:
+    folder = Job(tmp_path / "out").profiled().finished().folder
+    done = perseus("report", str(folder), "--no-html")
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "report.html").exists()
+    assert "missing: plan.json is not there" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "{empty}"], "is no output folder of perseus"),
+        (["report", "{empty}/nowhere"], "is no folder"),
+        (["report", "{job}", "--pue", "0.5"], "--pue: got 0.5; allowed: a number from 1 to 10"),
+        (["report", "{job}", "--price", "-1"], "--price: got -1.0"),
+        (["report", "{job}", "--gpus", "0"], "--gpus: got 0"),
+        (["report", "{job}", "--html", "x.html", "--no-html"], "allowed: one of them"),
+        (["trace", "{empty}"], "is no output folder of perseus"),
+        (["report", "{broken}"], "plan.json: "),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    folder: Path, tmp_path: Path, arguments: Sequence[str], message: str
+) -> None:
+    broken, empty = tmp_path / "broken", tmp_path / "empty"
+    empty.mkdir()
+    broken.mkdir()
+    (broken / "plan.json").write_text('{"schema": "perseus-plan", "vers')
+    filled = [argument.format(empty=empty, job=folder, broken=broken) for argument in arguments]
+    done = perseus(*filled)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_trace_is_written(folder: Path, tmp_path: Path) -> None:
+    done = perseus("trace", str(folder), "-o", str(tmp_path / "trace.json"))
+    assert done.returncode == 0, done.stderr
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert f"{len(events)} events of 2 ranks" in done.stdout
+
+
+def test_a_trace_of_nothing_is_refused(tmp_path: Path) -> None:
+    folder = Job(tmp_path / "out", silent=(0, 1)).planned().finished().folder
+    done = perseus("trace", str(folder), "-o", str(tmp_path / "trace.json"))
+    assert done.returncode == 2
+    assert "no iteration was kept whole" in done.stderr
+    assert not (tmp_path / "trace.json").exists()

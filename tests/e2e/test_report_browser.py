@@ -1,0 +1,211 @@
+"""`report.html` of a real job in a real browser: headless Chromium, driven by playwright.
+
+Without Chromium or playwright the tests are skipped, saying so; where `CI` is set they fail instead.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perseus_plugin.reporting.findings import Findings, Options, find
+from perseus_plugin.reporting.folder import load_folder
+from perseus_plugin.reporting.lanes import waits
+
+from ..reporting.job import Job
+from .launching import BASE_CONFIG, SMALL, TRAIN, perseus_block, run_job
+
+pytestmark = [pytest.mark.e2e, pytest.mark.browser]
+
+STAGES, MICROBATCHES = 4, 8
+_FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+_DRAWN = "[...document.querySelectorAll('.plotly-graph-div')].every(d => d.querySelector('.main-svg'))"
+
+
+@dataclass
+class Shown:
+    """A page in the browser, and what it complained about or fetched."""
+
+    page: Any
+    complaints: list[str] = field(default_factory=list)
+    fetched: list[str] = field(default_factory=list)
+
+    def open(self, path: Path) -> None:
+        self.page.goto(f"file://{path}")
+        self.page.wait_for_function(_DRAWN, timeout=120_000)
+
+    def count(self, selector: str) -> int:
+        return int(self.page.locator(selector).count())
+
+    def data(self, figure: str) -> list[dict[str, Any]]:
+        """Name, length and whether it is drawn, of every trace of a figure as plotly.js holds it."""
+        script = (
+            "id => document.getElementById(id)._fullData"
+            ".map(t => ({name: t.name, length: t.x ? t.x.length : 0, visible: t.visible}))"
+        )
+        found: list[dict[str, Any]] = self.page.evaluate(script, f"figure-{figure}")
+        return found
+
+    def hover(self, selector: str) -> str:
+        """The label that appears over an element."""
+        element = self.page.locator(selector)
+        element.scroll_into_view_if_needed()
+        box = element.bounding_box()
+        # From beside it: plotly.js takes no notice of a pointer that appears out of nowhere.
+        self.page.mouse.move(box["x"] + box["width"] / 2 - 3, box["y"] + box["height"] / 2)
+        self.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=3)
+        label = self.page.locator(".hoverlayer .hovertext")
+        label.first.wait_for(timeout=10_000)
+        return str(label.first.text_content())
+
+
+@pytest.fixture(scope="module")
+def shown() -> Iterator[Shown]:
+    lacking = ""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        lacking = "playwright is not installed (pip install playwright)"
+    if chromium is None:
+        lacking = lacking or "there is no Chromium (Debian: apt-get install chromium)"
+    if lacking and os.environ.get("CI"):
+        pytest.fail(lacking)
+    if lacking:
+        pytest.skip(lacking)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=list(_FLAGS))
+        made = Shown(browser.new_page(viewport={"width": 1280, "height": 900}))
+        made.page.on("console", lambda message: made.complaints.append(f"{message.type}: {message.text}"))
+        made.page.on("pageerror", lambda error: made.complaints.append(str(error)))
+        made.page.on("request", lambda request: made.fetched.append(request.url))
+        yield made
+        browser.close()
+
+
+def report(folder: Path, page: Path) -> None:
+    command = [sys.executable, "-m", "perseus_plugin.cli.main", "report", str(folder), "--html", str(page)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def job(shown: Shown, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a real training run on emulated GPUs."""
+    folder = tmp_path_factory.mktemp("job")
+    config = {
+        **BASE_CONFIG,
+        "gradient_accumulation_steps": MICROBATCHES,
+        "perseus": perseus_block(folder / "out", STAGES),
+    }
+    run_job(TRAIN, STAGES, config, folder, *SMALL, "--steps", "30").check()
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def found(job: Path) -> Findings:
+    return find(load_folder(job))
+
+
+@pytest.fixture(scope="module")
+def page(shown: Shown, job: Path, tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    report(job, path)
+    shown.complaints.clear()
+    shown.fetched.clear()
+    shown.open(path)
+    return shown
+
+
+def test_a_real_job_leaves_a_record_that_lacks_nothing(found: Findings) -> None:
+    assert found.folder.missing == []
+    assert sorted(found.folder.records) == list(range(STAGES))
+    assert len(found.lanes) == 3
+    assert all(len(lane.blocks) == STAGES * MICROBATCHES * 2 for lane in found.lanes)
+    for record in found.folder.records.values():
+        planned = [sample for sample in record.samples if sample.state == "plan"]
+        assert planned
+        assert all(sample.readings and sample.requests for sample in planned)
+
+
+def test_the_browser_has_nothing_to_complain_about_and_fetches_nothing(page: Shown) -> None:
+    assert page.complaints == []
+    assert [url for url in page.fetched if not url.startswith(("file://", "data:", "blob:"))] == []
+
+
+def test_the_timeline_has_a_bar_per_instruction(page: Shown, found: Findings) -> None:
+    blocks = sum(len(lane.blocks) for lane in found.lanes)
+    gaps = sum(len(waits(lane)) for lane in found.lanes)
+    assert page.count("#figure-timeline .barlayer .point") == blocks + gaps
+    traces = [trace for trace in page.data("timeline") if trace["name"] == "instructions"]
+    assert [trace["length"] for trace in traces] == [STAGES * MICROBATCHES * 2] * 3
+
+
+def test_the_frontier_has_its_points(page: Shown, found: Findings) -> None:
+    assert found.frontier is not None
+    samples = len(found.frontier.points)
+    lengths = {trace["name"]: trace["length"] for trace in page.data("frontier")}
+    assert lengths["lower bound"] == lengths["plans"] == samples
+    assert lengths["full clocks"] == lengths["the job's plan"] == 1
+    assert page.count("#figure-frontier .scatterlayer .point") == samples + 3
+
+
+def test_training_shows_every_iteration(page: Shown, found: Findings) -> None:
+    assert found.series is not None
+    shown = page.count("#figure-training .scatterlayer .point")
+    assert shown == 2 * len(found.series.stretches)
+
+
+def test_pointing_at_a_bar_tells_its_values(page: Shown, found: Findings) -> None:
+    label = page.hover(f"#figure-timeline .xy .barlayer .trace:nth-child(2) .point:nth-child({MICROBATCHES + 1})")
+    block = found.lanes[0].blocks[MICROBATCHES]
+    assert f"{block.instruction.kind} {block.instruction.microbatch}, stage {block.instruction.stage}" in label
+    assert f"{block.clock_mhz} MHz" in label
+
+
+def test_pointing_at_a_plan_of_the_frontier_tells_its_values(page: Shown, found: Findings) -> None:
+    assert found.frontier is not None
+    label = page.hover("#figure-frontier .scatterlayer .trace:nth-child(2) .point:last-child")
+    assert f"{found.frontier.points[-1].plan.energy_j:.1f} J" in label.replace(",", "").replace("−", "-")
+
+
+def test_labels_stay_apart(page: Shown) -> None:
+    """No two titles or labels of what happened lie on each other at a width of 1,280 pixels."""
+    script = """() => [...document.querySelectorAll('.plotly-graph-div')].map(d =>
+        [...d.querySelectorAll('.annotation-text-g text, .g-xtitle text, .g-ytitle text, .legendtext')].map(t => {
+            const b = t.getBoundingClientRect();
+            return [t.textContent, b.left, b.top, b.right, b.bottom];
+        }))"""
+    for labels in page.page.evaluate(script):
+        for at, (text, left, top, right, bottom) in enumerate(labels):
+            for other, left2, top2, right2, bottom2 in labels[at + 1 :]:
+                apart = right <= left2 + 1 or right2 <= left + 1 or bottom <= top2 + 1 or bottom2 <= top + 1
+                assert apart, f"{text!r} lies on {other!r}"
+
+
+def test_eight_stages_and_96_microbatches_open(shown: Shown, tmp_path: Path) -> None:
+    folder = Job(tmp_path / "out", stages=8, microbatches=96).planned().finished().folder
+    report(folder, tmp_path / "report.html")
+    shown.complaints.clear()
+    shown.open(tmp_path / "report.html")
+    assert shown.complaints == []
+    lanes = find(load_folder(folder), Options(frontier=False)).lanes
+    assert [len(lane.blocks) for lane in lanes] == [8 * 96 * 2] * 3
+    expected = sum(len(lane.blocks) + len(waits(lane)) for lane in lanes)
+    assert shown.count("#figure-timeline .barlayer .point") == expected
+    assert (tmp_path / "report.html").stat().st_size < 12e6

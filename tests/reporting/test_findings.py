@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from perseus_plugin.control import wire
+from perseus_plugin.reporting.findings import Options, find
+from perseus_plugin.reporting.folder import load_folder
+from perseus_plugin.reporting.phrases import comparison, energy, headline, job_line, rates_line, worth_rows
+from perseus_plugin.reporting.worth import Rates
+from perseus_plugin.timetable import Follow, FullClock
+
+from .job import Job
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path / "out").planned().finished()
+
+
+def test_a_finished_job_is_told_in_full(job: Job) -> None:
+    found = find(load_folder(job.folder))
+    assert found.folder.missing == []
+    assert [lane.title for lane in found.lanes] == [
+        "Full clocks, by the profile",
+        "Plan, as predicted",
+        f"Plan, as iteration {job.plan_from + 8} ran",
+    ]
+    assert [(mark.iteration, mark.text) for mark in found.marks] == [
+        (2, "profiling"),
+        (11, "profiled"),
+        (14, "plan 1"),
+    ]
+    assert found.frontier is not None
+    assert found.frontier.baseline_energy_j == pytest.approx(job.plan.baseline_energy_j)
+    assert [sample.number for sample in found.clocks] == [job.plan_from + 8] * 2
+
+
+def test_savings_are_those_of_the_iterations_that_ran(job: Job) -> None:
+    found = find(load_folder(job.folder))
+    per, run = found.per, found.so_far
+    assert per is not None
+    assert run is not None
+    assert not per.predicted
+    assert run.used_j == pytest.approx(sum(job.counters_j), rel=1e-5)
+    assert run.saved_j == pytest.approx(12 * (per.full_j - per.plan_j), rel=1e-3)
+    # The made-up job runs as planned but for a millisecond around the schedule.
+    assert 1 - per.plan_j / per.full_j == pytest.approx(job.plan.saving, abs=0.01)
+
+
+def test_waiting_costs_blocking_power(job: Job) -> None:
+    found = find(load_folder(job.folder))
+    assert found.waiting_j is not None
+    before, after = found.waiting_j
+    assert before == pytest.approx(80.0 * found.lanes[0].waiting_s)
+    assert after < before
+
+
+def test_before_the_plan_has_run_its_prediction_is_told_as_such(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out").planned(0).finished()
+    found = find(load_folder(job.folder))
+    assert found.per is not None
+    assert found.per.predicted
+    assert ("energy saved, predicted", f"{100 * job.plan.saving:.1f} %") in [card[:2] for card in headline(found)]
+    assert any("no iteration under the plan was kept whole" in text for text in found.folder.missing)
+
+
+def test_a_job_that_still_profiles_is_told_as_far_as_it_came(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out").profiled()
+    job.finished()
+    job.summarise("running")
+    found = find(load_folder(job.folder))
+    assert found.frontier is None
+    assert found.series is not None
+    assert [lane.title for lane in found.lanes] == ["Full clocks, as iteration 10 ran"]
+    assert any("plan.json is not there" in text for text in found.folder.missing)
+
+
+def test_events_stand_at_the_iteration_at_which_they_came(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out").planned()
+    job.timetable = job.timetable.switched(job.number, FullClock("iterations take 2 s instead of 1 s"))
+    job.iterate(3)
+    job.timetable = job.timetable.switched(job.number, Follow(2, straggler=True))
+    job.iterate(3)
+    recorder = job.recorders[1]
+    number = job.plan_from + 4
+    seen = job.records[1, number]
+    for _ in range(2):
+        recorder.helper_event(wire.Deviation(seen.begin_s + 0.01, 1110, 900))
+    job.finished()
+    event = {"time": time.time() + 5, "event": "detection", "rank": 1}
+    (job.folder / "events.jsonl").write_text(json.dumps(event) + "\n")
+    told = {mark.text: mark.iteration for mark in find(load_folder(job.folder)).marks}
+    assert told["full clocks: iterations take 2 s instead of 1 s"] == job.plan_from + 12
+    assert told["plan 2 for a straggler's pace"] == job.plan_from + 15
+    assert told["rank 1 capped: 900 MHz where 1110 were asked for (2 times)"] == number
+    assert told["rank 1 is seen to be slow"] == job.number - 1
+
+
+def test_emulated_figures_are_called_that(tmp_path: Path, job: Job) -> None:
+    assert find(load_folder(job.folder)).origin[0].startswith("Emulated: GPU times, clocks, powers and energies.")
+    real = Job(tmp_path / "real", emulated=False).planned().finished()
+    said = find(load_folder(real.folder)).origin
+    assert said[0].startswith("Measured: iteration and instruction times on the GPUs, energies by the GPUs' own")
+    assert not any("mulated" in text for text in said)
+
+
+def test_worth_is_told_per_run_projection_and_sample(job: Job) -> None:
+    options = Options(Rates(price=0.2, currency="EUR"), hours=100.0, gpus=64, tokens_per_sample=1000)
+    found = find(load_folder(job.folder), options)
+    rows = {row[0]: row[1:] for row in worth_rows(found)}
+    assert rows[""] == ("GPUs", "at the meter", "EUR", "CO2")
+    assert found.per is not None
+    assert rows["per sample (12 an iteration): plan"][0] == energy(found.per.plan_j / 12)
+    assert rows["per 1,000 tokens: plan"][0] == energy(found.per.plan_j / 12)
+    iterations = 100 * 3600 / found.per.plan_s * 64 / 2
+    assert rows["100 hours on 64 GPUs: full clocks"][0] == energy(iterations * found.per.full_j)
+    assert "a day on 64 GPUs: saved" in rows
+    assert "0.2 EUR per kWh" in rates_line(options.rates)
+
+
+def test_without_a_price_no_column_of_money(job: Job) -> None:
+    found = find(load_folder(job.folder))
+    assert worth_rows(found)[0] == ("", "GPUs", "at the meter", "CO2")
+    assert "no price given" in rates_line(found.options.rates)
+
+
+def test_a_folder_without_energies_has_no_worth(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out", silent=(1,))
+    job.iterate(1)
+    for recorder in job.recorders:
+        recorder.step()
+    found = find(load_folder(job.folder))
+    assert worth_rows(found) == []
+    assert comparison(found.folder) == []
+    assert headline(found) == []
+    assert job_line(found.folder) == "2 × test GPU · 2 stages"
+
+
+def test_the_frontier_is_left_out_on_request(job: Job) -> None:
+    assert find(load_folder(job.folder), Options(frontier=False)).frontier is None
+
+
+@pytest.mark.parametrize(
+    ("energy_j", "text"),
+    [(0.0, "0 J"), (12.345, "12.3 J"), (3.5e5, "350,000 J"), (7.2e6, "2 kWh"), (-7.2e8, "-200 kWh")],
+)
+def test_energies_are_told_in_joules_or_kwh(energy_j: float, text: str) -> None:
+    assert energy(energy_j) == text

@@ -261,7 +261,7 @@ class PerseusConfig(_Strict):
     output_dir: str = _setting(
         "perseus_out",
         "a path",
-        "Folder for summary.json, profile.csv and plan.json; made if missing.",
+        "Folder for summary.json, profile.csv, plan.json and records; made if missing.",
         min_length=1,
     )
     record: bool = _setting(

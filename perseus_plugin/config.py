@@ -290,7 +290,7 @@ class PerseusConfig(_Strict):
     output_dir: str = _setting(
         "perseus_out",
         "a path",
-        "Folder for summary.json, profile.csv, plan.json and frontier.json; made if missing.",
+        "Folder for summary.json, profile.csv, plan.json, frontier.json and records; made if missing.",
         min_length=1,
     )
     frontier: bool = _setting(

@@ -259,7 +259,7 @@ class SessionWorker:
             if self._helper is None and directive.reason != "warm-up" and record.undisturbed:
                 sorts.append(FULL_CLOCK)
             self._take_recheck(record)
-        self._recorder.iteration(record, self._link.timetable, self._link.parts)
+        self._recorder.iteration(directive, record, self._link.timetable, self._link.parts)
         self._account.add(record.number, sorts, duration_s)
         self._account.forget_before(record.number - 16)
         self._count(record)

@@ -18,6 +18,7 @@ from perseus_plugin.schedules import (
     interleaved_1f1b,
     load_streams,
     one_f_one_b,
+    save_streams,
 )
 
 
@@ -91,6 +92,13 @@ def test_a_file_gives_the_streams_it_describes(tmp_path: Path) -> None:
         [Constant("load"), Compute("forward", 0), Send(1, blocking=False, channel="a")],
         [Receive(0, "a"), Compute("forward", 0, chunk=2)],
     ]
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_written_streams_read_back_the_same(tmp_path: Path, name: str) -> None:
+    streams = [[*stream, Constant("step", collective=True)] for stream in SCHEDULES[name](4, 8)]
+    save_streams(streams, tmp_path / "schedule.json")
+    assert load_streams(tmp_path / "schedule.json") == streams
 
 
 @pytest.mark.parametrize(

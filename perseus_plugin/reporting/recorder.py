@@ -34,7 +34,7 @@ from perseus_plugin.reporting.samples import (
 )
 from perseus_plugin.schedules import save_streams
 from perseus_plugin.tap import IterationRecord
-from perseus_plugin.timetable import Follow, Timetable
+from perseus_plugin.timetable import Directive, Follow, Timetable
 
 logger = logging.getLogger(__name__)
 
@@ -106,15 +106,18 @@ class Recorder:
         self._requests: deque[ClockRequest] = deque(maxlen=4096)
         self._readings: deque[Reading] = deque(maxlen=4096)
         self._samples = Samples()
-        self._pending: deque[tuple[float, IterationRecord, list[int]]] = deque(maxlen=8)
+        self._pending: deque[tuple[float, Sort, IterationRecord, list[int]]] = deque(maxlen=8)
         self._schedule = ""
 
     # What comes in.
 
-    def iteration(self, record: IterationRecord, timetable: Timetable, parts: Mapping[int, PlanPart]) -> None:
+    def iteration(
+        self, directive: Directive, record: IterationRecord, timetable: Timetable, parts: Mapping[int, PlanPart]
+    ) -> None:
         """An iteration has ended.
 
         Args:
+            directive: what it ran as.
             record: what was seen.
             timetable: in force.
             parts: of the newest plans, by version.
@@ -126,14 +129,13 @@ class Recorder:
             return
         begin_s = record.begin_s + self._offset_s
         self._waiting[record.number] = _Waiting(
-            Stretch.single(record.number, begin_s, time_s, None, Sort.of(record.directive)),
+            Stretch.single(record.number, begin_s, time_s, None, Sort.of(directive)),
             known=not self._measures_energy,
         )
         if record.complete and record.undisturbed and is_sampled(timetable, record.number):
-            directive = record.directive
             part = parts.get(directive.version) if isinstance(directive, Follow) else None
-            asked = asked_clocks_mhz(record, () if part is None else part.clocks_mhz)
-            self._pending.append((time.monotonic() + _EVENTS_TAKE_S, record, asked))
+            asked = asked_clocks_mhz(directive, record, () if part is None else part.clocks_mhz)
+            self._pending.append((time.monotonic() + _EVENTS_TAKE_S, Sort.of(directive), record, asked))
 
     def energy(self, number: int, energy_j: float) -> None:
         """The energy of an iteration is known; before or after `iteration`, in order of the iterations."""
@@ -216,8 +218,8 @@ class Recorder:
     def _write_samples(self, path: Path, final: bool) -> None:
         now_s = time.monotonic()
         while self._pending and (final or self._pending[0][0] <= now_s):
-            _, record, asked = self._pending.popleft()
-            self._samples.add(sample_of(record, asked, self._offset_s, self._requests, self._readings))
+            _, sort, record, asked = self._pending.popleft()
+            self._samples.add(sample_of(sort, record, asked, self._offset_s, self._requests, self._readings))
         write_atomically(path, self._samples.to_json(self._rank))
 
     def _begin_file(self, path: Path, text: str) -> None:

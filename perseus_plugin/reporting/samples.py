@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from perseus_plugin.instructions import Compute
 from perseus_plugin.reporting.iterations import FULL, PLAN, PROFILING, STRAGGLER, Sort
 from perseus_plugin.tap import IterationRecord
-from perseus_plugin.timetable import Follow, Sweep, Timetable
+from perseus_plugin.timetable import Directive, Follow, Sweep, Timetable
 
 SAMPLES_SCHEMA = "perseus-samples"
 SAMPLES_VERSION = 1
@@ -127,20 +127,22 @@ def is_sampled(timetable: Timetable, number: int) -> bool:
     return since >= 2 and (since % _EVERY == 0 or (since < _EVERY and since & (since - 1) == 0))
 
 
-def asked_clocks_mhz(record: IterationRecord, clocks_mhz: Iterable[int]) -> list[int]:
+def asked_clocks_mhz(directive: Directive, record: IterationRecord, clocks_mhz: Iterable[int]) -> list[int]:
     """Per hooked operation the clock it was to run at, 0: full clock.
 
     Args:
+        directive: what the iteration ran as.
         record: the iteration.
         clocks_mhz: of the plan's part that it followed; empty for none.
     """
-    if isinstance(record.directive, Sweep):
-        return [record.directive.frequency_mhz] * len(record.operations)
+    if isinstance(directive, Sweep):
+        return [directive.frequency_mhz] * len(record.operations)
     planned = list(clocks_mhz)
     return [planned[slot] if 0 <= slot < len(planned) else 0 for slot in record.slots]
 
 
 def sample_of(
+    sort: Sort,
     record: IterationRecord,
     asked_mhz: Iterable[int],
     unix_offset_s: float,
@@ -150,13 +152,13 @@ def sample_of(
     """Put together what is known of an iteration.
 
     Args:
+        sort: what it ran as.
         record: complete.
         asked_mhz: see `asked_clocks_mhz`.
         unix_offset_s: Unix time minus `time.monotonic()`.
         requests, readings: around the iteration, in `time.monotonic()` seconds, by rising time.
     """
     zero, end = record.begin_s, record.end_s
-    sort = Sort.of(record.directive)
     rows = zip(record.operations, record.starts_s, record.ends_s, asked_mhz, strict=True)
     operations = tuple(
         Timed(

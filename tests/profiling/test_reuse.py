@@ -9,7 +9,7 @@ import pytest
 
 from perseus_plugin.errors import ProfileError
 from perseus_plugin.profiling.profile import Measurement, Profile
-from perseus_plugin.profiling.reuse import job_fingerprint, load_survey, save_survey
+from perseus_plugin.profiling.reuse import job_fingerprint, load_survey, read_survey, save_survey
 from perseus_plugin.survey import Survey
 
 FACTS = {"gpu": "A100", "model": "abc"}
@@ -30,6 +30,13 @@ def test_what_was_kept_comes_back(tmp_path: Path) -> None:
     assert load_survey(fingerprint, tmp_path) is None
     save_survey(survey(), fingerprint, tmp_path)
     assert load_survey(fingerprint, tmp_path) == survey()
+
+
+def test_a_report_reads_it_whatever_it_was_measured_on(tmp_path: Path) -> None:
+    fingerprint = job_fingerprint([(0, FACTS), (1, FACTS)])
+    assert read_survey(tmp_path) is None
+    save_survey(survey(), fingerprint, tmp_path)
+    assert read_survey(tmp_path) == (survey(), fingerprint)
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ class Job:
         if is_sampled(self.timetable, record.number):
             for event in self._events(where, record, rows, used_j, isinstance(directive, FullClock)):
                 recorder.helper_event(event)
-        recorder.iteration(record, self.timetable, {1: self.parts[where.stage]})
+        recorder.iteration(directive, record, self.timetable, {1: self.parts[where.stage]})
         sorts: list[str] = []
         if isinstance(directive, Follow) and record.undisturbed:
             sorts = [PLAN]

@@ -112,3 +112,13 @@ def test_totals_are_a_copy() -> None:
     account.add(0, [PLAN], 1.0)
     account.totals.clear()
     assert account.totals.keys() == {PLAN}
+
+
+def test_an_iterations_energy_is_told_as_soon_as_it_is_known() -> None:
+    told: list[tuple[int, float]] = []
+    account = Account(measures_energy=True, on_energy=lambda number, energy_j: told.append((number, energy_j)))
+    account.add_reading(begin_tag(7), 100.0)
+    account.add(7, (), 1.0)
+    assert told == []
+    account.add_reading(end_tag(7), 130.0)
+    assert told == [(7, 30.0)]

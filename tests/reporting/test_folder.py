@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +17,18 @@ from perseus_plugin.reporting.recorder import record_path, samples_path
 from .job import Job
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("job") / "out", replicas=2).planned().finished()
+
+
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
-    return Job(tmp_path / "out", replicas=2).planned().finished()
+def job(made: Job, tmp_path: Path) -> Job:
+    """A job of its own for each test."""
+    mine = copy.copy(made)
+    mine.folder = tmp_path / "out"
+    shutil.copytree(made.folder, mine.folder)
+    return mine
 
 
 def test_a_finished_job_lacks_nothing(job: Job) -> None:

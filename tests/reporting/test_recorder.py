@@ -27,8 +27,7 @@ def recorder(folder: Path, *, measures_energy: bool = True, enabled: bool = True
 def run(made: Recorder, first: int, count: int, *, energies: bool = True, table: Timetable = TABLE) -> None:
     for number in range(first, first + count):
         seen = record(number, begin_s=100.0 + number)
-        seen.directive = table.at(number)
-        made.iteration(seen, table, {})
+        made.iteration(table.at(number), seen, table, {})
         if energies:
             made.energy(number, 10.0 + number)
         made.step()
@@ -167,7 +166,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: py
 def test_an_iteration_without_an_end_is_left_out(tmp_path: Path) -> None:
     made = recorder(tmp_path)
     seen = record(0)
-    seen.directive, seen.end_s = FullClock("warm-up"), float("nan")
-    made.iteration(seen, TABLE, {})
+    seen.end_s = float("nan")
+    made.iteration(FullClock("warm-up"), seen, TABLE, {})
     made.step(final=True)
     assert len(lines(tmp_path)) == 1

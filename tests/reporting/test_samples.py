@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from perseus_plugin.reporting.iterations import Sort
 from perseus_plugin.reporting.samples import (
     ClockRequest,
     Reading,
@@ -15,7 +16,7 @@ from perseus_plugin.reporting.samples import (
     load_samples,
     sample_of,
 )
-from perseus_plugin.timetable import Follow, FullClock, Round, Sweep, Timetable
+from perseus_plugin.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
 
 from ..factories import record
 
@@ -48,19 +49,17 @@ def test_a_job_that_only_observes_keeps_some_too() -> None:
 
 def test_the_clock_asked_for_is_the_plans_or_the_sweeps_or_none() -> None:
     seen = record(0)
-    seen.directive = Follow(1)
-    assert asked_clocks_mhz(seen, (1110, 810)) == [0, 1110, 810, 0]
-    assert asked_clocks_mhz(seen, ()) == [0, 0, 0, 0]
-    seen.directive = Sweep(0, 810, kept=True)
-    assert asked_clocks_mhz(seen, ()) == [810] * 4
+    assert asked_clocks_mhz(Follow(1), seen, (1110, 810)) == [0, 1110, 810, 0]
+    assert asked_clocks_mhz(Follow(1), seen, ()) == [0, 0, 0, 0]
+    assert asked_clocks_mhz(Sweep(0, 810, kept=True), seen, ()) == [810] * 4
 
 
-def made(number: int = 3, directive: Follow | FullClock | Sweep = Follow(1)) -> Sample:  # noqa: B008
+def made(number: int = 3, directive: Directive | None = None) -> Sample:
     seen = record(number, begin_s=50.0)
-    seen.directive = directive
+    sort = Sort.of(directive or Follow(1))
     requests = [ClockRequest(49.0, 1410), ClockRequest(49.9, 1110), ClockRequest(50.011, 810), ClockRequest(51.0, 1410)]
     readings = [Reading(40.0, 1, 1.0), *(Reading(50.0 + 0.01 * k, 1110, 500.0 + 3 * k) for k in range(4))]
-    return sample_of(seen, [0, 1110, 810, 0], 1000.0, requests, readings)
+    return sample_of(sort, seen, [0, 1110, 810, 0], 1000.0, requests, readings)
 
 
 def test_a_sample_holds_every_operation_from_the_iterations_beginning() -> None:
@@ -92,9 +91,8 @@ def test_a_profiled_iteration_at_the_highest_clock_counts_as_full_clock() -> Non
 
 def test_a_counter_that_ticks_fast_is_thinned_out() -> None:
     seen = record(0, begin_s=0.0)
-    seen.directive = Follow(1)
     readings = [Reading(1e-5 * k, 1110, float(k)) for k in range(3500)]
-    sample = sample_of(seen, [0] * 4, 0.0, (), readings)
+    sample = sample_of(Sort.of(Follow(1)), seen, [0] * 4, 0.0, (), readings)
     assert 500 < len(sample.readings) <= 1000
     assert sample.powers()[0][2] == pytest.approx(1e5)
 

@@ -43,6 +43,10 @@ BRACKETS = {
 """Megatron's schedule functions, and whether they have virtual stages."""
 
 
+CALL_FACTS = ("seq_length", "micro_batch_size")
+"""What a call of a schedule function says of the job."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A schedule as hooks need it.
@@ -91,7 +95,8 @@ class Hooks:
     """Wrappers in module globals, and where in the iteration they are.
 
     Args:
-        start: makes this job's session at the first training iteration, from the list of model chunks; None for none.
+        start: makes this job's session at the first training iteration, from the list of model chunks and what the
+            call says of the job (`CALL_FACTS`, where it does); None for none.
         schedule_of: the schedule of a call of a schedule function: whether it has virtual stages, the model chunks and
             the number of microbatches in.
         after_iteration: called after each training iteration.
@@ -99,7 +104,7 @@ class Hooks:
 
     def __init__(
         self,
-        start: Callable[[list[Any]], Session | None],
+        start: Callable[[list[Any], Mapping[str, Any]], Session | None],
         schedule_of: Callable[[bool, list[Any], int], Schedule],
         after_iteration: Callable[[], None] = lambda: None,
     ) -> None:
@@ -142,7 +147,7 @@ class Hooks:
         model_in = Argument(stock, "model")
 
         def train_step(*args: Any, **kwargs: Any) -> Any:
-            session = self._session_for(model_in(args, kwargs))
+            session = self._session_for(model_in(args, kwargs), {})
             if session is None or self._in_step:
                 return stock(*args, **kwargs)
             return self._step(session, lambda: stock(*args, **kwargs))
@@ -153,6 +158,7 @@ class Hooks:
         """For one of the functions of `BRACKETS`."""
         forward_only_in, model_in = Argument(stock, "forward_only"), Argument(stock, "model")
         microbatches_in = Argument(stock, "num_microbatches")
+        facts_in = {name: Argument(stock, name) for name in CALL_FACTS}
 
         def run_schedule(*args: Any, **kwargs: Any) -> Any:
             def run() -> Any:
@@ -165,7 +171,7 @@ class Hooks:
                     self._session.evaluation()
                 return run()
             model = model_in(args, kwargs)
-            session = self._session_for(model)
+            session = self._session_for(model, {name: fact(args, kwargs) for name, fact in facts_in.items()})
             if session is None:
                 return run()
 
@@ -176,10 +182,10 @@ class Hooks:
 
         return run_schedule
 
-    def _session_for(self, model: Any) -> Session | None:
+    def _session_for(self, model: Any, known: Mapping[str, Any]) -> Session | None:
         """The session, made at the first training iteration."""
         if self._session is None and not self._removed:
-            self._session = self._start(_chunks(model))
+            self._session = self._start(_chunks(model), known)
             if self._session is None:
                 self.remove()
             else:

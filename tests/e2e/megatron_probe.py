@@ -223,7 +223,7 @@ def difference(shape: Shape, stage: int, deallocate: bool) -> str:
         assert interleaved == (shape.chunks is not None)
         return Schedule.of(made, stage)
 
-    job = SimpleNamespace(start=lambda chunks: session, schedule_of=schedule_of, after_iteration=lambda: None)
+    job = SimpleNamespace(start=lambda chunks, known: session, schedule_of=schedule_of, after_iteration=lambda: None)
     stock = put_stand_ins(transfers)
     hooks = integration._hooked(schedules, None, combined_1f1b, job)
     try:

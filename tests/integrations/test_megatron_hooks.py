@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -64,7 +64,9 @@ class Megatron:
         self._do(f"backward {config}")
         return "gradient"
 
-    def run_schedule(self, *, model: Any, num_microbatches: int, forward_only: bool = False) -> str:
+    def run_schedule(
+        self, *, model: Any, num_microbatches: int, seq_length: int = 0, forward_only: bool = False
+    ) -> str:
         outputs: dict[int, Any] = {}
         for kind, m in self.order(num_microbatches):
             if kind == "f":
@@ -113,7 +115,8 @@ class Job:
         self.refuses = False
         self.iterations = 0
 
-    def start(self, model: list[Any]) -> Session | None:
+    def start(self, model: list[Any], known: Mapping[str, Any]) -> Session | None:
+        self.known = dict(known)
         if self.error is not None:
             raise self.error
         if self.refuses:
@@ -205,7 +208,8 @@ def test_a_loop_without_train_step_is_bracketed_by_the_schedule(job: Job) -> Non
     megatron = Megatron()
     _hooked(megatron.schedules, None, None, job)  # type: ignore[arg-type]
     run = megatron.schedules.forward_backward_no_pipelining
-    assert run(model=megatron.model, num_microbatches=2) == "losses"
+    assert run(model=megatron.model, num_microbatches=2, seq_length=64) == "losses"
+    assert job.known["seq_length"] == 64, "there may be no arguments to know it from"
     (finished,) = job.finished()
     assert finished.record.complete
     assert job.iterations == 1
@@ -304,7 +308,7 @@ def test_a_setting_that_does_not_fit_the_job_stops_it(megatron: Megatron, job: J
 
 def test_functions_that_a_version_lacks_are_no_trouble(megatron: Megatron) -> None:
     assert not hasattr(megatron.schedules, SCHEDULE_FUNCTIONS[2])
-    hooks = Hooks(lambda model: None, lambda *args: None)  # type: ignore[arg-type, return-value]
+    hooks = Hooks(lambda model, known: None, lambda *args: None)  # type: ignore[arg-type, return-value]
     hooks.put(megatron.schedules, "no_such_function", hooks.forward_step)
     assert not hasattr(megatron.schedules, "no_such_function")
 

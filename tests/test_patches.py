@@ -92,13 +92,11 @@ def test_deepspeed_job_where_entry_points_are_off(is_patched: bool, tmp_path: Pa
         assert ("_perseus_session" in facts["at_start"]["on_engine"]) == is_patched
 
 
-def run_megatron(folder: Path, path: str, ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the script without the launcher, with the entry points off."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(SCRIPT)]
+def run_megatron(folder: Path, path: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run Megatron without the launcher and with the entry points off: only the patch can bring the flags in."""
     environment = {"PYTHONPATH": path, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, *arguments],
+        [sys.executable, *command],
         cwd=folder,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -113,31 +111,30 @@ def run_megatron(folder: Path, path: str, ranks: int, *arguments: str) -> subpro
 @pytest.mark.e2e
 def test_megatron_job_through_the_patched_parser(tmp_path: Path) -> None:
     assert NEWEST is not None
-    folder = tmp_path / "job"
     copy = patched_copy("megatron.patch", NEWEST[1], ARGUMENTS, tmp_path / "copy")
-    block: dict[str, Any] = perseus_block(folder / "out", stages=2)
-    folder.mkdir()
-    (folder / "perseus.json").write_text(json.dumps(block))
-    train = flags(2, train_iters=40)
-    done = run_megatron(
-        folder, python_path(copy), 2, *train, "--perseus", "--perseus-config", "perseus.json", "--results", "on.json"
-    )
+    block: dict[str, Any] = perseus_block(tmp_path / "out", stages=2)
+    (tmp_path / "perseus.json").write_text(json.dumps(block))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT))
+    switches = ("--perseus", "--perseus-config", "perseus.json", "--results", "results.json")
+    done = run_megatron(tmp_path, python_path(copy), *torchrun, *flags(2, train_iters=40), *switches)
     assert done.returncode == 0, done.stdout[-6000:]
-    assert json.loads((folder / "out" / "summary.json").read_text())["phases"]
-    # The untouched parser does not know the flag; without it, both train alike.
-    done = run_megatron(folder, python_path(NEWEST[1]), 2, *train, "--perseus")
-    assert done.returncode != 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["iterations"]["plan"] > 0
+    assert json.loads((tmp_path / "results.json").read_text())["ranks"][1]["losses"][39]
+
+
+@needs_megatron
+@pytest.mark.e2e
+def test_the_unpatched_parser_does_not_know_the_flags(tmp_path: Path) -> None:
+    assert NEWEST is not None
+    done = run_megatron(tmp_path, python_path(NEWEST[1]), str(SCRIPT), *flags(1), "--perseus")
+    assert done.returncode == 2
     assert "unrecognized arguments: --perseus" in done.stdout
-    done = run_megatron(folder, python_path(NEWEST[1]), 2, *train, "--results", "off.json")
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert json.loads((folder / "on.json").read_text()) == json.loads((folder / "off.json").read_text())
 
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("version", versions(with_training=True))
-def test_the_flags_are_in_the_help_of_every_patched_version(version: str, tmp_path: Path) -> None:
-    package = versions()[version]
-    copy = patched_copy("megatron.patch", package, ARGUMENTS, tmp_path / "copy")
-    done = run_megatron(tmp_path, python_path(copy), 1, "--help")
-    assert "--perseus-config" in done.stdout, done.stdout[-3000:]
-    assert "--perseus-config" not in run_megatron(tmp_path, python_path(package), 1, "--help").stdout
+def test_every_patched_version_checks_the_flags(version: str, tmp_path: Path) -> None:
+    copy = patched_copy("megatron.patch", versions()[version], ARGUMENTS, tmp_path / "copy")
+    done = run_megatron(tmp_path, python_path(copy), str(SCRIPT), *flags(1), "--perseus-slowdown", "0.1")
+    assert done.returncode == 2
+    assert "error: --perseus-slowdown: needs --perseus" in done.stdout, done.stdout[-3000:]

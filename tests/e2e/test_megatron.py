@@ -41,13 +41,13 @@ pytestmark = [
 ]
 
 
-def uneven(folder: Path, stages: int, **changes: Any) -> list[str]:
-    """Flags of a job whose last stage takes twice as long as the others."""
+def uneven(folder: Path, stages: int, forward_s: float = 0.02) -> list[str]:
+    """Flags of a job whose last stage takes 1.4 times as long as the others."""
     file = folder / "perseus.yaml"
     folder.mkdir(parents=True, exist_ok=True)
-    forward_s = [0.015] * (stages - 1) + [0.03]
-    times = {"forward_time_s": forward_s, "backward_time_s": [2 * time_s for time_s in forward_s]}
-    file.write_text(json.dumps(perseus_block(folder / "out", stages, emulation=times, **changes)))
+    times_s = [forward_s] * (stages - 1) + [1.4 * forward_s]
+    times = {"forward_time_s": times_s, "backward_time_s": [2 * time_s for time_s in times_s]}
+    file.write_text(json.dumps(perseus_block(folder / "out", stages, emulation=times)))
     return ["--perseus", "--perseus-config", str(file)]
 
 
@@ -84,6 +84,7 @@ def check_followed(out: Path, ranks: int) -> dict[str, Any]:
     return summary
 
 
+MICROBATCHES = 6
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pp2": (2, 2, {}),
     "pp4": (4, 4, {}),
@@ -91,18 +92,19 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pp2-vp2": (2, 2, {"num_layers_per_virtual_pipeline_stage": 1}),
     "pp2-tp2": (4, 2, {"tensor_model_parallel_size": 2}),
 }
-SCHEDULES = {"pp2": "1F1B/2x4", "pp4": "1F1B/4x4", "pp2-vp2": "interleaved-1F1B-overlap-waits/2x4x2g2"}
+SCHEDULES = {"pp4": "1F1B/4x6", "pp2-vp2": "interleaved-1F1B-overlap-waits/2x6x2g2"}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_is_bit_identical_and_saves_energy(case: str, tmp_path: Path) -> None:
     ranks, stages, changes = CASES[case]
-    words = flags(stages, train_iters=32, log_interval=4, **changes)
+    words = flags(stages, MICROBATCHES, train_iters=32, log_interval=4, **changes)
     without, _ = run_megatron(ranks, tmp_path / "off", words, launcher=False)
-    with_plugin, said = run_megatron(ranks, tmp_path, [*words, *uneven(tmp_path, stages)])
+    forward_s = 0.012 if case == "pp2-vp2" else 0.02  # there are twice as many instructions with two chunks
+    with_plugin, said = run_megatron(ranks, tmp_path, [*words, *uneven(tmp_path, stages, forward_s)])
     assert with_plugin == without
     check_followed(tmp_path / "out", ranks)
-    assert SCHEDULES.get(case, "1F1B/2x4") in said
+    assert SCHEDULES.get(case, "1F1B/2x6") in said
     # In Megatron's own log, from the rank that prints it.
     assert re.search(r"perseus at iteration \d+: .* per iteration", said)
 
@@ -165,6 +167,7 @@ def test_a_wrong_flag_ends_the_job_at_once_with_one_line(words: list[str], messa
 def test_older_versions_without_a_training_loop(version: str, tmp_path: Path) -> None:
     """The schedules of megatron-core alone, in a loop that is not Megatron's, with virtual stages and evaluation."""
     words = [str(CORE_JOB), "--train-iters", "30", "--evaluate-every", "8", "--chunks", "2"]
+    words += ["--microbatches", str(MICROBATCHES)]
     path = python_path(versions()[version], REPOSITORY)
     for folder, added in ((tmp_path / "off", []), (tmp_path, uneven(tmp_path, 2))):
         results = folder / "results.json"
@@ -177,7 +180,7 @@ def test_older_versions_without_a_training_loop(version: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("version", list(versions(with_training=True))[:-1])
 def test_other_versions_with_their_training_loop(version: str, tmp_path: Path) -> None:
-    words = [str(SCRIPT), *flags(2, train_iters=30)]
+    words = [str(SCRIPT), *flags(2, MICROBATCHES, train_iters=30)]
     path = python_path(versions()[version], REPOSITORY)
     for folder, added in ((tmp_path / "off", []), (tmp_path, uneven(tmp_path, 2))):
         results = folder / "results.json"

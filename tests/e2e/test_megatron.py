@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,8 @@ def check_followed(out: Path, ranks: int) -> dict[str, Any]:
     assert summary["plan"]["dropped_plans"] == 0
     assert summary["plan"]["saving_percent"] >= 8
     assert summary["saving_percent"]["measured"] >= 8
-    # The plan itself keeps to the full-clock time; what a busy machine adds to an iteration is not its doing.
-    plan = json.loads((out / "plan.json").read_text())
-    assert plan["iteration_time_s"] <= plan["baseline_time_s"] * 1.0001
+    # The plan keeps to the full-clock time; what a busy machine adds to an iteration is not its doing.
+    assert summary["slowdown_percent"]["predicted"] <= 0.05
     assert summary["slowdown_percent"]["measured"] < 15
     return summary
 
@@ -133,12 +133,16 @@ def test_training_goes_on_when_a_helper_dies(tmp_path: Path) -> None:
         return gpus[1].exists() and EmulatedGpu(gpus[1]).locked_mhz() not in (None, 1410)
 
     command = ("-m", "perseus_plugin.megatron", str(SCRIPT), *words, *uneven(tmp_path, 2), "--results", str(results))
+    output: list[str] = []
     with started_ranks(2, tmp_path, *command, PYTHONPATH=python_path(REPOSITORY)) as job:
+        # Megatron says more than a pipe holds.
+        reader = threading.Thread(target=lambda: output.append(job.communicate(timeout=240)[0]))
+        reader.start()
         assert wait_until(lowered, 120, 0.002), "no clock was ever lowered"
         (helper,) = processes_naming(str(gpus[1]))
         os.kill(helper, signal.SIGKILL)
-        output, _ = job.communicate(timeout=240)
-        done = Finished(job.returncode, output).check()
+        reader.join()
+        done = Finished(job.returncode, output[0]).check()
     assert json.loads(results.read_text()) == without
     said = [line for line in done.output.splitlines() if "perseus is off from here on" in line]
     assert len(said) == 1

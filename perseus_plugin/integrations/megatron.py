@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -72,11 +73,12 @@ def install(config: PerseusConfig, arguments: argparse.Namespace) -> Hooks | Non
         return None
     try:
         schedules = importlib.import_module(f"{_PIPELINE}.schedules")
-        training = _import_if_there("megatron.training.training")
-        combined = _import_if_there(f"{_PIPELINE}.combined_1f1b")
     except Exception as error:
         say_off(f"megatron-core cannot be hooked: {error!r}")
         return None
+    # Not imported here: a loop of one's own need not have it, and without it schedule functions bracket iterations.
+    training = sys.modules.get("megatron.training.training")
+    combined = sys.modules.get(f"{_PIPELINE}.combined_1f1b")
     _hooks = _hooked(schedules, training, combined, _Job(config, arguments))
     return _hooks
 
@@ -262,10 +264,3 @@ def _configuration_of(model: list[Any]) -> Any:
     from megatron.core.utils import get_model_config
 
     return get_model_config(model[0])
-
-
-def _import_if_there(name: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        return None

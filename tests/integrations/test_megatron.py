@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from perseus_plugin import session
+from perseus_plugin.config import PerseusConfig
 from perseus_plugin.integrations import megatron
+from perseus_plugin.integrations.megatron_hooks import BRACKETS
 from perseus_plugin.messages import Placement
 
 REPOSITORY = Path(__file__).parents[2]
@@ -161,3 +165,70 @@ def test_the_launcher_without_a_script_says_how_to_use_it(words: tuple[str, ...]
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# Installing.
+
+
+@pytest.fixture
+def schedules(core: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Megatron's schedules, with a training loop beside them; nothing is installed yet."""
+    made = ModuleType("megatron.core.pipeline_parallel.schedules")
+    training = ModuleType("megatron.training.training")
+    for module, names in ((made, ("forward_step", "backward_step", *BRACKETS)), (training, ("train_step",))):
+        for name in names:
+            vars(module)[name] = lambda model=None: None
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "megatron.core.pipeline_parallel", ModuleType("megatron.core.pipeline_parallel"))
+    monkeypatch.setattr(megatron, "_hooks", None)
+    return made
+
+
+def test_hooks_are_installed_once(schedules: ModuleType) -> None:
+    training = sys.modules["megatron.training.training"]
+    stock = {**vars(schedules), **vars(training)}
+    hooks = megatron.install(PerseusConfig(), argparse.Namespace())
+    assert hooks is not None
+    hooked = {**vars(schedules), **vars(training)}
+    changed = {name for name, function in stock.items() if hooked[name] is not function}
+    assert changed == {"forward_step", "backward_step", *BRACKETS, "train_step"}
+    assert megatron.install(PerseusConfig(), argparse.Namespace()) is hooks
+    assert {**vars(schedules), **vars(training)} == hooked
+    hooks.remove()
+    assert {**vars(schedules), **vars(training)} == stock
+
+
+def test_a_megatron_that_cannot_be_imported_is_said_and_training_goes_on(
+    schedules: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, schedules.__name__, None)
+    assert megatron.install(PerseusConfig(), argparse.Namespace()) is None
+    (message,) = caplog.messages
+    assert message.startswith("perseus is off: megatron-core cannot be hooked")
+
+
+def test_a_session_that_cannot_start_leaves_training_as_it_was(
+    core: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    core.utils = ModuleType("megatron.core.utils")  # type: ignore[attr-defined]
+    core.utils.get_model_config = lambda chunk: SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "megatron.core.utils", core.utils)
+    core.parallel_state = Groups(0).module()  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    job = megatron._Job(PerseusConfig(), argparse.Namespace(micro_batch_size=2))
+    asked: list[Any] = []
+
+    def start(config: Any, where: Any, monitor: Any, facts: Any) -> None:
+        asked.append((where, facts))
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(session, "start_session", start)
+    assert job.start([torch.nn.Linear(1, 1)], {"micro_batch_size": 9, "seq_length": 32}) is None
+    ((where, facts),) = asked
+    assert (where.device, where.stages) == ("cpu", 1)
+    assert (facts["micro batch size"], facts["seq length"]) == ("2", "32"), "Megatron's arguments go first"
+    assert "perseus is off: it could not start; training goes on at full clocks" in caplog.text
+    core.utils.get_model_config = lambda chunk: SimpleNamespace(hybrid_context_parallel=True)
+    assert job.start([torch.nn.Linear(1, 1)], {}) is None
+    assert len(asked) == 1, "what cannot be controlled is not tried"

@@ -1,4 +1,4 @@
-"""The Megatron example and the CPU stand-ins: flags that exist, settings that load, the same training in every layout."""
+"""The Megatron example and the CPU stand-ins: flags exist, settings load, training is the same in every layout."""
 
 from __future__ import annotations
 

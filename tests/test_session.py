@@ -246,6 +246,19 @@ def test_an_evaluation_runs_at_full_clocks_and_disturbs(rank: Rank) -> None:
     assert rank.iterate().record.undisturbed  # type: ignore[union-attr]
 
 
+def test_an_evaluation_amid_an_iteration_disturbs_that_one_too(rank: Rank) -> None:
+    for _ in range(3):
+        rank.iterate()
+    rank.link.take_finished()
+    rank.session.begin_iteration()
+    rank.session.begin_schedule("A", stream_of)
+    rank.session.end_schedule()
+    rank.session.evaluation()
+    rank.session.end_iteration()
+    (finished,) = rank.link.take_finished()
+    assert not finished.record.undisturbed
+
+
 def test_an_iteration_that_raised_is_incomplete_and_the_next_one_is_whole(rank: Rank) -> None:
     rank.session.begin_iteration()
     rank.session.begin_schedule("A", stream_of)

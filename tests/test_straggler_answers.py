@@ -55,11 +55,11 @@ class Planner(FakePlanner):
 
 
 class Job:
-    """Two stages; rank r is stage r % 2 of replica r // 2."""
+    """Two stages; rank r is stage r % 2 of replica r // 2, or with shards one of them."""
 
-    def __init__(self, folder: Path, replicas: int = 2, **stragglers: Any) -> None:
+    def __init__(self, folder: Path, replicas: int = 2, shards: int = 1, **stragglers: Any) -> None:
         self.folder = folder
-        self.world_size = 2 * replicas
+        self.world_size = 2 * replicas * shards
         self.exchange = LocalExchange()
         self.planner = Planner()
         self.iteration = SWEEP_END
@@ -76,6 +76,7 @@ class Job:
             self.planner,
             world_size=self.world_size,
             stages=2,
+            shards=shards,
             timetable=TABLE,
             output_dir=folder,
         )
@@ -83,7 +84,8 @@ class Job:
         self.desk._monotonic = lambda: self.now_s
         self.schedule = "A"
         for rank in range(self.world_size):
-            stats = RankStats(placement=placement(rank, self.world_size), totals={})
+            where = placement(rank // shards, self.world_size).model_copy(update={"rank": rank, "shards": shards})
+            stats = RankStats(placement=where, totals={})
             self.exchange.publish(stats_key(rank), stats.model_dump())
 
     def following(self) -> Job:
@@ -513,6 +515,22 @@ def test_everything_is_recorded(job: Job) -> None:
     assert dict(told[0])["Perseus/straggler/slow_replicas"] == 1
     assert dict(told[1])["Perseus/straggler/slow_replicas"] == 0
     assert dict(told[1])["Perseus/straggler/energy_saved_j"] > 0
+
+
+def test_all_gpus_of_a_stage_count_for_the_energy_saved(tmp_path: Path) -> None:
+    saved_j = []
+    for shards in (1, 2):
+        job = Job(tmp_path / str(shards), shards=shards).following()
+        job.seen(3 * shards, 1.25)
+        job.step()
+        job.answer()
+        assert job.desk.situation is not None
+        assert job.desk.situation.slow == ((1, (1.0, 1.25)),)
+        assert job.desk.situation.others
+        job.run(Follow(2, True), 1.2 * FULL_S, 10)
+        saved_j.append(job.desk.figures.energy_saved_j)
+    assert saved_j[1] == pytest.approx(2 * saved_j[0])
+    assert saved_j[0] > 0
 
 
 def test_the_store_does_not_grow_with_every_answer(job: Job) -> None:

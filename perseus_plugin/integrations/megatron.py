@@ -13,6 +13,8 @@ import hashlib
 import importlib
 import logging
 import os
+import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -72,11 +74,12 @@ def install(config: PerseusConfig, arguments: argparse.Namespace) -> Hooks | Non
         return None
     try:
         schedules = importlib.import_module(f"{_PIPELINE}.schedules")
-        training = _import_if_there("megatron.training.training")
-        combined = _import_if_there(f"{_PIPELINE}.combined_1f1b")
     except Exception as error:
         say_off(f"megatron-core cannot be hooked: {error!r}")
         return None
+    # Not imported here: a loop of one's own need not have it, and without it schedule functions bracket iterations.
+    training = sys.modules.get("megatron.training.training")
+    combined = sys.modules.get(f"{_PIPELINE}.combined_1f1b")
     _hooks = _hooked(schedules, training, combined, _Job(config, arguments))
     if getattr(arguments, "log_straggler", False):
         listen(importlib.import_module("megatron.core.utils"))
@@ -127,8 +130,12 @@ class _Job:
         self._schedules: dict[tuple[bool, int, int], Schedule] = {}
         self._metrics: Any = None
 
-    def start(self, model: list[Any]) -> Session | None:
+    def start(self, model: list[Any], known: Mapping[str, Any]) -> Session | None:
         """Start the session.
+
+        Args:
+            model: the model chunks of this rank.
+            known: what the schedule's call says of the job, for loops without Megatron's arguments.
 
         Raises:
             ConfigError: something in the configuration does not fit this job.
@@ -141,9 +148,9 @@ class _Job:
             say_off(reason)
             return None
         try:
-            where = placement(str(next(model[0].parameters()).device))
+            where = placement(_device_of(model))
             self._metrics = metrics_of(self._arguments, where)
-            return start_session(self._config, where, self._metrics, facts(model, self._arguments))
+            return start_session(self._config, where, self._metrics, facts(model, {**known, **vars(self._arguments)}))
         except ConfigError:
             raise
         except Exception:
@@ -224,8 +231,13 @@ def placement(device: str) -> Placement:
     )
 
 
-def facts(model: list[Any], arguments: argparse.Namespace) -> dict[str, str]:
-    """What makes this rank's part of the job what it is."""
+def facts(model: list[Any], settings: Mapping[str, Any]) -> dict[str, str]:
+    """What makes this rank's part of the job what it is.
+
+    Args:
+        model: the model chunks of this rank.
+        settings: Megatron's arguments by name.
+    """
     import megatron.core
     import torch
 
@@ -237,18 +249,21 @@ def facts(model: list[Any], arguments: argparse.Namespace) -> dict[str, str]:
         "model": digest.hexdigest()[:16],
         "torch": torch.__version__,
         "megatron-core": megatron.core.__version__,
-        **{name.replace("_", " "): str(getattr(arguments, name, None)) for name in _MODEL_FACTS},
+        **{name.replace("_", " "): str(settings.get(name)) for name in _MODEL_FACTS},
     }
+
+
+def _device_of(model: list[Any]) -> str:
+    import torch
+
+    for chunk in model:
+        for parameter in chunk.parameters():
+            return str(parameter.device)
+    # A stage may have no layer at all.
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
 def _configuration_of(model: list[Any]) -> Any:
     from megatron.core.utils import get_model_config
 
     return get_model_config(model[0])
-
-
-def _import_if_there(name: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        return None

@@ -43,6 +43,10 @@ BRACKETS = {
 """Megatron's schedule functions, and whether they have virtual stages."""
 
 
+CALL_FACTS = ("seq_length", "micro_batch_size")
+"""What a call of a schedule function says of the job."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A schedule as hooks need it.
@@ -91,15 +95,16 @@ class Hooks:
     """Wrappers in module globals, and where in the iteration they are.
 
     Args:
-        start: makes this job's session at the first training iteration, from the list of model chunks; None for none.
+        start: makes this job's session at the first training iteration, from the list of model chunks and what the
+            call says of the job (`CALL_FACTS`, where it does); None for none.
         schedule_of: the schedule of a call of a schedule function: whether it has virtual stages, the model chunks and
-            the number of microbatches in, None for a schedule that cannot be followed.
+            the number of microbatches in.
         after_iteration: called after each training iteration.
     """
 
     def __init__(
         self,
-        start: Callable[[list[Any]], Session | None],
+        start: Callable[[list[Any], Mapping[str, Any]], Session | None],
         schedule_of: Callable[[bool, list[Any], int], Schedule],
         after_iteration: Callable[[], None] = lambda: None,
     ) -> None:
@@ -109,7 +114,7 @@ class Hooks:
         self._session: Session | None = None
         self._removed = False
         self._in_step = self._ran = False
-        self._following = self._at_end = False
+        self._following = self._begun = self._at_end = False
         self._expected: Sequence[Id] = ()
         self._position = 0
         self._chunk_of: dict[int, int] = {}
@@ -142,7 +147,7 @@ class Hooks:
         model_in = Argument(stock, "model")
 
         def train_step(*args: Any, **kwargs: Any) -> Any:
-            session = self._session_for(model_in(args, kwargs))
+            session = self._session_for(model_in(args, kwargs), {})
             if session is None or self._in_step:
                 return stock(*args, **kwargs)
             return self._step(session, lambda: stock(*args, **kwargs))
@@ -153,6 +158,7 @@ class Hooks:
         """For one of the functions of `BRACKETS`."""
         forward_only_in, model_in = Argument(stock, "forward_only"), Argument(stock, "model")
         microbatches_in = Argument(stock, "num_microbatches")
+        facts_in = {name: Argument(stock, name) for name in CALL_FACTS}
 
         def run_schedule(*args: Any, **kwargs: Any) -> Any:
             def run() -> Any:
@@ -165,7 +171,7 @@ class Hooks:
                     self._session.evaluation()
                 return run()
             model = model_in(args, kwargs)
-            session = self._session_for(model)
+            session = self._session_for(model, {name: fact(args, kwargs) for name, fact in facts_in.items()})
             if session is None:
                 return run()
 
@@ -176,10 +182,10 @@ class Hooks:
 
         return run_schedule
 
-    def _session_for(self, model: Any) -> Session | None:
+    def _session_for(self, model: Any, known: Mapping[str, Any]) -> Session | None:
         """The session, made at the first training iteration."""
         if self._session is None and not self._removed:
-            self._session = self._start(_chunks(model))
+            self._session = self._start(_chunks(model), known)
             if self._session is None:
                 self.remove()
             else:
@@ -213,7 +219,8 @@ class Hooks:
             return run()
         if not session.begin_schedule(schedule.key, schedule.stream_of):
             return run()
-        self._expected, self._position, self._following = schedule.expected, 0, True
+        self._expected, self._position = schedule.expected, 0
+        self._following, self._begun = True, False
         self._chunk_of = {id(chunk): number for number, chunk in enumerate(model)}
         try:
             result = run()
@@ -271,7 +278,13 @@ class Hooks:
             of_backward = None
             if backward_model_in(args, kwargs) is not None:
                 of_backward = backward_id(*self._forward_with(output_in(args, kwargs)))
-            self._begin(_joined(of_forward, of_backward))
+            instruction = _joined(of_forward, of_backward)
+            # With transfers that overlap, waiting for the inputs is done within; it is no part of the instruction.
+            waits = [name for name in ("pre_forward", "pre_backward") if kwargs.get(name) is not None]
+            if waits:
+                kwargs[waits[-1]] = self._beginning_after(kwargs[waits[-1]], instruction)
+            else:
+                self._begin(instruction)
             result = stock(*args, **kwargs)
             self._end()
             if forward is not None:
@@ -279,6 +292,14 @@ class Hooks:
             return result
 
         return combined_step
+
+    def _beginning_after(self, wait: Function, instruction: Id) -> Function:
+        def wait_and_begin(*args: Any, **kwargs: Any) -> Any:
+            result = wait(*args, **kwargs)
+            self._begin(instruction)
+            return result
+
+        return wait_and_begin
 
     def _begin(self, instruction: Id) -> None:
         session = self._session
@@ -290,13 +311,18 @@ class Hooks:
             wanted = "the end" if expected is None else _shown(expected)
             self._mismatch(f"instruction {position} of the iteration is {_shown(instruction)} instead of {wanted}")
             return
+        self._begun = True
         session.tap.begin()
 
     def _end(self) -> None:
         session = self._session
         if session is None or not self._following:
             return
+        if not self._begun:
+            self._mismatch(f"instruction {self._position} of the iteration ended before it began")
+            return
         session.tap.end()
+        self._begun = False
         self._position += 1
         if self._position == len(self._expected):
             self._at_end = True

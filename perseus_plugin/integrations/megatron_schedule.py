@@ -234,7 +234,7 @@ class _Interleaved:
         for step in range(self._total - self._ahead):
             self._steady(step)
         self._cool_down()
-        for channel, count in self._sending.items():
+        for channel, count in reversed(self._sending.items()):
             for _ in range(count):
                 self._program.wait_send(channel)
         return self._program.operations

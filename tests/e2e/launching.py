@@ -83,8 +83,17 @@ def started_job(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "deepspeed.json"
     path.write_text(json.dumps(config))
+    words = (str(script), "--deepspeed_config", str(path), *arguments)
+    with started_ranks(ranks, folder, *words, DS_ACCELERATOR="cpu", **environment) as job:
+        yield job
+
+
+@contextmanager
+def started_ranks(ranks: int, folder: Path, *words: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a command line under torchrun, in `folder`, as a process group that ends with the block."""
+    folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    command += [f"--master-port={_free_port()}", str(script), "--deepspeed_config", str(path), *arguments]
+    command += [f"--master-port={_free_port()}", *words]
     job = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -92,7 +101,7 @@ def started_job(
         text=True,
         cwd=folder,
         start_new_session=True,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
     try:
         yield job
@@ -100,6 +109,13 @@ def started_job(
         with suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
         job.wait()
+
+
+def run_ranks(ranks: int, folder: Path, *words: str, **environment: str) -> Finished:
+    """Run a command line under torchrun in `folder` and wait for it."""
+    with started_ranks(ranks, folder, *words, **environment) as job:
+        output, _ = job.communicate(timeout=240)
+        return Finished(job.returncode, output)
 
 
 def train(ranks: int, config: dict[str, Any], folder: Path, *arguments: str) -> dict[str, Any]:

@@ -221,6 +221,15 @@ def test_the_placement_is_the_engines(engine: Engine, started: Started) -> None:
     )
 
 
+def test_model_parallel_ranks_are_shards(engine: Engine, started: Started) -> None:
+    engine = Engine({"enabled": True})
+    vars(engine).update(global_rank=5, world_size=8, stage_id=1, num_stages=2)
+    engine.grid.data_parallel_size = 2
+    perseus_plugin.enable(engine)
+    placed = started.calls[-1][1]
+    assert (placed.shards, placed.replicas) == (2, 2)
+
+
 def test_jobs_that_differ_have_different_facts(started: Started) -> None:
     first, second, wider, half = (Engine({"enabled": True}) for _ in range(4))
     wider.module = torch.nn.Linear(2, 4)

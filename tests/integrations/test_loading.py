@@ -263,3 +263,34 @@ def test_a_module_still_being_imported_is_left_to_the_finder(packages: Path) -> 
     (packages / "deepspeed/runtime/engine.py").write_text(f"{INSTALL}\nclass DeepSpeedEngine:\n    pass\n")
     out = run(packages, f"from {PIPE} import PipelineEngine; print('_perseus_patched' in vars(PipelineEngine))")
     assert out == "True\n"
+
+
+def test_megatrons_parser_knows_the_flags_and_nothing_else_changes(packages: Path) -> None:
+    for name, content in {
+        "megatron/__init__.py": "",
+        "megatron/training/__init__.py": "",
+        "megatron/training/arguments.py": """
+            def add_megatron_arguments(parser):
+                parser.add_argument("--lr")
+                return parser
+        """,
+        "megatron/training/other.py": "value = 1\n",
+    }.items():
+        path = packages / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(content))
+    out = run(
+        packages,
+        f"""
+        {INSTALL}
+        import argparse, sys
+        assert "perseus_plugin.integrations.megatron_arguments" not in sys.modules
+        import megatron.training.arguments as module, megatron.training.other
+        parsed = module.add_megatron_arguments(argparse.ArgumentParser()).parse_args(["--lr", "1"])
+        assert (parsed.lr, parsed.perseus) == ("1", False)
+        heavy = ("torch", "ortools", "pydantic")
+        print(sorted(n for n in sys.modules if n.startswith("perseus_plugin.") or n in heavy))
+        """,
+    )
+    loaded = ["errors", "integrations", "integrations.loading", "integrations.megatron_arguments"]
+    assert out == str(sorted(["perseus_plugin._version", *(f"perseus_plugin.{name}" for name in loaded)])) + "\n"

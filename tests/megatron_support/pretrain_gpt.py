@@ -29,6 +29,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset,
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.package_info import VERSION
 from megatron.training import get_args, get_tokenizer, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
 
@@ -52,6 +53,9 @@ def provide_model(pre_process: bool = True, post_process: bool = True, vp_stage:
     config = core_transformer_config_from_args(arguments)
     # Batched sends and receives between the same two ranks get mixed up by gloo.
     config.batch_p2p_comm = False
+    if arguments.virtual_pipeline_model_parallel_size and VERSION < (0, 18):
+        # Frees a tensor that gloo has yet to send.
+        config.deallocate_pipeline_outputs = False
     chunk = {"vp_stage": vp_stage} if "vp_stage" in inspect.signature(GPTModel).parameters else {}
     model = GPTModel(
         config=config,

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from perseus_plugin.config import PerseusConfig
+from perseus_plugin.errors import ConfigError
+from perseus_plugin.integrations import megatron
+from perseus_plugin.integrations.megatron_arguments import add_arguments, config_of, patch_arguments_module
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> list[PerseusConfig]:
+    """The configurations that hooks were installed for."""
+    made: list[PerseusConfig] = []
+    monkeypatch.setattr(megatron, "install", lambda config, arguments: made.append(config))
+    return made
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="pretrain_gpt.py", allow_abbrev=False)
+    parser.add_argument("--lr", type=float)
+    return add_arguments(parser).parse_args(list(words))
+
+
+def test_without_the_flag_nothing_happens(installed: list[PerseusConfig]) -> None:
+    assert parse("--lr", "0.1").perseus is False
+    assert installed == []
+
+
+def test_the_flag_alone_is_the_default_configuration(installed: list[PerseusConfig]) -> None:
+    parse("--perseus", "--lr", "0.1")
+    assert installed == [PerseusConfig()]
+
+
+def test_flags_go_before_the_file(installed: list[PerseusConfig], tmp_path: Path) -> None:
+    file = tmp_path / "perseus.yaml"
+    file.write_text("perseus: {slowdown: 0.5, profiling: {clock_count: 4}, gpu: {zeusd_socket: /x}}")
+    parse(
+        *("--perseus", "--perseus-config", str(file), "--perseus-slowdown", "0.1", "--perseus-output", "there"),
+        *("--perseus-backend", "off", "--perseus-profile", "p.csv", "--perseus-blocking-power", "75"),
+    )
+    (config,) = installed
+    assert (config.slowdown, config.output_dir) == (0.1, "there")
+    assert (config.gpu.backend, config.gpu.zeusd_socket) == ("off", "/x")
+    assert (config.profiling.load, config.profiling.blocking_power_w) == ("p.csv", 75.0)
+    assert config.profiling.clock_count == 4
+
+
+def test_a_file_can_turn_it_off(installed: list[PerseusConfig], tmp_path: Path) -> None:
+    file = tmp_path / "perseus.yaml"
+    file.write_text("enabled: false")
+    parse("--perseus", "--perseus-config", str(file))
+    assert installed == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--perseus", "--perseus-slowdown", "-1"], "perseus.slowdown: got -1.0; allowed: a number from 0 to 10"),
+        (["--perseus", "--perseus-slowdown", "much"], "--perseus-slowdown: got 'much'; allowed: a number"),
+        (["--perseus", "--perseus-backend", "rocm"], 'perseus.gpu.backend: got "rocm"; allowed: "auto", "nvml"'),
+        (["--perseus", "--perseus-profile", "p.csv"], "perseus.profiling.blocking_power_w: missing"),
+        (["--perseus", "--perseus-config", "no.yaml"], "no.yaml: cannot read the configuration"),
+        (["--perseus", "--perseus-config", "no.toml"], "no.toml: ending '.toml'; allowed: .json, .yaml or .yml"),
+        (["--perseus-slowdown", "0.1"], "--perseus-slowdown: needs --perseus"),
+        (["--perseus-config", "no.yaml"], "--perseus-config: needs --perseus"),
+    ],
+)
+def test_wrong_settings_end_the_program_with_one_line(
+    words: list[str], message: str, installed: list[PerseusConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse(*words)
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pretrain_gpt.py: error: ")
+    assert message in line
+    assert installed == []
+
+
+def test_only_rank_0_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit):
+        parse("--perseus", "--perseus-slowdown", "-1")
+    assert capsys.readouterr().err == ""
+
+
+def test_adding_twice_adds_once(installed: list[PerseusConfig]) -> None:
+    parser = add_arguments(add_arguments(argparse.ArgumentParser()))
+    parser.parse_known_args(["--perseus", "--unknown"])
+    assert len(installed) == 1
+
+
+def test_megatrons_parser_is_patched_once(installed: list[PerseusConfig]) -> None:
+    module = ModuleType("megatron.training.arguments")
+    module.add_megatron_arguments = lambda parser: parser  # type: ignore[attr-defined]
+    patch_arguments_module(module)
+    patched = module.add_megatron_arguments
+    patch_arguments_module(module)
+    assert module.add_megatron_arguments is patched
+    module.add_megatron_arguments(argparse.ArgumentParser()).parse_args(["--perseus"])
+    assert len(installed) == 1
+
+
+def test_a_module_without_the_function_is_left_alone() -> None:
+    module = ModuleType("megatron.training.arguments")
+    patch_arguments_module(module)
+    assert not hasattr(module, "add_megatron_arguments")
+
+
+def test_arguments_made_elsewhere_will_do() -> None:
+    """A namespace that never knew the flags is one without them."""
+    assert config_of(argparse.Namespace()) is None
+    with pytest.raises(ConfigError):
+        config_of(argparse.Namespace(perseus_output="x"))
+
+
+def test_flags_cost_no_import() -> None:
+    code = (
+        "import argparse, sys; from perseus_plugin.integrations.megatron import add_arguments; "
+        "add_arguments(argparse.ArgumentParser()).parse_args([]); "
+        "print([m for m in ('torch', 'ortools', 'pydantic', 'megatron') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, ""),
+        ({"cuda_graph_impl": "local", "cuda_graph_scope": ["attn"]}, ""),
+        ({"cuda_graph_impl": "full_iteration"}, "full iteration"),
+        ({"cuda_graph_scope": "full_iteration"}, "full iteration"),
+        ({"cuda_graph_scope": [SimpleNamespace(name="full_iteration")]}, "full iteration"),
+        ({"hybrid_context_parallel": True}, "hybrid-context-parallel"),
+        ({"encoder_pipeline_model_parallel_size": 1}, "encoder"),
+        ({"encoder_pipeline_model_parallel_size": None}, ""),
+    ],
+)
+def test_jobs_that_cannot_be_controlled_are_told_apart(settings: dict[str, object], reason: str) -> None:
+    found = megatron.why_not(SimpleNamespace(**settings))
+    assert bool(found) == bool(reason)
+    assert reason in found
+
+
+def test_such_a_job_is_not_hooked_and_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    arguments = argparse.Namespace(cuda_graph_impl="full_iteration")
+    assert megatron.install(PerseusConfig(), arguments) is None
+    (message,) = caplog.messages
+    assert message.startswith("perseus is off: a CUDA graph of the full iteration")
+    assert "training goes on at full clocks" in message

@@ -1,0 +1,88 @@
+"""The Megatron example and the CPU stand-ins: flags exist, settings load, training is the same in every layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from perseus_plugin.config import load_config
+from tests.megatron_support.versions import REPOSITORY, python_path, versions
+
+EXAMPLE = REPOSITORY / "examples" / "megatron_gpt"
+SUPPORT = REPOSITORY / "tests" / "megatron_support"
+SCRIPTS = sorted(EXAMPLE.glob("*.sh"))
+NEWEST = list(versions(with_training=True))[-1:]
+
+# All flags of Megatron's parser and ours, as a script would have them.
+_LIST_FLAGS = """
+import argparse, sys
+sys.path.insert(0, sys.argv[1])
+import cuda_on_cpu
+cuda_on_cpu.install()
+from megatron.training.arguments import add_megatron_arguments
+from perseus_plugin.integrations.megatron import add_arguments
+parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser()))
+print("FLAGS", *parser._option_string_actions)
+"""
+
+
+@pytest.mark.parametrize("name", ["perseus.yaml", "cpu.yaml"])
+def test_settings_load(name: str) -> None:
+    assert load_config(EXAMPLE / name).enabled
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_are_valid_shell(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert script.name == "model.sh" or os.access(script, os.X_OK)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("version", NEWEST)
+def test_scripts_use_flags_that_exist(version: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LIST_FLAGS, str(SUPPORT)],
+        env={**os.environ, "PYTHONPATH": python_path(versions()[version], REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "FLAGS" in done.stdout, done.stderr[-3000:]
+    known = set(done.stdout.split("FLAGS", 1)[1].split())
+    torchrun = {"--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
+    # Comments and torchrun's own flags aside, `run_on_cpu.sh` has only flags of the common kind.
+    code = "\n".join(line for script in SCRIPTS for line in script.read_text().splitlines() if line[:1] != "#")
+    used = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*|(?<=\()--[a-z][a-z0-9-]*", code))
+    assert {"--perseus", "--perseus-config", "--mock-data", "--num-virtual-stages-per-pipeline-rank"} <= used
+    assert used - torchrun - known == set()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("version", list(versions())[-1:])
+def test_stand_ins_train_alike_in_every_layout(version: str, tmp_path: Path) -> None:
+    """With gloo, wrongly matched sends give wrong gradients without a word."""
+    losses = []
+    for ranks, stages, chunks in ((1, 1, 1), (2, 2, 1), (2, 2, 2)):
+        results = tmp_path / f"{stages}x{chunks}.json"
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += [str(SUPPORT / "core_job.py"), "--pipeline-model-parallel-size", str(stages)]
+        command += ["--chunks", str(chunks), "--train-iters", "8", "--results", str(results)]
+        done = subprocess.run(
+            [sys.executable, *command],
+            env={**os.environ, "PYTHONPATH": python_path(versions()[version], REPOSITORY), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        losses.append([loss for row in json.loads(results.read_text())["ranks"][-1]["losses"] for loss in row])
+    assert losses[0][0] != losses[0][-1]
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-5)

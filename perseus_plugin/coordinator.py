@@ -1,58 +1,42 @@
 """Rank 0's part of a session: from the ranks' estimates to a plan, and what to do when the plan does not hold.
 
-Runs on the session's own thread: every method returns at once, waiting is done by being asked again.
+Runs on the session's own thread: every method returns at once, waiting is done by being asked again. What is collected,
+measured, kept and told along the way is in `measuring`, `rank_reports`, `iteration_times`, `plan_shelf` and `orders`.
 """
 
 from __future__ import annotations
 
 import enum
 import logging
-import math
-import statistics
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from perseus_plugin.config import PerseusConfig
-from perseus_plugin.control.requests import DWELL_LATENCIES
-from perseus_plugin.errors import PerseusError
 from perseus_plugin.exchange import Exchange
+from perseus_plugin.files import try_to_write
 from perseus_plugin.frontier_process import BackgroundFrontier
 from perseus_plugin.instructions import StreamOp
-from perseus_plugin.messages import (
-    NEWS,
-    TROUBLE,
-    News,
-    Placement,
-    PlanPart,
-    RankEstimate,
-    Recheck,
-    Trouble,
-    estimate_key,
-    part_key,
-    receive,
-    recheck_key,
-)
+from perseus_plugin.iteration_times import IterationTimes
+from perseus_plugin.measuring import Measuring, UnusableProfileError
+from perseus_plugin.messages import TROUBLE, Placement, Trouble, receive
+from perseus_plugin.orders import Orders
+from perseus_plugin.plan_shelf import PlanShelf
 from perseus_plugin.planner_process import PaceRequest, PlanAnswer, PlanRequest
 from perseus_plugin.planning.plan import Plan, save_plan
-from perseus_plugin.profiling.reuse import Fingerprint, save_survey
-from perseus_plugin.profiling.sweep import good_enough, sweep_order, worth_trying
+from perseus_plugin.profiling.reuse import Fingerprint
+from perseus_plugin.rank_reports import RankReports
 from perseus_plugin.reporting.events import EventLog
 from perseus_plugin.straggler_desk import Answer, Situation, StragglerDesk
-from perseus_plugin.straggler_external import ExternalFigures, PlannedWork, planned_work, slowed_by
-from perseus_plugin.survey import Survey, misfit, rescaled, stage_estimates, survey_of
+from perseus_plugin.straggler_external import ExternalFigures
+from perseus_plugin.survey import Survey, rescaled
 from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep, Timetable
 
 logger = logging.getLogger(__name__)
 
-_ESTIMATES_TIMEOUT_S = 120.0
 _FORGIVEN_AFTER = 1000  # iterations under plans that hold, after which dropped ones do not count any more
-_SWITCH_AHEAD = 2  # see `Coordinator._ahead`
-_NEWS_TAKE_S = 0.2  # until the slowest rank has heard of something
 
 
 class Planner(Protocol):
@@ -113,23 +97,23 @@ class Coordinator:
         full_sweep_mhz: tuple[int, ...] = (),
         frontier: BackgroundFrontier | None = None,
     ) -> None:
-        self._config = config
-        self._exchange = exchange
-        self._planner = planner
-        self._world_size, self._stages = world_size, stages
-        self._sweep_mhz = timetable.sweep.clocks_mhz
-        self._full_sweep_mhz = full_sweep_mhz or timetable.sweep.clocks_mhz
-        self._sweep_end, self._steps_per_block = timetable.sweep_end, timetable.steps_per_block
-        self._top_mhz = max(timetable.sweep.clocks_mhz)
-        self._round = 0
-        self._output_dir = output_dir
-        self._frontier = frontier
-        self.survey = survey
-        self._fingerprint = fingerprint or {}
-        self.state = State.MEASURING
-        self.plan: Plan | None = None
-        self.planning_time_s = 0.0
-        self.dropped = 0
+        self._config, self._exchange, self._planner = config, exchange, planner
+        self._stages, self._output_dir, self._frontier = stages, output_dir, frontier
+        self._reports = RankReports(exchange, world_size)
+        self._times = IterationTimes(config.watch.patience)
+        self._plans = PlanShelf(exchange, stages)
+        self._orders = Orders(exchange)
+        self._measuring = Measuring(
+            config.profiling,
+            self._reports,
+            self._order_sweep,
+            stages=stages,
+            timetable=timetable,
+            output_dir=output_dir,
+            survey=survey,
+            fingerprint=fingerprint or {},
+            full_sweep_mhz=full_sweep_mhz,
+        )
         self.stragglers = StragglerDesk(
             config.stragglers,
             exchange,
@@ -138,27 +122,20 @@ class Coordinator:
             shards=shards,
             events=EventLog(output_dir),
         )
+        self.survey: Survey | None = None
+        self.state = State.MEASURING
+        self.plan: Plan | None = None
+        self.planning_time_s = 0.0
+        self.dropped = 0
+        self._iteration = 0
+        self._schedule: _Schedule | None = None
+        self._requested: PlanRequest | None = None
         self._asked: Situation | None = None
         self._followed = 0
         self._slow_since: int | None = None
         self._strikes = self._held = 0
-        self._plans: dict[str, tuple[int, Plan]] = {}
-        self._work: dict[int, PlannedWork] = {}
-        self._told: News | None = None
-        self._version = 0
-        self._sequence = 0
-        self._schedule: _Schedule | None = None
-        self._requested: PlanRequest | None = None
-        self._estimates: dict[int, RankEstimate] = {}
-        self._estimates_due_s: float | None = None
-        self._full_clock_s: list[float] = []
-        self._full_clock_schedule = ""
         self._margin = config.margin
-        self._recent: deque[float] = deque(maxlen=config.watch.patience)
         self._recheck_sequence = 0
-        self._recheck_s: list[float] = []
-        self._recheck_schedule = ""
-        self._rechecks: dict[int, Recheck] = {}
         self._excess = 0.0
 
     # What rank 0 sees of its own iterations.
@@ -178,40 +155,56 @@ class Coordinator:
         duration_s = record.end_s - record.begin_s
         if not record.undisturbed or not record.complete:
             return
-        if isinstance(directive, Sweep) and directive.kept and directive.frequency_mhz == self._top_mhz:
-            if record.schedule != self._full_clock_schedule:
-                self._full_clock_s, self._full_clock_schedule = [], record.schedule
-            self._full_clock_s.append(duration_s)
+        if isinstance(directive, Sweep) and directive.kept and directive.frequency_mhz == self._measuring.top_mhz:
+            self._times.add_full(record.schedule, duration_s)
         elif isinstance(directive, FullClock) and self.state is State.RECHECKING:
-            if record.schedule == self._recheck_schedule:
-                self._recheck_s.append(duration_s)
-        elif isinstance(directive, Follow) and self._is_current(directive, record):
-            self._recent.append(duration_s)
+            self._times.add_again(record.schedule, duration_s)
+        elif isinstance(directive, Follow) and self._is_current(directive):
+            self._times.add_planned(duration_s)
             if directive.straggler:
                 self.stragglers.count_iteration()
             self._held += 1
             if self._held >= _FORGIVEN_AFTER:
                 self._strikes = 0
 
+    def _is_current(self, directive: Follow) -> bool:
+        return self.state is State.FOLLOWING and directive.version == self._followed
+
     @property
     def full_clock_time_s(self) -> float | None:
         """Median iteration time at full clocks; None before it was measured."""
-        return statistics.median(self._full_clock_s) if self._full_clock_s else None
+        return self._times.full_s
 
     def full_clock_scale(self) -> tuple[float, float] | None:
         """What full-clock time and energy have to be multiplied by where the plan is for another schedule.
 
         1 for the schedule they were measured in; None where that is not known.
         """
-        if self.plan is None or self.plan.schedule == self._full_clock_schedule:
+        if self.plan is None or self.plan.schedule == self._times.schedule:
             return 1.0, 1.0
-        if self._full_clock_schedule not in self._plans:
+        if self._times.schedule not in self._plans:
             return None
-        _, reference = self._plans[self._full_clock_schedule]
+        _, reference = self._plans.of(self._times.schedule)
         return (
             self.plan.baseline_time_s / reference.baseline_time_s,
             self.plan.baseline_energy_j / reference.baseline_energy_j,
         )
+
+    def expected_time_s(self) -> float | None:
+        """How long an iteration under the current plan may take, in measured seconds; None before it is known."""
+        per_planned = self._seconds_per_planned
+        if self.plan is None or per_planned is None:
+            return None
+        answer = self.stragglers.answer
+        pace_s = 0.0 if answer is None or answer.pace is None else answer.pace.pace_s
+        return max(pace_s, self.plan.deadline_s) * per_planned
+
+    @property
+    def _seconds_per_planned(self) -> float | None:
+        """Measured seconds per second of the graph; None before the schedule that was measured has a plan."""
+        if self._times.schedule not in self._plans:
+            return None
+        return self._times.per_planned(self._plans.of(self._times.schedule)[1])
 
     # Steps.
 
@@ -221,6 +214,7 @@ class Coordinator:
         Raises:
             ExchangeError: the store fails.
         """
+        self._iteration = iteration
         self.stragglers.collect()
         if self._frontier is not None:
             self._frontier.step()
@@ -229,113 +223,34 @@ class Coordinator:
         trouble = self._exchange.fetch(TROUBLE)
         if trouble is not None:
             told = receive(Trouble, trouble)
-            self._give_up(iteration, f"rank {told.rank}: {told.reason}")
+            self._give_up(f"rank {told.rank}: {told.reason}")
         elif self.state is State.MEASURING:
-            self._collect(iteration)
+            self._measure()
         elif self.state is State.PLANNING:
-            self._take_answer(iteration)
+            self._take_answer()
         elif self.state is State.FOLLOWING:
-            self._watch(iteration)
+            self._watch()
         elif self.state is State.RECHECKING:
-            self._judge(iteration)
+            self._judge()
 
-    def _collect(self, iteration: int) -> None:
-        if iteration < self._sweep_end or self._schedule is None:
+    def _measure(self) -> None:
+        if self._schedule is None:
             return
-        if self.survey is None and not self._all_estimates(iteration):
+        try:
+            survey = self._measuring.step(self._iteration)
+        except UnusableProfileError as error:
+            self._give_up(str(error))
             return
-        if self.survey is not None and not self._fits(iteration, self.survey):
-            return
-        if self.survey is None:
-            ordered = [self._estimates[rank] for rank in range(self._world_size)]
-            try:
-                survey = survey_of(ordered, self._stages)
-            except PerseusError as error:
-                self._give_up(iteration, f"the profile cannot be used: {error} (try more steps_per_clock)")
-                return
-            if self._sweep_again(iteration, ordered):
-                return
+        if survey is not None:
             self.survey = survey
-            self._try_to_write("the profile", lambda: save_survey(survey, self._fingerprint, self._output_dir))
-            self._report_survey(survey)
-        self._request_plan(iteration)
+            self._request_plan()
 
-    def _sweep_again(self, iteration: int, estimates: Sequence[RankEstimate]) -> bool:
-        """Order another round of the sweep if the estimates are not good enough yet."""
-        profiling = self._config.profiling
-        if self._round + 1 >= profiling.rounds or len(set(self._sweep_mhz)) < 2:
-            return False
-        stages = stage_estimates(estimates, self._stages)
-        if good_enough(stages, profiling.max_relative_error):
-            return False
-        clocks = sorted({self._top_mhz, *worth_trying(stages, sorted(set(self._sweep_mhz)))})
-        logger.info("energies are not known well enough yet: profiling once more, at %d clocks", len(clocks))
-        self._sweep_over(iteration, sweep_order(clocks, profiling.seed + self._round + 1))
-        return True
+    def _order_sweep(self, clocks_mhz: tuple[int, ...]) -> int:
+        self._tell("sweep", clocks_mhz=clocks_mhz)
+        assert self._orders.latest is not None  # it has just been given
+        return self._orders.latest.switch
 
-    def _sweep_over(self, iteration: int, order: tuple[int, ...]) -> None:
-        self._round += 1
-        self._estimates, self._estimates_due_s = {}, None
-        self._sweep_mhz = order
-        self._tell(iteration, "sweep", clocks_mhz=order)
-        self._sweep_end = iteration + self._ahead + self._steps_per_block * len(order)
-
-    def _fits(self, iteration: int, survey: Survey) -> bool:
-        """Whether a profile from elsewhere is this job's, by what all ranks measured at full clocks; False: not yet."""
-        if self._estimates_due_s is None:
-            self._estimates_due_s = time.monotonic() + _ESTIMATES_TIMEOUT_S
-        if not self._all_rechecks(0) and time.monotonic() < self._estimates_due_s:
-            return False
-        why_not = misfit(survey, list(self._rechecks.values()))
-        if why_not and self._config.profiling.load is not None:
-            self._give_up(iteration, f"the profile of perseus.profiling.load is not of this job: {why_not}")
-            return False
-        if why_not:
-            logger.warning("profiling anew, as the kept profile does not fit: %s. Nothing needs to be done", why_not)
-            self.survey, self._rechecks = None, {}
-            self._sweep_over(iteration, self._full_sweep_mhz)
-            return False
-        self.survey = rescaled(survey, list(self._rechecks.values()))
-        return True
-
-    def _all_rechecks(self, sequence: int) -> bool:
-        for rank in range(self._world_size):
-            if rank not in self._rechecks:
-                value = self._exchange.fetch(recheck_key(sequence, rank))
-                if value is not None:
-                    self._rechecks[rank] = receive(Recheck, value)
-        return len(self._rechecks) == self._world_size
-
-    def _all_estimates(self, iteration: int) -> bool:
-        if self._estimates_due_s is None:
-            self._estimates_due_s = time.monotonic() + _ESTIMATES_TIMEOUT_S
-        for rank in range(self._world_size):
-            if rank not in self._estimates:
-                value = self._exchange.fetch(estimate_key(self._round, rank))
-                if value is not None:
-                    self._estimates[rank] = receive(RankEstimate, value)
-        missing = self._world_size - len(self._estimates)
-        if missing and time.monotonic() > self._estimates_due_s:
-            first = next(rank for rank in range(self._world_size) if rank not in self._estimates)
-            self._give_up(
-                iteration,
-                f"{missing} of {self._world_size} ranks sent no measurements within {_ESTIMATES_TIMEOUT_S:.0f} s "
-                f"(first missing: rank {first}); see that rank's log",
-            )
-            return False
-        return not missing
-
-    def _report_survey(self, survey: Survey) -> None:
-        for stage, kind in sorted(survey.unresolved):
-            logger.warning(
-                "stage %d: the energy of %s is not known to within %.0f %%; it stays at full clock "
-                "(more perseus.profiling.steps_per_clock would help)",
-                stage,
-                kind,
-                100 * self._config.profiling.max_relative_error,
-            )
-
-    def _request_plan(self, iteration: int, pace: PaceRequest | None = None) -> None:
+    def _request_plan(self, pace: PaceRequest | None = None) -> None:
         assert self.survey is not None  # only asked for once there is one
         assert self._schedule is not None
         schedule = self._schedule
@@ -351,105 +266,77 @@ class Coordinator:
             margin=self._margin,
             effort=self._config.effort,
             max_changes=limits.max_changes_per_iteration,
-            min_dwell_s=self._dwell_s,
+            min_dwell_s=self._reports.dwell_s if limits.dwell_s is None else limits.dwell_s,
             full_clock_only=self.survey.unresolved,
             pace=pace,
         )
         self._planner.submit(self._requested)
         self.state = State.PLANNING
 
-    @property
-    def _dwell_s(self) -> float:
-        """The shortest time between two clock changes; if not set, by the slowest GPU's switch latency."""
-        configured = self._config.limits.dwell_s
-        if configured is not None:
-            return configured
-        estimated = [one.switch_latency_s for one in self._estimates.values()]
-        checked = [one.switch_latency_s for one in self._rechecks.values()]
-        return DWELL_LATENCIES * max((latency_s or 0.0 for latency_s in (*estimated, *checked)), default=0.0)
-
-    def _take_answer(self, iteration: int) -> None:
+    def _take_answer(self) -> None:
         answer = self._planner.poll()
         if answer is None:
             return
         if self._asked is not None:
-            self._take_pace(answer, self._asked, iteration)
+            self._take_pace(answer, self._asked)
             return
         if answer.plan is None:
-            self._give_up(iteration, f"there is no plan: {answer.error} (try looser perseus.limits)")
+            self._give_up(f"there is no plan: {answer.error} (try looser perseus.limits)")
             return
         assert self._requested is not None  # it was submitted
+        assert self.survey is not None  # it was planned on
         schedule = self._requested.schedule
         self.planning_time_s = answer.planning_time_s
-        self._version += 1
-        self._plans[schedule] = (self._version, answer.plan)
-        self._publish_parts(self._version, schedule, answer.plan)
+        version = self._plans.put(schedule, answer.plan, self.survey.profile)
         logger.info(
             "plan %d for %s ready in %.2f s: %.1f %% less energy predicted, at most %.2f %% above the optimum",
-            self._version,
+            version,
             schedule,
             answer.planning_time_s,
             100 * answer.plan.saving,
             100 * answer.plan.gap,
         )
-        self._follow(schedule, iteration)
+        self._follow(schedule)
         if self._frontier is not None:
             self._frontier.renew(self._requested)
 
-    def _publish_parts(self, version: int, schedule: str, plan: Plan, slowdowns: Sequence[float] | None = None) -> None:
-        assert self.survey is not None  # it was planned on
-        time_s = {(stage, kind, m.frequency_mhz): m.time_s for stage, kind, m in self.survey.profile.rows()}
-        self._work[version] = planned_work(plan, time_s)
-        for stage, planned in enumerate(plan.stages):
-            slowdown = 1.0 if slowdowns is None else slowdowns[stage]
-            part = PlanPart(
-                version=version,
-                schedule=schedule,
-                clocks_mhz=tuple(p.frequency_mhz for p in planned),
-                # As measured: the plan's own times hold the margin.
-                times_s=tuple(slowdown * time_s[stage, p.instruction.kind, p.frequency_mhz] for p in planned),
-                slowdown=slowdown,
-            )
-            self._exchange.publish(part_key(version, stage), part.model_dump())
-
-    def _follow(self, schedule: str, iteration: int) -> None:
-        version, plan = self._plans[schedule]
+    def _follow(self, schedule: str) -> None:
+        version, plan = self._plans.of(schedule)
         self.plan = plan
-        self._try_to_write("plan.json", lambda: save_plan(plan, self._output_dir / "plan.json"))
+        try_to_write("plan.json", lambda: save_plan(plan, self._output_dir / "plan.json"))
         self.stragglers.leave()
-        self._tell(iteration, "follow", version=version)
+        self._tell("follow", version=version)
         self.state = State.FOLLOWING
 
-    def _watch(self, iteration: int) -> None:
+    def _watch(self) -> None:
         assert self._schedule is not None  # there is a plan for one
         if self._schedule.key not in self._plans:
             logger.info("the schedule is now %s: full clocks until there is a plan for it", self._schedule.key)
-            self._request_plan(iteration)
+            self._request_plan()
             return
-        if self._plans[self._schedule.key][1] is not self.plan:
-            self._follow(self._schedule.key, iteration)
+        if self._plans.of(self._schedule.key)[1] is not self.plan:
+            self._follow(self._schedule.key)
             return
-        if self._answer_stragglers(iteration):
+        if self._answer_stragglers():
             return
-        expected_s = self.expected_time_s()
-        if expected_s is None or len(self._recent) < self._config.watch.patience:
+        expected_s, seen_s = self.expected_time_s(), self._times.planned_s
+        if expected_s is None or seen_s is None:
             return
-        seen_s = statistics.median(self._recent)
         if seen_s <= expected_s * (1 + self._config.watch.tolerance):
             self._slow_since = None
-        elif not self._may_be_a_straggler(iteration):
-            self._drop(iteration, seen_s, expected_s)
+        elif not self._may_be_a_straggler():
+            self._drop(seen_s, expected_s)
 
-    def _may_be_a_straggler(self, iteration: int) -> bool:
+    def _may_be_a_straggler(self) -> bool:
         """Whether to wait for what detection says of iterations that run long."""
         config = self._config.stragglers
         if self._slow_since is None:
-            self._slow_since = iteration
-        return config.enabled and config.detect and iteration - self._slow_since < config.window
+            self._slow_since = self._iteration
+        return config.enabled and config.detect and self._iteration - self._slow_since < config.window
 
     # Stragglers.
 
-    def _answer_stragglers(self, iteration: int) -> bool:
+    def _answer_stragglers(self) -> bool:
         """Answer a new situation; returns whether there is one, for which the plan in force was not made."""
         assert self._schedule is not None  # there is a plan for one
         self.stragglers.book.full_clock_s = self.full_clock_time_s
@@ -460,89 +347,60 @@ class Coordinator:
             return True
         answer = None if situation is None else self.stragglers.known(situation)
         if situation is None or answer is not None:
-            self._switch(situation, answer, iteration)
+            self._switch(situation, answer)
             return True
         assert self.plan is not None  # it is followed
         self._asked = situation
-        self._request_plan(iteration, situation.request(self.plan, self._seconds_per_planned))
+        self._request_plan(situation.request(self.plan, self._seconds_per_planned))
         return True
 
     def judge_external(self, figures: ExternalFigures) -> None:
         """Enter what another detector's figures say once they are corrected for the plans in force."""
-        if self.state is not State.FOLLOWING:
+        news = self._orders.latest
+        if self.state is not State.FOLLOWING or news is None:
             return
-        news = self._told
-        assert news is not None  # of the plan that is followed
 
         def slowed(placement: Placement) -> float | None:
-            return slowed_by(self._work.get(news.version_for(placement.replica)), placement.stage, figures.kinds)
+            return self._plans.slowed_by(news.version_for(placement.replica), placement.stage, figures.kinds)
 
         self.stragglers.take_external(figures, news.sequence, slowed)
 
-    def _take_pace(self, answer: PlanAnswer, situation: Situation, iteration: int) -> None:
+    def _take_pace(self, answer: PlanAnswer, situation: Situation) -> None:
         """The planner has answered; the job's plan stays if it found nothing."""
         self._asked = None
+        assert self.survey is not None  # it was planned on
         versions = {}
         for slowdowns, planned in zip(situation.variants, answer.pace.variants if answer.pace else (), strict=False):
             if planned.plan is not None:
-                self._version += 1
-                versions[slowdowns] = self._version
-                self._publish_parts(self._version, situation.schedule, planned.plan, slowdowns)
+                versions[slowdowns] = self._plans.publish(
+                    situation.schedule, planned.plan, self.survey.profile, slowdowns
+                )
         if answer.pace is None:
             logger.warning(
                 "stragglers are not planned for: %s. The plan stays as it is; nothing needs to be done", answer.error
             )
         made = Answer(answer.pace, versions)
         for version in self.stragglers.learn(situation, made, answer.planning_time_s, answer.error):
-            self._work.pop(version, None)
-            for stage in range(self._stages):
-                self._exchange.publish(part_key(version, stage), None)  # the store shall not grow with every answer
+            self._plans.discard(version)
         self.state = State.FOLLOWING
         assert self._schedule is not None  # there is a plan for one
         if self._schedule.key == situation.schedule:
-            self._switch(situation, made, iteration)
+            self._switch(situation, made)
 
-    def _switch(self, situation: Situation | None, answer: Answer | None, iteration: int) -> None:
+    def _switch(self, situation: Situation | None, answer: Answer | None) -> None:
         """All ranks go over to what this situation asks for."""
         assert self._schedule is not None  # there is a plan for one
-        version, _ = self._plans[self._schedule.key]
+        version, _ = self._plans.of(self._schedule.key)
         if situation is None or answer is None:
-            self._tell(iteration, "follow", version=version)
+            begins = self._tell("follow", version=version)
         else:
             version, variants = answer.versions_in(situation, version)
-            self._tell(iteration, "follow", version=version, variants=variants, straggler=True)
-        self.stragglers.switched(situation, answer, iteration + self._ahead, self._followed)
+            begins = self._tell("follow", version=version, variants=variants, straggler=True)
+        self.stragglers.switched(situation, answer, begins, self._followed)
 
-    def expected_time_s(self) -> float | None:
-        """How long an iteration under the current plan may take, in measured seconds; None before it is known.
+    # When the plan does not hold.
 
-        The graph knows nothing of what surrounds the schedule, so the plan's deadline is scaled by what iterations at
-        full clocks took against what the graph says they take.
-        """
-        per_planned = self._seconds_per_planned
-        if self.plan is None or per_planned is None:
-            return None
-        answer = self.stragglers.answer
-        pace_s = 0.0 if answer is None or answer.pace is None else answer.pace.pace_s
-        return max(pace_s, self.plan.deadline_s) * per_planned
-
-    @property
-    def _seconds_per_planned(self) -> float | None:
-        """Measured seconds per second of the graph; None before the schedule that was measured has a plan."""
-        measured_s = self.full_clock_time_s
-        if measured_s is None or self._full_clock_schedule not in self._plans:
-            return None
-        _, reference = self._plans[self._full_clock_schedule]
-        return measured_s / reference.baseline_time_s
-
-    def _full_clock_time_of(self, schedule: str) -> float | None:
-        """Iteration time at full clocks that this schedule should have; None if that is not known."""
-        per_planned = self._seconds_per_planned
-        if per_planned is None or schedule not in self._plans:
-            return None
-        return self._plans[schedule][1].baseline_time_s * per_planned
-
-    def _drop(self, iteration: int, seen_s: float, expected_s: float) -> None:
+    def _drop(self, seen_s: float, expected_s: float) -> None:
         self.dropped += 1
         self._strikes += 1
         self._held = 0
@@ -550,8 +408,7 @@ class Coordinator:
         text = f"iterations take {seen_s:.4g} s instead of {expected_s:.4g} s under the plan"
         if self._strikes > self._config.watch.max_replans:
             self._give_up(
-                iteration,
-                f"{text}; plan number {self._strikes} that does not hold: raise perseus.watch.tolerance or margin",
+                f"{text}; plan number {self._strikes} that does not hold: raise perseus.watch.tolerance or margin"
             )
             return
         logger.warning(
@@ -559,25 +416,27 @@ class Coordinator:
             "or perseus.margin",
             text,
         )
-        self._recheck_s, self._rechecks = [], {}
+        self._reports.rechecks = {}
         self.stragglers.leave()
-        self._recheck_schedule = self._schedule.key if self._schedule is not None else ""
-        self._tell(iteration, "full", reason=text, recheck=True)
-        self._recheck_sequence = self._sequence
+        self._times.measure_again(self._schedule.key if self._schedule is not None else "")
+        self._tell("full", reason=text, recheck=True)
+        self._recheck_sequence = self._orders.sequence
         self.state = State.RECHECKING
 
-    def _judge(self, iteration: int) -> None:
+    def _judge(self) -> None:
         assert self._schedule is not None  # a plan was followed
-        if self._schedule.key != self._recheck_schedule:
-            self._recheck_s, self._recheck_schedule = [], self._schedule.key
-        if len(self._recheck_s) < self._config.watch.patience:
+        self._times.measure_again_if_changed(self._schedule.key)
+        if self._times.again is None:
             return
-        patient = len(self._recheck_s) < 4 * self._config.watch.patience
-        if not self._all_rechecks(self._recheck_sequence) and patient:
+        schedule, full_s, long_enough = self._times.again
+        if not self._reports.all_rechecks(self._recheck_sequence) and not long_enough:
             return
         assert self.survey is not None  # it was planned on
-        self.survey = rescaled(self.survey, self.stragglers.corrected(self._rechecks))
-        full_s, before_s = statistics.median(self._recheck_s), self._full_clock_time_of(self._recheck_schedule)
+        self.survey = rescaled(self.survey, self.stragglers.corrected(self._reports.rechecks))
+        per_planned = self._seconds_per_planned
+        before_s = None
+        if per_planned is not None and schedule in self._plans:
+            before_s = self._plans.of(schedule)[1].baseline_time_s * per_planned
         if before_s is not None and full_s > before_s * (1 + self._config.watch.tolerance):
             logger.warning(
                 "at full clocks an iteration now takes %.4g s: the job itself is slower; planning for that. If it "
@@ -586,21 +445,19 @@ class Coordinator:
             )
         else:
             self._margin += self._excess
-        self._full_clock_s = list(self._recheck_s)
-        self._full_clock_schedule = self._recheck_schedule
+        self._times.use_again()
         self._plans.clear()
         self.stragglers.forget()
-        self._request_plan(iteration)
+        self._request_plan()
 
-    def _give_up(self, iteration: int, why: str) -> None:
+    def _give_up(self, why: str) -> None:
         logger.warning("%s. Training stays at full clocks. A restart of the job tries again", why)
         self.stragglers.refusal = f"the job stays at full clocks: {why}"
-        self._tell(iteration, "full", reason=why)
+        self._tell("full", reason=why)
         self.state = State.GIVEN_UP
 
     def _tell(
         self,
-        iteration: int,
         action: Literal["follow", "full", "sweep"],
         *,
         version: int = 0,
@@ -609,13 +466,13 @@ class Coordinator:
         reason: str = "",
         recheck: bool = False,
         clocks_mhz: tuple[int, ...] = (),
-    ) -> None:
-        self._sequence += 1
-        self._recent.clear()
+    ) -> int:
+        """Order all ranks; returns the iteration from which that holds."""
+        self._times.forget_planned()
         self._slow_since = None
-        news = News(
-            sequence=self._sequence,
-            switch=iteration + self._ahead,
+        news = self._orders.give(
+            self._iteration,
+            self.full_clock_time_s,
             action=action,
             version=version,
             variants=variants or {},
@@ -624,26 +481,5 @@ class Coordinator:
             reason=reason,
             recheck=recheck,
         )
-        self._told = news
         self._followed = news.version_for(0)  # rank 0 is in replica 0
-        self._exchange.publish(NEWS, news.model_dump())
-
-    @property
-    def _ahead(self) -> int:
-        """Iterations between saying and doing: every rank looks for news at least once per iteration."""
-        time_s = self.full_clock_time_s
-        return _SWITCH_AHEAD if time_s is None else max(_SWITCH_AHEAD, 1 + math.ceil(_NEWS_TAKE_S / time_s))
-
-    def _is_current(self, directive: Follow, record: IterationRecord) -> bool:
-        return self.state is State.FOLLOWING and directive.version == self._followed
-
-    def _try_to_write(self, what: str, write: Callable[[], None]) -> None:
-        """A full disk must not cost the plan."""
-        try:
-            write()
-        except (OSError, PerseusError) as error:
-            logger.warning(
-                "cannot write %s: %s; training and the plan go on. See to space and permissions of perseus.output_dir",
-                what,
-                error,
-            )
+        return news.switch

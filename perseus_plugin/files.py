@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from perseus_plugin.errors import PerseusError
+
+logger = logging.getLogger(__name__)
+
+
+def try_to_write(what: str, write: Callable[[], None]) -> None:
+    """Write something that training and its plan can do without: a full disk is said, and costs no more."""
+    try:
+        write()
+    except (OSError, PerseusError) as error:
+        logger.warning(
+            "cannot write %s: %s; training and the plan go on. See to space and permissions of perseus.output_dir",
+            what,
+            error,
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from perseus_plugin import coordinator as coordinator_module
+from perseus_plugin import rank_reports as reports_module
 from perseus_plugin.config import parse_config
 from perseus_plugin.coordinator import Coordinator, State
 from perseus_plugin.exchange import LocalExchange
@@ -429,7 +429,7 @@ def test_a_rank_that_never_tells_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: pytest.LogCaptureFixture
 ) -> None:
     now_s = 1000.0
-    monkeypatch.setattr(coordinator_module.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(reports_module.time, "monotonic", lambda: now_s)
     job = Job(tmp_path, world_size=4)
     for rank in (0, 3):
         job.exchange.publish(estimate_key(0, rank), rank_estimate(rank, 4).model_dump())

@@ -1,0 +1,136 @@
+"""Rank 0 while a job is measured.
+
+Rounds of the sweep until energies are known, or the check of a profile from elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from perseus_plugin.config import ProfilingConfig
+from perseus_plugin.errors import PerseusError
+from perseus_plugin.files import try_to_write
+from perseus_plugin.messages import RankEstimate
+from perseus_plugin.profiling.reuse import Fingerprint, save_survey
+from perseus_plugin.profiling.sweep import good_enough, sweep_order, worth_trying
+from perseus_plugin.rank_reports import RankReports
+from perseus_plugin.survey import Survey, misfit, rescaled, stage_estimates, survey_of
+from perseus_plugin.timetable import Timetable
+
+logger = logging.getLogger(__name__)
+
+
+class UnusableProfileError(PerseusError):
+    """What was measured, or given, cannot be planned on; the message is the reason."""
+
+
+class Measuring:
+    """From what ranks report to a survey.
+
+    Args:
+        config: the `profiling` block.
+        reports: of all ranks.
+        order_sweep: tells all ranks to sweep over these clocks, and returns the iteration at which that begins.
+        stages: of the pipeline.
+        timetable: with the first round of the sweep.
+        output_dir: where the profile is kept.
+        survey: what is known already (a loaded or kept profile), None to wait for the ranks' estimates.
+        fingerprint: what a measured profile is kept with.
+        full_sweep_mhz: the sweep to make if a kept profile turns out not to fit.
+
+    Attributes:
+        top_mhz: the highest clock.
+    """
+
+    def __init__(
+        self,
+        config: ProfilingConfig,
+        reports: RankReports,
+        order_sweep: Callable[[tuple[int, ...]], int],
+        *,
+        stages: int,
+        timetable: Timetable,
+        output_dir: Path,
+        survey: Survey | None,
+        fingerprint: Fingerprint,
+        full_sweep_mhz: tuple[int, ...],
+    ) -> None:
+        self._config, self._reports, self._order_sweep = config, reports, order_sweep
+        self._stages, self._output_dir, self._fingerprint = stages, output_dir, fingerprint
+        self._sweep_mhz = timetable.sweep.clocks_mhz
+        self._full_sweep_mhz = full_sweep_mhz or timetable.sweep.clocks_mhz
+        self._sweep_end, self._steps_per_block = timetable.sweep_end, timetable.steps_per_block
+        self._known = survey
+        self.top_mhz = max(timetable.sweep.clocks_mhz)
+
+    def step(self, iteration: int) -> Survey | None:
+        """The survey to plan on; None while it is still to come.
+
+        Raises:
+            UnusableProfileError: there will be none.
+            ExchangeError: the store fails.
+        """
+        if iteration < self._sweep_end:
+            return None
+        return self._estimated() if self._known is None else self._checked(self._known)
+
+    def _estimated(self) -> Survey | None:
+        overdue, estimates = self._reports.overdue, self._reports.all_estimates()
+        if estimates is None:
+            if overdue:
+                raise UnusableProfileError(self._reports.missing)
+            return None
+        try:
+            survey = survey_of(estimates, self._stages)
+        except PerseusError as error:
+            raise UnusableProfileError(f"the profile cannot be used: {error} (try more steps_per_clock)") from None
+        if self._sweep_again(estimates):
+            return None
+        try_to_write("the profile", lambda: save_survey(survey, self._fingerprint, self._output_dir))
+        self._say_unresolved(survey)
+        return survey
+
+    def _sweep_again(self, estimates: Sequence[RankEstimate]) -> bool:
+        """Order another round of the sweep if the estimates are not good enough yet."""
+        again = self._reports.round + 1
+        if again >= self._config.rounds or len(set(self._sweep_mhz)) < 2:
+            return False
+        stages = stage_estimates(estimates, self._stages)
+        if good_enough(stages, self._config.max_relative_error):
+            return False
+        clocks = sorted({self.top_mhz, *worth_trying(stages, sorted(set(self._sweep_mhz)))})
+        logger.info("energies are not known well enough yet: profiling once more, at %d clocks", len(clocks))
+        self._sweep_over(sweep_order(clocks, self._config.seed + again))
+        return True
+
+    def _sweep_over(self, order: tuple[int, ...]) -> None:
+        self._reports.next_round()
+        self._sweep_mhz = order
+        self._sweep_end = self._order_sweep(order) + self._steps_per_block * len(order)
+
+    def _checked(self, survey: Survey) -> Survey | None:
+        """A profile from elsewhere, if it is this job's by what all ranks measured at full clocks."""
+        overdue = self._reports.overdue
+        if not self._reports.all_rechecks(0) and not overdue:
+            return None
+        why_not = misfit(survey, list(self._reports.rechecks.values()))
+        if why_not and self._config.load is not None:
+            raise UnusableProfileError(f"the profile of perseus.profiling.load is not of this job: {why_not}")
+        if why_not:
+            logger.warning("profiling anew, as the kept profile does not fit: %s. Nothing needs to be done", why_not)
+            self._known, self._reports.rechecks = None, {}
+            self._sweep_over(self._full_sweep_mhz)
+            return None
+        return rescaled(survey, list(self._reports.rechecks.values()))
+
+    def _say_unresolved(self, survey: Survey) -> None:
+        for stage, kind in sorted(survey.unresolved):
+            logger.warning(
+                "stage %d: the energy of %s is not known to within %.0f %%; it stays at full clock "
+                "(more perseus.profiling.steps_per_clock would help)",
+                stage,
+                kind,
+                100 * self._config.max_relative_error,
+            )

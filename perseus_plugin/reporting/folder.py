@@ -94,7 +94,7 @@ class Summary(_Loose):
     slowdown_percent: Columns
     plan: PlanFigures | None
     profiling: ProfilingFigures
-    stragglers: StragglerFigures | None
+    stragglers: StragglerFigures | None = None
     iterations: Counts
     overhead: Overhead
 

@@ -15,13 +15,12 @@ from pathlib import Path
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.files import write_atomically
+from perseus_plugin.planning.curve import FRONTIER_SCHEMA, FRONTIER_VERSION, CurveSample, FrontierCurve
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.relaxation import Relaxed
 from perseus_plugin.planning.targets import ChangeLimits, Effort
 
-FRONTIER_SCHEMA = "perseus-frontier"
-FRONTIER_VERSION = 1
 Progress = Callable[[int, float], None]
 
 
@@ -56,6 +55,14 @@ class Frontier:
     tolerance: float
     baseline_time_s: float
     baseline_energy_j: float
+
+    def curve(self) -> FrontierCurve:
+        """What is drawn of it."""
+        samples = tuple(
+            CurveSample(point.deadline_s, point.bound_j, point.plan.iteration_time_s, point.plan.energy_j)
+            for point in self.points
+        )
+        return FrontierCurve(samples, self.baseline_time_s, self.baseline_energy_j)
 
     def plan_for(self, deadline_s: float) -> Plan:
         """The sampled plan with the least energy among those that meet `deadline_s`.

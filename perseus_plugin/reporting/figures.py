@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from perseus_plugin.planning.frontier import Frontier
+from perseus_plugin.planning.curve import FrontierCurve
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.findings import Mark
@@ -153,9 +153,9 @@ def _about(block: Block) -> str:
     return "<br>".join(lines)
 
 
-def frontier(made: Frontier, plan: Plan, per: PerIteration | None) -> go.Figure:
+def frontier(made: FrontierCurve, plan: Plan, per: PerIteration | None) -> go.Figure:
     """Bound and plans over the iteration time, with full clocks and the plan that was chosen."""
-    points = made.points
+    points = made.samples
     figure = go.Figure()
     figure.add_trace(
         go.Scatter(
@@ -163,11 +163,10 @@ def frontier(made: Frontier, plan: Plan, per: PerIteration | None) -> go.Figure:
             line={"color": "#8995a1", "width": 2}, hovertemplate="no plan takes less than %{y:.1f} J<extra></extra>",
         )
     )  # fmt: skip
-    plans = [point.plan for point in points]
-    savings = [100 * (1 - p.energy_j / made.baseline_energy_j) for p in plans]
+    savings = [100 * (1 - p.energy_j / made.baseline_energy_j) for p in points]
     figure.add_trace(
         go.Scatter(
-            name="plans", x=[p.iteration_time_s for p in plans], y=[p.energy_j for p in plans], mode="markers",
+            name="plans", x=[p.iteration_time_s for p in points], y=[p.energy_j for p in points], mode="markers",
             marker={"color": BLUE, "size": 8}, customdata=savings,
             hovertemplate="%{x:.4f} s, %{y:.1f} J<br>%{customdata:.1f} % less than full clocks<extra>plan</extra>",
         )

@@ -16,7 +16,7 @@ from perseus_plugin.reporting.samples import Sample
 from perseus_plugin.reporting.worth import HOURS_PER_YEAR, PerIteration, Projection, Rates, SoFar, project, so_far
 
 if TYPE_CHECKING:
-    from perseus_plugin.planning.frontier import Frontier
+    from perseus_plugin.planning.curve import FrontierCurve
 
 _TOLERANCE = 0.005
 _MAX_MARKS = 40
@@ -71,7 +71,7 @@ class Findings:
     folder: JobFolder
     options: Options
     lanes: list[Lanes]
-    frontier: Frontier | None
+    frontier: FrontierCurve | None
     series: Series | None
     marks: list[Mark]
     clocks: list[Sample]
@@ -147,7 +147,12 @@ def _lanes(folder: JobFolder) -> list[Lanes]:
     return made
 
 
-def _frontier(folder: JobFolder) -> Frontier | None:
+def _frontier(folder: JobFolder) -> FrontierCurve | None:
+    """As the job has left it; computed here where it had no time to."""
+    known, plan = folder.frontier, folder.plan
+    # The one that is kept may be of another schedule's plan.
+    if known is not None and plan is not None and math.isclose(known.baseline_energy_j, plan.baseline_energy_j):
+        return known
     graph, survey, plan = folder.graph(), folder.survey, folder.plan
     if graph is None or survey is None or plan is None:
         return None
@@ -163,7 +168,7 @@ def _frontier(folder: JobFolder) -> Frontier | None:
             full_clock_only=survey.unresolved,
             schedule=plan.schedule,
         )
-        return make_frontier(planner, tolerance=_TOLERANCE)
+        return make_frontier(planner, tolerance=_TOLERANCE).curve()
     except PerseusError as error:
         folder.missing.append(f"there is no frontier: {error}")
         return None

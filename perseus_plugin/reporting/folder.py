@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from perseus_plugin.errors import PerseusError, ReportError
 from perseus_plugin.instructions import StageStream
 from perseus_plugin.pipeline import PipelineGraph, build_graph
+from perseus_plugin.planning.curve import FrontierCurve, load_curve
 from perseus_plugin.planning.plan import Plan, load_plan
 from perseus_plugin.profiling.profile import Profile, load_profile
 from perseus_plugin.profiling.reuse import read_survey
@@ -94,7 +95,7 @@ class Summary(_Loose):
     slowdown_percent: Columns
     plan: PlanFigures | None
     profiling: ProfilingFigures
-    stragglers: StragglerFigures | None
+    stragglers: StragglerFigures | None = None
     iterations: Counts
     overhead: Overhead
 
@@ -105,7 +106,7 @@ class JobFolder:
 
     Attributes:
         path: of the folder.
-        summary, plan, profile, survey, streams: as far as they are there.
+        summary, plan, frontier, profile, survey, streams: as far as they are there.
         records: by rank.
         events: lines of events.jsonl.
         missing: what is not there and what a report lacks because of that, for people.
@@ -115,6 +116,7 @@ class JobFolder:
     path: Path
     summary: Summary | None = None
     plan: Plan | None = None
+    frontier: FrontierCurve | None = None
     profile: Profile | None = None
     survey: Survey | None = None
     streams: list[StageStream] | None = None
@@ -210,6 +212,8 @@ def load_folder(path: Path, now_s: float | None = None) -> JobFolder:
     folder.summary = _read(folder, "summary.json", started_s, _summary, "figures of the whole job")
     folder.plan = _read(folder, "plan.json", started_s, load_plan, "there is no plan (yet): no timeline, no frontier")
     folder.streams = _read(folder, "schedule.json", started_s, load_streams, "the schedule's dependencies")
+    # Of a plan made since; where it is missing, a report computes it.
+    folder.frontier = _read(folder, "frontier.json", started_s, load_curve, "")
     # A kept profile is older than the run that uses it.
     folder.profile = _read(folder, "profile.csv", 0.0, load_profile, "profile curves and frontier")
     kept = _read(folder, "profile.json", 0.0, lambda file: read_survey(file.parent), "the frontier")

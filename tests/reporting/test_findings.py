@@ -8,7 +8,7 @@ import pytest
 
 from perseus_plugin.control import wire
 from perseus_plugin.reporting.findings import Options, find
-from perseus_plugin.reporting.folder import load_folder
+from perseus_plugin.reporting.folder import ReportError, load_folder
 from perseus_plugin.reporting.phrases import comparison, energy, headline, job_line, rates_line, worth_rows
 from perseus_plugin.reporting.worth import Rates
 from perseus_plugin.timetable import Follow, FullClock
@@ -150,3 +150,21 @@ def test_the_frontier_is_left_out_on_request(job: Job) -> None:
 )
 def test_energies_are_told_in_joules_or_kwh(energy_j: float, text: str) -> None:
     assert energy(energy_j) == text
+
+
+def test_the_frontier_that_the_job_has_left_is_taken_if_it_is_of_its_plan(job: Job) -> None:
+    def kept(**baseline: float) -> float:
+        """Bound at the only point, by a report on the job with such a file."""
+        point = {"deadline_s": 1.0, "iteration_time_s": 1.0, "energy_j": 8.0, "energy_lower_bound_j": 7.0}
+        content = {"schema": "perseus-frontier", "version": 1, "baseline": baseline, "points": [point]}
+        (job.folder / "frontier.json").write_text(json.dumps(content))
+        found = find(load_folder(job.folder)).frontier
+        assert found is not None
+        return found.samples[0].bound_j
+
+    of_plan = {"iteration_time_s": job.plan.baseline_time_s, "energy_j": job.plan.baseline_energy_j}
+    assert kept(**of_plan) == 7.0
+    assert kept(**{**of_plan, "energy_j": 2 * job.plan.baseline_energy_j}) != 7.0, "of another plan: computed anew"
+    (job.folder / "frontier.json").write_text("{")
+    with pytest.raises(ReportError, match=r"frontier\.json"):
+        load_folder(job.folder)

@@ -106,7 +106,7 @@ def test_the_frontier_has_its_points_and_the_chosen_one(found: Findings, job: Jo
     assert found.frontier is not None
     figure = figures.frontier(found.frontier, job.plan, found.per)
     bound, plans, full, chosen, ran = figure.data
-    assert len(bound.x) == len(plans.x) == len(found.frontier.points)
+    assert len(bound.x) == len(plans.x) == len(found.frontier.samples)
     assert all(b <= p for b, p in zip(bound.y, plans.y, strict=True))
     assert (full.x[0], full.y[0]) == (job.plan.baseline_time_s, job.plan.baseline_energy_j)
     assert (chosen.x[0], chosen.y[0]) == (job.plan.iteration_time_s, job.plan.energy_j)

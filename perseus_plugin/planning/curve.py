@@ -1,0 +1,87 @@
+"""What is drawn of a time-energy frontier, and reading it back from `frontier.json`; needs no solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from perseus_plugin.errors import PlanError
+
+FRONTIER_SCHEMA = "perseus-frontier"
+FRONTIER_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CurveSample:
+    """One sample without its plan.
+
+    Attributes:
+        deadline_s: where it was taken.
+        bound_j: least energy of the relaxation there, blocking included.
+        iteration_time_s, energy_j: of the plan that was made for it.
+    """
+
+    deadline_s: float
+    bound_j: float
+    iteration_time_s: float
+    energy_j: float
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierCurve:
+    """What is drawn of a frontier.
+
+    Attributes:
+        samples: by rising deadline.
+        baseline_time_s, baseline_energy_j: every instruction at the profile's highest clock.
+    """
+
+    samples: tuple[CurveSample, ...]
+    baseline_time_s: float
+    baseline_energy_j: float
+
+
+class _SampleFile(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    deadline_s: float
+    iteration_time_s: float
+    energy_j: float
+    energy_lower_bound_j: float
+
+
+class _BaselineFile(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    iteration_time_s: float
+    energy_j: float
+
+
+class _FrontierFile(BaseModel):
+    schema_name: Literal["perseus-frontier"] = Field(alias="schema")
+    version: Literal[1]
+    baseline: _BaselineFile
+    points: Annotated[tuple[_SampleFile, ...], Field(min_length=1)]
+
+
+def load_curve(path: Path | str) -> FrontierCurve:
+    """Read what is drawn from `frontier.json`.
+
+    Raises:
+        PlanError: it cannot be read, or is not such a file; the message says where.
+    """
+    try:
+        content = _FrontierFile.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "(file)"
+        raise PlanError(f"{path}: {where}: {first['msg']}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot be read: {error}") from error
+    samples = tuple(
+        CurveSample(p.deadline_s, p.energy_lower_bound_j, p.iteration_time_s, p.energy_j) for p in content.points
+    )
+    return FrontierCurve(samples, content.baseline.iteration_time_s, content.baseline.energy_j)

@@ -31,7 +31,13 @@ $(VENV)/.installed: setup.cfg pyproject.toml requirements-torch.txt requirements
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	touch $@
 
-megatron: .megatron/.installed
+megatron: .megatron/.installed .resiliency/.installed
+
+# Beside the environment: Megatron asks it for things that this version does not have.
+.resiliency/.installed: Makefile $(VENV)/.installed
+	$(BIN)/python $(MEGATRON) --upgrade --target .resiliency nvidia-resiliency-ext==0.4.1 || \
+	    echo "nvidia-resiliency-ext was not installed (no wheel for this Python?): its tests are left out"
+	mkdir -p .resiliency && touch $@
 
 .megatron/.installed: Makefile $(VENV)/.installed
 	mkdir -p .megatron
@@ -59,4 +65,4 @@ e2e: setup megatron
 	$(BIN)/pytest -m e2e
 
 clean:
-	rm -rf $(VENV) .megatron out build dist *.egg-info
+	rm -rf $(VENV) .megatron .resiliency out build dist *.egg-info

@@ -2,8 +2,10 @@
 
     pip install lowtime
     python benchmarks/planner_vs_lowtime.py DATA --size 4x8 --size 8x96
+    python benchmarks/planner_vs_lowtime.py --model examples/simulate/gpt3-175b.yaml --size 4x8
 
-DATA holds `gpt3-175b-a100_sxm.csv`. Both start from profile and schedule in memory and plan for zero slowdown.
+DATA holds `gpt3-175b-a100_sxm.csv`; with a model's description the profile is that of `perseus simulate`. Both start
+from profile and schedule in memory and plan for zero slowdown.
 lowtime starts at the slowest iteration and cuts one time unit per step (a thousandth of a second of the unscaled
 profile), so reaching zero slowdown takes it through its whole frontier; that time also stands beside our frontier.
 Its clocks are run through the same simulation as ours. CPU seconds are given beside wall-clock seconds because both
@@ -13,6 +15,7 @@ solvers use one thread and the machine may be shared.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +29,7 @@ from perseus_plugin.planning.frontier import make_frontier
 from perseus_plugin.planning.planner import Planner, Target
 from perseus_plugin.profiling.profile import Profile, load_profile
 from perseus_plugin.schedules import one_f_one_b
+from perseus_plugin.simulation.description import even_split, load_description, modelled_profile
 
 BLOCKING_W = 83.64
 SCALE = 10.0
@@ -126,14 +130,28 @@ def compare(profile: Profile, stages: int, microbatches: int, tolerance: float) 
     )
 
 
+def modelled(description: Path) -> Profile:
+    """The model on A100s; a time unit is then about the same share of an instruction as with the published profile."""
+    model = load_description(description)
+    split = model.own_split or even_split(model.layers, model.stages or 8)
+    profile = modelled_profile(model, split, "a100", ("forward", "backward"))
+    return profile.scaled(1.0 / statistics.mean(rows[0].time_s for rows in profile.table.values()))
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with the published profiles")
+    parser.add_argument("data", type=Path, nargs="?", help="folder with the published profiles")
+    parser.add_argument("--model", type=Path, help="model description, instead of published profiles")
     parser.add_argument("--size", action="append", help="STAGESxMICROBATCHES, may be repeated (default: 4x8)")
     parser.add_argument("--tolerance", type=float, default=0.002, help="of the frontier")
     arguments = parser.parse_args()
-    profile = load_profile(arguments.data / "gpt3-175b-a100_sxm.csv").scaled(SCALE)
+    if arguments.model is not None:
+        profile = modelled(arguments.model)
+    elif arguments.data is not None:
+        profile = load_profile(arguments.data / "gpt3-175b-a100_sxm.csv").scaled(SCALE)
+    else:
+        parser.error("got neither DATA nor --model")
     for size in arguments.size or ["4x8"]:
         stages, microbatches = (int(part) for part in size.split("x"))
         compare(profile, stages, microbatches, arguments.tolerance)

@@ -1,31 +1,28 @@
 """The session's own thread on a rank: everything that need not happen on the training thread.
 
 It takes finished iterations and the helper's events, keeps the account, estimates the profile after the sweep, looks
-for news from rank 0, and on rank 0 runs the coordinator and writes the summary.
+for news from rank 0, and on rank 0 gives the `leader` its turn.
 """
 
 from __future__ import annotations
 
 import logging
 import statistics
-import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any
+from time import monotonic
+from typing import TYPE_CHECKING
 
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.control import wire
 from perseus_plugin.control.client import ClockHelper
-from perseus_plugin.coordinator import Coordinator
 from perseus_plugin.errors import GpuError, PerseusError
 from perseus_plugin.exchange import Exchange, ExchangeError
-from perseus_plugin.frontier_process import BackgroundFrontier
 from perseus_plugin.gpus.selection import Selection
 from perseus_plugin.instructions import Compute
 from perseus_plugin.known import Known
+from perseus_plugin.leader import Leader
 from perseus_plugin.link import FinishedIteration, Link
 from perseus_plugin.messages import (
     NEWS,
@@ -43,20 +40,13 @@ from perseus_plugin.messages import (
     recheck_key,
     stats_key,
 )
-from perseus_plugin.planner_process import PlannerProcess
-from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.collector import SweepCollector
 from perseus_plugin.profiling.estimator import estimate_stage
 from perseus_plugin.profiling.observations import Tick
 from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, STRAGGLER, Account
-from perseus_plugin.reporting.progress import Progress
-from perseus_plugin.reporting.prometheus import PrometheusPublisher
 from perseus_plugin.reporting.recorder import Recorder
 from perseus_plugin.reporting.relay import FigureRelay
-from perseus_plugin.reporting.reporter import Reporter, events_of
-from perseus_plugin.straggler_desk import StragglerDesk
 from perseus_plugin.straggler_sensing import StragglerSensing
-from perseus_plugin.straggler_socket import StragglerSocket
 from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep, nearest_clocks
 
@@ -71,9 +61,6 @@ _REST_S = 0.1
 _TICKS_AFTER_SWEEP_S = 0.4  # the counter's last tick of the sweep shows up to a period and a lag later
 _READ_FAILURE_PATIENCE_S = 2.0
 _STATS_EVERY_S = 5.0
-_SUMMARY_EVERY_S = 30.0
-_FINAL_STATS_TIMEOUT_S = 5.0
-_CRASH_TIMEOUT_S = 0.5
 
 
 class SessionWorker:
@@ -112,7 +99,6 @@ class SessionWorker:
         self._recorder = Recorder(output_dir, placement, about, helper is not None, config.record)
         self._account = Account(helper is not None, self._recorder.energy)
         self._known = known
-        self._full_sweep_mhz = full_sweep_mhz
         self._estimated = not sweep_mhz
         self._polling = False
         self._sweep_ended_s: float | None = None
@@ -122,71 +108,28 @@ class SessionWorker:
         self._told_trouble = False
         self._in_trouble = False
         self._plan_version = 0
-        self._plan_told: Plan | None = None
         self._requests = 0
         self._deviations = 0
         self._read_failure: tuple[float, str] | None = None
         self._stats = RankStats(placement=placement, totals={})
-        self._heard: dict[int, RankStats] = {}
         self._stats_due_s = 0.0
-        self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="perseus", daemon=True)
         self._session: Session | None = None
         self._relay = FigureRelay(exchange, link, placement.rank, writes_figures)
         self._sensing = StragglerSensing(config.stragglers, placement.rank, exchange)
-        self._socket: StragglerSocket | None = None
-        self._planner: PlannerProcess | None = None
-        self._frontier: BackgroundFrontier | None = None
-        self._coordinator: Coordinator | None = None
-        self._reporter: Reporter | None = None
-        self._prometheus: PrometheusPublisher | None = None
-        self._progress: Progress | None = None
+        self._leader: Leader | None = None
         if placement.rank == 0:
-            self._become_rank_0(output_dir)
-
-    def _become_rank_0(self, output_dir: Path) -> None:
-        timetable = self._link.timetable
-        facts = {
-            "world_size": self._placement.world_size,
-            "stages": self._placement.stages,
-            "gpu": self._selection.name,
-            "emulated": self._selection.emulated,
-            "backend": self._selection.backend,
-        }
-        self._reporter = Reporter(output_dir, facts)
-        self._link.publish = self._prometheus = PrometheusPublisher(self._config.prometheus, facts)
-        self._progress = Progress(timetable)
-        if timetable.sweep.clocks_mhz:
-            self._planner = PlannerProcess()
-            self._frontier = BackgroundFrontier(output_dir) if self._config.frontier else None
-            self._coordinator = Coordinator(
-                self._config,
-                self._exchange,
-                self._planner,
-                world_size=self._placement.world_size,
-                stages=self._placement.stages,
-                shards=self._placement.shards,
-                timetable=timetable,
+            self._leader = Leader(
+                config=config,
+                placement=placement,
+                link=link,
+                exchange=exchange,
                 output_dir=output_dir,
-                survey=self._known.survey,
-                fingerprint=self._known.fingerprint,
-                full_sweep_mhz=self._full_sweep_mhz,
-                frontier=self._frontier,
-            )
-            self._take_reports(self._coordinator.stragglers, output_dir)
-
-    def _take_reports(self, desk: StragglerDesk, output_dir: Path) -> None:
-        desk.monitor, desk.wake = self._relay.tell, self._link.wake.set
-        if not (self._config.stragglers.enabled and self._config.stragglers.socket):
-            return
-        try:
-            self._socket = StragglerSocket(output_dir, desk.request)
-        except OSError as error:
-            logger.warning(
-                "`perseus straggler` cannot reach this job: %s; all else goes on. Give the job a perseus.output_dir of "
-                "its own with a short path, or set perseus.stragglers.socket to false",
-                error,
+                selection=selection,
+                known=known,
+                full_sweep_mhz=full_sweep_mhz,
+                relay=self._relay,
             )
 
     def start(self, session: Session) -> None:
@@ -200,7 +143,7 @@ class SessionWorker:
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
-                self._link.wake.wait(_IDLE_S if self._coordinator is None else _RANK_0_IDLE_S)
+                self._link.wake.wait(_IDLE_S if self._leader is None else _RANK_0_IDLE_S)
                 self._link.wake.clear()
                 self._step()
                 # Where iterations are short, several are looked at together: this thread takes the interpreter from
@@ -210,8 +153,8 @@ class SessionWorker:
             assert self._session is not None  # set before the thread starts
             self._session.fail(error)
             self._tell_trouble()
-            if self._socket is not None:
-                self._socket.close()
+            if self._leader is not None:
+                self._leader.stop_taking_reports()
 
     def _step(self) -> None:
         self._take_helper_events()
@@ -222,19 +165,16 @@ class SessionWorker:
         self._finish_sweep()
         self._look_for_trouble()
         self._look_for_news()
-        if self._coordinator is not None:
-            if self._link.schedule is not None:
-                self._coordinator.use_schedule(*self._link.schedule)
-            for figures in self._link.take_external():
-                self._coordinator.judge_external(figures)
-            self._coordinator.step(self._link.iteration)
+        if self._leader is not None:
+            self._leader.step()
         self._record()
         self._publish_stats()
-        self._update_summary()
+        if self._leader is not None:
+            self._leader.update_summary(self._stats)
         self._relay.look()
 
     def _record(self) -> None:
-        if self._coordinator is not None and self._link.schedule is not None:
+        if self._leader is not None and self._leader.coordinates and self._link.schedule is not None:
             self._recorder.use_schedule(*self._link.schedule, self._placement.stages)
         if self._estimated:
             self._poll_energy(self._recorder.wants_readings(self._link.timetable, self._link.iteration))
@@ -264,10 +204,8 @@ class SessionWorker:
         self._account.forget_before(record.number - 16)
         self._count(record)
         self._sensing.saw(directive, record, self._link.parts)
-        if self._progress is not None:
-            self._progress.iteration(directive, record)
-        if self._coordinator is not None:
-            self._coordinator.saw(directive, record)
+        if self._leader is not None:
+            self._leader.saw(directive, record)
 
     def _count(self, record: IterationRecord) -> None:
         stats = self._stats
@@ -426,8 +364,8 @@ class SessionWorker:
         order = nearest_clocks(self._selection.clocks_mhz, news.clocks_mhz)
         self._link.timetable = self._link.timetable.swept_again(news.switch, order)
         self._estimated, self._sweep_ended_s = False, None
-        if self._progress is not None:
-            self._progress.timetable = self._link.timetable
+        if self._leader is not None:
+            self._leader.swept_again()
 
     def _take_recheck(self, record: IterationRecord) -> None:
         if self._recheck is None or record.number <= self._news.switch or not record.complete:
@@ -472,15 +410,6 @@ class SessionWorker:
         )
         self._exchange.publish(stats_key(self._placement.rank), self._stats.model_dump())
 
-    def _update_summary(self) -> None:
-        """On rank 0, now and then: a job that dies leaves a summary of how far it came."""
-        if self._reporter is None or (monotonic() < self._summary_due_s and self._plan_told is self._plan):
-            return
-        self._plan_told = self._plan
-        self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
-        summary = self._reporter.update(self._all_stats(), "running", **self._plan_facts())
-        self._relay.tell(events_of(summary))
-
     def _close(self) -> None:
         """End the thread, then settle accounts; called on the thread that ends the session."""
         self._stop.set()
@@ -492,14 +421,8 @@ class SessionWorker:
         except (PerseusError, OSError) as error:
             logger.warning("the summary may be incomplete: %s. Training is not affected", error)
         finally:
-            if self._socket is not None:
-                self._socket.close()
-            if self._planner is not None:
-                self._planner.close()
-            if self._frontier is not None:
-                self._frontier.close()
-            if self._prometheus is not None:
-                self._prometheus.close()
+            if self._leader is not None:
+                self._leader.close()
 
     def _settle(self) -> None:
         self._take_helper_events()
@@ -510,50 +433,11 @@ class SessionWorker:
             self._publish_stats(final=True)
         except ExchangeError as error:  # the script may have taken the process group down
             logger.debug("the last statistics did not reach rank 0: %s", error)
-        if self._reporter is None:
-            return
-        deadline_s = monotonic() + (_CRASH_TIMEOUT_S if _crashing() else _FINAL_STATS_TIMEOUT_S)
-        stats = self._all_stats()
-        while not (len(stats) == self._placement.world_size and all(s.final for s in stats)):
-            if monotonic() > deadline_s:
-                break
-            sleep(0.05)
-            stats = self._all_stats()
-        self._relay.tell(events_of(self._reporter.finish(stats, **self._plan_facts())))
-
-    def _all_stats(self) -> list[RankStats]:
-        """What is known of all ranks; of those that cannot be asked any more what they said last."""
-        self._heard[self._placement.rank] = self._stats
-        try:
-            for rank in range(self._placement.world_size):
-                value = self._exchange.fetch(stats_key(rank))
-                if value is not None:
-                    self._heard[rank] = receive(RankStats, value)
-        except ExchangeError as error:
-            logger.debug("statistics of some ranks are missing: %s", error)
-        return [self._heard[rank] for rank in sorted(self._heard)]
-
-    @property
-    def _plan(self) -> Plan | None:
-        return None if self._coordinator is None else self._coordinator.plan
-
-    def _plan_facts(self) -> dict[str, Any]:
-        coordinator = self._coordinator
-        return {
-            "plan": self._plan,
-            "planning_time_s": 0.0 if coordinator is None else coordinator.planning_time_s,
-            "full_clock_scale": (1.0, 1.0) if coordinator is None else coordinator.full_clock_scale(),
-            "dropped_plans": 0 if coordinator is None else coordinator.dropped,
-            "stragglers": None if coordinator is None else asdict(coordinator.stragglers.figures),
-        }
+        if self._leader is not None:
+            self._leader.finish(self._stats)
 
 
 def _with_newest(parts: Mapping[int, PlanPart], part: PlanPart) -> Mapping[int, PlanPart]:
     """Those that the running iteration and switches yet to come may need."""
     others = [(version, old) for version, old in parts.items() if version != part.version]
     return {**dict(others[-3:]), part.version: part}
-
-
-def _crashing() -> bool:
-    """Whether the interpreter ends because of an exception; the other ranks are then not waited for long."""
-    return getattr(sys, "last_value", None) is not None

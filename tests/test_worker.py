@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from perseus_plugin import leader as leader_module
 from perseus_plugin import worker as worker_module
 from perseus_plugin.config import parse_config
 from perseus_plugin.control import wire
@@ -181,11 +182,12 @@ class Ranks:
 @pytest.fixture
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     FakePlanner.made = []
-    monkeypatch.setattr(worker_module, "PlannerProcess", FakePlanner)
+    monkeypatch.setattr(leader_module, "PlannerProcess", FakePlanner)
     monkeypatch.setattr(worker_module, "_IDLE_S", 0.01)
+    monkeypatch.setattr(worker_module, "_REST_S", 0.0)
     monkeypatch.setattr(worker_module, "_TICKS_AFTER_SWEEP_S", 0.0)
     monkeypatch.setattr(worker_module, "_STATS_EVERY_S", 0.0)
-    monkeypatch.setattr(worker_module, "_FINAL_STATS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(leader_module, "_FINAL_STATS_TIMEOUT_S", 0.2)
     monkeypatch.setattr(worker_module, "_READ_FAILURE_PATIENCE_S", 0.0)
     made = Ranks(tmp_path)
     yield made

@@ -434,7 +434,10 @@ def _observe_only(selection: Selection, link: Link, placement: Placement) -> Non
         if placement.rank == 0:
             logger.info("observing only, as the gpu backend is off")
         return
-    logger.warning("observing only, no clock will be set: %s. `perseus doctor` says what is missing", selection.why_not)
+    # What is missing mostly is missing on a whole machine: one line each. Any other rank's reason is told by rank 0.
+    level = logging.WARNING if placement.local_rank == 0 else logging.DEBUG
+    reason = selection.why_not
+    logger.log(level, "observing only, no clock will be set: %s. `perseus doctor` says what is missing", reason)
     link.trouble(selection.why_not)
 
 

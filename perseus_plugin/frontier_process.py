@@ -1,7 +1,7 @@
 """The time-energy frontier of a running job, in a process of its own that yields to everything else.
 
-`FrontierProcess` is the side of rank 0; `python -m perseus_plugin.frontier_process PATH TOLERANCE` is the other: it
-reads one plan request from standard input, says after each sample how far the curve is known, and writes the file.
+`FrontierProcess` is the side of rank 0; `python -m perseus_plugin.frontier_process PATH TOLERANCE PARENT` is the other:
+it reads one plan request from standard input, says after each sample how far the curve is known, and writes the file.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class FrontierProcess:
             json.dump(request.to_dict(), task)
             task.seek(0)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "perseus_plugin.frontier_process", str(path), repr(tolerance)],
+                [sys.executable, "-m", "perseus_plugin.frontier_process", str(path), repr(tolerance), str(os.getpid())],
                 stdin=task,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -148,7 +148,7 @@ class BackgroundFrontier:
 
 def main() -> None:
     """Compute one frontier."""
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(int(sys.argv[3]),), daemon=True).start()
     with suppress(OSError):
         os.nice(19)
     path, tolerance = Path(sys.argv[1]), float(sys.argv[2])

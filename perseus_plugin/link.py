@@ -40,6 +40,7 @@ class Link:
         parts: this stage's parts of the newest plans, by version.
         rise_lead_s: how early a rising clock is asked for.
         close: set by the worker; ends it.
+        writes_events: whether this rank's training thread takes events; set by the session.
         publish: what else is told of events, on the thread that adds them.
     """
 
@@ -57,6 +58,7 @@ class Link:
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._external: queue.SimpleQueue[ExternalFigures] = queue.SimpleQueue()
         self.wake = threading.Event()
+        self.writes_events = True
 
     def use_schedule(self, key: str, stream_of: StreamOf) -> None:
         """Iterations run this schedule from now on."""
@@ -96,8 +98,9 @@ class Link:
         return _drain(self._external)
 
     def add_events(self, events: list[tuple[str, float]]) -> None:
-        """Events for the framework's monitor, which only the training thread may touch."""
-        self._events.put(events)
+        """Events for the framework's monitor, which only the training thread may touch; dropped if there is none."""
+        if self.writes_events:
+            self._events.put(events)
         self.publish(events)
 
     def take_events(self) -> list[list[tuple[str, float]]]:

@@ -1,7 +1,7 @@
 """The planner in a process of its own, so that planning takes neither the interpreter nor the cores from training.
 
-`PlannerProcess` is the side of rank 0; `python -m perseus_plugin.planner_process` is the other. One JSON line per
-request and per answer; the process ends when its standard input does, so it cannot outlive the trainer.
+`PlannerProcess` is the side of rank 0; `python -m perseus_plugin.planner_process PARENT` is the other. One JSON line
+per request and per answer; the process ends when its standard input does, so it cannot outlive the trainer.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ class PlannerProcess:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "perseus_plugin.planner_process"],
+            [sys.executable, "-m", "perseus_plugin.planner_process", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -294,7 +294,7 @@ def end_with(parent: int) -> None:
 
 def main() -> None:
     """Answer requests on standard input until it ends."""
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(int(sys.argv[1]),), daemon=True).start()
     with suppress(OSError):
         os.nice(5)  # the trainer comes first
     import perseus_plugin.planning.planner  # noqa: F401  (loads OR-Tools before the first request)

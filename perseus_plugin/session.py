@@ -102,6 +102,7 @@ class Session:
         self._emulated = emulated
         self._exchange = exchange
         self._monitor = monitor
+        link.writes_events = monitor is not None
         self._boundaries = boundaries_for(placement.device, self.fail)
         self.tap = InstructionTap(self._boundaries, self._controller, self.fail)
         self.tap.execution = emulated
@@ -270,6 +271,7 @@ class Session:
                 exc_info=error,
             )
         self._link.trouble(str(error) or repr(error))
+        self._link.writes_events = False
         self._release()
 
     def _end(self) -> bool:

@@ -43,7 +43,7 @@ from perseus_plugin.messages import (
 from perseus_plugin.profiling.collector import SweepCollector
 from perseus_plugin.profiling.estimator import estimate_stage
 from perseus_plugin.profiling.observations import Tick
-from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, STRAGGLER, Account
+from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, STRAGGLER, Account
 from perseus_plugin.reporting.recorder import Recorder
 from perseus_plugin.reporting.relay import FigureRelay
 from perseus_plugin.straggler_sensing import StragglerSensing
@@ -198,7 +198,9 @@ class SessionWorker:
         elif isinstance(directive, FullClock):
             if self._helper is None and directive.reason != "warm-up" and record.undisturbed:
                 sorts.append(FULL_CLOCK)
-            self._take_recheck(record)
+            if self._rechecks(record):
+                sorts.append(RECHECK)
+                self._take_recheck(record)
         self._recorder.iteration(directive, record, self._link.timetable, self._link.parts)
         self._account.add(record.number, sorts, duration_s)
         self._account.forget_before(record.number - 16)
@@ -354,6 +356,8 @@ class SessionWorker:
             directive = FullClock(news.reason)
         self._news = news
         self._recheck = {} if news.recheck else None
+        if news.recheck:
+            self._account.clear(RECHECK)
         self._recheck_left = self._config.watch.patience
         late = self._link.iteration >= news.switch
         self._stats = self._stats.model_copy(update={"late": self._stats.late + late})
@@ -367,9 +371,12 @@ class SessionWorker:
         if self._leader is not None:
             self._leader.swept_again()
 
+    def _rechecks(self, record: IterationRecord) -> bool:
+        """Whether this iteration, at full clocks, is one of those that are measured again."""
+        return self._recheck is not None and record.number > self._news.switch and record.complete
+
     def _take_recheck(self, record: IterationRecord) -> None:
-        if self._recheck is None or record.number <= self._news.switch or not record.complete:
-            return
+        assert self._recheck is not None  # asked before
         for operation, start_s, end_s in zip(record.operations, record.starts_s, record.ends_s, strict=True):
             if isinstance(operation, Compute):
                 self._recheck.setdefault(operation.kind, []).append(end_s - start_s)

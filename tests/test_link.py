@@ -53,6 +53,15 @@ def test_events_are_taken_in_batches_once() -> None:
     assert shared.take_events() == []
 
 
+def test_events_that_nobody_writes_are_published_and_not_kept() -> None:
+    shared = link()
+    heard: list[tuple[str, float]] = []
+    shared.publish, shared.writes_events = heard.extend, False
+    shared.add_events([("a", 1.0)])
+    assert heard == [("a", 1.0)]
+    assert shared.take_events() == []
+
+
 def test_the_schedule_is_key_and_streams_in_one() -> None:
     shared = link()
     assert shared.schedule is None

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -222,7 +223,7 @@ def test_closing_ends_the_process() -> None:
 def test_the_process_answers_line_by_line_whatever_comes_and_ends_with_its_input() -> None:
     lines = ["nonsense", "{}", "[]", '{"schedule": 1}', json.dumps(request().to_dict())]
     done = subprocess.run(
-        [sys.executable, "-m", "perseus_plugin.planner_process"],
+        [sys.executable, "-m", "perseus_plugin.planner_process", str(os.getpid())],
         input="\n".join(lines) + "\n",
         capture_output=True,
         text=True,

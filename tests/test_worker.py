@@ -448,6 +448,10 @@ def test_asked_to_recheck_a_rank_times_its_instructions_at_full_clocks(ranks: Ra
     told = receive(Recheck, rank.fetch(recheck_key(1, 1)))
     assert told.stage == 1
     assert told.time_s == pytest.approx({"forward": 0.015, "backward": 0.030})
+    assert wait_until(
+        lambda: "recheck" in stats_of(rank).totals and stats_of(rank).totals["recheck"].iterations == PATIENCE
+    )
+    assert stats_of(rank).totals["recheck"].time_s == pytest.approx(0.036 * ((PATIENCE - 1) * 1.5 + 4.0))
     rank.iterate(5, factor=9.0)
     assert wait_until(lambda: stats_of(rank).hooked_iterations == PATIENCE + 8)
     assert receive(Recheck, rank.fetch(recheck_key(1, 1))) == told

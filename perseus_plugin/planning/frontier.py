@@ -46,7 +46,7 @@ class Frontier:
     """Samples by rising deadline, from the shortest possible iteration to the energy minimum T*.
 
     Attributes:
-        points: the samples.
+        points: the samples, without those at which no plan was found that keeps the limits.
         tolerance: share to within which the bound curve is known between them.
         baseline_time_s, baseline_energy_j: every instruction at the profile's highest clock.
     """
@@ -95,7 +95,7 @@ def make_frontier(
         progress: called after each sample with their number and the share to which the curve is known by now.
 
     Raises:
-        PlanError: a tolerance that is not between 0.00001 and 1.
+        PlanError: a tolerance that is not between 0.00001 and 1, or no sample has a plan that keeps the limits.
     """
     if not 1e-5 <= tolerance < 1:
         raise PlanError(f"tolerance: got {tolerance}; allowed: from 0.00001 to below 1")
@@ -107,10 +107,18 @@ def make_frontier(
         if error <= tolerance:
             break
         curve.sample(deadline_s)
-    points = []
+    points: list[FrontierPoint] = []
+    failure: PlanError | None = None
     for relaxed, slope_w in curve.samples:
-        plan = planner.to_plan(planner.discretise(relaxed, relaxed.deadline_s, limits or ChangeLimits(), effort))
+        try:
+            solution = planner.discretise(relaxed, relaxed.deadline_s, limits or ChangeLimits(), effort)
+        except PlanError as error:
+            failure = error  # so short an iteration may need more changes than are allowed
+            continue
+        plan = planner.to_plan(solution)
         points.append(FrontierPoint(relaxed.deadline_s, min(relaxed.bound_j, plan.energy_j), slope_w, plan))
+    if failure is not None and not points:
+        raise failure
     return Frontier(
         points=tuple(points),
         tolerance=tolerance,

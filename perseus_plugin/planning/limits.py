@@ -23,7 +23,7 @@ from perseus_plugin.planning.targets import ChangeLimits, Effort
 _ROUNDS = 20
 _TRIED = 3
 _SCALINGS = 16
-_SEARCH_S = {"quick": 6.0, "normal": 15.0, "thorough": 90.0}
+_SEARCH_S = {"quick": 2.0, "normal": 15.0, "thorough": 90.0}
 
 
 def keep_limits(

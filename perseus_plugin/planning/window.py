@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,8 @@ from perseus_plugin.planning.options import PlanningProblem
 TIME_UNIT_S = 1e-7
 _ENERGY_STEPS = 100_000
 # An iteration's end is priced in watts times 0.1 us, far below a step of energy: such a model counts finer steps.
-_FINER_STEPS = 1000
+_END_PRICE_STEPS = 100
+_MOST_STEPS = 1e10  # sums of costs stay far below 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,11 @@ class _Window:
         self.finish = self.rounded.times(self.duration)[1]
         self.end = max(float(self.finish.max()), np.floor(deadline_s / TIME_UNIT_S))
         self.latest = self.rounded.latest_finish(self.duration, self.end)
-        self.steps = _ENERGY_STEPS * (_FINER_STEPS if end_price_w else 1)
+        self.steps = _ENERGY_STEPS
+        if end_price_w:
+            # A unit of time shall cost at least so many steps that rounding the price does not matter.
+            per_step = end_price_w * TIME_UNIT_S / problem.mean_energy_j
+            self.steps = max(self.steps, math.ceil(min(_END_PRICE_STEPS / per_step, _MOST_STEPS)))
         self.lengths: dict[int, cp_model.LinearExpr | int] = {}
         self.costs: list[cp_model.LinearExpr] = []
         allowed = regret_j[nodes] <= max_regret * problem.mean_energy_j

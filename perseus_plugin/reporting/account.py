@@ -16,6 +16,8 @@ FULL_CLOCK = "full_clock"
 PROFILING = "profiling"
 PLAN = "plan"
 STRAGGLER = "straggler"
+RECHECK = "recheck"
+"""Full clocks measured again after a plan was dropped: the reference from then on."""
 
 
 def begin_tag(iteration: int) -> int:

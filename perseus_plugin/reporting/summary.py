@@ -8,7 +8,7 @@ from typing import Any
 
 from perseus_plugin.messages import RankStats, Totals
 from perseus_plugin.planning.plan import Plan
-from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, STRAGGLER
+from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, STRAGGLER
 
 SUMMARY_SCHEMA = "perseus-summary"
 SUMMARY_VERSION = 1
@@ -55,7 +55,10 @@ def build_summary(
     """
     swept_time_s, swept_energy_j = iteration_time_s(stats, FULL_CLOCK), energy_per_iteration_j(stats, FULL_CLOCK)
     time_scale, energy_scale = (None, None) if full_clock_scale is None else full_clock_scale
-    full_time_s, full_energy_j = _scaled(swept_time_s, time_scale), _scaled(swept_energy_j, energy_scale)
+    # After a recheck that is the reference, as the job may have become another one.
+    reference = RECHECK if iteration_time_s(stats, RECHECK) is not None else FULL_CLOCK
+    full_time_s = _scaled(iteration_time_s(stats, reference), time_scale)
+    full_energy_j = _scaled(energy_per_iteration_j(stats, reference), energy_scale)
     time_s, energy_j = iteration_time_s(stats, PLAN), energy_per_iteration_j(stats, PLAN)
     predicted_time_s = _scaled(full_time_s, None if plan is None else plan.iteration_time_s / plan.baseline_time_s)
     predicted_energy_j = _scaled(full_energy_j, None if plan is None else plan.energy_j / plan.baseline_energy_j)

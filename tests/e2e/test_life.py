@@ -90,7 +90,7 @@ def test_a_plan_that_does_not_hold_is_dropped_and_made_anew(tmp_path: Path) -> N
     assert "the job itself is slower" in done.output
     assert "plan 2 for TrainSchedule/2x4 ready" in done.output
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["plan"]["dropped_plans"] == 1
+    assert summary["plan"]["dropped_plans"] >= 1
     assert summary["iterations"]["plan"] >= 2
 
 

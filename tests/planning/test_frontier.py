@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from perseus_plugin.errors import PlanError
 from perseus_plugin.pipeline import build_graph
 from perseus_plugin.planning.frontier import frontier_to_json, make_frontier
-from perseus_plugin.planning.planner import Planner
+from perseus_plugin.planning.planner import ChangeLimits, Planner
+from perseus_plugin.profiling.profile import Measurement, Profile
 from perseus_plugin.schedules import one_f_one_b
 
 from .jobs import Job, bundled_profile, jobs
@@ -87,3 +88,16 @@ def test_the_file_holds_every_sample() -> None:
 def test_a_tolerance_out_of_range_is_refused(tolerance: float) -> None:
     with pytest.raises(PlanError, match="tolerance"):
         make_frontier(small(), tolerance=tolerance)
+
+
+def test_samples_without_a_plan_that_keeps_the_limits_are_left_out() -> None:
+    """Forward is fastest below the top clock, backward at it: the shortest iteration needs a change between any two."""
+    rows = {
+        "forward": [(710, 1.0, 200.0), (700, 0.9, 150.0)],
+        "backward": [(710, 1.0, 200.0), (700, 1.2, 130.0)],
+    }
+    measured = Profile({(0, kind): tuple(Measurement(*row) for row in options) for kind, options in rows.items()})
+    planner = Planner(build_graph(one_f_one_b(1, 2)), measured, blocking_power_w=1.0)
+    free, limited = make_frontier(planner), make_frontier(planner, limits=ChangeLimits(0))
+    assert 0 < len(limited.points) < len(free.points)
+    assert all(point.plan.clock_changes(0) == 0 for point in limited.points)

@@ -135,6 +135,19 @@ def test_before_anything_is_known_all_figures_are_null() -> None:
         assert made["overhead"]["hook_time_percent"] is None
 
 
+def test_after_a_recheck_full_clocks_are_what_was_measured_then() -> None:
+    """The job has become slower: saving and slowdown are against what it would take now."""
+    again = [
+        ranks.model_copy(update={"totals": {**ranks.totals, "recheck": Totals(iterations=2, time_s=4.0, energy_j=e)}})
+        for ranks, e in zip(RANKS, (2000.0, 1600.0), strict=True)
+    ]
+    made = summary(again)
+    assert made["iteration_time_s"]["full_clock"] == pytest.approx(2.0)
+    assert made["energy_j"]["full_clock"] == pytest.approx(1800.0)
+    assert made["saving_percent"]["measured"] == pytest.approx(100 * (1 - 710 / 1800))
+    assert made["profiling"] == summary(RANKS)["profiling"], "the sweep is compared with what it ran beside"
+
+
 def test_without_a_plan_nothing_is_predicted() -> None:
     made = summary(RANKS, None)
     assert made["energy_j"]["predicted"] is None

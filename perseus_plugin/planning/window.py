@@ -110,7 +110,8 @@ class _Window:
         if end_price_w:
             # A unit of time shall cost at least so many steps that rounding the price does not matter.
             per_step = end_price_w * TIME_UNIT_S / problem.mean_energy_j
-            self.steps = max(self.steps, math.ceil(min(_END_PRICE_STEPS / per_step, _MOST_STEPS)))
+            enough = _END_PRICE_STEPS / max(per_step, _END_PRICE_STEPS / _MOST_STEPS)
+            self.steps = max(self.steps, math.ceil(enough))
         self.lengths: dict[int, cp_model.LinearExpr | int] = {}
         self.costs: list[cp_model.LinearExpr] = []
         allowed = regret_j[nodes] <= max_regret * problem.mean_energy_j

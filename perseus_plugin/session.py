@@ -315,6 +315,7 @@ def start_session(
     placement: Placement,
     monitor: Monitor | None = None,
     facts: Mapping[str, str] | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> Session:
     """Start a session on this rank.
 
@@ -324,6 +325,7 @@ def start_session(
         monitor: writes (name, value) events; only where the framework has somewhere to write them.
         facts: what makes this rank's part of the job what it is (model, microbatch size, versions); a profile kept
             from an earlier run is used only if they are the same.
+        about: further facts for the records alone, which may change without making a kept profile another job's.
 
     Raises:
         ConfigError: something in the block does not fit this job; raised on every rank, before training starts.
@@ -362,7 +364,7 @@ def start_session(
             known=known,
             full_sweep_mhz=full_sweep,
             writes_figures=monitor is not None,
-            facts=facts,
+            facts={**(facts or {}), **(about or {})},
         )
         emulated = None
         if selection.emulated_gpu is not None:

@@ -505,6 +505,15 @@ def test_a_session_starts_with_a_sweep_of_the_gpus_clocks(tmp_path: Path, fakes:
     assert made["known"].fingerprint["stage 0: gpu"] == "test GPU"
 
 
+def test_what_is_only_recorded_is_no_part_of_what_a_job_is(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
+    config = parse_config(block(tmp_path))
+    start_session(config, placement(world_size=1), facts={"model": "m"}, about={"samples per iteration": "8"})
+    made = FakeWorker.made[-1]
+    assert made["facts"] == {"model": "m", "samples per iteration": "8"}
+    assert "stage 0: model" in made["known"].fingerprint
+    assert "stage 0: samples per iteration" not in made["known"].fingerprint
+
+
 def test_clocks_can_be_given(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
     table = start(tmp_path, profiling={"clocks_mhz": [1400, 620]})["link"].timetable
     assert table.sweep.clocks_mhz == (1410, 600, 1410)

@@ -112,7 +112,8 @@ def _attach(engine: Any, config: PerseusConfig) -> Session | None:
     from perseus_plugin.session import Session, start_session
 
     try:
-        session = start_session(config, _placement(engine), monitor=_monitor_of(engine), facts=_facts(engine))
+        about = {"samples per iteration": str(engine.train_batch_size())}
+        session = start_session(config, _placement(engine), _monitor_of(engine), _facts(engine), about)
     except ConfigError:
         raise
     except Exception:
@@ -193,6 +194,10 @@ def _bracket_iterations(engine: Any, session: Session) -> None:
         session.begin_iteration()
         try:
             return stock_train_batch(*args, **kwargs)
+        except BaseException:
+            # A script that catches it does not go on at the clock of the instruction that failed.
+            session.evaluation()
+            raise
         finally:
             training = False
             session.end_iteration()
@@ -208,6 +213,9 @@ def _bracket_iterations(engine: Any, session: Session) -> None:
         vars(engine)["_INSTRUCTION_MAP"] = hooked
         try:
             return stock_exec_schedule(schedule)
+        except BaseException:
+            session.evaluation()
+            raise
         finally:
             vars(engine).pop("_INSTRUCTION_MAP", None)
             session.end_schedule()

@@ -19,7 +19,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from perseus_plugin.errors import ConfigError
-from perseus_plugin.integrations.megatron_arguments import add_arguments, patch_arguments_module
+from perseus_plugin.integrations.megatron_arguments import (
+    add_arguments,
+    is_first_of_machine,
+    patch_arguments_module,
+    rank_in_front,
+)
 from perseus_plugin.integrations.megatron_hooks import BRACKETS, Hooks, Schedule
 from perseus_plugin.integrations.megatron_schedule import Shape, supports_waiting_for_sends
 from perseus_plugin.integrations.megatron_stragglers import listen
@@ -68,26 +73,34 @@ def install(config: PerseusConfig, arguments: argparse.Namespace) -> Hooks | Non
     global _hooks
     if _hooks is not None:
         return _hooks
-    reason = why_not(arguments)
-    if reason:
-        say_off(reason)
-        return None
+    job = _Job(config, arguments)
+    hooks = Hooks(job.start, job.schedule_of, job.after_iteration)
     try:
-        schedules = importlib.import_module(f"{_PIPELINE}.schedules")
+        reason = why_not(arguments)
+        if reason:
+            say_off(reason)
+            return None
+        _put(hooks, arguments)
     except Exception as error:
-        say_off(f"megatron-core cannot be hooked: {error!r}")
+        hooks.remove()
+        say_off(f"megatron-core cannot be hooked: {error!r}", everywhere=True)
         return None
-    # Not imported here: a loop of one's own need not have it, and without it schedule functions bracket iterations.
-    training = sys.modules.get("megatron.training.training")
-    combined = sys.modules.get(f"{_PIPELINE}.combined_1f1b")
-    _hooks = _hooked(schedules, training, combined, _Job(config, arguments))
-    if getattr(arguments, "log_straggler", False):
-        listen(importlib.import_module("megatron.core.utils"))
+    _hooks = hooks
     return _hooks
 
 
-def _hooked(schedules: ModuleType, training: ModuleType | None, combined: ModuleType | None, job: _Job) -> Hooks:
-    hooks = Hooks(job.start, job.schedule_of, job.after_iteration)
+def _put(hooks: Hooks, arguments: argparse.Namespace) -> None:
+    schedules = importlib.import_module(f"{_PIPELINE}.schedules")
+    # Not imported here: a loop of one's own need not have it, and without it schedule functions bracket iterations.
+    training = sys.modules.get("megatron.training.training")
+    combined = sys.modules.get(f"{_PIPELINE}.combined_1f1b")
+    put_around(hooks, schedules, training, combined)
+    if getattr(arguments, "log_straggler", False):
+        listen(importlib.import_module("megatron.core.utils"))
+
+
+def put_around(hooks: Hooks, schedules: ModuleType, training: ModuleType | None, combined: ModuleType | None) -> None:
+    """Put the wrappers into Megatron's modules; those that a version or a loop does not have are None."""
     hooks.put(schedules, "forward_step", hooks.forward_step)
     hooks.put(schedules, "backward_step", hooks.backward_step)
     for name, interleaved in BRACKETS.items():
@@ -96,18 +109,20 @@ def _hooked(schedules: ModuleType, training: ModuleType | None, combined: Module
         hooks.put(combined, "combined_forward_backward_step", hooks.combined_step)
     if training is not None:
         hooks.put(training, "train_step", hooks.train_step)
-    return hooks
 
 
 def why_not(settings: Any) -> str:
     """Why a job with these arguments, or this model configuration, cannot be controlled; empty if it can."""
-    scope = getattr(settings, "cuda_graph_scope", None)
-    scopes = [scope] if not isinstance(scope, (list, tuple)) else scope
-    names = [getattr(settings, "cuda_graph_impl", None), *(getattr(s, "name", s) for s in scopes)]
-    if "full_iteration" in names:
+    graph = _cuda_graph(settings)
+    if graph == "full_iteration":
         return (
             "a CUDA graph of the full iteration (--cuda-graph-impl or --cuda-graph-scope full_iteration) replays "
-            "without Python, so there is nowhere to set a clock; graphs of layers are fine"
+            "without Python, so there is nowhere to set a clock"
+        )
+    if graph:
+        return (
+            f"CUDA graphs ({graph}) are not tested on a GPU: waiting for an event in another thread can make a capture "
+            "fail"
         )
     if getattr(settings, "hybrid_context_parallel", False):
         return "with --hybrid-context-parallel every microbatch is another piece of work"
@@ -116,9 +131,30 @@ def why_not(settings: Any) -> str:
     return ""
 
 
-def say_off(reason: str) -> None:
-    """Say once for the whole job that it goes on without us."""
-    if os.environ.get("RANK", "0") == "0":
+def _cuda_graph(settings: Any) -> str:
+    """What of a job's settings asks for CUDA graphs, empty if nothing does. Names differ between versions."""
+    scope = getattr(settings, "cuda_graph_scope", None)  # of no account by itself, but for the full iteration
+    scopes = scope if isinstance(scope, (list, tuple)) else [scope]
+    implementation = getattr(settings, "cuda_graph_impl", None) or "none"
+    if "full_iteration" in (implementation, *(getattr(s, "name", s) for s in scopes)):
+        return "full_iteration"
+    if implementation != "none":
+        return f"--cuda-graph-impl {implementation}"
+    # Megatron deletes the first two from its arguments once it has made an implementation of them.
+    flags = ("enable_cuda_graph", "external_cuda_graph", "optimizer_cuda_graph")
+    return next((f"--{flag.replace('_', '-')}" for flag in flags if getattr(settings, flag, False)), "")
+
+
+def say_off(reason: str, everywhere: bool = False) -> None:
+    """Say that the job goes on without us.
+
+    Args:
+        reason: why.
+        everywhere: the reason may be one of this machine alone: each machine's first rank says it, not only rank 0.
+    """
+    if everywhere and is_first_of_machine():
+        logger.warning("%sperseus is off: %s; training goes on at full clocks", rank_in_front(), reason)
+    elif not everywhere and os.environ.get("RANK", "0") == "0":
         logger.warning("perseus is off: %s; training goes on at full clocks", reason)
 
 
@@ -140,17 +176,19 @@ class _Job:
         Raises:
             ConfigError: something in the configuration does not fit this job.
         """
-        from perseus_plugin.integrations.megatron_metrics import metrics_of
-        from perseus_plugin.session import start_session
-
-        reason = why_not(self._arguments) or why_not(_configuration_of(model))
-        if reason:
-            say_off(reason)
-            return None
         try:
+            from perseus_plugin.integrations.megatron_metrics import metrics_of
+            from perseus_plugin.session import start_session
+
+            reason = why_not(self._arguments) or why_not(_configuration_of(model))
+            if reason:
+                say_off(reason)
+                return None
             where = placement(_device_of(model))
             self._metrics = metrics_of(self._arguments, where)
-            return start_session(self._config, where, self._metrics, facts(model, {**known, **vars(self._arguments)}))
+            settings = {**known, **vars(self._arguments)}
+            about = samples_per_iteration(settings)
+            return start_session(self._config, where, self._metrics, facts(model, settings), about)
         except ConfigError:
             raise
         except Exception:
@@ -251,6 +289,13 @@ def facts(model: list[Any], settings: Mapping[str, Any]) -> dict[str, str]:
         "megatron-core": megatron.core.__version__,
         **{name.replace("_", " "): str(settings.get(name)) for name in _MODEL_FACTS},
     }
+
+
+def samples_per_iteration(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The whole job's samples in an iteration, as a fact of its records; empty where it changes or is not known."""
+    size = settings.get("global_batch_size")
+    changes = ("rampup_batch_size", "step_batch_size_schedule", "decrease_batch_size_if_needed")
+    return {"samples per iteration": str(size)} if size and not any(settings.get(name) for name in changes) else {}
 
 
 def _device_of(model: list[Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
 from collections.abc import Mapping
 from types import ModuleType
@@ -17,6 +18,8 @@ from perseus_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
     from perseus_plugin.config import PerseusConfig
+
+logger = logging.getLogger(__name__)
 
 _FLAG = "--perseus"
 _PATCHED = "_perseus_patched"
@@ -74,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags to a parser, and have it act on them once it has parsed.
 
     With `--perseus` given and the settings in order, Megatron's schedules are hooked (see `megatron.install`). Settings
-    that are wrong end the program with one line, from rank 0 only. Idempotent.
+    that are wrong end the program with one line, from the first rank of each machine. Idempotent.
     """
     if _FLAG in parser._option_string_actions:
         return parser
@@ -142,18 +145,38 @@ def _attribute(flag: str) -> str:
 def _act_on(arguments: argparse.Namespace, program: str) -> None:
     try:
         config = config_of(arguments)
-    except ConfigError as error:
-        _leave(f"{program}: error: {error}")
-    if config is not None:
+        if config is None:
+            return
         from perseus_plugin.integrations.megatron import install
 
         install(config, arguments)
+    except ConfigError as error:
+        _leave(f"{program}: error: {error}")
+    except Exception:
+        if is_first_of_machine():
+            # A fault of ours, or an incomplete installation.
+            logger.exception("%sperseus is off: it could not start; training goes on at full clocks", rank_in_front())
 
 
 def _leave(message: str) -> NoReturn:
-    """End the program as argparse does, without the pages of usage that Megatron has, and from one rank only."""
+    """End the program as argparse does, without the pages of usage that Megatron has, and from one rank per machine.
+
+    Not from rank 0 alone: a file may be missing, or wrong, on another machine.
+    """
     import sys
 
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
+    if is_first_of_machine():
+        print(f"{rank_in_front()}{message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def is_first_of_machine() -> bool:
+    """Whether this is the rank that speaks for its machine; before the job has its process group."""
+    # Launchers that set no LOCAL_RANK leave rank 0 to speak for all.
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
+def rank_in_front() -> str:
+    """What to begin a line with that several ranks may say; nothing without a launcher."""
+    rank = os.environ.get("RANK", "")
+    return f"rank {rank}: " if rank else ""

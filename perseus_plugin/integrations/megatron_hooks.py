@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from perseus_plugin.errors import ScheduleError
+from perseus_plugin.errors import ConfigError, ScheduleError
 from perseus_plugin.instructions import StreamOp
 from perseus_plugin.integrations.megatron_schedule import (
     Id,
@@ -76,19 +76,20 @@ class Argument:
 
     Args:
         function: whose signature counts.
-        name: of the argument; where the function has none, its value is None.
+        name: of the argument; where the function names none, what was passed by position is not taken for it.
     """
 
     def __init__(self, function: Function, name: str) -> None:
-        names = list(inspect.signature(function).parameters)
+        parameters = inspect.signature(function).parameters.values()
+        positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self._name = name
-        self._position = names.index(name) if name in names else len(names)
+        self._position = positional.index(name) if name in positional else None
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Its value in a call, None where it was not passed."""
         if self._name in kwargs:
             return kwargs[self._name]
-        return args[self._position] if self._position < len(args) else None
+        return args[self._position] if self._position is not None and self._position < len(args) else None
 
 
 class Hooks:
@@ -185,7 +186,11 @@ class Hooks:
     def _session_for(self, model: Any, known: Mapping[str, Any]) -> Session | None:
         """The session, made at the first training iteration."""
         if self._session is None and not self._removed:
-            self._session = self._start(_chunks(model), known)
+            try:
+                self._session = self._start(_chunks(model), known)
+            except ConfigError:
+                self.remove()
+                raise
             if self._session is None:
                 self.remove()
             else:
@@ -197,6 +202,10 @@ class Hooks:
         self._in_step, self._ran, self._at_end = True, False, False
         try:
             return run()
+        except BaseException:
+            # A script that catches it does not train on at the clock of the instruction that failed.
+            session.evaluation()
+            raise
         finally:
             self._in_step = False
             if self._at_end:
@@ -245,7 +254,7 @@ class Hooks:
             self._begin(forward_id(*forward))
             result = stock(*args, **kwargs)
             self._end()
-            self._remember(result[0], forward)
+            self._remember(_first(result), forward)
             return result
 
         return forward_step
@@ -288,7 +297,7 @@ class Hooks:
             result = stock(*args, **kwargs)
             self._end()
             if forward is not None:
-                self._remember(result[0], forward)
+                self._remember(_first(result), forward)
             return result
 
         return combined_step

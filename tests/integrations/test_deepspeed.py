@@ -87,6 +87,9 @@ class Engine:
     def train_micro_batch_size_per_gpu(self) -> int:
         return 4
 
+    def train_batch_size(self) -> int:
+        return 4 * self.micro_batches
+
     def zero_optimization_stage(self) -> int:
         return 1
 
@@ -129,20 +132,28 @@ class Started:
     def __init__(self) -> None:
         self.calls: list[tuple[PerseusConfig, Placement, Any]] = []
         self.facts: list[dict[str, str]] = []
+        self.about: list[dict[str, str]] = []
+        self.sweep_mhz: tuple[int, ...] = (1410, 810)
         self.helpers: list[FakeHelper] = []
         self.links: list[Link] = []
         self.sessions: list[Session] = []
         self.error: Exception | None = None
 
     def __call__(
-        self, config: PerseusConfig, placement: Placement, monitor: Any = None, facts: Mapping[str, str] | None = None
+        self,
+        config: PerseusConfig,
+        placement: Placement,
+        monitor: Any = None,
+        facts: Mapping[str, str] | None = None,
+        about: Mapping[str, str] | None = None,
     ) -> Session:
         self.facts.append(dict(facts or {}))
+        self.about.append(dict(about or {}))
         if self.error is not None:
             raise self.error
         self.calls.append((config, placement, monitor))
         self.helpers.append(FakeHelper())
-        self.links.append(Link(Timetable(Round(0, (1410, 810)), 1, 1)))
+        self.links.append(Link(Timetable(Round(0, self.sweep_mhz), 1, 1)))
         session = Session(placement, self.links[-1], self.helpers[-1], None, LocalExchange(), monitor)  # type: ignore[arg-type]
         self.sessions.append(session)
         return session
@@ -242,6 +253,13 @@ def test_jobs_that_differ_have_different_facts(started: Started) -> None:
     assert len({json.dumps(facts, sort_keys=True) for facts in started.facts}) == 4
 
 
+def test_the_samples_of_an_iteration_are_no_part_of_what_a_job_is(started: Started) -> None:
+    for microbatches in (2, 3):
+        perseus_plugin.enable(Engine({"enabled": True}, microbatches))
+    assert started.about == [{"samples per iteration": "8"}, {"samples per iteration": "12"}]
+    assert started.facts[0] == started.facts[1], "a kept profile is of use with any number of microbatches"
+
+
 def test_a_session_that_cannot_start_leaves_training_as_it_was(
     started: Started, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -323,6 +341,28 @@ def test_an_error_in_training_reaches_the_script_and_the_next_batch_is_whole(
     assert [f.record.complete for f in started.finished()] == [False, True]
     engine.eval_batch()
     assert engine.map_seen == STOCK_MAP
+
+
+@pytest.mark.parametrize("where", ["forward 1", "loss"])
+def test_an_error_in_training_leaves_full_clocks(started: Started, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    started.sweep_mhz = (810,)
+    engine = Engine({"enabled": True})
+    stock_train = Engine.train_batch
+
+    def train_batch(self: Engine, data_iter: Any = None) -> str:
+        loss = stock_train(self, data_iter)
+        self._do("loss")
+        return loss
+
+    monkeypatch.setattr(Engine, "train_batch", train_batch)
+    perseus_plugin.enable(engine)
+    engine.fails_at = where
+    with pytest.raises(RuntimeError, match="training failed"):
+        engine.train_batch()
+    requests = started.helpers[0].requests()
+    assert (requests[0], requests[-1]) == (810, None)
+    (failed,) = started.finished()
+    assert not failed.record.undisturbed
 
 
 @pytest.mark.parametrize("end", ["close", "fail"])

@@ -207,6 +207,27 @@ def test_a_megatron_that_cannot_be_imported_is_said_and_training_goes_on(
     assert message.startswith("perseus is off: megatron-core cannot be hooked")
 
 
+@pytest.mark.parametrize("where", ["put", "listen", "why_not"])
+def test_hooking_that_fails_leaves_megatron_and_the_parser_as_they_were(
+    schedules: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    training = sys.modules["megatron.training.training"]
+    if where == "put":
+        vars(training)["train_step"] = 7  # neither a function nor anything else with a signature
+    elif where == "listen":
+        monkeypatch.setitem(sys.modules, "megatron.core.utils", None)
+    else:
+        monkeypatch.setattr(megatron, "why_not", lambda settings: 1 / 0)
+    stock = {**vars(schedules), **vars(training)}
+    parser = megatron.add_arguments(argparse.ArgumentParser())
+    parser.add_argument("--log-straggler", action="store_true")
+    assert parser.parse_args(["--perseus", "--log-straggler"]).perseus is True
+    assert {**vars(schedules), **vars(training)} == stock
+    (message,) = caplog.messages
+    assert message.startswith("perseus is off: megatron-core cannot be hooked: ")
+    assert message.endswith("; training goes on at full clocks")
+
+
 def test_a_session_that_cannot_start_leaves_training_as_it_was(
     core: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -219,7 +240,7 @@ def test_a_session_that_cannot_start_leaves_training_as_it_was(
     job = megatron._Job(PerseusConfig(), argparse.Namespace(micro_batch_size=2))
     asked: list[Any] = []
 
-    def start(config: Any, where: Any, monitor: Any, facts: Any) -> None:
+    def start(config: Any, where: Any, monitor: Any, facts: Any, about: Any) -> None:
         asked.append((where, facts))
         raise OSError("no more processes")
 
@@ -232,3 +253,21 @@ def test_a_session_that_cannot_start_leaves_training_as_it_was(
     core.utils.get_model_config = lambda chunk: SimpleNamespace(hybrid_context_parallel=True)
     assert job.start([torch.nn.Linear(1, 1)], {}) is None
     assert len(asked) == 1, "what cannot be controlled is not tried"
+
+    def broken(chunk: Any) -> None:
+        raise AttributeError("no config")
+
+    caplog.clear()
+    core.utils.get_model_config = broken
+    assert job.start([torch.nn.Linear(1, 1)], {}) is None
+    assert caplog.messages == ["perseus is off: it could not start; training goes on at full clocks"]
+
+
+def test_the_samples_of_an_iteration_are_no_part_of_what_a_job_is(core: ModuleType) -> None:
+    settings = {"micro_batch_size": 2, "global_batch_size": 96}
+    assert megatron.samples_per_iteration(settings) == {"samples per iteration": "96"}
+    for name, value in {"rampup_batch_size": [8, 8, 100], "step_batch_size_schedule": "0:2 9:4"}.items():
+        assert megatron.samples_per_iteration({**settings, name: value}) == {}, "one number cannot say it"
+    assert megatron.samples_per_iteration({"micro_batch_size": 2}) == {}
+    chunks = [torch.nn.Linear(2, 3)]
+    assert megatron.facts(chunks, settings) == megatron.facts(chunks, {**settings, "global_batch_size": 192})

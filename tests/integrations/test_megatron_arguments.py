@@ -84,11 +84,40 @@ def test_wrong_settings_end_the_program_with_one_line(
     assert installed == []
 
 
-def test_only_rank_0_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("RANK", "3")
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "rank 0: pretrain_gpt.py: error: perseus.slowdown: got -1.0"),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, "rank 8: pretrain_gpt.py: error: perseus.slowdown: got -1.0"),
+        ({"RANK": "3", "LOCAL_RANK": "3"}, ""),
+        ({"RANK": "0"}, "rank 0: pretrain_gpt.py: error: perseus.slowdown: got -1.0"),
+        ({"RANK": "3"}, ""),
+    ],
+)
+def test_one_rank_of_each_machine_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environment: dict[str, str], said: str
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):
         parse("--perseus", "--perseus-slowdown", "-1")
-    assert capsys.readouterr().err == ""
+    err = capsys.readouterr().err
+    assert err.startswith(said)
+    assert len(err.splitlines()) == (1 if said else 0)
+
+
+def test_a_fault_of_ours_leaves_the_parser_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(config: object, arguments: object) -> None:
+        raise OSError("nothing")
+
+    monkeypatch.setattr(megatron, "install", broken)
+    assert parse("--perseus", "--lr", "0.1").lr == 0.1
+    (message,) = caplog.messages
+    assert message.startswith("perseus is off: it could not start; training goes on at full clocks")
 
 
 def test_adding_twice_adds_once(installed: list[PerseusConfig]) -> None:
@@ -135,7 +164,13 @@ def test_flags_cost_no_import() -> None:
     ("settings", "reason"),
     [
         ({}, ""),
-        ({"cuda_graph_impl": "local", "cuda_graph_scope": ["attn"]}, ""),
+        ({"cuda_graph_impl": "none", "cuda_graph_scope": "full", "cuda_graph_modules": "full"}, ""),
+        ({"cuda_graph_impl": None, "enable_cuda_graph": False, "external_cuda_graph": False}, ""),
+        ({"cuda_graph_impl": "local", "cuda_graph_scope": ["attn"]}, "(--cuda-graph-impl local) are not tested on"),
+        ({"cuda_graph_impl": "transformer_engine"}, "(--cuda-graph-impl transformer_engine) are not tested on"),
+        ({"enable_cuda_graph": True, "cuda_graph_scope": "full"}, "(--enable-cuda-graph) are not tested on"),
+        ({"external_cuda_graph": True}, "(--external-cuda-graph) are not tested on"),
+        ({"optimizer_cuda_graph": True, "cuda_graph_impl": "none"}, "(--optimizer-cuda-graph) are not tested on"),
         ({"cuda_graph_impl": "full_iteration"}, "full iteration"),
         ({"cuda_graph_scope": "full_iteration"}, "full iteration"),
         ({"cuda_graph_scope": [SimpleNamespace(name="full_iteration")]}, "full iteration"),
@@ -156,3 +191,27 @@ def test_such_a_job_is_not_hooked_and_told_so(caplog: pytest.LogCaptureFixture) 
     (message,) = caplog.messages
     assert message.startswith("perseus is off: a CUDA graph of the full iteration")
     assert "training goes on at full clocks" in message
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "everywhere", "prefix"),
+    [
+        ("0", "0", False, "perseus is off: why"),
+        ("8", "0", False, ""),
+        ("0", "0", True, "rank 0: perseus is off: why"),
+        ("8", "0", True, "rank 8: perseus is off: why"),
+        ("9", "1", True, ""),
+    ],
+)
+def test_a_reason_of_one_machine_is_said_there(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    rank: str,
+    local_rank: str,
+    everywhere: bool,
+    prefix: str,
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    megatron.say_off("why", everywhere)
+    assert caplog.messages == ([f"{prefix}; training goes on at full clocks"] if prefix else [])

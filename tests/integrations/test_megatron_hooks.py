@@ -8,7 +8,7 @@ import pytest
 
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.exchange import LocalExchange
-from perseus_plugin.integrations.megatron import _hooked
+from perseus_plugin.integrations.megatron import put_around
 from perseus_plugin.integrations.megatron_hooks import Argument, Hooks, Schedule
 from perseus_plugin.integrations.megatron_schedule import Shape
 from perseus_plugin.link import FinishedIteration, Link
@@ -135,6 +135,12 @@ class Job:
         return self.link.take_finished()
 
 
+def hooked(schedules: ModuleType, training: ModuleType | None, combined: ModuleType | None, job: Job) -> Hooks:
+    hooks = Hooks(job.start, job.schedule_of, job.after_iteration)
+    put_around(hooks, schedules, training, combined)
+    return hooks
+
+
 @pytest.fixture
 def job() -> Job:
     return Job()
@@ -143,7 +149,7 @@ def job() -> Job:
 @pytest.fixture
 def megatron(job: Job) -> Megatron:
     made = Megatron()
-    made.hooks = _hooked(made.schedules, made.training, None, job)  # type: ignore[attr-defined, arg-type]
+    made.hooks = hooked(made.schedules, made.training, None, job)  # type: ignore[attr-defined]
     return made
 
 
@@ -206,7 +212,7 @@ def test_a_changed_number_of_microbatches_is_another_schedule(megatron: Megatron
 
 def test_a_loop_without_train_step_is_bracketed_by_the_schedule(job: Job) -> None:
     megatron = Megatron()
-    _hooked(megatron.schedules, None, None, job)  # type: ignore[arg-type]
+    hooked(megatron.schedules, None, None, job)
     run = megatron.schedules.forward_backward_no_pipelining
     assert run(model=megatron.model, num_microbatches=2, seq_length=64) == "losses"
     assert job.known["seq_length"] == 64, "there may be no arguments to know it from"
@@ -222,10 +228,31 @@ def test_an_error_in_training_reaches_the_script_and_the_next_step_is_whole(
     megatron.fails_at = where
     with pytest.raises(RuntimeError, match="training failed"):
         megatron.train()
+    (failed,) = job.finished()
+    assert not failed.record.undisturbed
+    assert job.helper.requests()[-1] is None, "what a script does with the error, it does at full clocks"
     megatron.fails_at = ""
     assert megatron.train("y") == "losses of y"
     assert job.finished()[-1].record.complete
     assert not job.sessions[0].closed
+
+
+@pytest.mark.parametrize("bracketed", [True, False])
+def test_an_error_in_a_followed_iteration_leaves_full_clocks(job: Job, bracketed: bool) -> None:
+    job.link = Link(Timetable(Round(0, (810,)), 1, 9))
+    megatron = Megatron()
+    hooked(megatron.schedules, megatron.training if bracketed else None, None, job)
+    run = megatron.train if bracketed else lambda: megatron.schedules.forward_backward_no_pipelining(**call)
+    call = {"model": megatron.model, "num_microbatches": 2}
+    run()
+    assert job.helper.requests()[-1] == 810
+    megatron.fails_at = "backward 1"
+    with pytest.raises(RuntimeError, match="training failed"):
+        run()
+    assert job.helper.requests()[-1] is None
+    megatron.fails_at = ""
+    run()
+    assert job.helper.requests()[-1] == 810, "the next iteration goes on where it was"
 
 
 @pytest.mark.parametrize(
@@ -304,6 +331,7 @@ def test_a_setting_that_does_not_fit_the_job_stops_it(megatron: Megatron, job: J
     job.error = ConfigError("perseus.emulation.forward_time_s: got 1 numbers")
     with pytest.raises(ConfigError, match="got 1 numbers"):
         megatron.train()
+    assert megatron.is_stock
 
 
 def test_functions_that_a_version_lacks_are_no_trouble(megatron: Megatron) -> None:
@@ -321,6 +349,16 @@ def test_arguments_are_found_however_they_are_passed() -> None:
     assert microbatch((1, 2), {"microbatch": 4}) == 4
     assert microbatch((1,), {"config": 2}) is None
     assert missing((1, 2, 3), {}) is None
+    assert missing((1, 2, 3, 4), {}) is None
+
+    def wrapper(*args: Any, **kwargs: Any) -> None: ...
+
+    def keyword_only(*args: Any, model: Any) -> None: ...
+
+    for function_of in (wrapper, keyword_only):
+        model = Argument(function_of, "model")
+        assert model((1, 2, 3), {}) is None, "a position that is not known is not guessed"
+        assert model((1,), {"model": 4}) == 4
 
 
 def combined_module(ran: list[Any]) -> ModuleType:
@@ -351,7 +389,7 @@ def test_a_forward_and_a_backward_as_one_are_one_instruction(job: Job, overlap: 
             output, _, _ = step(forward, chunk if m else None, output, m if forward else None, **(waits if m else {}))
 
     megatron.schedules.forward_backward_no_pipelining = run_schedule  # type: ignore[attr-defined]
-    _hooked(megatron.schedules, None, module, job)  # type: ignore[arg-type]
+    hooked(megatron.schedules, None, module, job)
     megatron.schedules.forward_backward_no_pipelining(model=megatron.model, num_microbatches=3)
     (finished,) = job.finished()
     assert finished.record.complete

@@ -80,25 +80,22 @@ def check_followed(out: Path, ranks: int) -> dict[str, Any]:
     assert summary["state"] == "finished"
     assert summary["ranks_reporting"] == summary["ranks"] == ranks
     assert summary["iterations"]["plan"] >= 2, "the plan was never followed"
-    assert summary["plan"]["saving_percent"] >= 8
+    assert summary["plan"]["saving_percent"] > 0
     assert summary["slowdown_percent"]["predicted"] <= 0.05
     instructions = summary["overhead"]["emulated_instructions"]
     assert instructions > 0
     overrun_percent = 100 * summary["overhead"]["emulated_instructions_overrun"] / instructions
-    saved_percent = summary["saving_percent"]["measured"]
+    saved_percent = {"predicted": summary["plan"]["saving_percent"], "measured": summary["saving_percent"]["measured"]}
+    what = f"energy saved: {saved_percent} %, with {overrun_percent:.1f} % of the emulated instructions too slow"
     if overrun_percent > MOST_OVERRUN_PERCENT:
-        warnings.warn(
-            f"not asserted: {saved_percent} % of the energy was saved, as the CPU was too slow for "
-            f"{overrun_percent:.1f} % of the emulated instructions",
-            stacklevel=2,
-        )
+        warnings.warn(f"not asserted: {what}", stacklevel=2)
     else:
-        assert saved_percent >= 8, f"with {overrun_percent:.1f} % of the emulated instructions too slow"
+        assert min(saved_percent.values()) >= 8, what
     return summary
 
 
 MICROBATCHES = 6
-# Beyond that, energies are the machine's and not the emulated GPU's.
+# Beyond that the profile, and all energies with it, are the busy machine's and not the emulated GPU's.
 MOST_OVERRUN_PERCENT = 3
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pp2": (2, 2, {}),

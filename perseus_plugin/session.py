@@ -171,6 +171,7 @@ class Session:
         record.undisturbed = wanted == self._applied
         if not record.undisturbed:
             self._applied = wanted if self._control(record.directive, record) else None
+        record.applied = self._applied is not None
 
     def _control(self, directive: Directive, record: IterationRecord) -> bool:
         """False if what the directive says cannot be done (yet): full clocks then."""

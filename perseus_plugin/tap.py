@@ -35,6 +35,8 @@ class IterationRecord:
         starts_s, ends_s: per hooked operation.
         overran: emulated instructions for which the CPU was too slow.
         overhead_s: time spent at the beginnings of controllable instructions, emulation not counted.
+        directive: what it is to run as, settled when the GPU gets to it.
+        applied: whether that could be done; where not (yet), full clocks ran instead.
     """
 
     number: int
@@ -49,6 +51,7 @@ class IterationRecord:
     overran: int = 0
     overhead_s: float = 0.0
     directive: Directive = _UNSETTLED
+    applied: bool = True
 
     @property
     def complete(self) -> bool:

@@ -212,6 +212,7 @@ def test_a_plan_that_does_not_fit_is_not_followed(rank: Rank, why: str) -> None:
         finished = rank.iterate()
         assert finished is not None
         assert not finished.record.undisturbed, "it is no iteration under the plan"
+        assert not finished.record.applied
         assert rank.helper.requests() == [None]
     assert not rank.session.closed
     rank.follow(1, first=0)
@@ -243,7 +244,10 @@ def test_an_evaluation_runs_at_full_clocks_and_disturbs(rank: Rank) -> None:
     assert not finished.record.undisturbed
     assert finished.record.number == 2, "an evaluation is no iteration"
     assert rank.helper.requests() == [810, 1410], "the plan goes on after it"
-    assert rank.iterate().record.undisturbed  # type: ignore[union-attr]
+    last = rank.iterate()
+    assert last is not None
+    assert last.record.undisturbed
+    assert last.record.applied
 
 
 def test_an_evaluation_amid_an_iteration_disturbs_that_one_too(rank: Rank) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ class EventLog:
         self.path = output_dir / "events.jsonl"
         self._lock = threading.Lock()
         self._left_bytes = _MAX_BYTES
+        self._begun = False
 
     def write(self, event: str, **facts: Any) -> None:
         """Append one line: `time` (Unix seconds), `event` and the facts."""
@@ -34,8 +36,11 @@ class EventLog:
                 return
             self._left_bytes -= len(line)
             try:
+                # A run that was killed may have left half a line.
+                torn = not self._begun and _ends_in_a_line(self.path)
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(line)
+                    file.write("\n" + line if torn else line)
+                self._begun = True
             except OSError as error:
                 self._left_bytes = 0
                 logger.warning(
@@ -51,3 +56,15 @@ class EventLog:
                     self.path.name,
                     _MAX_BYTES,
                 )
+
+
+def _ends_in_a_line(path: Path) -> bool:
+    """Whether the file's last line has no end."""
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read() != b"\n"
+    except FileNotFoundError:
+        return False

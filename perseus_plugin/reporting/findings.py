@@ -8,12 +8,23 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from perseus_plugin.errors import PerseusError
+from perseus_plugin.reporting.baseline import by_schedule, scaled
 from perseus_plugin.reporting.folder import JobFolder
 from perseus_plugin.reporting.iterations import FULL, PLAN, PROFILING, STRAGGLER, WARM_UP, Stretch
 from perseus_plugin.reporting.lanes import Lanes, full_clock_lanes, planned_lanes, recorded_lanes
+from perseus_plugin.reporting.recorder import MAX_DEVIATIONS
 from perseus_plugin.reporting.records import RankRecord, Series
 from perseus_plugin.reporting.samples import Sample
-from perseus_plugin.reporting.worth import HOURS_PER_YEAR, PerIteration, Projection, Rates, SoFar, project, so_far
+from perseus_plugin.reporting.worth import (
+    HOURS_PER_YEAR,
+    FullClocks,
+    PerIteration,
+    Projection,
+    Rates,
+    SoFar,
+    project,
+    so_far,
+)
 
 if TYPE_CHECKING:
     from perseus_plugin.planning.curve import FrontierCurve
@@ -92,6 +103,7 @@ def find(folder: JobFolder, options: Options | None = None) -> Findings:
     options = options or Options()
     run = folder.series()
     per = per_iteration(folder)
+    full = full_clock_figures(folder, per, run)
     lanes = _lanes(folder)
     projections = []
     if per is not None and folder.world_size:
@@ -109,7 +121,7 @@ def find(folder: JobFolder, options: Options | None = None) -> Findings:
         marks=[] if run is None else marks(run.stretches, folder),
         clocks=folder.pipeline((PLAN, STRAGGLER)),
         per=per,
-        so_far=None if run is None else so_far(run, per),
+        so_far=None if run is None else so_far(run, full),
         projections=projections,
         waiting_j=_waiting(folder, lanes),
         samples=folder.samples_per_iteration(),
@@ -131,11 +143,30 @@ def per_iteration(folder: JobFolder) -> PerIteration | None:
     return None
 
 
+def full_clock_figures(folder: JobFolder, per: PerIteration | None, run: Series | None) -> dict[str, FullClocks]:
+    """What an iteration at full clocks takes in each schedule, as far as known: measured, then by the model."""
+    if per is None or folder.plan is None:
+        return {}
+    measured = FullClocks(per.full_j, per.full_s)
+    of_summary = folder.summary.plan.schedule if folder.summary is not None and folder.summary.plan is not None else ""
+    if of_summary in ("", folder.plan.schedule):
+        full = by_schedule(measured, folder.plan, folder.schedules, folder.survey, folder.profile_scale)
+    else:  # the summary is a little older than the plan
+        full = {of_summary: measured}
+    if run is not None and not any(stretch.sort.schedule for stretch in run.stretches):
+        full[""] = measured  # a record that does not tell schedules
+    return full
+
+
 def _lanes(folder: JobFolder) -> list[Lanes]:
-    plan, profile, graph = folder.plan, folder.profile, folder.graph()
+    plan, graph = folder.plan, folder.graph()
+    profile = None if folder.profile is None else scaled(folder.profile, folder.profile_scale)
     made = []
     if profile is not None and graph is not None:
-        made.append(full_clock_lanes("Full clocks, by the profile", profile, graph))
+        title = "Full clocks, by the profile"
+        if folder.profile_scale != 1:
+            title += f" times {folder.profile_scale:.3g}"
+        made.append(full_clock_lanes(title, profile, graph))
     elif whole := folder.pipeline((FULL,)):
         made.append(recorded_lanes(f"Full clocks, as iteration {whole[0].number} ran", whole, profile, graph))
     if plan is not None:
@@ -163,7 +194,7 @@ def _frontier(folder: JobFolder) -> FrontierCurve | None:
     try:
         planner = Planner(
             graph,
-            survey.profile,
+            scaled(survey.profile, folder.profile_scale),
             blocking_power_w=survey.blocking_power_w,
             full_clock_only=survey.unresolved,
             schedule=plan.schedule,
@@ -196,15 +227,26 @@ def marks(stretches: Sequence[Stretch], folder: JobFolder) -> list[Mark]:
     for event in folder.events:
         if event["event"] in ("report", "detection"):
             who = f"rank {event['rank']}" if "rank" in event else "a rank"
-            said = "is reported slow" if event["event"] == "report" else "is seen to be slow"
-            found.append(Mark(_at(stretches, event["time"]), f"{who} {said}"))
+            said = "is reported" if event["event"] == "report" else "is seen to be"
+            what = "back to normal" if event.get("slowdown") == 1 else "slow"
+            found.append(Mark(_at(stretches, event["time"]), f"{who} {said} {what}"))
     for rank, record in folder.records.items():
         if record.deviations:
             first = record.deviations[0]
             count = len(record.deviations)
-            text = f"rank {rank} capped: {first.read_mhz} MHz where {first.asked_mhz} were asked for ({count} times)"
+            times = f"at least {count} times" if count >= MAX_DEVIATIONS else f"{count} times"
+            text = f"rank {rank} capped: {first.read_mhz} MHz where {first.asked_mhz} were asked for ({times})"
             found.append(Mark(_at(stretches, first.time_s), text))
-    return sorted(found, key=lambda mark: mark.iteration)[:_MAX_MARKS]
+    return _fewer(sorted(found, key=lambda mark: mark.iteration))
+
+
+def _fewer(found: list[Mark]) -> list[Mark]:
+    """The first and the newest ones, and between them how many are left out."""
+    if len(found) <= _MAX_MARKS:
+        return found
+    first, newest = found[: _MAX_MARKS // 2], found[-(_MAX_MARKS // 2) :]
+    left = found[len(first)]
+    return [*first, Mark(left.iteration, f"{len(found) - len(first) - len(newest)} more, left out here"), *newest]
 
 
 def _change(last: Stretch | None, now: Stretch) -> str:
@@ -257,6 +299,12 @@ def origin(folder: JobFolder) -> list[str]:
         said.append(
             f"Estimated from {'the emulated' if folder.emulated else 'those'} counters: energy per instruction in the "
             "profile, with its standard error."
+        )
+    if folder.profile_scale != 1:
+        said.append(
+            f"Instructions were timed again after the profile was written: times and energies of profile.csv are shown "
+            f"times {folder.profile_scale:.3g} in the timeline, as the plan takes them to be; the profile's curves are "
+            "as measured."
         )
     if folder.plan is not None:
         said.append(

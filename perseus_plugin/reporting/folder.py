@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,7 +19,8 @@ from perseus_plugin.planning.curve import FrontierCurve, load_curve
 from perseus_plugin.planning.plan import Plan, load_plan
 from perseus_plugin.profiling.profile import Profile, load_profile
 from perseus_plugin.profiling.reuse import read_survey
-from perseus_plugin.reporting.recorder import FOLDER
+from perseus_plugin.reporting.baseline import full_clocks, scale_to
+from perseus_plugin.reporting.recorder import FOLDER, SCHEDULES
 from perseus_plugin.reporting.records import RankRecord, Series, load_record, series
 from perseus_plugin.reporting.samples import Sample
 from perseus_plugin.schedules import load_streams
@@ -45,6 +47,7 @@ class Columns(_Loose):
 class PlanFigures(_Loose):
     """What the summary says of the plan."""
 
+    schedule: str = ""
     planning_time_s: float
     gap_percent: float
     dropped_plans: int
@@ -107,6 +110,8 @@ class JobFolder:
     Attributes:
         path: of the folder.
         summary, plan, frontier, profile, survey, streams: as far as they are there.
+        profile_scale: what times and energies of the profile have to be multiplied by to be those the plan was made on.
+        schedules: streams of the schedules that ran, by key.
         records: by rank.
         events: lines of events.jsonl.
         missing: what is not there and what a report lacks because of that, for people.
@@ -120,6 +125,8 @@ class JobFolder:
     profile: Profile | None = None
     survey: Survey | None = None
     streams: list[StageStream] | None = None
+    profile_scale: float = 1.0
+    schedules: dict[str, list[StageStream]] = field(default_factory=dict)
     records: dict[int, RankRecord] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -182,9 +189,14 @@ class JobFolder:
         return [by_stage[stage][max(common)] for stage in range(self.stages)] if common else []
 
     def samples_per_iteration(self) -> int | None:
-        """Samples in an iteration, where the framework has told its microbatch size."""
+        """Samples in an iteration, where the framework has told them, or its microbatch size."""
         record = self.records.get(0)
-        if record is None or self.plan is None:
+        if record is None:
+            return None
+        told = record.header.facts.get("samples per iteration", "")
+        if told.isdecimal() and int(told):
+            return int(told)
+        if self.plan is None:
             return None
         size = record.header.facts.get("microbatch size", "")
         replicas = {one.placement.replica for one in self.records.values()}
@@ -218,8 +230,14 @@ def load_folder(path: Path, now_s: float | None = None) -> JobFolder:
     folder.profile = _read(folder, "profile.csv", 0.0, load_profile, "profile curves and frontier")
     kept = _read(folder, "profile.json", 0.0, lambda file: read_survey(file.parent), "the frontier")
     folder.survey = None if kept is None else kept[0]
-    folder.events = _read(folder, "events.jsonl", 0.0, _events, "") or []
-    folder.events = [event for event in folder.events if event["time"] >= started_s]
+    _read_schedules(folder, started_s)
+    events, torn = _read(folder, "events.jsonl", 0.0, _events, "") or ([], 0)
+    folder.events = [event for event in events if event["time"] >= started_s]
+    if torn:
+        folder.missing.append(
+            f"{torn} lines of events.jsonl are no events (a run was killed while it wrote) and left out"
+        )
+    _check_profile(folder)
     _find_missing(folder, time.time() if now_s is None else now_s)
     return folder
 
@@ -253,17 +271,57 @@ def _summary(path: Path) -> Summary:
         raise ReportError(f"{path}: cannot be read: {error}") from error
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
+def _events(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The events, and how many lines are none; what follows the last line end was cut off and is not counted."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end was cut off
-        events = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    except OSError as error:
         raise ReportError(f"{path}: cannot be read: {error}") from error
-    for number, event in enumerate(events, 1):
-        time_s = event.get("time") if isinstance(event, dict) else None
-        if not isinstance(time_s, (int, float)) or not isinstance(event.get("event"), str):
-            raise ReportError(f"{path}: line {number}: is no event")
-    return events
+    lines = [line for line in lines if line]
+    events = [event for line in lines if (event := _event(line)) is not None]
+    return events, len(lines) - len(events)
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    return event if isinstance(event.get("time"), (int, float)) else None
+
+
+def _read_schedules(folder: JobFolder, started_s: float) -> None:
+    for path in sorted((folder.path / FOLDER / SCHEDULES).glob("*.json")):
+        name = str(path.relative_to(folder.path))
+        # Nothing is said of those that an earlier run has left.
+        streams = _read(folder, name, started_s, load_streams, "") if path.stat().st_mtime >= started_s - 1 else None
+        if streams is not None:
+            folder.schedules[unquote(path.stem)] = streams
+
+
+def _check_profile(folder: JobFolder) -> None:
+    """Leave out a profile that is not the plan's: of another model, or of an earlier run."""
+    plan, profile, graph = folder.plan, folder.profile, folder.graph()
+    if plan is None or profile is None:
+        return
+    planned = {(p.instruction.stage, p.instruction.kind) for stage in plan.stages for p in stage}
+    scale: float | None = 1.0
+    if not planned <= set(profile.table):
+        scale = None
+    elif graph is not None and folder.survey is not None:
+        scale = scale_to(plan, graph, folder.survey)
+    elif graph is not None and full_clocks(graph, profile, 0.0).time_s > 1.02 * plan.baseline_time_s:
+        scale = None  # without the constant-time work it can only be shorter
+    if scale is None:
+        folder.profile = folder.survey = None
+        folder.missing.append(
+            "profile.csv is not the profile that plan.json was made on (another model, or an earlier run) and left "
+            "out: profile curves, full clocks in the timeline, energies per instruction"
+        )
+    else:
+        folder.profile_scale = scale
 
 
 def _read_records(folder: JobFolder) -> None:

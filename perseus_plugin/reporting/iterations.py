@@ -25,23 +25,25 @@ class Sort:
         plan: version of the plan, 0 without one.
         clock_mhz: of the profiling sweep, 0 otherwise.
         reason: why at full clocks, for people; else empty.
+        schedule: key of the schedule that ran, empty: not known.
     """
 
     state: str
     plan: int = 0
     clock_mhz: int = 0
     reason: str = ""
+    schedule: str = ""
 
     @classmethod
-    def of(cls, directive: Directive) -> Sort:
-        """The sort of iterations that run as `directive` says."""
+    def of(cls, directive: Directive, schedule: str = "") -> Sort:
+        """The sort of iterations that run this schedule as `directive` says."""
         if isinstance(directive, Sweep):
-            return cls(PROFILING, clock_mhz=directive.frequency_mhz)
+            return cls(PROFILING, clock_mhz=directive.frequency_mhz, schedule=schedule)
         if isinstance(directive, Follow):
-            return cls(STRAGGLER if directive.straggler else PLAN, plan=directive.version)
+            return cls(STRAGGLER if directive.straggler else PLAN, plan=directive.version, schedule=schedule)
         if directive.reason == "warm-up":
-            return cls(WARM_UP)
-        return cls(FULL, reason=directive.reason[:300])
+            return cls(WARM_UP, schedule=schedule)
+        return cls(FULL, reason=directive.reason[:300], schedule=schedule)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +106,10 @@ class Stretch:
             "plan": self.sort.plan,
             "clock_mhz": self.sort.clock_mhz,
             "reason": self.sort.reason,
+            "schedule": self.sort.schedule,
         }
-        usual = {"count": 1, "read": self.count, "longest_s": row["time_s"], "plan": 0, "clock_mhz": 0, "reason": ""}
+        usual = {"count": 1, "read": self.count, "longest_s": row["time_s"], "plan": 0, "clock_mhz": 0}
+        usual |= {"reason": "", "schedule": ""}
         return {name: value for name, value in row.items() if name not in usual or value != usual[name]}
 
 

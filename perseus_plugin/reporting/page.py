@@ -134,8 +134,8 @@ _TIMELINE_TEXT = (
     '<span class="key" style="background:#dfe3e7"></span>waiting. Drag to zoom, double-click to reset.'
 )
 _TRAINING_TEXT = (
-    "Dotted: full clocks. In long runs a point is the mean of several iterations. Energy is shown where every rank "
-    "has a figure."
+    "Dotted: full clocks, in the newest plan's schedule. In long runs a point is the mean of several iterations. "
+    "Energy is shown where every rank has a figure."
 )
 _FRONTIER_TEXT = (
     "The least energy for every iteration time, by the planner from the profile; the bound is exact at the plans and "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from perseus_plugin.reporting.findings import Findings
 from perseus_plugin.reporting.folder import Columns, JobFolder
-from perseus_plugin.reporting.worth import AVERAGE_PUE, HOURS_PER_YEAR, WORLD_INTENSITY_G, Amount, Rates, amount
+from perseus_plugin.reporting.worth import AVERAGE_PUE, HOURS_PER_YEAR, WORLD_INTENSITY_G, Amount, Rates, SoFar, amount
 
 Rows = list[tuple[str, ...]]
 """A table: the head, then the rows."""
@@ -37,9 +37,14 @@ def headline(found: Findings) -> list[tuple[str, str, str]]:
         more = f"{changes:.1f} clock changes per stage"
         cards.append(("plan above the optimum", f"at most {100 * plan.gap:.2f} %", more))
     if run is not None and run.used_j is not None:
-        saved = "" if run.saved_j is None else f"{energy(run.saved_j)} saved under plans"
+        saved = "" if run.saved_j is None else f"{energy(run.saved_j)} saved under plans" + left_out(run)
         cards.append((f"used in {run.iterations:,} iterations", energy(run.used_j), saved))
     return cards
+
+
+def left_out(run: SoFar) -> str:
+    """What is not in the saving; empty for nothing."""
+    return f" ({run.left_out:,} iterations left out: full clocks unknown for their schedule)" if run.left_out else ""
 
 
 def comparison(folder: JobFolder) -> Rows:
@@ -69,7 +74,11 @@ def worth_rows(found: Findings) -> Rows:
     if run is not None and run.used_j is not None:
         rows.append(_worth(f"this run, {run.iterations:,} iterations", amount(run.used_j, rates)))
     if run is not None and run.saved_j is not None:
-        rows.append(_worth("saved under plans", amount(run.saved_j, rates)))
+        rows.append(_worth("saved under plans" + left_out(run), amount(run.saved_j, rates)))
+    stragglers = None if found.folder.summary is None else found.folder.summary.stragglers
+    if stragglers is not None and stragglers.iterations:
+        name = f"saved at a straggler's pace, {stragglers.iterations:,} iterations, estimated"
+        rows.append(_worth(name, amount(stragglers.energy_saved_j, rates)))
     if run is not None and run.profiling_j:
         seconds = "" if run.profiling_s is None else f" ({run.profiling_s:+.1f} s)"
         rows.append(_worth(f"taken more by profiling{seconds}", amount(run.profiling_j, rates)))

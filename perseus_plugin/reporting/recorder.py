@@ -1,12 +1,13 @@
 """Writes a rank's record: its iterations, its clock's deviations, and a few iterations whole.
 
 Runs on the session's own thread. Lines are appended as iterations end, so that a job that dies leaves what it has
-seen; the file is written anew only when it has grown to its limit and neighbours are joined. Nothing here raises: a
-folder that cannot be written is said once, and recording ends.
+seen but for the last seconds; the file is written anew only when it has grown to its limit and neighbours are joined.
+Nothing here raises: a folder that cannot be written, or a fault, is said once, and recording ends.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -16,14 +17,15 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from urllib.parse import quote
 
 from perseus_plugin.control import wire
 from perseus_plugin.files import write_atomically
 from perseus_plugin.instructions import StreamOp
 from perseus_plugin.link import StreamOf
 from perseus_plugin.messages import Placement, PlanPart
-from perseus_plugin.reporting.iterations import IterationLog, Sort, Stretch
+from perseus_plugin.reporting.iterations import FULL, IterationLog, Sort, Stretch
 from perseus_plugin.reporting.samples import (
     ClockRequest,
     Reading,
@@ -39,11 +41,14 @@ from perseus_plugin.timetable import Directive, Follow, Timetable
 logger = logging.getLogger(__name__)
 
 FOLDER = "records"
+SCHEDULES = "schedules"
 RECORD_SCHEMA = "perseus-record"
 RECORD_VERSION = 1
 
 _MAX_STRETCHES = 2000
-_MAX_DEVIATIONS = 200
+MAX_DEVIATIONS = 200
+_MAX_SCHEDULES = 64
+_WRITE_EVERY_S = 2.0
 _ENERGY_PATIENCE = 16  # iterations until an energy that has not come counts as not known
 _EVENTS_TAKE_S = 0.3  # until the helper has told of the last request of an iteration
 
@@ -58,12 +63,37 @@ def samples_path(output_dir: Path, rank: int) -> Path:
     return output_dir / FOLDER / f"rank-{rank}.samples.json"
 
 
+def schedule_path(output_dir: Path, key: str) -> Path:
+    """Where the streams of a schedule stand that a job ran, beside others: its key, as in an address, is the name."""
+    return output_dir / FOLDER / SCHEDULES / f"{quote(key, safe='')}.json"
+
+
 @dataclass(slots=True)
 class _Waiting:
     """An iteration whose energy is still to come."""
 
     stretch: Stretch
     known: bool = False
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _guarded(method: Callable[Concatenate[Recorder, P], R]) -> Callable[Concatenate[Recorder, P], R | None]:
+    """A report is not worth a job's session: an exception ends recording instead."""
+
+    def guarded(self: Recorder, /, *args: P.args, **kwargs: P.kwargs) -> R | None:
+        if not self._on:
+            return None
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            self._end("records of iterations", error)
+            return None
+
+    functools.update_wrapper(guarded, method)
+    return guarded
 
 
 class Recorder:
@@ -108,9 +138,13 @@ class Recorder:
         self._samples = Samples()
         self._pending: deque[tuple[float, Sort, IterationRecord, list[int]]] = deque(maxlen=8)
         self._schedule = ""
+        self._schedules: set[str] = set()
+        self._changed = False  # lines of the file, by joining
+        self._write_due_s = 0.0
 
     # What comes in.
 
+    @_guarded
     def iteration(
         self, directive: Directive, record: IterationRecord, timetable: Timetable, parts: Mapping[int, PlanPart]
     ) -> None:
@@ -122,21 +156,22 @@ class Recorder:
             timetable: in force.
             parts: of the newest plans, by version.
         """
-        if not self._on:
-            return
         time_s = record.end_s - record.begin_s
         if not (math.isfinite(time_s) and time_s > 0):
             return
         begin_s = record.begin_s + self._offset_s
+        part = parts.get(directive.version) if isinstance(directive, Follow) else None
+        sort = _sort_of(directive, record, part)
         self._waiting[record.number] = _Waiting(
-            Stretch.single(record.number, begin_s, time_s, None, Sort.of(directive)),
+            Stretch.single(record.number, begin_s, time_s, None, sort),
             known=not self._measures_energy,
         )
         if record.complete and record.undisturbed and is_sampled(timetable, record.number):
-            part = parts.get(directive.version) if isinstance(directive, Follow) else None
-            asked = asked_clocks_mhz(directive, record, () if part is None else part.clocks_mhz)
-            self._pending.append((time.monotonic() + _EVENTS_TAKE_S, Sort.of(directive), record, asked))
+            followed = record.applied and part is not None
+            asked = asked_clocks_mhz(directive, record, part.clocks_mhz if part is not None and followed else ())
+            self._pending.append((time.monotonic() + _EVENTS_TAKE_S, sort, record, asked))
 
+    @_guarded
     def energy(self, number: int, energy_j: float) -> None:
         """The energy of an iteration is known; before or after `iteration`, in order of the iterations."""
         waiting = self._waiting.get(number)
@@ -145,16 +180,15 @@ class Recorder:
             waiting.stretch = Stretch.single(one.first, one.begin_s, one.time_s, energy_j, one.sort)
             waiting.known = True
 
+    @_guarded
     def helper_event(self, event: wire.Event) -> None:
         """Something the clock helper told."""
-        if not self._on:
-            return
         match event:
             case wire.Applied():
                 self._requests.append(ClockRequest(event.applied_s, event.frequency_mhz or 0))
             case wire.Tick():
                 self._readings.append(Reading(event.time_s, event.clock_mhz, event.energy_j))
-            case wire.Deviation() if len(self._deviations) < _MAX_DEVIATIONS:
+            case wire.Deviation() if len(self._deviations) < MAX_DEVIATIONS:
                 self._deviations.append(
                     _line(
                         {
@@ -168,26 +202,39 @@ class Recorder:
 
     def wants_readings(self, timetable: Timetable, iteration: int) -> bool:
         """Whether the counter shall be polled: the running iteration or the next one is kept whole."""
-        return self._on and any(is_sampled(timetable, number) for number in (iteration, iteration + 1))
+        return bool(self._is_near_sample(timetable, iteration))
 
+    @_guarded
+    def _is_near_sample(self, timetable: Timetable, iteration: int) -> bool:
+        return any(is_sampled(timetable, number) for number in (iteration, iteration + 1))
+
+    @_guarded
     def use_schedule(self, key: str, stream_of: StreamOf, stages: int) -> None:
         """Rank 0: iterations run this schedule from now on."""
-        if not self._on or key == self._schedule:
+        if key == self._schedule:
             return
         self._schedule = key
         streams: list[list[StreamOp]] = [list(stream_of(stage)) for stage in range(stages)]
         self._write("schedule.json", lambda: save_streams(streams, self._output_dir / "schedule.json"))
+        if key not in self._schedules and len(self._schedules) < _MAX_SCHEDULES:
+            self._schedules.add(key)
+            kept = schedule_path(self._output_dir, key)
+            self._write(kept.name, lambda: _save_new(streams, kept))
 
     # What goes out.
 
+    @_guarded
     def step(self, final: bool = False) -> None:
-        """Write what is settled; `final`: everything."""
-        if not self._on:
-            return
-        changed = self._settle(final)
-        path = record_path(self._output_dir, self._rank)
-        self._write(path.name, lambda: self._write_record(path, changed or self._written < 0, final))
-        if self._pending and (final or self._pending[0][0] <= time.monotonic()):
+        """Write what is settled, every few seconds; `final`: everything."""
+        self._changed |= self._settle(final)
+        now_s = time.monotonic()
+        has_sample = bool(self._pending) and (final or self._pending[0][0] <= now_s)
+        if final or has_sample or self._written < 0 or now_s >= self._write_due_s:
+            self._write_due_s = now_s + _WRITE_EVERY_S
+            path = record_path(self._output_dir, self._rank)
+            self._write(path.name, lambda: self._write_record(path, self._changed or self._written < 0, final))
+            self._changed = False
+        if has_sample:
             whole = samples_path(self._output_dir, self._rank)
             self._write(whole.name, lambda: self._write_samples(whole, final))
 
@@ -231,9 +278,31 @@ class Recorder:
     def _write(self, name: str, write: Callable[[], None]) -> None:
         try:
             write()
-        except Exception as error:  # a report is not worth a job's session
+        except Exception as error:
+            self._end(name, error)
+
+    def _end(self, what: str, error: Exception) -> None:
+        if self._on:
             self._on = False
-            logger.warning("cannot write %s: %s; nothing more is recorded, training goes on", name, error)
+            logger.warning(
+                "cannot write %s: %s; nothing more is recorded, training goes on", what, str(error) or repr(error)
+            )
+
+
+def _sort_of(directive: Directive, record: IterationRecord, part: PlanPart | None) -> Sort:
+    """What an iteration really ran as: full clocks where its plan could not be followed."""
+    if record.applied or not isinstance(directive, Follow):
+        return Sort.of(directive, record.schedule)
+    if part is not None and part.schedule != record.schedule:
+        why = f"plan {directive.version} is for another schedule"
+    else:
+        why = f"plan {directive.version} was not there yet"
+    return Sort(FULL, reason=why, schedule=record.schedule)
+
+
+def _save_new(streams: list[list[StreamOp]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_streams(streams, path)
 
 
 def _line(content: Mapping[str, Any]) -> str:

@@ -59,6 +59,7 @@ class _Row(_Strict):
     plan: int = 0
     clock_mhz: int = 0
     reason: str = ""
+    schedule: str = ""
 
     def stretch(self) -> Stretch:
         return Stretch(
@@ -69,7 +70,7 @@ class _Row(_Strict):
             self.time_s if self.longest_s is None else self.longest_s,
             math.nan if self.energy_j is None else self.energy_j,
             self.count if self.read is None else self.read,
-            Sort(self.state, self.plan, self.clock_mhz, self.reason),
+            Sort(self.state, self.plan, self.clock_mhz, self.reason, self.schedule),
         )
 
 

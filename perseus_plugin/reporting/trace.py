@@ -25,6 +25,7 @@ def trace_of(folder: JobFolder) -> dict[str, Any]:
     samples = [sample for record in folder.records.values() for sample in record.samples]
     zero_s = min((_first_s(sample) for sample in samples), default=0.0)
     origins = _origins(folder)
+    of_plan = _versions(folder)
     events: list[Event] = []
     for rank, record in folder.records.items():
         if not record.samples:
@@ -35,7 +36,7 @@ def trace_of(folder: JobFolder) -> dict[str, Any]:
         events += [_meta(rank, thread, "thread_name", name=name) for thread, name in _THREADS.items()]
         for sample in record.samples:
             events += _iteration(rank, sample, zero_s)
-            if sample.state == PLAN and folder.plan is not None and _fits(sample, folder.plan, stage):
+            if sample.state == PLAN and folder.plan is not None and sample.plan in of_plan:
                 origin_s = origins[record.placement.replica, sample.number] - zero_s
                 events += _planned(rank, sample, folder.plan, stage, origin_s)
     return {
@@ -77,10 +78,24 @@ def _iteration(rank: int, sample: Sample, zero_s: float) -> Iterator[Event]:
         yield _counter(rank, "power (W)", begin_s + since_s, round(watts, 1))
 
 
+def _versions(folder: JobFolder) -> set[int]:
+    """Versions of the plan that is in the folder, which does not tell its own: those that every rank ran like it."""
+    if folder.plan is None:
+        return set()
+    fits: dict[int, bool] = {}
+    for record in folder.records.values():
+        for sample in record.samples:
+            if sample.state == PLAN:
+                fits[sample.plan] = fits.get(sample.plan, True) and _fits(sample, folder.plan, record.placement.stage)
+    return {version for version, fit in fits.items() if fit}
+
+
 def _fits(sample: Sample, plan: Plan, stage: int) -> bool:
-    """Whether the plan is of the same instructions; it may be of a later schedule."""
-    ran = [(one.name, one.microbatch, one.chunk) for one in sample.instructions]
-    return ran == [(p.instruction.kind, p.instruction.microbatch, p.instruction.chunk) for p in plan.stages[stage]]
+    """Whether the plan has the same instructions at the same clocks; it may be a later one."""
+    ran = [(one.name, one.microbatch, one.chunk, one.asked_mhz) for one in sample.instructions]
+    return stage < len(plan.stages) and ran == [
+        (p.instruction.kind, p.instruction.microbatch, p.instruction.chunk, p.frequency_mhz) for p in plan.stages[stage]
+    ]
 
 
 def _planned(rank: int, sample: Sample, plan: Plan, stage: int, origin_s: float) -> Iterator[Event]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from perseus_plugin.errors import ConfigError
-from perseus_plugin.reporting.iterations import PLAN, PROFILING, STRAGGLER, Stretch
+from perseus_plugin.reporting.iterations import PLAN, PROFILING, Stretch
 from perseus_plugin.reporting.records import Series
 
 WORLD_INTENSITY_G = 445.0
@@ -95,7 +95,9 @@ class SoFar:
         iterations: recorded ones.
         hours: they took.
         used_j: energy of all GPUs.
-        saved_j: under plans, against the same number of iterations at full clocks.
+        saved_j: under plans, against the same number of iterations of the same schedule at full clocks. Iterations at
+            a straggler's pace are not in it: what full clocks would have taken then was not measured.
+        left_out: iterations under plans that are not in `saved_j`, as full clocks are not known for their schedule.
         profiling_j: what profiling took more than full clocks, negative: less.
         profiling_s: the same for time.
     """
@@ -104,31 +106,56 @@ class SoFar:
     hours: float
     used_j: float | None
     saved_j: float | None
+    left_out: int
     profiling_j: float | None
     profiling_s: float | None
 
 
-def so_far(run: Series, full: PerIteration | None) -> SoFar:
+@dataclass(frozen=True, slots=True)
+class FullClocks:
+    """Energy and time of an iteration of the whole job at full clocks, in one schedule."""
+
+    energy_j: float
+    time_s: float
+
+
+def so_far(run: Series, full: Mapping[str, FullClocks]) -> SoFar:
     """Add up what was recorded.
 
     Args:
         run: the job's iterations.
-        full: what an iteration at full clocks takes; None: not known.
+        full: what an iteration at full clocks takes, by schedule as far as known.
     """
     pairs = list(zip(run.stretches, run.energy_j.tolist(), strict=True))
-    iterations = sum(stretch.count for stretch, _ in pairs)
     seconds = math.fsum(stretch.count * stretch.time_s for stretch, _ in pairs)
-    planned, profiled = run.of(PLAN, STRAGGLER), run.of(PROFILING)
-    if full is None:
-        return SoFar(iterations, seconds / 3600, _total(pairs), None, None, None)
+    planned, profiled = run.of(PLAN), run.of(PROFILING)
+    left_out = sum(stretch.count for stretch, _ in planned if stretch.sort.schedule not in full)
+    extra_j = _against(full, profiled)
     return SoFar(
-        iterations,
-        seconds / 3600,
-        _total(pairs),
-        _total([(stretch, full.full_j - energy_j) for stretch, energy_j in planned]),
-        _total([(stretch, energy_j - full.full_j) for stretch, energy_j in profiled]),
-        math.fsum(stretch.count * (stretch.time_s - full.full_s) for stretch, _ in profiled),
+        iterations=sum(stretch.count for stretch, _ in pairs),
+        hours=seconds / 3600,
+        used_j=_total(pairs),
+        saved_j=_negative(_against(full, planned)),
+        left_out=left_out if full else 0,
+        profiling_j=extra_j,
+        profiling_s=None
+        if extra_j is None
+        else math.fsum(
+            stretch.count * (stretch.time_s - full[stretch.sort.schedule].time_s)
+            for stretch, _ in profiled
+            if stretch.sort.schedule in full
+        ),
     )
+
+
+def _against(full: Mapping[str, FullClocks], pairs: Sequence[tuple[Stretch, float]]) -> float | None:
+    """What these took more than full clocks, where those are known; None where that holds for none of them."""
+    known = [(s, energy_j - full[s.sort.schedule].energy_j) for s, energy_j in pairs if s.sort.schedule in full]
+    return _total(known) if known or (full and not pairs) else None
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else -value
 
 
 def _total(pairs: Sequence[tuple[Stretch, float]]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,11 @@ def kept_whole(folder: Path) -> bool:
     return (folder / "plan.json").exists() and bool(load_folder(folder).pipeline(("plan",)))
 
 
+def has_figures(folder: Path) -> bool:
+    summary = load_folder(folder).summary
+    return summary is not None and None not in (summary.energy_j.full_clock, summary.energy_j.predicted)
+
+
 def test_a_job_is_reported_on_while_it_runs_and_after_it_was_killed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     config = {**BASE_CONFIG, "perseus": perseus_block(out, STAGES)}
@@ -40,13 +46,18 @@ def test_a_job_is_reported_on_while_it_runs_and_after_it_was_killed(tmp_path: Pa
         said = report(out, "--no-html")
         assert "plan 1" in said
         assert "report.html" not in {path.name for path in out.iterdir()}
+        assert wait_until(lambda: has_figures(out), timeout_s=120, interval_s=0.5)
         os.killpg(job.pid, signal.SIGKILL)
         job.wait()
     said = report(out)
     assert (out / "report.html").exists()
-    assert "energy saved" in said or "summary.json is not there" in said
+    assert re.search(r"energy saved, (as run|predicted): -?[\d.]+ % \([\d,]+ J → [\d,]+ J per iteration\)", said), said
+    assert re.search(r"used in [\d,]+ iterations: \S+ k?(J|Wh) \(-?\S+ k?(J|Wh) saved under plans\)", said), said
     found = find(load_folder(out, now_s=time.time() + 3600), Options(frontier=False))
     assert any("it has probably died" in text for text in found.folder.missing)
     assert found.series is not None
+    assert found.so_far is not None
+    assert found.so_far.saved_j is not None
+    assert found.so_far.left_out == 0
     assert {"warm-up", "profiling", "plan"} <= {stretch.sort.state for stretch in found.series.stretches}
     assert found.lanes[-1].title.startswith("Plan, as iteration")

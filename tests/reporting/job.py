@@ -197,7 +197,8 @@ class Job:
         if is_sampled(self.timetable, record.number):
             for event in self._events(where, record, rows, used_j, isinstance(directive, FullClock)):
                 recorder.helper_event(event)
-        recorder.iteration(directive, record, self.timetable, {1: self.parts[where.stage]})
+        part = self.parts[where.stage]
+        recorder.iteration(directive, record, self.timetable, {part.version: part})
         sorts: list[str] = []
         if isinstance(directive, Follow) and record.undisturbed:
             sorts = [PLAN]

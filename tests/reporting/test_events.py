@@ -29,6 +29,16 @@ def test_one_line_per_event_with_its_time(tmp_path: Path) -> None:
     assert lines == [{"event": "report", "rank": 5, "slowdown": 1.25}, {"event": "switch", "iteration": 7}]
 
 
+def test_what_a_killed_run_left_of_a_line_takes_none_with_it(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"time": 1.0, "event": "report"}\n{"time": 2.0, "ev')
+    log = EventLog(tmp_path)
+    log.write("report", rank=5)
+    log.write("switch")
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert lines[1] == '{"time": 2.0, "ev'
+    assert [json.loads(line)["event"] for line in lines[2:]] == ["report", "switch"]
+
+
 def test_a_file_that_cannot_be_written_is_said_once(tmp_path: Path, heard: pytest.LogCaptureFixture) -> None:
     log = EventLog(tmp_path / "missing")
     for _ in range(3):

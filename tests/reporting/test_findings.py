@@ -2,18 +2,22 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from perseus_plugin.control import wire
+from perseus_plugin.profiling.profile import Profile
+from perseus_plugin.profiling.reuse import save_survey
 from perseus_plugin.reporting.findings import Options, find
 from perseus_plugin.reporting.folder import ReportError, load_folder
+from perseus_plugin.reporting.page import page
 from perseus_plugin.reporting.phrases import comparison, energy, headline, job_line, rates_line, worth_rows
 from perseus_plugin.reporting.worth import Rates
 from perseus_plugin.timetable import Follow, FullClock
 
-from .job import Job
+from .job import STEP_S, Job
 
 
 @pytest.fixture
@@ -168,3 +172,113 @@ def test_the_frontier_that_the_job_has_left_is_taken_if_it_is_of_its_plan(job: J
     (job.folder / "frontier.json").write_text("{")
     with pytest.raises(ReportError, match=r"frontier\.json"):
         load_folder(job.folder)
+
+
+def _events(job: Job, *rows: dict[str, object]) -> dict[str, int]:
+    text = "".join(json.dumps({"time": time.time() + 5, **row}) + "\n" for row in rows)
+    (job.folder / "events.jsonl").write_text(text)
+    return {mark.text: mark.iteration for mark in find(load_folder(job.folder), Options(frontier=False)).marks}
+
+
+def test_what_ends_a_straggler_is_told_as_a_recovery(job: Job) -> None:
+    told = _events(
+        job,
+        {"event": "detection", "rank": 1, "slowdown": 1.2},
+        {"event": "detection", "rank": 1, "slowdown": 1.0},
+        {"event": "report", "rank": 0, "slowdown": 1.5},
+        {"event": "report", "rank": 0, "slowdown": 1.0},
+        {"event": "report", "rank": 2, "iteration_time_s": 3.0},
+    )
+    assert {text for text in told if "rank" in text} == {
+        "rank 1 is seen to be slow",
+        "rank 1 is seen to be back to normal",
+        "rank 0 is reported slow",
+        "rank 0 is reported back to normal",
+        "rank 2 is reported slow",
+    }
+
+
+def test_of_many_marks_the_first_and_the_newest_are_told(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out").planned()
+    for turn in range(30):
+        job.timetable = job.timetable.switched(job.number, FullClock(f"reason {turn}"))
+        job.iterate(1)
+        job.timetable = job.timetable.switched(job.number, Follow(1))
+        job.iterate(1)
+    job.finished()
+    told = find(load_folder(job.folder), Options(frontier=False)).marks
+    assert len(told) == 41
+    assert (told[0].text, told[-1].text) == ("profiling", "plan 1")
+    assert told[-2].text == "full clocks: reason 29"
+    assert told[20].text == "23 more, left out here"
+    assert [mark.iteration for mark in told] == sorted(mark.iteration for mark in told)
+
+
+def test_more_deviations_than_are_kept_are_told_as_such(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out").planned()
+    seen = job.records[1, job.plan_from]
+    for _ in range(300):
+        job.recorders[1].helper_event(wire.Deviation(seen.begin_s + 0.01, 1110, 900))
+    told = [mark.text for mark in find(load_folder(job.finished().folder), Options(frontier=False)).marks]
+    assert "rank 1 capped: 900 MHz where 1110 were asked for (at least 200 times)" in told
+
+
+def test_what_was_saved_at_a_stragglers_pace_stands_beside(job: Job) -> None:
+    path = job.folder / "summary.json"
+    content = json.loads(path.read_text())
+    content["stragglers"] = {"iterations": 7, "energy_saved_j": 123.0}
+    path.write_text(json.dumps(content))
+    rows = {row[0]: row[1] for row in worth_rows(find(load_folder(job.folder), Options(frontier=False)))}
+    assert rows["saved at a straggler's pace, 7 iterations, estimated"] == "123 J"
+
+
+def test_full_clocks_are_scaled_where_instructions_were_timed_again(job: Job) -> None:
+    table = {
+        key: tuple(replace(m, time_s=m.time_s / 1.25, energy_j=m.energy_j / 1.25) for m in rows)
+        for key, rows in job.profile.table.items()
+    }
+    save_survey(replace(job.survey, profile=Profile(table)), {}, job.folder)
+    found = find(load_folder(job.folder))
+    assert found.lanes[0].title == "Full clocks, by the profile times 1.25"
+    assert found.lanes[0].end_s == pytest.approx(job.plan.baseline_time_s - STEP_S, rel=1e-4)
+    assert any("were timed again" in text and "times 1.25" in text for text in found.origin)
+    assert found.frontier is not None
+    assert found.frontier.baseline_energy_j == pytest.approx(job.plan.baseline_energy_j, rel=1e-4)
+
+
+def test_without_its_profile_a_job_is_told_all_the_same(job: Job) -> None:
+    (job.folder / "profile.json").unlink()
+    text = (job.folder / "profile.csv").read_text().replace("backward", "recompute")
+    (job.folder / "profile.csv").write_text(text)
+    found = find(load_folder(job.folder))
+    assert found.lanes[0].title.startswith("Full clocks, as iteration")
+    assert found.frontier is None
+    assert len(found.folder.missing) == 2  # profile.json, and profile.csv, which is another's
+
+
+def test_a_schedule_that_changes_is_compared_with_its_own_full_clocks(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out").planned(6)
+    longer = Job(tmp_path / "longer", microbatches=12)
+    for number in range(job.number, job.number + 8):
+        for recorder, account in zip(job.recorders, job.accounts, strict=True):
+            seen = replace(job.records[0, job.number - 1], number=number, schedule="longer")
+            recorder.iteration(Follow(2), seen, job.timetable, {})
+            recorder.energy(number, longer.plan.energy_j / 2)
+            account.add(number, [], 0.1)
+    job.recorders[0].use_schedule("longer", longer.streams.__getitem__, 2)
+    job.finished()
+    (job.folder / "schedule.json").write_text((job.folder / "records/schedules/1F1B.json").read_text())
+    found = find(load_folder(job.folder), Options(frontier=False))
+    assert found.per is not None
+    assert found.so_far is not None
+    scale = found.per.full_j / job.plan.baseline_energy_j
+    expected = 6 * (found.per.full_j - found.per.plan_j)
+    expected += 8 * (scale * longer.plan.baseline_energy_j - longer.plan.energy_j)
+    assert found.so_far.saved_j == pytest.approx(expected, rel=1e-3)
+    (job.folder / "records/schedules/longer.json").unlink()
+    found = find(load_folder(job.folder), Options(frontier=False))
+    assert found.so_far is not None
+    assert found.so_far.left_out == 8
+    assert any("8 iterations left out" in row[0] for row in worth_rows(found))
+    assert any("8 iterations left out" in more for _, _, more in headline(found))
+    assert "8 iterations left out" in page(found)

@@ -6,11 +6,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from perseus_plugin.errors import PerseusError, ReportError
+from perseus_plugin.profiling.profile import Profile
+from perseus_plugin.profiling.reuse import save_survey
 from perseus_plugin.reporting.folder import load_folder, state_of
 from perseus_plugin.reporting.recorder import record_path, samples_path
 
@@ -204,9 +207,79 @@ def test_events_of_this_run_are_read(job: Job) -> None:
     rows = [{"time": 5.0, "event": "report", "rank": 1}, {"time": now_s, "event": "detection", "rank": 0}]
     (job.folder / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"tim')
     assert [event["event"] for event in load_folder(job.folder).events] == ["detection"]
-    (job.folder / "events.jsonl").write_text("[]\n")
-    with pytest.raises(ReportError, match=r"events\.jsonl: line 1"):
-        load_folder(job.folder)
+
+
+def test_lines_that_are_no_events_are_counted_and_left_out(job: Job) -> None:
+    event = json.dumps({"time": time.time() + 1, "event": "detection", "rank": 0}) + "\n"
+    (job.folder / "events.jsonl").write_text('{"time": 17, "ev' + event + "[]\n" + event + '{"time": "x"}\n')
+    folder = load_folder(job.folder)
+    assert [one["event"] for one in folder.events] == ["detection"]
+    assert [text for text in folder.missing if "events.jsonl" in text] == [
+        "3 lines of events.jsonl are no events (a run was killed while it wrote) and left out"
+    ]
+
+
+def _times(job: Job, factor: float, kinds: dict[str, str] | None = None) -> None:
+    """Another profile.csv: all times and energies times a factor, or other names of kinds."""
+    table = {
+        (stage, (kinds or {}).get(kind, kind)): tuple(
+            replace(m, time_s=m.time_s * factor, energy_j=m.energy_j * factor) for m in rows
+        )
+        for (stage, kind), rows in job.profile.table.items()
+    }
+    save_survey(replace(job.survey, profile=Profile(table)), {}, job.folder)
+
+
+def test_a_profile_that_was_scaled_since_is_recognised(job: Job) -> None:
+    _times(job, 1 / 1.1)
+    folder = load_folder(job.folder)
+    assert folder.missing == []
+    assert folder.profile_scale == pytest.approx(1.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.4, 3.0, 1000.0])
+def test_a_profile_of_another_model_is_left_out(job: Job, factor: float) -> None:
+    _times(job, factor)
+    folder = load_folder(job.folder)
+    assert (folder.profile, folder.survey, folder.profile_scale) == (None, None, 1.0)
+    assert any("profile.csv is not the profile that plan.json was made on" in text for text in folder.missing)
+
+
+def test_a_profile_with_other_energies_is_left_out(job: Job) -> None:
+    """A scale can make its times fit; its energies tell."""
+    rows = ((stage, kind, replace(m, time_s=m.time_s / 1.2)) for stage, kind, m in job.profile.rows())
+    save_survey(replace(job.survey, profile=Profile.from_rows(rows)), {}, job.folder)
+    assert load_folder(job.folder).profile is None
+
+
+def test_a_profile_without_the_plans_instructions_is_left_out(job: Job) -> None:
+    _times(job, 1.0, {"backward": "recompute"})
+    folder = load_folder(job.folder)
+    assert folder.profile is None
+    assert len(folder.missing) == 1
+
+
+def test_a_profile_alone_is_checked_as_far_as_it_can_be(job: Job) -> None:
+    (job.folder / "profile.json").unlink()
+    assert load_folder(job.folder).profile is not None
+    _times(job, 1.5)
+    (job.folder / "profile.json").unlink()
+    assert load_folder(job.folder).profile is None
+
+
+def test_schedules_that_ran_are_read_by_their_key(job: Job) -> None:
+    job.recorders[0].use_schedule("Train/2x4", job.streams.__getitem__, job.stages)
+    folder = load_folder(job.folder)
+    assert sorted(folder.schedules) == ["1F1B"]
+    made = Job(job.folder.parent / "other").planned()
+    made.recorders[0].use_schedule("Train/2x4", job.streams.__getitem__, job.stages)
+    assert sorted(load_folder(made.finished().folder).schedules) == ["1F1B", "Train/2x4"]
+
+
+def test_samples_per_iteration_may_be_told(tmp_path: Path) -> None:
+    facts = {"microbatch size": "3", "samples per iteration": "96"}
+    job = Job(tmp_path / "out", facts=facts, silent=(1,)).planned().finished()
+    assert load_folder(job.folder).samples_per_iteration() == 96
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:

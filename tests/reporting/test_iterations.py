@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -29,6 +30,7 @@ def one(number: int, time_s: float = 1.0, energy_j: float | None = 10.0, sort: S
 )
 def test_what_an_iteration_ran_as(directive: Directive, sort: Sort) -> None:
     assert Sort.of(directive) == sort
+    assert Sort.of(directive, "1F1B") == replace(sort, schedule="1F1B")
 
 
 def test_joined_stretches_hold_means_over_what_is_known() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from perseus_plugin.control import wire
+from perseus_plugin.messages import PlanPart
 from perseus_plugin.reporting import recorder as recorder_module
-from perseus_plugin.reporting.recorder import Recorder, record_path, samples_path
+from perseus_plugin.reporting.iterations import FULL, PLAN, Sort
+from perseus_plugin.reporting.recorder import Recorder, record_path, samples_path, schedule_path
 from perseus_plugin.reporting.records import load_record
 from perseus_plugin.schedules import load_streams
 from perseus_plugin.timetable import Follow, FullClock, Round, Timetable
@@ -31,6 +33,12 @@ def run(made: Recorder, first: int, count: int, *, energies: bool = True, table:
         if energies:
             made.energy(number, 10.0 + number)
         made.step()
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step writes."""
+    monkeypatch.setattr(recorder_module, "_WRITE_EVERY_S", 0.0)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -115,7 +123,7 @@ def test_samples_hold_what_the_helper_told(tmp_path: Path) -> None:
 
 
 def test_deviations_are_recorded_up_to_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder_module, "_MAX_DEVIATIONS", 3)
+    monkeypatch.setattr(recorder_module, "MAX_DEVIATIONS", 3)
     made = recorder(tmp_path)
     for number in range(9):
         made.helper_event(wire.Deviation(50.0 + number, 1110, 900))
@@ -161,6 +169,92 @@ def test_a_folder_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: py
     made.step(final=True)
     assert [message for message in caplog.messages if "nothing more is recorded" in message] == caplog.messages
     assert len(caplog.messages) == 1
+
+
+def test_iterations_that_could_not_follow_their_plan_ran_at_full_clocks(tmp_path: Path) -> None:
+    made = recorder(tmp_path)
+    part = PlanPart(version=1, schedule="other", clocks_mhz=(810, 810), times_s=(0.01, 0.02))
+    seen_parts: list[dict[int, PlanPart]] = [{1: part}, {}, {1: part.model_copy(update={"schedule": "1F1B"})}]
+    for number, parts in enumerate(seen_parts, 4):
+        seen = record(number, begin_s=100.0 + number)
+        seen.applied = number == 6
+        made.iteration(Follow(1), seen, TABLE, parts)
+    made.step(final=True)
+    read = load_record(tmp_path, 1)
+    assert [stretch.sort for stretch in read.stretches] == [
+        Sort(FULL, reason="plan 1 is for another schedule", schedule="1F1B"),
+        Sort(FULL, reason="plan 1 was not there yet", schedule="1F1B"),
+        Sort(PLAN, plan=1, schedule="1F1B"),
+    ]
+    assert [(s.state, s.operations[1].asked_mhz) for s in read.samples] == [("plan", 810)]
+
+
+def test_a_sample_of_a_plan_that_was_not_followed_asked_for_no_clock(tmp_path: Path) -> None:
+    made = recorder(tmp_path)
+    seen = record(6, begin_s=106.0)
+    seen.applied = False
+    part = PlanPart(version=1, schedule="other", clocks_mhz=(810, 810), times_s=(0.01, 0.02))
+    made.iteration(Follow(1), seen, TABLE, {1: part})
+    made.step(final=True)
+    (sample,) = load_record(tmp_path, 1).samples
+    assert sample.state == "full"
+    assert {one.asked_mhz for one in sample.operations} == {0}
+
+
+def test_lines_are_written_every_few_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "_WRITE_EVERY_S", 3600.0)
+    monkeypatch.setattr(recorder_module, "_MAX_STRETCHES", 8)
+    made = recorder(tmp_path)
+    made.step()
+    assert len(lines(tmp_path)) == 1, "the header is written at once"
+    run(made, 0, 50)  # neighbours are joined meanwhile
+    assert len(lines(tmp_path)) == 1
+    made.step(final=True)
+    assert sum(stretch.count for stretch in load_record(tmp_path, 1).stretches) == 50
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("iteration", (FullClock("planning"), None, TABLE, {})),
+        ("energy", ([], 1.0)),
+        ("helper_event", (wire.Deviation(None, 1, 1),)),  # type: ignore[arg-type]
+        ("wants_readings", (None, 1)),
+        ("use_schedule", ("key", None, 2)),
+    ],
+)
+def test_a_fault_ends_recording_with_one_line_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, arguments: tuple[Any, ...]
+) -> None:
+    caplog.set_level(logging.WARNING, "perseus_plugin")
+    made = recorder(tmp_path)
+    assert not getattr(made, name)(*arguments)
+    assert not getattr(made, name)(*arguments)
+    run(made, 0, 3)
+    assert len(caplog.messages) == 1
+    assert "nothing more is recorded, training goes on" in caplog.messages[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_in_writing_ends_recording_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.WARNING, "perseus_plugin")
+    made = recorder(tmp_path)
+    monkeypatch.setattr(made, "_settle", lambda final: 1 // 0)
+    made.step()
+    made.step(final=True)
+    assert len(caplog.messages) == 1
+
+
+def test_every_schedule_that_ran_is_kept(tmp_path: Path) -> None:
+    made = recorder(tmp_path)
+    for key, microbatches in (("Train/2x3", 3), ("Train/2x5", 5), ("Train/2x3", 3)):
+        made.use_schedule(key, stream_of(2, microbatches), 2)
+    for key, microbatches in (("Train/2x3", 3), ("Train/2x5", 5)):
+        kept = load_streams(schedule_path(tmp_path, key))
+        assert kept == [list(stream_of(2, microbatches)(stage)) for stage in range(2)]
+    assert load_streams(tmp_path / "schedule.json") == load_streams(schedule_path(tmp_path, "Train/2x3"))
 
 
 def test_an_iteration_without_an_end_is_left_out(tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from perseus_plugin.planning.plan import save_plan
 from perseus_plugin.reporting.folder import load_folder
 from perseus_plugin.reporting.trace import PLANNED, RAN, trace_of
+from perseus_plugin.timetable import Follow
 
 from .job import Job
 
@@ -156,6 +159,31 @@ def test_clocks_and_power_are_counters(trace: Trace, job: Job) -> None:
         assert read == [r.clock_mhz for s in record.samples for r in s.readings]
         assert len(power) == len(read) - len(record.samples)
         assert all(50 < watts < 500 for watts in power)
+
+
+def test_rows_of_an_earlier_plan_are_left_out(tmp_path: Path) -> None:
+    """plan.json is the newest plan; iterations under the one before ran at other clocks."""
+    job = Job(tmp_path / "out").planned()
+    earlier = job.number
+    clocks = [row[0].frequency_mhz for row in job.plan.stages]
+    changed = {1110: 810, 810: 1110, 1410: 1110}
+    stages = tuple(
+        tuple(replace(one, frequency_mhz=changed[one.frequency_mhz]) if stage == 1 else one for one in row)
+        for stage, row in enumerate(job.plan.stages)
+    )
+    job.plan = replace(job.plan, stages=stages)
+    assert clocks != [row[0].frequency_mhz for row in stages]
+    job.parts = [
+        part.model_copy(update={"version": 2, "clocks_mhz": tuple(job.plan.clocks_mhz(stage))})
+        for stage, part in enumerate(job.parts)
+    ]
+    save_plan(job.plan, job.folder / "plan.json")
+    job.timetable = job.timetable.switched(job.number, Follow(2))
+    job.iterate(4)
+    made = trace_of(load_folder(job.finished().folder))
+    drawn = [e for e in made["traceEvents"] if e["ph"] == "X" and e["tid"] == PLANNED]
+    assert {event["pid"] for event in drawn} == {0, 1}
+    assert {event["args"]["iteration"] for event in drawn} == {earlier + 2}
 
 
 def test_a_plan_of_another_schedule_is_left_out(tmp_path: Path, job: Job) -> None:

@@ -6,19 +6,22 @@ import numpy as np
 import pytest
 
 from perseus_plugin.errors import ConfigError
-from perseus_plugin.reporting.iterations import FULL, PLAN, PROFILING, WARM_UP, Sort, Stretch
+from perseus_plugin.reporting.iterations import FULL, PLAN, PROFILING, STRAGGLER, WARM_UP, Sort, Stretch
+from perseus_plugin.reporting.phrases import left_out
 from perseus_plugin.reporting.records import Series
-from perseus_plugin.reporting.worth import PerIteration, Rates, amount, project, so_far
+from perseus_plugin.reporting.worth import FullClocks, PerIteration, Rates, amount, project, so_far
 
 KWH = 3.6e6
 PER = PerIteration(full_j=1000.0, full_s=2.0, plan_j=800.0, plan_s=2.5, predicted=False)
+FULL_OF = {"a": FullClocks(1000.0, 2.0)}
 
 
-def run(*parts: tuple[str, int, float, float]) -> Series:
-    """(state, iterations, time, energy) one after another."""
+def run(*parts: tuple[str, int, float, float], schedules: str = "") -> Series:
+    """(state, iterations, time, energy) one after another; a letter each names their schedules, "a" for all without."""
     stretches, first = [], 0
-    for state, count, time_s, energy_j in parts:
-        stretches.append(Stretch(first, count, 0.0, time_s, time_s, energy_j, count, Sort(state)))
+    for (state, count, time_s, energy_j), schedule in zip(parts, schedules or "a" * len(parts), strict=True):
+        sort = Sort(state, schedule=schedule)
+        stretches.append(Stretch(first, count, 0.0, time_s, time_s, energy_j, count, sort))
         first += count
     return Series(stretches, np.array([energy_j for *_, energy_j in parts]))
 
@@ -58,7 +61,7 @@ def test_rates_that_cannot_be_are_refused(values: dict[str, float], message: str
 
 
 def test_a_run_adds_up() -> None:
-    told = so_far(run((WARM_UP, 2, 2.0, 900.0), (PROFILING, 10, 3.0, 950.0), (PLAN, 20, 2.5, 800.0)), PER)
+    told = so_far(run((WARM_UP, 2, 2.0, 900.0), (PROFILING, 10, 3.0, 950.0), (PLAN, 20, 2.5, 800.0)), FULL_OF)
     assert told.iterations == 32
     assert told.hours == pytest.approx((4 + 30 + 50) / 3600)
     assert told.used_j == pytest.approx(2 * 900 + 10 * 950 + 20 * 800)
@@ -68,16 +71,41 @@ def test_a_run_adds_up() -> None:
 
 
 def test_iterations_without_a_figure_count_as_the_others_do() -> None:
-    told = so_far(run((PLAN, 1, 2.5, math.nan), (PLAN, 3, 2.5, 800.0)), PER)
+    told = so_far(run((PLAN, 1, 2.5, math.nan), (PLAN, 3, 2.5, 800.0)), FULL_OF)
     assert told.used_j == pytest.approx(3200)
     assert told.saved_j == pytest.approx(800)
 
 
 def test_what_is_not_known_is_not_told() -> None:
-    told = so_far(run((FULL, 3, 2.0, math.nan)), PER)
+    told = so_far(run((FULL, 3, 2.0, math.nan)), FULL_OF)
     assert told.used_j is None
     assert told.saved_j == 0.0
-    assert so_far(run((PLAN, 3, 2.0, 5.0)), None).saved_j is None
+    assert so_far(run((PLAN, 3, 2.0, 5.0)), {}).saved_j is None
+
+
+def test_each_schedule_is_compared_with_its_own_full_clocks() -> None:
+    ramped = run((PLAN, 100, 1.0, 1000.0), (PLAN, 100, 3.0, 3600.0), schedules="ab")
+    both = {"a": FullClocks(1100.0, 1.0), "b": FullClocks(4200.0, 3.0)}
+    assert so_far(ramped, both).saved_j == pytest.approx(70e3)
+    assert so_far(ramped, both).left_out == 0
+    told = so_far(ramped, {"a": both["a"]})
+    assert told.saved_j == pytest.approx(10e3)
+    assert told.left_out == 100
+    assert left_out(told) == " (100 iterations left out: full clocks unknown for their schedule)"
+    assert so_far(ramped, {"c": both["a"]}).saved_j is None
+
+
+def test_profiling_is_compared_with_its_own_schedules_full_clocks() -> None:
+    full = {"a": FullClocks(1000.0, 1.0), "b": FullClocks(4000.0, 3.0)}
+    told = so_far(run((PROFILING, 2, 1.5, 900.0), (PROFILING, 3, 4.0, 4100.0), schedules="ab"), full)
+    assert told.profiling_j == pytest.approx(2 * -100 + 3 * 100)
+    assert told.profiling_s == pytest.approx(2 * 0.5 + 3 * 1.0)
+
+
+def test_a_stragglers_pace_is_not_compared_with_healthy_full_clocks() -> None:
+    told = so_far(run((PLAN, 10, 2.5, 800.0), (STRAGGLER, 10, 4.0, 1300.0)), FULL_OF)
+    assert told.saved_j == pytest.approx(2000.0)
+    assert told.used_j == pytest.approx(21000.0)
 
 
 def test_a_projection_does_the_iterations_that_the_plan_does_in_that_time() -> None:

@@ -148,8 +148,13 @@ def _scaled(value: float | None, factor: float | None) -> float | None:
 
 
 def _saving(reference: float | None, value: float | None) -> float | None:
-    return None if reference is None or reference <= 0 or value is None else 100 * (1 - value / reference)
+    return _finite(None if reference is None or reference <= 0 or value is None else 100 * (1 - value / reference))
 
 
 def _excess(reference: float | None, value: float | None) -> float | None:
-    return None if reference is None or reference <= 0 or value is None else 100 * (value / reference - 1)
+    return _finite(None if reference is None or reference <= 0 or value is None else 100 * (value / reference - 1))
+
+
+def _finite(percent: float | None) -> float | None:
+    """A reference next to nothing has no percentage, and JSON no infinity."""
+    return percent if percent is not None and math.isfinite(percent) else None

@@ -158,7 +158,7 @@ def test_the_timeline_has_a_bar_per_instruction(page: Shown, found: Findings) ->
 
 def test_the_frontier_has_its_points(page: Shown, found: Findings) -> None:
     assert found.frontier is not None
-    samples = len(found.frontier.points)
+    samples = len(found.frontier.samples)
     lengths = {trace["name"]: trace["length"] for trace in page.data("frontier")}
     assert lengths["lower bound"] == lengths["plans"] == samples
     assert lengths["full clocks"] == lengths["the job's plan"] == 1
@@ -181,7 +181,7 @@ def test_pointing_at_a_bar_tells_its_values(page: Shown, found: Findings) -> Non
 def test_pointing_at_a_plan_of_the_frontier_tells_its_values(page: Shown, found: Findings) -> None:
     assert found.frontier is not None
     label = page.hover("#figure-frontier .scatterlayer .trace:nth-child(2) .point:last-child")
-    assert f"{found.frontier.points[-1].plan.energy_j:.1f} J" in label.replace(",", "").replace("−", "-")
+    assert f"{found.frontier.samples[-1].energy_j:.1f} J" in label.replace(",", "").replace("−", "-")
 
 
 def test_labels_stay_apart(page: Shown) -> None:

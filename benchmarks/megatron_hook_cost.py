@@ -39,7 +39,7 @@ from perseus_plugin.control.boundaries import HostBoundaries
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.controller import ClockRequests, Controller
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from perseus_plugin.integrations.megatron import _hooked, shape_of
+from perseus_plugin.integrations.megatron import put_around, shape_of
 from perseus_plugin.integrations.megatron_hooks import Hooks, Schedule
 from perseus_plugin.tap import InstructionTap, IterationRecord, hooked_operations
 
@@ -159,7 +159,10 @@ def main() -> None:
     chunks = [model()]
 
     def iteration(job: BareJob | None) -> float:
-        hooks: Hooks | None = None if job is None else _hooked(schedules, None, None, job)  # type: ignore[arg-type]
+        hooks: Hooks | None = None
+        if job is not None:
+            hooks = Hooks(job.start, job.schedule_of, job.after_iteration)
+            put_around(hooks, schedules, None, None)
         run = schedules.get_forward_backward_func()
         begin_s = time.perf_counter()
         run(

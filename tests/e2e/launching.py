@@ -70,9 +70,14 @@ def run_job(
     script: Path, ranks: int, config: dict[str, Any], folder: Path, *arguments: str, **environment: str
 ) -> Finished:
     """Run `script` on `ranks` processes with this DeepSpeed config and wait for it."""
-    with started_job(script, ranks, config, folder, *arguments, **environment) as job:
-        output, _ = job.communicate(timeout=240)
-        return Finished(job.returncode, output)
+
+    def once() -> Finished:
+        with started_job(script, ranks, config, folder, *arguments, **environment) as job:
+            output, _ = job.communicate(timeout=240)
+            return Finished(job.returncode, output)
+
+    enabled = config.get("perseus", {}).get("enabled", True) and "perseus" in config
+    return once() if enabled else _again_if_torch_aborts(once)
 
 
 @contextmanager
@@ -113,9 +118,19 @@ def started_ranks(ranks: int, folder: Path, *words: str, **environment: str) -> 
 
 def run_ranks(ranks: int, folder: Path, *words: str, **environment: str) -> Finished:
     """Run a command line under torchrun in `folder` and wait for it."""
-    with started_ranks(ranks, folder, *words, **environment) as job:
-        output, _ = job.communicate(timeout=240)
-        return Finished(job.returncode, output)
+
+    def once() -> Finished:
+        with started_ranks(ranks, folder, *words, **environment) as job:
+            output, _ = job.communicate(timeout=240)
+            return Finished(job.returncode, output)
+
+    return once() if "--perseus" in words else _again_if_torch_aborts(once)
+
+
+def _again_if_torch_aborts(run: Callable[[], Finished]) -> Finished:
+    """Run a job without the plugin; a second time if torch aborts at its end, as its threads sometimes make it do."""
+    done = run()
+    return run() if done.status and "terminate called without an active exception" in done.output else done
 
 
 def train(ranks: int, config: dict[str, Any], folder: Path, *arguments: str) -> dict[str, Any]:

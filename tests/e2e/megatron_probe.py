@@ -31,7 +31,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from perseus_plugin.instructions import StreamOp  # noqa: E402
 from perseus_plugin.integrations import megatron as integration  # noqa: E402
-from perseus_plugin.integrations.megatron_hooks import Schedule  # noqa: E402
+from perseus_plugin.integrations.megatron_hooks import Hooks, Schedule  # noqa: E402
 from perseus_plugin.integrations.megatron_schedule import Shape, _Program, ids, stream  # noqa: E402
 
 try:
@@ -225,7 +225,8 @@ def difference(shape: Shape, stage: int, deallocate: bool) -> str:
 
     job = SimpleNamespace(start=lambda chunks, known: session, schedule_of=schedule_of, after_iteration=lambda: None)
     stock = put_stand_ins(transfers)
-    hooks = integration._hooked(schedules, None, combined_1f1b, job)
+    hooks = Hooks(job.start, job.schedule_of, job.after_iteration)
+    integration.put_around(hooks, schedules, None, combined_1f1b)
     try:
         call = {
             "forward_step_func": None,

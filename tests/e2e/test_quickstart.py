@@ -42,7 +42,7 @@ def test_what_the_pages_say_can_be_done_in_this_order(tmp_path: Path) -> None:
     ran = []
     for page in (REPOSITORY / "docs" / "quickstart.md", REPOSITORY / "README.md"):
         for words in commands(page):
-            if tuple(words[:2]) in ELSEWHERE or words in ran:
+            if tuple(words[:2]) in ELSEWHERE or words in ran or "..." in words:  # three dots: a pattern
                 continue
             ran.append(words)
             done = subprocess.run(

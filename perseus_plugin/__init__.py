@@ -6,7 +6,6 @@ Importing this package imports neither torch nor ortools; what needs them is loa
 from __future__ import annotations
 
 import logging
-import sys
 from typing import TYPE_CHECKING, Any
 
 from perseus_plugin._version import __version__
@@ -58,8 +57,9 @@ def report_straggler(
     Returns:
         Whether the report was sent; False also when no session runs in this process.
     """
-    session_module = sys.modules.get("perseus_plugin.session")
-    sessions = [] if session_module is None else [s for s in session_module.live_sessions if not s.closed]
+    from perseus_plugin.running import running_sessions
+
+    sessions = running_sessions()
     report = {
         "rank": rank,
         "slowdown": slowdown,

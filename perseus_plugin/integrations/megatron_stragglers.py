@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 from types import ModuleType
 from typing import Any
+
+from perseus_plugin.running import running_sessions
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,7 @@ def listen(utils: ModuleType) -> None:
 def take(gathered: Any) -> bool:
     """Have this process's session look at what the detector has gathered from all ranks; None on other ranks."""
     throughputs = getattr(gathered, "aflops", None)
-    session_module = sys.modules.get("perseus_plugin.session")
-    sessions = [] if session_module is None else [s for s in session_module.live_sessions if not s.closed]
+    sessions = running_sessions()
     if not throughputs or not sessions:
         return False
     from perseus_plugin.straggler_external import ExternalFigures

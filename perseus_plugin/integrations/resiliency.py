@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 from types import ModuleType
 from typing import Any
+
+from perseus_plugin.running import running_sessions
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,7 @@ def take_report(report: Any) -> bool:
         Whether a session took it.
     """
     scores = dict(getattr(report, "gpu_relative_perf_scores", None) or {})
-    session_module = sys.modules.get("perseus_plugin.session")
-    sessions = [] if session_module is None else [s for s in session_module.live_sessions if not s.closed]
+    sessions = running_sessions()
     if len(scores) < 2 or not sessions:
         return False
     from perseus_plugin.straggler_external import ExternalFigures

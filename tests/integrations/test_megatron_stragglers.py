@@ -12,25 +12,10 @@ from typing import Any
 import pytest
 
 from perseus_plugin.integrations.megatron_stragglers import SOURCE, listen, take
-from perseus_plugin.straggler_external import ExternalFigures
+
+from .conftest import FakeSession
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-class FakeSession:
-    def __init__(self) -> None:
-        self.closed = False
-        self.took: list[ExternalFigures] = []
-
-    def external_figures(self, figures: ExternalFigures) -> None:
-        self.took.append(figures)
-
-
-@pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
-    session = FakeSession()
-    monkeypatch.setitem(sys.modules, "perseus_plugin.session", types.SimpleNamespace(live_sessions={session}))  # type: ignore[arg-type]
-    return session
 
 
 REAL = """

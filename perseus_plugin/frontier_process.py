@@ -20,10 +20,10 @@ from pathlib import Path
 
 from perseus_plugin.errors import PerseusError
 from perseus_plugin.planner_process import PlanRequest, end_with, limits_of, planner_for
+from perseus_plugin.planning.curve import FRONTIER_FILE
 
 logger = logging.getLogger(__name__)
 
-FRONTIER_FILE = "frontier.json"
 TOLERANCE = 0.002
 
 

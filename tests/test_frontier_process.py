@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from perseus_plugin.frontier_process import FRONTIER_FILE, TOLERANCE, BackgroundFrontier, FrontierProcess
+from perseus_plugin.frontier_process import TOLERANCE, BackgroundFrontier, FrontierProcess
 from perseus_plugin.planner_process import limits_of, plan_for, planner_for
+from perseus_plugin.planning.curve import FRONTIER_FILE
 from perseus_plugin.planning.frontier import frontier_to_json, make_frontier
 
 from .test_planner_process import request

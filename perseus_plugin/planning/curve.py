@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from perseus_plugin.errors import PlanError
 
+FRONTIER_FILE = "frontier.json"
 FRONTIER_SCHEMA = "perseus-frontier"
 FRONTIER_VERSION = 1
 

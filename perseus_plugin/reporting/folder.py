@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from perseus_plugin.errors import PerseusError, ReportError
 from perseus_plugin.instructions import StageStream
 from perseus_plugin.pipeline import PipelineGraph, build_graph
-from perseus_plugin.planning.curve import FrontierCurve, load_curve
+from perseus_plugin.planning.curve import FRONTIER_FILE, FrontierCurve, load_curve
 from perseus_plugin.planning.plan import Plan, load_plan
 from perseus_plugin.profiling.profile import Profile, load_profile
 from perseus_plugin.profiling.reuse import read_survey
@@ -225,7 +225,7 @@ def load_folder(path: Path, now_s: float | None = None) -> JobFolder:
     folder.plan = _read(folder, "plan.json", started_s, load_plan, "there is no plan (yet): no timeline, no frontier")
     folder.streams = _read(folder, "schedule.json", started_s, load_streams, "the schedule's dependencies")
     # Of a plan made since; where it is missing, a report computes it.
-    folder.frontier = _read(folder, "frontier.json", started_s, load_curve, "")
+    folder.frontier = _read(folder, FRONTIER_FILE, started_s, load_curve, "")
     # A kept profile is older than the run that uses it.
     folder.profile = _read(folder, "profile.csv", 0.0, load_profile, "profile curves and frontier")
     kept = _read(folder, "profile.json", 0.0, lambda file: read_survey(file.parent), "the frontier")

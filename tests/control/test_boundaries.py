@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from perseus_plugin.control import boundaries as boundaries_module
 from perseus_plugin.control.boundaries import EventBoundaries, HostBoundaries, boundaries_for
 
 
@@ -182,3 +185,9 @@ def test_close_does_not_wait_for_a_device_that_hangs() -> None:
 
 def test_cpu_devices_get_the_hosts_time() -> None:
     assert isinstance(boundaries_for("cpu", fail), HostBoundaries)
+
+
+def test_no_other_place_of_the_package_waits_for_the_device() -> None:
+    package = Path(boundaries_module.__file__).parents[1]
+    waiting = [path.name for path in package.rglob("*.py") if re.search(r"\bsynchronize\(", path.read_text())]
+    assert waiting == ["boundaries.py"]

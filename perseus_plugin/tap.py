@@ -14,6 +14,7 @@ from typing import Protocol
 
 from perseus_plugin.control.boundaries import Boundaries
 from perseus_plugin.control.controller import Controller
+from perseus_plugin.errors import ScheduleError
 from perseus_plugin.instructions import Compute, Constant, StreamOp
 from perseus_plugin.timetable import Directive, FullClock
 
@@ -126,6 +127,8 @@ class InstructionTap:
             self._fail(error)
 
     def _began(self, now_s: float, record: IterationRecord) -> None:
+        if len(record.starts_s) == len(record.slots):
+            raise ScheduleError(f"{record.schedule} ran more instructions than the {len(record.slots)} that it names")
         slot = record.slots[len(record.starts_s)]
         record.starts_s.append(now_s)
         if slot >= 0 and self._controller is not None:

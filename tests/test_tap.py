@@ -7,6 +7,7 @@ import pytest
 
 from perseus_plugin.control.boundaries import Action, HostBoundaries
 from perseus_plugin.control.controller import Controller
+from perseus_plugin.errors import ScheduleError
 from perseus_plugin.instructions import Compute, Constant, Receive, Send
 from perseus_plugin.tap import Execution, InstructionTap, IterationRecord, hooked_operations
 
@@ -161,7 +162,7 @@ def test_more_operations_than_the_schedule_has_end_the_tap(errors: list[Exceptio
     record = armed(tap)
     run(tap, 5)
     assert len(errors) == 1
-    assert isinstance(errors[0], IndexError)
+    assert isinstance(errors[0], ScheduleError)
     assert len(record.starts_s) == len(record.ends_s) == 3
 
 

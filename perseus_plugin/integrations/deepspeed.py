@@ -1,8 +1,9 @@
 """DeepSpeed: from `PipelineEngine`'s instruction stream to session calls.
 
 `PipelineEngine._INSTRUCTION_MAP` holds the functions captured when the class was made, so overriding
-`_exec_forward_pass` would do nothing. While a training schedule runs under a session, the engine *instance* carries a
-map of wrapped functions; before and after, and during evaluation, it has the stock one.
+`_exec_forward_pass` would do nothing. While a training schedule runs under a session, the engine *instance* carries an
+`InstructionChain`, which calls what is in the engine's map at that moment; before and after, and during evaluation,
+nothing of ours is there.
 """
 
 from __future__ import annotations
@@ -11,21 +12,23 @@ import functools
 import hashlib
 import logging
 import weakref
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from perseus_plugin.config import BLOCK, PerseusConfig, load_config, parse_config
-from perseus_plugin.errors import ConfigError
+from perseus_plugin.errors import ConfigError, ScheduleError
 from perseus_plugin.instructions import StreamOp
-from perseus_plugin.integrations.deepspeed_schedule import operation_name, translate
+from perseus_plugin.integrations.deepspeed_schedule import OPTIMIZER_STEP, operation_name, translate
 
 if TYPE_CHECKING:
     from perseus_plugin.session import Session
 
 logger = logging.getLogger(__name__)
 
+_MAP = "_INSTRUCTION_MAP"
 _SESSION = "_perseus_session"
 _DETACH = "_perseus_detach"
 _PATCHED = "_perseus_patched"
@@ -181,63 +184,150 @@ def _monitor_of(engine: Any) -> Callable[[list[tuple[str, float]]], None] | None
 
 
 def _bracket_iterations(engine: Any, session: Session) -> None:
-    stock_train_batch = engine.train_batch
-    stock_exec_schedule = engine._exec_schedule
-    hooked = _hooked_map(type(engine)._INSTRUCTION_MAP, session)
-    streams = _StreamCache()
-    training = False
+    """Hook this engine's training iterations until the session ends.
 
-    @functools.wraps(stock_train_batch)
-    def train_batch(*args: Any, **kwargs: Any) -> Any:
-        nonlocal training
-        training = True
+    Whatever stands beneath our functions is looked up when it is called: on the instance what was there before us, else
+    what the class has *then*, so that other tools may hook before, after and in the middle of a job.
+    """
+    # The session may live as long as the process; it must not keep the engine and its memory alive, and an engine
+    # that is dropped shall go at once, without a garbage collection: no closure here holds it.
+    of_engine = weakref.ref(engine)
+    hook = _Hook(session)
+    streams = _StreamCache()
+    in_batch = in_schedule = False
+
+    def run_batch(run: Callable[[], Any]) -> Any:
+        nonlocal in_batch
+        in_batch = True
         session.begin_iteration()
         try:
-            return stock_train_batch(*args, **kwargs)
+            return run()
         except BaseException:
             # A script that catches it does not go on at the clock of the instruction that failed.
             session.evaluation()
             raise
         finally:
-            training = False
+            in_batch = False
             session.end_iteration()
 
-    @functools.wraps(stock_exec_schedule)
-    def exec_schedule(schedule: Any) -> Any:
-        if not training:
+    def run_schedule(schedule: Any, run: Callable[[], Any]) -> Any:
+        nonlocal in_schedule
+        known = streams.get(schedule)
+        if known is None:
             session.evaluation()
-            return stock_exec_schedule(schedule)
-        key, stream_of = streams.get(schedule)
-        if not session.begin_schedule(key, stream_of):
-            return stock_exec_schedule(schedule)
-        vars(engine)["_INSTRUCTION_MAP"] = hooked
+            return run()
+        if not session.begin_schedule(*known):
+            return run()
+        chain = InstructionChain(of_engine(), hook)
+        in_schedule = True
         try:
-            return stock_exec_schedule(schedule)
+            return run()
         except BaseException:
             session.evaluation()
             raise
         finally:
-            vars(engine).pop("_INSTRUCTION_MAP", None)
+            in_schedule = False
+            chain.take_out()
             session.end_schedule()
 
-    ours = {"train_batch": train_batch, "_exec_schedule": exec_schedule}
-    before = {name: vars(engine)[name] for name in ours if name in vars(engine)}
-    vars(engine).update(ours)
+    def train_batch(beneath: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        def train_batch(*args: Any, **kwargs: Any) -> Any:
+            if in_batch or session.closed:
+                return beneath()(*args, **kwargs)
+            puts.put("_exec_schedule")
+            return run_batch(lambda: beneath()(*args, **kwargs))
+
+        return train_batch
+
+    def exec_schedule(beneath: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        def exec_schedule(schedule: Any) -> Any:
+            def run() -> Any:
+                return beneath()(schedule)
+
+            if in_schedule or session.closed:
+                return run()
+            if in_batch:
+                return run_schedule(schedule, run)
+            if streams.trains(schedule):  # somebody has taken `train_batch` off the instance again, and ours with it
+                puts.put("train_batch")
+                return run_batch(lambda: run_schedule(schedule, run))
+            session.evaluation()
+            return run()
+
+        return exec_schedule
+
+    def destroy(beneath: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        def destroy(*args: Any, **kwargs: Any) -> Any:
+            session.close()
+            return beneath()(*args, **kwargs)
+
+        return destroy
+
+    puts = _InstanceMethods(
+        of_engine, {"train_batch": train_batch, "_exec_schedule": exec_schedule, "destroy": destroy}
+    )
 
     def detach() -> None:
-        for name, function in ours.items():
-            # Another tool may have wrapped the method on this instance too: before us, or around ours.
-            if vars(engine).get(name) is function:
-                del vars(engine)[name]
-                vars(engine).update({name: before[name]} if name in before else {})
-        for name in ("_INSTRUCTION_MAP", _SESSION, _DETACH):
-            vars(engine).pop(name, None)
+        puts.take_out()
+        alive = of_engine()
+        if alive is None:
+            return
+        chain = vars(alive).get(_MAP)
+        if isinstance(chain, InstructionChain):
+            chain.take_out()
+        for name in (_SESSION, _DETACH):
+            vars(alive).pop(name, None)
 
     vars(engine)[_DETACH] = detach
-    # The session lives until the process ends; it must not keep the engine and its memory alive.
-    of_engine = weakref.ref(engine)
     session.on_close(lambda: _detach(of_engine()))
     weakref.finalize(engine, session.close)
+
+
+class _InstanceMethods:
+    """Our functions in the place of an engine's methods, on the instance; each calls what is beneath it.
+
+    Beneath is what was on the instance when it was put there, else what the class has at the time of the call.
+
+    Args:
+        of_engine: the engine, which may be gone.
+        made_from: by name, makes the function from one that says what is beneath.
+    """
+
+    def __init__(
+        self,
+        of_engine: Callable[[], Any],
+        made_from: Mapping[str, Callable[[Callable[[], Callable[..., Any]]], Callable[..., Any]]],
+    ) -> None:
+        self._of_engine, self._made_from = of_engine, made_from
+        self._put: list[tuple[str, Callable[..., Any], list[Any]]] = []
+        for name in made_from:
+            self.put(name)
+
+    def put(self, name: str) -> None:
+        """Put ours on top, unless one of ours is there."""
+        attributes, of_engine = vars(self._of_engine()), self._of_engine
+        there = [attributes[name]] if name in attributes else []
+        replaced: Any = there[0] if there else getattr(type(self._of_engine()), name, None)
+        if replaced is None or any(replaced is function for _, function, _ in self._put):
+            return
+
+        def beneath() -> Callable[..., Any]:
+            alive = of_engine()
+            function: Callable[..., Any] = there[0] if there else getattr(type(alive), name).__get__(alive)
+            return function
+
+        function = functools.wraps(replaced)(self._made_from[name](beneath))
+        vars(function).pop("__wrapped__", None)  # a bound method would keep the engine
+        self._put.append((name, function, there))
+        attributes[name] = function
+
+    def take_out(self) -> None:
+        """Have the engine's methods be as without us, where nobody has put something around ours since."""
+        alive = self._of_engine()
+        for name, function, there in reversed(self._put if alive is not None else []):
+            if vars(alive).get(name) is function:
+                del vars(alive)[name]
+                vars(alive).update({name: there[0]} if there else {})
 
 
 def _detach(engine: Any) -> None:
@@ -246,42 +336,143 @@ def _detach(engine: Any) -> None:
         vars(engine)[_DETACH]()
 
 
-def _hooked_map(stock: Mapping[type, Callable[..., Any]], session: Session) -> dict[type, Callable[..., Any]]:
-    hooked: dict[type, Callable[..., Any]] = {}
-    for instruction_class, function in stock.items():
-        name = operation_name(instruction_class)
-        hooked[instruction_class] = function if name is None else _hooked(function, session)
-    return hooked
+class _Hook:
+    """Puts the session's tap around an instruction's function; one that runs within another one is not seen twice."""
+
+    def __init__(self, session: Session) -> None:
+        self._begin, self._end = session.tap.begin, session.tap.end
+        self._inside = False
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with the tap around it."""
+        begin, end = self._begin, self._end
+
+        @functools.wraps(function, updated=())
+        def instruction(engine: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return function(engine, *args, **kwargs)
+            self._inside = True
+            try:
+                begin()
+                result = function(engine, *args, **kwargs)
+                end()
+            finally:
+                self._inside = False
+            return result
+
+        return instruction
 
 
-def _hooked(function: Callable[..., Any], session: Session) -> Callable[..., Any]:
-    begin, end = session.tap.begin, session.tap.end
+class InstructionChain(UserDict[type, Callable[..., Any]]):
+    """What stands in the place of an engine's instruction map while a training schedule runs; put there when made.
 
-    @functools.wraps(function)
-    def instruction(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        begin()
-        result = function(engine, *args, **kwargs)
-        end()
-        return result
+    Every lookup goes to the map that would be there without us, as it is then: the instance's, else the class's. What
+    others put into it, or take out, before or during the schedule therefore counts at once; and what is put in through
+    this object is put into that map.
 
-    return instruction
+    Args:
+        engine: whose map.
+        hook: goes around what takes time.
+    """
+
+    def __init__(self, engine: Any, hook: _Hook) -> None:
+        self._engine, self._hook = engine, hook
+        self._had = _MAP in vars(engine)
+        self._instance_map = vars(engine).get(_MAP)
+        self._known: dict[type, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+        vars(engine)[_MAP] = self
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        """The map beneath."""
+        return self._instance_map if self._had else type(self._engine)._INSTRUCTION_MAP
+
+    def __getitem__(self, instruction_class: type) -> Callable[..., Any]:
+        function: Callable[..., Any] = self.data[instruction_class]
+        known = self._known.get(instruction_class)
+        if known is None or known[0] is not function:
+            hooked = function if operation_name(instruction_class) is None else self._hook.around(function)
+            known = self._known[instruction_class] = (function, hooked)
+        return known[1]
+
+    def copy(self) -> dict[type, Callable[..., Any]]:  # type: ignore[override]
+        """The map beneath, without our hooks."""
+        return dict(self.data)
+
+    def take_out(self) -> None:
+        """Have the engine's map be there again, unless somebody has put another one in our place."""
+        if vars(self._engine).get(_MAP) is self:
+            del vars(self._engine)[_MAP]
+            if self._had:
+                vars(self._engine)[_MAP] = self._instance_map
+
+
+StreamOfStage = Callable[[int], list[StreamOp]]
 
 
 class _StreamCache:
-    """Streams of the schedules seen; a schedule is known by its class and shape."""
+    """Streams of the schedules seen; a schedule is known by its class and shape.
+
+    A class that cannot be understood (a fork's, whose constructor wants more, or whose instructions make no pipeline)
+    is named once, and its iterations run at full clocks. All ranks build all stages' streams, so all find the same.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[str, Callable[[int], list[StreamOp]]] = {}
+        self._known: dict[tuple[type, Any, Any], tuple[str, StreamOfStage] | Exception] = {}
+        self._named: set[type] = set()
 
-    def get(self, schedule: Any) -> tuple[str, Callable[[int], list[StreamOp]]]:
-        schedule_class, microbatches, stages = type(schedule), schedule.micro_batches, schedule.stages
-        key = f"{schedule_class.__name__}/{stages}x{microbatches}"
-        if key not in self._known:
+    def get(self, schedule: Any) -> tuple[str, StreamOfStage] | None:
+        """Name and streams of a schedule; None for one that is not understood."""
+        known = self._look_up(schedule)
+        if isinstance(known, Exception):
+            self._say(type(schedule), known)
+            return None
+        return known
 
-            @functools.cache
-            def stream_of(stage: int) -> list[StreamOp]:
-                made = schedule_class(micro_batches=microbatches, stages=stages, stage_id=stage)
-                return translate(made.steps(), stage)
+    def trains(self, schedule: Any) -> bool:
+        """Whether a schedule is one of training: it has a step of the optimizer."""
+        known = self._look_up(schedule)
+        return not isinstance(known, Exception) and any(getattr(op, "name", "") == OPTIMIZER_STEP for op in known[1](0))
 
-            self._known[key] = stream_of
-        return key, self._known[key]
+    def _look_up(self, schedule: Any) -> tuple[str, StreamOfStage] | Exception:
+        shape = (type(schedule), getattr(schedule, "micro_batches", None), getattr(schedule, "stages", None))
+        if shape not in self._known:
+            try:
+                self._known[shape] = _streams(*shape)
+            except Exception as error:
+                self._known[shape] = error
+        return self._known[shape]
+
+    def _say(self, schedule_class: type, error: Exception) -> None:
+        if schedule_class in self._named:
+            return
+        self._named.add(schedule_class)
+        if _rank() == 0:
+            logger.warning(
+                "the schedule %s.%s is not one that perseus can follow (%s): its iterations run at full clocks, and "
+                "training is not affected. A schedule is followed that can be made from micro_batches, stages and "
+                "stage_id alone",
+                schedule_class.__module__,
+                schedule_class.__qualname__,
+                error,
+            )
+
+
+def _streams(schedule_class: type, microbatches: Any, stages: Any) -> tuple[str, StreamOfStage]:
+    """Name and streams of a shape of a schedule, checked for all stages.
+
+    Raises:
+        Exception: whatever a foreign class raises when it is made, or ours if its streams make no pipeline.
+    """
+    from perseus_plugin.pipeline import build_graph
+
+    if not (isinstance(microbatches, int) and isinstance(stages, int)):
+        raise ScheduleError("it has no numbers of micro_batches and stages")
+
+    @functools.cache
+    def stream_of(stage: int) -> list[StreamOp]:
+        made = schedule_class(micro_batches=microbatches, stages=stages, stage_id=stage)
+        return translate(made.steps(), stage)
+
+    build_graph([stream_of(stage) for stage in range(stages)], {})
+    return f"{schedule_class.__name__}/{stages}x{microbatches}", stream_of

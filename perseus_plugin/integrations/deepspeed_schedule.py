@@ -12,11 +12,12 @@ from typing import Any
 
 from perseus_plugin.instructions import BACKWARD, FORWARD, Compute, Constant, Receive, Send, StreamOp
 
+OPTIMIZER_STEP = "optimizer_step"
 _CONSTANT = {
     "LoadMicroBatch": "load_microbatch",
     "ReduceTiedGrads": "reduce_tied_grads",
     "ReduceGrads": "reduce_grads",
-    "OptimizerStep": "optimizer_step",
+    "OptimizerStep": OPTIMIZER_STEP,
 }
 _KINDS = {"ForwardPass": FORWARD, "BackwardPass": BACKWARD}
 # (is a send, goes downstream): activations go downstream, gradients upstream.
@@ -28,7 +29,7 @@ _TRANSFERS = {
 }
 _COMMIT = "CommitP2P"
 
-_COLLECTIVE = {"reduce_tied_grads", "reduce_grads", "optimizer_step"}
+_COLLECTIVE = {"reduce_tied_grads", "reduce_grads", OPTIMIZER_STEP}
 
 
 def operation_name(instruction_class: type) -> str | None:

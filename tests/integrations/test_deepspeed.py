@@ -439,6 +439,289 @@ def test_what_another_tool_put_around_ours_is_kept(engine: Engine, started: Star
     assert engine.map_seen == STOCK_MAP
 
 
+# Other people's functions.
+
+
+class Foreign:
+    """Another tool's function for the step of the optimizer: counts its calls, then does what it has replaced."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def foreign(engine: Engine, **kwargs: Any) -> Any:
+            self.calls += 1
+            return function(engine, **kwargs)
+
+        return foreign
+
+
+def on_the_instance(engine: Engine, function: Callable[..., Any]) -> None:
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, OptimizerStep: function}  # type: ignore[misc]
+
+
+def in_the_instances_map(engine: Engine, function: Callable[..., Any]) -> None:
+    vars(engine).setdefault("_INSTRUCTION_MAP", dict(engine._INSTRUCTION_MAP))
+    engine._INSTRUCTION_MAP[OptimizerStep] = function
+
+
+def on_the_class(engine: Engine, function: Callable[..., Any]) -> None:
+    type(engine)._INSTRUCTION_MAP = {**type(engine)._INSTRUCTION_MAP, OptimizerStep: function}
+
+
+def in_the_classes_map(engine: Engine, function: Callable[..., Any]) -> None:
+    type(engine)._INSTRUCTION_MAP[OptimizerStep] = function
+
+
+WAYS = [on_the_instance, in_the_instances_map, on_the_class, in_the_classes_map]
+
+
+@pytest.fixture
+def own_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "_INSTRUCTION_MAP", dict(STOCK_MAP))
+
+
+@pytest.mark.usefixtures("own_map")
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("put", WAYS)
+@pytest.mark.parametrize("when", ["before attach", "after attach", "between batches", "amid a batch"])
+def test_a_foreign_function_runs_as_often_as_without_us(
+    started: Started, put: Callable[..., None], when: str, hooked: bool
+) -> None:
+    """Five batches; put in before the third at the latest, taken out after the fourth."""
+    engine, foreign = Engine({"enabled": hooked}), Foreign()
+    stock_step = STOCK_MAP[OptimizerStep]
+    if when == "before attach":
+        put(engine, foreign.around(stock_step))
+    perseus_plugin.enable(engine)
+    if when == "after attach":
+        put(engine, foreign.around(stock_step))
+    for _ in range(2):
+        engine.train_batch()
+    if when == "between batches":
+        put(engine, foreign.around(stock_step))
+    if when == "amid a batch":
+        stock_do = engine._do
+
+        def do(what: str) -> None:
+            stock_do(what)
+            if what == "forward 1" and not foreign.calls:
+                put(engine, foreign.around(engine._INSTRUCTION_MAP[OptimizerStep]))
+
+        vars(engine)["_do"] = do
+    for _ in range(2):
+        engine.train_batch()
+    assert engine._INSTRUCTION_MAP[OptimizerStep] is not stock_step, "what was put in is still there"
+    if when != "amid a batch":
+        assert ("_INSTRUCTION_MAP" in vars(engine)) == (put in (on_the_instance, in_the_instances_map))
+    put(engine, stock_step)
+    engine.train_batch()
+    assert foreign.calls == (4 if when in ("before attach", "after attach") else 2)
+    assert engine.ran == 5 * TRAINED
+    if hooked:
+        assert all(finished.record.complete for finished in started.finished()[-2:])
+
+
+@pytest.mark.usefixtures("own_map")
+@pytest.mark.parametrize("put", WAYS)
+def test_a_foreign_function_that_fails_stays_where_it_was(
+    engine: Engine, started: Started, put: Callable[..., None]
+) -> None:
+    def failing(engine: Engine) -> None:
+        raise RuntimeError("the tool's own fault")
+
+    put(engine, failing)
+    with pytest.raises(RuntimeError, match="the tool's own fault"):
+        engine.train_batch()
+    assert engine._INSTRUCTION_MAP[OptimizerStep] is failing
+    assert not started.sessions[0].closed
+
+
+def test_functions_that_read_the_map_during_a_batch_see_what_is_beneath(engine: Engine) -> None:
+    seen: dict[str, Any] = {}
+    stock_do = engine._do
+
+    def do(what: str) -> None:
+        stock_do(what)
+        seen["copy"] = engine._INSTRUCTION_MAP.copy()
+        seen["length"] = len(engine._INSTRUCTION_MAP)
+        seen["keys"] = set(engine._INSTRUCTION_MAP)
+
+    vars(engine)["_do"] = do
+    engine.train_batch()
+    assert seen == {"copy": STOCK_MAP, "length": len(STOCK_MAP), "keys": set(STOCK_MAP)}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("name", ["train_batch", "_exec_schedule"])
+@pytest.mark.parametrize("place", ["class", "instance"])
+@pytest.mark.parametrize("when", ["before attach", "after attach"])
+def test_foreign_methods_run_as_often_as_without_us(
+    started: Started, monkeypatch: pytest.MonkeyPatch, place: str, name: str, when: str, hooked: bool
+) -> None:
+    """Two batches with the foreign method, two without it again."""
+    engine, calls = Engine({"enabled": hooked}), 0
+
+    def put() -> None:
+        owner: Any = Engine if place == "class" else engine
+        before = getattr(owner, name)
+
+        def foreign(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return before(*args)
+
+        monkeypatch.setattr(owner, name, foreign)
+
+    if when == "before attach":
+        put()
+    perseus_plugin.enable(engine)
+    if when == "after attach":
+        put()
+    for batch in range(4):
+        if batch == 2:
+            monkeypatch.setattr(*((Engine if place == "class" else engine), name, _without(engine, name, place)))
+        assert engine.train_batch(batch) == f"loss of {batch}"
+    assert calls == 2
+    assert engine.ran == 4 * TRAINED
+    if hooked:
+        finished = started.finished()
+        assert [f.record.number for f in finished] == list(range(len(finished)))
+        assert finished[-1].record.complete, "taking it out has not taken us out for good"
+
+
+STOCK_METHODS = {name: vars(Engine)[name] for name in ("train_batch", "_exec_schedule")}
+
+
+def _without(engine: Engine, name: str, place: str) -> Any:
+    """What a tool puts back that has saved the class's own function."""
+    return STOCK_METHODS[name] if place == "class" else STOCK_METHODS[name].__get__(engine)
+
+
+def test_a_class_method_replaced_in_mid_training_is_what_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.train_batch()
+    monkeypatch.setattr(Engine, "train_batch", lambda self, data_iter=None: "another loop")
+    assert engine.train_batch() == "another loop"
+
+
+# Schedules of forks.
+
+
+class Ahead(Schedule):
+    """Wants one argument more."""
+
+    def __init__(self, micro_batches: int, stages: int, stage_id: int, ahead: int) -> None:
+        super().__init__(micro_batches, stages, stage_id)
+        self.ahead = ahead
+
+
+class Shapeless(Schedule):
+    """Does not say how many microbatches it has."""
+
+    def __init__(self, micro_batches: int, stages: int, stage_id: int) -> None:
+        self.count = micro_batches
+
+    def steps(self) -> Iterator[list[Any]]:
+        yield [LoadMicroBatch(0), ForwardPass(0), BackwardPass(0), OptimizerStep()]
+
+
+class Unmatched(Schedule):
+    """Sends where nobody receives."""
+
+    def steps(self) -> Iterator[list[Any]]:
+        yield [ForwardPass(0), SendActivation(0), BackwardPass(0), OptimizerStep()]
+
+
+class Failing(Schedule):
+    """Can be gone through only once, by the engine."""
+
+    made = 0
+
+    def steps(self) -> Iterator[list[Any]]:
+        Failing.made += 1
+        if Failing.made == 1:
+            raise RuntimeError("not twice")
+        return super().steps()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [lambda: Ahead(2, 1, 0, 2), lambda: Shapeless(2, 1, 0), lambda: Unmatched(2, 1, 0), lambda: Failing(2, 1, 0)],
+)
+def test_a_schedule_that_cannot_be_followed_is_named_once_and_runs_at_full_clocks(
+    engine: Engine, started: Started, caplog: pytest.LogCaptureFixture, made: Callable[[], Any]
+) -> None:
+    engine.train_batch()
+    started.helpers[0].take()
+    schedule = made()
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(Engine, "train_batch", lambda self, data_iter=None: self._exec_schedule(schedule) or "loss")
+    Failing.made = 0
+    try:
+        for _ in range(3):
+            assert engine.train_batch() == "loss"
+    finally:
+        monkey.undo()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert type(schedule).__qualname__ in line
+    assert started.helpers[0].requests()[-1:] in ([None], [])
+    assert not started.sessions[0].closed
+    engine.train_batch()
+    assert started.finished()[-1].record.complete, "the stock schedule is followed as before"
+
+
+def test_a_schedule_that_runs_more_than_it_names_ends_the_session_with_its_name(
+    engine: Engine, started: Started, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Liar(Schedule):
+        listed = False
+
+        def steps(self) -> Iterator[list[Any]]:
+            yield from super().steps()
+            if not Liar.listed:
+                Liar.listed = True
+                return
+            yield [ForwardPass(0)]
+
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(Engine, "train_batch", lambda self, data_iter=None: self._exec_schedule(Liar(2, 1, 0)) or "loss")
+    try:
+        assert engine.train_batch() == "loss"
+    finally:
+        monkey.undo()
+    assert started.sessions[0].closed
+    assert "Liar/1x2 ran more instructions" in caplog.text
+    assert "fault of perseus_plugin" not in caplog.text
+
+
+# Life of engines.
+
+
+def test_an_engine_that_is_dropped_frees_its_gpu_without_a_garbage_collection(started: Started) -> None:
+    engine = Engine(block={"enabled": True})
+    perseus_plugin.enable(engine)
+    engine.train_batch()
+    gc.disable()
+    try:
+        del engine
+        assert started.sessions[0].closed
+    finally:
+        gc.enable()
+
+
+def test_destroying_an_engine_ends_its_session_first(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(
+        Engine, "destroy", lambda self: closed.append(started.sessions[0].closed) or "destroyed", raising=False
+    )
+    engine = Engine(block={"enabled": True})
+    perseus_plugin.enable(engine)
+    engine.train_batch()
+    assert engine.destroy() == "destroyed"  # type: ignore[attr-defined]
+    assert closed == [True]
+    assert stock(engine)
+
+
 def test_figures_go_to_the_monitor_at_the_sample_count(started: Started) -> None:
     written: list[Any] = []
     for enabled in (True, False):

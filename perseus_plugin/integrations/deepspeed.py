@@ -169,16 +169,15 @@ def _facts(engine: Any) -> dict[str, str]:
 
 def _monitor_of(engine: Any) -> Callable[[list[tuple[str, float]]], None] | None:
     """A function that writes events at the engine's sample count, where the engine has a monitor turned on."""
-    monitor = getattr(engine, "monitor", None)
-    if monitor is None or not getattr(monitor, "enabled", False):
+    if not getattr(getattr(engine, "monitor", None), "enabled", False):
         return None
-    # The session outlives the engine until the process ends; it must not keep the engine's memory.
+    # The session may outlive the engine; it must not keep the engine's memory.
     of_engine = weakref.ref(engine)
 
     def write(events: list[tuple[str, float]]) -> None:
         alive = of_engine()
         if alive is not None:
-            monitor.write_events([(name, value, alive.global_samples) for name, value in events])
+            alive.monitor.write_events([(name, value, alive.global_samples) for name, value in events])
 
     return write
 

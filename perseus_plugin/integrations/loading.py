@@ -46,22 +46,40 @@ def install_import_hooks() -> None:
 
 
 class _PatchingFinder(MetaPathFinder):
-    """Finds the modules to be patched as the normal finders would, with a loader that patches after execution."""
+    """Finds the modules to be patched as the other finders would, with a loader that patches after execution."""
+
+    def __init__(self) -> None:
+        self._finding: set[str] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in _PATCHES:
+        if fullname not in _PATCHES or fullname in self._finding:
             return None
+        self._finding.add(fullname)  # another tool's finder may ask all finders in its turn, and us again
         try:
-            spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+            spec = self._found_by_others(fullname, path, target)
             if spec is None or spec.loader is None:
                 return None
             spec.loader = _PatchingLoader(spec.loader, fullname)
         except Exception as error:
             _complain(error, fullname)
             return None
+        finally:
+            self._finding.discard(fullname)
         return spec
+
+    def _found_by_others(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """What would be found without us: other tools have finders of their own, which patch what they find."""
+        for finder in list(sys.meta_path):
+            find_spec = getattr(finder, "find_spec", None)
+            if finder is not self and find_spec is not None:
+                spec: importlib.machinery.ModuleSpec | None = find_spec(fullname, path, target)
+                if spec is not None:
+                    return spec
+        return None
 
 
 class _PatchingLoader(Loader):

@@ -101,12 +101,12 @@ def _put(hooks: Hooks, arguments: argparse.Namespace) -> None:
 
 def put_around(hooks: Hooks, schedules: ModuleType, training: ModuleType | None, combined: ModuleType | None) -> None:
     """Put the wrappers into Megatron's modules; those that a version or a loop does not have are None."""
-    hooks.put(schedules, "forward_step", hooks.forward_step)
-    hooks.put(schedules, "backward_step", hooks.backward_step)
+    hooks.put_within(schedules, "forward_step", hooks.forward_step)
+    hooks.put_within(schedules, "backward_step", hooks.backward_step)
     for name, interleaved in BRACKETS.items():
         hooks.put(schedules, name, functools.partial(hooks.schedule, interleaved=interleaved))
     if combined is not None:
-        hooks.put(combined, "combined_forward_backward_step", hooks.combined_step)
+        hooks.put_within(combined, "combined_forward_backward_step", hooks.combined_step)
     if training is not None:
         hooks.put(training, "train_step", hooks.train_step)
 

@@ -1,9 +1,13 @@
 """What stands in the place of Megatron's own functions while a job runs under perseus.
 
 Megatron looks up `forward_step`, `backward_step` and its schedule functions as globals of their modules, call by call,
-so putting wrappers there is enough. A wrapper calls the stock function with the arguments it was given, whatever the
+so putting wrappers there is enough. A wrapper calls what it has replaced with the arguments it was given, whatever the
 version's signature; the few arguments that it reads are found by name with `inspect.signature`. Iterations are
 bracketed by `train_step` of `megatron.training`, or, in loops of one's own, by the schedule function.
+
+Other tools put functions into the same places. The wrappers of instructions are there only while a schedule of
+training runs, around whatever stands there then; those of `train_step` and of the schedule functions stay, and are put
+there again when somebody has put back what was there before them.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -42,6 +47,8 @@ BRACKETS = {
 }
 """Megatron's schedule functions, and whether they have virtual stages."""
 
+
+_WRAPPERS_KEPT = 3
 
 CALL_FACTS = ("seq_length", "micro_batch_size")
 """What a call of a schedule function says of the job."""
@@ -76,20 +83,55 @@ class Argument:
 
     Args:
         function: whose signature counts.
-        name: of the argument; where the function names none, what was passed by position is not taken for it.
+        name: of the argument.
+        usual: its position in Megatron's own function, for one that only passes on `*args`, as other tools' wrappers
+            do. None: it is passed by name.
     """
 
-    def __init__(self, function: Function, name: str) -> None:
+    def __init__(self, function: Function, name: str, usual: int | None = None) -> None:
         parameters = inspect.signature(function).parameters.values()
         positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        passes_on = not positional and any(p.kind is p.VAR_POSITIONAL for p in parameters)
         self._name = name
-        self._position = positional.index(name) if name in positional else None
+        self._position = positional.index(name) if name in positional else usual if passes_on else None
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Its value in a call, None where it was not passed."""
         if self._name in kwargs:
             return kwargs[self._name]
         return args[self._position] if self._position is not None and self._position < len(args) else None
+
+
+class _Place:
+    """One name in a module, and the wrapper that stands there now and then.
+
+    Args:
+        module, name: the place.
+        wrap: makes the wrapper of a function.
+    """
+
+    def __init__(self, module: ModuleType, name: str, wrap: Callable[[Function], Function]) -> None:
+        self._module, self._name, self._wrap = module, name, wrap
+        self._made: list[tuple[Function, Function]] = []
+
+    def put(self) -> None:
+        """Put a wrapper around what stands there, unless it is one of ours; nothing where nothing stands."""
+        there = getattr(self._module, self._name, None)
+        if there is None or any(there is wrapper for _, wrapper in self._made):
+            return
+        # What was wrapped before is known again: it is the same in every iteration, and its signature was looked at.
+        wrapper = next((wrapper for beneath, wrapper in self._made if beneath is there), None)
+        if wrapper is None:
+            wrapper = functools.wraps(there)(self._wrap(there))
+            self._made = [*self._made[-_WRAPPERS_KEPT:], (there, wrapper)]
+        setattr(self._module, self._name, wrapper)
+
+    def take_out(self) -> None:
+        """Put back what our wrapper has replaced, if the wrapper still stands there."""
+        there = getattr(self._module, self._name, None)
+        for beneath, wrapper in self._made:
+            if there is wrapper:
+                setattr(self._module, self._name, beneath)
 
 
 class Hooks:
@@ -111,11 +153,14 @@ class Hooks:
     ) -> None:
         self._start, self._schedule_of = start, schedule_of
         self.after_iteration = after_iteration
-        self._stock: list[tuple[ModuleType, str, Function, Function]] = []
+        self._lasting: list[_Place] = []
+        self._within: list[_Place] = []
         self._session: Session | None = None
-        self._removed = False
+        self._model: Callable[[], Any] = lambda: None
+        self._removed = self._said_other_model = False
+        self._not_followed: set[str] = set()
         self._in_step = self._ran = False
-        self._following = self._begun = self._at_end = False
+        self._following = self._begun = self._at_end = self._inside = False
         self._expected: Sequence[Id] = ()
         self._position = 0
         self._chunk_of: dict[int, int] = {}
@@ -124,32 +169,38 @@ class Hooks:
     # In and out.
 
     def put(self, module: ModuleType, name: str, wrap: Callable[[Function], Function]) -> None:
-        """Put a wrapper in the place of a module's function, if it has one of this name."""
-        stock = getattr(module, name, None)
-        if stock is None:
-            return
-        wrapper = functools.wraps(stock)(wrap(stock))
-        self._stock.append((module, name, stock, wrapper))
-        setattr(module, name, wrapper)
+        """Put a wrapper in the place of a module's function, if it has one of this name, until `remove`."""
+        self._lasting.append(_Place(module, name, wrap))
+        self._lasting[-1].put()
+
+    def put_within(self, module: ModuleType, name: str, wrap: Callable[[Function], Function]) -> None:
+        """As `put`, but only while a schedule of training is followed."""
+        self._within.append(_Place(module, name, wrap))
+
+    def _put_again(self) -> None:
+        """Somebody may have put back what was there before us."""
+        for place in self._lasting:
+            place.put()
 
     def remove(self) -> None:
-        """Put the stock functions back, where nobody else has put something since."""
+        """Put back what was there, where nobody else has put something since."""
         self._removed, self._following = True, False
-        for module, name, stock, wrapper in self._stock:
-            if getattr(module, name, None) is wrapper:
-                setattr(module, name, stock)
-        self._stock.clear()
+        for place in (*self._within, *self._lasting):
+            place.take_out()
         self._forward_of.clear()
 
     # Iterations.
 
     def train_step(self, stock: Function) -> Function:
         """For `megatron.training.training.train_step`."""
-        model_in = Argument(stock, "model")
+        model_in = Argument(stock, "model", 2)
 
         def train_step(*args: Any, **kwargs: Any) -> Any:
+            if self._in_step or self._removed:
+                return stock(*args, **kwargs)
+            self._put_again()
             session = self._session_for(model_in(args, kwargs), {})
-            if session is None or self._in_step:
+            if session is None:
                 return stock(*args, **kwargs)
             return self._step(session, lambda: stock(*args, **kwargs))
 
@@ -167,6 +218,7 @@ class Hooks:
 
             if self._removed or self._following:
                 return run()
+            self._put_again()
             if forward_only_in(args, kwargs):
                 if self._session is not None:
                     self._session.evaluation()
@@ -184,18 +236,39 @@ class Hooks:
         return run_schedule
 
     def _session_for(self, model: Any, known: Mapping[str, Any]) -> Session | None:
-        """The session, made at the first training iteration."""
+        """The session, made at the first training iteration of the first model; None for any other model."""
+        first = _chunks(model)[0]
         if self._session is None and not self._removed:
-            try:
-                self._session = self._start(_chunks(model), known)
-            except ConfigError:
-                self.remove()
-                raise
-            if self._session is None:
-                self.remove()
-            else:
-                self._session.on_close(self.remove)
-        return None if self._removed else self._session
+            self._session_starts(model, first, known)
+        if self._session is None or self._removed:
+            return None
+        if self._model() is first:
+            return self._session
+        self._session.evaluation()
+        if not self._said_other_model:
+            self._said_other_model = True
+            logger.warning(
+                "a second model is trained in this process: its iterations run at full clocks and are not measured; "
+                "only the model that was trained first is planned for"
+            )
+        return None
+
+    def _session_starts(self, model: Any, first: Any, known: Mapping[str, Any]) -> None:
+        try:
+            session = self._start(_chunks(model), known)
+        except ConfigError:
+            self.remove()
+            raise
+        if session is None:
+            self.remove()
+            return
+        self._session = session
+        session.on_close(self.remove)
+        try:
+            # With its model a session ends: the GPU is free for others at once.
+            self._model = weakref.ref(first, lambda gone: session.close())
+        except TypeError:  # what cannot be watched stays
+            self._model = lambda: first
 
     def _step(self, session: Session, run: Callable[[], Any]) -> Any:
         session.begin_iteration()
@@ -224,36 +297,51 @@ class Hooks:
         try:
             schedule = self._schedule_of(interleaved, model, microbatches)
         except Exception as error:
-            session.fail(error)
-            return run()
+            # Megatron may refuse it too, and the script may go on with another one; if not, it runs without us.
+            session.evaluation()
+            result = run()
+            self._say_not_followed(error)
+            return result
         if not session.begin_schedule(schedule.key, schedule.stream_of):
             return run()
         self._expected, self._position = schedule.expected, 0
         self._following, self._begun = True, False
         self._chunk_of = {id(chunk): number for number, chunk in enumerate(model)}
+        for place in self._within:
+            place.put()
         try:
             result = run()
         finally:
+            for place in self._within:
+                place.take_out()
             complete = not self._following or self._position == len(self._expected)
-            self._following = False
+            self._following = self._inside = False
             self._forward_of.clear()
         if not complete:
             self._mismatch(f"the schedule ended after {self._position} of {len(self._expected)} instructions")
         return result
 
-    # Instructions.
+    def _say_not_followed(self, error: Exception) -> None:
+        if str(error) not in self._not_followed:
+            self._not_followed.add(str(error))
+            logger.warning(
+                "this schedule of Megatron is not one that perseus can follow (%s): its iterations run at full clocks, "
+                "and training is not affected",
+                error,
+            )
+
+    # Instructions. What runs within an instruction (a function that another tool has put around one of ours, and that
+    # stands beneath one of ours again) is not seen twice.
 
     def forward_step(self, stock: Function) -> Function:
         """For `schedules.forward_step`."""
-        model_in, microbatch_in = Argument(stock, "model"), Argument(stock, "current_microbatch")
+        model_in, microbatch_in = Argument(stock, "model", 2), Argument(stock, "current_microbatch")
 
         def forward_step(*args: Any, **kwargs: Any) -> Any:
-            if not self._following:
+            if not self._following or self._inside:
                 return stock(*args, **kwargs)
             forward = microbatch_in(args, kwargs), self._chunk_of.get(id(model_in(args, kwargs)), -1)
-            self._begin(forward_id(*forward))
-            result = stock(*args, **kwargs)
-            self._end()
+            result = self._run(forward_id(*forward), stock, args, kwargs)
             self._remember(_first(result), forward)
             return result
 
@@ -261,15 +349,12 @@ class Hooks:
 
     def backward_step(self, stock: Function) -> Function:
         """For `schedules.backward_step`: the same tensor that a forward has returned says whose backward it is."""
-        output_in = Argument(stock, "output_tensor")
+        output_in = Argument(stock, "output_tensor", 1)
 
         def backward_step(*args: Any, **kwargs: Any) -> Any:
-            if not self._following:
+            if not self._following or self._inside:
                 return stock(*args, **kwargs)
-            self._begin(backward_id(*self._forward_with(output_in(args, kwargs))))
-            result = stock(*args, **kwargs)
-            self._end()
-            return result
+            return self._run(backward_id(*self._forward_with(output_in(args, kwargs))), stock, args, kwargs)
 
         return backward_step
 
@@ -279,7 +364,7 @@ class Hooks:
         microbatch_in, output_in = Argument(stock, "current_microbatch"), Argument(stock, "b_output_tensor")
 
         def combined_step(*args: Any, **kwargs: Any) -> Any:
-            if not self._following:
+            if not self._following or self._inside:
                 return stock(*args, **kwargs)
             model = forward_model_in(args, kwargs)
             forward = None if model is None else (microbatch_in(args, kwargs), self._chunk_of.get(id(model), -1))
@@ -292,10 +377,7 @@ class Hooks:
             waits = [name for name in ("pre_forward", "pre_backward") if kwargs.get(name) is not None]
             if waits:
                 kwargs[waits[-1]] = self._beginning_after(kwargs[waits[-1]], instruction)
-            else:
-                self._begin(instruction)
-            result = stock(*args, **kwargs)
-            self._end()
+            result = self._run(None if waits else instruction, stock, args, kwargs)
             if forward is not None:
                 self._remember(_first(result), forward)
             return result
@@ -309,6 +391,18 @@ class Hooks:
             return result
 
         return wait_and_begin
+
+    def _run(self, instruction: Id | None, stock: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run an instruction; None for one that begins within."""
+        self._inside = True
+        try:
+            if instruction is not None:
+                self._begin(instruction)
+            result = stock(*args, **kwargs)
+            self._end()
+        finally:
+            self._inside = False
+        return result
 
     def _begin(self, instruction: Id) -> None:
         session = self._session

@@ -294,3 +294,52 @@ def test_megatrons_parser_knows_the_flags_and_nothing_else_changes(packages: Pat
     )
     loaded = ["errors", "integrations", "integrations.loading", "integrations.megatron_arguments"]
     assert out == str(sorted(["perseus_plugin._version", *(f"perseus_plugin.{name}" for name in loaded)])) + "\n"
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("asks", ["path finder", "all finders"])
+def test_another_tools_finder_patches_the_same_module(packages: Path, place: str, asks: str) -> None:
+    """It may stand before or behind ours, and find the module by itself or by asking every finder in its turn."""
+    out = run(
+        packages,
+        f"""
+        import importlib.machinery, importlib.util, sys
+
+        class Loader:
+            def __init__(self, real):
+                self._real = real
+            def create_module(self, spec):
+                return self._real.create_module(spec)
+            def exec_module(self, module):
+                self._real.exec_module(module)
+                if hasattr(module, "PipelineEngine"):
+                    module.PipelineEngine.foreign = True
+
+        class Finder:
+            busy = False
+            def find_spec(self, name, path, target=None):
+                if name != {PIPE!r} or self.busy:
+                    return None
+                self.busy = True
+                try:
+                    if {asks!r} == "all finders":
+                        spec = importlib.util.find_spec(name)
+                    else:
+                        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+                finally:
+                    self.busy = False
+                spec.loader = Loader(spec.loader)
+                return spec
+
+        if {place!r} == "before":
+            sys.meta_path.insert(0, Finder())
+        {INSTALL}
+        if {place!r} == "after":
+            sys.meta_path.insert(0, Finder())
+        from deepspeed.runtime.pipe.engine import PipelineEngine
+        print(PipelineEngine.foreign, "_perseus_patched" in vars(PipelineEngine))
+        """,
+    )
+    # One that stands in front and asks nobody else hides every other finder, ours too: `enable` is left.
+    hides_us = (place, asks) == ("after", "path finder")
+    assert out == f"True {not hides_us}\n"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from perseus_plugin.errors import ConfigError
+from perseus_plugin.errors import ConfigError, ScheduleError
 from perseus_plugin.exchange import LocalExchange
 from perseus_plugin.integrations.megatron import put_around
 from perseus_plugin.integrations.megatron_hooks import Argument, Hooks, Schedule
@@ -98,7 +98,7 @@ class Megatron:
         now = {**vars(self.schedules), **vars(self.training)}
         return all(now[name] == self.stock[name] for name in (*HOOKED, "train_step") if name in now)
 
-    model = (object(),)
+    model: Any = (object(),)
 
 
 TRAINED = ["forward 0", "backward 0", "forward 1", "backward 1", "reduce", "step"]
@@ -276,14 +276,135 @@ def test_an_unknown_schedule_ends_the_session_and_not_training(
     assert len(job.sessions) == 1
 
 
-def test_a_schedule_that_cannot_be_made_ends_the_session_and_not_training(megatron: Megatron, job: Job) -> None:
-    def broken(*args: Any) -> Schedule:
-        raise OSError("nothing")
+def test_a_schedule_that_cannot_be_made_costs_its_iterations_only(
+    megatron: Megatron, job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    def schedule_of(interleaved: bool, model: list[Any], microbatches: int) -> Schedule:
+        if microbatches == 1:
+            raise ScheduleError("1 microbatch for 2 chunks")
+        return Schedule.of(Shape(1, microbatches), 0)
 
-    megatron.hooks._schedule_of = broken  # type: ignore[attr-defined]
-    assert megatron.train("x") == "losses of x"
+    megatron.hooks._schedule_of = schedule_of  # type: ignore[attr-defined]
+    megatron.train()
+    megatron.microbatches = 1
+    megatron.fails_at = "reduce"
+    with pytest.raises(RuntimeError, match="training failed"):
+        megatron.train()
+    assert not caplog.records, "Megatron itself has refused it, in its own words"
+    megatron.fails_at = ""
+    for _ in range(2):
+        assert megatron.train() == "losses of x"
+    (record,) = caplog.records
+    assert "1 microbatch for 2 chunks" in record.getMessage()
+    megatron.microbatches = 2
+    megatron.train()
+    assert not job.sessions[0].closed
+    assert [f.record.complete for f in job.finished()] == [True, False, False, False, True]
+    assert job.helper.requests()[-1] != 810
+
+
+# Other people's functions.
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize("name", ["forward_step", "backward_step", "forward_backward_no_pipelining", "train_step"])
+@pytest.mark.parametrize("when", ["before", "after", "between steps", "within a step"])
+def test_a_foreign_function_runs_as_often_as_without_us(job: Job, name: str, when: str, hooks: bool) -> None:
+    """Five steps; the foreign function is there from the third at the latest, and taken out after the fourth."""
+    megatron = Megatron()
+    module = megatron.training if name == "train_step" else megatron.schedules
+    stock = getattr(module, name)
+    calls = 0
+
+    def put() -> None:
+        beneath = getattr(module, name)
+
+        def foreign(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return beneath(*args, **kwargs)
+
+        setattr(module, name, foreign)
+
+    if when == "before":
+        put()
+    if hooks:
+        hooked(megatron.schedules, megatron.training, None, job)
+    if when == "after":
+        put()
+    for _ in range(2):
+        megatron.train()
+    if when == "between steps":
+        put()
+    if when == "within a step":
+        do = megatron._do
+
+        def putting(what: str) -> None:
+            do(what)
+            if what == "forward 0" and not calls and getattr(module, name).__name__ != "foreign":
+                put()
+
+        megatron._do = putting  # type: ignore[method-assign]
+    for _ in range(2):
+        megatron.train()
+    megatron._do = Megatron._do.__get__(megatron)  # type: ignore[method-assign]
+    setattr(module, name, stock)
+    for _ in range(2):
+        megatron.train()
+    per_step = 2 if name in ("forward_step", "backward_step") else 1
+    # One that is put in within a step comes too late for the call that is running.
+    missed = {"forward_step": 1, "backward_step": 0}.get(name, 1) if when == "within a step" else 0
+    assert calls == per_step * (4 if when in ("before", "after") else 2) - missed
+    assert megatron.ran == 6 * TRAINED
+    if hooks:
+        finished = job.finished()
+        assert [f.record.complete for f in finished[-1:]] == [True], "taking it out has not taken us out for good"
+        assert not job.sessions[0].closed
+
+
+def test_between_schedules_nothing_stands_in_the_place_of_instructions(megatron: Megatron, job: Job) -> None:
+    seen: list[bool] = []
+    do = megatron._do
+
+    def looking(what: str) -> None:
+        do(what)
+        seen.append(megatron.schedules.forward_step == megatron.stock["forward_step"])
+
+    megatron._do = looking  # type: ignore[method-assign]
+    megatron.train()
+    assert seen == [False] * 5 + [True]
+    seen.clear()
+    megatron.evaluate()
+    assert all(seen)
+
+
+# Several models.
+
+
+class Model:
+    """Something that can be watched."""
+
+
+def test_a_second_model_runs_at_full_clocks_and_is_said_once(
+    megatron: Megatron, job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (Model(),), (Model(),)
+    for model in (first, second, first, second):
+        megatron.model = model
+        assert megatron.train() == "losses of x"
+    assert len(job.finished()) == 2
+    assert len(job.sessions) == 1
+    assert [r.getMessage() for r in caplog.records if "a second model" in r.getMessage()] != []
+    assert len(caplog.records) == 1
+
+
+def test_with_its_model_a_session_ends(megatron: Megatron, job: Job) -> None:
+    megatron.model = (Model(),)
+    megatron.train()
+    assert not job.sessions[0].closed
+    megatron.model = (object(),)
     assert job.sessions[0].closed
-    assert megatron.ran == TRAINED
+    assert megatron.is_stock
 
 
 @pytest.mark.parametrize("end", ["close", "fail", "refuse", "fail amid"])

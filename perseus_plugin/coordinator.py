@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.exchange import Exchange
 from perseus_plugin.files import try_to_write
+from perseus_plugin.following.expectations import Expectations
+from perseus_plugin.following.schedules import MAX_PLANNED, JobSchedules
 from perseus_plugin.frontier_process import BackgroundFrontier
 from perseus_plugin.instructions import StreamOp
 from perseus_plugin.iteration_times import IterationTimes
@@ -58,10 +60,21 @@ class State(enum.Enum):
     GIVEN_UP = "given up"
 
 
-@dataclass
-class _Schedule:
-    key: str
-    stream_of: Callable[[int], Sequence[StreamOp]]
+@dataclass(frozen=True)
+class _Asked:
+    """What the planner works on.
+
+    Attributes:
+        request: as it was submitted.
+        survey: that it was made on.
+        situation: of stragglers that it is to answer; None: it is for the job's plan of a schedule.
+        instead_of: schedule whose plan makes room for it, None: there is room.
+    """
+
+    request: PlanRequest
+    survey: Survey
+    situation: Situation | None = None
+    instead_of: str | None = None
 
 
 class Coordinator:
@@ -102,6 +115,7 @@ class Coordinator:
         self._reports = RankReports(exchange, world_size)
         self._times = IterationTimes(config.watch.patience)
         self._plans = PlanShelf(exchange, stages)
+        self._expectations = Expectations(self._plans, self._times)
         self._orders = Orders(exchange)
         self._measuring = Measuring(
             config.profiling,
@@ -128,9 +142,11 @@ class Coordinator:
         self.planning_time_s = 0.0
         self.dropped = 0
         self._iteration = 0
-        self._schedule: _Schedule | None = None
-        self._requested: PlanRequest | None = None
-        self._asked: Situation | None = None
+        self._schedules = JobSchedules()
+        self._requests: dict[str, PlanRequest] = {}
+        self._asked: _Asked | None = None
+        self._made_anew = True
+        self._said_too_many = False
         self._followed = 0
         self._slow_since: int | None = None
         self._strikes = self._held = 0
@@ -142,8 +158,7 @@ class Coordinator:
 
     def use_schedule(self, key: str, stream_of: Callable[[int], Sequence[StreamOp]]) -> None:
         """The schedule that iterations run from now on."""
-        if self._schedule is None or self._schedule.key != key:
-            self._schedule = _Schedule(key, stream_of)
+        self._schedules.use(key, stream_of)
 
     def saw(self, directive: Directive, record: IterationRecord) -> None:
         """An iteration has ended on rank 0.
@@ -153,6 +168,8 @@ class Coordinator:
             record: what was seen.
         """
         duration_s = record.end_s - record.begin_s
+        if record.schedule:
+            self._schedules.ran(record.schedule, record.number)
         if not record.undisturbed or not record.complete:
             return
         if isinstance(directive, Sweep) and directive.kept and directive.frequency_mhz == self._measuring.top_mhz:
@@ -160,8 +177,9 @@ class Coordinator:
         elif isinstance(directive, FullClock) and self.state is State.RECHECKING:
             self._times.add_again(record.schedule, duration_s)
         elif isinstance(directive, Follow) and self._is_current(directive):
-            self._times.add_planned(duration_s)
-            if directive.straggler:
+            self._times.add_planned(record.schedule, duration_s, self._expected_s(record.schedule))
+            situation = self.stragglers.situation
+            if directive.straggler and situation is not None and record.schedule == situation.schedule:
                 self.stragglers.count_iteration()
             self._held += 1
             if self._held >= _FORGIVEN_AFTER:
@@ -176,35 +194,23 @@ class Coordinator:
         return self._times.full_s
 
     def full_clock_scale(self) -> tuple[float, float] | None:
-        """What full-clock time and energy have to be multiplied by where the plan is for another schedule.
+        """See `Expectations`."""
+        return self._expectations.full_clock_scale(self.plan)
 
-        1 for the schedule they were measured in; None where that is not known.
-        """
-        if self.plan is None or self.plan.schedule == self._times.schedule:
-            return 1.0, 1.0
-        if self._times.schedule not in self._plans:
-            return None
-        _, reference = self._plans.of(self._times.schedule)
-        return (
-            self.plan.baseline_time_s / reference.baseline_time_s,
-            self.plan.baseline_energy_j / reference.baseline_energy_j,
-        )
+    def predicted_ratios(self) -> tuple[float, float] | None:
+        """See `Expectations`."""
+        return self._expectations.predicted_ratios(self.plan)
 
     def expected_time_s(self) -> float | None:
-        """How long an iteration under the current plan may take, in measured seconds; None before it is known."""
-        per_planned = self._seconds_per_planned
-        if self.plan is None or per_planned is None:
-            return None
-        answer = self.stragglers.answer
-        pace_s = 0.0 if answer is None or answer.pace is None else answer.pace.pace_s
-        return max(pace_s, self.plan.deadline_s) * per_planned
+        """How long an iteration of the usual schedule may take, in measured seconds; None before it is known."""
+        return None if self.plan is None else self._expected_s(self.plan.schedule)
 
-    @property
-    def _seconds_per_planned(self) -> float | None:
-        """Measured seconds per second of the graph; None before the schedule that was measured has a plan."""
-        if self._times.schedule not in self._plans:
-            return None
-        return self._times.per_planned(self._plans.of(self._times.schedule)[1])
+    def _expected_s(self, schedule: str) -> float | None:
+        situation, answer = self.stragglers.situation, self.stragglers.answer
+        if situation is not None and situation.schedule != schedule:
+            return None  # whoever is slow makes these iterations longer too, by how much is not known
+        pace_s = 0.0 if answer is None or answer.pace is None else answer.pace.pace_s
+        return self._expectations.planned_s(schedule, pace_s)
 
     # Steps.
 
@@ -224,17 +230,19 @@ class Coordinator:
         if trouble is not None:
             told = receive(Trouble, trouble)
             self._give_up(f"rank {told.rank}: {told.reason}")
-        elif self.state is State.MEASURING:
+            return
+        self._take_answer()
+        if self.state is State.MEASURING:
             self._measure()
         elif self.state is State.PLANNING:
-            self._take_answer()
+            self._ask_for_plan()
         elif self.state is State.FOLLOWING:
             self._watch()
         elif self.state is State.RECHECKING:
             self._judge()
 
     def _measure(self) -> None:
-        if self._schedule is None:
+        if not self._schedules:
             return
         try:
             survey = self._measuring.step(self._iteration)
@@ -243,21 +251,41 @@ class Coordinator:
             return
         if survey is not None:
             self.survey = survey
-            self._request_plan()
+            self.state = State.PLANNING
+            self._ask_for_plan()
 
     def _order_sweep(self, clocks_mhz: tuple[int, ...]) -> int:
         self._tell("sweep", clocks_mhz=clocks_mhz)
         assert self._orders.latest is not None  # it has just been given
         return self._orders.latest.switch
 
-    def _request_plan(self, pace: PaceRequest | None = None) -> None:
+    def _ask_for_plan(self) -> None:
+        """Have the planner work on the next schedule that wants a plan."""
+        following = self._schedules.next_to_plan(self._plans.schedules)
+        if following is not None:
+            self._submit(*following)
+        elif self._schedules.too_many and not self._said_too_many:
+            self._said_too_many = True
+            logger.info(
+                "more than %d schedules take turns: those beyond run at full clocks. Nothing needs to be done",
+                MAX_PLANNED,
+            )
+
+    def _submit(
+        self,
+        key: str,
+        instead_of: str | None = None,
+        situation: Situation | None = None,
+        pace: PaceRequest | None = None,
+    ) -> bool:
+        """Submit a request unless the planner works on one; returns whether that could be done."""
+        if self._asked is not None or self._planner.busy:
+            return False
         assert self.survey is not None  # only asked for once there is one
-        assert self._schedule is not None
-        schedule = self._schedule
-        streams = [schedule.stream_of(stage) for stage in range(self._stages)]
+        streams = [self._schedules.stream_of(key)(stage) for stage in range(self._stages)]
         limits = self._config.limits
-        self._requested = PlanRequest(
-            schedule=schedule.key,
+        request = PlanRequest(
+            schedule=key,
             streams=streams,
             constant_time_s=self.survey.constants_for(streams),
             profile=self.survey.profile,
@@ -270,62 +298,87 @@ class Coordinator:
             full_clock_only=self.survey.unresolved,
             pace=pace,
         )
-        self._planner.submit(self._requested)
-        self.state = State.PLANNING
+        self._planner.submit(request)
+        self._asked = _Asked(request, self.survey, situation, instead_of)
+        return True
 
     def _take_answer(self) -> None:
         answer = self._planner.poll()
-        if answer is None:
+        if answer is None or self._asked is None:
             return
-        if self._asked is not None:
-            self._take_pace(answer, self._asked)
+        asked, self._asked = self._asked, None
+        if asked.survey is not self.survey or self.state not in (State.PLANNING, State.FOLLOWING):
+            return  # what it was made on does not hold any more
+        if asked.situation is not None:
+            self._take_pace(answer, asked.situation)
+        elif answer.plan is None:
+            self._go_without(asked.request.schedule, answer.error)
+        else:
+            self._take_plan(asked, answer.plan, answer.planning_time_s)
+
+    def _go_without(self, schedule: str, why: str) -> None:
+        self._schedules.refuse(schedule)
+        if not self._plans.schedules and self._schedules.next_to_plan(()) is None:
+            self._give_up(f"there is no plan: {why} (try looser perseus.limits)")
             return
-        if answer.plan is None:
-            self._give_up(f"there is no plan: {answer.error} (try looser perseus.limits)")
-            return
-        assert self._requested is not None  # it was submitted
-        assert self.survey is not None  # it was planned on
-        schedule = self._requested.schedule
-        self.planning_time_s = answer.planning_time_s
-        version = self._plans.put(schedule, answer.plan, self.survey.profile)
+        logger.warning(
+            "there is no plan for %s: %s. Its iterations run at full clocks; try looser perseus.limits", schedule, why
+        )
+
+    def _take_plan(self, asked: _Asked, plan: Plan, planning_time_s: float) -> None:
+        schedule = asked.request.schedule
+        self.planning_time_s = planning_time_s
+        if asked.instead_of is not None:
+            self._plans.take_out(asked.instead_of)
+            del self._requests[asked.instead_of]
+        number = self._plans.put(schedule, plan, asked.survey.profile)
+        self._requests[schedule] = asked.request
         logger.info(
             "plan %d for %s ready in %.2f s: %.1f %% less energy predicted, at most %.2f %% above the optimum",
-            version,
+            number,
             schedule,
-            answer.planning_time_s,
-            100 * answer.plan.saving,
-            100 * answer.plan.gap,
+            planning_time_s,
+            100 * plan.saving,
+            100 * plan.gap,
         )
-        self._follow(schedule)
-        if self._frontier is not None:
-            self._frontier.renew(self._requested)
-
-    def _follow(self, schedule: str) -> None:
-        version, plan = self._plans.of(schedule)
-        self.plan = plan
-        try_to_write("plan.json", lambda: save_plan(plan, self._output_dir / "plan.json"))
-        self.stragglers.leave()
-        self._tell("follow", version=version)
+        self._show_usual()
+        self._order()
         self.state = State.FOLLOWING
 
+    def _show_usual(self) -> None:
+        """What a person looks at is the plan of the schedule that runs most."""
+        before = None if self.plan is None else self.plan.schedule
+        usual = self._schedules.usual(self._plans.schedules, before)
+        if usual is None or self._plans.of(usual) is self.plan:
+            return
+        plan = self.plan = self._plans.of(usual)
+        try_to_write("plan.json", lambda: save_plan(plan, self._output_dir / "plan.json"))
+        if self._frontier is not None:
+            self._frontier.renew(self._requests[usual])
+
+    def _order(self) -> int:
+        """All ranks follow the plans there are, and what answers the stragglers there are; returns from when on."""
+        situation, answer = self.stragglers.situation, self.stragglers.answer
+        if situation is None or answer is None:
+            begins = self._tell("follow", version=self._plans.set_with())
+        else:
+            version, variants = answer.versions_in(situation, self._plans.set_with)
+            begins = self._tell("follow", version=version, variants=variants, straggler=True)
+        self._plans.tidy(self._orders.versions)
+        return begins
+
     def _watch(self) -> None:
-        assert self._schedule is not None  # there is a plan for one
-        if self._schedule.key not in self._plans:
-            logger.info("the schedule is now %s: full clocks until there is a plan for it", self._schedule.key)
-            self._request_plan()
-            return
-        if self._plans.of(self._schedule.key)[1] is not self.plan:
-            self._follow(self._schedule.key)
-            return
+        self._show_usual()
         if self._answer_stragglers():
             return
-        expected_s, seen_s = self.expected_time_s(), self._times.planned_s
-        if expected_s is None or seen_s is None:
+        self._ask_for_plan()
+        overrun, seen_s = self._times.overrun, self._times.planned_s
+        if overrun is None or seen_s is None:
             return
-        if seen_s <= expected_s * (1 + self._config.watch.tolerance):
+        if overrun <= 1 + self._config.watch.tolerance:
             self._slow_since = None
         elif not self._may_be_a_straggler():
-            self._drop(seen_s, expected_s)
+            self._drop(seen_s, seen_s / overrun)
 
     def _may_be_a_straggler(self) -> bool:
         """Whether to wait for what detection says of iterations that run long."""
@@ -338,9 +391,10 @@ class Coordinator:
 
     def _answer_stragglers(self) -> bool:
         """Answer a new situation; returns whether there is one, for which the plan in force was not made."""
-        assert self._schedule is not None  # there is a plan for one
-        self.stragglers.book.full_clock_s = self.full_clock_time_s
-        situation = self.stragglers.current(self._schedule.key)
+        assert self.plan is not None  # it is followed
+        schedule = self.plan.schedule
+        self.stragglers.book.full_clock_s = self._expectations.full_s(schedule)
+        situation = self.stragglers.current(schedule)
         if situation == self.stragglers.situation:
             return False
         if not self.stragglers.may_answer:
@@ -349,9 +403,8 @@ class Coordinator:
         if situation is None or answer is not None:
             self._switch(situation, answer)
             return True
-        assert self.plan is not None  # it is followed
-        self._asked = situation
-        self._request_plan(situation.request(self.plan, self._seconds_per_planned))
+        request = situation.request(self.plan, self._expectations.seconds_per_planned(schedule))
+        self._submit(schedule, situation=situation, pace=request)
         return True
 
     def judge_external(self, figures: ExternalFigures) -> None:
@@ -367,35 +420,25 @@ class Coordinator:
 
     def _take_pace(self, answer: PlanAnswer, situation: Situation) -> None:
         """The planner has answered; the job's plan stays if it found nothing."""
-        self._asked = None
         assert self.survey is not None  # it was planned on
         versions = {}
         for slowdowns, planned in zip(situation.variants, answer.pace.variants if answer.pace else (), strict=False):
             if planned.plan is not None:
-                versions[slowdowns] = self._plans.publish(
-                    situation.schedule, planned.plan, self.survey.profile, slowdowns
-                )
+                versions[slowdowns] = self._plans.keep(situation.schedule, planned.plan, self.survey.profile, slowdowns)
         if answer.pace is None:
             logger.warning(
                 "stragglers are not planned for: %s. The plan stays as it is; nothing needs to be done", answer.error
             )
         made = Answer(answer.pace, versions)
-        for version in self.stragglers.learn(situation, made, answer.planning_time_s, answer.error):
-            self._plans.discard(version)
-        self.state = State.FOLLOWING
-        assert self._schedule is not None  # there is a plan for one
-        if self._schedule.key == situation.schedule:
+        for number in self.stragglers.learn(situation, made, answer.planning_time_s, answer.error):
+            self._plans.discard(number)
+        if self.plan is not None and self.plan.schedule == situation.schedule:
             self._switch(situation, made)
 
     def _switch(self, situation: Situation | None, answer: Answer | None) -> None:
         """All ranks go over to what this situation asks for."""
-        assert self._schedule is not None  # there is a plan for one
-        version, _ = self._plans.of(self._schedule.key)
-        if situation is None or answer is None:
-            begins = self._tell("follow", version=version)
-        else:
-            version, variants = answer.versions_in(situation, version)
-            begins = self._tell("follow", version=version, variants=variants, straggler=True)
+        self.stragglers.situation, self.stragglers.answer = situation, answer
+        begins = self._order()
         self.stragglers.switched(situation, answer, begins, self._followed)
 
     # When the plan does not hold.
@@ -418,14 +461,12 @@ class Coordinator:
         )
         self._reports.rechecks = {}
         self.stragglers.leave()
-        self._times.measure_again(self._schedule.key if self._schedule is not None else "")
+        self._times.measure_again()
         self._tell("full", reason=text, recheck=True)
         self._recheck_sequence = self._orders.sequence
         self.state = State.RECHECKING
 
     def _judge(self) -> None:
-        assert self._schedule is not None  # a plan was followed
-        self._times.measure_again_if_changed(self._schedule.key)
         if self._times.again is None:
             return
         schedule, full_s, long_enough = self._times.again
@@ -433,10 +474,7 @@ class Coordinator:
             return
         assert self.survey is not None  # it was planned on
         self.survey = rescaled(self.survey, self.stragglers.corrected(self._reports.rechecks))
-        per_planned = self._seconds_per_planned
-        before_s = None
-        if per_planned is not None and schedule in self._plans:
-            before_s = self._plans.of(schedule)[1].baseline_time_s * per_planned
+        before_s = self._expectations.full_s(schedule)
         if before_s is not None and full_s > before_s * (1 + self._config.watch.tolerance):
             logger.warning(
                 "at full clocks an iteration now takes %.4g s: the job itself is slower; planning for that. If it "
@@ -447,8 +485,10 @@ class Coordinator:
             self._margin += self._excess
         self._times.use_again()
         self._plans.clear()
+        self._schedules.forget_refusals()
         self.stragglers.forget()
-        self._request_plan()
+        self._made_anew, self.state = True, State.PLANNING
+        self._ask_for_plan()
 
     def _give_up(self, why: str) -> None:
         logger.warning("%s. Training stays at full clocks. A restart of the job tries again", why)
@@ -480,6 +520,8 @@ class Coordinator:
             clocks_mhz=clocks_mhz,
             reason=reason,
             recheck=recheck,
+            anew=action == "follow" and self._made_anew,
         )
+        self._made_anew &= action != "follow"
         self._followed = news.version_for(0)  # rank 0 is in replica 0
         return news.switch

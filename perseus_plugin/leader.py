@@ -134,8 +134,12 @@ class Leader:
         """
         if self._coordinator is None:
             return
-        if self._link.schedule is not None:
-            self._coordinator.use_schedule(*self._link.schedule)
+        newest = self._link.schedule
+        for key, stream_of in self._link.schedules.items():
+            if newest is not None and key != newest[0]:
+                self._coordinator.use_schedule(key, stream_of)
+        if newest is not None:
+            self._coordinator.use_schedule(*newest)
         for figures in self._link.take_external():
             self._coordinator.judge_external(figures)
         self._coordinator.step(self._link.iteration)
@@ -198,6 +202,7 @@ class Leader:
             "plan": self._plan,
             "planning_time_s": 0.0 if coordinator is None else coordinator.planning_time_s,
             "full_clock_scale": (1.0, 1.0) if coordinator is None else coordinator.full_clock_scale(),
+            "predicted_ratios": None if coordinator is None else coordinator.predicted_ratios(),
             "dropped_plans": 0 if coordinator is None else coordinator.dropped,
             "stragglers": None if coordinator is None else asdict(coordinator.stragglers.figures),
         }

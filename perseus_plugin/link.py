@@ -13,9 +13,10 @@ from perseus_plugin.messages import PlanPart
 from perseus_plugin.straggler_external import ExternalFigures
 from perseus_plugin.stragglers import Report
 from perseus_plugin.tap import IterationRecord
-from perseus_plugin.timetable import Directive, Timetable
+from perseus_plugin.timetable import Directive, Follow, Timetable
 
 StreamOf = Callable[[int], Sequence[StreamOp]]
+Parts = Mapping[tuple[int, str], PlanPart]
 ItemT = TypeVar("ItemT")
 
 
@@ -32,12 +33,19 @@ class FinishedIteration:
     record: IterationRecord
 
 
+def part_for(parts: Parts, directive: Directive, record: IterationRecord) -> PlanPart | None:
+    """The part that an iteration follows; None where there is none (yet), or it follows no plan."""
+    return parts.get((directive.version, record.schedule)) if isinstance(directive, Follow) else None
+
+
 class Link:
     """What the training thread and the worker share; single attributes, replaced whole.
 
     Attributes:
         timetable: what each iteration runs as; the worker replaces it.
-        parts: this stage's parts of the newest plans, by version.
+        parts: this stage's parts of the newest plans, by version of the set and schedule.
+        schedule: the newest one.
+        schedules: all that have run, by key.
         rise_lead_s: how early a rising clock is asked for.
         close: set by the worker; ends it.
         writes_events: whether this rank's training thread takes events; set by the session.
@@ -46,12 +54,13 @@ class Link:
 
     def __init__(self, timetable: Timetable) -> None:
         self.timetable = timetable
-        self.parts: Mapping[int, PlanPart] = {}
+        self.parts: Parts = {}
         self.rise_lead_s = 0.0
         self.close: Callable[[], None] = lambda: None
         self.publish: Callable[[list[tuple[str, float]]], None] = lambda events: None
         self.iteration = 0
         self.schedule: tuple[str, StreamOf] | None = None
+        self.schedules: Mapping[str, StreamOf] = {}
         self.trouble_reason: str | None = None
         self._finished: queue.SimpleQueue[FinishedIteration] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[list[tuple[str, float]]] = queue.SimpleQueue()
@@ -63,6 +72,8 @@ class Link:
     def use_schedule(self, key: str, stream_of: StreamOf) -> None:
         """Iterations run this schedule from now on."""
         self.schedule = (key, stream_of)
+        if key not in self.schedules:
+            self.schedules = {**self.schedules, key: stream_of}
 
     def finished(self, iteration: FinishedIteration) -> None:
         """Hand an iteration over."""

@@ -70,9 +70,10 @@ class News(_Message):
     Attributes:
         sequence: counts up from 1.
         switch: first iteration it holds for.
-        action: follow the plan of `version`, run at full clocks, or profile again at `clocks_mhz`.
-        version: the plan's, 0 for full clocks.
-        variants: plans of the replicas that have one of their own; all others follow `version`.
+        action: follow the plans of `version`, run at full clocks, or profile again at `clocks_mhz`.
+        version: of the set of plans, one per schedule, 0 for full clocks. A schedule without one runs at full clocks.
+        variants: sets of the replicas that have one of their own; all others follow `version`.
+        since: first iteration under plans that were made on the same measurements; reference iterations count from it.
         straggler: the plans are for the pace of a straggler.
         clocks_mhz: in the order to try them; a rank with another GPU takes the nearest it has.
         reason: for people.
@@ -84,13 +85,14 @@ class News(_Message):
     action: Literal["follow", "full", "sweep"]
     version: int = 0
     variants: dict[int, int] = {}
+    since: int = 0
     straggler: bool = False
     clocks_mhz: tuple[int, ...] = ()
     reason: str = ""
     recheck: bool = False
 
     def version_for(self, replica: int) -> int:
-        """The plan that this replica follows."""
+        """The set of plans that this replica follows."""
         return self.variants.get(replica, self.version)
 
 
@@ -105,7 +107,7 @@ class PlanPart(_Message):
     """One stage's part of a plan.
 
     Attributes:
-        version: counts up from 1.
+        version: the plan's own number, from 1; the same in every set that it is in.
         schedule: key of the schedule it is for.
         clocks_mhz: per controllable instruction in program order.
         times_s: how long each takes at that clock.
@@ -117,6 +119,18 @@ class PlanPart(_Message):
     clocks_mhz: tuple[int, ...]
     times_s: tuple[float, ...]
     slowdown: float = 1.0
+
+
+class PlanParts(_Message):
+    """One stage's parts of a set of plans: those of all schedules that have one.
+
+    Attributes:
+        version: of the set, see `News`.
+        parts: one per schedule.
+    """
+
+    version: int
+    parts: tuple[PlanPart, ...]
 
 
 class Recheck(_Message):
@@ -189,7 +203,7 @@ def estimate_key(round_number: int, rank: int) -> str:
 
 
 def part_key(version: int, stage: int) -> str:
-    """Where rank 0 publishes a stage's `PlanPart`."""
+    """Where rank 0 publishes a stage's `PlanParts`."""
     return f"plan/{version}/{stage}"
 
 

@@ -22,24 +22,35 @@ class Orders:
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self.latest: News | None = None
+        self._before: News | None = None
 
     @property
     def sequence(self) -> int:
         """Number of the newest order, 0 before the first."""
         return 0 if self.latest is None else self.latest.sequence
 
-    def give(self, iteration: int, iteration_time_s: float | None, **what: Any) -> News:
+    @property
+    def versions(self) -> list[int]:
+        """Sets of plans that ranks follow, or followed until the newest order holds."""
+        told = [news for news in (self._before, self.latest) if news is not None]
+        return [version for news in told for version in (news.version, *news.variants.values())]
+
+    def give(self, iteration: int, iteration_time_s: float | None, *, anew: bool = False, **what: Any) -> News:
         """Tell all ranks.
 
         Args:
             iteration: the one running on rank 0.
             iteration_time_s: how long iterations take at full clocks, None if that is not known.
+            anew: plans are followed that were made on new measurements.
             what: the other fields of `News`.
 
         Raises:
             ExchangeError: the store fails.
         """
-        self.latest = News(sequence=self.sequence + 1, switch=iteration + ahead(iteration_time_s), **what)
+        switch = iteration + ahead(iteration_time_s)
+        since = switch if anew or self.latest is None else self.latest.since
+        self._before = self.latest
+        self.latest = News(sequence=self.sequence + 1, switch=switch, since=since, **what)
         self._exchange.publish(NEWS, self.latest.model_dump())
         return self.latest
 

@@ -27,7 +27,7 @@ from perseus_plugin.exchange import Exchange, open_exchange
 from perseus_plugin.gpus.selection import Selection, emulates, select_gpu, with_facts
 from perseus_plugin.instructions import Compute, Constant
 from perseus_plugin.known import given_profile, kept_profile
-from perseus_plugin.link import FinishedIteration, Link, StreamOf
+from perseus_plugin.link import FinishedIteration, Link, StreamOf, part_for
 from perseus_plugin.messages import Placement
 from perseus_plugin.profiling.sweep import choose_clocks, sweep_order
 from perseus_plugin.reporting.account import begin_tag, end_tag
@@ -37,7 +37,6 @@ from perseus_plugin.stragglers import DETECTION, StragglerError, check_report
 from perseus_plugin.tap import InstructionTap, IterationRecord, hooked_operations
 from perseus_plugin.timetable import (
     Directive,
-    Follow,
     FullClock,
     Round,
     Sweep,
@@ -108,7 +107,8 @@ class Session:
         self.tap.execution = emulated
         self._iteration = 0
         self._record: IterationRecord | None = None
-        self._applied: object = None
+        self._held: tuple[object] | None = None
+        self._followed: tuple[object, str] | None = None
         self._schedule = ""
         self._operations: dict[str, tuple[tuple[Compute | Constant, ...], list[int]]] = {}
 
@@ -167,11 +167,14 @@ class Session:
 
     def _apply(self, now_s: float, record: IterationRecord) -> None:
         """The GPU gets to the schedule: have the controller do what the directive says, unless it does already."""
+        # Whatever the schedule, an iteration under a plan ends at full clocks, and one at a single clock at that clock:
+        # the next one of the same sort finds the clock as it was.
+        held, self._held = self._held, (record.directive.identity,)
         wanted = (record.directive.identity, record.schedule)
-        record.undisturbed = wanted == self._applied
-        if not record.undisturbed:
-            self._applied = wanted if self._control(record.directive, record) else None
-        record.applied = self._applied is not None
+        if wanted != self._followed:
+            self._followed = wanted if self._control(record.directive, record) else None
+        record.applied = self._followed is not None
+        record.undisturbed = record.applied and held == self._held
 
     def _control(self, directive: Directive, record: IterationRecord) -> bool:
         """False if what the directive says cannot be done (yet): full clocks then."""
@@ -180,8 +183,8 @@ class Session:
         if isinstance(directive, Sweep):
             self._controller.hold(directive.frequency_mhz)
             return True
-        part = self._link.parts.get(directive.version) if isinstance(directive, Follow) else None
-        if part is not None and part.schedule == record.schedule and len(part.clocks_mhz) == 1 + max(record.slots):
+        part = part_for(self._link.parts, directive, record)
+        if part is not None and len(part.clocks_mhz) == 1 + max(record.slots):
             self._controller.rise_lead_s = self._link.rise_lead_s
             self._controller.follow(part.clocks_mhz, part.times_s)
             return True
@@ -223,7 +226,7 @@ class Session:
             record.undisturbed = False
         if self._controller is not None:
             self._controller.hold(None)
-        self._applied = None
+        self._held = self._followed = None
 
     def report_straggler(self, **report: Any) -> str:
         """Send a straggler report to rank 0; see `perseus_plugin.report_straggler`.

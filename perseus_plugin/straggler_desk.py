@@ -82,21 +82,23 @@ class Answer:
 
     Attributes:
         pace: what the planner said; None if it found nothing, so that the job's plan stays.
-        versions: plan versions by sort of pipeline; sorts for which the job's plan holds are missing.
+        versions: numbers of plans by sort of pipeline; sorts for which the job's plan holds are missing.
     """
 
     pace: Pace | None
     versions: Mapping[Slowdowns, int]
 
-    def versions_in(self, situation: Situation, version: int) -> tuple[int, dict[int, int]]:
-        """The plan version of most replicas, and those of the replicas that have another one.
+    def versions_in(self, situation: Situation, set_with: Callable[[int | None], int]) -> tuple[int, dict[int, int]]:
+        """The version of the set of plans of most replicas, and those of the replicas that have another one.
 
         Args:
             situation: a situation that this answers.
-            version: of the job's plan.
+            set_with: the set that has the plan of this number in the place of the job's; None: the job's own set.
         """
-        for_others = self.versions.get(situation.unslowed, version)
-        variants = {replica: self.versions.get(slowdowns, version) for replica, slowdowns in situation.slow}
+        version = set_with(None)
+        sets = {slowdowns: set_with(number) for slowdowns, number in self.versions.items()}
+        for_others = sets.get(situation.unslowed, version)
+        variants = {replica: sets.get(slowdowns, version) for replica, slowdowns in situation.slow}
         variants.update(dict.fromkeys(situation.untouched, version))
         return for_others, {replica: own for replica, own in variants.items() if own != for_others}
 
@@ -314,7 +316,7 @@ class StragglerDesk:
         return self._answers.get(situation.identity)
 
     def learn(self, situation: Situation, answer: Answer, planning_time_s: float, error: str = "") -> list[int]:
-        """Keep an answer; returns versions of plans that nobody will need any more."""
+        """Keep an answer; returns numbers of plans that nobody will need any more."""
         self._answers[situation.identity] = answer
         self.figures.replans += 1
         facts: dict[str, Any] = {"error": error}

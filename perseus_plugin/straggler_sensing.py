@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from perseus_plugin.config import StragglersConfig
 from perseus_plugin.exchange import Exchange
-from perseus_plugin.messages import STRAGGLERS, PlanPart
+from perseus_plugin.link import Parts, part_for
+from perseus_plugin.messages import STRAGGLERS
 from perseus_plugin.straggler_detection import OwnPast, StragglerDetector, iteration_slowdown
 from perseus_plugin.stragglers import DETECTION, Report
 from perseus_plugin.tap import IterationRecord
@@ -28,7 +29,7 @@ class StragglerSensing:
         self._detector = StragglerDetector(config.threshold, config.window, config.min_duration)
         self._past = OwnPast(config.window)
 
-    def saw(self, directive: Directive, record: IterationRecord, parts: Mapping[int, PlanPart]) -> None:
+    def saw(self, directive: Directive, record: IterationRecord, parts: Parts) -> None:
         """An iteration has ended on this rank.
 
         Raises:
@@ -36,8 +37,8 @@ class StragglerSensing:
         """
         if not self._looks or not isinstance(directive, Follow) or not record.undisturbed:
             return
-        part = parts.get(directive.version)
-        found = None if part is None or part.schedule != record.schedule else iteration_slowdown(record, part)
+        part = part_for(parts, directive, record)
+        found = None if part is None else iteration_slowdown(record, part)
         if part is None or found is None:
             return
         slowdown, is_steady = found

@@ -49,15 +49,17 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class Follow:
-    """The iteration follows the plan of this version.
+    """The iteration follows the plan of its schedule in this set of plans; without one it runs at full clocks.
 
     Attributes:
-        version: the plan's.
+        version: of the set.
         straggler: it is followed because of a straggler; changes nothing but what the iteration counts for.
+        since: see `messages.News`.
     """
 
     version: int
     straggler: bool = False
+    since: int = 0
 
     @property
     def identity(self) -> object:

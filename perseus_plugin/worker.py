@@ -23,13 +23,13 @@ from perseus_plugin.gpus.selection import Selection
 from perseus_plugin.instructions import Compute
 from perseus_plugin.known import Known
 from perseus_plugin.leader import Leader
-from perseus_plugin.link import FinishedIteration, Link
+from perseus_plugin.link import FinishedIteration, Link, Parts
 from perseus_plugin.messages import (
     NEWS,
     TROUBLE,
     News,
     Placement,
-    PlanPart,
+    PlanParts,
     RankEstimate,
     RankStats,
     Recheck,
@@ -107,7 +107,7 @@ class SessionWorker:
         self._recheck_left = 0
         self._told_trouble = False
         self._in_trouble = False
-        self._plan_version = 0
+        self._plans_since: int | None = None
         self._requests = 0
         self._deviations = 0
         self._read_failure: tuple[float, str] | None = None
@@ -175,6 +175,8 @@ class SessionWorker:
 
     def _record(self) -> None:
         if self._leader is not None and self._leader.coordinates and self._link.schedule is not None:
+            for key, stream_of in self._link.schedules.items():
+                self._recorder.keep_schedule(key, stream_of, self._placement.stages)
             self._recorder.use_schedule(*self._link.schedule, self._placement.stages)
         if self._estimated:
             self._poll_energy(self._recorder.wants_readings(self._link.timetable, self._link.iteration))
@@ -191,8 +193,8 @@ class SessionWorker:
                 sorts.append(FULL_CLOCK)
             self._collector.add(directive, record)
         elif isinstance(directive, Follow) and record.undisturbed:
-            if not directive.straggler and directive.version != self._plan_version:
-                self._plan_version = directive.version
+            if not directive.straggler and directive.since != self._plans_since:
+                self._plans_since = directive.since
                 self._account.clear(PLAN)
             sorts.append(STRAGGLER if directive.straggler else PLAN)
         elif isinstance(directive, FullClock):
@@ -347,11 +349,11 @@ class SessionWorker:
             return
         if news.action == "follow":
             version = news.version_for(self._placement.replica)
-            part = self._exchange.fetch(part_key(version, self._placement.stage))
-            if part is None:
+            parts = self._exchange.fetch(part_key(version, self._placement.stage))
+            if parts is None:
                 return  # published before the news; if the store lost it, the next look finds it or newer news
-            self._link.parts = _with_newest(self._link.parts, receive(PlanPart, part))
-            directive: Directive = Follow(version, news.straggler)
+            self._link.parts = _with_newest(self._link.parts, receive(PlanParts, parts))
+            directive: Directive = Follow(version, news.straggler, news.since)
         else:
             directive = FullClock(news.reason)
         self._news = news
@@ -444,7 +446,8 @@ class SessionWorker:
             self._leader.finish(self._stats)
 
 
-def _with_newest(parts: Mapping[int, PlanPart], part: PlanPart) -> Mapping[int, PlanPart]:
+def _with_newest(parts: Parts, newest: PlanParts) -> Parts:
     """Those that the running iteration and switches yet to come may need."""
-    others = [(version, old) for version, old in parts.items() if version != part.version]
-    return {**dict(others[-3:]), part.version: part}
+    others = list(dict.fromkeys(version for version, _ in parts if version != newest.version))[-3:]
+    kept = {key: part for key, part in parts.items() if key[0] in others}
+    return {**kept, **{(newest.version, part.schedule): part for part in newest.parts}}

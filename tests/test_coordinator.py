@@ -19,6 +19,7 @@ from perseus_plugin.messages import (
     TROUBLE,
     News,
     PlanPart,
+    PlanParts,
     RankEstimate,
     Recheck,
     Trouble,
@@ -39,7 +40,11 @@ TABLE = Timetable(Round(4, (1410, 810, 1110, 1410)), settle_steps=1, steps_per_c
 SWEEP_END = TABLE.sweep_end
 PATIENCE = 3
 FULL_S = 0.5  # of an iteration at full clocks, schedule A; what surrounds the schedule included
-SCHEDULES: dict[str, Callable[[int], Sequence[StreamOp]]] = {"A": stream_of(2, 4), "B": stream_of(2, 8)}
+SCHEDULES: dict[str, Callable[[int], Sequence[StreamOp]]] = {
+    "A": stream_of(2, 4),
+    "B": stream_of(2, 8),
+    **{str(microbatches): stream_of(2, microbatches) for microbatches in range(2, 30)},
+}
 
 
 class FakePlanner:
@@ -65,6 +70,13 @@ class FakePlanner:
     def poll(self) -> PlanAnswer | None:
         answer, self._answer = self._answer, None
         return answer
+
+
+def parts_of(exchange: LocalExchange, version: int, stage: int) -> dict[str, PlanPart]:
+    """What a stage is told of a set of plans, by schedule."""
+    told = receive(PlanParts, exchange.fetch(part_key(version, stage)))
+    assert told.version == version
+    return {part.schedule: part for part in told.parts}
 
 
 class Job:
@@ -149,6 +161,15 @@ class Job:
         self.planner.finish()
         self.step()
         assert self.coordinator.state is State.FOLLOWING
+        return self
+
+    def following_b(self) -> Job:
+        """From the plan of schedule A in force up to that of B, which is the usual one by then."""
+        self.schedule = "B"
+        self.step()
+        self.planner.finish()
+        self.step()
+        self.run(Follow(1), FULL_S, 40, undisturbed=False)
         return self
 
     def dropped(self, excess: float = 0.2) -> Job:
@@ -354,7 +375,7 @@ def test_a_plan_reaches_every_rank_before_the_iteration_it_begins_at(job: Job) -
     assert plan is not None
     assert plan.saving > 0.02
     for stage in range(2):
-        part = receive(PlanPart, job.exchange.fetch(part_key(1, stage)))
+        part = parts_of(job.exchange, 1, stage)["A"]
         computations = [op for op in SCHEDULES["A"](stage) if isinstance(op, Compute)]
         assert part.schedule == "A"
         assert list(part.clocks_mhz) == plan.clocks_mhz(stage)
@@ -382,10 +403,7 @@ def test_every_plan_of_the_job_gets_its_frontier(tmp_path: Path) -> None:
     frontier = FakeFrontier(tmp_path)
     job = Job(tmp_path, frontier=frontier).following()
     assert [(asked.schedule, asked.pace) for asked in frontier.requests] == [("A", None)]
-    job.schedule = "B"
-    job.step()
-    job.planner.finish()
-    job.step()
+    job.following_b()
     assert [asked.schedule for asked in frontier.requests] == ["A", "B"]
 
 
@@ -547,7 +565,8 @@ def test_a_plan_that_does_not_hold_is_made_anew_with_more_margin(job: Job) -> No
     job.step()
     news = job.told()
     assert (news.sequence, news.action, news.version) == (3, "follow", 2)
-    assert receive(PlanPart, job.exchange.fetch(part_key(2, 1))).version == 2
+    assert parts_of(job.exchange, 2, 1)["A"].version == 2
+    assert (news.since, job.exchange.fetch(part_key(1, 0))) == (news.switch, None)
 
 
 def test_a_job_that_became_slower_is_planned_for_as_it_is_now(job: Job, heard: pytest.LogCaptureFixture) -> None:
@@ -613,26 +632,24 @@ def test_a_changed_schedule_gets_a_plan_and_the_old_one_is_kept(job: Job) -> Non
     job.step()
     news = job.told()
     assert (news.action, news.version) == ("follow", 2)
+    assert {key: part.version for key, part in parts_of(job.exchange, 2, 0).items()} == {"A": 1, "B": 2}
+    assert parts_of(job.exchange, 2, 0)["A"] == parts_of(job.exchange, 1, 0)["A"]
+    assert news.since == job.iteration + 2, "both rest on one survey"
+    job.run(Follow(2), FULL_S, 40)
     plan_b = job.coordinator.plan
     assert plan_b is not None
     assert plan_b.microbatches == 8
-    assert receive(PlanPart, job.exchange.fetch(part_key(2, 0))).schedule == "B"
     job.schedule = "A"
-    job.step()
-    news = job.told()
-    assert (news.sequence, news.action, news.version) == (3, "follow", 1)
+    job.run(Follow(2), FULL_S, 40)
+    assert job.told() == news, "ranks pick the plan by the schedule: nobody need be told"
     assert len(job.planner.requests) == 2, "there is a plan for it already"
     assert load_plan(job.folder / "plan.json").microbatches == 4
-    assert job.exchange.fetch(part_key(1, 0)) is not None
 
 
 def test_a_plan_for_another_schedule_is_judged_by_that_schedules_time(job: Job) -> None:
     job.following()
     plan_a = job.coordinator.plan
-    job.schedule = "B"
-    job.step()
-    job.planner.finish()
-    job.step()
+    job.following_b()
     plan_b = job.coordinator.plan
     assert plan_a is not None
     assert plan_b is not None
@@ -643,19 +660,18 @@ def test_a_plan_for_another_schedule_is_judged_by_that_schedules_time(job: Job) 
     assert job.coordinator.state is State.FOLLOWING
 
 
-def test_a_plan_is_not_judged_by_iterations_under_the_one_before(job: Job) -> None:
-    job.following()
-    job.schedule = "B"
-    job.step()
-    job.planner.finish()
-    job.step()
+def test_each_iteration_is_judged_by_its_own_schedule(job: Job) -> None:
+    job.following().following_b()
     longer_s = job.coordinator.expected_time_s()
     assert longer_s is not None
-    job.run(Follow(2), longer_s, PATIENCE)
-    job.schedule = "A"
-    job.step()
-    job.run(Follow(1), FULL_S, PATIENCE - 1)
+    for _ in range(10):
+        job.schedule = "B"
+        job.run(Follow(2), longer_s, PATIENCE)
+        job.schedule = "A"
+        job.run(Follow(2), FULL_S, PATIENCE - 1)
     assert job.coordinator.dropped == 0
+    job.run(Follow(2), longer_s, PATIENCE)
+    assert job.coordinator.dropped == 1, "for this schedule it is too long"
 
 
 def test_a_schedule_that_changes_while_planning_is_planned_next(job: Job) -> None:
@@ -670,13 +686,107 @@ def test_a_schedule_that_changes_while_planning_is_planned_next(job: Job) -> Non
     assert job.told().version == 1
 
 
-def test_after_a_replan_plans_of_other_schedules_are_made_anew(job: Job) -> None:
-    """They rest on the survey that has been corrected since."""
+def mixed(job: Job, microbatches: Sequence[int]) -> None:
+    """A sweep whose iterations take turns at these microbatch counts; each count's time is what the graph says."""
+    for count in microbatches:
+        job.schedule = str(count)
+        job.run(Sweep(0, CLOCKS_MHZ[0], kept=True), mixed_s(count))
+    job.publish_estimates(0, 1)
+    job.step()
+
+
+def mixed_s(count: int) -> float:
+    return 0.039 * (count + 1)
+
+
+def test_microbatch_counts_that_take_turns_are_all_planned_for(job: Job) -> None:
+    counts = list(range(2, 9))
+    mixed(job, [*counts, *counts])
+    job.planner.finish()
+    job.step()
+    first = job.told()
+    for _ in range(len(counts) + 1):
+        job.planner.finish()
+        job.step()
+    asked = [request.schedule for request in job.planner.requests]
+    assert sorted(asked) == [str(count) for count in counts], "each of them once"
+    assert asked[0] == "8", "the newest first"
+    news = job.told()
+    assert (news.action, news.since) == ("follow", first.switch), "plans that rest on one survey"
+    assert sorted(parts_of(job.exchange, news.version, 0)) == sorted(asked)
+    held = [v for v in range(1, 50) if job.exchange.fetch(part_key(v, 0)) is not None]
+    assert len(held) <= 2, "the store does not grow with every set"
+    for number in range(60):
+        count = counts[number * 3 % len(counts)]
+        job.schedule = str(count)
+        job.run(Follow(news.version, since=news.since), 1.02 * mixed_s(count))
+    assert (job.coordinator.dropped, job.told()) == (0, news)
+    scale = job.coordinator.full_clock_scale()
+    assert scale is not None
+    assert scale[0] == pytest.approx(1.0, rel=0.1), "the same counts, about as often"
+    ratios = job.coordinator.predicted_ratios()
+    assert ratios is not None
+    assert 0.8 < ratios[1] < 0.98
+    assert ratios[0] == pytest.approx(1.0, abs=0.01)
+
+
+def test_plans_that_do_not_hold_are_dropped_though_every_iteration_has_another_schedule(job: Job) -> None:
+    mixed(job, [2, 3, 4, 5, 2, 3, 4, 5])
+    for _ in range(6):
+        job.planner.finish()
+        job.step()
+    news = job.told()
+    for count in (2, 5, 3, 4):
+        job.schedule = str(count)
+        job.run(Follow(news.version, since=news.since), 1.2 * mixed_s(count))
+    assert job.coordinator.dropped == 1
+
+
+def test_more_schedules_than_are_planned_for_are_said_once(job: Job, heard: pytest.LogCaptureFixture) -> None:
+    counts = list(range(2, 26))
+    mixed(job, counts)
+    for _ in range(30):
+        job.planner.finish()
+        job.step()
+    assert len(job.planner.requests) == 16
+    assert heard.text.count("more than 16 schedules take turns") == 1
+    assert len(parts_of(job.exchange, job.told().version, 1)) == 16
+
+
+def test_a_schedule_without_a_plan_leaves_the_others_theirs(job: Job, heard: pytest.LogCaptureFixture) -> None:
     job.following()
     job.schedule = "B"
+    job.planner.error = "limits: too tight"
     job.step()
     job.planner.finish()
     job.step()
+    assert job.coordinator.state is State.FOLLOWING
+    assert (job.told().action, job.told().version) == ("follow", 1)
+    assert heard.text.count("there is no plan for B: limits: too tight. Its iterations run at full clocks") == 1
+    job.run(Follow(1), FULL_S, 5, undisturbed=False)
+    assert len(job.planner.requests) == 2, "it is not asked for again"
+
+
+def test_an_answer_to_what_does_not_hold_any_more_is_thrown_away(job: Job) -> None:
+    job.following()
+    expected_s = job.coordinator.expected_time_s()
+    assert expected_s is not None
+    job.schedule = "B"
+    job.step()
+    job.schedule = "A"
+    job.run(Follow(1), 1.3 * expected_s, PATIENCE)
+    assert job.coordinator.state is State.RECHECKING
+    job.planner.finish()  # for B, on the old measurements
+    job.step()
+    assert job.told().action == "full"
+    job.rechecked(1.0, sequence=job.told().sequence)
+    job.run(FullClock(""), FULL_S, PATIENCE)
+    assert [request.schedule for request in job.planner.requests] == ["A", "B", "A"]
+
+
+def test_after_a_replan_plans_of_other_schedules_are_made_anew(job: Job) -> None:
+    """They rest on the survey that has been corrected since."""
+    job.following().following_b()
     expected_s = job.coordinator.expected_time_s()
     assert expected_s is not None
     job.run(Follow(2), 1.2 * expected_s, PATIENCE)
@@ -684,18 +794,13 @@ def test_after_a_replan_plans_of_other_schedules_are_made_anew(job: Job) -> None
     job.run(FullClock(""), 1.2 * expected_s, PATIENCE)
     job.planner.finish()
     job.step()
-    job.schedule = "A"
     job.step()
     assert [request.schedule for request in job.planner.requests] == ["A", "B", "B", "A"]
     assert job.planner.requests[-1].profile == job.planner.requests[-2].profile
 
 
 def test_a_dropped_plan_of_a_longer_schedule_gets_margin_too(job: Job) -> None:
-    job.following()
-    job.schedule = "B"
-    job.step()
-    job.planner.finish()
-    job.step()
+    job.following().following_b()
     full_b_s = job.coordinator.expected_time_s()
     assert full_b_s is not None
     job.run(Follow(2), 1.2 * full_b_s, PATIENCE)

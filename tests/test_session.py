@@ -110,7 +110,7 @@ class Rank:
     def follow(self, version: int, first: int, key: str = "A") -> None:
         """News has come: follow a plan."""
         part = PlanPart(version=version, schedule=key, clocks_mhz=(810, 1410), times_s=(0.1, 0.2))
-        self.link.parts = {version: part}
+        self.link.parts = {(version, key): part}
         self.link.timetable = self.link.timetable.switched(first, Follow(version))
 
 
@@ -205,9 +205,9 @@ def test_a_plan_that_does_not_fit_is_not_followed(rank: Rank, why: str) -> None:
     if why == "no part":
         rank.link.parts = {}
     elif why == "another version":
-        rank.link.parts = {2: rank.link.parts[1].model_copy(update={"version": 2})}
+        rank.link.parts = {(2, "A"): rank.link.parts[1, "A"]}
     elif why == "another length":
-        rank.link.parts = {1: rank.link.parts[1].model_copy(update={"clocks_mhz": (810,) * 3})}
+        rank.link.parts = {(1, "A"): rank.link.parts[1, "A"].model_copy(update={"clocks_mhz": (810,) * 3})}
     for _ in range(2):
         finished = rank.iterate()
         assert finished is not None
@@ -635,3 +635,34 @@ def test_a_wrong_setting_found_late_leaves_no_helper_behind(tmp_path: Path, fake
 def test_a_kept_iteration_of_the_sweep_knows_its_clock(rank: Rank) -> None:
     directives = [rank.iterate().directive for _ in range(4)]  # type: ignore[union-attr]
     assert directives[2] == Sweep(0, 1410, kept=True)
+
+
+# Schedules that change with every iteration.
+
+
+def test_at_one_clock_iterations_are_undisturbed_whatever_their_schedule(rank: Rank) -> None:
+    disturbed = []
+    for key in "ABABABA":
+        finished = rank.iterate(key)
+        assert finished is not None
+        disturbed.append(not finished.record.undisturbed)
+    assert disturbed == [True, True, False, False, True, False, False], "only the first of its sort follows a change"
+    assert rank.helper.requests()[-1] == 810
+
+
+def test_under_a_set_of_plans_each_schedule_follows_its_own(rank: Rank) -> None:
+    rank.follow(1, first=0)
+    (part,) = rank.link.parts.values()
+    other = part.model_copy(update={"version": 2, "schedule": "B", "clocks_mhz": (1410, 1110)})
+    rank.link.parts = {(1, "A"): part, (1, "B"): other}
+    asked, undisturbed = [], []
+    for key in "ABBAC":
+        finished = rank.iterate(key)
+        assert finished is not None
+        asked.append(rank.helper.requests())
+        undisturbed.append(finished.record.undisturbed)
+    assert asked == [[810, 1410], [1410, 1110], [1410, 1110], [810, 1410], [None]]
+    assert undisturbed == [False, True, True, True, False], "the last one has no plan: it is none under the plans"
+    finished = rank.iterate("A")
+    assert finished is not None
+    assert finished.record.undisturbed, "the one before it has left the clock as one under a plan does"

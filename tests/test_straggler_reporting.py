@@ -115,7 +115,7 @@ def look(
     times_s = [t / part.slowdown * slowdown for t in part.times_s]
     for number in range(count):
         seen = record(number, durations_s=(0.001, *times_s, 0.005), undisturbed=undisturbed, gap_s=gap_s)
-        sense.saw(directive or Follow(part.version), seen, {part.version: part})
+        sense.saw(directive or Follow(part.version), seen, {(part.version, part.schedule): part})
 
 
 def test_a_rank_tells_when_it_has_become_slow_and_when_it_recovers() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from perseus_plugin.messages import NEWS, STRAGGLERS, News, PlanPart, part_key
+from perseus_plugin.messages import NEWS, STRAGGLERS, News, PlanPart, PlanParts, part_key
 from perseus_plugin.straggler_socket import SOCKET_NAME, ask
 from perseus_plugin.stragglers import DETECTION, Report
 from perseus_plugin.timetable import Follow
@@ -23,7 +23,8 @@ def tell(rank: Rank, sequence: int, switch: int, version: int, variants: dict[in
         for stage in range(2):
             times_s = (0.010 + 0.001 * named, 0.020)
             part = PlanPart(version=named, schedule="1F1B", clocks_mhz=(810, 1410), times_s=times_s)
-            rank.exchange.publish(part_key(named, stage), part.model_dump())
+            parts = PlanParts(version=named, parts=(part,))
+            rank.exchange.publish(part_key(named, stage), parts.model_dump())
     news = News(
         sequence=sequence, switch=switch, action="follow", version=version, variants=variants, straggler=straggler
     )
@@ -39,8 +40,8 @@ def test_all_ranks_switch_at_one_iteration_each_replica_to_its_own_plan(ranks: R
         version = 3 if rank.rank in (2, 3) else 2
         assert wait_until(lambda: rank.link.timetable.at(7) == Follow(version, True))  # noqa: B023 - called at once
         assert rank.link.timetable.at(6) == Follow(1), "not before the agreed iteration"
-        assert rank.link.parts[version].times_s[0] == pytest.approx(0.010 + 0.001 * version)
-        assert 1 in rank.link.parts, "the plan it still follows is kept"
+        assert rank.link.parts[version, "1F1B"].times_s[0] == pytest.approx(0.010 + 0.001 * version)
+        assert (1, "1F1B") in rank.link.parts, "the plan it still follows is kept"
 
 
 def test_a_stragglers_iterations_do_not_count_for_the_plan(ranks: Ranks) -> None:

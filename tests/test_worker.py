@@ -23,6 +23,7 @@ from perseus_plugin.messages import (
     TROUBLE,
     News,
     PlanPart,
+    PlanParts,
     RankEstimate,
     RankStats,
     Recheck,
@@ -205,7 +206,8 @@ def publish_news(exchange: LocalExchange, stage: int = 1, **news: Any) -> None:
     made = News(**news)
     if made.action == "follow":
         part = PlanPart(version=made.version, schedule="1F1B", clocks_mhz=(810, 1410), times_s=(0.1, 0.2))
-        exchange.publish(part_key(made.version, stage), part.model_dump())
+        parts = PlanParts(version=made.version, parts=(part,))
+        exchange.publish(part_key(made.version, stage), parts.model_dump())
     exchange.publish(NEWS, made.model_dump())
 
 
@@ -373,7 +375,7 @@ def test_a_plan_is_taken_with_its_part_and_its_iteration(ranks: Ranks) -> None:
     publish_news(rank.exchange, sequence=1, switch=7, action="follow", version=1)
     assert wait_until(lambda: rank.link.timetable.at(7) == Follow(1))
     assert rank.link.timetable.at(6) == TABLE.at(6)
-    assert {version: part.clocks_mhz for version, part in rank.link.parts.items()} == {1: (810, 1410)}
+    assert {key: part.clocks_mhz for key, part in rank.link.parts.items()} == {(1, "1F1B"): (810, 1410)}
     assert stats_of(rank).late == 0
 
 
@@ -415,11 +417,22 @@ def test_a_new_plan_begins_its_sums_anew(ranks: Ranks) -> None:
     assert wait_until(lambda: rank.link.timetable.at(0) == Follow(1))
     rank.iterate(3)
     assert wait_until(lambda: "plan" in stats_of(rank).totals and stats_of(rank).totals["plan"].iterations == 3)
-    publish_news(rank.exchange, sequence=2, switch=3, action="follow", version=2)
-    assert wait_until(lambda: rank.link.timetable.at(3) == Follow(2))
+    publish_news(rank.exchange, sequence=2, switch=3, action="follow", version=2, since=3)
+    assert wait_until(lambda: rank.link.timetable.at(3) == Follow(2, since=3))
     rank.iterate(2)
     assert wait_until(lambda: stats_of(rank).hooked_iterations == 5)
     assert stats_of(rank).totals["plan"].iterations == 2
+
+
+def test_another_schedules_plan_begins_no_sum_anew(ranks: Ranks) -> None:
+    rank = ranks()
+    for version in (1, 2):
+        switch = rank.number
+        publish_news(rank.exchange, sequence=version, switch=switch, action="follow", version=version)
+        assert wait_until(lambda: rank.link.timetable.at(switch) == Follow(version))  # noqa: B023 - called at once
+        rank.iterate(3)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == 6)
+    assert stats_of(rank).totals["plan"].iterations == 6
 
 
 def test_iterations_still_under_the_old_plan_do_not_count_for_the_new_one(ranks: Ranks) -> None:
@@ -428,8 +441,8 @@ def test_iterations_still_under_the_old_plan_do_not_count_for_the_new_one(ranks:
     assert wait_until(lambda: rank.link.timetable.at(0) == Follow(1))
     rank.iterate(3)
     assert wait_until(lambda: stats_of(rank).hooked_iterations == 3)
-    publish_news(rank.exchange, sequence=2, switch=5, action="follow", version=2)
-    assert wait_until(lambda: rank.link.timetable.at(5) == Follow(2))
+    publish_news(rank.exchange, sequence=2, switch=5, action="follow", version=2, since=5)
+    assert wait_until(lambda: rank.link.timetable.at(5) == Follow(2, since=5))
     rank.iterate(4)  # two still under the old plan
     assert wait_until(lambda: stats_of(rank).hooked_iterations == 7)
     assert stats_of(rank).totals["plan"].iterations == 2

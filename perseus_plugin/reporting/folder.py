@@ -299,6 +299,8 @@ def _read_schedules(folder: JobFolder, started_s: float) -> None:
         streams = _read(folder, name, started_s, load_streams, "") if path.stat().st_mtime >= started_s - 1 else None
         if streams is not None:
             folder.schedules[unquote(path.stem)] = streams
+    if folder.plan is not None:  # schedule.json is of the one that ran last, which may be another
+        folder.streams = folder.schedules.get(folder.plan.schedule, folder.streams)
 
 
 def _check_profile(folder: JobFolder) -> None:

@@ -23,8 +23,8 @@ from urllib.parse import quote
 from perseus_plugin.control import wire
 from perseus_plugin.files import write_atomically
 from perseus_plugin.instructions import StreamOp
-from perseus_plugin.link import StreamOf
-from perseus_plugin.messages import Placement, PlanPart
+from perseus_plugin.link import Parts, StreamOf, part_for
+from perseus_plugin.messages import Placement
 from perseus_plugin.reporting.iterations import FULL, IterationLog, Sort, Stretch
 from perseus_plugin.reporting.samples import (
     ClockRequest,
@@ -138,6 +138,7 @@ class Recorder:
         self._samples = Samples()
         self._pending: deque[tuple[float, Sort, IterationRecord, list[int]]] = deque(maxlen=8)
         self._schedule = ""
+        self._schedule_due_s = 0.0
         self._schedules: set[str] = set()
         self._changed = False  # lines of the file, by joining
         self._write_due_s = 0.0
@@ -145,23 +146,21 @@ class Recorder:
     # What comes in.
 
     @_guarded
-    def iteration(
-        self, directive: Directive, record: IterationRecord, timetable: Timetable, parts: Mapping[int, PlanPart]
-    ) -> None:
+    def iteration(self, directive: Directive, record: IterationRecord, timetable: Timetable, parts: Parts) -> None:
         """An iteration has ended.
 
         Args:
             directive: what it ran as.
             record: what was seen.
             timetable: in force.
-            parts: of the newest plans, by version.
+            parts: see `Link.parts`.
         """
         time_s = record.end_s - record.begin_s
         if not (math.isfinite(time_s) and time_s > 0):
             return
         begin_s = record.begin_s + self._offset_s
-        part = parts.get(directive.version) if isinstance(directive, Follow) else None
-        sort = _sort_of(directive, record, part)
+        part = part_for(parts, directive, record)
+        sort = _sort_of(directive, record, parts)
         self._waiting[record.number] = _Waiting(
             Stretch.single(record.number, begin_s, time_s, None, sort),
             known=not self._measures_energy,
@@ -213,13 +212,25 @@ class Recorder:
         """Rank 0: iterations run this schedule from now on."""
         if key == self._schedule:
             return
+        if not self.keep_schedule(key, stream_of, stages):
+            now_s = time.monotonic()
+            if now_s < self._schedule_due_s:
+                return  # a schedule that changes with every iteration is not written with every iteration
+            self._schedule_due_s = now_s + _WRITE_EVERY_S
         self._schedule = key
         streams: list[list[StreamOp]] = [list(stream_of(stage)) for stage in range(stages)]
         self._write("schedule.json", lambda: save_streams(streams, self._output_dir / "schedule.json"))
-        if key not in self._schedules and len(self._schedules) < _MAX_SCHEDULES:
-            self._schedules.add(key)
-            kept = schedule_path(self._output_dir, key)
-            self._write(kept.name, lambda: _save_new(streams, kept))
+
+    @_guarded
+    def keep_schedule(self, key: str, stream_of: StreamOf, stages: int) -> bool:
+        """Rank 0: iterations have run this schedule; returns whether it is a new one, which is written then."""
+        if key in self._schedules or len(self._schedules) >= _MAX_SCHEDULES:
+            return False
+        self._schedules.add(key)
+        streams: list[list[StreamOp]] = [list(stream_of(stage)) for stage in range(stages)]
+        kept = schedule_path(self._output_dir, key)
+        self._write(kept.name, lambda: _save_new(streams, kept))
+        return True
 
     # What goes out.
 
@@ -289,12 +300,12 @@ class Recorder:
             )
 
 
-def _sort_of(directive: Directive, record: IterationRecord, part: PlanPart | None) -> Sort:
+def _sort_of(directive: Directive, record: IterationRecord, parts: Parts) -> Sort:
     """What an iteration really ran as: full clocks where its plan could not be followed."""
     if record.applied or not isinstance(directive, Follow):
         return Sort.of(directive, record.schedule)
-    if part is not None and part.schedule != record.schedule:
-        why = f"plan {directive.version} is for another schedule"
+    if part_for(parts, directive, record) is None and any(version == directive.version for version, _ in parts):
+        why = "there is no plan for this schedule (yet)"
     else:
         why = f"plan {directive.version} was not there yet"
     return Sort(FULL, reason=why, schedule=record.schedule)

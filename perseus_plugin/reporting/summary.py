@@ -45,13 +45,15 @@ def build_summary(
     dropped_plans: int,
     stragglers: dict[str, Any] | None = None,
     full_clock_scale: tuple[float, float] | None = (1.0, 1.0),
+    predicted_ratios: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """The content of summary.json.
 
     `predicted` is the measured full-clock figure times what the plan changes it by in the model, so that all three
     columns speak of the same thing: the model's own figures, which know nothing of what surrounds the schedule, are in
-    plan.json. Where the schedule has changed since full clocks were measured, the full-clock figures are scaled by the
-    model (`full_clock_scale`). Figures that do not exist (yet) are null.
+    plan.json. Where other schedules have run under plans than were measured at full clocks, the full-clock figures are
+    scaled by the model (`full_clock_scale`). `predicted_ratios` are time and energy under the plans over those at full
+    clocks, for the schedules as often as they ran; None: those of `plan`. Figures that do not exist (yet) are null.
     """
     swept_time_s, swept_energy_j = iteration_time_s(stats, FULL_CLOCK), energy_per_iteration_j(stats, FULL_CLOCK)
     time_scale, energy_scale = (None, None) if full_clock_scale is None else full_clock_scale
@@ -60,8 +62,10 @@ def build_summary(
     full_time_s = _scaled(iteration_time_s(stats, reference), time_scale)
     full_energy_j = _scaled(energy_per_iteration_j(stats, reference), energy_scale)
     time_s, energy_j = iteration_time_s(stats, PLAN), energy_per_iteration_j(stats, PLAN)
-    predicted_time_s = _scaled(full_time_s, None if plan is None else plan.iteration_time_s / plan.baseline_time_s)
-    predicted_energy_j = _scaled(full_energy_j, None if plan is None else plan.energy_j / plan.baseline_energy_j)
+    if predicted_ratios is None and plan is not None:
+        predicted_ratios = plan.iteration_time_s / plan.baseline_time_s, plan.energy_j / plan.baseline_energy_j
+    time_ratio, energy_ratio = (None, None) if predicted_ratios is None else predicted_ratios
+    predicted_time_s, predicted_energy_j = _scaled(full_time_s, time_ratio), _scaled(full_energy_j, energy_ratio)
     return {
         "schema": SUMMARY_SCHEMA,
         "version": SUMMARY_VERSION,

@@ -198,7 +198,7 @@ class Job:
             for event in self._events(where, record, rows, used_j, isinstance(directive, FullClock)):
                 recorder.helper_event(event)
         part = self.parts[where.stage]
-        recorder.iteration(directive, record, self.timetable, {part.version: part})
+        recorder.iteration(directive, record, self.timetable, {(part.version, part.schedule): part})
         sorts: list[str] = []
         if isinstance(directive, Follow) and record.undisturbed:
             sorts = [PLAN]

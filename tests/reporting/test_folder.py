@@ -15,7 +15,7 @@ from perseus_plugin.errors import PerseusError, ReportError
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.profiling.reuse import save_survey
 from perseus_plugin.reporting.folder import load_folder, state_of
-from perseus_plugin.reporting.recorder import record_path, samples_path
+from perseus_plugin.reporting.recorder import record_path, samples_path, schedule_path
 
 from .job import Job
 
@@ -139,6 +139,8 @@ def test_records_of_an_earlier_run_are_left_out(job: Job) -> None:
 def test_a_plan_for_another_schedule_has_no_graph(tmp_path: Path, job: Job) -> None:
     other = Job(tmp_path / "other", stages=2, microbatches=3).planned().finished()
     (job.folder / "schedule.json").write_text((other.folder / "schedule.json").read_text())
+    assert load_folder(job.folder).graph() is not None, "the plan's schedule is kept beside the one that ran last"
+    schedule_path(job.folder, job.plan.schedule).unlink()
     folder = load_folder(job.folder)
     assert folder.graph() is None
     assert any("another schedule" in text for text in folder.missing)

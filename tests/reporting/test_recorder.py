@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: py
 def test_iterations_that_could_not_follow_their_plan_ran_at_full_clocks(tmp_path: Path) -> None:
     made = recorder(tmp_path)
     part = PlanPart(version=1, schedule="other", clocks_mhz=(810, 810), times_s=(0.01, 0.02))
-    seen_parts: list[dict[int, PlanPart]] = [{1: part}, {}, {1: part.model_copy(update={"schedule": "1F1B"})}]
+    seen_parts: list[dict[tuple[int, str], PlanPart]] = [{(1, "other"): part}, {}, {(1, "1F1B"): part}]
     for number, parts in enumerate(seen_parts, 4):
         seen = record(number, begin_s=100.0 + number)
         seen.applied = number == 6
@@ -182,7 +182,7 @@ def test_iterations_that_could_not_follow_their_plan_ran_at_full_clocks(tmp_path
     made.step(final=True)
     read = load_record(tmp_path, 1)
     assert [stretch.sort for stretch in read.stretches] == [
-        Sort(FULL, reason="plan 1 is for another schedule", schedule="1F1B"),
+        Sort(FULL, reason="there is no plan for this schedule (yet)", schedule="1F1B"),
         Sort(FULL, reason="plan 1 was not there yet", schedule="1F1B"),
         Sort(PLAN, plan=1, schedule="1F1B"),
     ]
@@ -194,7 +194,7 @@ def test_a_sample_of_a_plan_that_was_not_followed_asked_for_no_clock(tmp_path: P
     seen = record(6, begin_s=106.0)
     seen.applied = False
     part = PlanPart(version=1, schedule="other", clocks_mhz=(810, 810), times_s=(0.01, 0.02))
-    made.iteration(Follow(1), seen, TABLE, {1: part})
+    made.iteration(Follow(1), seen, TABLE, {(1, "other"): part})
     made.step(final=True)
     (sample,) = load_record(tmp_path, 1).samples
     assert sample.state == "full"

@@ -166,7 +166,8 @@ class Leader:
                 break
             sleep(0.05)
             stats = self._all_stats(own)
-        self._relay.tell(events_of(self._reporter.finish(stats, **self._plan_facts())))
+        state = "crashed" if _crashing() else "finished"
+        self._relay.tell(events_of(self._reporter.finish(stats, state, **self._plan_facts())))
 
     def stop_taking_reports(self) -> None:
         """The session has failed: nobody shall be told that the job listens."""
@@ -209,5 +210,8 @@ class Leader:
 
 
 def _crashing() -> bool:
-    """Whether the interpreter ends because of an exception; the other ranks are then not waited for long."""
-    return getattr(sys, "last_value", None) is not None
+    """Whether the interpreter ends because of an exception; the other ranks are then not waited for long.
+
+    At a prompt an exception ends nothing.
+    """
+    return getattr(sys, "last_value", None) is not None and not hasattr(sys, "ps1")

@@ -77,6 +77,7 @@ class Session:
 
     Attributes:
         tap: hooks call its `begin` and `end` around every hooked operation.
+        folder: what it writes its files to, None once that is over (or for none).
     """
 
     def __init__(
@@ -88,7 +89,9 @@ class Session:
         exchange: Exchange,
         monitor: Monitor | None,
         stragglers: StragglersConfig | None = None,
+        folder: Path | None = None,
     ) -> None:
+        self.folder = folder
         self._closing = threading.Lock()
         self.closed = False
         self._pid = os.getpid()
@@ -295,6 +298,7 @@ class Session:
         with self._closing:
             callback, self._link.close = self._link.close, lambda: None
         callback()
+        self.folder = None
         if self._helper is not None:
             self._helper.close(timeout_s=2.0)
         try:
@@ -335,13 +339,14 @@ def start_session(
         ConfigError: something in the block does not fit this job; raised on every rank, before training starts.
     """
     set_up_logging(config.log_level, placement.rank)
-    output_dir = Path(config.output_dir)
+    output_dir = _own_folder(Path(config.output_dir))
     if placement.rank == 0 or emulates(config, placement):
         _make(output_dir)
     known = given_profile(config, placement)
     _check_emulation(config, placement)
     exchange = open_exchange(_next_name())
-    selection, helper = _take_gpu(config, select_gpu(config, placement, output_dir))
+    # Emulated GPUs lie in the configured folder: as real ones do, they outlive a session, and several may meet there.
+    selection, helper = _take_gpu(config, select_gpu(config, placement, Path(config.output_dir)))
     try:
         if known is None:
             known = kept_profile(config, placement, selection, facts or {}, exchange, output_dir)
@@ -373,7 +378,7 @@ def start_session(
         emulated = None
         if selection.emulated_gpu is not None:
             emulated = EmulatedStage(selection.emulated_gpu, config.emulation, placement)
-        session = Session(placement, link, helper, emulated, exchange, monitor, config.stragglers)
+        session = Session(placement, link, helper, emulated, exchange, monitor, config.stragglers, output_dir)
     except BaseException:
         if helper is not None:
             helper.close(timeout_s=1.0)
@@ -409,6 +414,21 @@ def _next_name() -> str:
     global _sessions
     _sessions += 1
     return str(_sessions)
+
+
+def _own_folder(configured: Path) -> Path:
+    """The folder for a session's files: a further session of this process, beside one that lives, has one of its own.
+
+    Sessions that have failed keep theirs until they are closed, so all ranks choose alike.
+    """
+    taken = {session.folder for session in live_sessions}
+    folder, number = configured, 1
+    while folder in taken:
+        number += 1
+        folder = configured / f"session-{number}"
+    if number > 1:
+        logger.info("this is session %d of this process; its files are in %s", number, folder)
+    return folder
 
 
 def _make(folder: Path) -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -543,6 +546,8 @@ def test_a_kept_profile_of_the_same_job_is_used_again(tmp_path: Path, fakes: typ
     first = start(tmp_path)
     survey = Survey(profile(2), 83.0, frozenset(), {(0, "load"): 0.1})
     save_survey(survey, first["known"].fingerprint, tmp_path / "out")
+    for session in list(session_module.live_sessions):
+        session.close()
     again = start(tmp_path)
     assert again["known"].profile
     assert again["known"].survey.unresolved == survey.unresolved
@@ -666,3 +671,57 @@ def test_under_a_set_of_plans_each_schedule_follows_its_own(rank: Rank) -> None:
     finished = rank.iterate("A")
     assert finished is not None
     assert finished.record.undisturbed, "the one before it has left the clock as one under a plan does"
+
+
+# Several sessions in one process.
+
+TWO_SESSIONS = """
+import sys
+from pathlib import Path
+from perseus_plugin.config import parse_config
+from perseus_plugin.messages import Placement
+from perseus_plugin.session import start_session
+
+out = Path(sys.argv[1])
+block = {
+    "output_dir": str(out),
+    "gpu": {"backend": "emulated"},
+    "emulation": {"forward_time_s": [0.01, 0.01], "backward_time_s": [0.02, 0.02]},
+}
+place = Placement(rank=0, world_size=1, stage=0, stages=2, replica=0, local_rank=0, device="cpu")
+
+def start():
+    return start_session(parse_config(block), place)
+
+first, second = start(), start()
+print(first.folder == out, second.folder == out / "session-2")
+print(first.controller is not None, second.controller is not None)
+first.close()
+third = start()
+print(third.folder == out, third.controller is not None)
+second.close()
+third.close()
+if sys.argv[2] == "crash":
+    start()
+    raise KeyError("the script's own")
+start().close()
+"""
+
+
+@pytest.mark.parametrize("end", ["well", "crash"])
+def test_sessions_of_one_process_have_folders_of_their_own_and_one_controls_a_gpu(tmp_path: Path, end: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_SESSIONS, str(tmp_path), end],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.split("\n") == ["True True", "True False", "True True", ""], done.stderr
+    assert "another session of this process controls this GPU" in done.stderr
+    assert "another job" not in done.stderr
+    assert (tmp_path / "session-2" / "summary.json").is_file()
+    assert (tmp_path / "session-2" / "records" / "rank-0.jsonl").is_file()
+    assert json.loads((tmp_path / "session-2" / "summary.json").read_text())["state"] == "finished"
+    state = json.loads((tmp_path / "summary.json").read_text())["state"]
+    assert state == ("crashed" if end == "crash" else "finished")

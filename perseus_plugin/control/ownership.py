@@ -58,7 +58,7 @@ class Ownership:
             if time.monotonic() >= end_s:
                 holder = read_record(path)
                 os.close(self._fd)
-                raise GpuBusyError(f"another job controls this GPU: {describe(holder)} (lock file {path})")
+                raise GpuBusyError(f"{self._holder_is(holder)}: {describe(holder)} (lock file {path})")
             time.sleep(0.02)
         before = read_record(path)
         self.leftover = before if before.get("clock") == "locked" else None
@@ -77,6 +77,16 @@ class Ownership:
             os.close(self._fd)
             self._fd = -1
 
+    def _holder_is(self, holder: dict[str, Any]) -> str:
+        """Who controls the GPU in relation to the process that asks, and what would help."""
+        here = holder.get("host") == socket.gethostname()
+        if here and holder.get("pid") == self._owner_pid:
+            return "another session of this process controls this GPU, and this one only observes"
+        job = _job()
+        if here and job and holder.get("job") == job:
+            return "another rank of this job controls this GPU; give each rank a GPU of its own"
+        return "another job controls this GPU"
+
     def _try_lock(self) -> bool:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,6 +104,7 @@ class Ownership:
             "host": socket.gethostname(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "command": _command_line(self._owner_pid),
+            "job": _job(),
         }
         content = json.dumps(record).encode()
         with suppress(OSError):  # a full disk must not keep a clock from being set or reset
@@ -158,6 +169,12 @@ def _open(path: Path) -> int:
     with suppress(OSError):
         os.fchmod(fd, 0o666)  # other users' jobs must be able to take it later, whatever our umask
     return fd
+
+
+def _job() -> str:
+    """What all ranks of a job on a machine have in common and no other job has; empty if that is not known."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    return f"{address}:{port}" if port else ""
 
 
 def _command_line(pid: int) -> str:

@@ -85,7 +85,7 @@ class Summary(_Loose):
 
     schema_name: Literal["perseus-summary"] = Field(alias="schema")
     version: Literal[1]
-    state: Literal["running", "finished"]
+    state: Literal["running", "finished", "crashed"]
     emulated: bool
     gpu: str
     backend: str
@@ -372,7 +372,7 @@ def _find_missing(folder: JobFolder, now_s: float) -> None:
 
 
 def state_of(folder: JobFolder) -> str:
-    """What the job is doing: "finished", "running" or "started"."""
+    """What the job is doing: "finished", "crashed", "running" or "started"."""
     if folder.summary is None:
         return "started"
     return folder.summary.state

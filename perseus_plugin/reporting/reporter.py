@@ -37,7 +37,7 @@ class Reporter:
 
         Args:
             stats: of all ranks heard of.
-            state: "running" or "finished".
+            state: "running", "finished" or "crashed".
             of_plan: `plan`, `planning_time_s` and `dropped_plans` of `build_summary`.
         """
         summary = build_summary(stats, state=state, **self._facts, **of_plan)
@@ -50,9 +50,9 @@ class Reporter:
             )
         return summary
 
-    def finish(self, stats: Sequence[RankStats], **of_plan: Any) -> dict[str, Any]:
+    def finish(self, stats: Sequence[RankStats], state: str = "finished", **of_plan: Any) -> dict[str, Any]:
         """Write the last summary, print it as a table, and return it."""
-        summary = self.update(stats, "finished", **of_plan)
+        summary = self.update(stats, state, **of_plan)
         if summary["iteration_time_s"]["full_clock"] is not None:
             print_summary(summary)
         overhead = summary["overhead"]

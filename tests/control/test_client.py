@@ -190,12 +190,13 @@ def test_silence_counts_as_stuck(spec: str, gpu: EmulatedGpu, monkeypatch: pytes
     assert other_events(helper) == []
 
 
-def test_a_second_job_on_the_gpu_observes_only(helper: ClockHelper, spec: str, gpu: EmulatedGpu) -> None:
+def test_a_second_helper_on_the_gpu_observes_only(helper: ClockHelper, spec: str, gpu: EmulatedGpu) -> None:
     second = ClockHelper.start(spec)
     facts = second.wait_ready(20)
     assert facts is not None
     assert not facts.can_lock
-    assert f"another job controls this GPU: process {os.getpid()} of user id" in facts.why_not
+    assert "another session of this process controls this GPU" in facts.why_not
+    assert f"process {os.getpid()} of user id" in facts.why_not
     second.request(900)
     second.mark(5)
     assert wait_for_event(second, Mark).tag == 5

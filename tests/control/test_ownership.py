@@ -21,13 +21,31 @@ def test_a_second_owner_is_told_who_holds_it(tmp_path: Path) -> None:
     path = tmp_path / "locks" / "gpu.lock"
     first = Ownership(path, os.getpid())
     with pytest.raises(GpuBusyError, match=rf"another job controls this GPU: process {os.getpid()} of user id"):
-        Ownership(path, os.getpid(), wait_s=0.05)
+        Ownership(path, os.getppid(), wait_s=0.05)
     record = holder_of(path)
     assert record is not None
     assert (record["pid"], record["helper_pid"], record["clock"]) == (os.getpid(), os.getpid(), "free")
     first.release()
     assert holder_of(path) is None
     assert Ownership(path, os.getpid()).leftover is None
+
+
+def test_another_job_is_said_of_another_job_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    path = tmp_path / "gpu.lock"
+    first = Ownership(path, os.getpid())
+    with pytest.raises(GpuBusyError, match=r"^another session of this process controls this GPU"):
+        Ownership(path, os.getpid())
+    with pytest.raises(GpuBusyError, match=r"^another rank of this job controls this GPU; give each rank a GPU"):
+        Ownership(path, os.getppid())
+    monkeypatch.setenv("MASTER_PORT", "29501")
+    with pytest.raises(GpuBusyError, match=r"^another job controls this GPU"):
+        Ownership(path, os.getppid())
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(GpuBusyError, match=r"^another job controls this GPU"):
+        Ownership(path, os.getppid())
+    first.release()
 
 
 def test_a_clock_left_locked_is_found_by_the_next_owner(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def given_profile(config: PerseusConfig, placement: Placement) -> Known | None:
     if placement.rank != 0:
         return Known(True)  # rank 0 reads it, and ends the job if it is of no use
     try:
-        profile = load_profile(path)
+        profile = load_profile(path, config.profiling.blocking_power_w)
     except PerseusError as error:
         raise ConfigError(f"perseus.profiling.load: {error}") from error
     if profile.stages != placement.stages:

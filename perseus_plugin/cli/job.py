@@ -55,7 +55,8 @@ def planner_from_options(
     # Loads OR-Tools, which other subcommands do without.
     from perseus_plugin.planning.planner import Planner
 
-    profile = load_profile(profile_path).scaled(scale)
+    power_w = parse_power(blocking_power)
+    profile = load_profile(profile_path, power_w).scaled(scale)
     streams = streams_for(schedule, profile.stages, microbatches)
     needed = {(s, op.kind) for s, stream in enumerate(streams) for op in stream if isinstance(op, Compute)}
     missing = sorted(needed - profile.table.keys())
@@ -65,7 +66,7 @@ def planner_from_options(
     return Planner(
         build_graph(streams, latency_s=latency),
         profile,
-        blocking_power_w=parse_power(blocking_power),
+        blocking_power_w=power_w,
         schedule=schedule_name(schedule),
     )
 

@@ -99,8 +99,13 @@ def simulate(
     elif source.suffix == ".csv":
         if gpu:
             raise ConfigError(f"--gpu: got {gpu[0]!r}; allowed: nothing with a profile, which is of its own GPU")
-        profile = load_profile(source).scaled(scale)
-        pipelines = _measured(profile, blocking_power, layers, stages or [], splits, profile_chunks)
+        if blocking_power is None:
+            raise ConfigError(
+                "--blocking-power: missing; a profile does not hold it; allowed: watts, or watts per stage"
+            )
+        power_w = parse_power(blocking_power)
+        profile = load_profile(source, power_w).scaled(scale)
+        pipelines = _measured(profile, power_w, layers, stages or [], splits, profile_chunks)
     else:
         raise ConfigError(f"got {source}; allowed: a profile (.csv) or a model description (.yaml, .yml)")
     schedules = _schedules(schedule or ["1f1b"], microbatches)
@@ -166,7 +171,7 @@ def _modelled(
 
 def _measured(
     profile: Profile,
-    blocking_power: str | None,
+    power: float | list[float],
     layers: str | None,
     stages: Sequence[int],
     splits: Sequence[Split],
@@ -174,11 +179,8 @@ def _measured(
 ) -> list[Pipeline]:
     from perseus_plugin.simulation.scenarios import Pipeline
 
-    if blocking_power is None:
-        raise ConfigError("--blocking-power: missing; a profile does not hold it; allowed: watts, or watts per stage")
     if chunks < 1:
         raise ConfigError(f"--profile-chunks: got {chunks}; allowed: a whole number from 1")
-    power = parse_power(blocking_power)
     before = None if layers is None else _layers("--layers", layers)
     if (stages or splits) and before is None:
         raise ConfigError("--layers: missing; another split needs the layers of each stage of the profile")

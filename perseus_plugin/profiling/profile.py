@@ -9,15 +9,20 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from perseus_plugin.errors import ProfileError
 from perseus_plugin.files import write_atomically
 
 REQUIRED_COLUMNS = ("stage", "instruction", "frequency", "time", "energy")
-OPTIONAL_COLUMNS = ("samples", "time_se", "energy_se")
+ERROR_COLUMNS = ("time_se", "energy_se")
+SPREAD_COLUMNS = ("spread_within", "spread_within_se", "spread_between", "spread_between_se")
+OPTIONAL_COLUMNS = ("samples", *ERROR_COLUMNS, *SPREAD_COLUMNS)
+
+_KIND_ALIASES = {"forwardpass": "forward", "fwd": "forward", "backwardpass": "backward", "bwd": "backward"}
+_MOST_W = 2000.0  # no GPU draws more: what does is not in joules and seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,11 @@ class Measurement:
         time_s: duration of the instruction.
         energy_j: energy of the GPU while it ran.
         samples: how many executions stand behind the figures (0: unknown).
-        time_se_s, energy_se_j: standard errors (NaN: unknown).
+        time_se_s, energy_se_j: standard errors (NaN: unknown). That of a time below the stage's highest clock is of
+            its ratio to the time there: a scale that all rows share is no error of a comparison.
+        spread_within, spread_within_se: standard deviation of the duration over the microbatches of one step about
+            the step's mean, relative to it, and its standard error (NaN: unknown).
+        spread_between, spread_between_se: the same of the steps' means about their mean.
     """
 
     frequency_mhz: int
@@ -38,6 +47,31 @@ class Measurement:
     samples: int = 0
     time_se_s: float = math.nan
     energy_se_j: float = math.nan
+    spread_within: float = math.nan
+    spread_within_se: float = math.nan
+    spread_between: float = math.nan
+    spread_between_se: float = math.nan
+
+    def scaled(self, factor: float) -> Measurement:
+        """Longer by a factor, with as much more energy; relative errors and spread stay."""
+        return replace(
+            self,
+            time_s=self.time_s * factor,
+            energy_j=self.energy_j * factor,
+            time_se_s=self.time_se_s * factor,
+            energy_se_j=self.energy_se_j * factor,
+        )
+
+    def to_row(self) -> list[float | None]:
+        """Plain JSON data: the fields in order, NaN as null."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return [None if value != value else value for value in values]
+
+    @classmethod
+    def from_row(cls, row: Sequence[float | None]) -> Measurement:
+        """Inverse of `to_row`."""
+        frequency_mhz, time_s, energy_j, samples, *others = (math.nan if value is None else value for value in row)
+        return cls(int(frequency_mhz), time_s, energy_j, int(samples), *others)
 
 
 @dataclass(frozen=True)
@@ -78,21 +112,7 @@ class Profile:
         """The same profile with every time and energy multiplied by `factor`."""
         if not (math.isfinite(factor) and factor > 0):
             raise ProfileError(f"scale: got {factor}; allowed: a finite number above 0")
-        return Profile(
-            {
-                key: tuple(
-                    replace(
-                        m,
-                        time_s=m.time_s * factor,
-                        energy_j=m.energy_j * factor,
-                        time_se_s=m.time_se_s * factor,
-                        energy_se_j=m.energy_se_j * factor,
-                    )
-                    for m in measurements
-                )
-                for key, measurements in self.table.items()
-            }
-        )
+        return Profile({key: tuple(m.scaled(factor) for m in measurements) for key, measurements in self.table.items()})
 
     @classmethod
     def from_rows(cls, rows: Iterable[tuple[int, str, Measurement]]) -> Profile:
@@ -103,8 +123,16 @@ class Profile:
         return cls({key: tuple(measurements) for key, measurements in table.items()})
 
 
-def load_profile(path: Path | str) -> Profile:
+def load_profile(path: Path | str, blocking_power_w: float | Sequence[float] | None = None) -> Profile:
     """Read a profile CSV.
+
+    Names of instructions are taken without regard to case; `fwd`, `bwd` and DeepSpeed's `ForwardPass` and
+    `BackwardPass` stand for `forward` and `backward`.
+
+    Args:
+        path: of the CSV.
+        blocking_power_w: power of a GPU that waits, for all stages or one each, where it is known: rows that draw
+            less are refused.
 
     Raises:
         ProfileError: naming file, row and reason, for a file that cannot be read or planned on.
@@ -116,7 +144,8 @@ def load_profile(path: Path | str) -> Profile:
         raise ProfileError(f"{path}: cannot read the profile: {error}") from error
     reader = csv.DictReader(io.StringIO(text), restkey="__extra__", strict=True)
     try:
-        columns = tuple(reader.fieldnames or ())
+        columns = tuple(name.strip() for name in reader.fieldnames or ())
+        reader.fieldnames = columns
     except csv.Error as error:
         raise ProfileError(f"{path}: row 1: {error}") from error
     if columns[: len(REQUIRED_COLUMNS)] != REQUIRED_COLUMNS:
@@ -130,6 +159,7 @@ def load_profile(path: Path | str) -> Profile:
         for record in reader:
             where = f"{path}: row {reader.line_num}"
             stage, kind, measurement = _parse_record(record, where)
+            _check_power(measurement, _power_of(stage, blocking_power_w), where)
             key = (stage, kind, measurement.frequency_mhz)
             if key in seen:
                 raise ProfileError(f"{where}: stage {stage} {kind} at {key[2]} MHz stands in row {seen[key]} already")
@@ -151,7 +181,9 @@ def save_profile(profile: Profile, path: Path | str) -> None:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(REQUIRED_COLUMNS + OPTIONAL_COLUMNS)
     for stage, kind, m in profile.rows():
-        extras = ["" if math.isnan(value) else repr(value) for value in (m.time_se_s, m.energy_se_j)]
+        errors = (m.time_se_s, m.energy_se_j)
+        spreads = (m.spread_within, m.spread_within_se, m.spread_between, m.spread_between_se)
+        extras = ["" if math.isnan(value) else repr(value) for value in (*errors, *spreads)]
         writer.writerow([stage, kind, m.frequency_mhz, repr(m.time_s), repr(m.energy_j), m.samples, *extras])
     write_atomically(Path(path), out.getvalue())
 
@@ -159,7 +191,8 @@ def save_profile(profile: Profile, path: Path | str) -> None:
 def _parse_record(record: Mapping[str, str | None], where: str) -> tuple[int, str, Measurement]:
     if "__extra__" in record or any(record[column] is None for column in REQUIRED_COLUMNS):
         raise ProfileError(f"{where}: wrong number of columns")
-    kind = (record["instruction"] or "").strip()
+    kind = (record["instruction"] or "").strip().lower()
+    kind = _KIND_ALIASES.get(kind, kind)
     if not kind:
         raise ProfileError(f"{where}: instruction is empty")
 
@@ -178,13 +211,18 @@ def _parse_record(record: Mapping[str, str | None], where: str) -> tuple[int, st
             raise ProfileError(f"{where}: {column}: got {record[column]!r}; allowed: a whole number from {lowest}")
         return int(value)
 
+    def uncertain(column: str) -> float:
+        value = number(column, math.nan)
+        if value < 0 or math.isinf(value):
+            raise ProfileError(f"{where}: {column}: got {record[column]!r}; allowed: a number from 0, or nothing")
+        return value
+
     measurement = Measurement(
-        frequency_mhz=whole("frequency", 1),
-        time_s=number("time"),
-        energy_j=number("energy"),
-        samples=whole("samples", 0, 0.0),
-        time_se_s=number("time_se", math.nan),
-        energy_se_j=number("energy_se", math.nan),
+        whole("frequency", 1),
+        number("time"),
+        number("energy"),
+        whole("samples", 0, 0.0),
+        *(uncertain(column) for column in (*ERROR_COLUMNS, *SPREAD_COLUMNS)),
     )
     for column, value in (("time", measurement.time_s), ("energy", measurement.energy_j)):
         if not (math.isfinite(value) and value > 0):
@@ -192,11 +230,34 @@ def _parse_record(record: Mapping[str, str | None], where: str) -> tuple[int, st
     return whole("stage", 0), kind, measurement
 
 
+def _power_of(stage: int, blocking_power_w: float | Sequence[float] | None) -> float | None:
+    if not isinstance(blocking_power_w, Sequence):
+        return blocking_power_w
+    return blocking_power_w[stage] if stage < len(blocking_power_w) else None  # a short list is the planner's to refuse
+
+
+def _check_power(row: Measurement, blocking_power_w: float | None, where: str) -> None:
+    """Refuse a row that no GPU can have."""
+    power_w = row.energy_j / row.time_s
+    if power_w > _MOST_W:
+        allowed = f"at most {_MOST_W:.0f} W, which no GPU exceeds"
+    elif blocking_power_w is not None and power_w < blocking_power_w * (1 - 1e-9):
+        allowed = f"at least the blocking power, {blocking_power_w:g} W, as no work draws less than waiting"
+    else:
+        return
+    raise ProfileError(
+        f"{where}: energy: {row.energy_j:g} J in {row.time_s:g} s is {power_w:.4g} W; allowed: {allowed} (times are in "
+        "seconds, energies in joules of one GPU)"
+    )
+
+
 def _validate(table: Mapping[tuple[int, str], tuple[Measurement, ...]]) -> None:
     if not table:
         raise ProfileError("the profile has no rows")
     stages = 1 + max(stage for stage, _ in table)
     kinds = sorted({kind for _, kind in table})
+    if min(stage for stage, _ in table) == 1:
+        raise ProfileError("stages begin at 1; they count from 0: subtract 1 from every stage")
     for stage in range(stages):
         clocks_of_kind: dict[str, set[int]] = {}
         for kind in kinds:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,70 @@ def test_further_columns_may_follow(tmp_path: Path) -> None:
     top = loaded.table[1, "forward"][0]
     assert (top.samples, top.time_se_s) == (4, 0.001)
     assert math.isnan(top.energy_se_j)
+    assert math.isnan(top.spread_within)
+    assert math.isnan(top.spread_between_se)
+
+
+def test_spread_is_read(tmp_path: Path) -> None:
+    spread = "spread_within,spread_within_se,spread_between,spread_between_se"
+    top = load_profile(written(tmp_path, [GOOD[0] + ",0.1,0.01,0.24,0.02"], f"{HEAD},{spread}")).table[0, "forward"][0]
+    assert (top.spread_within, top.spread_within_se) == (0.1, 0.01)
+    assert (top.spread_between, top.spread_between_se) == (0.24, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("given_as", "read_as"),
+    [
+        ("Forward", "forward"),
+        (" FORWARD ", "forward"),
+        ("ForwardPass", "forward"),
+        ("fwd", "forward"),
+        ("BackwardPass", "backward"),
+        ("BWD", "backward"),
+        ("Weight", "weight"),
+    ],
+)
+def test_kinds_are_matched_without_regard_to_case(tmp_path: Path, given_as: str, read_as: str) -> None:
+    assert load_profile(written(tmp_path, [f"0,{given_as},1410,0.01,4.0"])).kinds == (read_as,)
+
+
+def test_one_kind_under_two_names_is_a_row_given_twice(tmp_path: Path) -> None:
+    message = refused(written(tmp_path, [*GOOD, "0,Fwd,1410,0.01,4.0"]))
+    assert message == "row 8: stage 0 forward at 1410 MHz stands in row 2 already"
+
+
+def test_spaces_around_column_names_do_not_matter(tmp_path: Path) -> None:
+    assert load_profile(written(tmp_path, GOOD, " stage , instruction,frequency ,time,energy")).stages == 2
+
+
+def test_stages_that_begin_at_one_are_named_as_such(tmp_path: Path) -> None:
+    rows = [f"{int(row[0]) + 1}{row[1:]}" for row in GOOD]
+    assert refused(written(tmp_path, rows)) == "stages begin at 1; they count from 0: subtract 1 from every stage"
+
+
+@pytest.mark.parametrize(
+    ("row", "power_w", "reason"),
+    [
+        ("0,forward,1410,0.010,4000", None, "4000 J in 0.01 s is 4e+05 W; allowed: at most 2000 W"),
+        ("0,forward,1410,0.000010,4", None, "4 J in 1e-05 s is 4e+05 W; allowed: at most 2000 W"),
+        ("0,forward,1410,10.0,4.0", 70.0, "4 J in 10 s is 0.4 W; allowed: at least the blocking power, 70 W"),
+        ("0,forward,1410,0.01,0.69", [70.0, 10.0], "0.69 J in 0.01 s is 69 W; allowed: at least the blocking power"),
+    ],
+    ids=["energies in mJ", "times in us", "times in ms", "below blocking"],
+)
+def test_rows_that_no_gpu_can_have_are_refused(
+    tmp_path: Path, row: str, power_w: float | list[float] | None, reason: str
+) -> None:
+    path = written(tmp_path, [row, *GOOD[1:]])
+    with pytest.raises(ProfileError) as caught:
+        load_profile(path, power_w)
+    assert str(caught.value).startswith(f"{path}: row 2: energy: {reason}")
+
+
+def test_energies_are_held_against_the_blocking_power_of_their_stage(tmp_path: Path) -> None:
+    assert load_profile(written(tmp_path, GOOD), 200.0).stages == 2
+    with pytest.raises(ProfileError, match=r"row 6: .* is 384\.6 W; allowed: at least the blocking power, 390 W"):
+        load_profile(written(tmp_path, GOOD), [200.0, 390.0])
 
 
 @pytest.mark.parametrize(
@@ -134,13 +199,16 @@ def test_a_wrong_standard_error_or_count_is_named(tmp_path: Path) -> None:
         "row 2: samples: got '2.5'; allowed: a whole number from 0"
     )
     assert refused(written(tmp_path, [GOOD[0] + ",2,often,"], head)) == "row 2: time_se: got 'often'; allowed: a number"
+    assert refused(written(tmp_path, [GOOD[0] + ",2,,-1"], head)) == (
+        "row 2: energy_se: got '-1'; allowed: a number from 0, or nothing"
+    )
 
 
 @pytest.mark.parametrize(
     ("missing", "reason"),
     [
         ((4, 5), None),
-        ((0, 1, 2, 3), "stage 0 has no row for instruction 'backward'"),
+        ((0, 1, 2, 3), "stages begin at 1; they count from 0"),
         ((4,), "stage 1 has no row for instruction 'forward'"),
         ((5,), "stage 1 has no row for instruction 'backward'"),
         ((1,), "stage 0: frequency 810 MHz has no row for 'forward'"),
@@ -198,9 +266,11 @@ def test_measurements_are_sorted_by_falling_clock_whatever_the_order() -> None:
         assert clocks == sorted(clocks, reverse=True)
 
 
-POSITIVE = st.floats(min_value=1e-300, max_value=1e300)
+TIME = st.floats(min_value=1e-200, max_value=1e200)
+POWER = st.floats(min_value=1e-3, max_value=1999)
 ERROR = st.one_of(st.just(math.nan), st.floats(0, 1e300))
-KIND = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=8)
+LETTERS = st.characters(codec="utf-8", exclude_categories=["C", "Z"])
+KIND = st.text(LETTERS, min_size=1, max_size=8).map(str.lower).filter(lambda kind: kind not in {"fwd", "bwd"})
 
 
 @st.composite
@@ -210,9 +280,9 @@ def profiles(draw: st.DrawFn) -> Profile:
     for stage in range(draw(st.integers(1, 3))):
         for clock in draw(st.lists(st.integers(1, 5000), min_size=1, max_size=4, unique=True)):
             for kind in kinds:
-                row = Measurement(
-                    clock, draw(POSITIVE), draw(POSITIVE), draw(st.integers(0, 10**6)), draw(ERROR), draw(ERROR)
-                )
+                time_s = draw(TIME)
+                errors = [draw(ERROR) for _ in range(6)]
+                row = Measurement(clock, time_s, time_s * draw(POWER), draw(st.integers(0, 10**6)), *errors)
                 rows.append((stage, kind, row))
     return Profile.from_rows(rows)
 
@@ -223,6 +293,12 @@ def test_a_profile_survives_its_file(tmp_path_factory: pytest.TempPathFactory, s
     save_profile(saved, path)
     assert repr(load_profile(path)) == repr(saved)  # NaN is not equal to itself
     assert path.read_text(encoding="utf-8").startswith(HEAD + ",")
+
+
+@given(profiles())
+def test_a_measurement_survives_the_way_to_another_process(saved: Profile) -> None:
+    for _, _, row in saved.rows():
+        assert repr(Measurement.from_row(json.loads(json.dumps(row.to_row())))) == repr(row)
 
 
 @given(profiles(), st.floats(0.01, 100))

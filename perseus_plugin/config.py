@@ -280,9 +280,23 @@ class PerseusConfig(_Strict):
     margin: float = _setting(
         0.01,
         "a number from 0 to 1",
-        "Share of its time by which a slowed instruction is planned to end before it is needed, as times vary.",
+        "Least share of its time by which a slowed instruction is planned to end before it is needed. More is taken "
+        "where measured iterations, replayed under the plan, would be too long.",
         ge=0,
         le=1,
+    )
+    quantile: float = _setting(
+        0.9,
+        "a number from 0.5 to below 1",
+        "Share of iterations that have to keep to their time under a plan, to within 0.5 % of the time at full clocks. "
+        "Judged by a replay of measured iterations.",
+        ge=0.5,
+        lt=1,
+    )
+    catch_up: bool = _setting(
+        True,
+        "true or false",
+        "Let a rank whose instruction begins later than the plan allows run faster until it is back in plan.",
     )
     effort: Literal["quick", "normal", "thorough"] = _setting(
         "quick", '"quick", "normal" or "thorough"', "How hard the planner tries to come near the optimum."

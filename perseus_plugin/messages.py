@@ -103,6 +103,26 @@ class RankFacts(_Message):
     facts: dict[str, str]
 
 
+class CatchUpPart(_Message):
+    """When an instruction of a plan begins too late, and what it may be run at then.
+
+    Attributes:
+        latest_starts_s: per controllable instruction, since the iteration's begin, for a step of the usual size.
+        usual_delays_s: how much later than the graph says each really begins, for what the graph does not know of.
+        kinds: per controllable instruction.
+        options: per kind (clock, time in s, watts above those of waiting), fastest first.
+        size_weight: see `planning.replay.CatchUp`.
+        dwell_s: shortest time from a rise to the return to the plan.
+    """
+
+    latest_starts_s: tuple[float, ...]
+    usual_delays_s: tuple[float, ...]
+    kinds: tuple[str, ...]
+    options: dict[str, tuple[tuple[int, float, float], ...]]
+    size_weight: float
+    dwell_s: float = 0.0
+
+
 class PlanPart(_Message):
     """One stage's part of a plan.
 
@@ -112,6 +132,7 @@ class PlanPart(_Message):
         clocks_mhz: per controllable instruction in program order.
         times_s: how long each takes at that clock.
         slowdown: how much longer than in the profile that is, as the stage is known to be slow.
+        catch_up: what a rank that is late does; None: nothing.
     """
 
     version: int
@@ -119,6 +140,32 @@ class PlanPart(_Message):
     clocks_mhz: tuple[int, ...]
     times_s: tuple[float, ...]
     slowdown: float = 1.0
+    catch_up: CatchUpPart | None = None
+
+
+class IterationDurations(_Message):
+    """How long the controllable instructions of one iteration took on one rank.
+
+    Attributes:
+        number: of the iteration.
+        schedule: key of the schedule that ran.
+        clocks_mhz: what they ran at: one clock for all of them or one each; 0: full clocks.
+        durations_s: per controllable instruction in program order.
+        starts_s: when each began, since the iteration's begin; empty where they did not run at full clocks.
+    """
+
+    number: int
+    schedule: str
+    clocks_mhz: tuple[int, ...]
+    durations_s: tuple[float, ...]
+    starts_s: tuple[float, ...] = ()
+
+
+class RankDurations(_Message):
+    """The last few complete, undisturbed iterations of a rank, oldest first."""
+
+    placement: Placement
+    iterations: tuple[IterationDurations, ...]
 
 
 class PlanParts(_Message):
@@ -210,6 +257,11 @@ def part_key(version: int, stage: int) -> str:
 def recheck_key(sequence: int, rank: int) -> str:
     """Where a rank publishes the `Recheck` that news of this sequence number asked for."""
     return f"recheck/{sequence}/{rank}"
+
+
+def durations_key(rank: int) -> str:
+    """Where a rank publishes its `RankDurations`."""
+    return f"durations/{rank}"
 
 
 def stats_key(rank: int) -> str:

@@ -14,109 +14,36 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from perseus_plugin.errors import PerseusError, PlanError
-from perseus_plugin.instructions import StreamOp, stream_from_rows, stream_to_rows
-from perseus_plugin.planning.paced import Pace, pace_from_dict, pace_to_dict
-from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
+from perseus_plugin.plan_request import PaceRequest, PlanAnswer, PlanRequest
+from perseus_plugin.planning.paced import Pace
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.replayed import Samples, StageCatchUp
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 if TYPE_CHECKING:
+    from perseus_plugin.planning.options import PlanningProblem
     from perseus_plugin.planning.planner import Planner
+    from perseus_plugin.planning.replay import CatchUp
+    from perseus_plugin.planning.robust import RobustPlan
     from perseus_plugin.planning.targets import ChangeLimits, Effort
 
 
-@dataclass(frozen=True)
-class PaceRequest:
-    """What an answer to stragglers depends on beside all that a plan does; see `planning.pace.plan_pace`.
-
-    Attributes:
-        variants: slowdown per stage, for each sort of pipeline.
-        clocks_mhz: the job's plan, per stage.
-        at_least_s: lower bound on the pace.
-    """
-
-    variants: tuple[tuple[float, ...], ...]
-    clocks_mhz: tuple[tuple[int, ...], ...]
-    at_least_s: float = 0.0
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> PaceRequest:
-        """From plain JSON data."""
-        return cls(
-            tuple(tuple(variant) for variant in data["variants"]),
-            tuple(tuple(clocks) for clocks in data["clocks_mhz"]),
-            data["at_least_s"],
-        )
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """Everything a plan depends on.
-
-    Attributes:
-        schedule: the schedule's name.
-        streams: one per stage.
-        constant_time_s: duration of constant-time work by (stage, name).
-        profile: time and energy per (stage, kind) and clock.
-        blocking_power_w: one per stage.
-        slowdown: target against full clocks, as a share.
-        margin: share by which slowed instructions are planned to end before they are needed.
-        effort: quick, normal or thorough.
-        max_changes, min_dwell_s: limits on clock changes.
-        full_clock_only: (stage, kind) that must not be slowed.
-        pace: plan for stragglers instead; None: one plan for the slowdown.
-    """
-
-    schedule: str
-    streams: Sequence[Sequence[StreamOp]]
-    constant_time_s: dict[tuple[int, str], float]
-    profile: Profile
-    blocking_power_w: Sequence[float]
-    slowdown: float
-    margin: float = 0.0
-    effort: str = "quick"
-    max_changes: int | None = None
-    min_dwell_s: float = 0.0
-    full_clock_only: frozenset[tuple[int, str]] = frozenset()
-    pace: PaceRequest | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        return {
-            "schedule": self.schedule,
-            "streams": [stream_to_rows(stream) for stream in self.streams],
-            "constant_time_s": [[stage, name, t] for (stage, name), t in self.constant_time_s.items()],
-            "profile": [[stage, kind, m.to_row()] for stage, kind, m in self.profile.rows()],
-            "blocking_power_w": list(self.blocking_power_w),
-            "slowdown": self.slowdown,
-            "margin": self.margin,
-            "effort": self.effort,
-            "max_changes": self.max_changes,
-            "min_dwell_s": self.min_dwell_s,
-            "full_clock_only": [list(pair) for pair in sorted(self.full_clock_only)],
-            "pace": None if self.pace is None else asdict(self.pace),
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> PlanRequest:
-        """Inverse of `to_dict`."""
-        return cls(
-            schedule=data["schedule"],
-            streams=[stream_from_rows(rows) for rows in data["streams"]],
-            constant_time_s={(stage, name): t for stage, name, t in data["constant_time_s"]},
-            profile=Profile.from_rows((stage, kind, Measurement.from_row(row)) for stage, kind, row in data["profile"]),
-            blocking_power_w=data["blocking_power_w"],
-            slowdown=data["slowdown"],
-            margin=data["margin"],
-            effort=data["effort"],
-            max_changes=data["max_changes"],
-            min_dwell_s=data["min_dwell_s"],
-            full_clock_only=frozenset((stage, kind) for stage, kind in data["full_clock_only"]),
-            pace=None if data["pace"] is None else PaceRequest.from_dict(data["pace"]),
-        )
+__all__ = [
+    "PaceRequest",
+    "PlanAnswer",
+    "PlanRequest",
+    "PlannerProcess",
+    "answer_to",
+    "end_with",
+    "limits_of",
+    "pace_for",
+    "plan_for",
+    "planner_for",
+]
 
 
 def plan_for(request: PlanRequest) -> Plan:
@@ -146,6 +73,87 @@ def planner_for(request: PlanRequest) -> Planner:
         blocking_power_w=request.blocking_power_w,
         full_clock_only=request.full_clock_only,
         schedule=request.schedule,
+    )
+
+
+def answer_to(request: PlanRequest) -> PlanAnswer:
+    """Plan or answer stragglers in this process, over measured iterations if there are any.
+
+    Raises:
+        PerseusError: there is no such plan, or the request is inconsistent.
+    """
+    from perseus_plugin.pipeline import build_graph
+    from perseus_plugin.planning.options import build_problem
+    from perseus_plugin.planning.pace import slowed
+    from perseus_plugin.planning.robust import catch_up_by_stage, usual_delays, usual_way_to_catch_up
+
+    graph = build_graph(request.streams, request.constant_time_s)
+    problem = build_problem(graph, request.profile, request.blocking_power_w)
+    delays_s = usual_delays(problem, request.samples)
+
+    def catches_up(on: PlanningProblem, plan: Plan, way: CatchUp | None = None) -> tuple[StageCatchUp, ...]:
+        if not request.catch_up:
+            return ()
+        return catch_up_by_stage(on, way or usual_way_to_catch_up(on, plan, request.latency_s), delays_s)
+
+    if request.pace is not None:
+        pace = pace_for(request)
+        paced = zip(request.pace.variants, pace.variants, strict=True)
+        return PlanAnswer(
+            None,
+            0.0,
+            pace=pace,
+            paced_catch_up=tuple(
+                ()
+                if planned.plan is None
+                else catches_up(
+                    build_problem(graph, slowed(request.profile, variant), request.blocking_power_w), planned.plan
+                )
+                for variant, planned in paced
+            ),
+        )
+    if request.samples is None:
+        plan = plan_for(request)
+        return PlanAnswer(plan, 0.0, catch_up=catches_up(problem, plan))
+    robust = _robust_plan(request, problem, request.samples)
+    way = robust.catch_up
+    return PlanAnswer(
+        robust.plan,
+        0.0,
+        replayed=robust.replayed,
+        catch_up=() if way is None else catches_up(problem, robust.plan, way),
+    )
+
+
+def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Samples) -> RobustPlan:
+    """Choose margin and catching up by replaying the measured iterations."""
+    from perseus_plugin.planning.robust import Promise, choose, margins_from, replay_of
+    from perseus_plugin.planning.targets import Target
+
+    target = Target.slowdown(request.slowdown)
+    exact = planner_for(replace(request, margin=0.0))
+    fallback = replace(
+        exact.solve(target),
+        assignment=exact.problem.full_clocks,
+        energy_j=exact.problem.full_clock_energy_j,
+        iteration_time_s=exact.problem.full_clock_time_s,
+    )
+
+    def plan_with(margin: float) -> Plan:
+        return plan_for(replace(request, margin=margin, effort="quick"))
+
+    def refined(margin: float) -> Plan:
+        return plan_for(replace(request, margin=margin))
+
+    return choose(
+        plan_with,
+        exact.to_plan(fallback),
+        replay_of(problem, samples),
+        Promise(slowdown=request.slowdown, quantile=request.quantile),
+        margins_from(request.margin),
+        catches_up=request.catch_up,
+        latency_s=request.latency_s,
+        refined=None if request.effort == "quick" else refined,
     )
 
 
@@ -206,16 +214,6 @@ def _with_margin(profile: Profile, margin: float, blocking_power_w: Sequence[flo
     )
 
 
-@dataclass(frozen=True)
-class PlanAnswer:
-    """What came back: a plan (or an answer to stragglers) and the seconds it took, or why there is none."""
-
-    plan: Plan | None
-    planning_time_s: float
-    error: str = ""
-    pace: Pace | None = None
-
-
 class PlannerProcess:
     """Starts the planner and asks it; every method returns at once.
 
@@ -264,7 +262,6 @@ class PlannerProcess:
 
     def _ask(self, request: PlanRequest) -> None:
         begin_s = time.monotonic()
-        pace = None
         try:
             assert self._process.stdin is not None  # both are pipes, see Popen
             assert self._process.stdout is not None
@@ -273,15 +270,13 @@ class PlannerProcess:
             line = self._process.stdout.readline()
             if not line:
                 raise PlanError(f"planner process ended with status {self._process.poll()}")
-            reply = json.loads(line)
-            error, text = reply["error"], reply["plan"]
-            plan = None if text is None else plan_from_json(text)
-            pace = None if reply["pace"] is None else pace_from_dict(reply["pace"])
+            answer = PlanAnswer.from_dict(json.loads(line), time.monotonic() - begin_s)
         except OSError:
-            plan, error = None, f"planner process ended with status {self._process.poll()}; see its message above"
-        except (ValueError, KeyError, PerseusError) as failure:
-            plan, error = None, str(failure)
-        self._answer = PlanAnswer(plan, time.monotonic() - begin_s, error, pace)
+            error = f"planner process ended with status {self._process.poll()}; see its message above"
+            answer = PlanAnswer(None, time.monotonic() - begin_s, error)
+        except (ValueError, KeyError, TypeError, PerseusError) as failure:
+            answer = PlanAnswer(None, time.monotonic() - begin_s, str(failure))
+        self._answer = answer
         self._busy = False
 
 
@@ -300,16 +295,11 @@ def main() -> None:
     import perseus_plugin.planning.planner  # noqa: F401  (loads OR-Tools before the first request)
 
     for line in sys.stdin:
-        text, pace, error = None, None, ""
         try:
-            request = PlanRequest.from_dict(json.loads(line))
-            if request.pace is None:
-                text = plan_to_json(plan_for(request))
-            else:
-                pace = pace_to_dict(pace_for(request))
+            answer = answer_to(PlanRequest.from_dict(json.loads(line)))
         except Exception as failure:
-            error = str(failure) if isinstance(failure, PerseusError) else repr(failure)
-        print(json.dumps({"plan": text, "pace": pace, "error": error}), flush=True)
+            answer = PlanAnswer(None, 0.0, str(failure) if isinstance(failure, PerseusError) else repr(failure))
+        print(json.dumps(answer.to_dict()), flush=True)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,31 @@ class PlanningProblem:
             frequency[nodes] = options.frequency_mhz[choice[nodes]]
         return Assignment(frequency, self.durations(choice), self.effective_energy_j(choice))
 
+    def at_clocks(self, frequency_mhz: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Time of every node at these clocks, and its power above that of waiting; constant-time nodes wait.
+
+        Args:
+            frequency_mhz: shape (nodes,); entries of constant-time nodes are ignored.
+
+        Raises:
+            PlanError: a clock is not in the profile, or not allowed.
+        """
+        time_s, watts = self.graph.constant_s.copy(), np.zeros(len(self.graph))
+        for node in self.instruction_nodes.tolist():
+            k, clock = int(self.class_of[node]), int(frequency_mhz[node])
+            if clock == self.full_clock_mhz[k]:
+                seconds, joules = self.full_clock[k].tolist()
+            elif clock in self.measured[k]:
+                seconds, joules = self.measured[k][clock]
+            else:
+                raise PlanError(f"clocks: {clock} MHz in stage {self.keys[k][0]} is not in the profile")
+            time_s[node], watts[node] = seconds, joules / seconds
+        return time_s, watts
+
+    def planned_s(self, frequency_mhz: IntArray) -> FloatArray:
+        """Shape (nodes,): the duration of every node at these clocks; see `at_clocks`."""
+        return self.at_clocks(frequency_mhz)[0]
+
     @cached_property
     def full_clocks(self) -> Assignment:
         """Every instruction at the profile's highest clock."""

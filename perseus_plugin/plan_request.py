@@ -1,0 +1,169 @@
+"""What the planner is asked and what it answers, as data that passes through JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from perseus_plugin.instructions import StreamOp, stream_from_rows, stream_to_rows
+from perseus_plugin.planning.paced import Pace, pace_from_dict, pace_to_dict
+from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
+from perseus_plugin.planning.replayed import Replayed, Samples, StageCatchUp
+from perseus_plugin.profiling.profile import Measurement, Profile
+
+
+@dataclass(frozen=True)
+class PaceRequest:
+    """What an answer to stragglers depends on beside all that a plan does; see `planning.pace.plan_pace`.
+
+    Attributes:
+        variants: slowdown per stage, for each sort of pipeline.
+        clocks_mhz: the job's plan, per stage.
+        at_least_s: lower bound on the pace.
+    """
+
+    variants: tuple[tuple[float, ...], ...]
+    clocks_mhz: tuple[tuple[int, ...], ...]
+    at_least_s: float = 0.0
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PaceRequest:
+        """From plain JSON data."""
+        return cls(
+            tuple(tuple(variant) for variant in data["variants"]),
+            tuple(tuple(clocks) for clocks in data["clocks_mhz"]),
+            data["at_least_s"],
+        )
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Everything a plan depends on.
+
+    Attributes:
+        schedule: the schedule's name.
+        streams: one per stage.
+        constant_time_s: duration of constant-time work by (stage, name).
+        profile: time and energy per (stage, kind) and clock.
+        blocking_power_w: one per stage.
+        slowdown: target against full clocks, as a share.
+        margin: share by which slowed instructions are planned to end before they are needed.
+        effort: quick, normal or thorough.
+        max_changes, min_dwell_s: limits on clock changes.
+        full_clock_only: (stage, kind) that must not be slowed.
+        pace: plan for stragglers instead; None: one plan for the slowdown.
+        samples: measured iterations, over which the plan has to hold; None: the profile's means are all there is.
+        quantile: share of those iterations that have to keep to their time.
+        catch_up: whether late ranks may catch up.
+        latency_s: how long a clock change takes.
+    """
+
+    schedule: str
+    streams: Sequence[Sequence[StreamOp]]
+    constant_time_s: dict[tuple[int, str], float]
+    profile: Profile
+    blocking_power_w: Sequence[float]
+    slowdown: float
+    margin: float = 0.0
+    effort: str = "quick"
+    max_changes: int | None = None
+    min_dwell_s: float = 0.0
+    full_clock_only: frozenset[tuple[int, str]] = frozenset()
+    pace: PaceRequest | None = None
+    samples: Samples | None = None
+    quantile: float = 0.9
+    catch_up: bool = False
+    latency_s: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "schedule": self.schedule,
+            "streams": [stream_to_rows(stream) for stream in self.streams],
+            "constant_time_s": [[stage, name, t] for (stage, name), t in self.constant_time_s.items()],
+            "profile": [[stage, kind, m.to_row()] for stage, kind, m in self.profile.rows()],
+            "blocking_power_w": list(self.blocking_power_w),
+            "slowdown": self.slowdown,
+            "margin": self.margin,
+            "effort": self.effort,
+            "max_changes": self.max_changes,
+            "min_dwell_s": self.min_dwell_s,
+            "full_clock_only": [list(pair) for pair in sorted(self.full_clock_only)],
+            "pace": None if self.pace is None else asdict(self.pace),
+            "samples": None if self.samples is None else asdict(self.samples),
+            "quantile": self.quantile,
+            "catch_up": self.catch_up,
+            "latency_s": self.latency_s,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PlanRequest:
+        """Inverse of `to_dict`."""
+        return cls(
+            schedule=data["schedule"],
+            streams=[stream_from_rows(rows) for rows in data["streams"]],
+            constant_time_s={(stage, name): t for stage, name, t in data["constant_time_s"]},
+            profile=Profile.from_rows((stage, kind, Measurement.from_row(row)) for stage, kind, row in data["profile"]),
+            blocking_power_w=data["blocking_power_w"],
+            slowdown=data["slowdown"],
+            margin=data["margin"],
+            effort=data["effort"],
+            max_changes=data["max_changes"],
+            min_dwell_s=data["min_dwell_s"],
+            full_clock_only=frozenset((stage, kind) for stage, kind in data["full_clock_only"]),
+            pace=None if data["pace"] is None else PaceRequest.from_dict(data["pace"]),
+            samples=None if data["samples"] is None else Samples.from_dict(data["samples"]),
+            quantile=data["quantile"],
+            catch_up=data["catch_up"],
+            latency_s=data["latency_s"],
+        )
+
+
+@dataclass(frozen=True)
+class PlanAnswer:
+    """What came back: a plan (or an answer to stragglers) and the seconds it took, or why there is none.
+
+    Attributes:
+        plan: the plan.
+        planning_time_s: what it took.
+        error: why there is none.
+        pace: answer to stragglers.
+        replayed: what measured iterations said of the plan; None where there were none.
+        catch_up: per stage what its ranks need to know to catch up; empty where they do not.
+        paced_catch_up: the same for each of the pace's variants.
+    """
+
+    plan: Plan | None
+    planning_time_s: float
+    error: str = ""
+    pace: Pace | None = None
+    replayed: Replayed | None = None
+    catch_up: tuple[StageCatchUp, ...] = ()
+    paced_catch_up: tuple[tuple[StageCatchUp, ...], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "plan": None if self.plan is None else plan_to_json(self.plan),
+            "error": self.error,
+            "pace": None if self.pace is None else pace_to_dict(self.pace),
+            "replayed": None if self.replayed is None else asdict(self.replayed),
+            "catch_up": [stage.to_dict() for stage in self.catch_up],
+            "paced_catch_up": [[stage.to_dict() for stage in variant] for variant in self.paced_catch_up],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], planning_time_s: float) -> PlanAnswer:
+        """Inverse of `to_dict`."""
+        return cls(
+            plan=None if data["plan"] is None else plan_from_json(data["plan"]),
+            planning_time_s=planning_time_s,
+            error=data["error"],
+            pace=None if data["pace"] is None else pace_from_dict(data["pace"]),
+            replayed=None if data["replayed"] is None else Replayed.from_dict(data["replayed"]),
+            catch_up=tuple(StageCatchUp.from_dict(stage) for stage in data["catch_up"]),
+            paced_catch_up=tuple(
+                tuple(StageCatchUp.from_dict(stage) for stage in variant) for variant in data["paced_catch_up"]
+            ),
+        )

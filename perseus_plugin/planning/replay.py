@@ -1,0 +1,224 @@
+"""What iterations would have taken under a plan, had their instructions taken what they really took.
+
+A plan is made for the means. Real instructions vary, and where several stages are about equally far from the deadline
+the iteration ends with whichever is late this time. A replay puts the durations that were measured into the graph, each
+stretched by its clock, and follows them along: time and energy of that iteration under the plan, and at full clocks.
+
+It also follows the rule by which ranks catch up within the iteration (`CatchUp`). All iterations go through at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from perseus_plugin.errors import PlanError
+from perseus_plugin.pipeline import FloatArray, IntArray, PipelineGraph
+from perseus_plugin.planning.options import PlanningProblem
+from perseus_plugin.planning.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class CatchUp:
+    """What ranks do that are late: an instruction begun after its latest start runs faster than planned.
+
+    It runs at the slowest clock at which it would end, going by the profile, when it was planned to end at the latest;
+    at the fastest clock where none does.
+
+    Attributes:
+        latest_start_s: shape (nodes,), since the iteration's begin.
+        latency_s: how long a clock change takes to have effect.
+        size_weight: how many times the mean of what it has run so far a rank must have seen for its own estimate of the
+            step's size to count half; 0: latest starts are not scaled by the step's size.
+    """
+
+    latest_start_s: FloatArray
+    latency_s: float = 0.0
+    size_weight: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Iterations as they would have been.
+
+    Attributes:
+        time_s: shape (iterations,), that of the slowest replica.
+        energy_j: shape (iterations,), of all replicas, waiting for the slowest included.
+        raised: share of instructions that ran faster than planned.
+    """
+
+    time_s: FloatArray
+    energy_j: FloatArray
+    raised: float = 0.0
+
+
+class Replay:
+    """Replays iterations of one job.
+
+    Args:
+        problem: graph of one replica, and what clocks do to the time and power of its instructions.
+        durations_s: shape (iterations, replicas, nodes), at the profile's highest clocks; entries of constant-time
+            nodes are ignored.
+
+    Attributes:
+        full_s: shape (nodes, iterations times replicas), the durations.
+
+    Raises:
+        PlanError: the durations do not fit the graph, or are no durations.
+    """
+
+    def __init__(self, problem: PlanningProblem, durations_s: npt.ArrayLike) -> None:
+        graph = problem.graph
+        given = np.asarray(durations_s, dtype=np.float64)
+        if given.ndim != 3 or given.shape[2] != len(graph) or not given.size:
+            raise PlanError(f"durations: got shape {given.shape}; allowed: (iterations, replicas, {len(graph)})")
+        full_s = np.where(graph.is_constant, graph.constant_s, given).reshape(-1, len(graph)).T
+        if not (np.isfinite(full_s).all() and (full_s >= 0).all()):
+            raise PlanError("durations: some are no finite numbers from 0")
+        self.problem, self.graph = problem, graph
+        self._shape = given.shape[:2]
+        self.full_s = np.ascontiguousarray(full_s)  # by node: what a level needs lies together
+        self._top_s = problem.full_clock_s
+        self._before = _own_predecessors(graph)
+
+    @cached_property
+    def at_full_clocks(self) -> Outcome:
+        """The same iterations with every instruction at the profile's highest clock."""
+        return self.under(self.problem.full_clocks.frequency_mhz)
+
+    def under(self, frequency_mhz: IntArray, catch_up: CatchUp | None = None) -> Outcome:
+        """The iterations under a plan.
+
+        Args:
+            frequency_mhz: shape (nodes,), the plan's clocks; see `clocks_of`.
+            catch_up: what late ranks do; None: nothing.
+
+        Raises:
+            PlanError: a clock is not in the profile.
+        """
+        planned_s, watts = self.problem.at_clocks(frequency_mhz)
+        ratio = np.divide(planned_s, self._top_s, out=np.ones_like(planned_s), where=self._top_s > 0)
+        compute = ~self.graph.is_constant
+        if catch_up is None:
+            duration = self.full_s * np.where(compute, ratio, 1.0)[:, None]
+            return self._outcome(self._finish(duration), (duration * watts[:, None]).sum(axis=0), 0.0)
+        return self._event_driven(planned_s, ratio, watts, catch_up)
+
+    def _finish(self, duration: FloatArray) -> FloatArray:
+        """Finish of every node, shape (nodes, all iterations of all replicas)."""
+        finish: FloatArray = duration.copy()
+        for low, high, sources, latency, offsets in self.graph.forward_steps:
+            finish[low:high] += np.maximum.reduceat(finish[sources] + latency[:, None], offsets, axis=0)
+        return finish
+
+    def _outcome(self, finish: FloatArray, effective_j: FloatArray, raised: float) -> Outcome:
+        time_s = finish.max(axis=0).reshape(self._shape).max(axis=1)
+        effective = effective_j.reshape(self._shape).sum(axis=1)
+        waiting_j = self.problem.total_blocking_w * time_s * self._shape[1]
+        return Outcome(time_s, effective + waiting_j, raised)
+
+    def _event_driven(self, planned_s: FloatArray, ratio: FloatArray, watts: FloatArray, catch_up: CatchUp) -> Outcome:
+        """Level by level, as what an instruction runs at depends on when it begins."""
+        graph, problem = self.graph, self.problem
+        option_s, option_j = problem.option_table
+        usable = np.isfinite(option_s) & (option_s > 0)
+        option_w = np.divide(option_j, option_s, out=np.zeros_like(option_s), where=usable)
+        samples = self.full_s.shape[1]
+        # One more row, for "no instruction before".
+        finish = np.zeros((len(graph) + 1, samples))
+        raised = np.zeros((len(graph) + 1, samples), dtype=bool)
+        done_s = np.zeros((len(graph) + 1, samples))
+        expected_s = np.zeros((len(graph) + 1, samples))
+        effective_j = np.zeros(samples)
+        incoming = {low: (sources, latency, offsets) for low, _, sources, latency, offsets in graph.forward_steps}
+        for low, high in zip(graph.level_start[:-1].tolist(), graph.level_start[1:].tolist(), strict=True):
+            start = np.zeros((high - low, samples))
+            if low:
+                sources, latency, offsets = incoming[low]
+                start = np.maximum.reduceat(finish[sources] + latency[:, None], offsets, axis=0)
+            full_s, before = self.full_s[low:high], self._before[low:high]
+            plan_s, plan_w = planned_s[low:high, None], watts[low:high, None]
+            plan_ratio = np.where(graph.is_constant[low:high], 1.0, ratio[low:high])[:, None]
+            latest = catch_up.latest_start_s[low:high, None]
+            size = np.ones((high - low, samples))
+            if catch_up.size_weight:
+                prior_s = catch_up.size_weight * self._top_s[low:high, None]
+                size = (done_s[before] + prior_s) / np.maximum(expected_s[before] + prior_s, 1e-12)
+            late = (start > latest * size + 1e-9) & ~graph.is_constant[low:high, None]
+            duration = full_s * plan_ratio
+            power = np.broadcast_to(plan_w, duration.shape).copy()
+            if late.any():
+                rows, columns = np.nonzero(late)
+                classes = problem.class_of[low:high][rows]
+                scale = size[rows, columns]
+                left = (latest[:, 0][rows] + plan_s[:, 0][rows]) * scale - start[rows, columns]
+                option = np.maximum((option_s[classes] * scale[:, None] <= left[:, None]).sum(axis=1) - 1, 0)
+                faster_ratio = option_s[classes, option] / self._top_s[low:high][rows]
+                here = full_s[rows, columns]
+                # The clock rises only after the latency, unless it was raised already.
+                slow_s = np.where(raised[before[rows], columns], 0.0, catch_up.latency_s)
+                at_plan = here * plan_ratio[:, 0][rows]
+                slow_s = np.minimum(slow_s, at_plan)
+                fast_s = (here - slow_s / plan_ratio[:, 0][rows]) * faster_ratio
+                faster = slow_s + fast_s < at_plan
+                rows, columns, slow_s, fast_s = rows[faster], columns[faster], slow_s[faster], fast_s[faster]
+                duration[rows, columns] = slow_s + fast_s
+                joules = slow_s * plan_w[:, 0][rows] + fast_s * option_w[classes[faster], option[faster]]
+                power[rows, columns] = joules / np.maximum(slow_s + fast_s, 1e-12)
+                raised[low + rows, columns] = True
+            finish[low:high] = start + duration
+            effective_j += (duration * power).sum(axis=0)
+            done_s[low:high] = done_s[before] + np.where(graph.is_constant[low:high, None], 0.0, full_s)
+            expected_s[low:high] = (
+                expected_s[before] + np.where(graph.is_constant[low:high], 0.0, self._top_s[low:high])[:, None]
+            )
+        instructions = problem.instruction_nodes
+        return self._outcome(finish[:-1], effective_j, float(raised[instructions].mean()))
+
+
+def clocks_of(plan: Plan, graph: PipelineGraph) -> IntArray:
+    """A plan's clocks by node, 0 for constant-time nodes.
+
+    Raises:
+        PlanError: the plan is not for this graph.
+    """
+    clocks = np.zeros(len(graph), dtype=np.int64)
+    for stage, nodes in enumerate(graph.stage_nodes):
+        own = [node for node in nodes.tolist() if graph.instructions[node] is not None]
+        planned = plan.stages[stage]
+        if [graph.instructions[node] for node in own] != [p.instruction for p in planned]:
+            raise PlanError(f"plan: stage {stage} has other instructions than the schedule")
+        clocks[own] = [p.frequency_mhz for p in planned]
+    return clocks
+
+
+def latest_starts(graph: PipelineGraph, durations_s: FloatArray, deadline_s: float) -> FloatArray:
+    """Latest start of every node with which the iteration still ends at the deadline, shape (nodes,)."""
+    return graph.latest_finish(durations_s, deadline_s) - graph.durations(durations_s)
+
+
+def by_node(graph: PipelineGraph, stages: Sequence[Sequence[float]]) -> FloatArray:
+    """Values of every stage's instructions in program order, by node; 0 for constant-time nodes.
+
+    Raises:
+        PlanError: a stage has another number of instructions.
+    """
+    values = np.zeros(len(graph))
+    for stage, nodes in enumerate(graph.stage_nodes):
+        own = [node for node in nodes.tolist() if graph.instructions[node] is not None]
+        if stage >= len(stages) or len(stages[stage]) != len(own):
+            raise PlanError(f"durations: stage {stage} has not one for each of its {len(own)} instructions")
+        values[own] = stages[stage]
+    return values
+
+
+def _own_predecessors(graph: PipelineGraph) -> IntArray:
+    """Shape (nodes,): the node before it in its own stage; the number of nodes where there is none."""
+    before = np.full(len(graph), len(graph), dtype=np.int64)
+    for nodes in graph.stage_nodes:
+        before[nodes[1:]] = nodes[:-1]
+    return before

@@ -1,0 +1,99 @@
+"""What goes into a replay of measured iterations and what comes out, as plain data; needs no solver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+PerStage: TypeAlias = tuple[tuple[float, ...], ...]
+"""Per stage a value for each of its instructions, in program order."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Iterations that were measured.
+
+    Attributes:
+        durations_s: per iteration and replica how long each instruction takes at full clocks.
+        starts_s: per iteration and replica when each began, since its own rank's begin of the iteration; nothing for
+            an iteration that did not run at full clocks.
+    """
+
+    durations_s: tuple[tuple[PerStage, ...], ...]
+    starts_s: tuple[tuple[PerStage, ...], ...]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Samples:
+        """From plain JSON data."""
+
+        def frozen(iterations: Any) -> tuple[tuple[PerStage, ...], ...]:
+            return tuple(
+                tuple(tuple(tuple(stage) for stage in replica) for replica in iteration) for iteration in iterations
+            )
+
+        return cls(frozen(data["durations_s"]), frozen(data["starts_s"]))
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A plan, held against iterations that were measured. Ratios are against the same iterations at full clocks.
+
+    Attributes:
+        iterations: how many there were.
+        margin: the plan's.
+        catch_up: whether ranks that are late catch up.
+        time_ratio_mean: time of all iterations together.
+        time_ratio_quantile: time of an iteration at the quantile that was asked for.
+        saving_mean: share of energy saved over all of them.
+        saving_interval: where that share would be over many more such iterations, to 95 %.
+        raised: share of instructions that ran faster than planned, to catch up.
+        kept: whether the iterations keep to their time.
+        obstacle: what stands in the way of saving, where the plan is full clocks for that reason.
+    """
+
+    iterations: int
+    margin: float
+    catch_up: bool
+    time_ratio_mean: float
+    time_ratio_quantile: float
+    saving_mean: float
+    saving_interval: tuple[float, float]
+    raised: float = 0.0
+    kept: bool = True
+    obstacle: str = ""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Replayed:
+        """From plain JSON data."""
+        low, high = data["saving_interval"]
+        return cls(**{**data, "saving_interval": (low, high)})
+
+
+@dataclass(frozen=True)
+class StageCatchUp:
+    """What the ranks of one stage need to know to catch up; see `messages.CatchUpPart`."""
+
+    latest_starts_s: tuple[float, ...]
+    usual_delays_s: tuple[float, ...]
+    kinds: tuple[str, ...]
+    options: Mapping[str, tuple[tuple[int, float, float], ...]]
+    size_weight: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StageCatchUp:
+        """Inverse of `to_dict`."""
+        return cls(
+            tuple(data["latest_starts_s"]),
+            tuple(data["usual_delays_s"]),
+            tuple(data["kinds"]),
+            {
+                kind: tuple((clock, time_s, watts) for clock, time_s, watts in rows)
+                for kind, rows in data["options"].items()
+            },
+            data["size_weight"],
+        )

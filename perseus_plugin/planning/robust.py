@@ -1,0 +1,281 @@
+"""A plan that holds for iterations as they vary: margin and catching up are chosen by replaying measured iterations.
+
+Margins are tried from the least one upwards, each with a few ways of catching up. Of those under which the replayed
+iterations keep to their time, the best one is chosen; where none keeps to it, full clocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from perseus_plugin.errors import PlanError
+from perseus_plugin.pipeline import FloatArray
+from perseus_plugin.planning.options import PlanningProblem
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.replay import CatchUp, Outcome, Replay, by_node, clocks_of, latest_starts
+from perseus_plugin.planning.replayed import Replayed, Samples, StageCatchUp
+
+MARGINS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
+FEWEST_ITERATIONS = 3
+_GRACES = (0.0, 0.01)  # how far behind a rank may fall before it catches up, as a share of the iteration
+_SIZE_WEIGHTS = (0.5, 2.0, 8.0)
+_USUAL_WEIGHT = 2.0
+_TIME_WORTH = 10.0  # a percent of time is worth so many percents of energy: hardware costs more than electricity
+_ERRORS = 2.0  # standard errors by which the mean has to keep within its tolerance
+_LEAST_SAVING = 0.001  # less is not worth changing clocks for
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the replayed iterations have to keep to, against full clocks.
+
+    Attributes:
+        slowdown: that the plan is allowed, as a share.
+        quantile: share of iterations that must keep to it.
+        tolerance: how much longer than that these may take, as a share of the iteration at full clocks.
+        mean_tolerance: the same for the mean of all iterations.
+    """
+
+    slowdown: float = 0.0
+    quantile: float = 0.9
+    tolerance: float = 0.005
+    mean_tolerance: float = 0.002
+
+
+@dataclass(frozen=True, eq=False)
+class RobustPlan:
+    """What was chosen.
+
+    Attributes:
+        plan: the plan; full clocks where nothing keeps the promise.
+        catch_up: what late ranks do under it; None: nothing.
+        replayed: what the replay said of it.
+    """
+
+    plan: Plan
+    catch_up: CatchUp | None
+    replayed: Replayed
+
+
+def margins_from(least: float) -> tuple[float, ...]:
+    """The margins to try: the least one, and those above it."""
+    return (least, *(margin for margin in MARGINS if margin > least * (1 + 1e-9)))
+
+
+def choose(
+    plan_with: Callable[[float], Plan],
+    full_clocks: Plan,
+    replay: Replay,
+    promise: Promise,
+    margins: Iterable[float],
+    *,
+    catches_up: bool,
+    latency_s: float = 0.0,
+    refined: Callable[[float], Plan] | None = None,
+) -> RobustPlan:
+    """Try the margins and choose.
+
+    Args:
+        plan_with: makes the plan of a margin, quickly.
+        full_clocks: the plan to fall back to.
+        replay: of the iterations that were measured.
+        promise: what has to be kept.
+        margins: to try.
+        catches_up: whether ranks may catch up.
+        latency_s: how long a clock change takes.
+        refined: makes the plan of the margin that was chosen, with more effort.
+
+    Raises:
+        PlanError: there is no plan at any margin.
+    """
+    seen: list[RobustPlan] = []
+    failure: PlanError | None = None
+    for margin in margins:
+        try:
+            plan = plan_with(margin)
+        except PlanError as error:  # few clock changes may not do at every margin
+            failure = error
+            continue
+        seen += _candidates(plan, margin, replay, promise, catches_up, latency_s)
+    if not seen and failure is not None:
+        raise failure
+    kept = [one for one in seen if one.replayed.kept and one.replayed.saving_mean > _LEAST_SAVING]
+    if not kept:
+        nearest = min(seen, key=lambda one: (one.replayed.kept, one.replayed.time_ratio_mean)).replayed
+        at_full = judge(full_clocks, replay, promise, None, 0.0)
+        return RobustPlan(full_clocks, None, replace(at_full, obstacle=_obstacle(replay, promise, nearest)))
+    best = max(kept, key=lambda one: _worth(one.replayed, promise))
+    if refined is not None:
+        margin = best.replayed.margin
+        more = _candidates(refined(margin), margin, replay, promise, catches_up, latency_s)
+        best = max([best, *(one for one in more if one.replayed.kept)], key=lambda one: _worth(one.replayed, promise))
+    return best
+
+
+def _candidates(
+    plan: Plan, margin: float, replay: Replay, promise: Promise, catches_up: bool, latency_s: float
+) -> list[RobustPlan]:
+    """A plan without catching up and, if that is allowed, with each of the ways to do it."""
+    ways = ways_to_catch_up(replay.problem, plan, latency_s) if catches_up else []
+    return [RobustPlan(plan, way, judge(plan, replay, promise, way, margin)) for way in (None, *ways)]
+
+
+def ways_to_catch_up(problem: PlanningProblem, plan: Plan, latency_s: float) -> list[CatchUp]:
+    """Ways to catch up under a plan, by how soon ranks begin to and what they make of the step's size."""
+    planned_s = problem.planned_s(clocks_of(plan, problem.graph))
+    deadline_s = max(plan.deadline_s, problem.graph.iteration_time_s(planned_s))
+    return [
+        CatchUp(latest_starts(problem.graph, planned_s, deadline_s * (1 + grace)), latency_s, weight)
+        for grace in _GRACES
+        for weight in _SIZE_WEIGHTS
+    ]
+
+
+def usual_way_to_catch_up(problem: PlanningProblem, plan: Plan, latency_s: float) -> CatchUp:
+    """Where no iterations have been measured that could say which way is best."""
+    ways = ways_to_catch_up(problem, plan, latency_s)
+    return next(way for way in ways if way.size_weight == _USUAL_WEIGHT)
+
+
+def judge(plan: Plan, replay: Replay, promise: Promise, catch_up: CatchUp | None, margin: float) -> Replayed:
+    """Whether a plan would have kept the promise over the measured iterations.
+
+    Raises:
+        PlanError: the plan is not for the replay's graph and profile.
+    """
+    outcome = replay.under(clocks_of(plan, replay.graph), catch_up)
+    full = replay.at_full_clocks
+    ratio = outcome.time_s / full.time_s
+    mean = float(outcome.time_s.sum() / full.time_s.sum())
+    at_quantile = float(np.quantile(ratio, promise.quantile, method="higher"))
+    allowed = 1 + promise.slowdown
+    mean_error = float(np.std(ratio) / math.sqrt(len(ratio)))
+    kept = (
+        mean + _ERRORS * mean_error <= allowed + promise.mean_tolerance and at_quantile <= allowed + promise.tolerance
+    )
+    saving, low, high = _saving(outcome, full)
+    return Replayed(
+        iterations=len(ratio),
+        margin=margin,
+        catch_up=catch_up is not None,
+        time_ratio_mean=mean,
+        time_ratio_quantile=at_quantile,
+        saving_mean=saving,
+        saving_interval=(low, high),
+        raised=outcome.raised,
+        kept=kept,
+    )
+
+
+def _worth(replayed: Replayed, promise: Promise) -> float:
+    """Of plans that keep the promise, one that takes a little more energy is better if it keeps it so much better."""
+    return replayed.saving_mean - _TIME_WORTH * max(0.0, replayed.time_ratio_mean - 1 - promise.slowdown)
+
+
+def _saving(outcome: Outcome, full: Outcome) -> tuple[float, float, float]:
+    """Share of energy saved over all iterations, and the interval in which it would be over many more such ones."""
+    share = 1 - float(outcome.energy_j.sum() / full.energy_j.sum())
+    count = len(full.energy_j)
+    if count < 2:
+        return share, share, share
+    weight = full.energy_j / full.energy_j.mean()
+    each = weight * (1 - outcome.energy_j / full.energy_j - share)
+    # Close to Student's 97.5 % point.
+    error = (1.96 + 2.4 / (count - 1) + 2.4 / (count - 1) ** 2) * float(np.std(each, ddof=1)) / math.sqrt(count)
+    return share, share - error, share + error
+
+
+def _obstacle(replay: Replay, promise: Promise, nearest: Replayed) -> str:
+    """What stands in the way of saving."""
+    if nearest.kept:
+        return "slower clocks save next to nothing within the time that is allowed"
+    (stage, kind), spread = largest_spread_within(replay)
+    return (
+        f"replayed over {nearest.iterations} measured iterations, the nearest plan takes "
+        f"{100 * (nearest.time_ratio_mean - 1):.2f} % longer than full clocks, and "
+        f"{100 * (nearest.time_ratio_quantile - 1):.2f} % longer in one of {_one_of(promise.quantile)} iterations; "
+        f"{kind} of stage {stage} varies by {100 * spread:.0f} % within an iteration"
+    )
+
+
+def _one_of(quantile: float) -> str:
+    return f"{1 / (1 - quantile):.3g}"
+
+
+def largest_spread_within(replay: Replay) -> tuple[tuple[int, str], float]:
+    """The (stage, kind) whose durations vary most about their iteration's mean, and by what share."""
+    problem = replay.problem
+    spreads = {
+        key: _relative_deviation(replay.full_s[np.flatnonzero(problem.class_of == k)])
+        for k, key in enumerate(problem.keys)
+    }
+    key = max(spreads, key=lambda one: spreads[one])
+    return key, spreads[key]
+
+
+def _relative_deviation(durations_s: FloatArray) -> float:
+    means = durations_s.mean(axis=0)
+    return float(np.sqrt(np.mean((durations_s / np.maximum(means, 1e-12) - 1) ** 2)))
+
+
+# From and to what is told per stage.
+
+
+def replay_of(problem: PlanningProblem, samples: Samples) -> Replay:
+    """A replay of the iterations that were measured.
+
+    Raises:
+        PlanError: the samples do not fit the graph.
+    """
+    durations_s = [[by_node(problem.graph, replica) for replica in one] for one in samples.durations_s]
+    return Replay(problem, np.array(durations_s))
+
+
+def usual_delays(problem: PlanningProblem, samples: Samples | None) -> FloatArray:
+    """How much later than in the graph each instruction usually begins, seen from its own rank; shape (nodes,).
+
+    The graph knows nothing of transfers, nor of ranks whose iterations do not begin at the same time. Each iteration is
+    compared with the graph's times for its own durations, so that their variation does not count as delay.
+
+    Raises:
+        PlanError: the samples do not fit the graph.
+    """
+    graph = problem.graph
+    seen = [
+        by_node(graph, starts_s) - graph.times(by_node(graph, durations_s))[0]
+        for durations, starts in (() if samples is None else zip(samples.durations_s, samples.starts_s, strict=True))
+        for durations_s, starts_s in zip(durations, starts, strict=False)
+    ]
+    return np.median(seen, axis=0) if seen else np.zeros(len(graph))
+
+
+def catch_up_by_stage(problem: PlanningProblem, catch_up: CatchUp, delays_s: FloatArray) -> tuple[StageCatchUp, ...]:
+    """What each stage's ranks have to know."""
+    stages = []
+    for nodes in problem.graph.stage_nodes:
+        own = [node for node in nodes.tolist() if problem.class_of[node] >= 0]
+        classes = {problem.keys[k][1]: problem.classes[k] for k in {int(problem.class_of[node]) for node in own}}
+        stages.append(
+            StageCatchUp(
+                latest_starts_s=tuple(catch_up.latest_start_s[own].tolist()),
+                usual_delays_s=tuple(delays_s[own].tolist()),
+                kinds=tuple(problem.keys[int(problem.class_of[node])][1] for node in own),
+                options={
+                    kind: tuple(
+                        zip(
+                            options.frequency_mhz.tolist(),
+                            options.time_s.tolist(),
+                            (options.energy_j / options.time_s).tolist(),
+                            strict=True,
+                        )
+                    )
+                    for kind, options in classes.items()
+                },
+                size_weight=catch_up.size_weight,
+            )
+        )
+    return tuple(stages)

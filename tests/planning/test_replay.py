@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perseus_plugin.errors import PlanError
+from perseus_plugin.instructions import Compute
+from perseus_plugin.pipeline import FloatArray, IntArray, build_graph
+from perseus_plugin.planning.options import PlanningProblem, build_problem
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.planner import make_plan
+from perseus_plugin.planning.replay import CatchUp, Replay, by_node, clocks_of, latest_starts
+from perseus_plugin.planning.targets import Target
+from perseus_plugin.schedules import one_f_one_b
+
+from .jobs import Job, bundled_profile, jobs, replay, simulate
+
+BLOCKING_W = 80.0
+
+
+def problem_of(job: Job) -> PlanningProblem:
+    graph = build_graph(job.streams, latency_s=job.latency_s)
+    return build_problem(graph, job.profile, job.blocking_w)
+
+
+def plan_of(problem: PlanningProblem, job: Job, slowdown: float = 0.0) -> Plan:
+    return make_plan(
+        problem.graph, job.profile, blocking_power_w=job.blocking_w, target=Target.slowdown(slowdown), effort="quick"
+    )
+
+
+def as_profiled(problem: PlanningProblem) -> FloatArray:
+    return np.array([[problem.full_clock_s]])
+
+
+@given(job=jobs(), slowdown=st.sampled_from([0.0, 0.1]))
+@settings(deadline=None)
+def test_with_durations_as_in_the_profile_a_replay_is_the_plan(job: Job, slowdown: float) -> None:
+    problem = problem_of(job)
+    plan = plan_of(problem, job, slowdown)
+    outcome = Replay(problem, as_profiled(problem)).under(clocks_of(plan, problem.graph))
+    time_s, energy_j = replay(job, plan)
+    assert outcome.time_s[0] == pytest.approx(time_s)
+    assert outcome.energy_j[0] == pytest.approx(energy_j, rel=1e-9, abs=1e-9)
+
+
+@given(job=jobs(), data=st.data())
+@settings(deadline=None)
+def test_at_full_clocks_instructions_take_what_they_took(job: Job, data: st.DataObject) -> None:
+    problem = problem_of(job)
+    factors = np.array(
+        data.draw(st.lists(st.floats(0.5, 2.0), min_size=len(problem.graph), max_size=len(problem.graph)))
+    )
+    durations_s = problem.full_clock_s * factors
+    outcome = Replay(problem, durations_s[None, None]).at_full_clocks
+
+    def took(stage: int, op: Compute) -> float:
+        node = next(
+            n
+            for n, i in enumerate(problem.graph.instructions)
+            if i is not None and (i.stage, i.kind, i.microbatch, i.chunk) == (stage, op.kind, op.microbatch, op.chunk)
+        )
+        return float(durations_s[node])
+
+    assert outcome.time_s[0] == pytest.approx(simulate(job.streams, took, latency_s=job.latency_s))
+
+
+@given(job=jobs(), seed=st.integers(0, 100), latency_s=st.sampled_from([0.0, 0.02]))
+@settings(deadline=None)
+def test_catching_up_never_makes_an_iteration_longer(job: Job, seed: int, latency_s: float) -> None:
+    problem = problem_of(job)
+    plan = plan_of(problem, job)
+    clocks = clocks_of(plan, problem.graph)
+    factors = np.exp(0.2 * np.random.default_rng(seed).standard_normal((6, 2, len(problem.graph))))
+    made = Replay(problem, problem.full_clock_s * factors)
+    latest = latest_starts(problem.graph, problem.planned_s(clocks), plan.deadline_s)
+    without = made.under(clocks)
+    for weight in (0.0, 2.0):
+        caught = made.under(clocks, CatchUp(latest, latency_s, weight))
+        assert (caught.time_s <= without.time_s + 1e-9).all()
+        assert (caught.energy_j <= made.at_full_clocks.energy_j * 2).all()
+
+
+@given(job=jobs())
+@settings(deadline=None)
+def test_nobody_catches_up_who_is_in_plan(job: Job) -> None:
+    problem = problem_of(job)
+    plan = plan_of(problem, job)
+    clocks = clocks_of(plan, problem.graph)
+    made = Replay(problem, as_profiled(problem))
+    caught = made.under(clocks, CatchUp(latest_starts(problem.graph, problem.planned_s(clocks), plan.deadline_s)))
+    assert caught.raised == 0.0
+    assert caught.time_s[0] == pytest.approx(made.under(clocks).time_s[0])
+
+
+def even_job() -> tuple[PlanningProblem, IntArray]:
+    """Three stages, the last the longest, and the clocks of its plan by node."""
+    profile = bundled_profile(3)
+    graph = build_graph(one_f_one_b(3, 6))
+    plan = make_plan(graph, profile, blocking_power_w=BLOCKING_W, target=Target.slowdown())
+    return build_problem(graph, profile, BLOCKING_W), clocks_of(plan, graph)
+
+
+def test_a_late_start_is_caught_up_with() -> None:
+    """Some long instructions make what follows in the same stage late; at full clocks part of that is made good."""
+    problem, clocks = even_job()
+    durations_s = problem.full_clock_s.copy()
+    durations_s[problem.graph.stage_nodes[1][2:5]] *= 2
+    made = Replay(problem, durations_s[None, None])
+    latest = latest_starts(problem.graph, problem.planned_s(clocks), problem.full_clock_time_s)
+    static, caught = made.under(clocks), made.under(clocks, CatchUp(latest))
+    assert static.time_s[0] > made.at_full_clocks.time_s[0] * 1.01
+    assert caught.time_s[0] < static.time_s[0]
+    assert caught.raised > 0
+    slow_gpu = made.under(clocks, CatchUp(latest, latency_s=0.03))
+    assert caught.time_s[0] <= slow_gpu.time_s[0] <= static.time_s[0]
+
+
+def test_a_larger_step_is_no_reason_to_catch_up_once_its_size_is_known() -> None:
+    problem, clocks = even_job()
+    made = Replay(problem, 1.6 * as_profiled(problem))
+    latest = latest_starts(problem.graph, problem.planned_s(clocks), problem.full_clock_time_s * 1.01)
+    fixed, scaled = made.under(clocks, CatchUp(latest)), made.under(clocks, CatchUp(latest, size_weight=0.5))
+    assert scaled.raised < 0.5 * fixed.raised
+    saving = 1 - np.array([o.energy_j[0] for o in (made.under(clocks), scaled, fixed)]) / made.at_full_clocks.energy_j
+    assert saving[1] > 0.7 * saving[0] > 0
+    assert saving[2] < 0.5 * saving[0]
+    assert scaled.time_s[0] <= made.at_full_clocks.time_s[0] * (1 + 1e-9)
+
+
+def test_replicas_wait_for_the_slowest() -> None:
+    problem, clocks = even_job()
+    base = problem.full_clock_s
+    alone = [Replay(problem, (factor * base)[None, None]).under(clocks) for factor in (1.0, 1.5)]
+    both = Replay(problem, np.array([[base, 1.5 * base]])).under(clocks)
+    assert both.time_s[0] == pytest.approx(alone[1].time_s[0])
+    waiting_j = problem.total_blocking_w * (alone[1].time_s[0] - alone[0].time_s[0])
+    assert both.energy_j[0] == pytest.approx(alone[0].energy_j[0] + alone[1].energy_j[0] + waiting_j)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    problem, clocks = even_job()
+    with pytest.raises(PlanError, match="durations: got shape"):
+        Replay(problem, np.ones((2, 3)))
+    with pytest.raises(PlanError, match="no finite numbers"):
+        Replay(problem, np.full((1, 1, len(problem.graph)), np.nan))
+    with pytest.raises(PlanError, match="77 MHz in stage"):
+        Replay(problem, as_profiled(problem)).under(np.full_like(clocks, 77))
+    with pytest.raises(PlanError, match="stage 1 has not one for each of its 12 instructions"):
+        by_node(problem.graph, [[1.0] * 12, [1.0] * 11, [1.0] * 12])

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from perseus_plugin.instructions import Compute, Constant
+from perseus_plugin.pipeline import FloatArray, build_graph
+from perseus_plugin.plan_request import PlanAnswer, PlanRequest
+from perseus_plugin.planner_process import answer_to
+from perseus_plugin.planning.options import build_problem
+from perseus_plugin.planning.replayed import PerStage, Samples
+from perseus_plugin.planning.robust import margins_from, replay_of, usual_delays
+from perseus_plugin.profiling.profile import Profile
+from perseus_plugin.schedules import one_f_one_b
+
+from ..factories import BLOCKING_W
+from .jobs import bundled_profile
+
+STAGES, MICROBATCHES = 3, 8
+STREAMS = [[*stream, Constant("step")] for stream in one_f_one_b(STAGES, MICROBATCHES)]
+CONSTANTS = {(stage, "step"): 0.01 for stage in range(STAGES)}
+PROFILE = bundled_profile(STAGES)
+GRAPH = build_graph(STREAMS, CONSTANTS)
+PROBLEM = build_problem(GRAPH, PROFILE, BLOCKING_W)
+
+
+def per_stage(by_node: FloatArray) -> PerStage:
+    return tuple(
+        tuple(float(by_node[node]) for node in nodes if GRAPH.instructions[node] is not None)
+        for nodes in GRAPH.stage_nodes
+    )
+
+
+def samples(factors: FloatArray, delay_s: float = 0.0) -> Samples:
+    """Iterations with each instruction's full-clock time times its factor; shape (iterations, replicas, nodes)."""
+    durations = [[per_stage(PROBLEM.full_clock_s * one) for one in iteration] for iteration in factors]
+    starts = [
+        [per_stage(delay_s + GRAPH.times(PROBLEM.full_clock_s * one)[0]) for one in iteration] for iteration in factors
+    ]
+    return Samples(tuple(tuple(one) for one in durations), tuple(tuple(one) for one in starts))
+
+
+def answer(made_of: Samples | None, catch_up: bool = True, effort: str = "quick", slowdown: float = 0.0) -> PlanAnswer:
+    return answer_to(
+        PlanRequest(
+            schedule="1F1B",
+            streams=STREAMS,
+            constant_time_s=CONSTANTS,
+            profile=PROFILE,
+            blocking_power_w=[BLOCKING_W] * STAGES,
+            slowdown=slowdown,
+            margin=0.01,
+            effort=effort,
+            samples=made_of,
+            catch_up=catch_up,
+        )
+    )
+
+
+def noise(sigma: float, seed: int = 0, iterations: int = 12, replicas: int = 1) -> FloatArray:
+    shape = (iterations, replicas, len(GRAPH))
+    return np.exp(sigma * np.random.default_rng(seed).standard_normal(shape))
+
+
+def test_margins_begin_at_the_least_one() -> None:
+    assert margins_from(0.025)[:3] == (0.025, 0.03, 0.04)
+    assert margins_from(0.01)[:2] == (0.01, 0.02)
+    assert margins_from(0.5) == (0.5,)
+
+
+def test_iterations_that_do_not_vary_get_the_least_margin() -> None:
+    made = answer(samples(noise(0.0)))
+    assert made.replayed is not None
+    assert made.replayed.margin == 0.01
+    assert made.replayed.time_ratio_mean == pytest.approx(1.0)
+    assert made.plan is not None
+    assert made.replayed.saving_mean == pytest.approx(made.plan.saving, rel=0.1)
+    assert made.replayed.saving_interval == pytest.approx((made.replayed.saving_mean,) * 2)
+
+
+@pytest.mark.parametrize("catch_up", [False, True])
+def test_a_size_that_all_stages_share_needs_no_larger_margin(catch_up: bool) -> None:
+    sizes = np.random.default_rng(1).choice([1.0, 1.3, 1.6], 12)
+    varied = answer(samples(noise(0.001) * sizes[:, None, None]), catch_up)
+    even = answer(samples(noise(0.001)), catch_up)
+    assert varied.replayed is not None
+    assert even.replayed is not None
+    assert varied.replayed.margin == even.replayed.margin
+    assert varied.replayed.saving_mean > 0.97 * even.replayed.saving_mean
+
+
+def test_variation_within_the_iteration_takes_a_larger_margin_and_is_kept_to_on_other_iterations() -> None:
+    made = answer(samples(noise(0.03)), catch_up=False)
+    assert made.replayed is not None
+    assert made.replayed.margin > 0.03
+    assert made.replayed.time_ratio_mean <= 1.002
+    assert made.replayed.time_ratio_quantile <= 1.005
+    assert made.replayed.saving_mean > 0.01
+    assert made.plan is not None
+    others = replay_of(PROBLEM, samples(noise(0.03, seed=7, iterations=60)))
+    clocks = np.zeros(len(GRAPH), dtype=np.int64)
+    for stage in made.plan.stages:
+        for p in stage:
+            clocks[GRAPH.node_of[p.instruction]] = p.frequency_mhz
+    assert others.under(clocks).time_s.sum() <= 1.004 * others.at_full_clocks.time_s.sum()
+
+
+def test_catching_up_saves_where_a_static_plan_cannot() -> None:
+    """Microbatches of very different lengths, each as long in both stages, of which one is much the longer."""
+    long = bundled_profile(2)
+    profile = Profile(
+        {
+            key: tuple(replace(m, time_s=m.time_s * size, energy_j=m.energy_j * size) for m in rows)
+            for key, rows in long.table.items()
+            for size in (1.0 if key[0] else 0.6,)
+        }
+    )
+    streams = one_f_one_b(2, MICROBATCHES)
+    length = np.exp(0.12 * np.random.default_rng(3).standard_normal((12, 8, MICROBATCHES)))
+    durations = tuple(
+        tuple(
+            tuple(
+                tuple(profile.table[stage, op.kind][0].time_s * replica[op.microbatch] for op in stream)
+                for stage, stream in enumerate([[op for op in s if isinstance(op, Compute)] for s in streams])
+            )
+            for replica in iteration
+        )
+        for iteration in length.tolist()
+    )
+    wanted = PlanRequest(
+        "1F1B", streams, {}, profile, [BLOCKING_W] * 2, 0.0, 0.01, samples=Samples(durations, ((),) * 12)
+    )
+    static, caught = answer_to(wanted), answer_to(replace(wanted, catch_up=True))
+    assert static.replayed is not None
+    assert caught.replayed is not None
+    assert caught.replayed.catch_up
+    assert caught.replayed.saving_mean > static.replayed.saving_mean + 0.01
+    assert caught.replayed.time_ratio_mean <= 1.002
+
+
+def test_where_nothing_can_be_promised_the_plan_is_full_clocks_and_says_why() -> None:
+    factors = noise(0.6)
+    forwards = [n for n, i in enumerate(GRAPH.instructions) if i is not None and (i.stage, i.kind) == (1, "forward")]
+    factors[:, :, forwards] = np.exp(1.2 * np.random.default_rng(5).standard_normal((12, 1, len(forwards))))
+    made = answer(samples(factors))
+    assert made.plan is not None
+    assert {clock for stage in range(STAGES) for clock in made.plan.clocks_mhz(stage)} == {1400}
+    assert made.plan.saving == 0
+    assert made.replayed is not None
+    assert made.replayed.time_ratio_mean == 1.0
+    assert "forward of stage 1 varies by" in made.replayed.obstacle
+    assert "in one of 10 iterations" in made.replayed.obstacle
+    assert made.catch_up == ()
+
+
+def test_more_effort_is_spent_on_the_margin_that_was_chosen() -> None:
+    made = samples(noise(0.01))
+    quick, normal = answer(made), answer(made, effort="normal")
+    assert quick.replayed is not None
+    assert normal.replayed is not None
+    assert normal.replayed.kept
+    assert normal.replayed.saving_mean >= quick.replayed.saving_mean - 1e-9
+
+
+def test_an_allowed_slowdown_is_used_and_kept_to() -> None:
+    made, even = answer(samples(noise(0.01)), slowdown=0.1), answer(samples(noise(0.01)))
+    assert made.replayed is not None
+    assert even.replayed is not None
+    assert 1.02 < made.replayed.time_ratio_mean <= 1.102
+    assert made.replayed.saving_mean > even.replayed.saving_mean
+
+
+def test_without_samples_a_plan_is_made_as_ever_and_ranks_may_catch_up() -> None:
+    made = answer(None)
+    assert made.replayed is None
+    assert len(made.catch_up) == STAGES
+    assert answer(None, catch_up=False).catch_up == ()
+
+
+def test_what_a_rank_is_told_fits_its_stage() -> None:
+    made = answer(samples(noise(0.03), delay_s=0.02))
+    assert made.plan is not None
+    assert made.replayed is not None
+    assert made.replayed.catch_up
+    assert len(made.catch_up) == STAGES
+    for stage, told in enumerate(made.catch_up):
+        assert len(told.latest_starts_s) == len(told.usual_delays_s) == len(told.kinds) == 2 * MICROBATCHES
+        assert told.usual_delays_s == pytest.approx([0.02] * (2 * MICROBATCHES))
+        planned = [p.instruction.kind for p in made.plan.stages[stage]]
+        assert list(told.kinds) == planned
+        for options in told.options.values():
+            times = [time_s for _, time_s, _ in options]
+            assert times == sorted(times)
+            assert options[0][0] == 1400
+
+
+def test_usual_delays_come_from_iterations_at_full_clocks_alone() -> None:
+    made = samples(noise(0.2, iterations=3), delay_s=0.015)
+    half = Samples(made.durations_s, ((), made.starts_s[1], ()))
+    instructions = PROBLEM.instruction_nodes
+    assert usual_delays(PROBLEM, half)[instructions] == pytest.approx(0.015)
+    assert not usual_delays(PROBLEM, Samples(made.durations_s, ((), (), ()))).any()
+    assert not usual_delays(PROBLEM, None).any()
+
+
+def test_an_answer_passes_through_json() -> None:
+    made = answer(samples(noise(0.02)))
+    assert PlanAnswer.from_dict(made.to_dict(), made.planning_time_s) == made

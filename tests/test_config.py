@@ -17,6 +17,8 @@ FULL: dict[str, Any] = {
     "enabled": True,
     "slowdown": 0.1,
     "margin": 0.02,
+    "quantile": 0.95,
+    "catch_up": False,
     "effort": "normal",
     "output_dir": "somewhere",
     "frontier": False,

@@ -78,7 +78,7 @@ class Replay:
             raise PlanError(f"durations: got shape {given.shape}; allowed: (iterations, replicas, {len(graph)})")
         full_s = np.where(graph.is_constant, graph.constant_s, given).reshape(-1, len(graph)).T
         if not (np.isfinite(full_s).all() and (full_s >= 0).all()):
-            raise PlanError("durations: some are no finite numbers from 0")
+            raise PlanError("durations: got some that are negative or not finite; allowed: finite numbers from 0")
         self.problem, self.graph = problem, graph
         self._shape = given.shape[:2]
         self.full_s = np.ascontiguousarray(full_s)  # by node: what a level needs lies together
@@ -191,7 +191,7 @@ def clocks_of(plan: Plan, graph: PipelineGraph) -> IntArray:
         own = [node for node in nodes.tolist() if graph.instructions[node] is not None]
         planned = plan.stages[stage]
         if [graph.instructions[node] for node in own] != [p.instruction for p in planned]:
-            raise PlanError(f"plan: stage {stage} has other instructions than the schedule")
+            raise PlanError(f"plan: got other instructions in stage {stage}; allowed: those of the schedule")
         clocks[own] = [p.frequency_mhz for p in planned]
     return clocks
 
@@ -211,7 +211,10 @@ def by_node(graph: PipelineGraph, stages: Sequence[Sequence[float]]) -> FloatArr
     for stage, nodes in enumerate(graph.stage_nodes):
         own = [node for node in nodes.tolist() if graph.instructions[node] is not None]
         if stage >= len(stages) or len(stages[stage]) != len(own):
-            raise PlanError(f"durations: stage {stage} has not one for each of its {len(own)} instructions")
+            got = len(stages[stage]) if stage < len(stages) else 0
+            raise PlanError(
+                f"durations: got {got} in stage {stage}; allowed: one for each of its {len(own)} instructions"
+            )
         values[own] = stages[stage]
     return values
 

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from perseus_plugin.control.wire import (
+    AT_ONCE_AND_LAST,
     BYE,
     CLOSE,
     EXIT_NO_GPU,
@@ -132,7 +133,7 @@ class ClockHelper:
         """Give up the lock for good: later requests, also of other threads just now, are ignored."""
         with self._lock:
             self._retired = True
-            self._send(SET_CLOCK, 0, 0.0)
+            self._send(SET_CLOCK, 0, AT_ONCE_AND_LAST)
 
     def poll_energy(self, interval_s: float | None) -> None:
         """Have the helper poll the energy counter and report its ticks; None stops it."""
@@ -148,8 +149,8 @@ class ClockHelper:
     def measure_latency(self, rounds: int = 8) -> None:
         """Have the helper time `rounds` clock changes down and up; the answer is a `SwitchLatency`.
 
-        Takes about 0.1 s a round. Afterwards the clock is reset. Requests made meanwhile are applied after
-        it.
+        Takes about 0.1 s a round; on a GPU that does not obey, a few seconds in all. Afterwards the clock is reset.
+        Requests made meanwhile are applied after it; `retire` and `close` end it.
         """
         with self._lock:
             self._last_sent = None

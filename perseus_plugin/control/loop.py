@@ -1,6 +1,8 @@
 """What the clock helper does between its start and its end: take commands, set clocks, read counters.
 
-It sleeps in `select` until a command arrives or something is due, and never waits for its parent to read.
+It sleeps in `select` until a command arrives or something is due, never waits for its parent to read, and does nothing
+that takes longer than a driver call: what takes many (timing clock changes, a reset that does not hold) goes on step by
+step, between whatever else is due.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import time
 from collections import deque
 from contextlib import suppress
 
-from perseus_plugin.control.latency import measure_switch_latency
+from perseus_plugin.control.latency import LatencyMeasurement, advance
 from perseus_plugin.control.ownership import Ownership
 from perseus_plugin.control.requests import DWELL_LATENCIES, PendingRequests, Request
-from perseus_plugin.control.resetting import ResetOutcome, reset_until_confirmed
+from perseus_plugin.control.resetting import ClockReset, ResetOutcome, reset_until_confirmed
 from perseus_plugin.control.wire import (
+    AT_ONCE_AND_LAST,
     CLOSE,
     HEARTBEAT,
     MARK,
@@ -110,6 +113,8 @@ class HelperLoop:
         self._expected_mhz: int | None = None
         self._next_deviation_s = 0.0
         self._next_heartbeat_s = 0.0
+        self._timing: LatencyMeasurement | None = None
+        self._resetting: ClockReset | None = None
         self.locked_mhz: int | None = None
 
     def run(self) -> str:
@@ -137,10 +142,14 @@ class HelperLoop:
         self.emit(pack_event(event))
 
     def _timeout_s(self) -> float:
-        times = [self._next_poll_s, self._read_back_s, self._next_heartbeat_s, self._requests.next_s()]
+        times = [self._next_poll_s, self._read_back_s, self._next_heartbeat_s]
+        # While changes are timed requests wait, as nothing else may change the clock.
+        times.append(self._timing.next_s if self._timing is not None else self._requests.next_s() or float("inf"))
+        if self._resetting is not None:
+            times.append(self._resetting.next_s)
         if self._marks:
             return 0.0
-        timeout_s = max(0.0, min(t for t in times if t is not None) - time.monotonic())
+        timeout_s = max(0.0, min(times) - time.monotonic())
         return timeout_s if self._parent.fd >= 0 else min(timeout_s, PARENT_CHECK_S)
 
     def _read(self) -> None:
@@ -161,6 +170,8 @@ class HelperLoop:
 
     def _execute(self, command: Command) -> None:
         if command.what == SET_CLOCK:
+            if command.time_s == AT_ONCE_AND_LAST:
+                self._end_timing()
             if self._may_set:
                 self._requests.push(Request(command.seq, command.number or None, command.sent_s, command.time_s))
         elif command.what == POLL_ENERGY:
@@ -170,15 +181,20 @@ class HelperLoop:
         elif command.what == MARK:
             self._marks.append(command.number)
         elif command.what == MEASURE_LATENCY:
-            self._measure_latency(command.number)
+            self._begin_timing(command.number)
         elif command.what == CLOSE:
             self._ended = "closed"
 
     def _work(self) -> None:
         """Whatever is due."""
-        request = self._requests.take(time.monotonic())
-        if request is not None:
-            self._apply(request)
+        if self._timing is not None:
+            self._go_on_timing(self._timing)
+        else:
+            request = self._requests.take(time.monotonic())
+            if request is not None:
+                self._apply(request)
+        if self._resetting is not None and time.monotonic() >= self._resetting.next_s:
+            self._go_on_resetting(self._resetting)
         if self._marks:
             # One at a time: with a driver that takes seconds the pipe's end must not wait behind a queue of readings.
             self._mark(self._marks.popleft())
@@ -219,10 +235,19 @@ class HelperLoop:
         """A clock could not be set: full clocks from here on, if the driver lets us, and no further try."""
         self._may_set = False
         self._event(Trouble("lock_failed", reason, time.monotonic()))
+        self._timing = None
         self._requests.clear()
         self._read_back_s = float("inf")
         if self._ownership is not None:
-            free_clock(self._gpu, self._ownership, self.locked_mhz, limit_s=GIVE_UP_RESET_S)
+            self._resetting = ClockReset(self._gpu, self.locked_mhz, limit_s=GIVE_UP_RESET_S)
+
+    def _go_on_resetting(self, resetting: ClockReset) -> None:
+        outcome = resetting.step(time.monotonic())
+        if outcome is not None:
+            self._resetting = None
+            # What has not held by now is tried again at the end, for longer.
+            if outcome.confirmed and self._ownership is not None:
+                self._ownership.mark(locked=False)
 
     def _poll(self) -> None:
         try:
@@ -252,21 +277,34 @@ class HelperLoop:
             self._read_failed = True
             self._event(Trouble("read_failed", str(error), time.monotonic()))
 
-    def _measure_latency(self, rounds: int) -> None:
+    def _begin_timing(self, rounds: int) -> None:
         if self._ownership is None or not self._may_set:
             return
+        self._ownership.mark(locked=True)
+        self.locked_mhz = self._gpu.supported_clocks_mhz()[0]
+        self._timing = LatencyMeasurement(self._gpu.supported_clocks_mhz(), rounds)
 
-        def stop() -> bool:
-            return self._parent.gone() or bool(select.select([self._wakeup], [], [], 0)[0])
-
+    def _go_on_timing(self, timing: LatencyMeasurement) -> None:
         try:
-            self._ownership.mark(locked=True)
-            self.locked_mhz = self._gpu.supported_clocks_mhz()[0]
-            event = measure_switch_latency(self._gpu, rounds, stop=stop)
+            if time.monotonic() >= timing.next_s:
+                advance(timing, self._gpu)
+        except GpuError as error:
+            self._give_up_control(str(error))
+            return
+        if timing.done:
+            self._end_timing()
+
+    def _end_timing(self) -> None:
+        """Give the clock back, and say what was measured."""
+        timing, self._timing = self._timing, None
+        if timing is None:
+            return
+        try:
             self._set_clock(None)
         except GpuError as error:
             self._give_up_control(str(error))
             return
+        event = timing.outcome()
         if self._measure_dwell and event.p95_s > 0:  # NaN when no change ever showed
             self._requests.min_dwell_s = DWELL_LATENCIES * event.p95_s
         self._requests.set(None, time.monotonic())

@@ -11,6 +11,7 @@ from perseus_plugin.gpus.base import Gpu
 
 READ_BACK_S = 0.3
 """How long the clock may stay where it was locked before the reset is tried again."""
+_LOOK_S = 0.002
 FIRST_PAUSE_S = 0.005
 LONGEST_PAUSE_S = 0.5
 
@@ -30,6 +31,55 @@ class ResetOutcome:
     problem: str
 
 
+class ClockReset:
+    """Resets the clock, and again with growing pauses, until it holds: step by step, a driver call or two each.
+
+    Args:
+        gpu: whose clock.
+        locked_mhz: the clock it was locked at last; the read-back must leave it. None, or the highest clock:
+            there is nothing to tell a reset by, so the driver's word is enough.
+        limit_s: when to give up; at least one attempt is made.
+
+    Attributes:
+        next_s: when to call `step` next.
+    """
+
+    def __init__(self, gpu: Gpu, locked_mhz: int | None, *, limit_s: float) -> None:
+        self._gpu, self._limit_s = gpu, limit_s
+        top_mhz = gpu.supported_clocks_mhz()[0]
+        self._locked_mhz = None if locked_mhz is None or locked_mhz >= top_mhz else locked_mhz
+        self._end_s: float | None = None
+        self._pause_s = FIRST_PAUSE_S
+        self._attempts = 0
+        self._problem = ""
+        self._must_leave_by_s: float | None = None
+        self.next_s = 0.0
+
+    def step(self, now_s: float) -> ResetOutcome | None:
+        """Go on; returns how it went once it is over. Never raises `GpuError`."""
+        if self._end_s is None:
+            self._end_s = now_s + self._limit_s
+        try:
+            if self._must_leave_by_s is None:
+                self._attempts += 1
+                self._gpu.reset_clock()
+                self._must_leave_by_s = now_s + READ_BACK_S
+            if self._locked_mhz is None or self._gpu.read_clock_mhz() != self._locked_mhz:
+                return ResetOutcome(True, self._attempts, "")
+            if now_s < self._must_leave_by_s:
+                self.next_s = now_s + _LOOK_S
+                return None
+            self._problem = f"the driver accepted the reset but the clock still reads {self._locked_mhz} MHz"
+        except GpuError as error:
+            self._problem = str(error)
+        self._must_leave_by_s = None
+        if now_s + self._pause_s > self._end_s:
+            return ResetOutcome(False, self._attempts, self._problem)
+        self.next_s = now_s + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        return None
+
+
 def reset_until_confirmed(
     gpu: Gpu,
     locked_mhz: int | None,
@@ -38,39 +88,8 @@ def reset_until_confirmed(
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> ResetOutcome:
-    """Reset the clock, and again with growing pauses, until it holds or `limit_s` is over. Never raises
-    `GpuError`.
-
-    Args:
-        gpu: whose clock.
-        locked_mhz: the clock it was locked at last; the read-back must leave it. None, or the highest clock:
-            there is nothing to tell a reset by, so the driver's word is enough.
-        limit_s: when to give up; at least one attempt is made.
-    """
-    end_s = now() + limit_s
-    pause_s = FIRST_PAUSE_S
-    attempts = 0
-    while True:
-        attempts += 1
-        try:
-            gpu.reset_clock()
-            if _has_left(gpu, locked_mhz, now, sleep):
-                return ResetOutcome(True, attempts, "")
-            problem = f"the driver accepted the reset but the clock still reads {locked_mhz} MHz"
-        except GpuError as error:
-            problem = str(error)
-        if now() + pause_s > end_s:
-            return ResetOutcome(False, attempts, problem)
-        sleep(pause_s)
-        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
-
-def _has_left(gpu: Gpu, locked_mhz: int | None, now: Callable[[], float], sleep: Callable[[float], None]) -> bool:
-    if locked_mhz is None or locked_mhz >= gpu.supported_clocks_mhz()[0]:
-        return True
-    end_s = now() + READ_BACK_S
-    while gpu.read_clock_mhz() == locked_mhz:
-        if now() >= end_s:
-            return False
-        sleep(0.002)
-    return True
+    """A whole `ClockReset`, for callers with nothing else to do. Never raises `GpuError`."""
+    resetting = ClockReset(gpu, locked_mhz, limit_s=limit_s)
+    while (outcome := resetting.step(now())) is None:
+        sleep(max(0.0, resetting.next_s - now()))
+    return outcome

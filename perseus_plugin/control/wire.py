@@ -20,6 +20,8 @@ MAGIC = 0x5E50
 MAX_PAYLOAD = 4000
 
 SET_CLOCK, POLL_ENERGY, MARK, MEASURE_LATENCY, CLOSE = range(1, 6)
+AT_ONCE_AND_LAST = -1.0
+"""Apply time of a SET_CLOCK that nothing shall hold up, not even a timing of clock changes."""
 EXIT_NO_GPU, EXIT_RESET_FAILED = 2, 3
 """Exit statuses of a helper that could not open its GPU, or could not make sure that its clock is free."""
 READY, TICK, MARKED, APPLIED, LATENCY, DEVIATION, TROUBLE, HEARTBEAT, BYE = range(1, 10)
@@ -37,7 +39,7 @@ class Command(NamedTuple):
         number: MHz (0: reset) of SET_CLOCK, tag of MARK, rounds of MEASURE_LATENCY.
         seq: rising number.
         sent_s: when it was sent.
-        time_s: apply time of SET_CLOCK, interval of POLL_ENERGY (0: stop).
+        time_s: apply time of SET_CLOCK (0: at once; `AT_ONCE_AND_LAST`), interval of POLL_ENERGY (0: stop).
     """
 
     what: int

@@ -22,11 +22,14 @@ class ScriptedGpu:
         failures: how many of the next driver calls raise.
         deaf: how many of the next resets are accepted without effect.
         latency_s: until a change takes effect; None: never.
+        cap_mhz: what it runs at most at, whatever is asked for.
     """
 
     name, uuid, emulated = "scripted", "SCRIPTED-0", False
 
-    def __init__(self) -> None:
+    def __init__(self, clocks_mhz: tuple[int, ...] = (1410, 1005, 840, 420, 210)) -> None:
+        self._clocks_mhz = clocks_mhz
+        self.cap_mhz = clocks_mhz[0]
         self.now_s = 0.0
         self.failures = self.deaf = 0
         self.latency_s: float | None = 0.004
@@ -40,7 +43,7 @@ class ScriptedGpu:
         self.now_s += seconds
 
     def supported_clocks_mhz(self) -> tuple[int, ...]:
-        return (1410, 1005, 840, 210)
+        return self._clocks_mhz
 
     def lock_clock(self, frequency_mhz: int) -> None:
         self._call(frequency_mhz)
@@ -54,7 +57,7 @@ class ScriptedGpu:
             self._change(1410)
 
     def read_clock_mhz(self) -> int:
-        return self._next if self.now_s >= self._next_s else self._clock
+        return min(self.cap_mhz, self._next if self.now_s >= self._next_s else self._clock)
 
     def read_energy(self) -> EnergyReading:
         return EnergyReading(self.now_s, 100.0 * self.now_s)

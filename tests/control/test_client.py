@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -66,6 +67,63 @@ def test_it_measures_the_switch_latency_and_leaves_the_clock_free(helper: ClockH
     assert (found.samples, found.timeouts) == (4, 0)
     assert 0.002 <= found.p50_s <= found.p95_s
     assert gpu.locked_mhz() is None
+
+
+ENDLESS = 100_000
+"""Rounds that would take days."""
+
+
+def test_while_changes_are_timed_it_listens_as_ever(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    helper.measure_latency(ENDLESS)
+    wait_until(lambda: len(gpu.events()) > 4)
+    helper.mark(7)
+    assert wait_for_event(helper, Mark).tag == 7
+    helper.poll_energy(0.002)
+    wait_for_event(helper, Tick)
+    helper.request(900)
+    before = len(gpu.events())
+    wait_until(lambda: len(gpu.events()) > before + 4)
+    assert 900 not in [event.mhz for event in gpu.events()], "nothing else changes the clock meanwhile"
+    helper.retire()
+    assert wait_for_event(helper, SwitchLatency).timeouts == 0
+    wait_until(lambda: gpu.locked_mhz() is None)
+
+
+@pytest.mark.parametrize("end", ["close", "signal"])
+def test_a_timing_ends_at_once_with_the_helper(helper: ClockHelper, gpu: EmulatedGpu, spec: str, end: str) -> None:
+    helper.measure_latency(ENDLESS)
+    wait_until(lambda: len(gpu.events()) > 4)
+    if end == "close":
+        assert helper.close()
+    else:
+        os.kill(helper.pid or 0, signal.SIGTERM)
+    wait_until(lambda: free_and_unowned(gpu, spec))
+
+
+def test_a_timing_ends_with_a_trainer_that_is_killed(gpu: EmulatedGpu, spec: str) -> None:
+    code = f"""
+import sys, time
+from perseus_plugin.control.client import ClockHelper
+helper = ClockHelper.start(sys.argv[1])
+assert helper.wait_ready(20).can_lock
+helper.measure_latency({ENDLESS})
+print("ready", flush=True)
+time.sleep(600)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code, spec], stdout=subprocess.PIPE)
+    assert trainer.stdout is not None
+    assert trainer.stdout.readline() == b"ready\n"
+    wait_until(lambda: len(gpu.events()) > 4)
+    trainer.kill()
+    trainer.wait()
+    wait_until(lambda: free_and_unowned(gpu, spec))
+
+
+def test_a_capped_gpu_is_timed_at_clocks_that_it_reaches(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    gpu.set_cap(1100)
+    helper.measure_latency(2)
+    latency = wait_for_event(helper, SwitchLatency)
+    assert (latency.samples, latency.timeouts) == (4, 0)
 
 
 def test_without_a_dwell_given_it_follows_from_the_switch_latency(spec: str) -> None:

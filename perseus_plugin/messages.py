@@ -199,11 +199,25 @@ class Trouble(_Message):
 
 
 class Totals(_Message):
-    """Sums over iterations of one sort on one rank; energy is None where nothing measures it."""
+    """Sums over iterations of one sort on one rank.
+
+    Attributes:
+        iterations: how many there were.
+        time_s: of all of them.
+        energy_j: of those whose energy is known; None where nothing measures it.
+        unread: how many have an energy that is not known, as a reading could not be believed.
+    """
 
     iterations: int = 0
     time_s: float = 0.0
     energy_j: float | None = None
+    unread: int = 0
+
+    @property
+    def mean_energy_j(self) -> float | None:
+        """Energy of an iteration, None where it is not known; a sum of nothing is none."""
+        read = self.iterations - self.unread
+        return self.energy_j / read if self.energy_j and read > 0 else None
 
 
 class RankStats(_Message):

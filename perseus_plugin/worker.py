@@ -234,7 +234,7 @@ class SessionWorker:
                     tick = Tick(event.previous_poll_s, event.time_s, event.energy_j)
                     self._collector.add_tick(tick, event.capped_s)
                 case wire.Mark():
-                    self._account.add_reading(event.tag, event.energy_j)
+                    self._account.add_reading(event)
                 case wire.Applied():
                     self._requests += 1
                 case wire.SwitchLatency():

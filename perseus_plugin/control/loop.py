@@ -15,6 +15,7 @@ from contextlib import suppress
 
 from perseus_plugin.control.latency import LatencyMeasurement, advance
 from perseus_plugin.control.ownership import Ownership
+from perseus_plugin.control.readings import CheckedEnergy, EnergyCheck
 from perseus_plugin.control.requests import DWELL_LATENCIES, PendingRequests, Request
 from perseus_plugin.control.resetting import ClockReset, ResetOutcome, reset_until_confirmed
 from perseus_plugin.control.wire import (
@@ -108,7 +109,9 @@ class HelperLoop:
         self._ended = ""
         self._poll_s = 0.0
         self._next_poll_s = float("inf")
+        self._energy = EnergyCheck(gpu.power_limit_w())
         self._last_poll: EnergyReading | None = None
+        self._polled_epoch = 0
         self._read_back_s = float("inf")
         self._expected_mhz: int | None = None
         self._next_deviation_s = 0.0
@@ -251,26 +254,31 @@ class HelperLoop:
 
     def _poll(self) -> None:
         try:
-            reading = self._gpu.read_energy()
+            reading, checked = self._read_energy()
             last = self._last_poll
-            if last is not None and reading.energy_j != last.energy_j:
+            if last is not None and reading.energy_j != last.energy_j and checked.epoch == self._polled_epoch:
                 clock_mhz = self._gpu.read_clock_mhz()
-                self._event(Tick(last.time_s, reading.time_s, reading.energy_j, clock_mhz, reading.capped_s))
+                seen = (last.time_s, reading.time_s, reading.energy_j, clock_mhz, reading.capped_s)
+                self._event(Tick(*seen, checked.epoch))
         except GpuError as error:
             self._say_read_failed(error)
             self._next_poll_s = float("inf")
             return
-        self._last_poll = reading
+        self._last_poll, self._polled_epoch = reading, checked.epoch
         self._next_poll_s = max(self._next_poll_s + self._poll_s, time.monotonic() + SHORTEST_PAUSE_S)
+
+    def _read_energy(self) -> tuple[EnergyReading, CheckedEnergy]:
+        reading = self._gpu.read_energy()
+        return reading, self._energy.check(reading.time_s, reading.energy_j)
 
     def _mark(self, tag: int) -> None:
         try:
-            reading = self._gpu.read_energy()
+            reading, checked = self._read_energy()
             clock_mhz = self._gpu.read_clock_mhz()
         except GpuError as error:
             self._say_read_failed(error)
             return
-        self._event(Mark(tag, reading.time_s, reading.energy_j, clock_mhz, reading.capped_s))
+        self._event(Mark(tag, reading.time_s, checked.energy_j, clock_mhz, reading.capped_s, checked.epoch))
 
     def _say_read_failed(self, error: GpuError) -> None:
         if not self._read_failed:

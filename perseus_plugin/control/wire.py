@@ -137,6 +137,7 @@ class Tick:
         energy_j: the new value.
         clock_mhz: SM clock read with it.
         capped_s: time in all below the clock asked for because of the power limit (NaN: unknown).
+        epoch: see `readings.CheckedEnergy`.
     """
 
     previous_poll_s: float
@@ -144,17 +145,22 @@ class Tick:
     energy_j: float
     clock_mhz: int
     capped_s: float
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Answer to `mark(tag)`: the counter and the clock as of `time_s`."""
+    """Answer to `mark(tag)`: the counter (NaN: not to be believed) and the clock as of `time_s`.
+
+    `epoch` is as in `readings.CheckedEnergy`.
+    """
 
     tag: int
     time_s: float
     energy_j: float
     clock_mhz: int
     capped_s: float
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +234,8 @@ class Trouble:
 
 Event = Tick | Mark | Applied | SwitchLatency | Deviation | Trouble
 
-_TICK = struct.Struct("<dddId")
-_MARK = struct.Struct("<IddId")
+_TICK = struct.Struct("<dddIdI")
+_MARK = struct.Struct("<IddIdI")
 _APPLIED = struct.Struct("<QIdddd")
 _LATENCY = struct.Struct("<ddII")
 _DEVIATION = struct.Struct("<dII")
@@ -238,13 +244,14 @@ _DEVIATION = struct.Struct("<dII")
 def pack_event(event: Event) -> bytes:
     """The whole reply for an event."""
     if isinstance(event, Tick):
-        fields = (event.previous_poll_s, event.time_s, event.energy_j, event.clock_mhz, event.capped_s)
+        fields = (event.previous_poll_s, event.time_s, event.energy_j, event.clock_mhz, event.capped_s, event.epoch)
         return pack_reply(TICK, _TICK.pack(*fields))
     if isinstance(event, Applied):
         times = (event.requested_s, event.apply_at_s, event.called_s, event.applied_s)
         return pack_reply(APPLIED, _APPLIED.pack(event.seq, event.frequency_mhz or 0, *times))
     if isinstance(event, Mark):
-        return pack_reply(MARKED, _MARK.pack(event.tag, event.time_s, event.energy_j, event.clock_mhz, event.capped_s))
+        seen = (event.time_s, event.energy_j, event.clock_mhz, event.capped_s, event.epoch)
+        return pack_reply(MARKED, _MARK.pack(event.tag, *seen))
     if isinstance(event, SwitchLatency):
         return pack_reply(LATENCY, _LATENCY.pack(event.p50_s, event.p95_s, event.samples, event.timeouts))
     if isinstance(event, Deviation):

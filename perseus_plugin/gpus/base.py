@@ -68,6 +68,10 @@ class Gpu(Protocol):
         """The energy counter."""
         ...
 
+    def power_limit_w(self) -> float:
+        """The most that the card may be set to draw, in watts; NaN where the GPU does not tell. Never raises."""
+        ...
+
     def close(self) -> None:
         """Release the handle; does not reset the clock."""
         ...

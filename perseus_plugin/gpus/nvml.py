@@ -86,6 +86,14 @@ class NvmlGpu:
         capped_s = math.nan if capped_ns is None else capped_ns * 1e-9
         return EnergyReading(time.monotonic(), energy_mj * 1e-3, capped_s)
 
+    def power_limit_w(self) -> float:
+        """The highest power limit that can be set: the one in force may be changed while a job runs."""
+        try:
+            _, most_mw = self._nvml.nvmlDeviceGetPowerManagementLimitConstraints(self._handle)
+        except (self._nvml.NVMLError, TypeError, AttributeError):
+            return math.nan
+        return 1e-3 * float(most_mw)
+
     def mig_enabled(self) -> bool:
         """Whether the GPU is partitioned."""
         try:

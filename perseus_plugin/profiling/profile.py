@@ -189,7 +189,7 @@ def save_profile(profile: Profile, path: Path | str) -> None:
 
 
 def _parse_record(record: Mapping[str, str | None], where: str) -> tuple[int, str, Measurement]:
-    if "__extra__" in record or any(record[column] is None for column in REQUIRED_COLUMNS):
+    if "__extra__" in record or None in record.values():
         raise ProfileError(f"{where}: wrong number of columns")
     kind = (record["instruction"] or "").strip().lower()
     kind = _KIND_ALIASES.get(kind, kind)

@@ -1,7 +1,9 @@
 """Time and energy of iterations, by sort, on one rank.
 
 Energy comes from counter readings at the beginning and the end of an iteration. The counter moves in ticks, so one
-iteration is known to within a tick; the error of a sum over iterations averages out.
+iteration is known to within a tick; the error of a sum over iterations averages out. Readings that cannot be believed,
+or that were taken at another time than they should have been, leave an iteration's energy unknown: it counts for the
+time and is counted as unread.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from perseus_plugin.control.readings import CheckedEnergy, energy_between_j
+from perseus_plugin.control.wire import Mark
 from perseus_plugin.messages import Totals
 
 FULL_CLOCK = "full_clock"
@@ -18,6 +22,8 @@ PLAN = "plan"
 STRAGGLER = "straggler"
 RECHECK = "recheck"
 """Full clocks measured again after a plan was dropped: the reference from then on."""
+
+_LATE_S, _LATE_SHARE = 0.02, 0.1  # a reading so much later than its end of the iteration is another stretch's
 
 
 def begin_tag(iteration: int) -> int:
@@ -47,8 +53,8 @@ class Account:
     def __init__(self, measures_energy: bool, on_energy: Callable[[int, float], None] | None = None) -> None:
         self._measures_energy = measures_energy
         self._on_energy = on_energy
-        self._begun: dict[int, float] = {}
-        self._ended: dict[int, float] = {}
+        self._begun: dict[int, Mark] = {}
+        self._ended: dict[int, Mark] = {}
         self._open: dict[int, _Open] = {}
         self._totals: dict[str, Totals] = {}
 
@@ -60,10 +66,10 @@ class Account:
         else:
             self._count(sorts, time_s, None)
 
-    def add_reading(self, tag: int, energy_j: float) -> None:
-        """The counter's value at a tag (see `begin_tag`, `end_tag`)."""
-        iteration, is_end = divmod(tag, 2)
-        (self._ended if is_end else self._begun)[iteration] = energy_j
+    def add_reading(self, mark: Mark) -> None:
+        """The counter at a tag (see `begin_tag`, `end_tag`)."""
+        iteration, is_end = divmod(mark.tag, 2)
+        (self._ended if is_end else self._begun)[iteration] = mark
         self._settle(iteration)
 
     def forget_before(self, iteration: int) -> None:
@@ -84,14 +90,26 @@ class Account:
 
     def _settle(self, iteration: int) -> None:
         if iteration in self._open and iteration in self._begun and iteration in self._ended:
-            energy_j = self._ended.pop(iteration) - self._begun.pop(iteration)
             entry = self._open.pop(iteration)
-            self._count(entry.sorts, entry.time_s, energy_j)
-            if self._on_energy is not None:
+            energy_j = _energy_j(self._begun.pop(iteration), self._ended.pop(iteration), entry.time_s)
+            self._count(entry.sorts, entry.time_s, energy_j, unread=energy_j is None)
+            if self._on_energy is not None and energy_j is not None:
                 self._on_energy(iteration, energy_j)
 
-    def _count(self, sorts: Sequence[str], time_s: float, energy_j: float | None) -> None:
+    def _count(self, sorts: Sequence[str], time_s: float, energy_j: float | None, unread: bool = False) -> None:
         for sort in sorts:
-            old = self._totals.get(sort, Totals(energy_j=None if energy_j is None else 0.0))
-            both = None if energy_j is None or old.energy_j is None else old.energy_j + energy_j
-            self._totals[sort] = Totals(iterations=old.iterations + 1, time_s=old.time_s + time_s, energy_j=both)
+            old = self._totals.get(sort, Totals(energy_j=0.0 if self._measures_energy else None))
+            self._totals[sort] = Totals(
+                iterations=old.iterations + 1,
+                time_s=old.time_s + time_s,
+                energy_j=old.energy_j if energy_j is None or old.energy_j is None else old.energy_j + energy_j,
+                unread=old.unread + unread,
+            )
+
+
+def _energy_j(begin: Mark, end: Mark, time_s: float) -> float | None:
+    """Energy between the readings at both ends of an iteration of this length; None where they do not tell."""
+    span_s = end.time_s - begin.time_s
+    if abs(span_s - time_s) > max(_LATE_S, _LATE_SHARE * time_s):
+        return None
+    return energy_between_j(CheckedEnergy(begin.energy_j, begin.epoch), CheckedEnergy(end.energy_j, end.epoch), span_s)

@@ -25,10 +25,9 @@ def iteration_time_s(stats: Sequence[RankStats], sort: str) -> float | None:
 
 def energy_per_iteration_j(stats: Sequence[RankStats], sort: str) -> float | None:
     """Mean energy of an iteration of this sort, all GPUs together; None when a rank has no figure."""
-    energies = [of_rank.totals.get(sort, Totals()) for of_rank in stats]
-    if not energies or any(t.energy_j is None or not t.iterations for t in energies):
-        return None
-    return math.fsum((t.energy_j or 0.0) / t.iterations for t in energies)
+    energies_j = [of_rank.totals.get(sort, Totals()).mean_energy_j for of_rank in stats]
+    known_j = [energy_j for energy_j in energies_j if energy_j is not None]
+    return math.fsum(known_j) if known_j and len(known_j) == len(energies_j) else None
 
 
 def build_summary(

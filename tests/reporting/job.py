@@ -206,9 +206,10 @@ class Job:
             full = directive.kept and record.undisturbed and directive.frequency_mhz == CLOCKS_MHZ[0]
             sorts = [PROFILING, FULL_CLOCK] if full else [PROFILING]
         account.add(record.number, sorts, record.end_s - record.begin_s)
-        account.add_reading(begin_tag(record.number), self.counters_j[where.rank])
+        before_j = self.counters_j[where.rank]
         self.counters_j[where.rank] += used_j
-        account.add_reading(end_tag(record.number), self.counters_j[where.rank])
+        account.add_reading(wire.Mark(begin_tag(record.number), record.begin_s, before_j, 1410, math.nan))
+        account.add_reading(wire.Mark(end_tag(record.number), record.end_s, before_j + used_j, 1410, math.nan))
         if record.number % 50 == 0:
             recorder.step()
 

@@ -204,7 +204,7 @@ def test_figures_follow_from_the_totals(
         expected_s = own[1] / own[0] if own[0] else None
         assert made["iteration_time_s"][column] == (None if expected_s is None else pytest.approx(expected_s))
         rows = [totals.get(sort, (0, 0.0, None)) for totals in all_totals]
-        known = rows and all(n and e is not None for n, _, e in rows)
+        known = rows and all(n and e for n, _, e in rows)
         expected_j = math.fsum(e / n for n, _, e in rows if n and e is not None) if known else None
         assert made["energy_j"][column] == (None if expected_j is None else pytest.approx(expected_j, abs=1e-6))
     full, run = made["energy_j"]["full_clock"], made["energy_j"]["measured"]

@@ -142,6 +142,13 @@ class EmulatedGpu:
         current = self._current()
         return EnergyReading(current.at_s, current.counter_j, current.capped_s)
 
+    def power_limit_w(self) -> float:
+        """The most that its model draws."""
+        highest_w = [
+            w * max(shares) for w, shares in zip(self.tables.dynamic_w, self.tables.relative_power, strict=True)
+        ]
+        return self.tables.blocking_w + max(highest_w)
+
     def close(self) -> None:
         """Close the state file; does not reset the clock."""
         self.state.close()

@@ -176,6 +176,8 @@ class Session:
         wanted = (record.directive.identity, record.schedule)
         if wanted != self._followed:
             self._followed = wanted if self._control(record.directive, record) else None
+        if self._controller is not None:
+            self._controller.start(record.begin_s)
         record.applied = self._followed is not None
         record.undisturbed = record.applied and held == self._held
 
@@ -189,7 +191,7 @@ class Session:
         part = part_for(self._link.parts, directive, record)
         if part is not None and len(part.clocks_mhz) == 1 + max(record.slots):
             self._controller.rise_lead_s = self._link.rise_lead_s
-            self._controller.follow(part.clocks_mhz, part.times_s)
+            self._controller.follow(part.clocks_mhz, part.times_s, part.catch_up)
             return True
         self._controller.hold(None)
         return isinstance(directive, FullClock)

@@ -37,6 +37,7 @@ class IterationRecord:
         overran: emulated instructions for which the CPU was too slow.
         overhead_s: time spent at the beginnings of controllable instructions, emulation not counted.
         directive: what it is to run as, settled when the GPU gets to it.
+        raised: (position among the controllable ones, clock) of instructions that ran faster than planned, being late.
         applied: whether that could be done; where not (yet), full clocks ran instead.
     """
 
@@ -52,6 +53,7 @@ class IterationRecord:
     overran: int = 0
     overhead_s: float = 0.0
     directive: Directive = _UNSETTLED
+    raised: list[tuple[int, int]] = field(default_factory=list)
     applied: bool = True
 
     @property
@@ -122,7 +124,7 @@ class InstructionTap:
         try:
             if self.execution is not None and record.slots[len(record.ends_s)] >= 0:
                 record.overran += self.execution.finish()
-            self._reach(_ended, record)
+            self._reach(self._ended, record)
         except Exception as error:
             self._fail(error)
 
@@ -132,15 +134,18 @@ class InstructionTap:
         slot = record.slots[len(record.starts_s)]
         record.starts_s.append(now_s)
         if slot >= 0 and self._controller is not None:
-            self._controller.begin(slot, now_s)
+            raised_mhz = self._controller.begin(slot, now_s)
+            if raised_mhz is not None:
+                record.raised.append((slot, raised_mhz))
+
+    def _ended(self, now_s: float, record: IterationRecord) -> None:
+        if record.slots[len(record.ends_s)] >= 0 and self._controller is not None:
+            self._controller.end(now_s)
+        record.ends_s.append(now_s)
 
     def _fail(self, error: Exception) -> None:
         self._record = None
         self._on_error(error)
-
-
-def _ended(now_s: float, record: IterationRecord) -> None:
-    record.ends_s.append(now_s)
 
 
 def hooked_operations(stream: Sequence[StreamOp]) -> tuple[tuple[Compute | Constant, ...], list[int]]:

@@ -19,14 +19,20 @@ SLOTS = [0, 1, -1]
 class Noting(Controller):
     """A controller that notes what it is told; it fails at slot `fails_at`."""
 
-    def __init__(self, fails_at: int = -1) -> None:
+    def __init__(self, fails_at: int = -1, raises: int = -1) -> None:
         self.seen: list[tuple[int, float]] = []
+        self.ends: list[float] = []
+        self.raises = raises
         self._fails_at = fails_at
 
-    def begin(self, position: int, now_s: float) -> None:
+    def begin(self, position: int, now_s: float) -> int | None:
         if position == self._fails_at:
             raise RuntimeError("the pipe is gone")
         self.seen.append((position, now_s))
+        return 1410 if position == self.raises else None
+
+    def end(self, now_s: float) -> None:
+        self.ends.append(now_s)
 
 
 class Stretching(Execution):
@@ -70,6 +76,16 @@ def test_every_operation_is_timed_in_order(errors: list[Exception]) -> None:
     assert times == sorted(times)
     assert before_s <= times[0]
     assert times[-1] <= time.monotonic()
+    assert not errors
+
+
+def test_what_ran_faster_than_planned_is_noted_and_the_controller_hears_of_ends(errors: list[Exception]) -> None:
+    noting = Noting(raises=1)
+    tap = InstructionTap(HostBoundaries(), noting, errors.append)
+    record = armed(tap)
+    run(tap)
+    assert record.raised == [(1, 1410)]
+    assert noting.ends == record.ends_s[:2]
     assert not errors
 
 

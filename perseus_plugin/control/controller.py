@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from perseus_plugin.control.lateness import Lateness
+
+if TYPE_CHECKING:
+    from perseus_plugin.messages import CatchUpPart
 
 
 class ClockRequests(Protocol):
@@ -18,7 +23,8 @@ class Controller:
     """Requests clocks at instruction boundaries.
 
     A drop is asked for when the slower instruction really begins, a rise so much before the running instruction's
-    planned end that it has taken effect by then: both err on the side of speed.
+    planned end that it has taken effect by then: both err on the side of speed. An instruction that begins too late
+    runs faster than planned, if the plan says what too late is.
 
     Args:
         requests: where requests go.
@@ -30,18 +36,23 @@ class Controller:
         self.rise_lead_s = rise_lead_s
         self._now: list[int | None] = []
         self._next: list[tuple[int | None, float] | None] = []
+        self._lateness: Lateness | None = None
 
     def hold(self, frequency_mhz: int | None) -> None:
         """One clock from now on for everything; None: full clocks, no lock."""
-        self._now, self._next = [], []
+        self._now, self._next, self._lateness = [], [], None
         self._requests.request(frequency_mhz)
 
-    def follow(self, clocks_mhz: Sequence[int], times_s: Sequence[float]) -> None:
+    def follow(self, clocks_mhz: Sequence[int], times_s: Sequence[float], catch_up: CatchUpPart | None = None) -> None:
         """Follow a plan from the next iteration on, every iteration again.
 
         Args:
             clocks_mhz: one clock per controllable instruction of this stage, in program order.
             times_s: how long each of them takes at its clock.
+            catch_up: when an instruction is late; None: never.
+
+        Raises:
+            ValueError: these do not fit each other.
         """
         self._now = list(clocks_mhz)
         # After the last instruction comes the end of the batch (gradient reduction, optimizer): full clock.
@@ -51,11 +62,35 @@ class Controller:
             for now, after, time_s in zip(clocks_mhz, following, times_s, strict=True)
         ]
 
-    def begin(self, position: int, now_s: float) -> None:
-        """The instruction at `position` (among the controllable ones of this iteration) begins at `now_s`."""
+        self._lateness = None if catch_up is None else Lateness(catch_up, clocks_mhz, times_s)
+
+    def start(self, begin_s: float) -> None:
+        """An iteration has begun at `begin_s`, which latest starts count from."""
+        if self._lateness is not None:
+            self._lateness.start(begin_s)
+
+    def begin(self, position: int, now_s: float) -> int | None:
+        """The instruction at `position` (among the controllable ones of this iteration) begins at `now_s`.
+
+        Returns:
+            The clock that it runs at instead of the plan's, as it is late; None if it is not.
+        """
         if position >= len(self._now):
-            return
-        self._requests.request(self._now[position])
+            return None
         rise = self._next[position]
-        if rise is not None:
-            self._requests.request(rise[0], now_s + rise[1])
+        faster = None if self._lateness is None else self._lateness.begin(position, now_s)
+        if faster is None:
+            self._requests.request(self._now[position])
+            if rise is not None:
+                self._requests.request(rise[0], now_s + rise[1])
+            return None
+        clock, time_s = faster
+        self._requests.request(clock)
+        if rise is not None and (rise[0] is None or rise[0] > clock):
+            self._requests.request(rise[0], now_s + max(0.0, time_s - self.rise_lead_s))
+        return clock
+
+    def end(self, now_s: float) -> None:
+        """The instruction that began last has ended at `now_s`."""
+        if self._lateness is not None:
+            self._lateness.end(now_s)

@@ -20,6 +20,7 @@ from perseus_plugin.errors import PlanError
 from perseus_plugin.pipeline import FloatArray, IntArray, PipelineGraph
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.replayed import LATE_BY
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,7 @@ class Replay:
             if catch_up.size_weight:
                 prior_s = catch_up.size_weight * self._top_s[low:high, None]
                 size = (done_s[before] + prior_s) / np.maximum(expected_s[before] + prior_s, 1e-12)
-            late = (start > latest * size + 1e-9) & ~graph.is_constant[low:high, None]
+            late = (start > latest * size + LATE_BY * plan_s) & ~graph.is_constant[low:high, None]
             duration = full_s * plan_ratio
             power = np.broadcast_to(plan_w, duration.shape).copy()
             if late.any():

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
+LATE_BY = 0.02
+"""An instruction is late when it begins so much of its own time after its latest start: less is jitter."""
+
 PerStage: TypeAlias = tuple[tuple[float, ...], ...]
 """Per stage a value for each of its instructions, in program order."""
 

@@ -17,6 +17,8 @@ from perseus_plugin.config import PerseusConfig
 from perseus_plugin.exchange import Exchange
 from perseus_plugin.files import try_to_write
 from perseus_plugin.following.expectations import Expectations
+from perseus_plugin.following.recent import RecentIterations
+from perseus_plugin.following.reviews import Reviews, clocks_of, in_force, tell_replayed
 from perseus_plugin.following.schedules import MAX_PLANNED, JobSchedules
 from perseus_plugin.frontier_process import BackgroundFrontier
 from perseus_plugin.instructions import StreamOp
@@ -27,6 +29,7 @@ from perseus_plugin.orders import Orders
 from perseus_plugin.plan_shelf import PlanShelf
 from perseus_plugin.planner_process import PaceRequest, PlanAnswer, PlanRequest
 from perseus_plugin.planning.plan import Plan, save_plan
+from perseus_plugin.planning.replayed import Replayed
 from perseus_plugin.profiling.reuse import Fingerprint
 from perseus_plugin.rank_reports import RankReports
 from perseus_plugin.reporting.events import EventLog
@@ -69,12 +72,14 @@ class _Asked:
         survey: that it was made on.
         situation: of stragglers that it is to answer; None: it is for the job's plan of a schedule.
         instead_of: schedule whose plan makes room for it, None: there is room.
+        review: whether it is to be seen if the plan in force still holds.
     """
 
     request: PlanRequest
     survey: Survey
     situation: Situation | None = None
     instead_of: str | None = None
+    review: bool = False
 
 
 class Coordinator:
@@ -116,6 +121,8 @@ class Coordinator:
         self._times = IterationTimes(config.watch.patience)
         self._plans = PlanShelf(exchange, stages)
         self._expectations = Expectations(self._plans, self._times)
+        self._recent = RecentIterations(exchange, world_size)
+        self._reviews = Reviews()
         self._orders = Orders(exchange)
         self._measuring = Measuring(
             config.profiling,
@@ -139,6 +146,7 @@ class Coordinator:
         self.survey: Survey | None = None
         self.state = State.MEASURING
         self.plan: Plan | None = None
+        self.replayed: dict[str, Replayed | None] = {}
         self.planning_time_s = 0.0
         self.dropped = 0
         self._iteration = 0
@@ -277,6 +285,7 @@ class Coordinator:
         instead_of: str | None = None,
         situation: Situation | None = None,
         pace: PaceRequest | None = None,
+        review: bool = False,
     ) -> bool:
         """Submit a request unless the planner works on one; returns whether that could be done."""
         if self._asked is not None or self._planner.busy:
@@ -284,6 +293,10 @@ class Coordinator:
         assert self.survey is not None  # only asked for once there is one
         streams = [self._schedules.stream_of(key)(stage) for stage in range(self._stages)]
         limits = self._config.limits
+        dwell_s = self._reports.dwell_s if limits.dwell_s is None else limits.dwell_s
+        samples = self._recent.samples(key, streams, self.survey.profile)
+        if review and samples is None:
+            return False
         request = PlanRequest(
             schedule=key,
             streams=streams,
@@ -294,12 +307,17 @@ class Coordinator:
             margin=self._margin,
             effort=self._config.effort,
             max_changes=limits.max_changes_per_iteration,
-            min_dwell_s=self._reports.dwell_s if limits.dwell_s is None else limits.dwell_s,
+            min_dwell_s=dwell_s,
             full_clock_only=self.survey.unresolved,
             pace=pace,
+            samples=samples,
+            quantile=self._config.quantile,
+            catch_up=self._config.catch_up,
+            latency_s=limits.switch_latency_s if limits.switch_latency_s is not None else self._reports.latency_s,
+            in_force=self._reviews.in_force(key) if review else None,
         )
         self._planner.submit(request)
-        self._asked = _Asked(request, self.survey, situation, instead_of)
+        self._asked = _Asked(request, self.survey, situation, instead_of, review)
         return True
 
     def _take_answer(self) -> None:
@@ -310,11 +328,13 @@ class Coordinator:
         if asked.survey is not self.survey or self.state not in (State.PLANNING, State.FOLLOWING):
             return  # what it was made on does not hold any more
         if asked.situation is not None:
-            self._take_pace(answer, asked.situation)
+            self._take_pace(answer, asked.situation, asked.request.min_dwell_s)
+        elif asked.review:
+            self._take_review(asked, answer)
         elif answer.plan is None:
             self._go_without(asked.request.schedule, answer.error)
         else:
-            self._take_plan(asked, answer.plan, answer.planning_time_s)
+            self._take_plan(asked, answer, answer.plan)
 
     def _go_without(self, schedule: str, why: str) -> None:
         self._schedules.refuse(schedule)
@@ -325,25 +345,57 @@ class Coordinator:
             "there is no plan for %s: %s. Its iterations run at full clocks; try looser perseus.limits", schedule, why
         )
 
-    def _take_plan(self, asked: _Asked, plan: Plan, planning_time_s: float) -> None:
+    def _take_plan(self, asked: _Asked, answer: PlanAnswer, plan: Plan) -> None:
         schedule = asked.request.schedule
-        self.planning_time_s = planning_time_s
+        self.planning_time_s = answer.planning_time_s
         if asked.instead_of is not None:
             self._plans.take_out(asked.instead_of)
             del self._requests[asked.instead_of]
-        number = self._plans.put(schedule, plan, asked.survey.profile)
+        number = self._put(asked, plan, answer)
         self._requests[schedule] = asked.request
         logger.info(
             "plan %d for %s ready in %.2f s: %.1f %% less energy predicted, at most %.2f %% above the optimum",
             number,
             schedule,
-            planning_time_s,
+            answer.planning_time_s,
             100 * plan.saving,
             100 * plan.gap,
         )
+        if answer.replayed is not None:
+            tell_replayed(number, schedule, answer.replayed, self._config.quantile)
         self._show_usual()
         self._order()
         self.state = State.FOLLOWING
+
+    def _put(self, asked: _Asked, plan: Plan, answer: PlanAnswer) -> int:
+        """Put a plan onto the shelf, to be held against newer iterations from now on."""
+        schedule, replayed = asked.request.schedule, answer.replayed
+        self._reviews.follow(schedule, in_force(plan, answer, self._margin), self._iteration)
+        self.replayed[schedule] = replayed
+        return self._plans.put(schedule, plan, asked.survey.profile, answer.catch_up, asked.request.min_dwell_s)
+
+    def _review(self) -> None:
+        """Hold a plan in force against newer iterations, now and then."""
+        if self._asked is None and self.stragglers.situation is None and not self._planner.busy:
+            due = self._reviews.due(self._plans.schedules, self._iteration)
+            if due is not None:
+                self._submit(due, review=True)
+
+    def _take_review(self, asked: _Asked, answer: PlanAnswer) -> None:
+        """The plan in force stays, perhaps with other usual delays; or another one holds better."""
+        schedule = asked.request.schedule
+        if answer.error or schedule not in self._plans or self.stragglers.situation is not None:
+            return
+        before = self._plans.of(schedule)
+        if answer.plan is None:
+            self.replayed[schedule] = answer.replayed
+            if answer.catch_up:
+                self._put(asked, before, answer)
+                self._order()
+        elif clocks_of(answer.plan) != clocks_of(before):
+            if asked.request.in_force is not None:
+                logger.info("plan for %s: over the last iterations it would not have kept to its time", schedule)
+            self._take_plan(asked, answer, answer.plan)
 
     def _show_usual(self) -> None:
         """What a person looks at is the plan of the schedule that runs most."""
@@ -372,6 +424,7 @@ class Coordinator:
         if self._answer_stragglers():
             return
         self._ask_for_plan()
+        self._review()
         overrun, seen_s = self._times.overrun, self._times.planned_s
         if overrun is None or seen_s is None:
             return
@@ -418,13 +471,17 @@ class Coordinator:
 
         self.stragglers.take_external(figures, news.sequence, slowed)
 
-    def _take_pace(self, answer: PlanAnswer, situation: Situation) -> None:
+    def _take_pace(self, answer: PlanAnswer, situation: Situation, dwell_s: float) -> None:
         """The planner has answered; the job's plan stays if it found nothing."""
         assert self.survey is not None  # it was planned on
         versions = {}
-        for slowdowns, planned in zip(situation.variants, answer.pace.variants if answer.pace else (), strict=False):
+        paced = answer.pace.variants if answer.pace else ()
+        catch_ups = answer.paced_catch_up or ((),) * len(paced)
+        for slowdowns, planned, catch_up in zip(situation.variants, paced, catch_ups, strict=False):
             if planned.plan is not None:
-                versions[slowdowns] = self._plans.keep(situation.schedule, planned.plan, self.survey.profile, slowdowns)
+                versions[slowdowns] = self._plans.keep(
+                    situation.schedule, planned.plan, self.survey.profile, slowdowns, catch_up, dwell_s
+                )
         if answer.pace is None:
             logger.warning(
                 "stragglers are not planned for: %s. The plan stays as it is; nothing needs to be done", answer.error
@@ -485,6 +542,8 @@ class Coordinator:
             self._margin += self._excess
         self._times.use_again()
         self._plans.clear()
+        self._reviews.clear()
+        self._recent.forget()
         self._schedules.forget_refusals()
         self.stragglers.forget()
         self._made_anew, self.state = True, State.PLANNING

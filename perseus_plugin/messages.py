@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -141,6 +142,21 @@ class PlanPart(_Message):
     times_s: tuple[float, ...]
     slowdown: float = 1.0
     catch_up: CatchUpPart | None = None
+
+    def as_run(self, raised: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Clocks and times where some instructions ran faster than planned.
+
+        Args:
+            raised: (position, clock) of those.
+        """
+        clocks_mhz, times_s = list(self.clocks_mhz), list(self.times_s)
+        if self.catch_up is None:
+            return self.clocks_mhz, self.times_s
+        for position, clock in raised:
+            rows = self.catch_up.options[self.catch_up.kinds[position]]
+            clocks_mhz[position] = clock
+            times_s[position] = next((time_s for mhz, time_s, _ in rows if mhz == clock), times_s[position])
+        return tuple(clocks_mhz), tuple(times_s)
 
 
 class IterationDurations(_Message):

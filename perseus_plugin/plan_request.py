@@ -9,7 +9,7 @@ from typing import Any
 from perseus_plugin.instructions import StreamOp, stream_from_rows, stream_to_rows
 from perseus_plugin.planning.paced import Pace, pace_from_dict, pace_to_dict
 from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
-from perseus_plugin.planning.replayed import Replayed, Samples, StageCatchUp
+from perseus_plugin.planning.replayed import InForce, Replayed, Samples, StageCatchUp
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 
@@ -57,6 +57,7 @@ class PlanRequest:
         quantile: share of those iterations that have to keep to their time.
         catch_up: whether late ranks may catch up.
         latency_s: how long a clock change takes.
+        in_force: the plan that is followed; if it holds over the samples, no other is made.
     """
 
     schedule: str
@@ -75,6 +76,7 @@ class PlanRequest:
     quantile: float = 0.9
     catch_up: bool = False
     latency_s: float = 0.0
+    in_force: InForce | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -95,6 +97,7 @@ class PlanRequest:
             "quantile": self.quantile,
             "catch_up": self.catch_up,
             "latency_s": self.latency_s,
+            "in_force": None if self.in_force is None else asdict(self.in_force),
         }
 
     @classmethod
@@ -117,6 +120,7 @@ class PlanRequest:
             quantile=data["quantile"],
             catch_up=data["catch_up"],
             latency_s=data["latency_s"],
+            in_force=None if data["in_force"] is None else InForce.from_dict(data["in_force"]),
         )
 
 
@@ -125,12 +129,13 @@ class PlanAnswer:
     """What came back: a plan (or an answer to stragglers) and the seconds it took, or why there is none.
 
     Attributes:
-        plan: the plan.
+        plan: the plan; None without an error where the one in force stays.
         planning_time_s: what it took.
         error: why there is none.
         pace: answer to stragglers.
         replayed: what measured iterations said of the plan; None where there were none.
-        catch_up: per stage what its ranks need to know to catch up; empty where they do not.
+        catch_up: per stage what its ranks need to know to catch up; empty where they do not, or where what they have
+            been told of the plan in force still holds.
         paced_catch_up: the same for each of the pace's variants.
     """
 
@@ -149,8 +154,8 @@ class PlanAnswer:
             "error": self.error,
             "pace": None if self.pace is None else pace_to_dict(self.pace),
             "replayed": None if self.replayed is None else asdict(self.replayed),
-            "catch_up": [stage.to_dict() for stage in self.catch_up],
-            "paced_catch_up": [[stage.to_dict() for stage in variant] for variant in self.paced_catch_up],
+            "catch_up": [asdict(stage) for stage in self.catch_up],
+            "paced_catch_up": [[asdict(stage) for stage in variant] for variant in self.paced_catch_up],
         }
 
     @classmethod

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from perseus_plugin.exchange import Exchange
-from perseus_plugin.messages import PlanPart, PlanParts, part_key
+from perseus_plugin.messages import CatchUpPart, PlanPart, PlanParts, part_key
 from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.replayed import StageCatchUp
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.straggler_external import PlannedWork, planned_work, slowed_by
 
@@ -39,13 +40,28 @@ class PlanShelf:
         self._sets: dict[frozenset[int], int] = {}
         self._number = self._version = 0
 
-    def put(self, schedule: str, plan: Plan, profile: Profile) -> int:
-        """The plan of a schedule from now on; returns its number."""
-        number = self.keep(schedule, plan, profile)
+    def put(
+        self,
+        schedule: str,
+        plan: Plan,
+        profile: Profile,
+        catch_up: Sequence[StageCatchUp] = (),
+        dwell_s: float = 0.0,
+    ) -> int:
+        """The plan of a schedule from now on; returns its number. See `keep`."""
+        number = self.keep(schedule, plan, profile, catch_up=catch_up, dwell_s=dwell_s)
         self._of_schedule[schedule] = number
         return number
 
-    def keep(self, schedule: str, plan: Plan, profile: Profile, slowdowns: Sequence[float] | None = None) -> int:
+    def keep(
+        self,
+        schedule: str,
+        plan: Plan,
+        profile: Profile,
+        slowdowns: Sequence[float] | None = None,
+        catch_up: Sequence[StageCatchUp] = (),
+        dwell_s: float = 0.0,
+    ) -> int:
         """Give a plan a number.
 
         Args:
@@ -53,6 +69,8 @@ class PlanShelf:
             plan: the plan.
             profile: it was made on, without the margin.
             slowdowns: per stage, how much longer than in the profile its instructions take; None: as in the profile.
+            catch_up: per stage what late ranks need to know; empty: they do nothing.
+            dwell_s: shortest time between two clock changes.
         """
         self._number += 1
         time_s = {(stage, kind, m.frequency_mhz): m.time_s for stage, kind, m in profile.rows()}
@@ -67,6 +85,7 @@ class PlanShelf:
                     # As measured: the plan's own times hold the margin.
                     times_s=tuple(slowdown * time_s[stage, p.instruction.kind, p.frequency_mhz] for p in planned),
                     slowdown=slowdown,
+                    catch_up=CatchUpPart(**asdict(catch_up[stage]), dwell_s=dwell_s) if catch_up else None,
                 )
             )
         self._kept[self._number] = _Kept(schedule, plan, tuple(parts), planned_work(plan, time_s))

@@ -85,7 +85,15 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
     from perseus_plugin.pipeline import build_graph
     from perseus_plugin.planning.options import build_problem
     from perseus_plugin.planning.pace import slowed
-    from perseus_plugin.planning.robust import catch_up_by_stage, usual_delays, usual_way_to_catch_up
+    from perseus_plugin.planning.robust import (
+        Promise,
+        catch_up_by_stage,
+        held_against,
+        replay_of,
+        usual_delays,
+        usual_way_to_catch_up,
+        with_delays,
+    )
 
     graph = build_graph(request.streams, request.constant_time_s)
     problem = build_problem(graph, request.profile, request.blocking_power_w)
@@ -115,6 +123,12 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
     if request.samples is None:
         plan = plan_for(request)
         return PlanAnswer(plan, 0.0, catch_up=catches_up(problem, plan))
+    if request.in_force is not None:
+        promise = Promise(slowdown=request.slowdown, quantile=request.quantile)
+        held = held_against(request.in_force, replay_of(problem, request.samples), promise, request.latency_s)
+        if held.kept:
+            told_anew = with_delays(request.in_force, problem, delays_s) if any(request.samples.starts_s) else ()
+            return PlanAnswer(None, 0.0, replayed=held, catch_up=told_anew)
     robust = _robust_plan(request, problem, request.samples)
     way = robust.catch_up
     return PlanAnswer(

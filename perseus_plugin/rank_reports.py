@@ -82,6 +82,11 @@ class RankReports:
     @property
     def dwell_s(self) -> float:
         """The shortest time between two clock changes that the slowest GPU's switch latency asks for."""
+        return DWELL_LATENCIES * self.latency_s
+
+    @property
+    def latency_s(self) -> float:
+        """How long a clock change takes on the slowest GPU; 0.0 where that was not measured."""
         estimated = [one.switch_latency_s for one in self._estimates.values()]
         checked = [one.switch_latency_s for one in self.rechecks.values()]
-        return DWELL_LATENCIES * max((latency_s or 0.0 for latency_s in (*estimated, *checked)), default=0.0)
+        return max((latency_s or 0.0 for latency_s in (*estimated, *checked)), default=0.0)

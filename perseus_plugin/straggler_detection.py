@@ -48,8 +48,9 @@ def iteration_slowdown(record: IterationRecord, part: PlanPart) -> tuple[float, 
     ]
     if len(times_s) != len(part.times_s) or not times_s:
         return None
-    pairs = list(zip(times_s, part.times_s, strict=True))
-    steady = [pair for pair, held in zip(pairs, _held(part.clocks_mhz), strict=True) if held]
+    clocks_mhz, planned = part.as_run(record.raised)
+    pairs = list(zip(times_s, planned, strict=True))
+    steady = [pair for pair, held in zip(pairs, _held(clocks_mhz), strict=True) if held]
     is_steady = len(steady) >= _MIN_STEADY
     chosen = steady if is_steady else pairs
     limit = _LARGEST_SHARE_OF_MEDIAN * statistics.median(seen_s / planned_s for seen_s, planned_s in chosen)

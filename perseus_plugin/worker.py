@@ -23,7 +23,7 @@ from perseus_plugin.gpus.selection import Selection
 from perseus_plugin.instructions import Compute
 from perseus_plugin.known import Known
 from perseus_plugin.leader import Leader
-from perseus_plugin.link import FinishedIteration, Link, Parts
+from perseus_plugin.link import FinishedIteration, Link, Parts, part_for
 from perseus_plugin.messages import (
     NEWS,
     TROUBLE,
@@ -34,6 +34,7 @@ from perseus_plugin.messages import (
     RankStats,
     Recheck,
     Trouble,
+    durations_key,
     estimate_key,
     part_key,
     receive,
@@ -41,6 +42,8 @@ from perseus_plugin.messages import (
     stats_key,
 )
 from perseus_plugin.profiling.collector import SweepCollector
+from perseus_plugin.profiling.durations import KEPT as NEW_DURATIONS
+from perseus_plugin.profiling.durations import DurationsLog
 from perseus_plugin.profiling.estimator import estimate_stage
 from perseus_plugin.profiling.observations import Tick
 from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, STRAGGLER, Account
@@ -61,6 +64,7 @@ _REST_S = 0.1
 _TICKS_AFTER_SWEEP_S = 0.4  # the counter's last tick of the sweep shows up to a period and a lag later
 _READ_FAILURE_PATIENCE_S = 2.0
 _STATS_EVERY_S = 5.0
+_DURATIONS_EVERY_S = 20.0
 
 
 class SessionWorker:
@@ -90,6 +94,8 @@ class SessionWorker:
         sweep_mhz = link.timetable.sweep.clocks_mhz
         self._top_mhz = max(sweep_mhz, default=0)
         self._collector = SweepCollector(self._top_mhz)
+        self._durations = DurationsLog(self._top_mhz)
+        self._durations_due_s = 0.0
         about = {
             "gpu": selection.name,
             "backend": selection.backend,
@@ -168,6 +174,8 @@ class SessionWorker:
         if self._leader is not None:
             self._leader.step()
         self._record()
+        if self._plans_since and self._durations.new >= NEW_DURATIONS and monotonic() >= self._durations_due_s:
+            self._publish_durations()
         self._publish_stats()
         if self._leader is not None:
             self._leader.update_summary(self._stats)
@@ -203,6 +211,7 @@ class SessionWorker:
             if self._rechecks(record):
                 sorts.append(RECHECK)
                 self._take_recheck(record)
+        self._durations.add(directive, record, part_for(self._link.parts, directive, record))
         self._recorder.iteration(directive, record, self._link.timetable, self._link.parts)
         self._account.add(record.number, sorts, duration_s)
         self._account.forget_before(record.number - 16)
@@ -307,6 +316,7 @@ class SessionWorker:
             return
         self._poll_energy(False)
         self._estimated = True
+        self._publish_durations()  # before what rank 0 waits for
         if self._known.profile and self._link.timetable.sweep.number == 0:
             self._publish_recheck(0, self._collector.top_times_s())
             return
@@ -325,6 +335,12 @@ class SessionWorker:
         self._exchange.publish(
             estimate_key(self._link.timetable.sweep.number, self._placement.rank), message.model_dump()
         )
+
+    def _publish_durations(self) -> None:
+        """For the replay of plans."""
+        self._durations_due_s = monotonic() + _DURATIONS_EVERY_S
+        message = self._durations.message(self._placement)
+        self._exchange.publish(durations_key(self._placement.rank), message.model_dump())
 
     # News.
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import math
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,24 +20,27 @@ from perseus_plugin.instructions import Compute, Constant, StreamOp
 from perseus_plugin.messages import (
     NEWS,
     TROUBLE,
+    IterationDurations,
     News,
     PlanPart,
     PlanParts,
+    RankDurations,
     RankEstimate,
     Recheck,
     Trouble,
+    durations_key,
     estimate_key,
     part_key,
     receive,
     recheck_key,
 )
-from perseus_plugin.planner_process import PlanAnswer, PlanRequest, plan_for
+from perseus_plugin.planner_process import PlanAnswer, PlanRequest, answer_to
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.survey import Survey
 from perseus_plugin.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
 
-from .factories import BLOCKING_W, CLOCKS_MHZ, profile, rank_estimate, record, stream_of
+from .factories import BLOCKING_W, CLOCKS_MHZ, placement, profile, rank_estimate, record, stream_of
 
 TABLE = Timetable(Round(4, (1410, 810, 1110, 1410)), settle_steps=1, steps_per_clock=3)
 SWEEP_END = TABLE.sweep_end
@@ -65,7 +71,8 @@ class FakePlanner:
 
     def finish(self) -> None:
         """The last request is answered."""
-        self._answer = PlanAnswer(None, 0.1, self.error) if self.error else PlanAnswer(plan_for(self.requests[-1]), 0.1)
+        made = PlanAnswer(None, 0.0, self.error) if self.error else answer_to(self.requests[-1])
+        self._answer = dataclasses.replace(made, planning_time_s=0.1)
 
     def poll(self) -> PlanAnswer | None:
         answer, self._answer = self._answer, None
@@ -186,6 +193,26 @@ class Job:
         for rank in range(2):
             times = {kind: factor * profile().table[rank, kind][0].time_s for kind in ("forward", "backward")}
             self.exchange.publish(recheck_key(sequence, rank), Recheck(stage=rank, time_s=times).model_dump())
+
+    def publish_durations(self, spread: float, first: int = 0, count: int = 12) -> None:
+        """Every rank's instructions took their full-clock times, each times a factor of its own."""
+        streams = SCHEDULES[self.schedule]
+        for rank in range(2):
+            kinds = [op.kind for op in streams(rank) if isinstance(op, Compute)]
+            rng = random.Random(rank + first)
+            iterations = tuple(
+                IterationDurations(
+                    number=number,
+                    schedule=self.schedule,
+                    clocks_mhz=(0,),
+                    durations_s=tuple(
+                        math.exp(rng.gauss(0, spread)) * profile().table[rank, kind][0].time_s for kind in kinds
+                    ),
+                )
+                for number in range(first, first + count)
+            )
+            message = RankDurations(placement=placement(rank), iterations=iterations)
+            self.exchange.publish(durations_key(rank), message.model_dump())
 
 
 @pytest.fixture
@@ -828,3 +855,82 @@ def test_a_schedule_that_changes_during_a_recheck_is_not_mixed_up(job: Job) -> N
     job.schedule = "B"
     job.run(FullClock(""), 1.8 * FULL_S, PATIENCE + 1)
     assert job.planner.requests[-1].margin == pytest.approx(0.21)
+
+
+# Plans are held against measured iterations.
+
+
+def test_a_plan_is_replayed_over_the_iterations_that_ranks_have_published(
+    job: Job, heard: pytest.LogCaptureFixture
+) -> None:
+    job.publish_durations(0.002)
+    job.following()
+    assert job.planner.requests[0].samples is not None
+    assert job.planner.requests[0].quantile == 0.9
+    assert "replayed over 12 measured iterations" in heard.text
+    replayed = job.coordinator.replayed["A"]
+    assert replayed is not None
+    assert replayed.saving_mean > 0.02
+
+
+def test_where_nothing_holds_the_job_stays_at_full_clocks_and_says_why(
+    job: Job, heard: pytest.LogCaptureFixture
+) -> None:
+    job.publish_durations(0.8)
+    job.following()
+    assert "nothing can be saved for A" in heard.text
+    assert "varies by" in heard.text
+    for stage in range(2):
+        assert set(parts_of(job.exchange, 1, stage)["A"].clocks_mhz) == {CLOCKS_MHZ[0]}
+    assert job.coordinator.state is State.FOLLOWING
+
+
+def test_what_ranks_need_to_catch_up_travels_with_the_plan(tmp_path: Path) -> None:
+    job = Job(tmp_path, limits={"switch_latency_s": 0.01}).following()
+    for stage in range(2):
+        part = parts_of(job.exchange, 1, stage)["A"]
+        assert part.catch_up is not None
+        assert len(part.catch_up.latest_starts_s) == len(part.clocks_mhz)
+        assert part.catch_up.dwell_s == 0.02
+    assert job.planner.requests[0].latency_s == 0.01
+
+
+def reviewed(job: Job, spread: float) -> None:
+    """Iterations go by under the plan until it is looked at again."""
+    job.publish_durations(spread, first=1000)
+    job.run(Follow(1), FULL_S, 101, undisturbed=False)
+    assert job.planner.requests[-1].in_force is not None
+    job.planner.finish()
+    job.step()
+
+
+def test_a_plan_that_holds_over_newer_iterations_stays(job: Job) -> None:
+    job.publish_durations(0.002)
+    job.following()
+    before = job.told()
+    reviewed(job, 0.002)
+    assert job.told() == before
+    assert len(job.planner.requests) == 2
+
+
+def test_a_plan_that_does_not_hold_over_newer_iterations_is_tightened(
+    job: Job, heard: pytest.LogCaptureFixture
+) -> None:
+    job.publish_durations(0.0)
+    job.following()
+    before = job.coordinator.plan
+    assert before is not None
+    reviewed(job, 0.2)
+    assert "would not have kept to its time" in heard.text
+    after = job.coordinator.plan
+    assert after is not None
+    assert after is not before
+    assert after.energy_j > before.energy_j
+    assert job.told().version == 2
+    assert job.coordinator.dropped == 0
+
+
+def test_a_plan_is_not_looked_at_without_iterations_to_hold_it_against(job: Job) -> None:
+    job.following()
+    job.run(Follow(1), FULL_S, 150, undisturbed=False)
+    assert len(job.planner.requests) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 LATE_BY = 0.02
@@ -83,13 +83,9 @@ class StageCatchUp:
     options: Mapping[str, tuple[tuple[int, float, float], ...]]
     size_weight: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StageCatchUp:
-        """Inverse of `to_dict`."""
+        """From plain JSON data."""
         return cls(
             tuple(data["latest_starts_s"]),
             tuple(data["usual_delays_s"]),
@@ -99,4 +95,28 @@ class StageCatchUp:
                 for kind, rows in data["options"].items()
             },
             data["size_weight"],
+        )
+
+
+@dataclass(frozen=True)
+class InForce:
+    """A plan that is followed, to be held against newer iterations.
+
+    Attributes:
+        clocks_mhz: per stage.
+        catch_up: per stage; empty where ranks do not catch up.
+        margin: the plan's.
+    """
+
+    clocks_mhz: tuple[tuple[int, ...], ...]
+    catch_up: tuple[StageCatchUp, ...]
+    margin: float
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> InForce:
+        """From plain JSON data."""
+        return cls(
+            tuple(tuple(clocks) for clocks in data["clocks_mhz"]),
+            tuple(StageCatchUp.from_dict(stage) for stage in data["catch_up"]),
+            data["margin"],
         )

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import FloatArray
+from perseus_plugin.pipeline import FloatArray, IntArray
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.replay import CatchUp, Outcome, Replay, by_node, clocks_of, latest_starts
-from perseus_plugin.planning.replayed import Replayed, Samples, StageCatchUp
+from perseus_plugin.planning.replayed import InForce, Replayed, Samples, StageCatchUp
 
 MARGINS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 FEWEST_ITERATIONS = 3
@@ -26,6 +26,7 @@ _SIZE_WEIGHTS = (0.5, 2.0, 8.0)
 _USUAL_WEIGHT = 2.0
 _TIME_WORTH = 10.0  # a percent of time is worth so many percents of energy: hardware costs more than electricity
 _ERRORS = 2.0  # standard errors by which the mean has to keep within its tolerance
+_DELAYS_MOVED = 0.005  # share of an iteration by which usual delays may be off before ranks are told
 _LEAST_SAVING = 0.001  # less is not worth changing clocks for
 
 
@@ -106,7 +107,7 @@ def choose(
     kept = [one for one in seen if one.replayed.kept and one.replayed.saving_mean > _LEAST_SAVING]
     if not kept:
         nearest = min(seen, key=lambda one: (one.replayed.kept, one.replayed.time_ratio_mean)).replayed
-        at_full = judge(full_clocks, replay, promise, None, 0.0)
+        at_full = judge(clocks_of(full_clocks, replay.graph), replay, promise, None, 0.0)
         return RobustPlan(full_clocks, None, replace(at_full, obstacle=_obstacle(replay, promise, nearest)))
     best = max(kept, key=lambda one: _worth(one.replayed, promise))
     if refined is not None:
@@ -121,7 +122,8 @@ def _candidates(
 ) -> list[RobustPlan]:
     """A plan without catching up and, if that is allowed, with each of the ways to do it."""
     ways = ways_to_catch_up(replay.problem, plan, latency_s) if catches_up else []
-    return [RobustPlan(plan, way, judge(plan, replay, promise, way, margin)) for way in (None, *ways)]
+    clocks = clocks_of(plan, replay.graph)
+    return [RobustPlan(plan, way, judge(clocks, replay, promise, way, margin)) for way in (None, *ways)]
 
 
 def ways_to_catch_up(problem: PlanningProblem, plan: Plan, latency_s: float) -> list[CatchUp]:
@@ -141,22 +143,35 @@ def usual_way_to_catch_up(problem: PlanningProblem, plan: Plan, latency_s: float
     return next(way for way in ways if way.size_weight == _USUAL_WEIGHT)
 
 
-def judge(plan: Plan, replay: Replay, promise: Promise, catch_up: CatchUp | None, margin: float) -> Replayed:
+def judge(
+    clocks_mhz: IntArray,
+    replay: Replay,
+    promise: Promise,
+    catch_up: CatchUp | None,
+    margin: float,
+    errors: float = _ERRORS,
+) -> Replayed:
     """Whether a plan would have kept the promise over the measured iterations.
 
+    Args:
+        clocks_mhz: the plan's, by node.
+        replay: of the iterations.
+        promise: what has to be kept.
+        catch_up: what late ranks do; None: nothing.
+        margin: the plan's.
+        errors: standard errors by which the mean has to keep within its tolerance.
+
     Raises:
-        PlanError: the plan is not for the replay's graph and profile.
+        PlanError: the plan is not for the replay's profile.
     """
-    outcome = replay.under(clocks_of(plan, replay.graph), catch_up)
+    outcome = replay.under(clocks_mhz, catch_up)
     full = replay.at_full_clocks
     ratio = outcome.time_s / full.time_s
     mean = float(outcome.time_s.sum() / full.time_s.sum())
     at_quantile = float(np.quantile(ratio, promise.quantile, method="higher"))
     allowed = 1 + promise.slowdown
     mean_error = float(np.std(ratio) / math.sqrt(len(ratio)))
-    kept = (
-        mean + _ERRORS * mean_error <= allowed + promise.mean_tolerance and at_quantile <= allowed + promise.tolerance
-    )
+    kept = mean + errors * mean_error <= allowed + promise.mean_tolerance and at_quantile <= allowed + promise.tolerance
     saving, low, high = _saving(outcome, full)
     return Replayed(
         iterations=len(ratio),
@@ -251,6 +266,39 @@ def usual_delays(problem: PlanningProblem, samples: Samples | None) -> FloatArra
         for durations_s, starts_s in zip(durations, starts, strict=False)
     ]
     return np.median(seen, axis=0) if seen else np.zeros(len(graph))
+
+
+def held_against(in_force: InForce, replay: Replay, promise: Promise, latency_s: float) -> Replayed:
+    """What newer iterations say of the plan that is followed. It is to be given up only if they speak against it.
+
+    Raises:
+        PlanError: the plan is not for the replay's graph and profile.
+    """
+    graph = replay.graph
+    clocks = by_node(graph, in_force.clocks_mhz).astype(np.int64)
+    catch_up = None
+    if in_force.catch_up:
+        latest = by_node(graph, [stage.latest_starts_s for stage in in_force.catch_up])
+        catch_up = CatchUp(latest, latency_s, in_force.catch_up[0].size_weight)
+    return judge(clocks, replay, promise, catch_up, in_force.margin, errors=0.0)
+
+
+def with_delays(in_force: InForce, problem: PlanningProblem, delays_s: FloatArray) -> tuple[StageCatchUp, ...]:
+    """What ranks have to be told anew, as instructions usually begin at other times than they did; else nothing."""
+    if not in_force.catch_up:
+        return ()
+    graph = problem.graph
+    before_s = by_node(graph, [stage.usual_delays_s for stage in in_force.catch_up])
+    moved_s = np.abs(delays_s - before_s)[problem.instruction_nodes].max()
+    if moved_s <= _DELAYS_MOVED * problem.full_clock_time_s:
+        return ()
+    return tuple(
+        replace(
+            stage,
+            usual_delays_s=tuple(float(delays_s[node]) for node in nodes.tolist() if problem.class_of[node] >= 0),
+        )
+        for stage, nodes in zip(in_force.catch_up, graph.stage_nodes, strict=True)
+    )
 
 
 def catch_up_by_stage(problem: PlanningProblem, catch_up: CatchUp, delays_s: FloatArray) -> tuple[StageCatchUp, ...]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ def test_a_rank_does_what_the_replay_says(factors: Sequence[float], weight: floa
     planned_s = problem.planned_s(clocks)
     time_s = {(kind, m.frequency_mhz): m.time_s for (_, kind), rows in profile.table.items() for m in rows}
     controller = Controller(Noted())
-    controller.follow(clocks.tolist(), planned_s.tolist(), CatchUpPart(**told.to_dict()))
+    controller.follow(clocks.tolist(), planned_s.tolist(), CatchUpPart(**asdict(told)))
     controller.start(50.0)
     now_s, raised = 50.0, 0
     for position, kind in enumerate(told.kinds):

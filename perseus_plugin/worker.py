@@ -10,6 +10,7 @@ import logging
 import statistics
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.control import wire
 from perseus_plugin.control.client import ClockHelper
+from perseus_plugin.control.clock_log import ClockLog
 from perseus_plugin.errors import GpuError, PerseusError
 from perseus_plugin.exchange import Exchange, ExchangeError
 from perseus_plugin.gpus.selection import Selection
@@ -93,6 +95,7 @@ class SessionWorker:
         self._selection = selection
         sweep_mhz = link.timetable.sweep.clocks_mhz
         self._top_mhz = max(sweep_mhz, default=0)
+        self._clocks = ClockLog(self._top_mhz)
         self._collector = SweepCollector(self._top_mhz)
         self._durations = DurationsLog(self._top_mhz)
         self._durations_due_s = 0.0
@@ -191,7 +194,7 @@ class SessionWorker:
         self._recorder.step()
 
     def _take(self, finished: FinishedIteration) -> None:
-        directive, record = finished.directive, finished.record
+        directive, record = finished.directive, self._as_it_was(finished)
         duration_s = record.end_s - record.begin_s
         sorts: list[str] = []
         if isinstance(directive, Sweep):
@@ -220,6 +223,15 @@ class SessionWorker:
         if self._leader is not None:
             self._leader.saw(directive, record)
 
+    def _as_it_was(self, finished: FinishedIteration) -> IterationRecord:
+        """The record; where one clock was to be held and was not, for all that is known, it counts as disturbed."""
+        directive, record = finished.directive, finished.record
+        if self._helper is None or isinstance(directive, Follow) or not record.undisturbed:
+            return record
+        asked_mhz = directive.frequency_mhz if isinstance(directive, Sweep) else None
+        confirmed = self._clocks.confirms(asked_mhz, record.begin_s, record.end_s)
+        return record if confirmed else replace(record, undisturbed=False)
+
     def _count(self, record: IterationRecord) -> None:
         stats = self._stats
         self._stats = stats.model_copy(
@@ -240,11 +252,14 @@ class SessionWorker:
             self._recorder.helper_event(event)
             match event:
                 case wire.Tick() if not self._estimated:
+                    self._clocks.read(event.time_s, event.clock_mhz)
                     tick = Tick(event.previous_poll_s, event.time_s, event.energy_j)
                     self._collector.add_tick(tick, event.capped_s)
                 case wire.Mark():
+                    self._clocks.read(event.time_s, event.clock_mhz)
                     self._account.add_reading(event)
                 case wire.Applied():
+                    self._clocks.applied(event.applied_s, event.frequency_mhz)
                     self._requests += 1
                 case wire.SwitchLatency():
                     self._take_latency(event)

@@ -116,6 +116,7 @@ class Rank:
         self.helper = FakeHelper()
         self.session = FakeSession(self.link)
         self.number = 0
+        self.obeys, self.read_mhz = True, 1410
         self.worker = SessionWorker(
             config=parse_config({"watch": {"patience": PATIENCE}, "profiling": {"max_relative_error": 1.0}}),
             placement=placement(rank, world_size),
@@ -135,9 +136,13 @@ class Rank:
             durations = tuple(factor * t for t in (0.001, 0.010, 0.020, 0.005))
             # On the same clock as ticks; back to back.
             seen = record(self.number, begin_s=self.number * 0.036 * factor, durations_s=durations)
+            mhz = runs_as.frequency_mhz if isinstance(runs_as, Sweep) else None
+            if self.obeys and not isinstance(runs_as, Follow):
+                self.helper.events.append(wire.Applied(1, mhz, 0.0, 0.0, seen.begin_s, seen.begin_s + 0.001))
+            before_mhz, self.read_mhz = self.read_mhz, mhz or 1410
             self.helper.events += [
-                wire.Mark(begin_tag(self.number), seen.begin_s, 10.0 * self.number, 1410, 0.0),
-                wire.Mark(end_tag(self.number), seen.end_s, 10.0 * self.number + 9.0, 1410, 0.0),
+                wire.Mark(begin_tag(self.number), seen.begin_s, 10.0 * self.number, before_mhz, 0.0),
+                wire.Mark(end_tag(self.number), seen.end_s, 10.0 * self.number + 9.0, self.read_mhz, 0.0),
             ]
             self.number += 1
             self.link.finished(FinishedIteration(runs_as, seen))
@@ -275,6 +280,16 @@ def test_with_a_profile_from_elsewhere_a_rank_tells_its_full_clock_times(ranks: 
 
 
 # The account.
+
+
+def test_iterations_whose_clock_never_reached_the_driver_count_for_no_clock(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.obeys = False
+    rank.iterate(TABLE.sweep_end)
+    estimate = rank.fetch(estimate_key(0, 1))["estimate"]
+    assert estimate["instructions"] == []
+    assert wait_until(lambda: rank.fetch(stats_key(1))["totals"]["profiling"]["iterations"] > 0)
+    assert "full_clock" not in rank.fetch(stats_key(1))["totals"]
 
 
 def test_iterations_are_counted_by_sort(ranks: Ranks) -> None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
+from perseus_plugin.control.clock_log import DEVIATION_MHZ
 from perseus_plugin.control.wire import SwitchLatency
 from perseus_plugin.gpus.base import Gpu
 
@@ -13,8 +14,6 @@ POLL_S = 0.0002
 TIMEOUT_S = 0.5
 REST_S = 0.02
 """Between two changes, so that one is over before the next is timed."""
-REACHED_MHZ = 20
-"""A clock this near to the one asked for has reached it; clocks are rounded to steps of 15 or less."""
 _LOW_SHARE = 0.6
 _DOWN_SHARE = 0.85
 _MOST_TRIES = 4
@@ -72,7 +71,7 @@ class LatencyMeasurement:
             return self._ask(now_s)
         assert read_mhz is not None  # `reads` says so
         self._highest_read_mhz = max(self._highest_read_mhz, read_mhz)
-        reached = abs(read_mhz - self._target_mhz) <= REACHED_MHZ
+        reached = abs(read_mhz - self._target_mhz) <= DEVIATION_MHZ
         if not reached and now_s < self._asked_s + TIMEOUT_S:
             self.next_s = now_s + POLL_S
             return None

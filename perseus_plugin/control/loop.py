@@ -13,6 +13,7 @@ import time
 from collections import deque
 from contextlib import suppress
 
+from perseus_plugin.control.clock_log import DEVIATION_MHZ
 from perseus_plugin.control.latency import LatencyMeasurement, advance
 from perseus_plugin.control.ownership import Ownership
 from perseus_plugin.control.readings import CheckedEnergy, EnergyCheck
@@ -46,9 +47,6 @@ MAX_MARKS = 64
 HEARTBEAT_S = 1.0
 PARENT_CHECK_S = 0.1
 """How often to look whether the parent lives where the kernel has no pidfd (before 5.3)."""
-DEVIATION_MHZ = 20
-"""A clock further than this from the one asked for is a deviation; clocks are rounded to steps of 15 or
-less."""
 DEVIATION_REPORT_S = 1.0
 GIVE_UP_RESET_S = 0.5
 SHORTEST_PAUSE_S = 0.0005

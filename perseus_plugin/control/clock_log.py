@@ -1,0 +1,57 @@
+"""Which clock a GPU really had during a stretch of time: what reached the driver, and what was read back. Pure.
+
+A request is no clock: it may wait, be dropped by a full pipe, be refused, or not be honoured.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+DEVIATION_MHZ = 20
+"""A clock further than this from the one asked for is another one; clocks are rounded to steps of 15 or less."""
+_KEPT = 4096
+
+
+class ClockLog:
+    """Follows one GPU.
+
+    Args:
+        top_mhz: the highest clock that is asked for. A GPU need not reach it (power limit, temperature): what it does
+            when asked for it is what full clocks are on it.
+    """
+
+    def __init__(self, top_mhz: int) -> None:
+        self._top_mhz = top_mhz
+        self._applied: deque[tuple[float, int | None]] = deque(maxlen=_KEPT)
+        self._read: deque[tuple[float, int]] = deque(maxlen=_KEPT)
+
+    def applied(self, time_s: float, frequency_mhz: int | None) -> None:
+        """The driver has taken a request, None for giving up the lock."""
+        self._applied.append((time_s, frequency_mhz))
+
+    def read(self, time_s: float, frequency_mhz: int) -> None:
+        """The clock was read."""
+        self._read.append((time_s, frequency_mhz))
+
+    def confirms(self, frequency_mhz: int | None, begin_s: float, end_s: float) -> bool:
+        """Whether the GPU had this clock from begin to end, as far as anybody can know.
+
+        The driver must have taken it before, and nothing else since; and below the top clock it must have been read in
+        that time, and nothing above it. A lower reading alone is no contradiction: an idle GPU clocks down.
+
+        Args:
+            frequency_mhz: the clock, None: no lock.
+            begin_s, end_s: the stretch of time.
+        """
+        in_force: int | None = None
+        for time_s, mhz in self._applied:
+            if time_s <= begin_s:
+                in_force = mhz
+            elif time_s < end_s and mhz != frequency_mhz:
+                return False
+        if in_force != frequency_mhz:
+            return False
+        if frequency_mhz is None or frequency_mhz >= self._top_mhz:
+            return True
+        seen = [mhz for time_s, mhz in self._read if begin_s <= time_s <= end_s]
+        return bool(seen) and max(seen) <= frequency_mhz + DEVIATION_MHZ and max(seen) >= frequency_mhz - DEVIATION_MHZ

@@ -18,8 +18,11 @@ from pydantic_core import ErrorDetails
 
 from perseus_plugin.control.requests import DWELL_LATENCIES
 from perseus_plugin.errors import ConfigError
+from perseus_plugin.following.references import LARGEST_SHARE
 
 BLOCK = "perseus"
+
+_TOLERANCE_PAIRED, _TOLERANCE_SWEEP = 0.01, 0.03
 
 
 def _as_tuple(value: object) -> object:
@@ -187,22 +190,39 @@ class LimitsConfig(_Strict):
 class WatchConfig(_Strict):
     """When the plan is dropped because iterations run longer than they should."""
 
-    tolerance: float = _setting(
-        0.03,
-        "a number above 0 and at most 10",
-        "Share by which iterations may run longer than planned before the plan is dropped.",
+    tolerance: float | None = _setting(
+        None,
+        "a number above 0 and at most 10, or null",
+        "Share by which iterations may run longer than planned before the plan is dropped. null: 0.01 against "
+        "references, 0.03 against the sweep.",
         gt=0,
         le=10,
     )
     patience: int = _setting(
         10,
         "a whole number from 1",
-        "Median over this many iterations is what must exceed the tolerance.",
+        "A plan is not judged by fewer iterations; against the sweep, the median over as many must exceed the "
+        "tolerance.",
         ge=1,
+    )
+    reference_share: float = _setting(
+        0.02,
+        f"a number from 0 to {LARGEST_SHARE}",
+        "Share of iterations under a plan that run at full clocks, for the plan to be compared with on the same work; "
+        "a few more in the first 200. 0: none, so that it is compared with the sweep.",
+        ge=0,
+        le=LARGEST_SHARE,
     )
     max_replans: int = _setting(
         3, "a whole number from 0", "After so many dropped plans the job stays at full clocks.", ge=0
     )
+
+    @property
+    def tolerance_or_default(self) -> float:
+        """Share beyond which a plan is dropped."""
+        if self.tolerance is not None:
+            return self.tolerance
+        return _TOLERANCE_PAIRED if self.reference_share > 0 else _TOLERANCE_SWEEP
 
 
 class StragglersConfig(_Strict):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,6 +17,7 @@ from typing import Literal, Protocol
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.exchange import Exchange
 from perseus_plugin.files import try_to_write
+from perseus_plugin.following.comparison import Comparison
 from perseus_plugin.following.expectations import Expectations
 from perseus_plugin.following.recent import RecentIterations
 from perseus_plugin.following.reviews import Reviews, clocks_of, in_force, tell_replayed
@@ -123,6 +125,7 @@ class Coordinator:
         self._expectations = Expectations(self._plans, self._times)
         self._recent = RecentIterations(exchange, world_size)
         self._reviews = Reviews()
+        self.comparison = Comparison(config.watch, exchange, world_size, self._expectations.graph_s)
         self._orders = Orders(exchange)
         self._measuring = Measuring(
             config.profiling,
@@ -161,6 +164,7 @@ class Coordinator:
         self._margin = config.margin
         self._recheck_sequence = 0
         self._excess = 0.0
+        self._found_by_references = False
 
     # What rank 0 sees of its own iterations.
 
@@ -168,12 +172,13 @@ class Coordinator:
         """The schedule that iterations run from now on."""
         self._schedules.use(key, stream_of)
 
-    def saw(self, directive: Directive, record: IterationRecord) -> None:
+    def saw(self, directive: Directive, record: IterationRecord, size: float = math.nan) -> None:
         """An iteration has ended on rank 0.
 
         Args:
             directive: what it ran as.
             record: what was seen.
+            size: how much work it had, as a multiple of the profile's; NaN: not known.
         """
         duration_s = record.end_s - record.begin_s
         if record.schedule:
@@ -185,13 +190,19 @@ class Coordinator:
         elif isinstance(directive, FullClock) and self.state is State.RECHECKING:
             self._times.add_again(record.schedule, duration_s)
         elif isinstance(directive, Follow) and self._is_current(directive):
-            self._times.add_planned(record.schedule, duration_s, self._expected_s(record.schedule))
+            expected_s = None if self._has_references(directive) else self._expected_s(record.schedule)
+            if expected_s is not None and math.isfinite(size):
+                expected_s *= size
+            self._times.add_planned(record.schedule, duration_s, expected_s)
             situation = self.stragglers.situation
             if directive.straggler and situation is not None and record.schedule == situation.schedule:
                 self.stragglers.count_iteration()
             self._held += 1
             if self._held >= _FORGIVEN_AFTER:
                 self._strikes = 0
+
+    def _has_references(self, directive: Follow) -> bool:
+        return self._config.watch.reference_share > 0 and not directive.straggler
 
     def _is_current(self, directive: Follow) -> bool:
         return self.state is State.FOLLOWING and directive.version == self._followed
@@ -208,6 +219,11 @@ class Coordinator:
     def predicted_ratios(self) -> tuple[float, float] | None:
         """See `Expectations`."""
         return self._expectations.predicted_ratios(self.plan)
+
+    @property
+    def planned_schedules(self) -> Mapping[str, int]:
+        """How often each schedule has run under the plans in force."""
+        return dict(self._times.planned)
 
     def expected_time_s(self) -> float | None:
         """How long an iteration of the usual schedule may take, in measured seconds; None before it is known."""
@@ -395,6 +411,7 @@ class Coordinator:
         elif clocks_of(answer.plan) != clocks_of(before):
             if asked.request.in_force is not None:
                 logger.info("plan for %s: over the last iterations it would not have kept to its time", schedule)
+            self._made_anew |= before is self.plan  # what was measured under the usual plan says nothing of this one
             self._take_plan(asked, answer, answer.plan)
 
     def _show_usual(self) -> None:
@@ -425,13 +442,19 @@ class Coordinator:
             return
         self._ask_for_plan()
         self._review()
+        slowed = self.comparison.too_slow(self._config.slowdown) if self.comparison.collect() else None
+        if slowed is not None:
+            self._drop(self.comparison.said, slowed, by_references=True)
+            return
         overrun, seen_s = self._times.overrun, self._times.planned_s
         if overrun is None or seen_s is None:
             return
-        if overrun <= 1 + self._config.watch.tolerance:
+        if overrun <= 1 + self._config.watch.tolerance_or_default:
             self._slow_since = None
         elif not self._may_be_a_straggler():
-            self._drop(seen_s, seen_s / overrun)
+            self._drop(
+                f"iterations take {seen_s:.4g} s instead of {seen_s / overrun:.4g} s under the plan", overrun - 1
+            )
 
     def _may_be_a_straggler(self) -> bool:
         """Whether to wait for what detection says of iterations that run long."""
@@ -500,12 +523,11 @@ class Coordinator:
 
     # When the plan does not hold.
 
-    def _drop(self, seen_s: float, expected_s: float) -> None:
+    def _drop(self, text: str, excess: float, *, by_references: bool = False) -> None:
         self.dropped += 1
         self._strikes += 1
         self._held = 0
-        self._excess = seen_s / expected_s - 1
-        text = f"iterations take {seen_s:.4g} s instead of {expected_s:.4g} s under the plan"
+        self._excess, self._found_by_references = excess, by_references
         if self._strikes > self._config.watch.max_replans:
             self._give_up(
                 f"{text}; plan number {self._strikes} that does not hold: raise perseus.watch.tolerance or margin"
@@ -532,11 +554,14 @@ class Coordinator:
         assert self.survey is not None  # it was planned on
         self.survey = rescaled(self.survey, self.stragglers.corrected(self._reports.rechecks))
         before_s = self._expectations.full_s(schedule)
-        if before_s is not None and full_s > before_s * (1 + self._config.watch.tolerance):
+        is_slower = before_s is not None and full_s > before_s * (1 + self._config.watch.tolerance_or_default)
+        if is_slower and not self._found_by_references:
             logger.warning(
-                "at full clocks an iteration now takes %.4g s: the job itself is slower; planning for that. If it "
-                "should not be, look at data loading and at what else runs on the nodes",
+                "at full clocks an iteration takes %.4g s, it took %.4g s before: the job itself is slower, not the "
+                "plan; planning for that. If its batches have not grown, look at data loading and at what else runs on "
+                "the nodes",
                 full_s,
+                before_s,
             )
         else:
             self._margin += self._excess
@@ -583,4 +608,5 @@ class Coordinator:
         )
         self._made_anew &= action != "follow"
         self._followed = news.version_for(0)  # rank 0 is in replica 0
+        self.comparison.begin(news.since)
         return news.switch

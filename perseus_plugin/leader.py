@@ -12,6 +12,7 @@ from typing import Any
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.coordinator import Coordinator
 from perseus_plugin.exchange import Exchange, ExchangeError
+from perseus_plugin.following.comparison import Compared
 from perseus_plugin.frontier_process import BackgroundFrontier
 from perseus_plugin.gpus.selection import Selection
 from perseus_plugin.known import Known
@@ -116,11 +117,11 @@ class Leader:
                 error,
             )
 
-    def saw(self, directive: Directive, record: IterationRecord) -> None:
-        """An iteration has ended on this rank."""
+    def saw(self, directive: Directive, record: IterationRecord, size: float) -> None:
+        """An iteration has ended on this rank; see `Coordinator.saw`."""
         self._progress.iteration(directive, record)
         if self._coordinator is not None:
-            self._coordinator.saw(directive, record)
+            self._coordinator.saw(directive, record, size)
 
     def swept_again(self) -> None:
         """The timetable has another sweep."""
@@ -166,8 +167,16 @@ class Leader:
                 break
             sleep(0.05)
             stats = self._all_stats(own)
+        self._take_last_references()
         state = "crashed" if _crashing() else "finished"
         self._relay.tell(events_of(self._reporter.finish(stats, state, **self._plan_facts())))
+
+    def _take_last_references(self) -> None:
+        if self._coordinator is not None:
+            try:
+                self._coordinator.comparison.collect(at_once=True)
+            except ExchangeError as error:  # the script may have taken the process group down
+                logger.debug("the last references are missing: %s", error)
 
     def stop_taking_reports(self) -> None:
         """The session has failed: nobody shall be told that the job listens."""
@@ -204,6 +213,8 @@ class Leader:
             "planning_time_s": 0.0 if coordinator is None else coordinator.planning_time_s,
             "full_clock_scale": (1.0, 1.0) if coordinator is None else coordinator.full_clock_scale(),
             "predicted_ratios": None if coordinator is None else coordinator.predicted_ratios(),
+            "planned_schedules": {} if coordinator is None else coordinator.planned_schedules,
+            "compared": Compared() if coordinator is None else coordinator.comparison.compared,
             "dropped_plans": 0 if coordinator is None else coordinator.dropped,
             "stragglers": None if coordinator is None else asdict(coordinator.stragglers.figures),
         }

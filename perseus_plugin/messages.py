@@ -207,6 +207,48 @@ class Recheck(_Message):
     switch_latency_s: float | None = None
 
 
+class Seen(_Message):
+    """One iteration in or beside a block of references, as one rank saw it.
+
+    Attributes:
+        iteration: number.
+        reference: it ran at full clocks.
+        schedule: key of the one that ran.
+        time_s: of the iteration.
+        spent_s, usual_s: what instructions that are at full clocks under the plan too took, and by the profile take.
+        energy_j: of this rank's GPU, None: not known.
+    """
+
+    iteration: int
+    reference: bool
+    schedule: str
+    time_s: float
+    spent_s: float = 0.0
+    usual_s: float = 0.0
+    energy_j: float | None = None
+
+
+class RankWindow(_Message):
+    """A block of references and the iterations beside it.
+
+    Attributes:
+        since: see `News`.
+        block: its number from there on.
+        seen: as far as the clock was as it should be.
+    """
+
+    since: int
+    block: int
+    seen: tuple[Seen, ...]
+
+
+class RankWindows(_Message):
+    """The newest windows of one rank, and the replica it belongs to."""
+
+    replica: int
+    windows: tuple[RankWindow, ...]
+
+
 class Trouble(_Message):
     """A rank cannot control its GPU (any more); rank 0 then sends all ranks to full clocks."""
 
@@ -240,7 +282,7 @@ class RankStats(_Message):
     """One rank's running account.
 
     Attributes:
-        totals: by sort of iteration ("full_clock", "profiling", "plan").
+        totals: by sort of iteration ("full_clock", "profiling", "plan", "reference").
         overhead_s: time spent in our hooks on the training thread, over `hooked_iterations` iterations.
         overran: emulated instructions for which the CPU was too slow, of `instructions`.
         requests: clock changes that reached the driver.
@@ -292,6 +334,11 @@ def recheck_key(sequence: int, rank: int) -> str:
 def durations_key(rank: int) -> str:
     """Where a rank publishes its `RankDurations`."""
     return f"durations/{rank}"
+
+
+def windows_key(rank: int) -> str:
+    """Where a rank publishes its `RankWindows`."""
+    return f"windows/{rank}"
 
 
 def stats_key(rank: int) -> str:

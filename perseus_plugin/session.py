@@ -357,7 +357,13 @@ def start_session(
             sweep = full_sweep[:1]  # the top clock all the same, as the reference that the plan must keep to
         profiling = config.profiling
         first_round = Round(profiling.warmup_steps, sweep)
-        link = Link(Timetable(first_round, profiling.settle_steps, profiling.steps_per_clock))
+        timetable = Timetable(
+            first_round,
+            profiling.settle_steps,
+            profiling.steps_per_clock,
+            reference_share=config.watch.reference_share,
+        )
+        link = Link(timetable)
         if helper is None:
             _observe_only(selection, link, placement)
         elif config.limits.switch_latency_s is None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from perseus_plugin.following.references import is_reference
+
 _SWITCHES_KEPT = 8  # the one in force, and those that have not begun yet: never more than a few
 
 
@@ -23,6 +25,10 @@ class FullClock:
     def identity(self) -> object:
         """Equal for iterations that run alike."""
         return None
+
+
+REFERENCE = FullClock("reference")
+"""Full clocks amid iterations under a plan, for the plan to be compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +100,14 @@ class Timetable:
         settle_steps: iterations discarded at each of its clocks.
         steps_per_clock: iterations kept at each of them.
         switches: (first iteration, directive), by rising iteration; the last one that has begun holds.
+        reference_share: of iterations under a plan, see `following.references`.
     """
 
     sweep: Round
     settle_steps: int
     steps_per_clock: int
     switches: tuple[tuple[int, Directive], ...] = ()
+    reference_share: float = 0.0
 
     @property
     def steps_per_block(self) -> int:
@@ -115,13 +123,19 @@ class Timetable:
         """The directive of this iteration."""
         for first, directive in reversed(self.switches):
             if iteration >= first:
-                return directive
+                return REFERENCE if self._is_reference(directive, iteration) else directive
         if iteration < self.sweep.first:
             return FullClock("warm-up" if self.sweep.number == 0 else "planning")
         if iteration < self.sweep_end:
             block, step = divmod(iteration - self.sweep.first, self.steps_per_block)
             return Sweep(block, self.sweep.clocks_mhz[block], step >= self.settle_steps, self.sweep.number)
         return FullClock("planning")
+
+    def _is_reference(self, directive: Directive, iteration: int) -> bool:
+        # At a straggler's pace full clocks are no measure: the straggler is waited for either way.
+        if not isinstance(directive, Follow) or directive.straggler:
+            return False
+        return is_reference(iteration - directive.since, self.reference_share)
 
     def switched(self, first: int, directive: Directive) -> Timetable:
         """The timetable with one more switch; earlier ones that begin later are superseded."""

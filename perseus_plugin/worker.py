@@ -7,6 +7,7 @@ for news from rank 0, and on rank 0 gives the `leader` its turn.
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import threading
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.clock_log import ClockLog
 from perseus_plugin.errors import GpuError, PerseusError
 from perseus_plugin.exchange import Exchange, ExchangeError
+from perseus_plugin.following.windows import Windows, step_size
 from perseus_plugin.gpus.selection import Selection
 from perseus_plugin.instructions import Compute
 from perseus_plugin.known import Known
@@ -48,12 +50,12 @@ from perseus_plugin.profiling.durations import KEPT as NEW_DURATIONS
 from perseus_plugin.profiling.durations import DurationsLog
 from perseus_plugin.profiling.estimator import estimate_stage
 from perseus_plugin.profiling.observations import Tick
-from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, STRAGGLER, Account
+from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, REFERENCES, STRAGGLER, Account
 from perseus_plugin.reporting.recorder import Recorder
 from perseus_plugin.reporting.relay import FigureRelay
 from perseus_plugin.straggler_sensing import StragglerSensing
 from perseus_plugin.tap import IterationRecord
-from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep, nearest_clocks
+from perseus_plugin.timetable import REFERENCE, Directive, Follow, FullClock, Sweep, nearest_clocks
 
 if TYPE_CHECKING:
     from perseus_plugin.session import Session
@@ -106,7 +108,8 @@ class SessionWorker:
             "facts": dict(facts or {}),
         }
         self._recorder = Recorder(output_dir, placement, about, helper is not None, config.record)
-        self._account = Account(helper is not None, self._recorder.energy)
+        self._account = Account(helper is not None, self._take_energy)
+        self._windows = Windows(exchange, placement, config.watch.reference_share, self._top_mhz)
         self._known = known
         self._estimated = not sweep_mhz
         self._polling = False
@@ -211,6 +214,8 @@ class SessionWorker:
         elif isinstance(directive, FullClock):
             if self._helper is None and directive.reason != "warm-up" and record.undisturbed:
                 sorts.append(FULL_CLOCK)
+            if directive == REFERENCE:
+                sorts.append(REFERENCES)
             if self._rechecks(record):
                 sorts.append(RECHECK)
                 self._take_recheck(record)
@@ -220,8 +225,15 @@ class SessionWorker:
         self._account.forget_before(record.number - 16)
         self._count(record)
         self._sensing.saw(directive, record, self._link.parts)
+        self._windows.saw(directive, record, self._link.parts)
         if self._leader is not None:
-            self._leader.saw(directive, record)
+            part = part_for(self._link.parts, directive, record)
+            size = math.nan if part is None else step_size(record, part, self._top_mhz)
+            self._leader.saw(directive, record, size)
+
+    def _take_energy(self, number: int, energy_j: float) -> None:
+        self._recorder.energy(number, energy_j)
+        self._windows.energy(number, energy_j)
 
     def _as_it_was(self, finished: FinishedIteration) -> IterationRecord:
         """The record; where one clock was to be held and was not, for all that is known, it counts as disturbed."""

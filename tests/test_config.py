@@ -48,7 +48,7 @@ FULL: dict[str, Any] = {
         "counter_period_s": 0.1,
     },
     "limits": {"max_changes_per_iteration": 4, "min_dwell_s": 0.5, "switch_latency_s": 0.02},
-    "watch": {"tolerance": 0.05, "patience": 3, "max_replans": 0},
+    "watch": {"tolerance": 0.05, "patience": 3, "reference_share": 0.1, "max_replans": 0},
     "stragglers": {
         "enabled": False,
         "detect": False,
@@ -158,7 +158,8 @@ def test_a_config_cannot_be_changed_afterwards() -> None:
         ("limits.max_changes_per_iteration", -1, "a whole number from 0, or null"),
         ("limits.min_dwell_s", 61, "a number from 0 to 60, or null"),
         ("limits.switch_latency_s", -1, "a number from 0 to 1, or null"),
-        ("watch.tolerance", 0, "a number above 0 and at most 10"),
+        ("watch.tolerance", 0, "a number above 0 and at most 10, or null"),
+        ("watch.reference_share", 0.5, "a number from 0 to 0.2"),
         ("watch.patience", 0, "a whole number from 1"),
         ("watch.max_replans", "3", "a whole number from 0"),
         ("log_level", "INFO", '"debug", "info", "warning" or "error"'),

@@ -15,6 +15,7 @@ from perseus_plugin import rank_reports as reports_module
 from perseus_plugin.config import parse_config
 from perseus_plugin.coordinator import Coordinator, State
 from perseus_plugin.exchange import LocalExchange
+from perseus_plugin.following import comparison as comparison_module
 from perseus_plugin.frontier_process import BackgroundFrontier
 from perseus_plugin.instructions import Compute, Constant, StreamOp
 from perseus_plugin.messages import (
@@ -26,13 +27,17 @@ from perseus_plugin.messages import (
     PlanParts,
     RankDurations,
     RankEstimate,
+    RankWindow,
+    RankWindows,
     Recheck,
+    Seen,
     Trouble,
     durations_key,
     estimate_key,
     part_key,
     receive,
     recheck_key,
+    windows_key,
 )
 from perseus_plugin.planner_process import PlanAnswer, PlanRequest, answer_to
 from perseus_plugin.planning.plan import load_plan
@@ -109,7 +114,7 @@ class Job:
                 "stragglers": {"detect": False},
                 "profiling": profiling or {},
                 "limits": limits or {},
-                "watch": {"patience": PATIENCE, "tolerance": 0.05, "max_replans": 2, **watch},
+                "watch": {"patience": PATIENCE, "tolerance": 0.05, "max_replans": 2, "reference_share": 0, **watch},
             }
         )
         self.coordinator = Coordinator(
@@ -542,7 +547,7 @@ def test_iterations_as_long_as_expected_keep_the_plan(job: Job) -> None:
 
 def test_an_allowed_slowdown_is_expected(tmp_path: Path) -> None:
     job = Job(tmp_path)
-    job.coordinator._config = parse_config({"slowdown": 0.5, "watch": {"patience": PATIENCE}})
+    job.coordinator._config = parse_config({"slowdown": 0.5, "watch": {"patience": PATIENCE, "reference_share": 0}})
     job.following()
     assert job.coordinator.expected_time_s() == pytest.approx(1.5 * FULL_S)
 
@@ -644,6 +649,89 @@ def test_after_so_many_dropped_plans_the_job_stays_at_full_clocks(job: Job, hear
             job.step()
             assert job.told().version == dropped + 1
     expect_full_clocks(job, "under the plan", heard)
+
+
+# Watching the plan by references.
+
+
+def publish_windows(job: Job, since: int, slower: float, blocks: int = 5) -> None:
+    """What both ranks saw of blocks of references and iterations under plans that make them so much longer."""
+    for rank in range(2):
+        windows = []
+        for block in range(blocks):
+            seen = tuple(
+                Seen(
+                    iteration=20 * block + number,
+                    reference=number in (4, 5),
+                    schedule="A",
+                    time_s=FULL_S * (1 + 0.001 * (number % 3)) * (1 if number in (4, 5) else 1 + slower),
+                    energy_j=100.0,
+                )
+                for number in range(12)
+            )
+            windows.append(RankWindow(since=since, block=block, seen=seen))
+        job.exchange.publish(windows_key(rank), RankWindows(replica=0, windows=tuple(windows)).model_dump())
+
+
+@pytest.fixture
+def referring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    job = Job(tmp_path, reference_share=0.02)
+    monkeypatch.setattr(job.coordinator.comparison, "_look_due_s", -1e9)
+    monkeypatch.setattr(comparison_module, "_LOOK_EVERY_S", 0.0)
+    return job.following()
+
+
+def test_a_plan_that_references_show_to_be_slow_is_made_anew_with_that_much_more_margin(
+    referring: Job, heard: pytest.LogCaptureFixture
+) -> None:
+    job = referring
+    publish_windows(job, job.told().since, slower=0.2)
+    job.step()
+    assert job.coordinator.state is State.RECHECKING
+    news = job.told()
+    assert (news.action, news.recheck) == ("full", True)
+    assert "longer than at full clocks on the same work: back to full clocks" in heard.text
+    job.rechecked(1.5)
+    job.run(FullClock(""), 1.5 * FULL_S, PATIENCE)
+    assert "the job itself is slower" not in heard.text, "the plan was too slow, whatever else has changed"
+    assert job.planner.requests[-1].margin == pytest.approx(0.01 + 0.2, abs=0.003)
+    job.planner.finish()
+    job.step()
+    again = job.told()
+    assert (again.action, again.since) == ("follow", again.switch), "references count anew"
+    publish_windows(job, news.since, slower=0.2)
+    job.step()
+    assert job.coordinator.state is State.FOLLOWING, "what was seen of the plans before says nothing of these"
+
+
+@pytest.mark.parametrize("slower", [-0.1, 0.0, 0.005])
+def test_a_plan_that_references_show_to_hold_is_kept_however_long_iterations_become(
+    referring: Job, slower: float
+) -> None:
+    job = referring
+    publish_windows(job, job.told().since, slower=slower)
+    for number in range(100):
+        job.run(Follow(1, since=job.told().since), FULL_S * (1 + number / 50))
+    assert (job.coordinator.state, job.coordinator.dropped) == (State.FOLLOWING, 0)
+    assert job.coordinator.comparison.compared.time is not None
+
+
+def test_a_slow_plan_of_larger_steps_is_dropped_and_larger_steps_are_not(job: Job) -> None:
+    job.following()
+    for number in range(30):
+        size = (1.0, 1.3, 1.6)[number % 3]
+        seen = record(job.iteration, schedule="A")
+        seen.end_s = seen.begin_s + size * FULL_S
+        job.coordinator.saw(Follow(1), seen, size)
+        job.iteration += 1
+        job.step()
+    assert job.coordinator.dropped == 0
+    for _ in range(PATIENCE):
+        seen = record(job.iteration, schedule="A")
+        seen.end_s = seen.begin_s + 1.2 * 1.6 * FULL_S
+        job.coordinator.saw(Follow(1), seen, 1.6)
+        job.step()
+    assert job.coordinator.dropped == 1
 
 
 # Schedules that change.

@@ -66,7 +66,7 @@ class Job:
         self.now_s = 1000.0
         self.config = parse_config(
             {
-                "watch": {"patience": PATIENCE, "tolerance": TOLERANCE, "max_replans": 2},
+                "watch": {"patience": PATIENCE, "tolerance": TOLERANCE, "max_replans": 2, "reference_share": 0},
                 "stragglers": {"min_interval_s": INTERVAL_S, "window": WINDOW, **stragglers},
             }
         )

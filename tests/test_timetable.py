@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perseus_plugin.following.references import is_reference
 from perseus_plugin.timetable import (
+    REFERENCE,
     Directive,
     Follow,
     FullClock,
@@ -91,6 +95,26 @@ def test_the_newest_switch_that_has_begun_holds(switches: list[tuple[int, int]],
         in_force[first] = Follow(version)
     begun = [begin for begin in in_force if begin <= iteration]
     assert table.at(iteration) == (in_force[max(begun)] if begun else TABLE.at(iteration))
+
+
+def test_references_stand_amid_iterations_under_a_plan() -> None:
+    table = replace(TABLE, reference_share=0.1).switched(20, Follow(1, since=20))
+    taken = [i for i in range(20, 220) if table.at(i) == REFERENCE]
+    assert taken == [20 + offset for offset in range(200) if is_reference(offset, 0.1)]
+    assert len(taken) > 10
+    assert all(table.at(i) == Follow(1, since=20) for i in range(20, 220) if i not in taken)
+    assert REFERENCE.identity == FullClock("planning").identity
+    # Another set of plans on the same measurements goes on where the first one was.
+    enlarged = table.switched(60, Follow(2, since=20))
+    assert [i for i in range(20, 220) if enlarged.at(i) == REFERENCE] == taken
+    assert replace(table, reference_share=0.0).at(taken[0]) == Follow(1, since=20)
+
+
+def test_at_a_stragglers_pace_and_outside_plans_there_are_no_references() -> None:
+    table = replace(TABLE, reference_share=0.2)
+    assert REFERENCE not in [table.at(i) for i in range(200)]
+    assert REFERENCE not in [table.switched(20, Follow(1, True, since=20)).at(i) for i in range(20, 220)]
+    assert REFERENCE not in [table.switched(20, FullClock("trouble")).at(i) for i in range(20, 220)]
 
 
 def test_another_round_of_the_sweep_replaces_the_first() -> None:

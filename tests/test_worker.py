@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from perseus_plugin import worker as worker_module
 from perseus_plugin.config import parse_config
 from perseus_plugin.control import wire
 from perseus_plugin.exchange import ExchangeError, LocalExchange
+from perseus_plugin.following.references import is_reference
 from perseus_plugin.gpus.selection import Selection
 from perseus_plugin.known import Known
 from perseus_plugin.link import FinishedIteration, Link
@@ -26,6 +28,7 @@ from perseus_plugin.messages import (
     PlanParts,
     RankEstimate,
     RankStats,
+    RankWindows,
     Recheck,
     Trouble,
     estimate_key,
@@ -33,6 +36,7 @@ from perseus_plugin.messages import (
     receive,
     recheck_key,
     stats_key,
+    windows_key,
 )
 from perseus_plugin.reporting.account import begin_tag, end_tag
 from perseus_plugin.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
@@ -109,6 +113,7 @@ class Rank:
         exchange: LocalExchange,
         world_size: int,
         has_profile: bool,
+        reference_share: float = 0.0,
     ) -> None:
         self.rank = rank
         self.exchange = exchange
@@ -118,7 +123,12 @@ class Rank:
         self.number = 0
         self.obeys, self.read_mhz = True, 1410
         self.worker = SessionWorker(
-            config=parse_config({"watch": {"patience": PATIENCE}, "profiling": {"max_relative_error": 1.0}}),
+            config=parse_config(
+                {
+                    "watch": {"patience": PATIENCE, "reference_share": reference_share},
+                    "profiling": {"max_relative_error": 1.0},
+                }
+            ),
             placement=placement(rank, world_size),
             link=self.link,
             helper=self.helper if with_helper else None,  # type: ignore[arg-type]
@@ -180,8 +190,10 @@ class Ranks:
         with_helper: bool = True,
         world_size: int = 2,
         has_profile: bool = False,
+        reference_share: float = 0.0,
     ) -> Rank:
-        self.made.append(Rank(self.folder, rank, table, with_helper, self.exchange, world_size, has_profile))
+        made = Rank(self.folder, rank, table, with_helper, self.exchange, world_size, has_profile, reference_share)
+        self.made.append(made)
         return self.made[-1]
 
 
@@ -448,6 +460,26 @@ def test_another_schedules_plan_begins_no_sum_anew(ranks: Ranks) -> None:
         rank.iterate(3)
     assert wait_until(lambda: stats_of(rank).hooked_iterations == 6)
     assert stats_of(rank).totals["plan"].iterations == 6
+
+
+def test_references_are_counted_apart_and_told(ranks: Ranks) -> None:
+    share = 0.1
+    rank = ranks(table=replace(TABLE, reference_share=share), reference_share=share)
+    publish_news(rank.exchange, sequence=1, switch=0, action="follow", version=1)
+    assert wait_until(lambda: rank.link.timetable.at(0) == Follow(1))
+    rank.iterate(60)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == 60)
+    references = sum(is_reference(offset, share) for offset in range(60))
+    assert {sort: totals.iterations for sort, totals in stats_of(rank).totals.items()} == {
+        "plan": 60 - references,
+        "reference": references,
+    }
+    told = receive(RankWindows, rank.fetch(windows_key(1)))
+    assert told.replica == 0
+    assert [window.block for window in told.windows] == [0, 1, 2]
+    for window in told.windows:
+        assert {one.energy_j for one in window.seen} == {9.0}
+        assert {one.reference for one in window.seen} == {True, False}
 
 
 def test_iterations_still_under_the_old_plan_do_not_count_for_the_new_one(ranks: Ranks) -> None:

@@ -21,6 +21,10 @@ class Expectations:
     def __init__(self, plans: PlanShelf, times: IterationTimes) -> None:
         self._plans, self._times = plans, times
 
+    def graph_s(self, schedule: str) -> float:
+        """How long an iteration of this schedule takes at full clocks in the graph; NaN without a plan for it."""
+        return self._plans.of(schedule).baseline_time_s if schedule in self._plans else math.nan
+
     def seconds_per_planned(self, schedule: str) -> float | None:
         """Measured seconds per second of the graph; None before a schedule that was measured has a plan."""
         graph_s = {key: self._plans.of(key).baseline_time_s for key in self._plans.schedules}

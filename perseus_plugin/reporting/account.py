@@ -20,6 +20,8 @@ FULL_CLOCK = "full_clock"
 PROFILING = "profiling"
 PLAN = "plan"
 STRAGGLER = "straggler"
+REFERENCES = "reference"
+"""Full clocks amid iterations under the plan, for it to be compared with."""
 RECHECK = "recheck"
 """Full clocks measured again after a plan was dropped: the reference from then on."""
 

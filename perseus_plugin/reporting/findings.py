@@ -25,6 +25,7 @@ from perseus_plugin.reporting.worth import (
     project,
     so_far,
 )
+from perseus_plugin.timetable import REFERENCE
 
 if TYPE_CHECKING:
     from perseus_plugin.planning.curve import FrontierCurve
@@ -151,11 +152,23 @@ def full_clock_figures(folder: JobFolder, per: PerIteration | None, run: Series 
     of_summary = folder.summary.plan.schedule if folder.summary is not None and folder.summary.plan is not None else ""
     if of_summary in ("", folder.plan.schedule):
         full = by_schedule(measured, folder.plan, folder.schedules, folder.survey, folder.profile_scale)
+        full = _as_often(full, measured, {} if folder.summary is None else folder.summary.planned_schedules)
     else:  # the summary is a little older than the plan
         full = {of_summary: measured}
     if run is not None and not any(stretch.sort.schedule for stretch in run.stretches):
         full[""] = measured  # a record that does not tell schedules
     return full
+
+
+def _as_often(full: dict[str, FullClocks], measured: FullClocks, planned: Mapping[str, int]) -> dict[str, FullClocks]:
+    """Figures per schedule such that their mean over iterations under the plan is what was measured of all of them."""
+    counts = {key: count for key, count in planned.items() if key in full}
+    total = sum(counts.values())
+    if not total:
+        return full
+    energy = measured.energy_j * total / math.fsum(count * full[key].energy_j for key, count in counts.items())
+    time = measured.time_s * total / math.fsum(count * full[key].time_s for key, count in counts.items())
+    return {key: FullClocks(one.energy_j * energy, one.time_s * time) for key, one in full.items()}
 
 
 def _lanes(folder: JobFolder) -> list[Lanes]:
@@ -220,6 +233,8 @@ def marks(stretches: Sequence[Stretch], folder: JobFolder) -> list[Mark]:
     found: list[Mark] = []
     last: Stretch | None = None
     for stretch in stretches:
+        if stretch.sort.reason == REFERENCE.reason:
+            continue  # they come and go for as long as a plan is followed
         text = _change(last, stretch)
         if text:
             found.append(Mark(stretch.first, text))

@@ -66,6 +66,13 @@ class StragglerFigures(_Loose):
     energy_saved_j: float
 
 
+class ReferenceFigures(_Loose):
+    """What references amid iterations under the plan have shown: 95 % intervals; None: not known (yet)."""
+
+    saving_percent: tuple[float, float] | None
+    slowdown_percent: tuple[float, float] | None
+
+
 class Counts(_Loose):
     """Iterations by what they count for."""
 
@@ -96,6 +103,8 @@ class Summary(_Loose):
     energy_j: Columns
     saving_percent: Columns
     slowdown_percent: Columns
+    references: ReferenceFigures | None = None
+    planned_schedules: dict[str, int] = {}
     plan: PlanFigures | None
     profiling: ProfilingFigures
     stragglers: StragglerFigures | None = None

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perseus_plugin.timetable import Directive, Follow, Sweep
+from perseus_plugin.timetable import REFERENCE, Directive, Follow, Sweep
 
 WARM_UP, FULL, PROFILING, PLAN, STRAGGLER = "warm-up", "full", "profiling", "plan", "straggler"
 STATES = (WARM_UP, FULL, PROFILING, PLAN, STRAGGLER)
+
+_ABSORBING = 64  # iterations in a stretch, from which on references are not kept apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +115,21 @@ class Stretch:
         return {name: value for name, value in row.items() if name not in usual or value != usual[name]}
 
 
+def _absorbs(last: Stretch, one: Stretch, size: int) -> bool:
+    """Whether references amid iterations under a plan go into those: they return for as long as the plan is followed.
+
+    What is added up stays right, as they are at full clocks: they save nothing.
+    """
+    is_reference = one.sort.state == FULL and one.sort.reason == REFERENCE.reason
+    return size >= _ABSORBING and last.sort.state == PLAN and is_reference and last.first + last.count == one.first
+
+
 class IterationLog:
     """Stretches of a growing run, at most `limit` of them.
 
-    When there are more, neighbours are joined two by two; from then on new ones gather twice as many iterations. Only
-    a run that changes its sort more than `limit` times loses something: its oldest stretches.
+    When there are more, neighbours are joined two by two; from then on new ones gather twice as many iterations, and
+    once they gather many, references go into the iterations under the plan before them. Only a run that changes its
+    sort otherwise more than `limit` times loses something: its oldest stretches.
 
     Args:
         limit: most stretches kept, from 2.
@@ -133,7 +145,7 @@ class IterationLog:
         """Add the next iteration; returns whether older stretches have changed because of it."""
         last = self._open
         self._open = one
-        if last is not None and last.count < self._size and last.precedes(one):
+        if last is not None and last.count < self._size and _joins(last, one, self._size):
             self._open = last.joined(one)
             self.stretches[-1] = self._open
             return False
@@ -154,11 +166,15 @@ class IterationLog:
         return self.stretches if last is None or last.count >= self._size else self.stretches[:-1]
 
 
+def _joins(last: Stretch, one: Stretch, size: int) -> bool:
+    return last.precedes(one) or _absorbs(last, one, size)
+
+
 def _halved(stretches: Sequence[Stretch], size: int) -> list[Stretch]:
     joined: list[Stretch] = []
     for one in stretches:
         last = joined[-1] if joined else None
-        if last is not None and last.count + one.count <= size and last.precedes(one):
+        if last is not None and last.count + one.count <= size and _joins(last, one, size):
             joined[-1] = last.joined(one)
         else:
             joined.append(one)

@@ -57,12 +57,24 @@ def comparison(folder: JobFolder) -> Rows:
         values = (columns.full_clock, columns.predicted, columns.measured)
         return (name, *("" if value is None else form.format(value) for value in values))
 
+    def with_interval(cells: tuple[str, ...], interval: tuple[float, float] | None) -> tuple[str, ...]:
+        if interval is None or not cells[-1]:
+            return cells
+        return (*cells[:-1], f"{cells[-1]} ({interval[0]:.2f} to {interval[1]:.2f})")
+
+    references = summary.references
     return [
         ("per iteration", "full clocks", "predicted", "as run"),
         row("time", summary.iteration_time_s, "{:.4f} s"),
         row("energy", summary.energy_j, "{:,.1f} J"),
-        row("slowdown", summary.slowdown_percent, "{:.2f} %"),
-        row("energy saved", summary.saving_percent, "{:.2f} %"),
+        with_interval(
+            row("slowdown", summary.slowdown_percent, "{:.2f} %"),
+            None if references is None else references.slowdown_percent,
+        ),
+        with_interval(
+            row("energy saved", summary.saving_percent, "{:.2f} %"),
+            None if references is None else references.saving_percent,
+        ),
     ]
 
 

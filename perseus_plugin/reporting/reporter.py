@@ -69,11 +69,18 @@ class Reporter:
 
 def events_of(summary: dict[str, Any]) -> list[tuple[str, float]]:
     """The summary's main figures as (name, value) events for a framework's monitor."""
-    return [
+    figures = [
         (f"Perseus/{name}/{column}", value)
         for name in ("iteration_time_s", "energy_j", "saving_percent", "slowdown_percent")
         for column, value in summary[name].items()
         if value is not None
+    ]
+    intervals = [(name, summary["references"][name]) for name in ("saving_percent", "slowdown_percent")]
+    return figures + [
+        (f"Perseus/{name}/{column}", value)
+        for name, interval in intervals
+        if interval is not None
+        for column, value in zip(("measured_low", "measured_high"), interval, strict=True)
     ]
 
 
@@ -89,8 +96,13 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     table.add_row("time", *(_cell(times[column], "s", 4) for column in ("full_clock", "predicted", "measured")))
     table.add_row("energy", *(_cell(energies[column], "J", 1) for column in ("full_clock", "predicted", "measured")))
     slowdown, saving = summary["slowdown_percent"], summary["saving_percent"]
-    table.add_row("slowdown", "", *(_cell(slowdown[column], "%", 2) for column in ("predicted", "measured")))
-    table.add_row("energy saved", "", *(_cell(saving[column], "%", 2) for column in ("predicted", "measured")))
+    between = summary["references"]
+    for name, figures, interval in (
+        ("slowdown", slowdown, between["slowdown_percent"]),
+        ("energy saved", saving, between["saving_percent"]),
+    ):
+        as_run = _cell(figures["measured"], "%", 2) + _interval(interval)
+        table.add_row(name, "", _cell(figures["predicted"], "%", 2), as_run)
     console.print(table)
     console.print(_remarks(summary), highlight=False, soft_wrap=True)
 
@@ -102,6 +114,12 @@ def _remarks(summary: dict[str, Any]) -> str:
         f"{counts['full_clock']} iterations at full clocks, {counts['profiling']} while profiling, "
         f"{counts['plan']} under the plan"
     )
+    references = summary["references"]
+    if references["iterations"] and references["energy_not_saved_j"] is not None:
+        remarks.append(
+            f"{references['iterations']} at full clocks amid them to compare with, which saved "
+            f"{references['energy_not_saved_j']:.0f} J less for it"
+        )
     profiling = summary["profiling"]
     if profiling["extra_time_s"] is not None:
         remarks.append(f"profiling cost {profiling['extra_time_s']:.1f} s")
@@ -120,6 +138,11 @@ def _remarks(summary: dict[str, Any]) -> str:
     if overhead is not None:
         remarks.append(f"hooks took {overhead:.3f} % of the time")
     return "; ".join(remarks) + "."
+
+
+def _interval(percent: Sequence[float] | None) -> str:
+    """Between what the figure lies, with 95 % confidence."""
+    return "" if percent is None else f" ({percent[0]:.2f} to {percent[1]:.2f})"
 
 
 def _cell(value: float | None, unit: str, digits: int) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from perseus_plugin.following.comparison import Compared
 from perseus_plugin.messages import RankStats, Totals
 from perseus_plugin.planning.plan import Plan
-from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, STRAGGLER
+from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, REFERENCES, STRAGGLER
 
 SUMMARY_SCHEMA = "perseus-summary"
 SUMMARY_VERSION = 1
@@ -45,6 +46,8 @@ def build_summary(
     stragglers: dict[str, Any] | None = None,
     full_clock_scale: tuple[float, float] | None = (1.0, 1.0),
     predicted_ratios: tuple[float, float] | None = None,
+    compared: Compared | None = None,
+    planned_schedules: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The content of summary.json.
 
@@ -52,8 +55,12 @@ def build_summary(
     columns speak of the same thing: the model's own figures, which know nothing of what surrounds the schedule, are in
     plan.json. Where other schedules have run under plans than were measured at full clocks, the full-clock figures are
     scaled by the model (`full_clock_scale`). `predicted_ratios` are time and energy under the plans over those at full
-    clocks, for the schedules as often as they ran; None: those of `plan`. Figures that do not exist (yet) are null.
+    clocks, for the schedules as often as they ran; None: those of `plan`. Where plans were compared with references
+    amid them (`compared`), the full-clock figures are those under the plan over the ratio that was found: full clocks
+    on the same work. `planned_schedules` says how often each schedule has run under the plans. Figures that do not
+    exist (yet) are null.
     """
+    compared = compared or Compared()
     swept_time_s, swept_energy_j = iteration_time_s(stats, FULL_CLOCK), energy_per_iteration_j(stats, FULL_CLOCK)
     time_scale, energy_scale = (None, None) if full_clock_scale is None else full_clock_scale
     # After a recheck that is the reference, as the job may have become another one.
@@ -61,6 +68,10 @@ def build_summary(
     full_time_s = _scaled(iteration_time_s(stats, reference), time_scale)
     full_energy_j = _scaled(energy_per_iteration_j(stats, reference), energy_scale)
     time_s, energy_j = iteration_time_s(stats, PLAN), energy_per_iteration_j(stats, PLAN)
+    if time_s is not None and compared.time is not None:
+        full_time_s = time_s * math.exp(-compared.time.log)
+    if energy_j is not None and compared.energy is not None:
+        full_energy_j = energy_j * math.exp(-compared.energy.log)
     if predicted_ratios is None and plan is not None:
         predicted_ratios = plan.iteration_time_s / plan.baseline_time_s, plan.energy_j / plan.baseline_energy_j
     time_ratio, energy_ratio = (None, None) if predicted_ratios is None else predicted_ratios
@@ -85,11 +96,29 @@ def build_summary(
             "predicted": _excess(full_time_s, predicted_time_s),
             "measured": _excess(full_time_s, time_s),
         },
+        "references": _references(stats, compared, full_energy_j, energy_j),
+        "planned_schedules": dict(planned_schedules or {}),
         "plan": None if plan is None else _plan_figures(plan, planning_time_s, dropped_plans),
         "stragglers": None if stragglers is None else _straggler_figures(stats, stragglers),
         "profiling": _profiling_cost(stats, swept_time_s, swept_energy_j),
         "iterations": {sort: _iterations(stats, sort) for sort in (FULL_CLOCK, PROFILING, PLAN)},
         "overhead": _overhead(stats, time_s or full_time_s),
+    }
+
+
+def _references(
+    stats: Sequence[RankStats], compared: Compared, full_energy_j: float | None, energy_j: float | None
+) -> dict[str, Any]:
+    """What references amid iterations under the plan have shown, with 95 % intervals, and what they cost."""
+    count = _iterations(stats, REFERENCES)
+    saved_j = None if full_energy_j is None or energy_j is None else full_energy_j - energy_j
+    saving, slowdown = compared.energy, compared.time
+    return {
+        "iterations": count,
+        "blocks": 0 if slowdown is None else slowdown.blocks,
+        "saving_percent": None if saving is None else [-100 * share for share in reversed(saving.interval)],
+        "slowdown_percent": None if slowdown is None else [100 * share for share in slowdown.interval],
+        "energy_not_saved_j": None if saved_j is None else count * saved_j,
     }
 
 

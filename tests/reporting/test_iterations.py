@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perseus_plugin.following.references import is_reference
 from perseus_plugin.reporting.iterations import FULL, PLAN, PROFILING, STRAGGLER, WARM_UP, IterationLog, Sort, Stretch
-from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep
+from perseus_plugin.timetable import REFERENCE, Directive, Follow, FullClock, Sweep
 
 ON_PLAN = Sort(PLAN, plan=1)
+REFERENCES = Sort.of(REFERENCE)
 
 
 def one(number: int, time_s: float = 1.0, energy_j: float | None = 10.0, sort: Sort = ON_PLAN) -> Stretch:
@@ -84,6 +86,26 @@ def test_a_run_that_changes_all_the_time_stays_bounded_and_keeps_its_end() -> No
         log.add(one(number, sort=Sort(PLAN, plan=number)))
         assert len(log.stretches) <= 10
     assert log.stretches[-1].first == 999
+
+
+def test_references_that_come_and_go_do_not_push_out_the_begin_of_a_long_run() -> None:
+    log = IterationLog(limit=50)
+    count = 40_000
+    for number in range(count):
+        reference = is_reference(number, 0.02)
+        log.add(one(number, energy_j=20.0 if reference else 10.0, sort=REFERENCES if reference else ON_PLAN))
+        assert len(log.stretches) <= 50
+    assert log.stretches[0].first == 0
+    assert sum(s.count for s in log.stretches) == count
+    saved_j = sum(s.count * (20.0 - s.energy_j) for s in log.stretches if s.sort.state == PLAN)
+    assert saved_j == pytest.approx(10.0 * sum(not is_reference(number, 0.02) for number in range(count)))
+
+
+def test_in_a_short_run_references_stand_apart() -> None:
+    log = IterationLog(limit=50)
+    for number in range(40):
+        log.add(one(number, sort=REFERENCES if is_reference(number, 0.02) else ON_PLAN))
+    assert [s.first for s in log.stretches if s.sort.state == FULL] == [n for n in range(40) if is_reference(n, 0.02)]
 
 
 def test_what_is_usual_is_left_out_of_a_line() -> None:

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perseus_plugin.following.comparison import Compared
+from perseus_plugin.following.pairs import Effect
 from perseus_plugin.instructions import Instruction
 from perseus_plugin.messages import RankStats, Totals
 from perseus_plugin.planning.plan import Plan, PlannedInstruction
@@ -107,6 +109,43 @@ def test_figures_of_a_whole_job() -> None:
         "clock_changes_per_iteration": [2, 0],
         "dropped_plans": 1,
     }
+
+
+def test_with_references_full_clocks_are_those_on_the_same_work() -> None:
+    compared = Compared(
+        Effect(math.log(1.02), 0.002, blocks=10, iterations=120), Effect(math.log(0.8), 0.01, blocks=10, iterations=120)
+    )
+    ranks = [replaced(one, "reference", (30, 33.0, None)) for one in RANKS]
+    made = summary(ranks, compared=compared)
+    assert made["iteration_time_s"]["measured"] == pytest.approx(1.122)
+    assert made["iteration_time_s"]["full_clock"] == pytest.approx(1.122 / 1.02)
+    assert made["energy_j"]["full_clock"] == pytest.approx(710 / 0.8)
+    assert made["energy_j"]["predicted"] == pytest.approx(710 / 0.8 * 0.8)
+    assert made["slowdown_percent"]["measured"] == pytest.approx(2.0)
+    assert made["saving_percent"]["measured"] == pytest.approx(20.0)
+    references = made["references"]
+    assert (references["iterations"], references["blocks"]) == (30, 10)
+    assert references["energy_not_saved_j"] == pytest.approx(30 * (710 / 0.8 - 710))
+    for name, estimate in (("slowdown_percent", 2.0), ("saving_percent", 20.0)):
+        low, high = references[name]
+        assert low < estimate < high
+    assert made["profiling"] == summary(RANKS)["profiling"], "the sweep's cost is against the sweep's own full clocks"
+
+
+def test_without_references_nothing_is_said_of_them() -> None:
+    assert summary(RANKS)["references"] == {
+        "iterations": 0,
+        "blocks": 0,
+        "saving_percent": None,
+        "slowdown_percent": None,
+        "energy_not_saved_j": 0.0,
+    }
+
+
+def replaced(of_rank: RankStats, sort: str, totals: tuple[int, float, float | None]) -> RankStats:
+    count, time_s, energy_j = totals
+    more = {sort: Totals(iterations=count, time_s=time_s, energy_j=energy_j)}
+    return of_rank.model_copy(update={"totals": {**of_rank.totals, **more}})
 
 
 def test_who_and_what_is_told() -> None:

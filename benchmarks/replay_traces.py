@@ -122,7 +122,7 @@ def samples_of(trace: Trace, steps: npt.NDArray[np.int64]) -> Samples:
         tuple(tuple(tuple(replica[nodes].tolist()) for nodes in graph.stage_nodes) for replica in step)
         for step in trace.durations_s[steps]
     )
-    return Samples(durations, ((),) * len(durations))
+    return Samples(durations)
 
 
 def figures(outcome: Outcome, full: Outcome) -> tuple[float, float]:

@@ -167,14 +167,14 @@ class IterationDurations(_Message):
         schedule: key of the schedule that ran.
         clocks_mhz: what they ran at: one clock for all of them or one each; 0: full clocks.
         durations_s: per controllable instruction in program order.
-        starts_s: when each began, since the iteration's begin; empty where they did not run at full clocks.
+        starts_s: when each began, since the iteration's begin.
     """
 
     number: int
     schedule: str
     clocks_mhz: tuple[int, ...]
     durations_s: tuple[float, ...]
-    starts_s: tuple[float, ...] = ()
+    starts_s: tuple[float, ...]
 
 
 class RankDurations(_Message):
@@ -278,6 +278,22 @@ class Totals(_Message):
         return self.energy_j / read if self.energy_j and read > 0 else None
 
 
+class CaughtUp(_Message):
+    """How a rank has caught up, over the iterations under plans that say how to.
+
+    Attributes:
+        iterations, instructions: how many there were.
+        late_iterations, raised: of those, how many had or were instructions that ran faster than planned, being late.
+        extra_energy_j: what that took beyond the plan's clocks, by the profile.
+    """
+
+    iterations: int = 0
+    instructions: int = 0
+    late_iterations: int = 0
+    raised: int = 0
+    extra_energy_j: float = 0.0
+
+
 class RankStats(_Message):
     """One rank's running account.
 
@@ -289,6 +305,7 @@ class RankStats(_Message):
         deviations: times the GPU was seen to run at another clock than asked for.
         late: iterations that began before their order had arrived.
         switch_latency_s: median and 95 % of how long a clock change takes; None where that was not measured.
+        caught_up: how it has caught up with plans.
         final: nothing follows.
     """
 
@@ -302,6 +319,7 @@ class RankStats(_Message):
     deviations: int = 0
     late: int = 0
     switch_latency_s: tuple[float, float] | None = None
+    caught_up: CaughtUp = CaughtUp()
     final: bool = False
 
 

@@ -127,7 +127,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         promise = Promise(slowdown=request.slowdown, quantile=request.quantile)
         held = held_against(request.in_force, replay_of(problem, request.samples), promise, request.latency_s)
         if held.kept:
-            told_anew = with_delays(request.in_force, problem, delays_s) if any(request.samples.starts_s) else ()
+            told_anew = with_delays(request.in_force, problem, delays_s) if request.samples.starts_s else ()
             return PlanAnswer(None, 0.0, replayed=held, catch_up=told_anew)
     robust = _robust_plan(request, problem, request.samples)
     way = robust.catch_up

@@ -20,6 +20,7 @@ from perseus_plugin.config import PerseusConfig
 from perseus_plugin.control import wire
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.clock_log import ClockLog
+from perseus_plugin.control.lateness import extra_energy_j
 from perseus_plugin.errors import GpuError, PerseusError
 from perseus_plugin.exchange import Exchange, ExchangeError
 from perseus_plugin.following.windows import Windows, step_size
@@ -31,6 +32,7 @@ from perseus_plugin.link import FinishedIteration, Link, Parts, part_for
 from perseus_plugin.messages import (
     NEWS,
     TROUBLE,
+    CaughtUp,
     News,
     Placement,
     PlanParts,
@@ -224,6 +226,7 @@ class SessionWorker:
         self._account.add(record.number, sorts, duration_s)
         self._account.forget_before(record.number - 16)
         self._count(record)
+        self._count_lateness(directive, record)
         self._sensing.saw(directive, record, self._link.parts)
         self._windows.saw(directive, record, self._link.parts)
         if self._leader is not None:
@@ -243,6 +246,25 @@ class SessionWorker:
         asked_mhz = directive.frequency_mhz if isinstance(directive, Sweep) else None
         confirmed = self._clocks.confirms(asked_mhz, record.begin_s, record.end_s)
         return record if confirmed else replace(record, undisturbed=False)
+
+    def _count_lateness(self, directive: Directive, record: IterationRecord) -> None:
+        part = part_for(self._link.parts, directive, record)
+        if part is None or part.catch_up is None or not (record.undisturbed and record.complete):
+            return
+        durations_s = [
+            end_s - start_s
+            for slot, start_s, end_s in zip(record.slots, record.starts_s, record.ends_s, strict=True)
+            if slot >= 0
+        ]
+        before = self._stats.caught_up
+        caught_up = CaughtUp(
+            iterations=before.iterations + 1,
+            instructions=before.instructions + len(durations_s),
+            late_iterations=before.late_iterations + bool(record.raised),
+            raised=before.raised + len(record.raised),
+            extra_energy_j=before.extra_energy_j + extra_energy_j(part, record.raised, durations_s),
+        )
+        self._stats = self._stats.model_copy(update={"caught_up": caught_up})
 
     def _count(self, record: IterationRecord) -> None:
         stats = self._stats

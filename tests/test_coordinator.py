@@ -213,6 +213,7 @@ class Job:
                     durations_s=tuple(
                         math.exp(rng.gauss(0, spread)) * profile().table[rank, kind][0].time_s for kind in kinds
                     ),
+                    starts_s=(0.0,) * len(kinds),
                 )
                 for number in range(first, first + count)
             )

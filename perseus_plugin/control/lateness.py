@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from perseus_plugin.planning.replayed import LATE_BY
 
 if TYPE_CHECKING:
-    from perseus_plugin.messages import CatchUpPart
+    from perseus_plugin.messages import CatchUpPart, PlanPart
 
 
 class Lateness:
@@ -86,3 +86,24 @@ class Lateness:
         self._done_s += (now_s - self._began_s) * full_s / self._runs_s
         self._expected_s += full_s
         self._position = -1
+
+
+def extra_energy_j(part: PlanPart, raised: Sequence[tuple[int, int]], durations_s: Sequence[float]) -> float:
+    """What running faster than planned took beyond the plan's clocks, by the profile.
+
+    Args:
+        part: the plan.
+        raised: (position, clock) of the instructions that did.
+        durations_s: how long each controllable instruction took.
+    """
+    told = part.catch_up
+    if told is None:
+        return 0.0
+    total_j = 0.0
+    for position, clock in raised:
+        rows = {mhz: (time_s, watts) for mhz, time_s, watts in told.options[told.kinds[position]]}
+        planned, faster = rows.get(part.clocks_mhz[position]), rows.get(clock)
+        if planned is not None and faster is not None:
+            would_take_s = durations_s[position] * planned[0] / faster[0]
+            total_j += durations_s[position] * faster[1] - would_take_s * planned[1]
+    return total_j

@@ -47,6 +47,7 @@ class RecentIterations:
             return None
         return Samples(
             tuple(one.durations_s[0] for one in chosen),
+            tuple(one.as_run_s[0] for one in chosen),
             tuple(one.starts_s[0] for one in chosen),
         )
 

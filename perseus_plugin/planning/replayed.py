@@ -19,12 +19,13 @@ class Samples:
 
     Attributes:
         durations_s: per iteration and replica how long each instruction takes at full clocks.
-        starts_s: per iteration and replica when each began, since its own rank's begin of the iteration; nothing for
-            an iteration that did not run at full clocks.
+        as_run_s: how long each took at the clock it ran at; may be left away together with `starts_s`.
+        starts_s: when each began, since its own rank's begin of the iteration.
     """
 
     durations_s: tuple[tuple[PerStage, ...], ...]
-    starts_s: tuple[tuple[PerStage, ...], ...]
+    as_run_s: tuple[tuple[PerStage, ...], ...] = ()
+    starts_s: tuple[tuple[PerStage, ...], ...] = ()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Samples:
@@ -35,7 +36,7 @@ class Samples:
                 tuple(tuple(tuple(stage) for stage in replica) for replica in iteration) for iteration in iterations
             )
 
-        return cls(frozen(data["durations_s"]), frozen(data["starts_s"]))
+        return cls(frozen(data["durations_s"]), frozen(data["as_run_s"]), frozen(data["starts_s"]))
 
 
 @dataclass(frozen=True)

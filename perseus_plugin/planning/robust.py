@@ -261,9 +261,9 @@ def usual_delays(problem: PlanningProblem, samples: Samples | None) -> FloatArra
     """
     graph = problem.graph
     seen = [
-        by_node(graph, starts_s) - graph.times(by_node(graph, durations_s))[0]
-        for durations, starts in (() if samples is None else zip(samples.durations_s, samples.starts_s, strict=True))
-        for durations_s, starts_s in zip(durations, starts, strict=False)
+        by_node(graph, starts_s) - graph.times(by_node(graph, as_run_s))[0]
+        for as_run, starts in (() if samples is None else zip(samples.as_run_s, samples.starts_s, strict=True))
+        for as_run_s, starts_s in zip(as_run, starts, strict=True)
     ]
     return np.median(seen, axis=0) if seen else np.zeros(len(graph))
 

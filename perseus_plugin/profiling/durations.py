@@ -64,15 +64,14 @@ class DurationsLog:
             for slot, start_s, end_s in zip(record.slots, record.starts_s, record.ends_s, strict=True)
             if slot >= 0
         ]
-        full = clocks == (0,)
         seen = IterationDurations(
             number=record.number,
             schedule=record.schedule,
             clocks_mhz=clocks,
             durations_s=tuple(round(end_s - start_s, _DIGITS) for start_s, end_s in rows),
-            starts_s=tuple(round(start_s - record.begin_s, _DIGITS) for start_s, _ in rows) if full else (),
+            starts_s=tuple(round(start_s - record.begin_s, _DIGITS) for start_s, _ in rows),
         )
-        (self._full if full else self._other).append(seen)
+        (self._full if clocks == (0,) else self._other).append(seen)
         self.new += 1
 
     def message(self, placement: Placement) -> RankDurations:
@@ -118,22 +117,21 @@ def joined(
         if all((replica, stage) in by_place for stage in range(len(streams)))
     ]
     at_full: list[list[dict[int, tuple[float, ...]]]] = []
-    starts: list[list[dict[int, tuple[float, ...]]]] = []
+    seen: list[list[dict[int, IterationDurations]]] = []
     for replica in replicas:
         of_replica = [_at_full_clocks(by_place[replica, s], s, schedule, kinds[s], ratio) for s in range(len(streams))]
         at_full.append(of_replica)
-        starts.append(
-            [{one.number: one.starts_s for one in by_place[replica, s].iterations} for s in range(len(streams))]
-        )
+        seen.append([{one.number: one for one in by_place[replica, s].iterations} for s in range(len(streams))])
     if not at_full:
         return {}
     numbers = set.intersection(*(set(stage) for replica in at_full for stage in replica))
     found = {}
     for number in sorted(numbers):
-        durations = tuple(tuple(stage[number] for stage in replica) for replica in at_full)
-        begun = tuple(tuple(stage[number] for stage in replica) for replica in starts)
-        full = all(stage for replica in begun for stage in replica)
-        found[number] = Samples((durations,), (begun if full else (),))
+        found[number] = Samples(
+            (tuple(tuple(stage[number] for stage in replica) for replica in at_full),),
+            (tuple(tuple(stage[number].durations_s for stage in replica) for replica in seen),),
+            (tuple(tuple(stage[number].starts_s for stage in replica) for replica in seen),),
+        )
     return found
 
 

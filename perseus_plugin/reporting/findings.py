@@ -326,6 +326,13 @@ def origin(folder: JobFolder) -> list[str]:
             "Computed by the planner: the predicted timeline, the frontier and its bound. They are of one GPU per "
             "stage, and know nothing of what surrounds the schedule (data loading, other programs)."
         )
+    late = None if folder.summary is None else folder.summary.catching_up
+    if late is not None and late.raised_percent:
+        said.append(
+            f"{late.raised_percent:.1f} % of instructions began later than the plan allows and ran faster to catch up, "
+            f"in up to {late.late_iterations} of {late.iterations} iterations of a rank, for about "
+            f"{late.extra_energy_per_iteration_j or 0.0:.1f} J per iteration of the job (by the profile)."
+        )
     if any(record.placement.replica for record in folder.records.values()):
         said.append("Timelines and clocks show the first data-parallel replica; `perseus trace` has all ranks.")
     hosts = {record.header.host for record in folder.records.values()}

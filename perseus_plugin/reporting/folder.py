@@ -81,6 +81,15 @@ class Counts(_Loose):
     plan: int
 
 
+class CatchingUp(_Loose):
+    """How often ranks were late."""
+
+    late_iterations: int
+    iterations: int
+    raised_percent: float | None
+    extra_energy_per_iteration_j: float | None
+
+
 class Overhead(_Loose):
     """What the hooks cost."""
 
@@ -110,6 +119,7 @@ class Summary(_Loose):
     stragglers: StragglerFigures | None = None
     iterations: Counts
     overhead: Overhead
+    catching_up: CatchingUp | None = None
 
 
 @dataclass

@@ -134,6 +134,12 @@ def _remarks(summary: dict[str, Any]) -> str:
             f"{stragglers['iterations']} iterations at a straggler's pace, about "
             f"{stragglers['energy_saved_j']:.0f} J saved by it"
         )
+    late = summary["catching_up"]
+    if late["raised_instructions"]:
+        remarks.append(
+            f"{late['raised_percent']:.1f} % of instructions began late and ran faster than planned to catch up, for "
+            f"about {late['extra_energy_per_iteration_j']:.1f} J per iteration"
+        )
     overhead = summary["overhead"]["hook_time_percent"]
     if overhead is not None:
         remarks.append(f"hooks took {overhead:.3f} % of the time")

@@ -102,6 +102,7 @@ def build_summary(
         "stragglers": None if stragglers is None else _straggler_figures(stats, stragglers),
         "profiling": _profiling_cost(stats, swept_time_s, swept_energy_j),
         "iterations": {sort: _iterations(stats, sort) for sort in (FULL_CLOCK, PROFILING, PLAN)},
+        "catching_up": _catching_up(stats),
         "overhead": _overhead(stats, time_s or full_time_s),
     }
 
@@ -151,6 +152,20 @@ def _profiling_cost(
     return {
         "extra_time_s": None if time_s is None or full_time_s is None else count * (time_s - full_time_s),
         "extra_energy_j": None if energy_j is None or full_energy_j is None else count * (energy_j - full_energy_j),
+    }
+
+
+def _catching_up(stats: Sequence[RankStats]) -> dict[str, float | int | None]:
+    """How often ranks were late and ran faster than planned, and what that took; all ranks together."""
+    instructions = sum(s.caught_up.instructions for s in stats)
+    iterations = max((s.caught_up.iterations for s in stats), default=0)
+    extra_j = math.fsum(s.caught_up.extra_energy_j for s in stats)
+    return {
+        "late_iterations": max((s.caught_up.late_iterations for s in stats), default=0),
+        "iterations": iterations,
+        "raised_instructions": sum(s.caught_up.raised for s in stats),
+        "raised_percent": 100 * sum(s.caught_up.raised for s in stats) / instructions if instructions else None,
+        "extra_energy_per_iteration_j": extra_j / iterations if iterations else None,
     }
 
 

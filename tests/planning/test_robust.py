@@ -39,7 +39,8 @@ def samples(factors: FloatArray, delay_s: float = 0.0) -> Samples:
     starts = [
         [per_stage(delay_s + GRAPH.times(PROBLEM.full_clock_s * one)[0]) for one in iteration] for iteration in factors
     ]
-    return Samples(tuple(tuple(one) for one in durations), tuple(tuple(one) for one in starts))
+    made = tuple(tuple(one) for one in durations)
+    return Samples(made, made, tuple(tuple(one) for one in starts))
 
 
 def answer(made_of: Samples | None, catch_up: bool = True, effort: str = "quick", slowdown: float = 0.0) -> PlanAnswer:
@@ -129,9 +130,7 @@ def test_catching_up_saves_where_a_static_plan_cannot() -> None:
         )
         for iteration in length.tolist()
     )
-    wanted = PlanRequest(
-        "1F1B", streams, {}, profile, [BLOCKING_W] * 2, 0.0, 0.01, samples=Samples(durations, ((),) * 12)
-    )
+    wanted = PlanRequest("1F1B", streams, {}, profile, [BLOCKING_W] * 2, 0.0, 0.01, samples=Samples(durations))
     static, caught = answer_to(wanted), answer_to(replace(wanted, catch_up=True))
     assert static.replayed is not None
     assert caught.replayed is not None
@@ -196,12 +195,11 @@ def test_what_a_rank_is_told_fits_its_stage() -> None:
             assert options[0][0] == 1400
 
 
-def test_usual_delays_come_from_iterations_at_full_clocks_alone() -> None:
+def test_usual_delays_are_against_what_the_graph_says_of_the_same_durations() -> None:
     made = samples(noise(0.2, iterations=3), delay_s=0.015)
-    half = Samples(made.durations_s, ((), made.starts_s[1], ()))
     instructions = PROBLEM.instruction_nodes
-    assert usual_delays(PROBLEM, half)[instructions] == pytest.approx(0.015)
-    assert not usual_delays(PROBLEM, Samples(made.durations_s, ((), (), ()))).any()
+    assert usual_delays(PROBLEM, made)[instructions] == pytest.approx(0.015)
+    assert not usual_delays(PROBLEM, Samples(made.durations_s)).any()
     assert not usual_delays(PROBLEM, None).any()
 
 

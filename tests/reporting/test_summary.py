@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from perseus_plugin.following.comparison import Compared
 from perseus_plugin.following.pairs import Effect
 from perseus_plugin.instructions import Instruction
-from perseus_plugin.messages import RankStats, Totals
+from perseus_plugin.messages import CaughtUp, RankStats, Totals
 from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.reporting.summary import build_summary, energy_per_iteration_j, iteration_time_s
 
@@ -67,6 +67,7 @@ RANKS = [
         requests=50,
         late=1,
         switch_latency_s=(0.012, 0.02),
+        caught_up=CaughtUp(iterations=5, instructions=20, late_iterations=3, raised=6, extra_energy_j=3.0),
     ),
     stats(
         1,
@@ -76,6 +77,7 @@ RANKS = [
         switch_latency_s=(0.01, 0.03),
         instructions=400,
         requests=70,
+        caught_up=CaughtUp(iterations=5, instructions=20, late_iterations=1, raised=1, extra_energy_j=1.0),
     ),
 ]
 
@@ -99,6 +101,15 @@ def test_figures_of_a_whole_job() -> None:
             "late_switches": 1,
             "emulated_instructions": 800,
             "emulated_instructions_overrun": 3,
+        }
+    )
+    assert made["catching_up"] == pytest.approx(
+        {
+            "late_iterations": 3,
+            "iterations": 5,
+            "raised_instructions": 7,
+            "raised_percent": 17.5,
+            "extra_energy_per_iteration_j": 0.8,
         }
     )
     assert made["plan"] == {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import resource
 import signal
 import sys
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=-1)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--change-batch-at", type=int, default=-1, help="step from which on there are 2 more")
+    parser.add_argument("--batches-from", help="numbers of microbatches, one of which every step draws: LOW,HIGH")
     parser.add_argument("--enable", help="call perseus_plugin.enable with the block in this JSON file")
     parser.add_argument("--break-tap-at", type=int, default=-1, help="step at which the plugin's tap is sabotaged")
     parser.add_argument("--slow-gpu-at", type=int, default=-1, help="step from which on rank 1's GPU is slower")
@@ -127,6 +129,10 @@ def main() -> None:
     losses = []
     facts = {"at_start": look(engine)}
     for step in range(arguments.steps):
+        if arguments.batches_from:
+            low, high = map(int, arguments.batches_from.split(","))
+            count = random.Random(step).randint(low, high)
+            engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu())
         if step == arguments.change_batch_at:
             engine.set_train_batch_size(engine.train_batch_size() + 2 * engine.train_micro_batch_size_per_gpu())
         if step == arguments.slow_gpu_at and torch.distributed.get_rank() == 1:

@@ -65,6 +65,21 @@ def test_enable_by_hand_and_a_changed_number_of_microbatches(tmp_path: Path) -> 
     assert facts_of(tmp_path)[0]["losses"] == facts_of(reference)[0]["losses"]
 
 
+def test_a_number_of_microbatches_that_changes_with_every_step(tmp_path: Path) -> None:
+    block = perseus_block(tmp_path / "out", 2)
+    arguments = ("--steps", "110", "--batches-from", "2,5")
+    done = run_job(PROBE, 2, {**BASE_CONFIG, "perseus": block}, tmp_path, *arguments).check()
+    for count in range(2, 6):
+        assert len(re.findall(rf"plan \d+ for TrainSchedule/2x{count} ready", done.output)) == 1
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["iterations"]["plan"] > 30
+    assert sorted(summary["planned_schedules"]) == [f"TrainSchedule/2x{count}" for count in range(2, 6)]
+    assert summary["saving_percent"]["predicted"] > 1
+    assert summary["plan"]["dropped_plans"] == 0
+    run_job(PROBE, 2, BASE_CONFIG, tmp_path / "reference", *arguments).check()
+    assert facts_of(tmp_path)[0]["losses"] == facts_of(tmp_path / "reference")[0]["losses"]
+
+
 def test_a_profile_is_used_again_for_the_same_job_only(tmp_path: Path) -> None:
     config = {**BASE_CONFIG, "perseus": perseus_block(tmp_path / "out", 2)}
     first = run_job(PROBE, 2, config, tmp_path / "first", "--steps", "40").check()
@@ -82,7 +97,8 @@ def test_a_profile_is_used_again_for_the_same_job_only(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_does_not_hold_is_dropped_and_made_anew(tmp_path: Path) -> None:
-    block = perseus_block(tmp_path / "out", 2, watch={"tolerance": 0.2, "patience": 3})
+    watch = {"tolerance": 0.2, "patience": 3, "reference_share": 0}  # references would be as slow as the plan
+    block = perseus_block(tmp_path / "out", 2, watch=watch)
     done = run_job(
         PROBE, 2, {**BASE_CONFIG, "perseus": block}, tmp_path, "--steps", "90", "--slow-gpu-at", "50"
     ).check()

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -21,6 +22,8 @@ from perseus_plugin.config import PerseusConfig, StragglersConfig
 from perseus_plugin.control.boundaries import boundaries_for
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.controller import Controller
+from perseus_plugin.control.examination import why_not_planned
+from perseus_plugin.control.wire import DeviceFacts
 from perseus_plugin.emulation import EmulatedStage
 from perseus_plugin.errors import ConfigError, GpuError, PerseusError
 from perseus_plugin.exchange import Exchange, open_exchange
@@ -406,10 +409,27 @@ def _take_gpu(config: PerseusConfig, selection: Selection) -> tuple[Selection, C
     if device is not None and device.leftover:
         logger.warning("the SM clock was %s; it is free again, nothing needs to be done", device.leftover)
     selection = with_facts(selection, device)
+    if device is not None and selection.spec is not None:
+        why_not = _why_not_planned(config, selection, device)
+        if why_not:
+            selection = replace(selection, spec=None, clocks_mhz=(), why_not=why_not)
     if selection.spec is None:
         helper.close(timeout_s=1.0)
         return selection, None
     return selection, helper
+
+
+def _why_not_planned(config: PerseusConfig, selection: Selection, device: DeviceFacts) -> str:
+    """Why a sweep could not lead to a plan on this GPU, known before it begins; empty if it could."""
+    given = config.profiling.load is not None
+    if not given and config.profiling.clocks_mhz is not None and len(set(selection.clocks_mhz)) > 1:
+        tried = set(nearest_clocks(selection.clocks_mhz, config.profiling.clocks_mhz))
+        if len(tried) < 2:
+            return (
+                f"perseus.profiling.clocks_mhz: {list(config.profiling.clocks_mhz)} are all {tried.pop()} MHz on this "
+                f"GPU; allowed: clocks from {min(selection.clocks_mhz)} to {max(selection.clocks_mhz)} MHz that differ"
+            )
+    return why_not_planned(selection.clocks_mhz, device.counter, has_profile=given)
 
 
 live_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -473,7 +493,7 @@ def _observe_only(selection: Selection, link: Link, placement: Placement) -> Non
     # What is missing mostly is missing on a whole machine: one line each. Any other rank's reason is told by rank 0.
     level = logging.WARNING if placement.local_rank == 0 else logging.DEBUG
     reason = selection.why_not
-    logger.log(level, "observing only, no clock will be set: %s. `perseus doctor` says what is missing", reason)
+    logger.log(level, "observing only, no clock will be set: %s. `perseus doctor` tells more", reason)
     link.trouble(selection.why_not)
 
 

@@ -642,6 +642,42 @@ def test_a_kept_iteration_of_the_sweep_knows_its_clock(rank: Rank) -> None:
     assert directives[2] == Sweep(0, 1410, kept=True)
 
 
+# What no sweep could lead to.
+
+
+@pytest.mark.parametrize(
+    ("facts", "profiling", "text"),
+    [
+        ({"clocks_mhz": (1410,)}, {}, "there is nothing to choose between its SM clocks (1410 MHz)"),
+        ({"counter": "the energy counter did not move within 1.5 s"}, {}, "so no energies can be measured"),
+        ({}, {"clocks_mhz": [1400, 1390]}, "[1400, 1390] are all 1410 MHz on this GPU"),
+    ],
+)
+def test_what_cannot_be_planned_for_is_said_before_any_sweep(
+    tmp_path: Path,
+    fakes: type[FakeClockHelper],
+    caplog: pytest.LogCaptureFixture,
+    facts: dict[str, Any],
+    profiling: dict[str, Any],
+    text: str,
+) -> None:
+    fakes.facts = replace(FACTS, **facts)
+    made = start(tmp_path, profiling=profiling)
+    assert made["link"].timetable.sweep.clocks_mhz == ()
+    assert made["helper"] is None
+    assert [call[0] for call in fakes.started[0].calls] == ["start", "close"]
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert line.startswith("observing only, no clock will be set: ")
+    assert text in line
+
+
+def test_with_a_profile_no_energy_need_be_measured(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
+    save_profile(profile(2), tmp_path / "p.csv")
+    fakes.facts = replace(FACTS, counter="the energy counter cannot be read (not supported)")
+    made = start(tmp_path, profiling={"load": str(tmp_path / "p.csv"), "blocking_power_w": 80.0})
+    assert made["helper"] is not None
+
+
 # Schedules that change with every iteration.
 
 

@@ -15,9 +15,10 @@ from typing import Annotated
 
 import typer
 
-from perseus_plugin.cli.targets import DEFAULT_ZEUSD_SOCKET, gpu_specs
+from perseus_plugin.cli.targets import DEFAULT_ZEUSD_SOCKET, Target, exit_status, gpu_targets
+from perseus_plugin.control.examination import counter_problem, why_not_planned
 from perseus_plugin.control.latency import measure_switch_latency
-from perseus_plugin.control.ownership import Ownership, describe, holder_of, lock_path, read_record
+from perseus_plugin.control.ownership import Ownership, describe, helper_elsewhere, holder_of, lock_path, read_record
 from perseus_plugin.control.resetting import reset_until_confirmed
 from perseus_plugin.control.takeover import take_over
 from perseus_plugin.errors import GpuError, PerseusError
@@ -36,7 +37,7 @@ class Findings:
 
     Attributes:
         gpu: name and UUID.
-        controlled: whether a job's clocks would be set.
+        controlled: whether plans would be made for it, and a job's clocks set.
         facts: what is known, by what it is about.
         remedy: what to do if it is not controlled.
     """
@@ -48,7 +49,9 @@ class Findings:
 
 
 def doctor(
-    gpu: Annotated[list[str] | None, typer.Option(help="UUID of a GPU; may be repeated. Default: all.")] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="UUID of a GPU, or its beginning; may be repeated. Default: all visible.")
+    ] = None,
     emulated: Annotated[list[Path] | None, typer.Option(help="State file of an emulated GPU; may be repeated.")] = None,
     zeusd_socket: Annotated[str, typer.Option(help="Unix socket of the zeusd daemon.")] = DEFAULT_ZEUSD_SOCKET,
     control: Annotated[
@@ -56,15 +59,18 @@ def doctor(
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say for each GPU what works. Exit status 0 if a job's clocks would be set on all of them, else 1."""
+    """Say for each GPU what works: of those named, or of all that CUDA_VISIBLE_DEVICES leaves.
+
+    Exit status 0 if plans would be made for all of them and clocks set, 3 if for some, 1 if for none.
+    """
     software = {"driver": driver_version(), **{package: version_of(package) for package in PACKAGES}}
     findings: list[Findings] = []
     problem = ""
     try:
-        specs = gpu_specs(gpu or [], emulated or [], zeusd_socket)
-        findings = [examine(spec, control=control) for spec in specs]
+        targets = gpu_targets(gpu or [], emulated or [], zeusd_socket)
+        findings = [examine(target, control=control) for target in targets]
         if not findings:
-            problem = "no GPU here"
+            problem = "no GPU here, or none that CUDA_VISIBLE_DEVICES leaves"
     except PerseusError as error:
         problem = str(error)
     zeusd = zeusd_state(zeusd_socket)
@@ -83,25 +89,28 @@ def doctor(
         )
     else:
         _print(software, zeusd, findings, problem)
-    good = bool(findings) and all(found.controlled for found in findings)
-    raise typer.Exit(0 if good else 1)
+    raise typer.Exit(exit_status(sum(found.controlled for found in findings), len(findings)))
 
 
-def examine(spec: str, *, control: bool) -> Findings:
+def examine(target: Target, *, control: bool) -> Findings:
     """Find out about one GPU; with `control` by locking and resetting its clock."""
+    spec = target.spec
+    if spec is None:
+        return Findings(target.name, remedy=target.problem)
     try:
         device = open_gpu(spec)
     except GpuError as error:
-        return Findings(spec, remedy=str(error))
+        return Findings(target.name, remedy=str(error))
     found = Findings(f"{device.name} {device.uuid}")
     try:
         clocks = device.supported_clocks_mhz()
         found.facts["SM clocks"] = f"{len(clocks)} from {clocks[-1]} to {clocks[0]} MHz"
         found.facts["SM clock now"] = f"{device.read_clock_mhz()} MHz"
-        found.facts["energy counter"] = counter_period(device)
+        counter = counter_problem(device)
+        found.facts["energy counter"] = counter or counter_period(device)
         path = lock_path(spec, device.uuid)
         found.facts["MIG"] = "not in the way" if not device.emulated else "none (emulated)"
-        holder = holder_of(path)
+        holder = holder_of(path) or helper_elsewhere(device.uuid, path)
         if holder is not None:
             found.facts["control"] = f"held by {describe(holder)}"
             found.remedy = "wait until that job has ended"
@@ -111,6 +120,9 @@ def examine(spec: str, *, control: bool) -> Findings:
             left = read_record(path).get("clock") == "locked"
             found.facts["leftover lock"] = "yes; `perseus reset` frees it" if left else "none"
             found.remedy = "not tried: run without --no-control"
+        why_not = why_not_planned(clocks, counter)
+        if why_not:
+            found.controlled, found.remedy = False, why_not
     except GpuError as error:
         found.remedy = str(error)
     finally:
@@ -120,7 +132,7 @@ def examine(spec: str, *, control: bool) -> Findings:
 
 def _examine_control(spec: str, found: Findings) -> None:
     """Take the GPU over, time its clock changes, and leave it free."""
-    device, ownership, facts = take_over(spec, os.getpid(), wait_s=0.0)
+    device, ownership, facts = take_over(spec, os.getpid(), wait_s=0.0, examine=False)
     if ownership is None:
         found.facts["control"] = "refused"
         found.remedy = facts.why_not
@@ -129,6 +141,8 @@ def _examine_control(spec: str, found: Findings) -> None:
     try:
         found.facts["control"] = f"allowed, through {facts.backend}"
         found.facts["leftover lock"] = f"{facts.leftover}; it was freed" if facts.leftover else "none"
+        if len(facts.clocks_mhz) < 2:
+            return
         found.facts["switch latency"], found.controlled = _time_changes(device, ownership)
         if not found.controlled:
             found.remedy = (
@@ -157,23 +171,18 @@ def _time_changes(device: Gpu, ownership: Ownership) -> tuple[str, bool]:
 def counter_period(
     device: Gpu, now: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
 ) -> str:
-    """How often the energy counter moves, watched for a second."""
-    try:
-        last = device.read_energy()
-        end_s = now() + COUNTER_WATCH_S
-        ticks: list[float] = []
-        while now() < end_s:
-            sleep(COUNTER_POLL_S)
-            reading = device.read_energy()
-            if reading.energy_j != last.energy_j:
-                ticks.append(reading.time_s)
-            last = reading
-    except GpuError as error:
-        return f"cannot be read: {error}"
+    """How often an energy counter that moves does so, watched for a second."""
+    last = device.read_energy()
+    end_s = now() + COUNTER_WATCH_S
+    ticks: list[float] = []
+    while now() < end_s:
+        sleep(COUNTER_POLL_S)
+        reading = device.read_energy()
+        if reading.energy_j != last.energy_j:
+            ticks.append(reading.time_s)
+        last = reading
     gaps = [b - a for a, b in itertools.pairwise(ticks)]
-    if not gaps:
-        return f"did not move within {COUNTER_WATCH_S:.0f} s"
-    return f"moves every {1e3 * statistics.median(gaps):.0f} ms"
+    return f"moves every {1e3 * statistics.median(gaps):.0f} ms" if gaps else "moves"
 
 
 def zeusd_state(socket_path: str) -> str:

@@ -8,35 +8,46 @@ from typing import Annotated
 
 import typer
 
-from perseus_plugin.cli.targets import DEFAULT_ZEUSD_SOCKET, gpu_specs
-from perseus_plugin.control.ownership import describe, holder_of, lock_path
+from perseus_plugin.cli.targets import DEFAULT_ZEUSD_SOCKET, NONE, Target, exit_status, gpu_targets
+from perseus_plugin.control.ownership import describe, helper_elsewhere, holder_of, lock_path
 from perseus_plugin.control.takeover import take_over
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.opening import candidate_specs, open_gpu
 
 
 def reset(
-    gpu: Annotated[list[str] | None, typer.Option(help="UUID of a GPU; may be repeated. Default: all.")] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="UUID of a GPU, or its beginning; may be repeated. Default: all visible.")
+    ] = None,
     emulated: Annotated[list[Path] | None, typer.Option(help="State file of an emulated GPU; may be repeated.")] = None,
     zeusd_socket: Annotated[str, typer.Option(help="Unix socket of the zeusd daemon.")] = DEFAULT_ZEUSD_SOCKET,
     force: Annotated[bool, typer.Option(help="Also GPUs that a running job controls.")] = False,
 ) -> None:
-    """Free the SM clocks of GPUs: of those named, or of all. Exit status 1 if one could not be freed."""
+    """Free the SM clocks of GPUs: of those named, or of all that CUDA_VISIBLE_DEVICES leaves.
+
+    Exit status 0 if all are free, 3 if some are, 1 if none is.
+    """
     try:
-        specs = gpu_specs(gpu or [], emulated or [], zeusd_socket)
+        targets = gpu_targets(gpu or [], emulated or [], zeusd_socket)
     except GpuError as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    failed = [spec for spec in specs if not reset_one(spec, force=force)]
-    raise typer.Exit(1 if failed else 0)
+        raise typer.Exit(NONE) from error
+    if not targets:
+        typer.echo("error: no GPU here, or none that CUDA_VISIBLE_DEVICES leaves", err=True)
+    freed = [reset_one(target, force=force) for target in targets]
+    raise typer.Exit(exit_status(sum(freed), len(freed)))
 
 
-def reset_one(spec: str, *, force: bool) -> bool:
+def reset_one(target: Target, *, force: bool) -> bool:
     """Free one GPU's clock and print how that went."""
+    spec = target.spec
+    if spec is None:
+        typer.echo(f"{target.name}: not freed: {target.problem}")
+        return False
     try:
-        device, ownership, facts = take_over(spec, os.getpid(), wait_s=0.0)
+        device, ownership, facts = take_over(spec, os.getpid(), wait_s=0.0, examine=False)
     except GpuError as error:
-        typer.echo(f"{spec}: not freed: {error}")
+        typer.echo(f"{target.name}: not freed: {error}")
         return False
     who = f"{facts.name} {facts.uuid}"
     try:
@@ -44,7 +55,8 @@ def reset_one(spec: str, *, force: bool) -> bool:
             ownership.release()
             typer.echo(f"{who}: free" + (f" (it was {facts.leftover})" if facts.leftover else ""))
             return True
-        holder = holder_of(lock_path(spec, facts.uuid))
+        lock = lock_path(spec, facts.uuid)
+        holder = holder_of(lock) or helper_elsewhere(facts.uuid, lock)
         if holder is None or not force:
             hint = "" if holder is None else "; --force frees it all the same"
             typer.echo(f"{who}: not freed: {facts.why_not}{hint}")
@@ -58,7 +70,11 @@ def _reset_by_force(spec: str, who: str) -> bool:
     refusals = []
     for candidate in candidate_specs(spec):
         try:
-            open_gpu(candidate).reset_clock()
+            device = open_gpu(candidate)
+            try:
+                device.reset_clock()
+            finally:
+                device.close()
         except GpuError as error:
             refusals.append(str(error))
         else:

@@ -18,6 +18,7 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
+from perseus_plugin.control.ownership import HELPER_MODULE
 from perseus_plugin.control.wire import (
     AT_ONCE_AND_LAST,
     BYE,
@@ -285,7 +286,7 @@ os.register_at_fork(after_in_child=_forget_after_fork)
 
 def _spawn(spec: str, options: list[str], log_path: Path | str | None) -> subprocess.Popen[bytes]:
     """Start a helper process in a session of its own, so that signals to the job do not end it first."""
-    program = [sys.executable, "-m", "perseus_plugin.control.helper"]
+    program = [sys.executable, "-m", HELPER_MODULE]
     command = [*program, spec, "--parent", str(os.getpid()), *options]
     log = open(log_path, "ab") if log_path is not None else None  # noqa: PTH123, SIM115
     try:

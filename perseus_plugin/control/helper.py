@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.set_blocking(inlet, False)
     os.set_blocking(outlet, False)
     try:
-        gpu, ownership, facts = take_over(options.spec, options.parent)
+        gpu, ownership, facts = take_over(options.spec, options.parent, examine=not options.reset_only)
     except GpuError as error:
         _say(outlet, Trouble("helper_failed", str(error), time.monotonic()))
         return EXIT_NO_GPU

@@ -17,6 +17,9 @@ LOCK_DIR_VARIABLE = "PERSEUS_LOCK_DIR"
 DEFAULT_LOCK_DIR = "/tmp/perseus-locks"
 """The same for all users and jobs of a machine, so not the job's own TMPDIR."""
 
+HELPER_MODULE = "perseus_plugin.control.helper"
+_SETTLED_S = 5.0  # a helper that lives for so long controls its GPU: one that may not has ended
+
 
 class GpuBusyError(GpuError):
     """Another live process controls this GPU; the message names it."""
@@ -52,7 +55,7 @@ class Ownership:
         try:
             self._fd = _open(path)
         except OSError as error:
-            raise GpuError(f"{path}: cannot open the GPU's lock file: {error}") from error
+            raise GpuError(_cannot_open(path, error)) from error
         end_s = time.monotonic() + wait_s
         while not self._try_lock():
             if time.monotonic() >= end_s:
@@ -92,6 +95,9 @@ class Ownership:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            os.close(self._fd)
+            raise GpuError(_cannot_lock(self._path, error)) from error
         return True
 
     def _write(self) -> None:
@@ -123,14 +129,69 @@ def holder_of(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise GpuError(f"{path}: cannot open the GPU's lock file: {error}") from error
+        raise GpuError(_cannot_open(path, error)) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return read_record(path)
+    except OSError as error:
+        raise GpuError(_cannot_lock(path, error)) from error
     finally:
         os.close(fd)
     return None
+
+
+def helper_elsewhere(uuid: str, lock: Path, processes: Path = Path("/proc")) -> dict[str, Any] | None:
+    """The helper process that controls a GPU by a lock file other than the one we see; None if none is seen.
+
+    A job's lock folder may be its own (a private /tmp, another setting): then its lock file says nothing here, but its
+    helper is among this machine's processes, unless it lives in another container.
+
+    Args:
+        uuid: of the GPU.
+        lock: the lock file as we see it.
+        processes: where the kernel shows processes.
+
+    Returns:
+        As much of a record (see `describe`) as the process tells.
+    """
+    for entry in processes.glob("[0-9]*/cmdline"):
+        try:
+            arguments = entry.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has just ended, or is another user's where those are hidden
+            continue
+        if HELPER_MODULE not in arguments or "--reset-only" in arguments:
+            continue
+        spec = arguments[arguments.index(HELPER_MODULE) + 1]
+        if spec.endswith(f":{uuid}") and _has_lock_elsewhere(entry.parent, lock):
+            return _record_of(entry.parent, arguments)
+    return None
+
+
+def _has_lock_elsewhere(process: Path, lock: Path) -> bool:
+    """Whether a helper has another lock file of this name than ours; where its files are hidden, its age must tell."""
+    with suppress(OSError):
+        ours = lock.stat()
+        for opened in (process / "fd").iterdir():
+            with suppress(OSError):
+                name, theirs = opened.readlink().name, opened.stat()
+                if name == lock.name:
+                    return (theirs.st_dev, theirs.st_ino) != (ours.st_dev, ours.st_ino)
+        return False  # it has none yet, or has given it up
+    with suppress(OSError):
+        return time.time() - process.stat().st_mtime > _SETTLED_S
+    return False
+
+
+def _record_of(process: Path, arguments: list[str]) -> dict[str, Any]:
+    parent = arguments[arguments.index("--parent") + 1] if "--parent" in arguments[:-1] else "unknown"
+    record: dict[str, Any] = {"helper_pid": int(process.name), "pid": parent, "host": socket.gethostname()}
+    with suppress(OSError):
+        status = process.stat()
+        record["user_id"] = status.st_uid
+        record["since"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.st_mtime))
+    record["command"] = _command_line(int(parent)) if parent.isdigit() else ""
+    return record
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -150,6 +211,17 @@ def describe(record: dict[str, Any]) -> str:
         f"process {record.get('pid')} of user id {record.get('user_id')} on {record.get('host')} since "
         f"{record.get('since')} ({record.get('command') or 'command unknown'})"
     )
+
+
+_LOCK_REMEDY = f"set {LOCK_DIR_VARIABLE} to a folder on a local disk that every user of the GPUs can write to"
+
+
+def _cannot_open(path: Path, error: OSError) -> str:
+    return f"{path}: cannot open the GPU's lock file: {error.strerror or error}; {_LOCK_REMEDY}"
+
+
+def _cannot_lock(path: Path, error: OSError) -> str:
+    return f"{path}: its file system cannot lock the GPU's lock file: {error.strerror or error}; {_LOCK_REMEDY}"
 
 
 def _open(path: Path) -> int:

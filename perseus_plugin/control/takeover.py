@@ -4,8 +4,11 @@ clock."""
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
-from perseus_plugin.control.ownership import Ownership, describe, lock_path
+from perseus_plugin.control.examination import counter_problem
+from perseus_plugin.control.ownership import GpuBusyError, Ownership, describe, helper_elsewhere, lock_path
 from perseus_plugin.control.wire import DeviceFacts
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import Gpu
@@ -16,9 +19,15 @@ TAKEOVER_WAIT_S = 1.5
 
 
 def take_over(
-    spec: str, owner_pid: int, *, wait_s: float = TAKEOVER_WAIT_S
+    spec: str, owner_pid: int, *, wait_s: float = TAKEOVER_WAIT_S, examine: bool = True
 ) -> tuple[Gpu, Ownership | None, DeviceFacts]:
     """Become the one that controls a GPU and free its clock, or find out why not.
+
+    Args:
+        spec: which GPU.
+        owner_pid: the process on whose behalf.
+        wait_s: how long to wait for the helper of a run that is just ending.
+        examine: whether to watch the energy counter, too; for up to 1.5 s where it does not move.
 
     Returns the GPU, the held lock file (None: it can only be read), and the facts.
 
@@ -29,10 +38,15 @@ def take_over(
     gpu = open_gpu(candidates[0])
     backend, refusals, leftover = "", [], ""
     ownership = None
+    lock = lock_path(spec, gpu.uuid)
     try:
-        ownership = Ownership(lock_path(spec, gpu.uuid), owner_pid, wait_s=wait_s)
+        ownership = Ownership(lock, owner_pid, wait_s=wait_s)
+        _wait_for_helpers(gpu.uuid, lock, wait_s)
     except GpuError as error:
         refusals.append(str(error))
+        if ownership is not None:
+            ownership.release()
+            ownership = None
     else:
         for candidate in candidates:
             try:
@@ -57,8 +71,25 @@ def take_over(
         can_lock=ownership is not None,
         why_not="" if ownership is not None else "; and ".join(refusals),
         leftover=leftover,
+        counter=counter_problem(gpu) if examine and ownership is not None else "",
         pid=os.getpid(),
         backend=backend,
         driver=gpu.driver,
     )
     return gpu, ownership, facts
+
+
+def _wait_for_helpers(uuid: str, lock: Path, wait_s: float) -> None:
+    """See that no helper of another job, whose lock file is elsewhere, controls the GPU.
+
+    Raises:
+        GpuBusyError: one does.
+    """
+    end_s = time.monotonic() + wait_s
+    while (holder := helper_elsewhere(uuid, lock)) is not None:
+        if time.monotonic() >= end_s:
+            raise GpuBusyError(
+                f"another job controls this GPU: {describe(holder)} (its helper is process {holder['helper_pid']}; its "
+                "lock file is in another folder)"
+            )
+        time.sleep(0.05)

@@ -103,6 +103,7 @@ class DeviceFacts:
         pid: of the helper.
         backend: through which the clock is set: `"nvml"`, `"zeusd"` or `"emulated"`; empty if it cannot be.
         driver: version of the driver, empty if there is none.
+        counter: what is wrong with the energy counter, empty if it moves or was not looked at.
     """
 
     name: str
@@ -115,6 +116,7 @@ class DeviceFacts:
     pid: int
     backend: str = ""
     driver: str = ""
+    counter: str = ""
 
     def pack(self) -> bytes:
         """As the payload of READY."""

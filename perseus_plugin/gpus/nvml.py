@@ -79,8 +79,13 @@ class NvmlGpu:
     def read_energy(self) -> EnergyReading:
         """The energy counter, and the time under the power cap where the GPU tells it; one driver call."""
         with self._calling("read the energy counter"):
-            fields = self._nvml.nvmlDeviceGetFieldValues(self._handle, [_FIELD_ENERGY, _FIELD_POWER_CAP_TIME])
-            energy_mj, capped_ns = (_field_value(field) for field in fields)
+            try:
+                fields = self._nvml.nvmlDeviceGetFieldValues(self._handle, [_FIELD_ENERGY, _FIELD_POWER_CAP_TIME])
+                energy_mj, capped_ns = (_field_value(field) for field in fields)
+            except self._nvml.NVMLError as error:
+                if isinstance(translate(error, ""), GpuLostError):
+                    raise
+                energy_mj = capped_ns = None
             if energy_mj is None:  # a driver that knows the counter only by its own function
                 energy_mj = float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
         capped_s = math.nan if capped_ns is None else capped_ns * 1e-9

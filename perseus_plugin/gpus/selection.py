@@ -72,7 +72,7 @@ def select_gpu(config: PerseusConfig, placement: Placement, output_dir: Path) ->
     if on_cuda:
         return _real(config, placement)
     if not emulates(config, placement):
-        why_not = f"clocks of {placement.device} cannot be set; allowed: NVIDIA GPUs"
+        why_not = f"only clocks of NVIDIA GPUs can be set, and {placement.device} is none; nothing needs to be done"
         return Selection(backend, None, placement.device, why_not=why_not)
     if config.emulation.gpus is not None:
         return _given(config, placement, config.emulation.gpus)
@@ -137,6 +137,15 @@ def _real(config: PerseusConfig, placement: Placement) -> Selection:
     import torch
 
     index = torch.device(placement.device).index
+    if getattr(torch.version, "hip", None):  # torch calls AMD's GPUs cuda, too
+        name = torch.cuda.get_device_name(index)
+        return Selection(
+            config.gpu.backend,
+            None,
+            name,
+            why_not=f"{name} is an AMD GPU (ROCm {torch.version.hip}), and only clocks of NVIDIA GPUs can be set; "
+            "nothing needs to be done",
+        )
     uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
     return Selection(config.gpu.backend, _spec(config, uuid), torch.cuda.get_device_name(index))
 

@@ -99,7 +99,12 @@ def _attach_if_enabled(engine: Any, config: PerseusConfig | None) -> None:
 
 
 def _warn_without_pipeline(engine: Any, config: PerseusConfig | None) -> None:
-    if config is not None and config.enabled and not hasattr(type(engine), "_INSTRUCTION_MAP") and _rank() == 0:
+    if config is not None and config.enabled and not hasattr(type(engine), "_INSTRUCTION_MAP"):
+        _say_no_pipeline()
+
+
+def _say_no_pipeline() -> None:
+    if _rank() == 0:
         logger.warning(
             "perseus is off: it needs pipeline parallelism, and this engine has none. Give deepspeed.initialize a "
             "PipelineModule with at least 2 stages, or remove the %r block.",
@@ -112,6 +117,9 @@ def _attach(engine: Any, config: PerseusConfig) -> Session | None:
 
     Nothing here may stop the job: the configuration has been checked, everything else degrades to full clocks.
     """
+    if int(engine.num_stages) < 2 and config.profiling.load is None:
+        _say_no_pipeline()  # with one stage nobody waits: there is nothing to measure
+        return None
     from perseus_plugin.session import Session, start_session
 
     try:

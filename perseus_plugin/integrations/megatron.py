@@ -185,6 +185,9 @@ class _Job:
                 say_off(reason)
                 return None
             where = placement(_device_of(model))
+            if where.stages < 2 and self._config.profiling.load is None:
+                say_off("it needs pipeline parallelism, and this job has one stage (--pipeline-model-parallel-size)")
+                return None
             self._metrics = metrics_of(self._arguments, where)
             settings = {**known, **vars(self._arguments)}
             about = samples_per_iteration(settings)

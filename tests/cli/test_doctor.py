@@ -10,10 +10,10 @@ import typer
 from typer.testing import CliRunner, Result
 
 from perseus_plugin.cli import doctor as doctor_module
-from perseus_plugin.cli.doctor import counter_period, doctor
+from perseus_plugin.cli.doctor import doctor
 from perseus_plugin.control.ownership import LOCK_DIR_VARIABLE, Ownership, lock_path
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from perseus_plugin.gpus.emulated.state import IGNORE_LOCKS, MIG_ENABLED, NO_PERMISSION
+from perseus_plugin.gpus.emulated.state import GPU_LOST, IGNORE_LOCKS, MIG_ENABLED, NO_COUNTER, NO_FIELDS, NO_PERMISSION
 
 UUIDS = ["GPU-00000000-1111-2222-3333-444444444444", "GPU-55555555-1111-2222-3333-444444444444"]
 
@@ -28,6 +28,8 @@ def run(*arguments: str) -> Result:
 def _short_watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor_module, "COUNTER_WATCH_S", 0.1)
     monkeypatch.setattr("perseus_plugin.control.latency.TIMEOUT_S", 0.05)
+    monkeypatch.setattr("perseus_plugin.control.examination.COUNTER_WATCH_S", 0.2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv(LOCK_DIR_VARIABLE, str(tmp_path / "locks"))
     monkeypatch.setenv("PERSEUS_SIMULATED_GPUS", "")
 
@@ -58,16 +60,57 @@ def test_all_gpus_that_work_give_status_0_and_are_left_free(gpus: list[EmulatedG
         (NO_PERMISSION, "CAP_SYS_ADMIN"),
         (IGNORE_LOCKS, "the driver takes locks but the clock does not follow"),
         (MIG_ENABLED, "disable it with `nvidia-smi -mig 0`"),
+        (NO_COUNTER, "the energy counter cannot be read"),
+        (GPU_LOST, "GPU 1: GPU is lost"),
     ],
 )
-def test_one_gpu_that_does_not_work_gives_status_1_and_the_remedy(
+def test_one_gpu_that_does_not_work_gives_status_3_and_the_remedy(
     gpus: list[EmulatedGpu], fault: int, text: str
 ) -> None:
     gpus[1].set_faults(fault)
     result = run()
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert text in result.output
     assert run("--gpu", UUIDS[0]).exit_code == 0
+    assert run("--gpu", UUIDS[1]).exit_code == 1 if fault != GPU_LOST else True
+
+
+def test_a_counter_that_stands_still_is_seen(gpus: list[EmulatedGpu], tmp_path: Path) -> None:
+    EmulatedGpu.create(tmp_path / "frozen", tick_period_s=1000.0)
+    result = run("--emulated", str(tmp_path / "frozen"))
+    assert result.exit_code == 1
+    assert "would NOT be controlled" in result.output
+    assert "the energy counter read 0 J for 0.2 s, so no energies can be measured" in result.output
+
+
+def test_without_field_values_the_counter_is_read_by_its_own_function(gpus: list[EmulatedGpu]) -> None:
+    for gpu in gpus:
+        gpu.set_faults(NO_FIELDS)
+    assert run().exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "seen"),
+    [("1", [1]), ("GPU-5555", [1]), ("1,0", [0, 1]), ("", []), ("-1,0", []), ("0,7,1", [0]), ("0,0", [])],
+)
+def test_cuda_visible_devices_is_obeyed(
+    gpus: list[EmulatedGpu], monkeypatch: pytest.MonkeyPatch, value: str, seen: list[int]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    result = run("--no-control")
+    assert [i for i, uuid in enumerate(UUIDS) if uuid in result.output] == seen
+    if not seen:
+        assert "no GPU here, or none that CUDA_VISIBLE_DEVICES leaves" in result.output
+
+
+def test_the_beginning_of_a_uuid_is_enough(gpus: list[EmulatedGpu]) -> None:
+    for beginning in ("GPU-5555", "5555"):
+        result = run("--gpu", beginning)
+        assert result.exit_code == 0
+        assert f"{UUIDS[1]}: would be controlled" in result.output
+    result = run("--gpu", "GPU-9")
+    assert result.exit_code == 1
+    assert f"--gpu: got 'GPU-9', which is no GPU here; allowed: one of {UUIDS[0]}, {UUIDS[1]}" in result.output
 
 
 def test_a_gpu_in_use_is_not_touched(gpus: list[EmulatedGpu]) -> None:
@@ -120,8 +163,3 @@ def test_no_socket_and_no_daemon_are_told_apart(tmp_path: Path) -> None:
     assert doctor_module.zeusd_state(str(tmp_path / "z.sock")) == f"no socket at {tmp_path / 'z.sock'}"
     (tmp_path / "z.sock").touch()
     assert "does not answer" in doctor_module.zeusd_state(str(tmp_path / "z.sock"))
-
-
-def test_the_period_of_a_counter_that_stands_still(tmp_path: Path) -> None:
-    gpu = EmulatedGpu.create(tmp_path / "gpu", tick_period_s=10.0)
-    assert counter_period(gpu).startswith("did not move within")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -8,10 +9,16 @@ import typer
 from typer.testing import CliRunner, Result
 
 from perseus_plugin.cli.reset import reset
-from perseus_plugin.control.ownership import Ownership, lock_path, read_record
+from perseus_plugin.control.client import ClockHelper
+from perseus_plugin.control.ownership import LOCK_DIR_VARIABLE, Ownership, lock_path, read_record
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from perseus_plugin.gpus.emulated.state import NO_PERMISSION
+from perseus_plugin.gpus.emulated.state import GPU_LOST, NO_PERMISSION
+
+from ..control.harness import wait_until
+from ..nvml_simulator.building import simulated_nvml
+
+__all__ = ["simulated_nvml"]
 
 
 def run(*arguments: str) -> Result:
@@ -63,3 +70,60 @@ def test_what_cannot_be_freed_gives_status_1(gpu: EmulatedGpu, tmp_path: Path) -
     assert result.exit_code == 1
     assert "not freed: emulated A100-SXM4-80GB: no permission to set clocks" in result.output
     assert isinstance(run("--emulated", str(tmp_path / "missing")).exception, ConfigError)
+
+
+# Behind the simulated driver.
+
+UUIDS = [f"GPU-{digit * 8}-1111-2222-3333-444444444444" for digit in "0567"]
+
+
+@pytest.fixture
+def gpus(tmp_path: Path, simulated_nvml: Path, monkeypatch: pytest.MonkeyPatch) -> list[EmulatedGpu]:
+    """Four locked GPUs."""
+    gpus = [EmulatedGpu.create(tmp_path / uuid, uuid=uuid, switch_latency_s=0.002) for uuid in UUIDS]
+    for gpu in gpus:
+        gpu.lock_clock(900)
+    ctypes.CDLL(str(simulated_nvml))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(simulated_nvml.parent), prepend=os.pathsep)
+    monkeypatch.setenv("PERSEUS_SIMULATED_GPUS", os.pathsep.join(str(gpu.state.path) for gpu in gpus))
+    monkeypatch.setenv(LOCK_DIR_VARIABLE, str(tmp_path / "locks"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return gpus
+
+
+def test_one_lost_gpu_does_not_keep_the_others_locked(gpus: list[EmulatedGpu]) -> None:
+    gpus[1].set_faults(GPU_LOST)
+    result = run()
+    assert result.exit_code == 3
+    assert [gpu.locked_mhz() for gpu in gpus] == [None, 900, None, None]
+    assert "GPU 1: not freed: GPU 1: GPU is lost" in result.output
+    assert run("--gpu", UUIDS[0], "--gpu", UUIDS[2]).exit_code == 0
+    for gpu in gpus:
+        gpu.set_faults(GPU_LOST)
+    assert run().exit_code == 1
+
+
+def test_a_job_with_a_lock_folder_of_its_own_keeps_its_gpu(
+    gpus: list[EmulatedGpu], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helper = ClockHelper.start(f"nvml:{UUIDS[0]}")
+    facts = helper.wait_ready(20)
+    assert facts is not None
+    assert facts.can_lock
+    helper.request(1005)
+    wait_until(lambda: gpus[0].locked_mhz() == 1005)
+    monkeypatch.setenv(LOCK_DIR_VARIABLE, str(tmp_path / "others"))
+    result = run("--gpu", UUIDS[0])
+    assert result.exit_code == 1
+    assert f"its helper is process {helper.pid}" in result.output
+    assert "--force frees it all the same" in result.output
+    assert gpus[0].locked_mhz() == 1005
+    second = ClockHelper.start(f"nvml:{UUIDS[0]}")
+    refused = second.wait_ready(20)
+    assert refused is not None
+    assert not refused.can_lock
+    second.close()
+    assert run("--gpu", UUIDS[0], "--force").exit_code == 0
+    assert gpus[0].locked_mhz() is None
+    helper.close()
+    assert run("--gpu", UUIDS[0]).exit_code == 0

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,3 +138,45 @@ def test_a_gpu_that_cannot_be_locked_is_observed_with_the_reason() -> None:
     silent = with_facts(selection, None)
     assert (silent.spec, silent.clocks_mhz) == (None, ())
     assert "did not start" in silent.why_not
+
+
+@pytest.mark.usefixtures("cuda")
+def test_an_amd_gpu_is_observed_and_named_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "AMD Instinct MI300X")
+    where = placement().model_copy(update={"device": "cuda:1"})
+    selection = select_gpu(config("auto"), where, tmp_path)
+    assert (selection.spec, selection.clocks_mhz, selection.name) == (None, (), "AMD Instinct MI300X")
+    assert selection.why_not == (
+        "AMD Instinct MI300X is an AMD GPU (ROCm 6.4.1), and only clocks of NVIDIA GPUs can be set; nothing needs to "
+        "be done"
+    )
+
+
+@pytest.mark.parametrize("device", ["xpu:0", "npu:3", "mps", "hpu"])
+def test_other_accelerators_are_observed(tmp_path: Path, device: str) -> None:
+    selection = select_gpu(config("auto"), placement().model_copy(update={"device": device}), tmp_path)
+    assert selection.spec is None
+    assert selection.why_not == f"only clocks of NVIDIA GPUs can be set, and {device} is none; nothing needs to be done"
+
+
+def test_pynvml_is_imported_only_where_nvidia_gpus_are(tmp_path: Path) -> None:
+    """Observing, emulating and planning work where the package nvidia-ml-py is not installed."""
+    code = f"""
+import sys
+sys.modules["pynvml"] = None  # what importing it then meets is an ImportError
+import perseus_plugin, perseus_plugin.session, perseus_plugin.integrations.loading
+import perseus_plugin.cli.main, perseus_plugin.control.helper
+from perseus_plugin.config import parse_config
+from perseus_plugin.messages import Placement
+from perseus_plugin.session import start_session
+for backend in ("off", "emulated"):
+    place = Placement(rank=0, world_size=1, stage=0, stages=2, replica=0, local_rank=0, device="cpu")
+    session = start_session(parse_config({{"output_dir": {str(tmp_path)!r}, "gpu": {{"backend": backend}}}}), place)
+    print(backend, session.controller is not None)
+    session.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split("\n") == ["off False", "emulated True", ""], done.stderr

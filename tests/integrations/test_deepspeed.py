@@ -72,7 +72,7 @@ class EvalSchedule(Schedule):
 class Engine:
     """A DeepSpeed engine, as far as the integration knows it."""
 
-    global_rank, world_size, stage_id, num_stages, local_rank, device = 0, 1, 0, 1, 0, "cpu"
+    global_rank, world_size, stage_id, num_stages, local_rank, device = 0, 2, 0, 2, 0, "cpu"
     global_samples = 32
 
     def __init__(self, block: Any = None, micro_batches: int = 2, config_class: Any = None) -> None:
@@ -692,6 +692,23 @@ def test_a_schedule_that_runs_more_than_it_names_ends_the_session_with_its_name(
     assert started.sessions[0].closed
     assert "Liar/1x2 ran more instructions" in caplog.text
     assert "fault of perseus_plugin" not in caplog.text
+
+
+# Nothing to plan for.
+
+
+def test_a_pipeline_of_one_stage_is_said_and_left_alone(
+    started: Started, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "num_stages", 1)
+    engine = Engine({"enabled": True})
+    assert perseus_plugin.enable(engine) is None
+    assert stock(engine)
+    assert started.calls == []
+    (line,) = caplog.messages
+    assert line.startswith("perseus is off: it needs pipeline parallelism, and this engine has none.")
+    given = {"load": "p.csv", "blocking_power_w": 80.0}
+    assert perseus_plugin.enable(engine, {"slowdown": 0.1, "profiling": given}) is started.sessions[0]
 
 
 # Life of engines.

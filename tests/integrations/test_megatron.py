@@ -228,15 +228,30 @@ def test_hooking_that_fails_leaves_megatron_and_the_parser_as_they_were(
     assert message.endswith("; training goes on at full clocks")
 
 
+def test_a_job_of_one_stage_is_said_and_left_alone(
+    core: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    core.utils = ModuleType("megatron.core.utils")  # type: ignore[attr-defined]
+    core.utils.get_model_config = lambda chunk: SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "megatron.core.utils", core.utils)
+    core.parallel_state = Groups(0, dp=2).module()  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    job = megatron._Job(PerseusConfig(), argparse.Namespace(micro_batch_size=2))
+    assert job.start([torch.nn.Linear(1, 1)], {}) is None
+    (line,) = caplog.messages
+    assert line.startswith("perseus is off: it needs pipeline parallelism, and this job has one stage")
+
+
 def test_a_session_that_cannot_start_leaves_training_as_it_was(
     core: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     core.utils = ModuleType("megatron.core.utils")  # type: ignore[attr-defined]
     core.utils.get_model_config = lambda chunk: SimpleNamespace()
     monkeypatch.setitem(sys.modules, "megatron.core.utils", core.utils)
-    core.parallel_state = Groups(0).module()  # type: ignore[attr-defined]
+    core.parallel_state = Groups(0, pp=2).module()  # type: ignore[attr-defined]
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     job = megatron._Job(PerseusConfig(), argparse.Namespace(micro_batch_size=2))
     asked: list[Any] = []
 
@@ -247,7 +262,7 @@ def test_a_session_that_cannot_start_leaves_training_as_it_was(
     monkeypatch.setattr(session, "start_session", start)
     assert job.start([torch.nn.Linear(1, 1)], {"micro_batch_size": 9, "seq_length": 32}) is None
     ((where, facts),) = asked
-    assert (where.device, where.stages) == ("cpu", 1)
+    assert (where.device, where.stages) == ("cpu", 2)
     assert (facts["micro batch size"], facts["seq length"]) == ("2", "32"), "Megatron's arguments go first"
     assert "perseus is off: it could not start; training goes on at full clocks" in caplog.text
     core.utils.get_model_config = lambda chunk: SimpleNamespace(hybrid_context_parallel=True)

@@ -144,6 +144,7 @@ nvmlReturn_t nvmlDeviceGetCount_v2(unsigned *count) {
 nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice_t *gpu) {
     if (!users) return UNINITIALIZED;
     if (index >= gpu_count) return INVALID_ARGUMENT;
+    if ((unsigned)gpus[index].state->settings.faults & GPU_LOST) return LOST;
     *gpu = &gpus[index];
     return OK;
 }
@@ -277,6 +278,7 @@ nvmlReturn_t nvmlDeviceGetMaxClockInfo(nvmlDevice_t gpu, unsigned type, unsigned
 nvmlReturn_t nvmlDeviceGetTotalEnergyConsumption(nvmlDevice_t gpu, unsigned long long *mj) {
     struct dynamics d;
     const nvmlReturn_t result = peek(gpu, &d);
+    if (result == OK && (unsigned)gpu->state->settings.faults & NO_COUNTER) return UNSUPPORTED;
     if (result == OK) *mj = (unsigned long long)(1e3 * d.counter_j);
     return result;
 }
@@ -292,6 +294,8 @@ nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t gpu, int count, nvmlFieldValu
     struct dynamics d;
     const nvmlReturn_t result = peek(gpu, &d);
     if (result != OK) return result;
+    const unsigned faults = (unsigned)gpu->state->settings.faults;
+    if (faults & NO_FIELDS) return UNSUPPORTED;
     struct timespec wall;
     clock_gettime(CLOCK_REALTIME, &wall);
     for (int i = 0; i < count; i++) {
@@ -300,7 +304,9 @@ nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t gpu, int count, nvmlFieldValu
         v->latencyUsec = 0;
         v->nvmlReturn = OK;
         v->valueType = VALUE_ULONG_LONG;
-        if (v->fieldId == FIELD_ENERGY) {
+        if (v->fieldId == FIELD_ENERGY && faults & NO_COUNTER) {
+            v->nvmlReturn = UNSUPPORTED;
+        } else if (v->fieldId == FIELD_ENERGY) {
             v->value.ull = (unsigned long long)(1e3 * d.counter_j);
         } else if (v->fieldId == FIELD_CAP_TIME) {
             v->value.ull = (unsigned long long)(1e9 * d.capped_s);

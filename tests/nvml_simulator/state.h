@@ -6,7 +6,8 @@
 #include <stdint.h>
 
 enum { MAX_CLOCKS = 256, LOAD_CLASSES = 4, MAX_PENDING = 8, LOG_CAPACITY = 4096, STATE_VERSION = 1 };
-enum { NO_PERMISSION = 1, NOT_SUPPORTED = 2, GPU_LOST = 4, IGNORE_LOCKS = 8, MIG_ENABLED = 16 };
+enum { NO_PERMISSION = 1, NOT_SUPPORTED = 2, GPU_LOST = 4, IGNORE_LOCKS = 8, MIG_ENABLED = 16,
+       NO_COUNTER = 32, NO_FIELDS = 64 };
 
 struct header {
     char magic[8];

@@ -17,6 +17,7 @@ from perseus_plugin.gpus.emulated.state import (
     GPU_LOST,
     HEADER,
     IGNORE_LOCKS,
+    NO_COUNTER,
     NO_PERMISSION,
     NOT_SUPPORTED,
     SETTINGS_OFFSET,
@@ -138,7 +139,13 @@ class EmulatedGpu:
         return self._current().effective_mhz(self.state.tables)
 
     def read_energy(self) -> EnergyReading:
-        """The energy counter as of its last tick."""
+        """The energy counter as of its last tick.
+
+        Raises:
+            GpuError: it has none, as an injected fault.
+        """
+        if int(self.state.setting("faults")) & NO_COUNTER:
+            raise GpuError(f"{self.name}: it has no energy counter")
         current = self._current()
         return EnergyReading(current.at_s, current.counter_j, current.capped_s)
 

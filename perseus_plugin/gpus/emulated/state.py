@@ -52,9 +52,10 @@ LOG_OFFSET = SLOTS_OFFSET + 2 * SLOT_BYTES
 LOG_ENTRY = struct.Struct("<dIIII")
 FILE_BYTES = LOG_OFFSET + LOG_CAPACITY * LOG_ENTRY.size
 
-NO_PERMISSION, NOT_SUPPORTED, GPU_LOST, IGNORE_LOCKS, MIG_ENABLED = 1, 2, 4, 8, 16
+NO_PERMISSION, NOT_SUPPORTED, GPU_LOST, IGNORE_LOCKS, MIG_ENABLED, NO_COUNTER, NO_FIELDS = 1, 2, 4, 8, 16, 32, 64
 """Bits of the `faults` setting: setting clocks refused; not supported; all calls fail; locks do nothing; it is
-partitioned (told only by the simulated NVML)."""
+partitioned (told only by the simulated NVML); there is no energy counter; the call for field values is refused (known
+only to the simulated NVML)."""
 
 
 @dataclass(frozen=True, slots=True)

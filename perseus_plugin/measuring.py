@@ -12,7 +12,7 @@ from pathlib import Path
 from perseus_plugin.config import ProfilingConfig
 from perseus_plugin.errors import PerseusError
 from perseus_plugin.files import try_to_write
-from perseus_plugin.messages import RankEstimate
+from perseus_plugin.profiling.observations import StageEstimate
 from perseus_plugin.profiling.reuse import Fingerprint, save_survey
 from perseus_plugin.profiling.sweep import good_enough, sweep_order, worth_trying
 from perseus_plugin.rank_reports import RankReports
@@ -83,21 +83,21 @@ class Measuring:
                 raise UnusableProfileError(self._reports.missing)
             return None
         try:
-            survey = survey_of(estimates, self._stages)
+            stages = stage_estimates(estimates, self._stages, self._config.max_relative_error)
+            survey = survey_of(estimates, stages)
         except PerseusError as error:
             raise UnusableProfileError(f"the profile cannot be used: {error} (try more steps_per_clock)") from None
-        if self._sweep_again(estimates):
+        if self._sweep_again(stages):
             return None
         try_to_write("the profile", lambda: save_survey(survey, self._fingerprint, self._output_dir))
         self._say_unresolved(survey)
         return survey
 
-    def _sweep_again(self, estimates: Sequence[RankEstimate]) -> bool:
+    def _sweep_again(self, stages: Sequence[StageEstimate]) -> bool:
         """Order another round of the sweep if the estimates are not good enough yet."""
         again = self._reports.round + 1
         if again >= self._config.rounds or len(set(self._sweep_mhz)) < 2:
             return False
-        stages = stage_estimates(estimates, self._stages)
         if good_enough(stages, self._config.max_relative_error):
             return False
         clocks = sorted({self.top_mhz, *worth_trying(stages, sorted(set(self._sweep_mhz)))})

@@ -13,6 +13,7 @@ from perseus_plugin.messages import RankEstimate, Recheck
 from perseus_plugin.profiling.observations import StageEstimate
 from perseus_plugin.profiling.pooling import blocking_power, pool, to_profile
 from perseus_plugin.profiling.profile import Profile
+from perseus_plugin.profiling.same_work import on_common_work
 
 _FITS = 0.25  # a profile whose full-clock times are further off is of something else
 _SAME = 0.01  # instruction times within this share of the profile's count as unchanged
@@ -27,12 +28,14 @@ class Survey:
         blocking_power_w: power of a GPU that waits.
         unresolved: (stage, kind) whose energy is not known well enough to plan on.
         constant_time_s: constant-time work by (stage, name), as the stage saw it, waiting in collectives included.
+        blocking_power_se_w: standard error of the blocking power (NaN: unknown).
     """
 
     profile: Profile
     blocking_power_w: float
     unresolved: frozenset[tuple[int, str]] = frozenset()
     constant_time_s: dict[tuple[int, str], float] = field(default_factory=dict)
+    blocking_power_se_w: float = math.nan
 
     def constants_for(self, streams: Sequence[Sequence[StreamOp]]) -> dict[tuple[int, str], float]:
         """Durations of the constant-time work in these streams.
@@ -49,39 +52,49 @@ class Survey:
         }
 
 
-def stage_estimates(estimates: Sequence[RankEstimate], stages: int) -> list[StageEstimate]:
-    """The estimate of each stage, pooled over its replicas.
+def stage_estimates(
+    estimates: Sequence[RankEstimate], stages: int, max_relative_error: float = 0.05
+) -> list[StageEstimate]:
+    """The estimate of each stage: on the work that all stages of a replica did alike, pooled over the replicas.
 
     Raises:
         ProfileError: a stage from which no rank sent measurements.
     """
+    grouped: dict[tuple[int, int], list[StageEstimate]] = {}
+    for told in estimates:
+        where = (told.placement.replica, told.placement.stage)
+        grouped.setdefault(where, []).append(StageEstimate.from_dict(told.estimate))
+    common = on_common_work(grouped, max_relative_error=max_relative_error)
     pooled: list[StageEstimate] = []
     for stage in range(stages):
-        of_stage = [StageEstimate.from_dict(e.estimate) for e in estimates if e.placement.stage == stage]
+        of_stage = [estimate for (_, its_stage), estimate in common.items() if its_stage == stage]
         if not of_stage:
             raise ProfileError(f"stage {stage}: no rank sent measurements")
-        pooled.append(pool(of_stage))
+        pooled.append(pool(of_stage, max_relative_error=max_relative_error))
     return pooled
 
 
-def survey_of(estimates: Sequence[RankEstimate], stages: int) -> Survey:
-    """Join the estimates of all ranks.
+def survey_of(estimates: Sequence[RankEstimate], pooled: Sequence[StageEstimate]) -> Survey:
+    """Join what all ranks measured.
+
+    Args:
+        estimates: of all ranks.
+        pooled: the same by stage, see `stage_estimates`.
 
     Raises:
         ProfileError: a stage has no usable measurement, or nothing shows what waiting costs.
     """
-    pooled = stage_estimates(estimates, stages)
     constants: dict[tuple[int, str], float] = {}
-    for stage in range(stages):
+    for stage in range(len(pooled)):
         of_stage = [e for e in estimates if e.placement.stage == stage]
         for name in {name for e in of_stage for name in e.constant_time_s}:
             times = [e.constant_time_s[name] for e in of_stage if name in e.constant_time_s]
             constants[stage, name] = statistics.median(times)
     profile, unresolved = to_profile(pooled)
-    power_w, _ = blocking_power(pooled)
+    power_w, power_se_w = blocking_power(pooled)
     if not (math.isfinite(power_w) and power_w > 0):
         raise ProfileError("blocking power: no energy counter moved while a GPU waited")
-    return Survey(profile, power_w, unresolved, constants)
+    return Survey(profile, power_w, unresolved, constants, power_se_w)
 
 
 def misfit(survey: Survey, rechecks: Sequence[Recheck]) -> str:
@@ -109,7 +122,7 @@ def rescaled(survey: Survey, rechecks: Sequence[Recheck]) -> Survey:
         factor = statistics.median(seen) / rows[0].time_s if seen else 1.0
         factors[stage, kind] = factor if abs(factor - 1) > _SAME else 1.0
     table = {
-        key: tuple(replace(m, time_s=m.time_s * factors[key], energy_j=m.energy_j * factors[key]) for m in rows)
+        key: tuple(m.scaled(factors[key]) for m in rows) if factors[key] != 1.0 else rows
         for key, rows in survey.profile.table.items()
     }
     return replace(survey, profile=Profile(table))

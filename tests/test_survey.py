@@ -9,7 +9,7 @@ from perseus_plugin.errors import ProfileError
 from perseus_plugin.instructions import Compute, Constant
 from perseus_plugin.messages import RankEstimate, Recheck
 from perseus_plugin.profiling.observations import StageEstimate
-from perseus_plugin.survey import Survey, misfit, rescaled, survey_of
+from perseus_plugin.survey import Survey, misfit, rescaled, stage_estimates, survey_of
 
 from .factories import BLOCKING_W, CLOCKS_MHZ, placement, profile, rank_estimate, stage_estimate
 
@@ -22,6 +22,10 @@ def told(rank: int, estimate: StageEstimate, world_size: int = 2) -> RankEstimat
     return RankEstimate(
         placement=placement(rank, world_size), gpu="test GPU", estimate=estimate.to_dict(), constant_time_s={}
     )
+
+
+def surveyed(estimates: list[RankEstimate]) -> Survey:
+    return survey_of(estimates, stage_estimates(estimates, 2))
 
 
 def test_in_a_collective_only_the_last_stage_to_arrive_sees_its_time() -> None:
@@ -53,7 +57,7 @@ def test_what_is_collective_is_what_the_streams_say() -> None:
 
 def test_exact_estimates_give_the_profile_they_were_made_from() -> None:
     constants = [{"load": 0.001, "step": 0.01}, {"step": 0.02}]
-    survey = survey_of([rank_estimate(rank, constants=constants[rank]) for rank in range(2)], 2)
+    survey = surveyed([rank_estimate(rank, constants=constants[rank]) for rank in range(2)])
     for (stage, kind, row), (_, _, true) in zip(survey.profile.rows(), profile(2).rows(), strict=True):
         assert (row.frequency_mhz, row.time_s, row.energy_j) == (true.frequency_mhz, true.time_s, true.energy_j)
         assert (stage, kind) not in survey.unresolved
@@ -66,7 +70,7 @@ def test_replicas_are_pooled_and_their_constant_times_are_medians() -> None:
         rank_estimate(rank, 6, 2, {"step": 0.01 * (1 + rank)} | ({"load": 0.001} if rank == 4 else {}), scale)
         for rank, scale in enumerate((0.9, 1.0, 1.1, 1.0, 1.0, 1.0))
     ]
-    survey = survey_of(estimates, 2)
+    survey = surveyed(estimates)
     assert survey.profile.stages == 2
     for stage, kind, row in survey.profile.rows():
         true = profile(2).table[stage, kind][CLOCKS_MHZ.index(row.frequency_mhz)]
@@ -78,16 +82,14 @@ def test_replicas_are_pooled_and_their_constant_times_are_medians() -> None:
 
 def test_unresolved_kinds_are_named_by_stage() -> None:
     vague = told(1, stage_estimate(1, unresolved=frozenset({"backward"})))
-    assert survey_of([rank_estimate(0), vague], 2).unresolved == {(1, "backward")}
+    assert surveyed([rank_estimate(0), vague]).unresolved == {(1, "backward")}
 
 
 def test_a_stage_that_nobody_measured_is_named() -> None:
     with pytest.raises(ProfileError, match="stage 1: no rank sent measurements"):
-        survey_of([rank_estimate(0)], 2)
+        surveyed([rank_estimate(0)])
     with pytest.raises(ProfileError, match="stage 0"):
-        survey_of(
-            [told(0, StageEstimate((), math.nan, math.nan, math.nan, math.nan, frozenset())), rank_estimate(1)], 2
-        )
+        surveyed([told(0, StageEstimate((), math.nan, math.nan, math.nan, math.nan, frozenset())), rank_estimate(1)])
 
 
 @pytest.mark.parametrize("watts", [math.nan, 0.0, -3.0])
@@ -96,13 +98,13 @@ def test_without_a_blocking_power_there_is_no_survey(watts: float) -> None:
         told(rank, replace(stage_estimate(rank), blocking_power_w=watts, blocking_power_se_w=1.0)) for rank in (0, 1)
     ]
     with pytest.raises(ProfileError, match="blocking power: no energy counter moved"):
-        survey_of(estimates, 2)
+        surveyed(estimates)
 
 
 def test_an_estimate_that_cannot_be_read_is_a_profile_error() -> None:
     broken = rank_estimate(0).model_copy(update={"estimate": {"instructions": [[1]]}})
     with pytest.raises(ProfileError, match="cannot be read"):
-        survey_of([broken, rank_estimate(1)], 2)
+        surveyed([broken, rank_estimate(1)])
 
 
 def test_instructions_that_take_longer_now_are_scaled_at_every_clock() -> None:

@@ -109,6 +109,7 @@ class SweepCollector:
             ticks=tuple(tick for tick in self._ticks if begin_s <= tick.time_s <= end_s),
             # At the highest clock a power limit belongs to what full clocks are on this GPU.
             capped=frequency_mhz != self._top_mhz and self._was_capped(begin_s, end_s),
+            steps=tuple((record.number, record.end_s) for record in records),
         )
 
     def _was_capped(self, begin_s: float, end_s: float) -> bool:

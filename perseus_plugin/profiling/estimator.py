@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,12 +17,13 @@ from perseus_plugin.profiling.observations import (
     Activity,
     ClockRun,
     InstructionEstimate,
+    Spread,
     StageEstimate,
     Tick,
 )
 from perseus_plugin.profiling.pooling import blocking_power, pool, to_profile, unresolved_kinds
 from perseus_plugin.profiling.powers import fit_powers
-from perseus_plugin.profiling.ticks import durations_s
+from perseus_plugin.profiling.step_sizes import Duration, fit_durations, step_means
 
 __all__ = [
     "BLOCKING",
@@ -38,7 +39,6 @@ __all__ = [
 ]
 
 _ABSURD = 1e12  # seconds or joules
-_OUTLIER = 6.0  # durations this many robust standard deviations away are hiccups of the host, not the instruction
 
 
 def estimate_stage(
@@ -59,9 +59,12 @@ def estimate_stage(
     runs = [run for run in runs if _credible(run)]
     usable = [run for run in runs if not run.capped and run.end_s > run.begin_s]
     everything = {a.kind for run in runs for a in run.activities}
-    durations = _durations(usable)
-    kinds = sorted({kind for kind, _ in durations})
+    steps = step_means(usable)
+    kinds = sorted({step.kind for step in steps})
     wanted = [kind for kind in kinds if kind not in constant_kinds]
+    steps = [step for step in steps if step.kind in wanted]
+    fitted = fit_durations({0: steps})
+    durations = {(kind, clock): duration for (_, kind, clock), duration in fitted.at.items()}
     never = everything - set(kinds) - set(constant_kinds)
     # A clock counts only if every kind was seen at it: a plan needs all of a stage's kinds at each of its clocks.
     clocks = sorted({clock for _, clock in durations if all((kind, clock) in durations for kind in wanted)})
@@ -71,7 +74,13 @@ def estimate_stage(
     powers = fit_powers(fitted_runs, clocks, kinds)
     estimate = StageEstimate(
         instructions=tuple(
-            _instruction(kind, clock, durations[kind, clock], powers.watts(clocks.index(clock), kinds.index(kind)))
+            _instruction(
+                kind,
+                clock,
+                durations[kind, clock],
+                fitted.spread[0, kind],
+                powers.watts(clocks.index(clock), kinds.index(kind)),
+            )
             for kind in wanted
             for clock in reversed(clocks)
         ),
@@ -80,6 +89,7 @@ def estimate_stage(
         window_s=powers.window_s,
         lag_s=powers.lag_s,
         unresolved=frozenset(),
+        steps=tuple(steps),
     )
     unresolved = unresolved_kinds(estimate, max_relative_error) | never
     if not powers.waited:
@@ -87,51 +97,20 @@ def estimate_stage(
     return replace(estimate, unresolved=frozenset(unresolved))
 
 
-@dataclass(frozen=True)
-class _Duration:
-    mean_s: float
-    se_s: float
-    samples: int
-
-
-def _durations(runs: Sequence[ClockRun]) -> dict[tuple[str, int], _Duration]:
-    """Typical durations by kind and clock, of those that were seen."""
-    activities: dict[tuple[str, int], list[Activity]] = {}
-    for run in runs:
-        for activity in run.activities:
-            activities.setdefault((activity.kind, run.frequency_mhz), []).append(activity)
-    typical = {key: _typical_s(found, key[0]) for key, found in activities.items()}
-    return {key: duration for key, duration in typical.items() if duration is not None}
-
-
-def _instruction(kind: str, clock: int, duration: _Duration, watts: tuple[float, float]) -> InstructionEstimate:
+def _instruction(
+    kind: str, clock: int, duration: Duration, spread: Spread, watts: tuple[float, float]
+) -> InstructionEstimate:
     power_w, power_se_w = watts
     return InstructionEstimate(
         kind=kind,
         frequency_mhz=clock,
-        time_s=duration.mean_s,
+        time_s=duration.time_s,
         time_se_s=duration.se_s,
-        energy_j=power_w * duration.mean_s,
-        energy_se_j=math.hypot(power_se_w * duration.mean_s, power_w * duration.se_s),
+        energy_j=power_w * duration.time_s,
+        energy_se_j=math.hypot(power_se_w * duration.time_s, power_w * duration.se_s),
         samples=duration.samples,
+        spread=spread,
     )
-
-
-def _typical_s(activities: Sequence[Activity], kind: str) -> _Duration | None:
-    """Mean duration without hiccups; None when no execution has a duration.
-
-    The mean, not the median: energy and iteration time add up over executions of varying length. Only executions
-    far outside the bulk are left out.
-    """
-    values = durations_s(activities, kind)
-    if not len(values):
-        return None
-    middle = float(np.median(values))
-    scale = 1.4826 * float(np.median(np.abs(values - middle)))
-    kept = values[np.abs(values - middle) <= _OUTLIER * scale] if scale > 0 else values
-    # One execution has no spread to see; its own duration is then all that bounds the error.
-    spread = float(kept.std(ddof=1)) if len(kept) > 1 else float(kept.mean())
-    return _Duration(float(kept.mean()), spread / math.sqrt(len(kept)), len(kept))
 
 
 def _credible(run: ClockRun) -> bool:

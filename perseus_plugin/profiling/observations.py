@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from perseus_plugin.errors import ProfileError
@@ -54,6 +54,7 @@ class ClockRun:
         activities: every execution of a controllable instruction in the block, in any order.
         ticks: the counter's changes in the block, in order of time.
         capped: the GPU ran below the lock for a part of the block (power or thermal limit).
+        steps: number and end of each iteration in the block, in order; without them the block counts as one.
     """
 
     frequency_mhz: int
@@ -62,6 +63,7 @@ class ClockRun:
     activities: tuple[Activity, ...]
     ticks: tuple[Tick, ...]
     capped: bool = False
+    steps: tuple[tuple[int, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; activities and ticks become short lists, since there are thousands."""
@@ -72,6 +74,7 @@ class ClockRun:
             "activities": [[a.kind, a.start_s, a.end_s] for a in self.activities],
             "ticks": [[t.previous_poll_s, t.time_s, t.energy_j] for t in self.ticks],
             "capped": self.capped,
+            "steps": [list(step) for step in self.steps],
         }
 
     @classmethod
@@ -89,9 +92,41 @@ class ClockRun:
                 activities=tuple(Activity(str(k), float(s), float(e)) for k, s, e in data["activities"]),
                 ticks=tuple(Tick(float(p), float(t), float(e)) for p, t, e in data["ticks"]),
                 capped=bool(data.get("capped", False)),
+                steps=tuple((int(number), float(end_s)) for number, end_s in data.get("steps", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"clock run: cannot be read: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class StepMean:
+    """How long the instructions of one kind took in one iteration on one rank.
+
+    Attributes:
+        step: number of the iteration, the same on all ranks.
+        frequency_mhz: clock of this rank's GPU.
+        kind: of instruction.
+        mean_s: mean duration over the microbatches.
+        count: microbatches.
+        spread: relative standard deviation over them (NaN for one).
+    """
+
+    step: int
+    frequency_mhz: int
+    kind: str
+    mean_s: float
+    count: int
+    spread: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Relative standard deviations of durations, and their standard errors (NaN: unknown)."""
+
+    within: float = math.nan
+    within_se: float = math.nan
+    between: float = math.nan
+    between_se: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +135,12 @@ class InstructionEstimate:
 
     Attributes:
         kind, frequency_mhz: what was measured.
-        time_s, time_se_s: mean duration and its standard error.
+        time_s, time_se_s: duration for work of the average size and its standard error, which is below the highest
+            clock that of the ratio to the time there.
         energy_j, energy_se_j: energy of the GPU while it runs, and its standard error; both NaN when the
             counter gave nothing to estimate from.
         samples: executions behind the figures.
+        spread: of the durations of this kind.
     """
 
     kind: str
@@ -113,6 +150,21 @@ class InstructionEstimate:
     energy_j: float
     energy_se_j: float
     samples: int
+    spread: Spread = Spread()
+
+    def lasting(self, time_s: float, time_se_s: float) -> InstructionEstimate:
+        """The same at another duration: power and its error stay."""
+        power_se = math.sqrt(
+            max((self.energy_se_j / self.energy_j) ** 2 - (self.time_se_s / self.time_s) ** 2, 0.0)
+        )  # relative; NaN where the energy is not known
+        energy_j = self.energy_j * time_s / self.time_s
+        return replace(
+            self,
+            time_s=time_s,
+            time_se_s=time_se_s,
+            energy_j=energy_j,
+            energy_se_j=energy_j * math.hypot(power_se, time_se_s / time_s),
+        )
 
 
 @dataclass(frozen=True)
@@ -127,6 +179,7 @@ class StageEstimate:
         unresolved: kinds whose relative standard error of energy is above the threshold at some clock, or that
             were never seen at all clocks; and `BLOCKING` when the blocking power is assumed and not measured, or
             its relative standard error is above the threshold.
+        steps: what the durations were estimated from; of one rank.
     """
 
     instructions: tuple[InstructionEstimate, ...]
@@ -135,6 +188,7 @@ class StageEstimate:
     window_s: float
     lag_s: float
     unresolved: frozenset[str]
+    steps: tuple[StepMean, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -155,6 +209,7 @@ class StageEstimate:
                     row.frequency_mhz,
                     *(_null(v) for v in (row.time_s, row.time_se_s, row.energy_j, row.energy_se_j)),
                     row.samples,
+                    *(_null(v) for v in astuple(row.spread)),
                 ]
                 for row in self.instructions
             ],
@@ -163,6 +218,7 @@ class StageEstimate:
             "window_s": _null(self.window_s),
             "lag_s": _null(self.lag_s),
             "unresolved": sorted(self.unresolved),
+            "steps": [[*astuple(step)[:-1], _null(step.spread)] for step in self.steps],
         }
 
     @classmethod
@@ -180,6 +236,10 @@ class StageEstimate:
                 window_s=_nan(data["window_s"]),
                 lag_s=_nan(data["lag_s"]),
                 unresolved=frozenset(str(kind) for kind in data["unresolved"]),
+                steps=tuple(
+                    StepMean(int(step), int(clock), str(kind), float(mean_s), int(count), _nan(spread))
+                    for step, clock, kind, mean_s, count, spread in data["steps"]
+                ),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"stage estimate: cannot be read: {error!r}") from error
@@ -190,7 +250,7 @@ BLOCKING = "blocking"
 
 
 def _row(row: Sequence[Any]) -> InstructionEstimate:
-    kind, frequency_mhz, time_s, time_se_s, energy_j, energy_se_j, samples = row
+    kind, frequency_mhz, time_s, time_se_s, energy_j, energy_se_j, samples, *spread = row
     return InstructionEstimate(
         str(kind),
         int(frequency_mhz),
@@ -199,6 +259,7 @@ def _row(row: Sequence[Any]) -> InstructionEstimate:
         _nan(energy_j),
         _nan(energy_se_j),
         int(samples),
+        Spread(*(_nan(value) for value in spread)),
     )
 
 

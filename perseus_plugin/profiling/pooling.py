@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import numpy as np
 
 from perseus_plugin.errors import ProfileError
-from perseus_plugin.profiling.observations import BLOCKING, InstructionEstimate, StageEstimate
+from perseus_plugin.profiling.observations import BLOCKING, InstructionEstimate, Spread, StageEstimate
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 
@@ -91,7 +92,15 @@ def to_profile(stages: Sequence[StageEstimate]) -> tuple[Profile, frozenset[tupl
                 (
                     stage,
                     row.kind,
-                    Measurement(row.frequency_mhz, row.time_s, energy_j, row.samples, row.time_se_s, energy_se_j),
+                    Measurement(
+                        row.frequency_mhz,
+                        row.time_s,
+                        energy_j,
+                        row.samples,
+                        row.time_se_s,
+                        energy_se_j,
+                        *astuple(row.spread),
+                    ),
                 )
             )
         unresolved |= {(stage, kind) for kind in estimate.unresolved if kind != BLOCKING}
@@ -115,7 +124,22 @@ def _pooled_instruction(rows: Sequence[InstructionEstimate]) -> InstructionEstim
     time_s, time_se_s = _random_effects([(row.time_s, row.time_se_s) for row in rows])
     energy_j, energy_se_j = _random_effects([(row.energy_j, row.energy_se_j) for row in rows])
     samples = sum(row.samples for row in rows)
-    return InstructionEstimate(rows[0].kind, rows[0].frequency_mhz, time_s, time_se_s, energy_j, energy_se_j, samples)
+    spread = Spread(
+        *_root_mean_square([(row.spread.within, row.spread.within_se) for row in rows]),
+        *_root_mean_square([(row.spread.between, row.spread.between_se) for row in rows]),
+    )
+    return InstructionEstimate(
+        rows[0].kind, rows[0].frequency_mhz, time_s, time_se_s, energy_j, energy_se_j, samples, spread
+    )
+
+
+def _root_mean_square(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    known = [(value, error) for value, error in pairs if math.isfinite(value)]
+    if not known:
+        return math.nan, math.nan
+    mean = math.sqrt(sum(value**2 for value, _ in known) / len(known))
+    error = math.sqrt(sum((value * error) ** 2 for value, error in known)) / len(known)
+    return mean, error / mean if mean > 0 else 0.0
 
 
 def _pooled_blocking(estimates: Sequence[StageEstimate]) -> tuple[float, float]:

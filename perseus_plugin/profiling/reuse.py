@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class _ProfileFile(BaseModel):
     blocking_power_w: float
     unresolved: list[tuple[int, str]]
     constant_time_s: list[tuple[int, str, float]]
+    blocking_power_se_w: float | None = None
 
 
 def job_fingerprint(ranks: Sequence[tuple[int, Mapping[str, str]]]) -> Fingerprint:
@@ -55,6 +57,7 @@ def save_survey(survey: Survey, fingerprint: Fingerprint, folder: Path) -> None:
         "version": VERSION,
         "fingerprint": fingerprint,
         "blocking_power_w": survey.blocking_power_w,
+        "blocking_power_se_w": survey.blocking_power_se_w if math.isfinite(survey.blocking_power_se_w) else None,
         "unresolved": sorted(survey.unresolved),
         "constant_time_s": [[stage, name, t] for (stage, name), t in sorted(survey.constant_time_s.items())],
     }
@@ -85,6 +88,7 @@ def read_survey(folder: Path) -> tuple[Survey, Fingerprint] | None:
         file.blocking_power_w,
         frozenset(file.unresolved),
         {(stage, name): time_s for stage, name, time_s in file.constant_time_s},
+        math.nan if file.blocking_power_se_w is None else file.blocking_power_se_w,
     )
     return survey, file.fingerprint
 

@@ -125,7 +125,7 @@ def simulate(
     runs = []
     for i, clock in enumerate(order):
         level = 1 + job.drift * (i - (total - 1)) / max(total - 1, 1)
-        run = _run(job, counter, clock, top, start_s, level, rng)
+        run = _run(job, counter, clock, top, start_s, level, rng, i * (job.iterations + 1))
         runs.append(run)
         start_s = run.end_s + float(rng.uniform(0.3, 0.6))
     truth = Truth(
@@ -141,13 +141,22 @@ def _waiting_w(job: Job, clock: int, top: int) -> float:
 
 
 def _run(
-    job: Job, counter: Counter, clock: int, top: int, begin_s: float, level: float, rng: np.random.Generator
+    job: Job,
+    counter: Counter,
+    clock: int,
+    top: int,
+    begin_s: float,
+    level: float,
+    rng: np.random.Generator,
+    first: int,
 ) -> ClockRun:
     spans: list[tuple[str, float, float]] = []
     now_s = begin_s
-    for _ in range(job.iterations):
+    steps = []
+    for i in range(job.iterations):
         iteration, now_s = _iteration(job, clock, top, now_s, rng)
         spans += iteration
+        steps.append((first + i, now_s))
     edges, power = [begin_s - 1.0], [_waiting_w(job, clock, top) * level]
     for kind, start_s, end_s in spans:
         watts = job.work[kind].watts(clock, top) * level * (1 + job.power_spread * rng.standard_normal())
@@ -164,7 +173,7 @@ def _run(
         return time_s + job.timing_s * float(rng.standard_normal())
 
     activities = tuple(Activity(kind, seen(start_s), seen(end_s)) for kind, start_s, end_s in spans)
-    return ClockRun(clock, begin_s, now_s, activities, ticks)
+    return ClockRun(clock, begin_s, now_s, activities, ticks, steps=tuple(steps))
 
 
 def _iteration(

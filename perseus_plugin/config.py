@@ -66,8 +66,8 @@ class ProfilingConfig(_Strict):
     rounds: int = _setting(
         2,
         "a whole number from 1 to 10",
-        "Most rounds of profiling; a further one, at the clocks still of use, is made only while max_relative_error is "
-        "exceeded.",
+        "Most rounds of profiling; a further one, at the clocks still of use, is made only while max_relative_error or "
+        "half of max_time_error is exceeded.",
         ge=1,
         le=10,
     )
@@ -76,6 +76,14 @@ class ProfilingConfig(_Strict):
         0.05,
         "a number above 0 and at most 1",
         "An instruction whose energy is known less exactly than this stays at full clock.",
+        gt=0,
+        le=1,
+    )
+    max_time_error: float = _setting(
+        0.02,
+        "a number above 0 and at most 1",
+        "A clock whose time, against the highest clock on the same work, is known less exactly than this (standard "
+        "error, as a share) is not used.",
         gt=0,
         le=1,
     )

@@ -185,7 +185,7 @@ class Coordinator:
             self._schedules.ran(record.schedule, record.number)
         if not record.undisturbed or not record.complete:
             return
-        if isinstance(directive, Sweep) and directive.kept and directive.frequency_mhz == self._measuring.top_mhz:
+        if isinstance(directive, Sweep) and directive.kept and directive.is_full(self._measuring.top_mhz):
             self._times.add_full(record.schedule, duration_s)
         elif isinstance(directive, FullClock) and self.state is State.RECHECKING:
             self._times.add_again(record.schedule, duration_s)
@@ -278,8 +278,8 @@ class Coordinator:
             self.state = State.PLANNING
             self._ask_for_plan()
 
-    def _order_sweep(self, clocks_mhz: tuple[int, ...]) -> int:
-        self._tell("sweep", clocks_mhz=clocks_mhz)
+    def _order_sweep(self, clocks_mhz: tuple[int, ...], paired: bool) -> int:
+        self._tell("sweep", clocks_mhz=clocks_mhz, paired=paired)
         assert self._orders.latest is not None  # it has just been given
         return self._orders.latest.switch
 
@@ -590,6 +590,7 @@ class Coordinator:
         reason: str = "",
         recheck: bool = False,
         clocks_mhz: tuple[int, ...] = (),
+        paired: bool = False,
     ) -> int:
         """Order all ranks; returns the iteration from which that holds."""
         self._times.forget_planned()
@@ -602,6 +603,7 @@ class Coordinator:
             variants=variants or {},
             straggler=straggler,
             clocks_mhz=clocks_mhz,
+            paired=paired,
             reason=reason,
             recheck=recheck,
             anew=action == "follow" and self._made_anew,

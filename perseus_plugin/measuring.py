@@ -14,9 +14,9 @@ from perseus_plugin.errors import PerseusError
 from perseus_plugin.files import try_to_write
 from perseus_plugin.profiling.observations import StageEstimate
 from perseus_plugin.profiling.reuse import Fingerprint, save_survey
-from perseus_plugin.profiling.sweep import good_enough, sweep_order, worth_trying
+from perseus_plugin.profiling.sweep import good_enough, sweep_order, times_known, worth_trying
 from perseus_plugin.rank_reports import RankReports
-from perseus_plugin.survey import Survey, misfit, rescaled, stage_estimates, survey_of
+from perseus_plugin.survey import Survey, certain, misfit, rescaled, stage_estimates, survey_of
 from perseus_plugin.timetable import Timetable
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ class Measuring:
     Args:
         config: the `profiling` block.
         reports: of all ranks.
-        order_sweep: tells all ranks to sweep over these clocks, and returns the iteration at which that begins.
+        order_sweep: tells all ranks to sweep over these clocks, in pairs or not, and returns the iteration at which
+            that begins.
         stages: of the pipeline.
         timetable: with the first round of the sweep.
         output_dir: where the profile is kept.
@@ -48,7 +49,7 @@ class Measuring:
         self,
         config: ProfilingConfig,
         reports: RankReports,
-        order_sweep: Callable[[tuple[int, ...]], int],
+        order_sweep: Callable[[tuple[int, ...], bool], int],
         *,
         stages: int,
         timetable: Timetable,
@@ -74,7 +75,8 @@ class Measuring:
         """
         if iteration < self._sweep_end:
             return None
-        return self._estimated() if self._known is None else self._checked(self._known)
+        survey = self._estimated() if self._known is None else self._checked(self._known)
+        return None if survey is None else self._certain(survey)
 
     def _estimated(self) -> Survey | None:
         overdue, estimates = self._reports.overdue, self._reports.all_estimates()
@@ -96,19 +98,53 @@ class Measuring:
     def _sweep_again(self, stages: Sequence[StageEstimate]) -> bool:
         """Order another round of the sweep if the estimates are not good enough yet."""
         again = self._reports.round + 1
-        if again >= self._config.rounds or len(set(self._sweep_mhz)) < 2:
+        lower_mhz = sorted(set(self._sweep_mhz) - {self.top_mhz})
+        if again >= self._config.rounds or not lower_mhz:
             return False
-        if good_enough(stages, self._config.max_relative_error):
+        in_pairs = self._stages > 1 and not times_known(stages, self._config.max_time_error / 2)
+        if not in_pairs and good_enough(stages, self._config.max_relative_error):
             return False
-        clocks = sorted({self.top_mhz, *worth_trying(stages, sorted(set(self._sweep_mhz)))})
-        logger.info("energies are not known well enough yet: profiling once more, at %d clocks", len(clocks))
-        self._sweep_over(sweep_order(clocks, self._config.seed + again))
+        clocks = {self.top_mhz, *worth_trying(stages, lower_mhz)}
+        if clocks == {self.top_mhz}:
+            return False
+        logger.info(
+            "%s are not known well enough yet: profiling once more, at %d clocks",
+            "times" if in_pairs else "energies",
+            len(clocks),
+        )
+        seed = self._config.seed + again
+        self._sweep_over(sweep_order(tuple(clocks), seed, 0 if in_pairs else 2), in_pairs)
         return True
 
-    def _sweep_over(self, order: tuple[int, ...]) -> None:
+    def _sweep_over(self, order: tuple[int, ...], paired: bool = False) -> None:
         self._reports.next_round()
         self._sweep_mhz = order
-        self._sweep_end = self._order_sweep(order) + self._steps_per_block * len(order)
+        blocks = 2 * (len(order) - 1) if paired else len(order)
+        self._sweep_end = self._order_sweep(order, paired) + self._steps_per_block * blocks
+
+    def _certain(self, survey: Survey) -> Survey:
+        """What may be planned on."""
+        most = self._config.max_time_error
+        known = certain(survey, most)
+        before, after = _below_top(survey), _below_top(known)
+        if len(after) == len(before):
+            return survey
+        if after:
+            logger.warning(
+                "times of %d of %d clocks (of all stages) are not known to within %.1f %%: they are not used (more "
+                "perseus.profiling.steps_per_clock or rounds would help)",
+                len(before - after),
+                len(before),
+                100 * most,
+            )
+            return known
+        rows = [row for rows in survey.profile.table.values() for row in rows[1:]]
+        spread = max((row.spread_between for row in rows if row.spread_between >= 0), default=0.0)
+        raise UnusableProfileError(
+            f"no clock's time is known to within {100 * most:.1f} % (perseus.profiling.max_time_error), but to "
+            f"{100 * min(row.time_se_s / row.time_s for row in rows):.1f} % at best, as durations vary by "
+            f"{100 * spread:.0f} % from step to step: more perseus.profiling.steps_per_clock or rounds would help"
+        )
 
     def _checked(self, survey: Survey) -> Survey | None:
         """A profile from elsewhere, if it is this job's by what all ranks measured at full clocks."""
@@ -134,3 +170,8 @@ class Measuring:
                 kind,
                 100 * self._config.max_relative_error,
             )
+
+
+def _below_top(survey: Survey) -> set[tuple[int, int]]:
+    """Stages and their clocks below the highest."""
+    return {(stage, row.frequency_mhz) for (stage, _), rows in survey.profile.table.items() for row in rows[1:]}

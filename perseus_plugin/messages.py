@@ -77,6 +77,8 @@ class News(_Message):
         since: first iteration under plans that were made on the same measurements; reference iterations count from it.
         straggler: the plans are for the pace of a straggler.
         clocks_mhz: in the order to try them; a rank with another GPU takes the nearest it has.
+        paired: they are tried by every other stage at a time, see `timetable.paired_clocks`; the first is the highest
+            clock and not tried.
         reason: for people.
         recheck: ranks shall time their instructions at full clocks and publish that.
     """
@@ -89,6 +91,7 @@ class News(_Message):
     since: int = 0
     straggler: bool = False
     clocks_mhz: tuple[int, ...] = ()
+    paired: bool = False
     reason: str = ""
     recheck: bool = False
 

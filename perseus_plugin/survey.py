@@ -97,6 +97,27 @@ def survey_of(estimates: Sequence[RankEstimate], pooled: Sequence[StageEstimate]
     return Survey(profile, power_w, unresolved, constants, power_se_w)
 
 
+def certain(survey: Survey, max_time_error: float) -> Survey:
+    """The survey without the clocks whose times are not known to within this share; the highest ones stay.
+
+    A stage's clock goes as a whole, as plans need all of a stage's kinds at each clock. Times without an error (in a
+    profile from elsewhere) are taken at their word.
+    """
+    table = survey.profile.table
+    known = {}
+    for stage in range(survey.profile.stages):
+        of_stage = {key: rows for key, rows in table.items() if key[0] == stage}
+        unsure = {
+            row.frequency_mhz
+            for rows in of_stage.values()
+            for row in rows[1:]
+            if row.time_se_s > max_time_error * row.time_s
+        }
+        for key, rows in of_stage.items():
+            known[key] = tuple(row for row in rows if row.frequency_mhz not in unsure)
+    return replace(survey, profile=Profile(known))
+
+
 def misfit(survey: Survey, rechecks: Sequence[Recheck]) -> str:
     """Why a profile that was not measured in this run cannot be its profile; empty if it can."""
     if not any(recheck.time_s for recheck in rechecks):

@@ -40,17 +40,23 @@ class Sweep:
         frequency_mhz: the clock.
         kept: False while the clock settles.
         round: of profiling, see `Round`.
+        paired: other stages run at other clocks.
     """
 
     block: int
     frequency_mhz: int
     kept: bool
     round: int = 0
+    paired: bool = False
 
     @property
     def identity(self) -> object:
         """Equal for iterations that run alike."""
         return (self.round, self.block, self.frequency_mhz)
+
+    def is_full(self, top_mhz: int) -> bool:
+        """Whether the whole job runs at this clock, the highest."""
+        return self.frequency_mhz == top_mhz and not self.paired
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +90,13 @@ class Round:
         first: first iteration.
         clocks_mhz: in the order they are tried.
         number: which round of profiling it is, from 0.
+        paired: in each block only every other stage tries a clock, the others run at the highest, see `paired_clocks`.
     """
 
     first: int
     clocks_mhz: tuple[int, ...]
     number: int = 0
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,8 @@ class Timetable:
             return FullClock("warm-up" if self.sweep.number == 0 else "planning")
         if iteration < self.sweep_end:
             block, step = divmod(iteration - self.sweep.first, self.steps_per_block)
-            return Sweep(block, self.sweep.clocks_mhz[block], step >= self.settle_steps, self.sweep.number)
+            round_ = self.sweep
+            return Sweep(block, round_.clocks_mhz[block], step >= self.settle_steps, round_.number, round_.paired)
         return FullClock("planning")
 
     def _is_reference(self, directive: Directive, iteration: int) -> bool:
@@ -142,9 +151,18 @@ class Timetable:
         kept = tuple(switch for switch in self.switches if switch[0] < first)
         return replace(self, switches=(*kept[-_SWITCHES_KEPT:], (first, directive)))
 
-    def swept_again(self, first: int, clocks_mhz: tuple[int, ...]) -> Timetable:
+    def swept_again(self, first: int, clocks_mhz: tuple[int, ...], paired: bool = False) -> Timetable:
         """The timetable with another round of the sweep, and full clocks until it begins."""
-        return replace(self, sweep=Round(first, clocks_mhz, self.sweep.number + 1), switches=())
+        return replace(self, sweep=Round(first, clocks_mhz, self.sweep.number + 1, paired), switches=())
+
+
+def paired_clocks(clocks_mhz: Sequence[int], top_mhz: int, stage: int) -> tuple[int, ...]:
+    """What a stage runs at in the blocks of a paired round, two for every clock that is tried.
+
+    In the first of them the stages of even number try the clock, in the second the others; who does not try runs at the
+    highest clock. So every step's size is seen at the highest clock by half of the stages.
+    """
+    return tuple(clock if stage % 2 == turn else top_mhz for clock in clocks_mhz for turn in (0, 1))
 
 
 def nearest_clocks(supported_mhz: Sequence[int], wanted_mhz: Sequence[int]) -> tuple[int, ...]:

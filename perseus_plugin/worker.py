@@ -57,7 +57,15 @@ from perseus_plugin.reporting.recorder import Recorder
 from perseus_plugin.reporting.relay import FigureRelay
 from perseus_plugin.straggler_sensing import StragglerSensing
 from perseus_plugin.tap import IterationRecord
-from perseus_plugin.timetable import REFERENCE, Directive, Follow, FullClock, Sweep, nearest_clocks
+from perseus_plugin.timetable import (
+    REFERENCE,
+    Directive,
+    Follow,
+    FullClock,
+    Sweep,
+    nearest_clocks,
+    paired_clocks,
+)
 
 if TYPE_CHECKING:
     from perseus_plugin.session import Session
@@ -205,7 +213,7 @@ class SessionWorker:
         if isinstance(directive, Sweep):
             self._poll_energy(True)
             sorts.append(PROFILING)
-            if directive.kept and record.undisturbed and directive.frequency_mhz == self._top_mhz:
+            if directive.kept and record.undisturbed and directive.is_full(self._top_mhz):
                 sorts.append(FULL_CLOCK)
             self._collector.add(directive, record)
         elif isinstance(directive, Follow) and record.undisturbed:
@@ -432,8 +440,11 @@ class SessionWorker:
 
     def _sweep_again(self, news: News) -> None:
         self._news = news
-        order = nearest_clocks(self._selection.clocks_mhz, news.clocks_mhz)
-        self._link.timetable = self._link.timetable.swept_again(news.switch, order)
+        order = news.clocks_mhz
+        if news.paired:
+            order = paired_clocks(order[1:], order[0], self._placement.stage)
+        order = nearest_clocks(self._selection.clocks_mhz, order)
+        self._link.timetable = self._link.timetable.swept_again(news.switch, order, news.paired)
         self._estimated, self._sweep_ended_s = False, None
         if self._leader is not None:
             self._leader.swept_again()

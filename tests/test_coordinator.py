@@ -378,6 +378,69 @@ def test_energies_known_badly_are_measured_in_another_round(job: Job) -> None:
     assert job.told() == news
 
 
+def uncertain(rank: int, errors: dict[int, float]) -> RankEstimate:
+    """An estimate whose times are known so badly at these clocks."""
+    made = rank_estimate(rank)
+    for row in made.estimate["instructions"]:
+        row[3] = errors.get(row[1], 0.0001) * row[2]
+    return made
+
+
+def publish_uncertain(job: Job, errors: dict[int, float], rounds: int = 1) -> None:
+    for number in range(rounds):
+        for rank in range(2):
+            job.exchange.publish(estimate_key(number, rank), uncertain(rank, errors).model_dump())
+
+
+def test_times_known_badly_are_measured_in_a_round_in_pairs(job: Job) -> None:
+    publish_uncertain(job, {CLOCKS_MHZ[1]: 0.03})
+    job.step()
+    news = job.told()
+    assert (news.action, news.paired) == ("sweep", True)
+    assert news.clocks_mhz[0] == CLOCKS_MHZ[0]
+    assert sorted(news.clocks_mhz, reverse=True) == list(CLOCKS_MHZ)
+    for rank in range(2):
+        job.exchange.publish(estimate_key(1, rank), rank_estimate(rank).model_dump())
+    job.iteration = news.switch + 4 * 2 * (len(CLOCKS_MHZ) - 1)
+    job.iteration -= 1
+    job.step()
+    assert job.planner.requests == [], "two blocks for every clock"
+    job.iteration += 1
+    job.step()
+    assert len(job.planner.requests) == 1
+
+
+def test_an_iteration_in_pairs_is_no_iteration_at_full_clocks(job: Job) -> None:
+    job.run(Sweep(0, CLOCKS_MHZ[0], kept=True, round=1, paired=True), 3 * FULL_S)
+    assert job.coordinator.full_clock_time_s is None
+
+
+def test_a_clock_whose_time_stays_uncertain_is_not_planned_with(job: Job, heard: pytest.LogCaptureFixture) -> None:
+    publish_uncertain(job, {CLOCKS_MHZ[1]: 0.03}, rounds=2)
+    job.step()
+    job.iteration += 100
+    job.step()
+    (request,) = job.planner.requests
+    for rows in request.profile.table.values():
+        assert CLOCKS_MHZ[1] not in {row.frequency_mhz for row in rows}
+        assert len(rows) == len(CLOCKS_MHZ) - 1
+    assert "times of 2 of" in heard.text
+    saved = load_profile(job.folder / "profile.csv")
+    assert len(saved.table[0, "forward"]) == len(CLOCKS_MHZ), "what was measured is kept whole"
+
+
+def test_where_no_clock_is_known_the_job_stays_at_full_clocks_and_says_why(
+    job: Job, heard: pytest.LogCaptureFixture
+) -> None:
+    publish_uncertain(job, dict.fromkeys(CLOCKS_MHZ, 0.03), rounds=2)
+    job.step()
+    job.iteration += 100
+    job.step()
+    assert job.told().action == "full"
+    assert job.planner.requests == []
+    assert "no clock's time is known to within 2.0 % (perseus.profiling.max_time_error), but to 3.0 %" in heard.text
+
+
 def test_after_so_many_rounds_what_is_not_known_stays_at_full_clock(job: Job) -> None:
     for round_number in range(2):
         for rank in range(2):

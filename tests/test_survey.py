@@ -9,7 +9,8 @@ from perseus_plugin.errors import ProfileError
 from perseus_plugin.instructions import Compute, Constant
 from perseus_plugin.messages import RankEstimate, Recheck
 from perseus_plugin.profiling.observations import StageEstimate
-from perseus_plugin.survey import Survey, misfit, rescaled, stage_estimates, survey_of
+from perseus_plugin.profiling.profile import Profile
+from perseus_plugin.survey import Survey, certain, misfit, rescaled, stage_estimates, survey_of
 
 from .factories import BLOCKING_W, CLOCKS_MHZ, placement, profile, rank_estimate, stage_estimate
 
@@ -141,6 +142,29 @@ def test_a_profile_of_something_else_is_recognised() -> None:
         "stage 1 runs weight, which the profile does not have"
     )
     assert "stage 2" in misfit(survey, [Recheck(stage=2, time_s={"forward": 1.0})])
+
+
+def with_time_errors(shares: dict[tuple[int, str, int], float], otherwise: float) -> Survey:
+    rows = (
+        (stage, kind, replace(m, time_se_s=shares.get((stage, kind, m.frequency_mhz), otherwise) * m.time_s))
+        for stage, kind, m in profile(2).rows()
+    )
+    return Survey(Profile.from_rows(rows), BLOCKING_W)
+
+
+def test_a_clock_whose_time_is_not_known_is_left_out_for_its_stage() -> None:
+    top, *_, low = CLOCKS_MHZ
+    survey = certain(with_time_errors({(0, "forward", low): 0.02, (1, "forward", top): 0.5}, 0.005), 0.01)
+    clocks = {key: [m.frequency_mhz for m in rows] for key, rows in survey.profile.table.items()}
+    for kind in ("forward", "backward"):
+        assert clocks[0, kind] == list(CLOCKS_MHZ[:-1])
+        assert clocks[1, kind] == list(CLOCKS_MHZ)
+    assert {len(rows) for rows in certain(with_time_errors({}, 0.02), 0.01).profile.table.values()} == {1}
+
+
+def test_times_without_errors_are_taken_at_their_word() -> None:
+    survey = Survey(profile(2), BLOCKING_W)
+    assert certain(survey, 0.01).profile.table == survey.profile.table
 
 
 def test_without_rechecks_nothing_changes() -> None:

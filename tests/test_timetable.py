@@ -16,6 +16,7 @@ from perseus_plugin.timetable import (
     Sweep,
     Timetable,
     nearest_clocks,
+    paired_clocks,
 )
 
 CLOCKS = st.lists(st.integers(1, 3000), min_size=1, max_size=30, unique=True)
@@ -129,6 +130,22 @@ def test_another_round_of_the_sweep_replaces_the_first() -> None:
     third = table.swept_again(40, (1410,))
     assert third.sweep.number == 2
     assert third.at(22) == FullClock("planning")
+
+
+def test_in_a_paired_round_every_clock_is_tried_by_half_of_the_stages_at_a_time() -> None:
+    tables = [TABLE.swept_again(20, paired_clocks((810, 600), 1410, stage), paired=True) for stage in range(3)]
+    assert [table.sweep.clocks_mhz for table in tables] == [
+        (810, 1410, 600, 1410),
+        (1410, 810, 1410, 600),
+        (810, 1410, 600, 1410),
+    ]
+    directive = tables[1].at(22)
+    assert directive == Sweep(0, 1410, True, round=1, paired=True)
+    assert isinstance(directive, Sweep)
+    assert not directive.is_full(1410), "other stages run slower"
+    assert Sweep(0, 1410, True).is_full(1410)
+    assert not Sweep(0, 810, True).is_full(1410)
+    assert not TABLE.swept_again(20, (1410,)).sweep.paired
 
 
 def test_a_switch_supersedes_a_round_and_a_round_a_switch() -> None:

@@ -48,7 +48,7 @@ class SweepCollector:
             self._groups.append((step.frequency_mhz, []))
             self._group = here
         self._groups[-1][1].append(record)
-        if step.frequency_mhz == self._top_mhz:
+        if step.is_full(self._top_mhz):
             for operation, start_s, end_s in _timed(record):
                 if isinstance(operation, Constant):
                     self._constants.setdefault(operation.name, []).append(end_s - start_s)

@@ -47,7 +47,7 @@ class DurationsLog:
             return
         clocks: tuple[int, ...] = (0,)
         if isinstance(directive, Sweep):
-            if not directive.kept:
+            if not directive.kept or directive.paired:  # when instructions begin is then no sign of either clock
                 return
             clocks = (0 if directive.frequency_mhz == self._top_mhz else directive.frequency_mhz,)
         elif isinstance(directive, Follow):

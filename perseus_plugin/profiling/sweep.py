@@ -112,6 +112,18 @@ def good_enough(stages: Sequence[StageEstimate], max_relative_error: float) -> b
     ) and all(stage.instructions for stage in stages)
 
 
+def times_known(stages: Sequence[StageEstimate], max_time_error: float) -> bool:
+    """Whether the time of every clock that may be of use is known, against the highest clock, to within this share."""
+    power_w, _ = blocking_power(stages)
+    return all(
+        row.time_se_s <= max_time_error * row.time_s
+        or not is_pareto_candidate(stage, row.kind, row.frequency_mhz, blocking_power_w=power_w)
+        for stage in stages
+        for row in stage.instructions
+        if row.frequency_mhz != stage.clocks_mhz[0]
+    )
+
+
 def next_clock(
     clocks_mhz: Sequence[int],
     visited_mhz: Sequence[int],

@@ -120,7 +120,7 @@ def is_sampled(timetable: Timetable, number: int) -> bool:
     directive = timetable.at(number)
     if isinstance(directive, Sweep):
         last = (number - timetable.sweep.first) % timetable.steps_per_block == timetable.steps_per_block - 1
-        return last and directive.frequency_mhz == max(timetable.sweep.clocks_mhz)
+        return last and directive.is_full(max(timetable.sweep.clocks_mhz))
     if not isinstance(directive, Follow) and directive.reason == "warm-up":
         return False
     since = number - max([first for first, _ in timetable.switches if first <= number], default=timetable.sweep_end)

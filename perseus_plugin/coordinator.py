@@ -10,7 +10,7 @@ import enum
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -368,7 +368,7 @@ class Coordinator:
             self._plans.take_out(asked.instead_of)
             del self._requests[asked.instead_of]
         number = self._put(asked, plan, answer)
-        self._requests[schedule] = asked.request
+        self._requests[schedule] = replace(asked.request, samples=None, in_force=None, transfer_s=answer.transfer_s)
         logger.info(
             "plan %d for %s ready in %.2f s: %.1f %% less energy predicted, at most %.2f %% above the optimum",
             number,

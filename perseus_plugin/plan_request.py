@@ -58,6 +58,7 @@ class PlanRequest:
         catch_up: whether late ranks may catch up.
         latency_s: how long a clock change takes.
         in_force: the plan that is followed; if it holds over the samples, no other is made.
+        transfer_s: how long a transfer between stages takes; None: as the samples tell.
     """
 
     schedule: str
@@ -77,6 +78,7 @@ class PlanRequest:
     catch_up: bool = False
     latency_s: float = 0.0
     in_force: InForce | None = None
+    transfer_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -98,6 +100,7 @@ class PlanRequest:
             "catch_up": self.catch_up,
             "latency_s": self.latency_s,
             "in_force": None if self.in_force is None else asdict(self.in_force),
+            "transfer_s": self.transfer_s,
         }
 
     @classmethod
@@ -121,6 +124,7 @@ class PlanRequest:
             catch_up=data["catch_up"],
             latency_s=data["latency_s"],
             in_force=None if data["in_force"] is None else InForce.from_dict(data["in_force"]),
+            transfer_s=data["transfer_s"],
         )
 
 
@@ -137,6 +141,7 @@ class PlanAnswer:
         catch_up: per stage what its ranks need to know to catch up; empty where they do not, or where what they have
             been told of the plan in force still holds.
         paced_catch_up: the same for each of the pace's variants.
+        transfer_s: how long a transfer between stages was taken to be.
     """
 
     plan: Plan | None
@@ -146,6 +151,7 @@ class PlanAnswer:
     replayed: Replayed | None = None
     catch_up: tuple[StageCatchUp, ...] = ()
     paced_catch_up: tuple[tuple[StageCatchUp, ...], ...] = ()
+    transfer_s: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -156,6 +162,7 @@ class PlanAnswer:
             "replayed": None if self.replayed is None else asdict(self.replayed),
             "catch_up": [asdict(stage) for stage in self.catch_up],
             "paced_catch_up": [[asdict(stage) for stage in variant] for variant in self.paced_catch_up],
+            "transfer_s": self.transfer_s,
         }
 
     @classmethod
@@ -171,4 +178,5 @@ class PlanAnswer:
             paced_catch_up=tuple(
                 tuple(StageCatchUp.from_dict(stage) for stage in variant) for variant in data["paced_catch_up"]
             ),
+            transfer_s=data["transfer_s"],
         )

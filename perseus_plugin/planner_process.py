@@ -25,6 +25,7 @@ from perseus_plugin.planning.replayed import Samples, StageCatchUp
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 if TYPE_CHECKING:
+    from perseus_plugin.pipeline import PipelineGraph
     from perseus_plugin.planning.options import PlanningProblem
     from perseus_plugin.planning.planner import Planner
     from perseus_plugin.planning.replay import CatchUp
@@ -39,6 +40,7 @@ __all__ = [
     "PlannerProcess",
     "answer_to",
     "end_with",
+    "graph_for",
     "limits_of",
     "pace_for",
     "plan_for",
@@ -64,16 +66,39 @@ def planner_for(request: PlanRequest) -> Planner:
     Raises:
         PerseusError: the request is inconsistent.
     """
-    from perseus_plugin.pipeline import build_graph
     from perseus_plugin.planning.planner import Planner
 
     return Planner(
-        build_graph(request.streams, request.constant_time_s),
+        graph_for(request),
         _with_margin(request.profile, request.margin, request.blocking_power_w),
         blocking_power_w=request.blocking_power_w,
         full_clock_only=request.full_clock_only,
         schedule=request.schedule,
     )
+
+
+def graph_for(request: PlanRequest) -> PipelineGraph:
+    """The graph of a request's schedule; transfers take no time in it where that is not known.
+
+    Raises:
+        PerseusError: the streams do not fit each other.
+    """
+    from perseus_plugin.pipeline import build_graph
+
+    return build_graph(request.streams, request.constant_time_s, request.transfer_s or 0.0)
+
+
+def with_transfers(request: PlanRequest) -> PlanRequest:
+    """The request with the time that a transfer takes, as its samples tell it.
+
+    Raises:
+        PerseusError: the streams or the samples do not fit.
+    """
+    from perseus_plugin.planning.transfers import transfer_s
+
+    if request.transfer_s is not None:
+        return request
+    return replace(request, transfer_s=transfer_s(graph_for(replace(request, transfer_s=1.0)), request.samples))
 
 
 def answer_to(request: PlanRequest) -> PlanAnswer:
@@ -82,7 +107,6 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
     Raises:
         PerseusError: there is no such plan, or the request is inconsistent.
     """
-    from perseus_plugin.pipeline import build_graph
     from perseus_plugin.planning.options import build_problem
     from perseus_plugin.planning.pace import slowed
     from perseus_plugin.planning.robust import (
@@ -95,7 +119,9 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         with_delays,
     )
 
-    graph = build_graph(request.streams, request.constant_time_s)
+    request = with_transfers(request)
+    transfer_s = request.transfer_s or 0.0
+    graph = graph_for(request)
     problem = build_problem(graph, request.profile, request.blocking_power_w)
     delays_s = usual_delays(problem, request.samples)
 
@@ -111,6 +137,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
             None,
             0.0,
             pace=pace,
+            transfer_s=transfer_s,
             paced_catch_up=tuple(
                 ()
                 if planned.plan is None
@@ -122,13 +149,23 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         )
     if request.samples is None:
         plan = plan_for(request)
-        return PlanAnswer(plan, 0.0, catch_up=catches_up(problem, plan))
+        return PlanAnswer(plan, 0.0, catch_up=catches_up(problem, plan), transfer_s=transfer_s)
     if request.in_force is not None:
         promise = Promise(slowdown=request.slowdown, quantile=request.quantile)
-        held = held_against(request.in_force, replay_of(problem, request.samples), promise, request.latency_s)
+        # Its latest starts are those of the graph that it was made on.
+        before_s = request.in_force.transfer_s
+        seen_from_it = problem
+        if before_s != transfer_s:
+            older = graph_for(replace(request, transfer_s=before_s))
+            seen_from_it = build_problem(older, request.profile, request.blocking_power_w)
+        delays_now_s = usual_delays(seen_from_it, request.samples)
+        known = request.in_force
+        held = held_against(
+            known, replay_of(problem, request.samples), promise, request.latency_s, delays_now_s - delays_s
+        )
         if held.kept:
-            told_anew = with_delays(request.in_force, problem, delays_s) if request.samples.starts_s else ()
-            return PlanAnswer(None, 0.0, replayed=held, catch_up=told_anew)
+            told_anew = with_delays(known, seen_from_it, delays_now_s) if request.samples.starts_s else ()
+            return PlanAnswer(None, 0.0, replayed=held, catch_up=told_anew, transfer_s=before_s)
     robust = _robust_plan(request, problem, request.samples)
     way = robust.catch_up
     return PlanAnswer(
@@ -136,6 +173,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         0.0,
         replayed=robust.replayed,
         catch_up=() if way is None else catches_up(problem, robust.plan, way),
+        transfer_s=transfer_s,
     )
 
 
@@ -184,12 +222,11 @@ def pace_for(request: PlanRequest) -> Pace:
     Raises:
         PerseusError: there is no such plan, or the request is inconsistent.
     """
-    from perseus_plugin.pipeline import build_graph
     from perseus_plugin.planning.pace import plan_pace
 
     assert request.pace is not None  # the caller looked
     return plan_pace(
-        build_graph(request.streams, request.constant_time_s),
+        graph_for(request),
         request.profile,
         request.pace.variants,
         clocks_mhz=request.pace.clocks_mhz,

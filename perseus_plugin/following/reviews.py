@@ -72,7 +72,8 @@ def in_force(plan: Plan, answer: PlanAnswer, margin: float) -> InForce | None:
     replayed = answer.replayed
     if replayed is not None and replayed.obstacle:
         return None
-    return InForce(clocks_of(plan), answer.catch_up, margin if replayed is None else replayed.margin)
+    margin = margin if replayed is None else replayed.margin
+    return InForce(clocks_of(plan), answer.catch_up, margin, answer.transfer_s)
 
 
 def tell_replayed(number: int, schedule: str, replayed: Replayed, quantile: float) -> None:

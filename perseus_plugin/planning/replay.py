@@ -106,15 +106,8 @@ class Replay:
         compute = ~self.graph.is_constant
         if catch_up is None:
             duration = self.full_s * np.where(compute, ratio, 1.0)[:, None]
-            return self._outcome(self._finish(duration), (duration * watts[:, None]).sum(axis=0), 0.0)
+            return self._outcome(finishes(self.graph, duration), (duration * watts[:, None]).sum(axis=0), 0.0)
         return self._event_driven(planned_s, ratio, watts, catch_up)
-
-    def _finish(self, duration: FloatArray) -> FloatArray:
-        """Finish of every node, shape (nodes, all iterations of all replicas)."""
-        finish: FloatArray = duration.copy()
-        for low, high, sources, latency, offsets in self.graph.forward_steps:
-            finish[low:high] += np.maximum.reduceat(finish[sources] + latency[:, None], offsets, axis=0)
-        return finish
 
     def _outcome(self, finish: FloatArray, effective_j: FloatArray, raised: float) -> Outcome:
         time_s = finish.max(axis=0).reshape(self._shape).max(axis=1)
@@ -179,6 +172,14 @@ class Replay:
             )
         instructions = problem.instruction_nodes
         return self._outcome(finish[:-1], effective_j, float(raised[instructions].mean()))
+
+
+def finishes(graph: PipelineGraph, durations_s: FloatArray) -> FloatArray:
+    """Finish of every node in many iterations at once; durations and result have shape (nodes, iterations)."""
+    finish: FloatArray = durations_s.copy()
+    for low, high, sources, latency, offsets in graph.forward_steps:
+        finish[low:high] += np.maximum.reduceat(finish[sources] + latency[:, None], offsets, axis=0)
+    return finish
 
 
 def clocks_of(plan: Plan, graph: PipelineGraph) -> IntArray:

@@ -107,11 +107,13 @@ class InForce:
         clocks_mhz: per stage.
         catch_up: per stage; empty where ranks do not catch up.
         margin: the plan's.
+        transfer_s: what it took a transfer between stages to take.
     """
 
     clocks_mhz: tuple[tuple[int, ...], ...]
     catch_up: tuple[StageCatchUp, ...]
     margin: float
+    transfer_s: float = 0.0
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> InForce:
@@ -120,4 +122,5 @@ class InForce:
             tuple(tuple(clocks) for clocks in data["clocks_mhz"]),
             tuple(StageCatchUp.from_dict(stage) for stage in data["catch_up"]),
             data["margin"],
+            data["transfer_s"],
         )

@@ -268,8 +268,17 @@ def usual_delays(problem: PlanningProblem, samples: Samples | None) -> FloatArra
     return np.median(seen, axis=0) if seen else np.zeros(len(graph))
 
 
-def held_against(in_force: InForce, replay: Replay, promise: Promise, latency_s: float) -> Replayed:
+def held_against(
+    in_force: InForce, replay: Replay, promise: Promise, latency_s: float, later_s: FloatArray
+) -> Replayed:
     """What newer iterations say of the plan that is followed. It is to be given up only if they speak against it.
+
+    Args:
+        in_force: the plan.
+        replay: of the newer iterations.
+        promise: what has to be kept.
+        latency_s: how long a clock change takes.
+        later_s: shape (nodes,), how much later instructions begin in the replay's graph than in the plan's.
 
     Raises:
         PlanError: the plan is not for the replay's graph and profile.
@@ -279,7 +288,7 @@ def held_against(in_force: InForce, replay: Replay, promise: Promise, latency_s:
     catch_up = None
     if in_force.catch_up:
         latest = by_node(graph, [stage.latest_starts_s for stage in in_force.catch_up])
-        catch_up = CatchUp(latest, latency_s, in_force.catch_up[0].size_weight)
+        catch_up = CatchUp(latest + later_s, latency_s, in_force.catch_up[0].size_weight)
     return judge(clocks, replay, promise, catch_up, in_force.margin, errors=0.0)
 
 

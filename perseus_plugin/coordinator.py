@@ -18,7 +18,7 @@ from perseus_plugin.config import PerseusConfig
 from perseus_plugin.exchange import Exchange
 from perseus_plugin.files import try_to_write
 from perseus_plugin.following.comparison import Comparison
-from perseus_plugin.following.expectations import Expectations
+from perseus_plugin.following.expectations import Expectations, Predicted
 from perseus_plugin.following.recent import RecentIterations
 from perseus_plugin.following.reviews import Reviews, clocks_of, in_force, tell_replayed
 from perseus_plugin.following.schedules import MAX_PLANNED, JobSchedules
@@ -216,9 +216,9 @@ class Coordinator:
         """See `Expectations`."""
         return self._expectations.full_clock_scale(self.plan)
 
-    def predicted_ratios(self) -> tuple[float, float] | None:
+    def predicted(self) -> Predicted | None:
         """See `Expectations`."""
-        return self._expectations.predicted_ratios(self.plan)
+        return self._expectations.predicted(self.plan, self.replayed)
 
     @property
     def planned_schedules(self) -> Mapping[str, int]:

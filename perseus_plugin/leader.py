@@ -212,7 +212,7 @@ class Leader:
             "plan": self._plan,
             "planning_time_s": 0.0 if coordinator is None else coordinator.planning_time_s,
             "full_clock_scale": (1.0, 1.0) if coordinator is None else coordinator.full_clock_scale(),
-            "predicted_ratios": None if coordinator is None else coordinator.predicted_ratios(),
+            "predicted": None if coordinator is None else coordinator.predicted(),
             "planned_schedules": {} if coordinator is None else coordinator.planned_schedules,
             "compared": Compared() if coordinator is None else coordinator.comparison.compared,
             "dropped_plans": 0 if coordinator is None else coordinator.dropped,

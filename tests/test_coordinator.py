@@ -903,10 +903,11 @@ def test_microbatch_counts_that_take_turns_are_all_planned_for(job: Job) -> None
     scale = job.coordinator.full_clock_scale()
     assert scale is not None
     assert scale[0] == pytest.approx(1.0, rel=0.1), "the same counts, about as often"
-    ratios = job.coordinator.predicted_ratios()
-    assert ratios is not None
-    assert 0.8 < ratios[1] < 0.98
-    assert ratios[0] == pytest.approx(1.0, abs=0.01)
+    predicted = job.coordinator.predicted()
+    assert predicted is not None
+    assert 0.8 < predicted.energy_ratio < 0.98
+    assert predicted.time_ratio == pytest.approx(1.0, abs=0.01)
+    assert predicted.saving is None, "nothing was replayed"
 
 
 def test_plans_that_do_not_hold_are_dropped_though_every_iteration_has_another_schedule(job: Job) -> None:

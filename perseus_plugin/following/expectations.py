@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from perseus_plugin.iteration_times import IterationTimes
 from perseus_plugin.plan_shelf import PlanShelf
 from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.replayed import Replayed
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What plans make of iterations at full clocks.
+
+    Attributes:
+        time_ratio, energy_ratio: under the plans over at full clocks.
+        saving: between what the share of energy saved lies, with 95 % confidence; None: not known.
+    """
+
+    time_ratio: float
+    energy_ratio: float
+    saving: tuple[float, float] | None = None
 
 
 class Expectations:
@@ -66,20 +82,32 @@ class Expectations:
         before_s, before_j = self._mean_full(full)
         return time_s / before_s, energy_j / before_j
 
-    def predicted_ratios(self, usual: Plan | None) -> tuple[float, float] | None:
-        """Time and energy under the plans over those at full clocks, by the model; None: not known.
+    def predicted(self, usual: Plan | None, replayed: Mapping[str, Replayed | None]) -> Predicted | None:
+        """What plans make of iterations at full clocks; None: not known.
 
         Args:
             usual: see `full_clock_scale`.
+            replayed: by schedule, what replays of measured iterations say; elsewhere the model's figures are taken.
         """
         planned = self._mix(usual)
         if planned is None or not all(key in self._plans for key in planned):
             return None
         time_s, energy_j = self._mean_full(planned)
-        return (
-            _mean(planned, lambda key: self._plans.of(key).iteration_time_s) / time_s,
-            _mean(planned, lambda key: self._plans.of(key).energy_j) / energy_j,
+
+        def time_under(key: str) -> float:
+            plan, seen = self._plans.of(key), replayed.get(key)
+            return plan.iteration_time_s if seen is None else plan.baseline_time_s * seen.time_ratio_mean
+
+        def saved(key: str, share: Callable[[Replayed], float]) -> float:
+            plan, seen = self._plans.of(key), replayed.get(key)
+            return plan.baseline_energy_j * (plan.saving if seen is None else share(seen))
+
+        saving, low, high = (
+            _mean(planned, lambda key, share=share: saved(key, share)) / energy_j  # type: ignore[misc]
+            for share in (lambda r: r.saving_mean, lambda r: r.saving_interval[0], lambda r: r.saving_interval[1])
         )
+        known = any(replayed.get(key) is not None for key in planned)
+        return Predicted(_mean(planned, time_under) / time_s, 1 - saving, (low, high) if known else None)
 
     def _mix(self, usual: Plan | None) -> Mapping[str, int] | None:
         """How often each schedule has run under the plans in force."""

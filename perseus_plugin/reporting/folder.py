@@ -66,6 +66,12 @@ class StragglerFigures(_Loose):
     energy_saved_j: float
 
 
+class PredictedFigures(_Loose):
+    """Between what the predicted saving lies, with 95 % confidence; None: not known (yet)."""
+
+    saving_percent: tuple[float, float] | None
+
+
 class ReferenceFigures(_Loose):
     """What references amid iterations under the plan have shown: 95 % intervals; None: not known (yet)."""
 
@@ -112,6 +118,7 @@ class Summary(_Loose):
     energy_j: Columns
     saving_percent: Columns
     slowdown_percent: Columns
+    predicted_between: PredictedFigures | None = None
     references: ReferenceFigures | None = None
     planned_schedules: dict[str, int] = {}
     plan: PlanFigures | None

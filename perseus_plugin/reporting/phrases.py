@@ -57,23 +57,27 @@ def comparison(folder: JobFolder) -> Rows:
         values = (columns.full_clock, columns.predicted, columns.measured)
         return (name, *("" if value is None else form.format(value) for value in values))
 
-    def with_interval(cells: tuple[str, ...], interval: tuple[float, float] | None) -> tuple[str, ...]:
-        if interval is None or not cells[-1]:
-            return cells
-        return (*cells[:-1], f"{cells[-1]} ({interval[0]:.2f} to {interval[1]:.2f})")
+    def between(cells: tuple[str, ...], *intervals: tuple[float, float] | None) -> tuple[str, ...]:
+        """The last cells, each with its interval."""
+        first = len(cells) - len(intervals)
+        return (
+            *cells[:first],
+            *(
+                cell if interval is None or not cell else f"{cell} ({interval[0]:.2f} to {interval[1]:.2f})"
+                for cell, interval in zip(cells[first:], intervals, strict=True)
+            ),
+        )
 
-    references = summary.references
+    seen, said = summary.references, summary.predicted_between
     return [
         ("per iteration", "full clocks", "predicted", "as run"),
         row("time", summary.iteration_time_s, "{:.4f} s"),
         row("energy", summary.energy_j, "{:,.1f} J"),
-        with_interval(
-            row("slowdown", summary.slowdown_percent, "{:.2f} %"),
-            None if references is None else references.slowdown_percent,
-        ),
-        with_interval(
+        between(row("slowdown", summary.slowdown_percent, "{:.2f} %"), None if seen is None else seen.slowdown_percent),
+        between(
             row("energy saved", summary.saving_percent, "{:.2f} %"),
-            None if references is None else references.saving_percent,
+            None if said is None else said.saving_percent,
+            None if seen is None else seen.saving_percent,
         ),
     ]
 

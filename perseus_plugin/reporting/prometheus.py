@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FIGURES = ("full_clock", "predicted", "measured")
+FIGURES = ("full_clock", "predicted", "measured", "measured_low", "measured_high")
 """Last parts of event names that become the label `figure`."""
 
 _UNITS = {"_s": "_seconds", "_j": "_joules"}

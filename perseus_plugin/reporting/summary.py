@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from perseus_plugin.following.comparison import Compared
+from perseus_plugin.following.expectations import Predicted
 from perseus_plugin.messages import RankStats, Totals
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, REFERENCES, STRAGGLER
@@ -45,20 +46,19 @@ def build_summary(
     dropped_plans: int,
     stragglers: dict[str, Any] | None = None,
     full_clock_scale: tuple[float, float] | None = (1.0, 1.0),
-    predicted_ratios: tuple[float, float] | None = None,
+    predicted: Predicted | None = None,
     compared: Compared | None = None,
     planned_schedules: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The content of summary.json.
 
-    `predicted` is the measured full-clock figure times what the plan changes it by in the model, so that all three
-    columns speak of the same thing: the model's own figures, which know nothing of what surrounds the schedule, are in
-    plan.json. Where other schedules have run under plans than were measured at full clocks, the full-clock figures are
-    scaled by the model (`full_clock_scale`). `predicted_ratios` are time and energy under the plans over those at full
-    clocks, for the schedules as often as they ran; None: those of `plan`. Where plans were compared with references
-    amid them (`compared`), the full-clock figures are those under the plan over the ratio that was found: full clocks
-    on the same work. `planned_schedules` says how often each schedule has run under the plans. Figures that do not
-    exist (yet) are null.
+    The column predicted is the measured full-clock figure times what the plans change it by in the model (`predicted`,
+    of the schedules as often as they ran; None: of `plan`), so that all three columns speak of the same thing: the
+    model's own figures, which know nothing of what surrounds the schedule, are in plan.json. Where other schedules have
+    run under plans than were measured at full clocks, the full-clock figures are scaled by the model
+    (`full_clock_scale`). Where plans were compared with references amid them (`compared`), the full-clock figures are
+    those under the plan over the ratio that was found: full clocks on the same work. `planned_schedules` says how often
+    each schedule has run under the plans. Figures that do not exist (yet) are null.
     """
     compared = compared or Compared()
     swept_time_s, swept_energy_j = iteration_time_s(stats, FULL_CLOCK), energy_per_iteration_j(stats, FULL_CLOCK)
@@ -72,10 +72,11 @@ def build_summary(
         full_time_s = time_s * math.exp(-compared.time.log)
     if energy_j is not None and compared.energy is not None:
         full_energy_j = energy_j * math.exp(-compared.energy.log)
-    if predicted_ratios is None and plan is not None:
-        predicted_ratios = plan.iteration_time_s / plan.baseline_time_s, plan.energy_j / plan.baseline_energy_j
-    time_ratio, energy_ratio = (None, None) if predicted_ratios is None else predicted_ratios
-    predicted_time_s, predicted_energy_j = _scaled(full_time_s, time_ratio), _scaled(full_energy_j, energy_ratio)
+    if predicted is None and plan is not None:
+        predicted = Predicted(plan.iteration_time_s / plan.baseline_time_s, plan.energy_j / plan.baseline_energy_j)
+    predicted_time_s = _scaled(full_time_s, None if predicted is None else predicted.time_ratio)
+    predicted_energy_j = _scaled(full_energy_j, None if predicted is None else predicted.energy_ratio)
+    between = None if predicted is None else predicted.saving
     return {
         "schema": SUMMARY_SCHEMA,
         "version": SUMMARY_VERSION,
@@ -95,6 +96,9 @@ def build_summary(
         "slowdown_percent": {
             "predicted": _excess(full_time_s, predicted_time_s),
             "measured": _excess(full_time_s, time_s),
+        },
+        "predicted_between": {
+            "saving_percent": None if between is None else [100 * share for share in between],
         },
         "references": _references(stats, compared, full_energy_j, energy_j),
         "planned_schedules": dict(planned_schedules or {}),

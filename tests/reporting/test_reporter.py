@@ -3,12 +3,18 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from perseus_plugin.following.comparison import Compared
+from perseus_plugin.following.expectations import Predicted
+from perseus_plugin.following.pairs import Effect
+from perseus_plugin.messages import Totals
 from perseus_plugin.reporting import reporter as reporter_module
 from perseus_plugin.reporting.reporter import Reporter, events_of, print_summary
 
@@ -86,6 +92,32 @@ def test_the_table_shows_time_energy_and_saving() -> None:
     assert cells["slowdown"] == ["", "-2.00 %", "2.00 %"]
     assert cells["energy saved"] == ["", "20.00 %", "21.11 %"]
     assert "4 iterations at full clocks, 10 while profiling, 5 under the plan; profiling cost 4.0 s; " in lines[-1]
+
+
+def test_what_is_known_of_a_figure_stands_beside_it() -> None:
+    compared = Compared(Effect(0.001, 0.002, 10, 120), Effect(-0.2, 0.01, 10, 120))
+    made = summary(RANKS, compared=compared, predicted=Predicted(0.98, 0.8, (0.19, 0.21)))
+    cells = {
+        line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]]
+        for line in printed(made).splitlines()
+        if "│" in line
+    }
+    low, high = compared.energy.interval if compared.energy is not None else (0.0, 0.0)
+    assert cells["energy saved"] == [
+        "",
+        "20.00 % (19.00 to 21.00)",
+        f"{100 * (1 - math.exp(-0.2)):.2f} % ({-100 * high:.2f} to {-100 * low:.2f})",
+    ]
+    assert cells["slowdown"][1] == "-2.00 %"
+    assert re.fullmatch(r"0\.10 % \(-\d\.\d\d to \d\.\d\d\)", cells["slowdown"][2])
+    told = dict(events_of(made))
+    assert told["Perseus/saving_percent/measured_low"] == pytest.approx(-100 * high)
+    assert told["Perseus/slowdown_percent/measured_high"] > 0.1
+
+
+def test_what_references_cost_is_said() -> None:
+    ranks = [one.model_copy(update={"totals": {**one.totals, "reference": Totals(iterations=30)}}) for one in RANKS]
+    assert "30 at full clocks amid them to compare with, which saved 5700 J less for it" in printed(summary(ranks))
 
 
 def test_the_table_of_a_real_gpu_names_the_backend_and_what_is_unknown_is_a_dash() -> None:

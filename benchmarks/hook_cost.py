@@ -22,8 +22,10 @@ from perseus_plugin.control.boundaries import HostBoundaries
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.controller import ClockRequests, Controller
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from perseus_plugin.integrations.deepspeed import _hooked_map
+from perseus_plugin.gpus.emulated.physics import A100
+from perseus_plugin.integrations.deepspeed import InstructionChain, _Hook
 from perseus_plugin.integrations.deepspeed_schedule import translate
+from perseus_plugin.messages import CatchUpPart
 from perseus_plugin.tap import InstructionTap, IterationRecord, hooked_operations
 
 
@@ -46,15 +48,27 @@ class NoRequests:
         pass
 
 
-def following(requests: ClockRequests, microbatches: int) -> InstructionTap:
-    """A tap that changes the clock at every instruction, which no plan does."""
+def following(requests: ClockRequests, microbatches: int, late: bool = False) -> InstructionTap:
+    """A tap that changes the clock at every instruction, which no plan does; all of them late, if wanted."""
     controller = Controller(requests)
-    controller.follow([1410, 1005] * microbatches, [0.03] * (2 * microbatches))
+    told = None
+    if late:
+        clocks = A100.clocks_mhz()[:20]
+        told = CatchUpPart(
+            latest_starts_s=(0.0,) * (2 * microbatches),
+            usual_delays_s=(0.0,) * (2 * microbatches),
+            kinds=("forward", "backward") * microbatches,
+            options=dict.fromkeys(
+                ("forward", "backward"), tuple((clock, 0.03 * clocks[0] / clock, 200.0) for clock in clocks)
+            ),
+            size_weight=2.0,
+        )
+    controller.follow([1200, 1410] * microbatches, [0.0353, 0.03] * microbatches, told)
     return InstructionTap(HostBoundaries(), controller, fail)
 
 
 class Holder:
-    """What `_hooked_map` wants of a session."""
+    """What a hook wants of a session."""
 
     def __init__(self, tap: InstructionTap) -> None:
         self.tap = tap
@@ -80,13 +94,16 @@ def main() -> None:
     stock = dict.fromkeys(PipelineEngine._INSTRUCTION_MAP, do_nothing)
     engine = BareEngine()
 
-    def run(instruction_map: dict[type, Any], tap: InstructionTap | None) -> float:
-        engine._INSTRUCTION_MAP = instruction_map
+    def run(tap: InstructionTap | None) -> float:
+        engine._INSTRUCTION_MAP = stock
         begin_s = time.perf_counter()
-        if tap is not None:
+        if tap is None:
+            engine._exec_schedule(schedule)
+        else:
             tap.arm(IterationRecord(0, operations=operations, slots=slots))
-        engine._exec_schedule(schedule)
-        if tap is not None:
+            chain = InstructionChain(engine, hooks[tap])
+            engine._exec_schedule(schedule)
+            chain.take_out()
             tap.disarm()
         return time.perf_counter() - begin_s
 
@@ -97,14 +114,15 @@ def main() -> None:
     taps = {
         "timestamps only": InstructionTap(HostBoundaries(), None, fail),
         "following a plan, requests dropped": following(NoRequests(), arguments.microbatches),
+        "following a plan and always late, requests dropped": following(NoRequests(), arguments.microbatches, True),
         "following a plan, requests to a helper process": following(helper, arguments.microbatches),
     }
-    maps = {name: _hooked_map(stock, Holder(tap)) for name, tap in taps.items()}  # type: ignore[arg-type]
+    hooks = {tap: _Hook(Holder(tap)) for tap in taps.values()}  # type: ignore[arg-type]
     times: dict[str, list[float]] = {"unhooked": [], **{name: [] for name in taps}}
     for _ in range(arguments.rounds):
-        times["unhooked"].append(run(stock, None))
+        times["unhooked"].append(run(None))
         for name, tap in taps.items():
-            times[name].append(run(maps[name], tap))
+            times[name].append(run(tap))
         time.sleep(0.005)  # lets the helper catch up: here it gets in a millisecond what a job asks for in seconds
     dropped = helper.dropped
     helper.close()

@@ -25,6 +25,7 @@ from perseus_plugin.following.schedules import MAX_PLANNED, JobSchedules
 from perseus_plugin.frontier_process import BackgroundFrontier
 from perseus_plugin.instructions import StreamOp
 from perseus_plugin.iteration_times import IterationTimes
+from perseus_plugin.known import profiled_as
 from perseus_plugin.measuring import Measuring, UnusableProfileError
 from perseus_plugin.messages import TROUBLE, Placement, Trouble, receive
 from perseus_plugin.orders import Orders
@@ -32,6 +33,7 @@ from perseus_plugin.plan_shelf import PlanShelf
 from perseus_plugin.planner_process import PaceRequest, PlanAnswer, PlanRequest
 from perseus_plugin.planning.plan import Plan, save_plan
 from perseus_plugin.planning.replayed import Replayed
+from perseus_plugin.profiling.failed import FILE, save_failure
 from perseus_plugin.profiling.reuse import Fingerprint
 from perseus_plugin.rank_reports import RankReports
 from perseus_plugin.reporting.events import EventLog
@@ -127,6 +129,7 @@ class Coordinator:
         self._reviews = Reviews()
         self.comparison = Comparison(config.watch, exchange, world_size, self._expectations.graph_s)
         self._orders = Orders(exchange)
+        self._fingerprint = fingerprint or {}
         self._measuring = Measuring(
             config.profiling,
             self._reports,
@@ -135,7 +138,7 @@ class Coordinator:
             timetable=timetable,
             output_dir=output_dir,
             survey=survey,
-            fingerprint=fingerprint or {},
+            fingerprint=self._fingerprint,
             full_sweep_mhz=full_sweep_mhz,
         )
         self.stragglers = StragglerDesk(
@@ -271,7 +274,12 @@ class Coordinator:
         try:
             survey = self._measuring.step(self._iteration)
         except UnusableProfileError as error:
-            self._give_up(str(error))
+            if not error.lasting:
+                self._give_up(str(error))
+                return
+            reason, fingerprint = str(error), profiled_as(self._config.profiling, self._fingerprint)
+            try_to_write("why profiling failed", lambda: save_failure(reason, fingerprint, self._output_dir))
+            self._give_up(reason, kept_in=FILE)
             return
         if survey is not None:
             self.survey = survey
@@ -574,8 +582,16 @@ class Coordinator:
         self._made_anew, self.state = True, State.PLANNING
         self._ask_for_plan()
 
-    def _give_up(self, why: str) -> None:
-        logger.warning("%s. Training stays at full clocks. A restart of the job tries again", why)
+    def _give_up(self, why: str, kept_in: str = "") -> None:
+        if kept_in:
+            logger.warning(
+                "%s. Training stays at full clocks. A restarted job of the same sort does not profile again; remove %s "
+                "from the output folder to have it do so",
+                why,
+                kept_in,
+            )
+        else:
+            logger.warning("%s. Training stays at full clocks. A restart of the job tries again", why)
         self.stragglers.refusal = f"the job stays at full clocks: {why}"
         self._tell("full", reason=why)
         self.state = State.GIVEN_UP

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from perseus_plugin._version import __version__
-from perseus_plugin.config import PerseusConfig
+from perseus_plugin.config import PerseusConfig, ProfilingConfig
 from perseus_plugin.errors import ConfigError, PerseusError, ProfileError
 from perseus_plugin.exchange import Exchange, wait_for
 from perseus_plugin.gpus.selection import Selection
-from perseus_plugin.messages import REUSE, Placement, RankFacts, facts_key, receive
+from perseus_plugin.messages import REUSE, Placement, RankFacts, Reuse, facts_key, receive
+from perseus_plugin.profiling.failed import FILE, load_failure
 from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.profiling.reuse import Fingerprint, job_fingerprint, load_survey
 from perseus_plugin.survey import Survey
@@ -31,11 +32,14 @@ class Known:
         profile: whether there is a profile; the same on every rank.
         survey: the profile and what belongs to it, on rank 0.
         fingerprint: what a profile measured in this run is kept with, on rank 0.
+        failed: why a sweep is not worth making, as an earlier one came to nothing; empty if it is. The same on every
+            rank.
     """
 
     profile: bool = False
     survey: Survey | None = None
     fingerprint: Fingerprint = field(default_factory=dict)
+    failed: str = ""
 
 
 def given_profile(config: PerseusConfig, placement: Placement) -> Known | None:
@@ -90,14 +94,34 @@ def kept_profile(
     }
     exchange.publish(facts_key(placement.rank), RankFacts(stage=placement.stage, facts=mine).model_dump())
     if placement.rank != 0:
-        return Known(bool(wait_for(exchange, [REUSE], 2 * _START_TIMEOUT_S).get(REUSE)))
+        told = wait_for(exchange, [REUSE], 2 * _START_TIMEOUT_S).get(REUSE)
+        decision = Reuse() if told is None else receive(Reuse, told)
+        return Known(decision.profile, failed=decision.failed)
     keys = [facts_key(rank) for rank in range(placement.world_size)]
     found = wait_for(exchange, keys, _START_TIMEOUT_S)
     ranks = [receive(RankFacts, value) for value in found.values()]
     fingerprint = job_fingerprint([(rank.stage, rank.facts) for rank in ranks])
-    survey = _kept(config, fingerprint, output_dir) if len(ranks) == placement.world_size else None
-    exchange.publish(REUSE, survey is not None)
-    return Known(survey is not None, survey, fingerprint)
+    all_here = len(ranks) == placement.world_size
+    survey = _kept(config, fingerprint, output_dir) if all_here else None
+    failed = _failed(config, fingerprint, output_dir) if all_here and survey is None else ""
+    exchange.publish(REUSE, Reuse(profile=survey is not None, failed=failed).model_dump())
+    return Known(survey is not None, survey, fingerprint, failed)
+
+
+def profiled_as(config: ProfilingConfig, fingerprint: Fingerprint) -> Fingerprint:
+    """The fingerprint of a sweep that may come to nothing: of the job, and of how it is profiled."""
+    return {**fingerprint, "profiling": config.model_dump_json(exclude={"reuse"})}
+
+
+def _failed(config: PerseusConfig, fingerprint: Fingerprint, output_dir: Path) -> str:
+    if not config.profiling.reuse:
+        return ""
+    try:
+        reason = load_failure(profiled_as(config.profiling, fingerprint), output_dir)
+    except ProfileError as error:
+        logger.warning("profiling all the same: %s. Nothing needs to be done", error)
+        return ""
+    return reason and f"an earlier sweep of this job came to nothing: {reason}; remove {output_dir / FILE} to try again"
 
 
 def _kept(config: PerseusConfig, fingerprint: Fingerprint, output_dir: Path) -> Survey | None:

@@ -23,7 +23,15 @@ logger = logging.getLogger(__name__)
 
 
 class UnusableProfileError(PerseusError):
-    """What was measured, or given, cannot be planned on; the message is the reason."""
+    """What was measured, or given, cannot be planned on; the message is the reason.
+
+    Attributes:
+        lasting: another sweep of this job, profiled the same way, would meet the same.
+    """
+
+    def __init__(self, reason: str, *, lasting: bool = True) -> None:
+        super().__init__(reason)
+        self.lasting = lasting
 
 
 class Measuring:
@@ -82,7 +90,7 @@ class Measuring:
         overdue, estimates = self._reports.overdue, self._reports.all_estimates()
         if estimates is None:
             if overdue:
-                raise UnusableProfileError(self._reports.missing)
+                raise UnusableProfileError(self._reports.missing, lasting=False)
             return None
         try:
             stages = stage_estimates(estimates, self._stages, self._config.max_relative_error)
@@ -153,7 +161,8 @@ class Measuring:
             return None
         why_not = misfit(survey, list(self._reports.rechecks.values()))
         if why_not and self._config.load is not None:
-            raise UnusableProfileError(f"the profile of perseus.profiling.load is not of this job: {why_not}")
+            reason = f"the profile of perseus.profiling.load is not of this job: {why_not}"
+            raise UnusableProfileError(reason, lasting=False)
         if why_not:
             logger.warning("profiling anew, as the kept profile does not fit: %s. Nothing needs to be done", why_not)
             self._known, self._reports.rechecks = None, {}

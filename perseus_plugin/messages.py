@@ -127,6 +127,13 @@ class CatchUpPart(_Message):
     dwell_s: float = 0.0
 
 
+class Reuse(_Message):
+    """What rank 0 has found in the output folder: whether a profile of this job, or why a sweep would be in vain."""
+
+    profile: bool = False
+    failed: str = ""
+
+
 class PlanPart(_Message):
     """One stage's part of a plan.
 

@@ -355,6 +355,9 @@ def start_session(
     try:
         if known is None:
             known = kept_profile(config, placement, selection, facts or {}, exchange, output_dir)
+        if known.failed and helper is not None:
+            helper.close(timeout_s=1.0)
+            helper, selection = None, replace(selection, spec=None, clocks_mhz=(), why_not=known.failed)
         sweep = full_sweep = _sweep(config, selection)
         if known.profile:
             sweep = full_sweep[:1]  # the top clock all the same, as the reference that the plan must keep to

@@ -567,6 +567,8 @@ def test_a_profile_that_cannot_be_used(job: Job, heard: pytest.LogCaptureFixture
     job.planner.requests.append(PlanRequest("A", [], {}, profile(), [], 0.0))
     job.planner.error = "unused"
     expect_full_clocks(job, "the profile cannot be used: stage 1", heard)
+    assert "A restarted job of the same sort does not profile again; remove profile-failed.json" in heard.text
+    assert (job.folder / "profile-failed.json").is_file()
 
 
 def test_a_profile_that_cannot_be_saved_is_planned_on_all_the_same(job: Job, heard: pytest.LogCaptureFixture) -> None:

@@ -18,8 +18,10 @@ from perseus_plugin.errors import ConfigError, GpuError
 from perseus_plugin.exchange import LocalExchange
 from perseus_plugin.gpus.selection import Selection, with_facts
 from perseus_plugin.instructions import Compute, Constant, Receive, Send, StreamOp
+from perseus_plugin.known import profiled_as
 from perseus_plugin.link import FinishedIteration, Link
 from perseus_plugin.messages import Placement, PlanPart
+from perseus_plugin.profiling.failed import save_failure
 from perseus_plugin.profiling.profile import save_profile
 from perseus_plugin.profiling.reuse import save_survey
 from perseus_plugin.session import Session, start_session
@@ -669,6 +671,26 @@ def test_what_cannot_be_planned_for_is_said_before_any_sweep(
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert line.startswith("observing only, no clock will be set: ")
     assert text in line
+
+
+def test_a_sweep_that_came_to_nothing_is_not_repeated(
+    tmp_path: Path, fakes: type[FakeClockHelper], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = start(tmp_path)
+    profiling = parse_config(block(tmp_path)).profiling
+    save_failure("no energy was measured", profiled_as(profiling, first["known"].fingerprint), tmp_path / "out")
+    first["session"].close()
+    again = start(tmp_path)
+    assert again["helper"] is None
+    assert again["link"].timetable.sweep.clocks_mhz == ()
+    assert (
+        "observing only, no clock will be set: an earlier sweep of this job came to nothing: no energy" in caplog.text
+    )
+    assert "profile-failed.json to try again" in caplog.text
+    again["session"].close()
+    assert start(tmp_path, profiling={"steps_per_clock": 9})["helper"] is not None, (
+        "profiled another way it may succeed"
+    )
 
 
 def test_with_a_profile_no_energy_need_be_measured(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:

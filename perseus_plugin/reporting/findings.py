@@ -157,6 +157,8 @@ def full_clock_figures(folder: JobFolder, per: PerIteration | None, run: Series 
         full = {of_summary: measured}
     if run is not None and not any(stretch.sort.schedule for stretch in run.stretches):
         full[""] = measured  # a record that does not tell schedules
+    elif folder.summary is not None and len(folder.summary.planned_schedules) > 1:
+        full[""] = measured  # stretches of several schedules
     return full
 
 

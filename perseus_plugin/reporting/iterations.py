@@ -15,7 +15,7 @@ from perseus_plugin.timetable import REFERENCE, Directive, Follow, Sweep
 WARM_UP, FULL, PROFILING, PLAN, STRAGGLER = "warm-up", "full", "profiling", "plan", "straggler"
 STATES = (WARM_UP, FULL, PROFILING, PLAN, STRAGGLER)
 
-_ABSORBING = 64  # iterations in a stretch, from which on references are not kept apart
+_MIXING = 64  # iterations in a stretch, from which on references and schedules are not kept apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Sort:
         plan: version of the plan, 0 without one.
         clock_mhz: of the profiling sweep, 0 otherwise.
         reason: why at full clocks, for people; else empty.
-        schedule: key of the schedule that ran, empty: not known.
+        schedule: key of the schedule that ran, empty: several, or not known.
     """
 
     state: str
@@ -87,6 +87,7 @@ class Stretch:
         energies = [(s.energy_j, s.read) for s in (self, later) if s.read]
         return replace(
             self,
+            sort=self.sort if self.sort.schedule == later.sort.schedule else replace(self.sort, schedule=""),
             count=count,
             time_s=(self.time_s * self.count + later.time_s * later.count) / count,
             longest_s=max(self.longest_s, later.longest_s),
@@ -115,21 +116,25 @@ class Stretch:
         return {name: value for name, value in row.items() if name not in usual or value != usual[name]}
 
 
-def _absorbs(last: Stretch, one: Stretch, size: int) -> bool:
-    """Whether references amid iterations under a plan go into those: they return for as long as the plan is followed.
+def _joins(last: Stretch, one: Stretch, size: int) -> bool:
+    """Whether the next stretch goes into the last one.
 
-    What is added up stays right, as they are at full clocks: they save nothing.
+    In a long run schedules that take turns are joined, and references go into the iterations under the plan before
+    them: both return for as long as the plan is followed. What is added up stays right, as references save nothing.
     """
+    if last.precedes(one) or size < _MIXING or last.first + last.count != one.first:
+        return last.precedes(one)
     is_reference = one.sort.state == FULL and one.sort.reason == REFERENCE.reason
-    return size >= _ABSORBING and last.sort.state == PLAN and is_reference and last.first + last.count == one.first
+    return (last.sort.state == PLAN and is_reference) or replace(last.sort, schedule=one.sort.schedule) == one.sort
 
 
 class IterationLog:
     """Stretches of a growing run, at most `limit` of them.
 
     When there are more, neighbours are joined two by two; from then on new ones gather twice as many iterations, and
-    once they gather many, references go into the iterations under the plan before them. Only a run that changes its
-    sort otherwise more than `limit` times loses something: its oldest stretches.
+    once they gather many, schedules that take turns are joined, and references go into the iterations under the plan
+    before them. Only a run that changes its sort otherwise more than `limit` times loses something: its oldest
+    stretches.
 
     Args:
         limit: most stretches kept, from 2.
@@ -152,22 +157,23 @@ class IterationLog:
         self.stretches.append(one)
         if len(self.stretches) <= self._limit:
             return False
-        self._size *= 2
-        self.stretches = _halved(self.stretches, self._size)
+        self._halve()
+        while len(self.stretches) > self._limit and self._size < _MIXING:
+            self._halve()
         if len(self.stretches) > self._limit:
             del self.stretches[: len(self.stretches) - self._limit // 2]
         self._open = self.stretches[-1]
         return True
+
+    def _halve(self) -> None:
+        self._size *= 2
+        self.stretches = _halved(self.stretches, self._size)
 
     @property
     def closed(self) -> Sequence[Stretch]:
         """Those that the next iteration cannot join any more."""
         last = self._open
         return self.stretches if last is None or last.count >= self._size else self.stretches[:-1]
-
-
-def _joins(last: Stretch, one: Stretch, size: int) -> bool:
-    return last.precedes(one) or _absorbs(last, one, size)
 
 
 def _halved(stretches: Sequence[Stretch], size: int) -> list[Stretch]:

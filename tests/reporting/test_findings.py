@@ -10,12 +10,12 @@ import pytest
 from perseus_plugin.control import wire
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.profiling.reuse import save_survey
-from perseus_plugin.reporting.findings import Options, find
+from perseus_plugin.reporting.findings import Options, find, full_clock_figures, marks
 from perseus_plugin.reporting.folder import ReportError, load_folder
 from perseus_plugin.reporting.page import page
 from perseus_plugin.reporting.phrases import comparison, energy, headline, job_line, rates_line, worth_rows
 from perseus_plugin.reporting.worth import Rates
-from perseus_plugin.timetable import Follow, FullClock
+from perseus_plugin.timetable import REFERENCE, Follow, FullClock
 
 from .job import STEP_S, Job
 
@@ -130,6 +130,36 @@ def test_without_a_price_no_column_of_money(job: Job) -> None:
     found = find(load_folder(job.folder))
     assert worth_rows(found)[0] == ("", "GPUs", "at the meter", "CO2")
     assert "no price given" in rates_line(found.options.rates)
+
+
+def test_intervals_stand_beside_predicted_and_measured_figures(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out").planned(6).finished()
+    path = job.folder / "summary.json"
+    plain = comparison(load_folder(job.folder))
+    summary = json.loads(path.read_text())
+    summary["references"] |= {"slowdown_percent": [-0.5, 1.25], "saving_percent": [7.0, 9.5]}
+    summary["predicted_between"] = {"saving_percent": [8.0, 8.75]}
+    path.write_text(json.dumps(summary))
+    slowdown, saving = comparison(load_folder(job.folder))[-2:]
+    assert slowdown == (*plain[-2][:-1], plain[-2][-1] + " (-0.50 to 1.25)")
+    assert saving == (*plain[-1][:-2], plain[-1][-2] + " (8.00 to 8.75)", plain[-1][-1] + " (7.00 to 9.50)")
+    for name in ("references", "predicted_between", "planned_schedules"):
+        del summary[name]
+    path.write_text(json.dumps(summary))
+    assert comparison(load_folder(job.folder)) == plain, "a summary of an earlier version"
+
+
+def test_references_are_no_changes_worth_a_mark(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out").planned(3)
+    before = marks(find(load_folder(job.finished().folder)).series.stretches, load_folder(job.folder))  # type: ignore[union-attr]
+    first = job.number
+    for directive in (REFERENCE, REFERENCE, Follow(1)):
+        job.timetable = job.timetable.switched(job.number, directive)
+        job.iterate(1)
+    found = find(load_folder(job.finished().folder))
+    assert found.series is not None
+    assert [s.sort.reason for s in found.series.stretches if s.first >= first][:2] == ["reference", "reference"]
+    assert [mark.text for mark in marks(found.series.stretches, found.folder)] == [mark.text for mark in before]
 
 
 def test_a_folder_without_energies_has_no_worth(tmp_path: Path) -> None:
@@ -275,6 +305,18 @@ def test_a_schedule_that_changes_is_compared_with_its_own_full_clocks(tmp_path: 
     expected = 6 * (found.per.full_j - found.per.plan_j)
     expected += 8 * (scale * longer.plan.baseline_energy_j - longer.plan.energy_j)
     assert found.so_far.saved_j == pytest.approx(expected, rel=1e-3)
+    # Where both are in the summary's means, their own figures are such that they make up those.
+    summary = json.loads((job.folder / "summary.json").read_text())
+    summary["planned_schedules"] = {"1F1B": 6, "longer": 8}
+    (job.folder / "summary.json").write_text(json.dumps(summary))
+    mixed = full_clock_figures(load_folder(job.folder), found.per, found.series)
+    assert (6 * mixed["1F1B"].energy_j + 8 * mixed["longer"].energy_j) / 14 == pytest.approx(found.per.full_j)
+    assert (6 * mixed["1F1B"].time_s + 8 * mixed["longer"].time_s) / 14 == pytest.approx(found.per.full_s)
+    assert mixed["longer"].energy_j / mixed["1F1B"].energy_j == pytest.approx(
+        longer.plan.baseline_energy_j / job.plan.baseline_energy_j
+    )
+    assert mixed[""].energy_j == found.per.full_j
+    (job.folder / "summary.json").write_text(json.dumps({**summary, "planned_schedules": {}}))
     (job.folder / "records/schedules/longer.json").unlink()
     found = find(load_folder(job.folder), Options(frontier=False))
     assert found.so_far is not None

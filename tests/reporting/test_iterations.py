@@ -101,6 +101,17 @@ def test_references_that_come_and_go_do_not_push_out_the_begin_of_a_long_run() -
     assert saved_j == pytest.approx(10.0 * sum(not is_reference(number, 0.02) for number in range(count)))
 
 
+def test_schedules_that_take_turns_do_not_push_out_the_begin_of_a_long_run() -> None:
+    log = IterationLog(limit=50)
+    for number in range(5000):
+        log.add(one(number, energy_j=float(number % 7), sort=replace(ON_PLAN, schedule=str(number % 7))))
+        assert len(log.stretches) <= 50
+    assert log.stretches[0].first == 0
+    assert {s.sort for s in log.stretches[:-8]} == {replace(ON_PLAN, schedule="")}
+    assert sum(s.count for s in log.stretches) == 5000
+    assert sum(s.count * s.energy_j for s in log.stretches) == pytest.approx(sum(n % 7 for n in range(5000)))
+
+
 def test_in_a_short_run_references_stand_apart() -> None:
     log = IterationLog(limit=50)
     for number in range(40):

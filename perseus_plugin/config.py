@@ -113,6 +113,12 @@ class GpuConfig(_Strict):
         "auto: NVML where allowed, else zeusd, else observe only; emulated where torch has no CUDA device. "
         "off: observe only, no clock is touched.",
     )
+    foreign_clock: Literal["ask_again", "give_way"] = _setting(
+        "ask_again",
+        '"ask_again" or "give_way"',
+        "When somebody else changes the clock while the job runs: ask for ours again, or leave it to them and run at "
+        "full clocks from then on, as far as they let it.",
+    )
     zeusd_socket: str = _setting("/run/zeusd/zeusd.sock", "a path", "Unix socket of the zeusd daemon.", min_length=1)
 
 

@@ -407,10 +407,13 @@ def _take_gpu(config: PerseusConfig, selection: Selection) -> tuple[Selection, C
     """Start the helper of the selected GPU; without one if it cannot set clocks."""
     if selection.spec is None:
         return selection, None
-    helper = ClockHelper.start(selection.spec, min_dwell_s=config.limits.dwell_s)
+    gives_way = config.gpu.foreign_clock == "give_way"
+    helper = ClockHelper.start(selection.spec, min_dwell_s=config.limits.dwell_s, gives_way=gives_way)
     device = helper.wait_ready(_READY_TIMEOUT_S)
     if device is not None and device.leftover:
         logger.warning("the SM clock was %s; it is free again, nothing needs to be done", device.leftover)
+    if device is not None and device.foreign:
+        logger.warning("the SM clock %s", device.foreign)
     selection = with_facts(selection, device)
     if device is not None and selection.spec is not None:
         why_not = _why_not_planned(config, selection, device)

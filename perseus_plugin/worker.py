@@ -132,6 +132,7 @@ class SessionWorker:
         self._plans_since: int | None = None
         self._requests = 0
         self._deviations = 0
+        self._changed_outside = self._below = False
         self._read_failure: tuple[float, str] | None = None
         self._stats = RankStats(placement=placement, totals={})
         self._stats_due_s = 0.0
@@ -329,7 +330,17 @@ class SessionWorker:
 
     def _take_deviation(self, deviation: wire.Deviation) -> None:
         self._collector.add_deviation(deviation.time_s)
-        if not self._deviations:
+        if deviation.read_mhz > deviation.requested_mhz:
+            if not self._changed_outside:
+                self._changed_outside = True
+                logger.warning(
+                    "the GPU runs at %d MHz where %d MHz were asked for: somebody else sets its clock, or the driver "
+                    "does not honour locks; asked again, and said once (perseus.gpu.foreign_clock)",
+                    deviation.read_mhz,
+                    deviation.requested_mhz,
+                )
+        elif not self._below:
+            self._below = True
             logger.warning(
                 "the GPU runs at %d MHz where %d MHz were asked for; said once. Look for a power or thermal limit "
                 "(nvidia-smi -q -d PERFORMANCE) and for other programs that set clocks",

@@ -33,11 +33,12 @@ FULL: dict[str, Any] = {
         "rounds": 3,
         "seed": -5,
         "max_relative_error": 0.1,
+        "max_time_error": 0.02,
         "reuse": False,
         "load": "profile.csv",
         "blocking_power_w": 83.64,
     },
-    "gpu": {"backend": "zeusd", "zeusd_socket": "/tmp/zeusd.sock"},
+    "gpu": {"backend": "zeusd", "foreign_clock": "give_way", "zeusd_socket": "/tmp/zeusd.sock"},
     "emulation": {
         "model": "A100",
         "forward_time_s": [0.01, 0.02],

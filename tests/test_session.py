@@ -443,7 +443,7 @@ class FakeClockHelper(FakeHelper):
     facts: DeviceFacts | None
 
     @classmethod
-    def start(cls, spec: str, *, min_dwell_s: float) -> FakeClockHelper:
+    def start(cls, spec: str, *, min_dwell_s: float, gives_way: bool) -> FakeClockHelper:
         helper = cls()
         helper._note("start", (spec, min_dwell_s))
         cls.started.append(helper)

@@ -294,6 +294,20 @@ def test_with_a_profile_from_elsewhere_a_rank_tells_its_full_clock_times(ranks: 
 # The account.
 
 
+def test_a_clock_changed_from_outside_is_told_from_a_power_limit(ranks: Ranks, heard: pytest.LogCaptureFixture) -> None:
+    rank = ranks()
+    rank.helper.events += [
+        wire.Deviation(0.0, 900, 1410),
+        wire.Deviation(0.0, 900, 705),
+        wire.Deviation(0.0, 900, 1410),
+    ]
+    assert wait_until(lambda: stats_of(rank).deviations == 3)
+    lines = [r.getMessage() for r in heard.records if "were asked for" in r.getMessage()]
+    assert len(lines) == 2
+    assert "somebody else sets its clock, or the driver does not honour locks; asked again" in lines[0]
+    assert "Look for a power or thermal limit" in lines[1]
+
+
 def test_iterations_whose_clock_never_reached_the_driver_count_for_no_clock(ranks: Ranks) -> None:
     rank = ranks()
     rank.obeys = False

@@ -20,7 +20,7 @@ from perseus_plugin.control.examination import counter_problem, why_not_planned
 from perseus_plugin.control.latency import measure_switch_latency
 from perseus_plugin.control.ownership import Ownership, describe, helper_elsewhere, holder_of, lock_path, read_record
 from perseus_plugin.control.resetting import reset_until_confirmed
-from perseus_plugin.control.takeover import take_over
+from perseus_plugin.control.takeover import restore_foreign, take_over
 from perseus_plugin.errors import GpuError, PerseusError
 from perseus_plugin.gpus.base import Gpu
 from perseus_plugin.gpus.opening import open_gpu
@@ -140,7 +140,9 @@ def _examine_control(spec: str, found: Findings) -> None:
         return
     try:
         found.facts["control"] = f"allowed, through {facts.backend}"
-        found.facts["leftover lock"] = f"{facts.leftover}; it was freed" if facts.leftover else "none"
+        found.facts["leftover lock"] = f"{facts.leftover}; it was freed" if facts.leftover else "none of ours"
+        if ownership.found_mhz:
+            found.facts["foreign lock"] = f"{ownership.found_mhz} MHz; it is made again"
         if len(facts.clocks_mhz) < 2:
             return
         found.facts["switch latency"], found.controlled = _time_changes(device, ownership)
@@ -150,6 +152,7 @@ def _examine_control(spec: str, found: Findings) -> None:
                 "(`nvidia-smi -q -d PERFORMANCE`)"
             )
     finally:
+        restore_foreign(device, ownership)
         ownership.release()
         device.close()
 

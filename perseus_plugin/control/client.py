@@ -83,6 +83,7 @@ class ClockHelper:
         log_path: Path | str | None = None,
         min_dwell_s: float | None = 0.0,
         settle_s: float = 0.03,
+        gives_way: bool = False,
     ) -> ClockHelper:
         """Start the helper of the GPU that `spec` names (see `gpus.opening`); does not wait for it.
 
@@ -92,9 +93,10 @@ class ClockHelper:
             min_dwell_s: shortest time between two clock changes; None: follows from the switch latency once
                 that was measured.
             settle_s: time after a change until the clock is read back (0: never).
+            gives_way: whether it stops setting clocks when the clock is changed from outside, and does not ask again.
         """
         dwell = [] if min_dwell_s is None else ["--min-dwell", repr(min_dwell_s)]
-        options = [*dwell, "--settle", repr(settle_s)]
+        options = [*dwell, "--settle", repr(settle_s), *(["--give-way"] if gives_way else [])]
         try:
             process = _spawn(spec, options, log_path)
         except OSError as error:

@@ -18,7 +18,7 @@ from types import FrameType
 
 from perseus_plugin.control.loop import HelperLoop, Parent, free_clock
 from perseus_plugin.control.ownership import Ownership
-from perseus_plugin.control.takeover import take_over
+from perseus_plugin.control.takeover import restore_foreign, take_over
 from perseus_plugin.control.wire import BYE, EXIT_NO_GPU, EXIT_RESET_FAILED, READY, Trouble, pack_event, pack_reply
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import Gpu
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say(outlet, Trouble("helper_failed", str(error), time.monotonic()))
         return EXIT_NO_GPU
     if options.reset_only:
-        return 0 if facts.can_lock else EXIT_RESET_FAILED
+        return 0 if ownership is not None and restore_foreign(gpu, ownership) else EXIT_RESET_FAILED
     loop = HelperLoop(
         gpu,
         ownership,
@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         wakeup=wakeup,
         min_dwell_s=options.min_dwell,
         settle_s=options.settle,
+        gives_way=options.give_way,
     )
     loop.emit(pack_reply(READY, facts.pack()))
     gc.freeze()
@@ -74,6 +75,11 @@ def _leave(gpu: Gpu, ownership: Ownership, locked_mhz: int | None, outlet: int) 
             _say(outlet, Trouble("reset_failed", text, time.monotonic()))
             sys.stderr.write(f"perseus: {text}\n")
             return False
+    if not restore_foreign(gpu, ownership):
+        sys.stderr.write(
+            f"perseus: {gpu.name} {gpu.uuid}: the SM clock could not be locked at {ownership.found_mhz} MHz again, as "
+            "somebody else had it; it is free\n"
+        )
     ownership.release()
     return True
 
@@ -117,6 +123,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parent", type=int, required=True, help="the process that this one serves")
     parser.add_argument("--min-dwell", type=float, help="shortest time between changes, s (default: by the latency)")
     parser.add_argument("--settle", type=float, default=0.03, help="time from a change to its read-back, s")
+    parser.add_argument("--give-way", action="store_true", help="stop when the clock is changed from outside")
     parser.add_argument("--reset-only", action="store_true", help="free the clock and end")
     return parser.parse_args(arguments)
 

@@ -48,6 +48,8 @@ HEARTBEAT_S = 1.0
 PARENT_CHECK_S = 0.1
 """How often to look whether the parent lives where the kernel has no pidfd (before 5.3)."""
 DEVIATION_REPORT_S = 1.0
+READ_AGAIN_S = 1.0
+LOOKS_ABOVE = 2
 GIVE_UP_RESET_S = 0.5
 SHORTEST_PAUSE_S = 0.0005
 """Between two polls of the counter, however short an interval was asked for or however long a read takes."""
@@ -80,7 +82,8 @@ class HelperLoop:
         wakeup: file descriptor that becomes readable when a signal arrives.
         min_dwell_s: shortest time between two clock changes; None: follows from the switch latency once that was
             measured.
-        settle_s: time after a change until the clock is read back; 0: never.
+        settle_s: time after a change until the clock is read back, and every second from then on; 0: never.
+        gives_way: see `ClockHelper.start`.
     """
 
     def __init__(
@@ -94,7 +97,10 @@ class HelperLoop:
         wakeup: int,
         min_dwell_s: float | None,
         settle_s: float,
+        gives_way: bool = False,
     ) -> None:
+        self._gives_way = gives_way
+        self._above = 0
         self._gpu, self._ownership, self._parent = gpu, ownership, parent
         self._may_set = ownership is not None
         self._inlet, self._outlet, self._wakeup = inlet, outlet, wakeup
@@ -327,9 +333,42 @@ class HelperLoop:
             self._say_read_failed(error)
             return
         now_s = time.monotonic()
+        self._read_back_s = now_s + READ_AGAIN_S
         if abs(read_mhz - expected) > DEVIATION_MHZ and now_s >= self._next_deviation_s:
             self._next_deviation_s = now_s + DEVIATION_REPORT_S
             self._event(Deviation(now_s, expected, read_mhz))
+        if read_mhz <= expected + DEVIATION_MHZ:
+            self._above = 0
+            return
+        # Nothing but another lock, or none, makes a GPU faster than it was asked to be. A second look, as a change that
+        # somebody makes just now may still be under way.
+        self._above += 1
+        self._read_back_s = now_s + max(self._settle_s, SHORTEST_PAUSE_S)
+        if self._above >= LOOKS_ABOVE:
+            self._above = 0
+            self._read_back_s = now_s + READ_AGAIN_S
+            self._changed_from_outside(expected, read_mhz)
+
+    def _changed_from_outside(self, expected_mhz: int, read_mhz: int) -> None:
+        if not self._gives_way:
+            try:
+                self._gpu.lock_clock(expected_mhz)
+            except GpuError as error:
+                self._give_up_control(str(error))
+            return
+        # Whoever it was shall have the clock as they set it: nothing is reset either.
+        self._may_set, self._timing, self._expected_mhz = False, None, None
+        self._requests.clear()
+        self._read_back_s = float("inf")
+        self.locked_mhz = None
+        if self._ownership is not None:
+            self._ownership.found(0)
+            self._ownership.mark(locked=False)
+        text = (
+            f"the SM clock was changed from outside ({read_mhz} MHz where {expected_mhz} MHz were asked for), and "
+            "perseus.gpu.foreign_clock is give_way"
+        )
+        self._event(Trouble("gave_way", text, time.monotonic()))
 
 
 def free_clock(gpu: Gpu, ownership: Ownership, locked_mhz: int | None, *, limit_s: float) -> ResetOutcome:

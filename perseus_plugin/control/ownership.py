@@ -38,6 +38,8 @@ class Ownership:
 
     Attributes:
         leftover: the record of a holder that died with the clock locked, or None.
+        found_mhz: the lock that somebody else had made before the first holder came, to be made again at the end; 0
+            for none that is known.
 
     Args:
         path: the lock file.
@@ -66,6 +68,13 @@ class Ownership:
         before = read_record(path)
         self.leftover = before if before.get("clock") == "locked" else None
         self.locked = self.leftover is not None
+        found_mhz = before.get("found_mhz")
+        self.found_mhz = found_mhz if self.locked and isinstance(found_mhz, int) else 0
+        self._write()
+
+    def found(self, frequency_mhz: int) -> None:
+        """Note somebody else's lock; also for whoever comes after a holder that died."""
+        self.found_mhz = frequency_mhz
         self._write()
 
     def mark(self, *, locked: bool) -> None:
@@ -111,6 +120,7 @@ class Ownership:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "command": _command_line(self._owner_pid),
             "job": _job(),
+            "found_mhz": self.found_mhz,
         }
         content = json.dumps(record).encode()
         with suppress(OSError):  # a full disk must not keep a clock from being set or reset

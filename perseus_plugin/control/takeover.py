@@ -7,8 +7,10 @@ import os
 import time
 from pathlib import Path
 
+from perseus_plugin.control.clock_log import DEVIATION_MHZ
 from perseus_plugin.control.examination import counter_problem
 from perseus_plugin.control.ownership import GpuBusyError, Ownership, describe, helper_elsewhere, lock_path
+from perseus_plugin.control.resetting import READ_BACK_S
 from perseus_plugin.control.wire import DeviceFacts
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import Gpu
@@ -36,7 +38,7 @@ def take_over(
     """
     candidates = candidate_specs(spec)
     gpu = open_gpu(candidates[0])
-    backend, refusals, leftover = "", [], ""
+    backend, refusals, leftover, foreign = "", [], "", ""
     ownership = None
     lock = lock_path(spec, gpu.uuid)
     try:
@@ -51,6 +53,7 @@ def take_over(
         for candidate in candidates:
             try:
                 controller = gpu if candidate == candidates[0] else open_gpu(candidate)
+                lock_mhz, before_mhz = controller.lock_mhz(), controller.read_clock_mhz()
                 controller.reset_clock()
             except GpuError as error:
                 refusals.append(str(error))
@@ -58,6 +61,14 @@ def take_over(
             gpu, backend = controller, candidate.partition(":")[0]
             if ownership.leftover is not None:
                 leftover = f"left locked by {describe(ownership.leftover)}"
+            elif lock_mhz:
+                ownership.found(lock_mhz)
+                foreign = f"was locked at {lock_mhz} MHz by somebody else; it is locked so again when the job ends"
+            elif lock_mhz is None and examine and _leaves(controller, before_mhz):
+                foreign = (
+                    f"read {before_mhz} MHz until it was freed: somebody else may have locked it there. The driver "
+                    "does not tell locks, so it stays free when the job ends; `nvidia-smi -lgc` locks it again"
+                )
             ownership.mark(locked=False)
             break
     if ownership is not None and not backend:
@@ -71,12 +82,40 @@ def take_over(
         can_lock=ownership is not None,
         why_not="" if ownership is not None else "; and ".join(refusals),
         leftover=leftover,
+        foreign=foreign,
         counter=counter_problem(gpu) if examine and ownership is not None else "",
         pid=os.getpid(),
         backend=backend,
         driver=gpu.driver,
     )
     return gpu, ownership, facts
+
+
+def _leaves(gpu: Gpu, before_mhz: int) -> bool:
+    """Whether the clock, now free, leaves what it read before, upwards: then it was held there.
+
+    An idle GPU that wakes up just now looks the same, so this is a suspicion and no knowledge.
+    """
+    end_s = time.monotonic() + READ_BACK_S
+    while time.monotonic() < end_s:
+        if gpu.read_clock_mhz() > before_mhz + DEVIATION_MHZ:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def restore_foreign(gpu: Gpu, ownership: Ownership) -> bool:
+    """Make the lock again that somebody else had made; whether that was done, or there was none.
+
+    The clock is free of ours before.
+    """
+    if ownership.found_mhz:
+        try:
+            gpu.lock_clock(ownership.found_mhz)
+        except GpuError:
+            return False
+        ownership.found(0)
+    return True
 
 
 def _wait_for_helpers(uuid: str, lock: Path, wait_s: float) -> None:

@@ -103,6 +103,7 @@ class DeviceFacts:
         pid: of the helper.
         backend: through which the clock is set: `"nvml"`, `"zeusd"` or `"emulated"`; empty if it cannot be.
         driver: version of the driver, empty if there is none.
+        foreign: what is known or suspected of a lock that somebody else had made, with what becomes of it; else empty.
         counter: what is wrong with the energy counter, empty if it moves or was not looked at.
     """
 
@@ -116,6 +117,7 @@ class DeviceFacts:
     pid: int
     backend: str = ""
     driver: str = ""
+    foreign: str = ""
     counter: str = ""
 
     def pack(self) -> bytes:
@@ -199,8 +201,10 @@ class SwitchLatency:
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """The GPU does not run at the clock it was asked for (power or thermal limit, or the driver ignores
-    it)."""
+    """The GPU does not run at the clock it was asked for.
+
+    Below it: a power or thermal limit, or a lower lock. Above it: the lock is not there any more, or never took effect.
+    """
 
     time_s: float
     requested_mhz: int
@@ -212,8 +216,8 @@ class Trouble:
     """Something went wrong.
 
     Attributes:
-        code: `"lock_failed"` (no clock will be set any more), `"read_failed"`, `"reset_failed"` (the GPU may
-            be left locked), `"helper_failed"` (it never started, or could not open the GPU), `"helper_died"`,
+        code: `"lock_failed"`, `"gave_way"` (no clock will be set any more), `"read_failed"`, `"reset_failed"` (the
+            GPU may be left locked), `"helper_failed"` (it never started, or could not open the GPU), `"helper_died"`,
             `"helper_stuck"`, `"protocol"`.
         text: for people.
         time_s: when.

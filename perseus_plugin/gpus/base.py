@@ -68,6 +68,10 @@ class Gpu(Protocol):
         """The energy counter."""
         ...
 
+    def lock_mhz(self) -> int | None:
+        """The lock that is there, whoever made it; 0 for none, None where the driver does not tell. Never raises."""
+        ...
+
     def power_limit_w(self) -> float:
         """The most that the card may be set to draw, in watts; NaN where the GPU does not tell. Never raises."""
         ...

@@ -91,6 +91,10 @@ class NvmlGpu:
         capped_s = math.nan if capped_ns is None else capped_ns * 1e-9
         return EnergyReading(time.monotonic(), energy_mj * 1e-3, capped_s)
 
+    def lock_mhz(self) -> int | None:
+        """NVML has no call that tells."""
+        return None
+
     def power_limit_w(self) -> float:
         """The highest power limit that can be set: the one in force may be changed while a job runs."""
         try:

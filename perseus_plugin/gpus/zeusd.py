@@ -67,6 +67,10 @@ class ZeusdGpu:
         """The energy counter."""
         return self._readings.read_energy()
 
+    def lock_mhz(self) -> int | None:
+        """zeusd does not tell."""
+        return None
+
     def power_limit_w(self) -> float:
         """The highest power limit that can be set."""
         return self._readings.power_limit_w()

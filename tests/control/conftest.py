@@ -62,6 +62,9 @@ class ScriptedGpu:
     def read_energy(self) -> EnergyReading:
         return EnergyReading(self.now_s, 100.0 * self.now_s)
 
+    def lock_mhz(self) -> int | None:
+        return None
+
     def power_limit_w(self) -> float:
         return 400.0
 

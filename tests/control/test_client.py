@@ -14,6 +14,7 @@ import pytest
 
 from perseus_plugin.control import client
 from perseus_plugin.control.client import ClockHelper
+from perseus_plugin.control.ownership import holder_of, lock_path
 from perseus_plugin.control.wire import Applied, Deviation, Mark, SwitchLatency, Tick, Trouble
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, IGNORE_LOCKS, NO_PERMISSION
@@ -67,6 +68,72 @@ def test_it_measures_the_switch_latency_and_leaves_the_clock_free(helper: ClockH
     assert (found.samples, found.timeouts) == (4, 0)
     assert 0.002 <= found.p50_s <= found.p95_s
     assert gpu.locked_mhz() is None
+
+
+# Locks of others.
+
+
+def test_somebody_elses_lock_is_said_and_made_again_at_the_end(gpu: EmulatedGpu, spec: str) -> None:
+    gpu.lock_clock(1005)
+    helper = ClockHelper.start(spec)
+    facts = helper.wait_ready(20)
+    assert facts is not None
+    assert facts.foreign == "was locked at 1005 MHz by somebody else; it is locked so again when the job ends"
+    assert facts.leftover == ""
+    assert gpu.locked_mhz() is None
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    assert helper.close()
+    assert gpu.locked_mhz() == 1005
+    again = ClockHelper.start(spec)
+    assert again.wait_ready(20) is not None
+    again.close()
+    assert gpu.locked_mhz() == 1005
+
+
+def test_somebody_elses_lock_is_made_again_after_a_kill_too(gpu: EmulatedGpu, spec: str) -> None:
+    gpu.lock_clock(1005)
+    helper = ClockHelper.start(spec)
+    assert helper.wait_ready(20) is not None
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    os.kill(helper.pid or 0, signal.SIGKILL)
+    wait_until(lambda: gpu.locked_mhz() == 1005 and holder_of(lock_path(spec, gpu.uuid)) is None)
+
+
+def test_a_lock_taken_away_from_outside_is_made_again(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    gpu.reset_clock()  # `nvidia-smi -rgc` by an administrator
+    deviation = wait_for_event(helper, Deviation)
+    assert (deviation.requested_mhz, deviation.read_mhz) == (900, 1410)
+    wait_until(lambda: gpu.locked_mhz() == 900)
+    assert [event for event in other_events(helper) if isinstance(event, Trouble)] == []
+
+
+def test_one_that_gives_way_leaves_the_clock_as_it_was_set_from_outside(gpu: EmulatedGpu, spec: str) -> None:
+    helper = ClockHelper.start(spec, gives_way=True)
+    assert helper.wait_ready(20) is not None
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    gpu.lock_clock(1200)
+    trouble = wait_for_event(helper, Trouble)
+    assert trouble.code == "gave_way"
+    assert "(1200 MHz where 900 MHz were asked for)" in trouble.text
+    helper.request(810)
+    assert helper.close()
+    assert gpu.locked_mhz() == 1200
+
+
+def test_a_power_limit_is_no_change_from_outside(gpu: EmulatedGpu, spec: str) -> None:
+    helper = ClockHelper.start(spec, gives_way=True)
+    assert helper.wait_ready(20) is not None
+    gpu.set_cap(705)
+    helper.request(900)
+    assert wait_for_event(helper, Deviation).read_mhz == 705
+    time.sleep(0.2)
+    assert [event for event in other_events(helper) if isinstance(event, Trouble)] == []
+    helper.close()
 
 
 ENDLESS = 100_000

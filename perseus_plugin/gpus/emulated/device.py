@@ -149,6 +149,10 @@ class EmulatedGpu:
         current = self._current()
         return EnergyReading(current.at_s, current.counter_j, current.capped_s)
 
+    def lock_mhz(self) -> int | None:
+        """The lock requested last, 0 for none."""
+        return self.state.snapshot().locked_mhz
+
     def power_limit_w(self) -> float:
         """The most that its model draws."""
         highest_w = [
@@ -186,7 +190,7 @@ class EmulatedGpu:
 
     def locked_mhz(self) -> int | None:
         """The lock requested last, whether in effect already or not (None: none)."""
-        return self.state.snapshot().locked_mhz or None
+        return self.lock_mhz() or None
 
     def events(self) -> list[ClockEvent]:
         """Lock and reset calls, oldest first (the last 4,096)."""

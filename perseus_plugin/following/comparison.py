@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from perseus_plugin.config import WatchConfig
 from perseus_plugin.exchange import Exchange
 from perseus_plugin.following.pairs import Effect, Row, effect_on_energy, effect_on_time
-from perseus_plugin.following.windows import by_iteration
+from perseus_plugin.following.windows import ENERGY_TAKES, by_iteration
 from perseus_plugin.messages import RankWindow, RankWindows, Seen, receive, windows_key
 
 _MAX_BLOCKS = 400  # of the newest references that are kept
 _LOOK_EVERY_S = 1.0
-_PATIENCE_S = 60.0  # until a rank that has not told of a block is done without
+_PATIENCE_S = 60.0  # at least, until a rank that has not told of a block is done without
 _SURE = 0.999
 _LEAST_BLOCKS = 3
 
@@ -91,7 +91,7 @@ class Comparison:
             self._hear(rank, now_s)
         changed = False
         for block, told in sorted(self._heard.items()):
-            if at_once or len(told) == self._world_size or now_s > self._first_heard_s[block] + _PATIENCE_S:
+            if at_once or len(told) == self._world_size or now_s > self._first_heard_s[block] + _patience_s(told[0]):
                 changed |= self._enter(block, told)
                 del self._heard[block]
         if changed:
@@ -160,6 +160,11 @@ class Comparison:
         if min(effect.at_least(_SURE), effect.interval[0]) <= limit:
             return None
         return (1 + effect.share) / (1 + allowed) - 1
+
+
+def _patience_s(window: RankWindow) -> float:
+    """How long other ranks may tell of this later than rank 0: where an energy does not come, they wait for it."""
+    return max(_PATIENCE_S, *(2 * ENERGY_TAKES * seen.time_s for seen in window.seen))
 
 
 def _size(seen: Sequence[Seen]) -> float:

@@ -16,7 +16,7 @@ from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import REFERENCE, Directive, Follow
 
 _KEPT = 6  # windows that rank 0 may still have to fetch
-_ENERGY_TAKES = 16  # iterations until an energy that has not come will not come any more
+ENERGY_TAKES = 16  # iterations until an energy that has not come will not come any more
 
 
 @dataclass
@@ -95,8 +95,9 @@ class Windows:
         """Publish windows that are over and whose energies have come, or will not."""
         for window in list(self._open):
             end = window.since + window.block.window_end
-            known = all(one in self._energy_j for one in window.seen)
-            if number >= end + _ENERGY_TAKES or (number >= end and known):
+            # Energies come in order: one that has not come before a later one is not known.
+            known = all(one in self._energy_j for one in window.seen) or max(self._energy_j, default=-1) >= end
+            if number >= end + ENERGY_TAKES or (number >= end and known):
                 self._open.remove(window)
                 seen = tuple(
                     one.model_copy(update={"energy_j": _known(self._energy_j.get(one.iteration))})
@@ -105,7 +106,7 @@ class Windows:
                 self._finished.append(RankWindow(since=window.since, block=window.block.number, seen=seen))
                 message = RankWindows(replica=self._placement.replica, windows=tuple(self._finished))
                 self._exchange.publish(windows_key(self._placement.rank), message.model_dump())
-        oldest = min((one for window in self._open for one in window.seen), default=number - _ENERGY_TAKES)
+        oldest = min((one for window in self._open for one in window.seen), default=number - ENERGY_TAKES)
         self._energy_j = {one: energy_j for one, energy_j in self._energy_j.items() if one >= oldest}
 
 

@@ -84,6 +84,19 @@ def test_energies_that_do_not_come_are_not_waited_for_for_ever(energy_j: float |
     assert {one.energy_j for one in window.seen} == {None}
 
 
+def test_an_energy_that_was_passed_over_is_not_waited_for() -> None:
+    rank = Rank()
+    assert BLOCK is not None
+    end = SINCE + BLOCK.window_end
+    for number in range(SINCE, end + 2):
+        rank.windows.saw(directive_of(number), seen(number, undisturbed=number not in (FIRST, END)), PARTS)
+        if number != FIRST + 1:
+            rank.windows.energy(number, 5.0)
+    (window,) = rank.told
+    assert {one.iteration: one.energy_j for one in window.seen}[FIRST + 1] is None
+    assert [one.energy_j for one in window.seen].count(5.0) == len(window.seen) - 1
+
+
 def test_a_change_of_plans_within_a_window_ends_it() -> None:
     for change in (Follow(1, straggler=True, since=SINCE), Follow(2, since=FIRST + 4), FullClock("too slow")):
         rank = Rank()

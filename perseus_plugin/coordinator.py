@@ -321,12 +321,14 @@ class Coordinator:
         samples = self._recent.samples(key, streams, self.survey.profile)
         if review and samples is None:
             return False
+        power_se_w = self.survey.blocking_power_se_w
         request = PlanRequest(
             schedule=key,
             streams=streams,
             constant_time_s=self.survey.constants_for(streams),
             profile=self.survey.profile,
             blocking_power_w=[self.survey.blocking_power_w] * self._stages,
+            blocking_power_se_w=power_se_w if math.isfinite(power_se_w) else None,
             slowdown=self._config.slowdown,
             margin=self._margin,
             effort=self._config.effort,
@@ -378,12 +380,11 @@ class Coordinator:
         number = self._put(asked, plan, answer)
         self._requests[schedule] = replace(asked.request, samples=None, in_force=None, transfer_s=answer.transfer_s)
         logger.info(
-            "plan %d for %s ready in %.2f s: %.1f %% less energy predicted, at most %.2f %% above the optimum",
+            "plan %d for %s ready in %.2f s: %s",
             number,
             schedule,
             answer.planning_time_s,
-            100 * plan.saving,
-            100 * plan.gap,
+            plan.promise,
         )
         if answer.replayed is not None:
             tell_replayed(number, schedule, answer.replayed, self._config.quantile)

@@ -47,6 +47,7 @@ class PlanRequest:
         constant_time_s: duration of constant-time work by (stage, name).
         profile: time and energy per (stage, kind) and clock.
         blocking_power_w: one per stage.
+        blocking_power_se_w: its standard error, None: unknown.
         slowdown: target against full clocks, as a share.
         margin: share by which slowed instructions are planned to end before they are needed.
         effort: quick, normal or thorough.
@@ -79,6 +80,7 @@ class PlanRequest:
     latency_s: float = 0.0
     in_force: InForce | None = None
     transfer_s: float | None = None
+    blocking_power_se_w: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -101,6 +103,7 @@ class PlanRequest:
             "latency_s": self.latency_s,
             "in_force": None if self.in_force is None else asdict(self.in_force),
             "transfer_s": self.transfer_s,
+            "blocking_power_se_w": self.blocking_power_se_w,
         }
 
     @classmethod
@@ -125,6 +128,7 @@ class PlanRequest:
             latency_s=data["latency_s"],
             in_force=None if data["in_force"] is None else InForce.from_dict(data["in_force"]),
             transfer_s=data["transfer_s"],
+            blocking_power_se_w=data["blocking_power_se_w"],
         )
 
 

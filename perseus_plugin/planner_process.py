@@ -148,7 +148,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
             ),
         )
     if request.samples is None:
-        plan = plan_for(request)
+        plan = _known(request, plan_for(request))
         return PlanAnswer(plan, 0.0, catch_up=catches_up(problem, plan), transfer_s=transfer_s)
     if request.in_force is not None:
         promise = Promise(slowdown=request.slowdown, quantile=request.quantile)
@@ -169,12 +169,20 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
     robust = _robust_plan(request, problem, request.samples)
     way = robust.catch_up
     return PlanAnswer(
-        robust.plan,
+        _known(request, robust.plan),
         0.0,
         replayed=robust.replayed,
         catch_up=() if way is None else catches_up(problem, robust.plan, way),
         transfer_s=transfer_s,
     )
+
+
+def _known(request: PlanRequest, plan: Plan) -> Plan:
+    """The plan with how well it is known."""
+    from perseus_plugin.planning.confidence import with_confidence
+
+    exact = planner_for(replace(request, margin=0.0))
+    return with_confidence(plan, exact, request.profile, request.blocking_power_se_w)
 
 
 def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Samples) -> RobustPlan:

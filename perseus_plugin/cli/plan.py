@@ -24,6 +24,7 @@ from perseus_plugin.errors import ConfigError
 from perseus_plugin.planning.plan import Plan, save_plan
 from perseus_plugin.planning.targets import ChangeLimits, Target
 from perseus_plugin.planning.zeus import save_zeus_plan
+from perseus_plugin.profiling.profile import load_profile
 
 
 def plan(
@@ -58,6 +59,11 @@ def plan(
     if limits != ChangeLimits():
         free = planner.plan(target, effort=spent)
     made = planner.plan(target, limits, spent)
+    if target.kind != "straggler":
+        # Loads OR-Tools, which other subcommands do without.
+        from perseus_plugin.planning.confidence import with_confidence
+
+        made = with_confidence(made, planner, load_profile(profile).scaled(scale))
     save_plan(made, output)
     if zeus is not None:
         save_zeus_plan(made, zeus)
@@ -103,9 +109,16 @@ def summary(made: Plan, free: Plan | None = None) -> Table:
     table.add_row("iteration time", f"{made.baseline_time_s:.6f} s", f"{made.iteration_time_s:.6f} s")
     table.add_row("energy per iteration", f"{made.baseline_energy_j:.3f} J", f"{made.energy_j:.3f} J")
     table.add_row("saving", "", f"{made.saving:.3%}")
+    if made.confidence is not None:
+        low, high = made.confidence.saving
+        table.add_row(f"  known to be ({made.confidence.level:.0%})", "", f"{low:.3%} to {high:.3%}")
     table.add_row("slowdown", "", f"{made.slowdown:.3%}")
     table.add_row("lower bound of energy", "", f"{made.energy_lower_bound_j:.3f} J")
     table.add_row("gap to the bound", "", f"{made.gap:.3%}")
+    if made.confidence is not None:
+        table.add_row("  known to be at most", "", f"{made.confidence.gap_at_most:.3%}")
+    else:
+        table.add_row("  known to within", "", "unknown: no errors in the profile")
     changes = [made.clock_changes(stage) for stage in range(len(made.stages))]
     table.add_row("clock changes per stage", "", f"{min(changes)} to {max(changes)}")
     if free is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,6 +35,25 @@ class PlannedInstruction:
 
 
 @dataclass(frozen=True, slots=True)
+class Confidence:
+    """How well a plan's promises are known, given the errors of its profile; see `planning.confidence`.
+
+    Attributes:
+        level: share of profiles, drawn within their errors, for which this holds.
+        saving: lowest and highest, as shares.
+        gap_at_most: how far the energy is above the optimum at most, as a share.
+    """
+
+    level: float
+    saving: tuple[float, float]
+    gap_at_most: float
+
+    def __str__(self) -> str:
+        low, high = self.saving
+        return f"{100 * self.level:.0f} %: {100 * low:.1f} to {100 * high:.1f} %"
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One clock per instruction. Energies are of one GPU per stage over a whole iteration, blocking included.
 
@@ -47,6 +66,7 @@ class Plan:
         energy_lower_bound_j: no plan that meets the deadline takes less.
         baseline_time_s, baseline_energy_j: every instruction at the profile's highest clock.
         stages: per stage its instructions in execution order.
+        confidence: None where the profile's errors are not known.
     """
 
     schedule: str
@@ -58,6 +78,20 @@ class Plan:
     baseline_time_s: float
     baseline_energy_j: float
     stages: tuple[tuple[PlannedInstruction, ...], ...]
+    confidence: Confidence | None = None
+
+    @property
+    def promise(self) -> str:
+        """What is known of saving and gap, for people."""
+        if self.confidence is None:
+            return (
+                f"{100 * self.saving:.1f} % less energy predicted, at most {100 * self.gap:.2f} % above the optimum of "
+                "the profile, whose errors are not known"
+            )
+        return (
+            f"{100 * self.saving:.1f} % less energy predicted ({self.confidence}), at most "
+            f"{100 * self.confidence.gap_at_most:.2f} % above the optimum"
+        )
 
     @property
     def gap(self) -> float:
@@ -93,6 +127,12 @@ class _Baseline(_Strict):
     energy_j: Annotated[float, Field(gt=0)]
 
 
+class _Confidence(_Strict):
+    level: Annotated[float, Field(gt=0, lt=1)]
+    saving: Annotated[list[float], Field(min_length=2, max_length=2)]
+    gap_at_most: Annotated[float, Field(ge=0)]
+
+
 class _PlanFile(_Strict):
     schema_name: Literal["perseus-plan"] = Field(alias="schema")
     version: Literal[1]
@@ -106,6 +146,7 @@ class _PlanFile(_Strict):
     baseline: _Baseline
     stages: Annotated[list[list[list[str | int]]], Field(min_length=1)]
     predicted_s: list[list[Annotated[list[float], Field(min_length=2, max_length=2)]]]
+    confidence: _Confidence | None = None
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -131,6 +172,8 @@ def plan_to_json(plan: Plan) -> str:
         ],
         "predicted_s": [[[p.start_s, p.finish_s] for p in stage] for stage in plan.stages],
     }
+    if plan.confidence is not None:
+        content["confidence"] = asdict(plan.confidence)
     return json.dumps(content, allow_nan=False) + "\n"
 
 
@@ -165,10 +208,16 @@ def plan_from_json(text: str) -> Plan:
         baseline_time_s=file.baseline.iteration_time_s,
         baseline_energy_j=file.baseline.energy_j,
         stages=tuple(stages),
+        confidence=None if file.confidence is None else _confidence(file.confidence),
     )
     if not math.isclose(plan.gap, file.gap, abs_tol=1e-9):
         raise PlanError(f"gap: got {file.gap}; energy_j and energy_lower_bound_j make it {plan.gap}")
     return plan
+
+
+def _confidence(file: _Confidence) -> Confidence:
+    low, high = file.saving
+    return Confidence(file.level, (low, high), file.gap_at_most)
 
 
 def _planned(stage: int, at: int, row: list[str | int], times: list[float]) -> PlannedInstruction:

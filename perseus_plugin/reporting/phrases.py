@@ -29,13 +29,20 @@ def headline(found: Findings) -> list[tuple[str, str, str]]:
     if per is not None:
         how = "predicted" if per.predicted else "as run"
         energies = f"{per.full_j:,.0f} J → {per.plan_j:,.0f} J per iteration"
+        if per.predicted and plan is not None and plan.confidence is not None:
+            energies += f" ({plan.confidence})"
         cards.append((f"energy saved, {how}", f"{100 * (1 - per.plan_j / per.full_j):.1f} %", energies))
         times = f"{per.full_s:.4f} s → {per.plan_s:.4f} s"
         cards.append((f"iteration time, {how}", f"{100 * (per.plan_s / per.full_s - 1):+.2f} %", times))
     if plan is not None:
         changes = sum(plan.clock_changes(stage) for stage in range(len(plan.stages))) / len(plan.stages)
         more = f"{changes:.1f} clock changes per stage"
-        cards.append(("plan above the optimum", f"at most {100 * plan.gap:.2f} %", more))
+        gap = plan.gap
+        if plan.confidence is None:
+            more += "; of the profile, whose errors are not known"
+        else:
+            gap = plan.confidence.gap_at_most
+        cards.append(("plan above the optimum", f"at most {100 * gap:.2f} %", more))
     if run is not None and run.used_j is not None:
         saved = "" if run.saved_j is None else f"{energy(run.saved_j)} saved under plans" + left_out(run)
         cards.append((f"used in {run.iterations:,} iterations", energy(run.used_j), saved))

@@ -125,9 +125,13 @@ def _remarks(summary: dict[str, Any]) -> str:
         remarks.append(f"profiling cost {profiling['extra_time_s']:.1f} s")
     plan = summary["plan"]
     if plan is not None:
-        remarks.append(
-            f"planned in {plan['planning_time_s']:.2f} s, at most {plan['gap_percent']:.2f} % above the optimum"
+        known = plan["confidence"]
+        above = (
+            f"{plan['gap_percent']:.2f} % above the optimum of a profile whose errors are not known"
+            if known is None
+            else f"{known['gap_at_most_percent']:.2f} % above the optimum"
         )
+        remarks.append(f"planned in {plan['planning_time_s']:.2f} s, at most {above}")
     stragglers = summary["stragglers"]
     if stragglers is not None and stragglers["iterations"]:
         remarks.append(

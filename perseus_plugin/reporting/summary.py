@@ -132,6 +132,13 @@ def _plan_figures(plan: Plan, planning_time_s: float, dropped_plans: int) -> dic
         "schedule": plan.schedule,
         "saving_percent": 100 * plan.saving,
         "gap_percent": 100 * plan.gap,
+        "confidence": None
+        if plan.confidence is None
+        else {
+            "level_percent": 100 * plan.confidence.level,
+            "saving_percent": [100 * share for share in plan.confidence.saving],
+            "gap_at_most_percent": 100 * plan.confidence.gap_at_most,
+        },
         "planning_time_s": planning_time_s,
         "clock_changes_per_iteration": [plan.clock_changes(stage) for stage in range(len(plan.stages))],
         "dropped_plans": dropped_plans,

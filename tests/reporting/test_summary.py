@@ -116,6 +116,7 @@ def test_figures_of_a_whole_job() -> None:
         "schedule": "1F1B/2x1",
         "saving_percent": pytest.approx(20.0),
         "gap_percent": pytest.approx(100 * 20 / 700),
+        "confidence": None,
         "planning_time_s": 0.25,
         "clock_changes_per_iteration": [2, 0],
         "dropped_plans": 1,

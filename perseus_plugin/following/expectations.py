@@ -98,15 +98,13 @@ class Expectations:
             plan, seen = self._plans.of(key), replayed.get(key)
             return plan.iteration_time_s if seen is None else plan.baseline_time_s * seen.time_ratio_mean
 
-        def saved(key: str, share: Callable[[Replayed], float]) -> float:
-            plan, seen = self._plans.of(key), replayed.get(key)
-            return plan.baseline_energy_j * (plan.saving if seen is None else share(seen))
+        savings = {key: _saving(self._plans.of(key), replayed.get(key)) for key in planned}
 
-        saving, low, high = (
-            _mean(planned, lambda key, share=share: saved(key, share)) / energy_j  # type: ignore[misc]
-            for share in (lambda r: r.saving_mean, lambda r: r.saving_interval[0], lambda r: r.saving_interval[1])
-        )
-        known = any(replayed.get(key) is not None for key in planned)
+        def mean_saving(part: int) -> float:
+            return _mean(planned, lambda key: self._plans.of(key).baseline_energy_j * savings[key][part]) / energy_j
+
+        saving, low, high = (mean_saving(part) for part in range(3))
+        known = math.isfinite(low) and math.isfinite(high)
         return Predicted(_mean(planned, time_under) / time_s, 1 - saving, (low, high) if known else None)
 
     def _mix(self, usual: Plan | None) -> Mapping[str, int] | None:
@@ -118,6 +116,24 @@ class Expectations:
             _mean(mix, lambda key: self._plans.of(key).baseline_time_s),
             _mean(mix, lambda key: self._plans.of(key).baseline_energy_j),
         )
+
+
+def _saving(plan: Plan, replayed: Replayed | None) -> tuple[float, float, float]:
+    """The share of energy that a plan saves, and between what it lies, NaN: not known.
+
+    How well the profile is known, and how much iterations differ, are errors of their own.
+    """
+    middle, below, above = plan.saving, [], []
+    if plan.confidence is not None:
+        below.append(plan.saving - plan.confidence.saving[0])
+        above.append(plan.confidence.saving[1] - plan.saving)
+    if replayed is not None:
+        middle = replayed.saving_mean
+        below.append(middle - replayed.saving_interval[0])
+        above.append(replayed.saving_interval[1] - middle)
+    if not below:
+        return middle, math.nan, math.nan
+    return middle, middle - math.hypot(*below), middle + math.hypot(*above)
 
 
 def _mean(mix: Mapping[str, int], of: Callable[[str], float]) -> float:

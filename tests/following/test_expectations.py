@@ -10,7 +10,7 @@ from perseus_plugin.iteration_times import IterationTimes
 from perseus_plugin.plan_request import PlanRequest
 from perseus_plugin.plan_shelf import PlanShelf
 from perseus_plugin.planner_process import plan_for
-from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.plan import Confidence, Plan
 from perseus_plugin.planning.replayed import Replayed
 
 from ..factories import BLOCKING_W, profile, stream_of
@@ -98,6 +98,19 @@ def test_what_is_predicted_is_the_replays_where_there_was_one_and_the_models_els
     assert replayed.energy_ratio == pytest.approx(0.92)
     assert replayed.time_ratio == pytest.approx(1.002)
     assert replayed.saving == pytest.approx((0.07, 0.09))
+
+
+def test_errors_of_the_profile_and_of_the_replay_add_up(plans: dict[str, Plan]) -> None:
+    saving = plans["2"].saving
+    sure = replace(plans["2"], confidence=Confidence(0.95, (saving - 0.03, saving + 0.04), 0.01))
+    job = Job({"2": sure}).planned()
+    job.ran("2", "2 2")
+    by_model = job.expectations.predicted(sure, {})
+    assert by_model is not None
+    assert by_model.saving == pytest.approx((saving - 0.03, saving + 0.04))
+    both = job.expectations.predicted(sure, {"2": replace(REPLAYED, saving_interval=(0.04, 0.11))})
+    assert both is not None
+    assert both.saving == pytest.approx((0.08 - 0.05, 0.08 + 0.05))
 
 
 def test_several_schedules_are_predicted_as_often_as_they_ran(plans: dict[str, Plan]) -> None:

@@ -64,6 +64,8 @@ class Replay:
         problem: graph of one replica, and what clocks do to the time and power of its instructions.
         durations_s: shape (iterations, replicas, nodes), at the profile's highest clocks; entries of constant-time
             nodes are ignored.
+        seen_later_s: shape (nodes, iterations times replicas), how much later than the graph says each instruction began
+            in these iterations for a rank that looks for lateness, its usual delay apart; None: as the graph says.
 
     Attributes:
         full_s: shape (nodes, iterations times replicas), the durations.
@@ -72,7 +74,9 @@ class Replay:
         PlanError: the durations do not fit the graph, or are no durations.
     """
 
-    def __init__(self, problem: PlanningProblem, durations_s: npt.ArrayLike) -> None:
+    def __init__(
+        self, problem: PlanningProblem, durations_s: npt.ArrayLike, seen_later_s: FloatArray | None = None
+    ) -> None:
         graph = problem.graph
         given = np.asarray(durations_s, dtype=np.float64)
         if given.ndim != 3 or given.shape[2] != len(graph) or not given.size:
@@ -84,6 +88,7 @@ class Replay:
         self._shape = given.shape[:2]
         self.full_s = np.ascontiguousarray(full_s)  # by node: what a level needs lies together
         self._top_s = problem.full_clock_s
+        self._seen_later_s = np.zeros_like(self.full_s) if seen_later_s is None else seen_later_s
         self._before = _own_predecessors(graph)
 
     @cached_property
@@ -142,14 +147,17 @@ class Replay:
             if catch_up.size_weight:
                 prior_s = catch_up.size_weight * self._top_s[low:high, None]
                 size = (done_s[before] + prior_s) / np.maximum(expected_s[before] + prior_s, 1e-12)
-            late = (start > latest * size + LATE_BY * plan_s) & ~graph.is_constant[low:high, None]
+            late = (start + self._seen_later_s[low:high] > latest * size + LATE_BY * plan_s) & ~graph.is_constant[
+                low:high, None
+            ]
             duration = full_s * plan_ratio
             power = np.broadcast_to(plan_w, duration.shape).copy()
             if late.any():
                 rows, columns = np.nonzero(late)
                 classes = problem.class_of[low:high][rows]
                 scale = size[rows, columns]
-                left = (latest[:, 0][rows] + plan_s[:, 0][rows]) * scale - start[rows, columns]
+                seen_s = start[rows, columns] + self._seen_later_s[low:high][rows, columns]
+                left = (latest[:, 0][rows] + plan_s[:, 0][rows]) * scale - seen_s
                 option = np.maximum((option_s[classes] * scale[:, None] <= left[:, None]).sum(axis=1) - 1, 0)
                 faster_ratio = option_s[classes, option] / self._top_s[low:high][rows]
                 here = full_s[rows, columns]

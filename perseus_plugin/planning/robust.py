@@ -16,7 +16,7 @@ from perseus_plugin.errors import PlanError
 from perseus_plugin.pipeline import FloatArray, IntArray
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.plan import Plan
-from perseus_plugin.planning.replay import CatchUp, Outcome, Replay, by_node, clocks_of, latest_starts
+from perseus_plugin.planning.replay import CatchUp, Outcome, Replay, by_node, clocks_of, finishes, latest_starts
 from perseus_plugin.planning.replayed import InForce, Replayed, Samples, StageCatchUp
 
 MARGINS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
@@ -247,25 +247,41 @@ def replay_of(problem: PlanningProblem, samples: Samples) -> Replay:
         PlanError: the samples do not fit the graph.
     """
     durations_s = [[by_node(problem.graph, replica) for replica in one] for one in samples.durations_s]
-    return Replay(problem, np.array(durations_s))
+    later_s = _begun_later_s(problem, samples)
+    if later_s is not None:
+        later_s = later_s - np.median(later_s, axis=1, keepdims=True)
+    return Replay(problem, np.array(durations_s), later_s)
 
 
 def usual_delays(problem: PlanningProblem, samples: Samples | None) -> FloatArray:
     """How much later than in the graph each instruction usually begins, seen from its own rank; shape (nodes,).
 
-    The graph knows nothing of transfers, nor of ranks whose iterations do not begin at the same time. Each iteration is
+    The graph knows nothing of ranks whose iterations do not begin at the same time, nor of much else. Each iteration is
     compared with the graph's times for its own durations, so that their variation does not count as delay.
 
     Raises:
         PlanError: the samples do not fit the graph.
     """
+    later_s = None if samples is None else _begun_later_s(problem, samples)
+    if later_s is None:
+        return np.zeros(len(problem.graph))
+    usual: FloatArray = np.median(later_s, axis=1)
+    return usual
+
+
+def _begun_later_s(problem: PlanningProblem, samples: Samples) -> FloatArray | None:
+    """How much later than the graph says each node began, in each iteration of each replica; None: not known."""
+    if not samples.starts_s:
+        return None
     graph = problem.graph
-    seen = [
-        by_node(graph, starts_s) - graph.times(by_node(graph, as_run_s))[0]
-        for as_run, starts in (() if samples is None else zip(samples.as_run_s, samples.starts_s, strict=True))
-        for as_run_s, starts_s in zip(as_run, starts, strict=True)
-    ]
-    return np.median(seen, axis=0) if seen else np.zeros(len(graph))
+    starts_s, as_run_s = (
+        np.array([by_node(graph, replica) for one in iterations for replica in one]).T
+        for iterations in (samples.starts_s, samples.as_run_s)
+    )
+    durations_s = np.where(graph.is_constant[:, None], graph.constant_s[:, None], as_run_s)
+    later_s: FloatArray = starts_s - (finishes(graph, durations_s) - durations_s)
+    later_s[graph.is_constant] = 0.0
+    return later_s
 
 
 def held_against(

@@ -64,8 +64,8 @@ class Replay:
         problem: graph of one replica, and what clocks do to the time and power of its instructions.
         durations_s: shape (iterations, replicas, nodes), at the profile's highest clocks; entries of constant-time
             nodes are ignored.
-        seen_later_s: shape (nodes, iterations times replicas), how much later than the graph says each instruction began
-            in these iterations for a rank that looks for lateness, its usual delay apart; None: as the graph says.
+        seen_later_s: shape (nodes, iterations times replicas), how much later than the graph says each instruction
+            began in these iterations for a rank that looks for lateness, usual delays apart; None: as the graph says.
 
     Attributes:
         full_s: shape (nodes, iterations times replicas), the durations.
@@ -147,17 +147,15 @@ class Replay:
             if catch_up.size_weight:
                 prior_s = catch_up.size_weight * self._top_s[low:high, None]
                 size = (done_s[before] + prior_s) / np.maximum(expected_s[before] + prior_s, 1e-12)
-            late = (start + self._seen_later_s[low:high] > latest * size + LATE_BY * plan_s) & ~graph.is_constant[
-                low:high, None
-            ]
+            seen = start + self._seen_later_s[low:high]
+            late = (seen > latest * size + LATE_BY * plan_s) & ~graph.is_constant[low:high, None]
             duration = full_s * plan_ratio
             power = np.broadcast_to(plan_w, duration.shape).copy()
             if late.any():
                 rows, columns = np.nonzero(late)
                 classes = problem.class_of[low:high][rows]
                 scale = size[rows, columns]
-                seen_s = start[rows, columns] + self._seen_later_s[low:high][rows, columns]
-                left = (latest[:, 0][rows] + plan_s[:, 0][rows]) * scale - seen_s
+                left = (latest[:, 0][rows] + plan_s[:, 0][rows]) * scale - seen[rows, columns]
                 option = np.maximum((option_s[classes] * scale[:, None] <= left[:, None]).sum(axis=1) - 1, 0)
                 faster_ratio = option_s[classes, option] / self._top_s[low:high][rows]
                 here = full_s[rows, columns]

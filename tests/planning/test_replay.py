@@ -150,3 +150,14 @@ def test_what_does_not_fit_is_refused() -> None:
         Replay(problem, as_profiled(problem)).under(np.full_like(clocks, 77))
     with pytest.raises(PlanError, match="got 11 in stage 1; allowed: one for each of its 12 instructions"):
         by_node(problem.graph, [[1.0] * 12, [1.0] * 11, [1.0] * 12])
+
+
+def test_ranks_that_see_themselves_late_catch_up_though_the_graph_has_them_in_time() -> None:
+    problem, clocks = even_job()
+    latest = latest_starts(problem.graph, problem.planned_s(clocks), problem.full_clock_time_s)
+    jitter_s = np.abs(np.random.default_rng(0).normal(0, 0.01, (len(problem.graph), 1)))
+    quiet = Replay(problem, as_profiled(problem)).under(clocks, CatchUp(latest))
+    nervous = Replay(problem, as_profiled(problem), jitter_s).under(clocks, CatchUp(latest))
+    assert quiet.raised == 0
+    assert nervous.raised > 0.05
+    assert nervous.energy_j[0] > quiet.energy_j[0]

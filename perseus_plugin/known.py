@@ -17,7 +17,7 @@ from perseus_plugin.messages import REUSE, Placement, RankFacts, Reuse, facts_ke
 from perseus_plugin.profiling.failed import FILE, load_failure
 from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.profiling.reuse import Fingerprint, job_fingerprint, load_survey
-from perseus_plugin.survey import Survey
+from perseus_plugin.survey import Survey, certain
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,9 @@ def _kept(config: PerseusConfig, fingerprint: Fingerprint, output_dir: Path) -> 
         return None
     if survey is not None and survey.unresolved:
         logger.info("profiling anew, as energies in the kept profile are not known well enough")
+        return None
+    if survey is not None and certain(survey, config.profiling.max_time_error).profile.table != survey.profile.table:
+        logger.info("profiling anew, as times in the kept profile are not known well enough")
         return None
     if survey is not None:
         logger.info("using the profile kept in %s again (perseus.profiling.reuse)", output_dir)

@@ -209,12 +209,13 @@ class PlanParts(_Message):
 class Recheck(_Message):
     """One rank's median instruction times at full clocks, by kind: after a plan was dropped, or to check a profile.
 
-    `switch_latency_s` is as in `RankEstimate`.
+    `steps` is how many iterations they are from (0: unknown), `switch_latency_s` as in `RankEstimate`.
     """
 
     stage: int
     time_s: dict[str, float]
     switch_latency_s: float | None = None
+    steps: int = 0
 
 
 class Seen(_Message):

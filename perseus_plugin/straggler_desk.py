@@ -284,7 +284,7 @@ class StragglerDesk:
         """What ranks measured at full clocks, without the part that is known to be a straggler's."""
         known = {slow.rank: slow.slowdown for slow in self.book.slow_ranks(self._now())}
         return [
-            Recheck(stage=r.stage, time_s={kind: t / known.get(rank, 1.0) for kind, t in r.time_s.items()})
+            r.model_copy(update={"time_s": {kind: t / known.get(rank, 1.0) for kind, t in r.time_s.items()}})
             for rank, r in rechecks.items()
         ]
 

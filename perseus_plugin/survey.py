@@ -16,6 +16,7 @@ from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.profiling.same_work import on_common_work
 
 _FITS = 0.25  # a profile whose full-clock times are further off is of something else
+_SIGMAS = 2.5  # standard errors of a mean that medians of so few steps stay within
 _SAME = 0.01  # instruction times within this share of the profile's count as unchanged
 
 
@@ -127,7 +128,7 @@ def misfit(survey: Survey, rechecks: Sequence[Recheck]) -> str:
             rows = survey.profile.table.get((recheck.stage, kind))
             if rows is None:
                 return f"stage {recheck.stage} runs {kind}, which the profile does not have"
-            if abs(seen_s / rows[0].time_s - 1) > _FITS:
+            if abs(seen_s / rows[0].time_s - 1) > _FITS + _by_chance(survey, recheck.steps):
                 return (
                     f"stage {recheck.stage} {kind} takes {seen_s:.4g} s at full clock, the profile says "
                     f"{rows[0].time_s:.4g} s"
@@ -136,14 +137,32 @@ def misfit(survey: Survey, rechecks: Sequence[Recheck]) -> str:
 
 
 def rescaled(survey: Survey, rechecks: Sequence[Recheck]) -> Survey:
-    """The survey with instruction times and energies scaled to what was seen at full clocks since."""
-    factors: dict[tuple[int, str], float] = {}
+    """The survey with instruction times and energies scaled to what was seen at full clocks since.
+
+    All ranks look at the same iterations. Where steps vary in size these may just have been longer or shorter ones:
+    what all instructions share is taken for a change of the job only where it is more than chance, and single ones
+    are held against the others.
+    """
+    seen: dict[tuple[int, str], float] = {}
     for (stage, kind), rows in survey.profile.table.items():
-        seen = [r.time_s[kind] for r in rechecks if r.stage == stage and kind in r.time_s]
-        factor = statistics.median(seen) / rows[0].time_s if seen else 1.0
-        factors[stage, kind] = factor if abs(factor - 1) > _SAME else 1.0
+        times = [r.time_s[kind] for r in rechecks if r.stage == stage and kind in r.time_s]
+        if times:
+            seen[stage, kind] = statistics.median(times) / rows[0].time_s
+    chance = _by_chance(survey, min((r.steps for r in rechecks), default=0))
+    size = statistics.median(seen.values()) if seen and chance > _SAME else 1.0
+    grown = size if abs(size - 1) > chance else 1.0
+    factors = dict.fromkeys(survey.profile.table, grown)
+    for key, factor in seen.items():
+        own = factor / size
+        factors[key] = grown * (own if abs(own - 1) > _SAME else 1.0)
     table = {
         key: tuple(m.scaled(factors[key]) for m in rows) if factors[key] != 1.0 else rows
         for key, rows in survey.profile.table.items()
     }
     return replace(survey, profile=Profile(table))
+
+
+def _by_chance(survey: Survey, steps: int) -> float:
+    """By which share so many steps may be longer or shorter than usual, just as steps vary."""
+    spreads = [rows[0].spread_between for rows in survey.profile.table.values() if rows[0].spread_between >= 0]
+    return _SIGMAS * statistics.median(spreads) / math.sqrt(steps) if spreads and steps else 0.0

@@ -386,7 +386,7 @@ class SessionWorker:
         self._estimated = True
         self._publish_durations()  # before what rank 0 waits for
         if self._known.profile and self._link.timetable.sweep.number == 0:
-            self._publish_recheck(0, self._collector.top_times_s())
+            self._publish_recheck(0, self._collector.top_times_s(), self._collector.top_steps)
             return
         estimate = estimate_stage(
             self._collector.runs(),
@@ -472,11 +472,13 @@ class SessionWorker:
         self._recheck_left -= 1
         if self._recheck_left == 0:
             medians = {kind: statistics.median(times) for kind, times in self._recheck.items()}
-            self._publish_recheck(self._news.sequence, medians)
+            self._publish_recheck(self._news.sequence, medians, self._config.watch.patience)
             self._recheck = None
 
-    def _publish_recheck(self, sequence: int, time_s: dict[str, float]) -> None:
-        message = Recheck(stage=self._placement.stage, time_s=time_s, switch_latency_s=self._switch_latency_s)
+    def _publish_recheck(self, sequence: int, time_s: dict[str, float], steps: int) -> None:
+        message = Recheck(
+            stage=self._placement.stage, time_s=time_s, switch_latency_s=self._switch_latency_s, steps=steps
+        )
         self._exchange.publish(recheck_key(sequence, self._placement.rank), message.model_dump())
 
     def _tell_trouble(self) -> None:

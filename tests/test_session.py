@@ -22,7 +22,7 @@ from perseus_plugin.known import profiled_as
 from perseus_plugin.link import FinishedIteration, Link
 from perseus_plugin.messages import Placement, PlanPart
 from perseus_plugin.profiling.failed import save_failure
-from perseus_plugin.profiling.profile import save_profile
+from perseus_plugin.profiling.profile import Profile, save_profile
 from perseus_plugin.profiling.reuse import save_survey
 from perseus_plugin.session import Session, start_session
 from perseus_plugin.survey import Survey
@@ -559,6 +559,9 @@ def test_a_kept_profile_of_the_same_job_is_used_again(tmp_path: Path, fakes: typ
     vague = replace(survey, unresolved=frozenset({(1, "forward")}))
     save_survey(vague, first["known"].fingerprint, tmp_path / "out")
     assert not start(tmp_path)["known"].profile, "what is not known well enough is measured again"
+    rows = [(s, k, replace(m, time_se_s=0.05 * m.time_s)) for s, k, m in survey.profile.rows()]
+    save_survey(replace(survey, profile=Profile.from_rows(rows)), first["known"].fingerprint, tmp_path / "out")
+    assert not start(tmp_path)["known"].profile, "neither energies nor times"
     fakes.facts = replace(FACTS, name="another GPU")
     other = start(tmp_path)
     assert not other["known"].profile

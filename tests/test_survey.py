@@ -167,6 +167,55 @@ def test_times_without_errors_are_taken_at_their_word() -> None:
     assert certain(survey, 0.01).profile.table == survey.profile.table
 
 
+def varying_steps(spread: float) -> Survey:
+    rows = ((stage, kind, replace(m, spread_between=spread)) for stage, kind, m in profile(2).rows())
+    return Survey(Profile.from_rows(rows), BLOCKING_W)
+
+
+def seen_again(survey: Survey, size: float, slower: float = 1.0, steps: int = 10) -> list[Recheck]:
+    """All ranks saw steps of that size; the forward of stage 1 takes longer on top of it."""
+    found = []
+    for stage in range(2):
+        times = {kind: size * rows[0].time_s for (s, kind), rows in survey.profile.table.items() if s == stage}
+        if stage == 1:
+            times["forward"] *= slower
+        found.append(Recheck(stage=stage, time_s=times, steps=steps))
+    return found
+
+
+def test_steps_that_happened_to_be_longer_are_no_change_of_the_job() -> None:
+    survey = varying_steps(0.24)
+    for changed in (rescaled(survey, seen_again(survey, 1.1)), rescaled(survey, seen_again(survey, 0.93))):
+        assert [m.time_s for _, _, m in changed.profile.rows()] == [m.time_s for _, _, m in survey.profile.rows()]
+    even = varying_steps(0.002)
+    for (*_, new), (*_, old) in zip(
+        rescaled(even, seen_again(even, 1.1)).profile.rows(), even.profile.rows(), strict=True
+    ):
+        assert new.time_s == pytest.approx(1.1 * old.time_s)
+
+
+def test_growth_beyond_chance_is_the_jobs() -> None:
+    survey = varying_steps(0.24)
+    grown = rescaled(survey, seen_again(survey, 1.6))
+    for (*key, new), (*_, old) in zip(grown.profile.rows(), survey.profile.rows(), strict=True):
+        assert new.time_s == pytest.approx(1.6 * old.time_s), key
+
+
+def test_an_instruction_is_held_against_the_others_of_the_same_steps() -> None:
+    survey = varying_steps(0.24)
+    changed = rescaled(survey, seen_again(survey, 1.1, slower=1.3))
+    for (stage, kind, new), (*_, old) in zip(changed.profile.rows(), survey.profile.rows(), strict=True):
+        factor = 1.3 if (stage, kind) == (1, "forward") else 1.0
+        assert new.time_s == pytest.approx(factor * old.time_s)
+
+
+def test_a_kept_profile_fits_a_job_whose_steps_vary() -> None:
+    survey = varying_steps(0.24)
+    assert misfit(survey, seen_again(survey, 1.35)) == ""
+    assert misfit(survey, seen_again(survey, 1.6)) != ""
+    assert misfit(varying_steps(0.0), seen_again(survey, 1.35)) != ""
+
+
 def test_without_rechecks_nothing_changes() -> None:
     before = Survey(profile(2), BLOCKING_W)
     assert rescaled(before, []) == before

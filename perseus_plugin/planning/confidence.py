@@ -42,6 +42,8 @@ def with_confidence(plan: Plan, planner: Planner, profile: Profile, blocking_pow
     if errors is None or blocking_power_se_w is None:
         return plan
     draws = _Draws(plan, planner, errors, blocking_power_se_w)
+    if not math.isfinite(draws.price_w):
+        return plan
     rng = np.random.default_rng(0)
     count = _DRAWS if len(planner.problem.graph) <= _LARGE else _FEWER_DRAWS
     found = np.array([draws.draw(rng) for _ in range(count)])
@@ -108,7 +110,7 @@ class _Draws:
         self._choice = (errors.clock[self._class] == ids[:, None]).argmax(axis=1)
         # Where the deadline is the shortest iteration, flow is kept at no event and there is no price of time.
         relaxed = planner.relaxation.solve(max(plan.iteration_time_s, planner.relaxation.shortest_s * (1 + _LOOSER)))
-        self._deadline_s, self._bound_j, self._price_w = relaxed.deadline_s, relaxed.bound_j, relaxed.price_w
+        self._deadline_s, self._bound_j, self.price_w = relaxed.deadline_s, relaxed.bound_j, relaxed.price_w
         self._node_price_w = relaxed.instruction_price_w[self._nodes]
         self._least_j = self._least_priced_j(errors.time_s, errors.energy_j, problem.blocking_power_w)
 
@@ -128,7 +130,7 @@ class _Draws:
         _, full_j = self._run(np.zeros_like(self._choice), time_s, energy_j, waiting_w)
         # A bound for plans as long as this one.
         bound_j = self._bound_j + self._least_priced_j(time_s, energy_j, waiting_w) - self._least_j
-        bound_j -= self._price_w * (planned_s - self._deadline_s)
+        bound_j -= self.price_w * (planned_s - self._deadline_s)
         bound_j += float(waiting_w.sum()) * planned_s - problem.total_blocking_w * self._deadline_s
         return 1 - planned_j / full_j, planned_j / bound_j - 1 if bound_j > 0 else math.inf
 

@@ -85,6 +85,11 @@ class SweepCollector:
         """Median time of each kind of constant-time work, at the top clock."""
         return {name: statistics.median(times) for name, times in self._constants.items()}
 
+    @property
+    def top_steps(self) -> int:
+        """How many iterations were seen at the top clock."""
+        return sum(len(records) for frequency_mhz, records in self._groups if frequency_mhz == self._top_mhz)
+
     def top_times_s(self) -> dict[str, float]:
         """Median time of each instruction kind at the top clock."""
         times: dict[str, list[float]] = {}

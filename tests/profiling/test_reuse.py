@@ -32,6 +32,13 @@ def test_what_was_kept_comes_back(tmp_path: Path) -> None:
     assert load_survey(fingerprint, tmp_path) == survey()
 
 
+def test_errors_and_spread_come_back(tmp_path: Path) -> None:
+    row = Measurement(1410, 0.1, 30.0, 40, 0.001, 0.3, 0.05, 0.01, 0.24, 0.03)
+    kept = Survey(Profile({(0, "forward"): (row,)}), 83.5, blocking_power_se_w=0.7)
+    save_survey(kept, {}, tmp_path)
+    assert load_survey({}, tmp_path) == kept
+
+
 def test_a_report_reads_it_whatever_it_was_measured_on(tmp_path: Path) -> None:
     fingerprint = job_fingerprint([(0, FACTS), (1, FACTS)])
     assert read_survey(tmp_path) is None

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 _FORGIVEN_AFTER = 1000  # iterations under plans that hold, after which dropped ones do not count any more
 
+_DETECTION_TAKES_S = 3.0  # ranks tell each other of their paces once a second
+
 
 class Planner(Protocol):
     """See `planner_process.PlannerProcess`."""
@@ -460,17 +462,18 @@ class Coordinator:
             return
         if overrun <= 1 + self._config.watch.tolerance_or_default:
             self._slow_since = None
-        elif not self._may_be_a_straggler():
+        elif not self._may_be_a_straggler(seen_s):
             self._drop(
                 f"iterations take {seen_s:.4g} s instead of {seen_s / overrun:.4g} s under the plan", overrun - 1
             )
 
-    def _may_be_a_straggler(self) -> bool:
+    def _may_be_a_straggler(self, iteration_time_s: float) -> bool:
         """Whether to wait for what detection says of iterations that run long."""
         config = self._config.stragglers
+        patience = config.window + _DETECTION_TAKES_S / iteration_time_s
         if self._slow_since is None:
             self._slow_since = self._iteration
-        return config.enabled and config.detect and self._iteration - self._slow_since < config.window
+        return config.enabled and config.detect and self._iteration - self._slow_since < patience
 
     # Stragglers.
 

@@ -260,6 +260,12 @@ class RankWindows(_Message):
     windows: tuple[RankWindow, ...]
 
 
+class PaceOf(_Message):
+    """By iteration, how many times as long as in the profile the instructions of a stage of a replica took."""
+
+    pace: dict[int, float]
+
+
 class Trouble(_Message):
     """A rank cannot control its GPU (any more); rank 0 then sends all ranks to full clocks."""
 
@@ -368,6 +374,11 @@ def durations_key(rank: int) -> str:
 def windows_key(rank: int) -> str:
     """Where a rank publishes its `RankWindows`."""
     return f"windows/{rank}"
+
+
+def pace_key(replica: int, stage: int) -> str:
+    """Where a stage of a replica publishes its `PaceOf`; its shards run in lock-step, so any of them may."""
+    return f"pace/{replica}/{stage}"
 
 
 def stats_key(rank: int) -> str:

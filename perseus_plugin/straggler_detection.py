@@ -1,8 +1,9 @@
-"""Telling a slow rank from noise, from its own instruction times against those its plan was made on. Pure.
+"""Telling a slow rank from noise, and from a job that has changed. Pure.
 
-Only compute instructions count, so waiting in a collective or for a peer is nobody's slowness. What they are compared
-with is the profile at the clock that the plan asked for: pooled over the rank's peers in the same stage, and measured
-on itself before. Planned slow clocks and unequal stages are therefore no stragglers.
+Only compute instructions count, so waiting in a collective or for a peer is nobody's slowness. They are compared with
+the profile at the clock that the plan asked for, so planned slow clocks and unequal stages are no stragglers; and then
+with what other ranks do in the same iteration, against the profile too: longer sequences, a larger batch or a longer
+step slow all stages of a pipeline alike, and are nobody's slowness either.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from perseus_plugin.instructions import Compute
 from perseus_plugin.messages import PlanPart
@@ -93,11 +94,12 @@ class StragglerDetector:
     def noise(self) -> float:
         """Standard deviation of one iteration's slowdown, on the safe side while it is known from few."""
         count = len(self._changes)
-        if count < _ENOUGH_SAMPLES:
+        if not count:
             return _NOISE_UNKNOWN
         # Differences of neighbours, so that a straggler's coming and going is no noise.
         sigma = _MAD_TO_SIGMA * statistics.median(self._changes) / math.sqrt(2)
-        return max(_MIN_NOISE, sigma) * (1 + 3 / math.sqrt(count))
+        known = max(_MIN_NOISE, sigma) * (1 + 3 / math.sqrt(count))
+        return known if count >= _ENOUGH_SAMPLES else max(_NOISE_UNKNOWN, known)
 
     def add(self, slowdown: float) -> float | None:
         """One more iteration (see `iteration_slowdown`).
@@ -115,11 +117,6 @@ class StragglerDetector:
         self.level = level
         self._recent.clear()
         return level
-
-    def restart(self) -> None:
-        """Forget the latest iterations: those to come run differently."""
-        self._recent.clear()
-        self._previous = None
 
     def _judge(self) -> float:
         recent, sigma = list(self._recent), _SIGMAS * self.noise
@@ -144,6 +141,40 @@ class StragglerDetector:
             median = statistics.median(recent)
             return median if median > 1 + self._threshold else 1.0
         return self.level
+
+
+Paces = Mapping[int, float]
+"""By iteration, how many times as long as in the profile a rank's instructions took."""
+
+
+def against_pipeline(own: Paces, stages: Sequence[Paces]) -> dict[int, float]:
+    """How many times as slow a rank is as the least slowed stage of its own pipeline, iteration by iteration.
+
+    All stages work on the same microbatches, so what is longer for all is the work. Only iterations that all stages
+    have told of count.
+
+    Args:
+        own: of the rank.
+        stages: of the other stages of its replica.
+    """
+    return {
+        number: pace / min(pace, *(other[number] for other in stages))
+        for number, pace in own.items()
+        if stages and all(number in other for other in stages)
+    }
+
+
+def against_replicas(own: Paces, replicas: Sequence[Paces]) -> dict[int, float]:
+    """The same against the middle one of the same stage in other replicas.
+
+    Their batches are others, so single iterations differ where sequence lengths do; a pipeline that is slow as a whole
+    shows here only.
+    """
+    return {
+        number: pace / statistics.median(other[number] for other in replicas)
+        for number, pace in own.items()
+        if replicas and all(number in other for other in replicas)
+    }
 
 
 class OwnPast:

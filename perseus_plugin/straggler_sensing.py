@@ -2,39 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from perseus_plugin.config import StragglersConfig
 from perseus_plugin.exchange import Exchange
 from perseus_plugin.link import Parts, part_for
-from perseus_plugin.messages import STRAGGLERS
-from perseus_plugin.straggler_detection import OwnPast, StragglerDetector, iteration_slowdown
+from perseus_plugin.messages import STRAGGLERS, PaceOf, Placement, pace_key, receive
+from perseus_plugin.straggler_detection import (
+    OwnPast,
+    StragglerDetector,
+    against_pipeline,
+    against_replicas,
+    iteration_slowdown,
+)
 from perseus_plugin.stragglers import DETECTION, Report
 from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import Directive, Follow
+
+_TOLD = 48  # iterations that a rank tells of
+_TELL_EVERY_S = 1.0
+_RANKS_PER_LOOK = 256.0  # a look at others' paces once a second for so many ranks of the job, more rarely for more
+_OTHER_REPLICAS = 4
+_NO_CHANGE = 1.001
 
 
 class StragglerSensing:
     """Looks at finished iterations; says something only when this rank has become slow, or normal again.
 
+    Once a second a rank publishes how its latest iterations compare with the profile. Others read that only when they
+    seem slow themselves, to see whether it is they or the work.
+
     Args:
         config: the `stragglers` block.
-        rank: of this process.
-        exchange: to rank 0.
+        placement: of this rank.
+        exchange: to all ranks.
     """
 
-    def __init__(self, config: StragglersConfig, rank: int, exchange: Exchange) -> None:
-        self._rank, self._exchange = rank, exchange
+    def __init__(self, config: StragglersConfig, placement: Placement, exchange: Exchange) -> None:
+        self._placement, self._exchange = placement, exchange
         self._looks = config.enabled and config.detect
-        self._detector = StragglerDetector(config.threshold, config.window, config.min_duration)
+        self._threshold = config.threshold
+        self._among_stages = StragglerDetector(config.threshold, config.window, config.min_duration)
+        self._among_replicas = StragglerDetector(config.threshold, config.window, config.min_duration)
+        self._judged = {self._among_stages: -1, self._among_replicas: -1}
         self._past = OwnPast(config.window)
+        self._own: dict[int, float] = {}
+        self._told_up_to = -1
+        self._tell_due_s = self._look_due_s = 0.0
+        self._level = 1.0
+        others = [replica for replica in range(placement.replicas) if replica != placement.replica]
+        # Those beside it, so that no replica is looked at by all.
+        start = placement.replica % len(others) if others else 0
+        self._other_replicas = (others[start:] + others[:start])[:_OTHER_REPLICAS]
 
     def saw(self, directive: Directive, record: IterationRecord, parts: Parts) -> None:
-        """An iteration has ended on this rank.
-
-        Raises:
-            ExchangeError: the store fails.
-        """
+        """An iteration has ended on this rank."""
         if not self._looks or not isinstance(directive, Follow) or not record.undisturbed:
             return
         part = part_for(parts, directive, record)
@@ -44,9 +66,57 @@ class StragglerSensing:
         slowdown, is_steady = found
         # A part made for a slow stage has nothing to do with the rank's own past.
         known = slowdown if is_steady or part.slowdown != 1 else self._past.correct(slowdown, part.version)
-        level = None if known is None else self._detector.add(known)
-        if level is not None:
-            self.send([Report(rank=self._rank, slowdown=level, source=DETECTION)])
+        if known is not None:
+            self.add(record.number, known)
+
+    def add(self, iteration: int, slowdown: float) -> None:
+        """This rank took so many times as long for its work as in the profile."""
+        self._own[iteration] = slowdown
+        if len(self._own) > _TOLD:
+            del self._own[next(iter(self._own))]
+
+    def look(self, now_s: float) -> None:
+        """Tell others, and judge where there is reason to.
+
+        Raises:
+            ExchangeError: the store fails.
+        """
+        if not self._own:
+            return
+        place = self._placement
+        newest = next(reversed(self._own))
+        if newest > self._told_up_to and now_s >= self._tell_due_s:
+            self._tell_due_s, self._told_up_to = now_s + _TELL_EVERY_S, newest
+            told = PaceOf(pace={number: round(pace, 5) for number, pace in self._own.items()})
+            self._exchange.publish(pace_key(place.replica, place.stage), told.model_dump())
+        if now_s >= self._look_due_s and self._seems_slow:
+            self._look_due_s = now_s + _TELL_EVERY_S * max(1.0, place.world_size / _RANKS_PER_LOOK)
+            self._judge()
+
+    @property
+    def _seems_slow(self) -> bool:
+        """Whether it is worth asking the others; not where every iteration is as in the profile."""
+        return self._level > 1 or max(self._own.values()) > 1 + self._threshold
+
+    def _judge(self) -> None:
+        place = self._placement
+        stages = self._paces((place.replica, stage) for stage in range(place.stages) if stage != place.stage)
+        replicas = self._paces((replica, place.stage) for replica in self._other_replicas)
+        self._follow(self._among_stages, against_pipeline(self._own, stages))
+        self._follow(self._among_replicas, against_replicas(self._own, replicas))
+        level = max(self._among_stages.level, self._among_replicas.level)
+        if not 1 / _NO_CHANGE < level / self._level < _NO_CHANGE:
+            self._level = level
+            self.send([Report(rank=place.rank, slowdown=level, source=DETECTION)])
+
+    def _follow(self, detector: StragglerDetector, relative: dict[int, float]) -> None:
+        for number in sorted(number for number in relative if number > self._judged[detector]):
+            self._judged[detector] = number
+            detector.add(relative[number])
+
+    def _paces(self, places: Iterable[tuple[int, int]]) -> list[dict[int, float]]:
+        found = [self._exchange.fetch(pace_key(replica, stage)) for replica, stage in places]
+        return [receive(PaceOf, value).pace for value in found if value is not None]
 
     def send(self, reports: Sequence[Report]) -> None:
         """To rank 0.

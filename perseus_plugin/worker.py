@@ -140,7 +140,7 @@ class SessionWorker:
         self._thread = threading.Thread(target=self._run, name="perseus", daemon=True)
         self._session: Session | None = None
         self._relay = FigureRelay(exchange, link, placement.rank, writes_figures)
-        self._sensing = StragglerSensing(config.stragglers, placement.rank, exchange)
+        self._sensing = StragglerSensing(config.stragglers, placement, exchange)
         self._leader: Leader | None = None
         if placement.rank == 0:
             self._leader = Leader(
@@ -184,6 +184,7 @@ class SessionWorker:
         for finished in self._link.take_finished():
             self._take(finished)
         self._sensing.send(self._link.take_reports())
+        self._sensing.look(monotonic())
         self._tell_trouble()
         self._finish_sweep()
         self._look_for_trouble()

@@ -10,15 +10,16 @@ import enum
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.exchange import Exchange
 from perseus_plugin.files import try_to_write
 from perseus_plugin.following.comparison import Comparison
 from perseus_plugin.following.expectations import Expectations, Predicted
+from perseus_plugin.following.planner_desk import Asked, Planner, PlannerDesk
 from perseus_plugin.following.recent import RecentIterations
 from perseus_plugin.following.reviews import Reviews, clocks_of, in_force, tell_replayed
 from perseus_plugin.following.schedules import MAX_PLANNED, JobSchedules
@@ -30,7 +31,7 @@ from perseus_plugin.measuring import Measuring, UnusableProfileError
 from perseus_plugin.messages import TROUBLE, Placement, Trouble, receive
 from perseus_plugin.orders import Orders
 from perseus_plugin.plan_shelf import PlanShelf
-from perseus_plugin.planner_process import PaceRequest, PlanAnswer, PlanRequest
+from perseus_plugin.planner_process import PlanAnswer, PlanRequest
 from perseus_plugin.planning.plan import Plan, save_plan
 from perseus_plugin.planning.replayed import Replayed
 from perseus_plugin.profiling.failed import FILE, save_failure
@@ -50,15 +51,6 @@ _FORGIVEN_AFTER = 1000  # iterations under plans that hold, after which dropped 
 _DETECTION_TAKES_S = 3.0  # ranks tell each other of their paces once a second
 
 
-class Planner(Protocol):
-    """See `planner_process.PlannerProcess`."""
-
-    @property
-    def busy(self) -> bool: ...
-    def submit(self, request: PlanRequest) -> None: ...
-    def poll(self) -> PlanAnswer | None: ...
-
-
 class State(enum.Enum):
     """What the coordinator waits for."""
 
@@ -67,25 +59,6 @@ class State(enum.Enum):
     FOLLOWING = "following"
     RECHECKING = "rechecking"
     GIVEN_UP = "given up"
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What the planner works on.
-
-    Attributes:
-        request: as it was submitted.
-        survey: that it was made on.
-        situation: of stragglers that it is to answer; None: it is for the job's plan of a schedule.
-        instead_of: schedule whose plan makes room for it, None: there is room.
-        review: whether it is to be seen if the plan in force still holds.
-    """
-
-    request: PlanRequest
-    survey: Survey
-    situation: Situation | None = None
-    instead_of: str | None = None
-    review: bool = False
 
 
 class Coordinator:
@@ -121,13 +94,14 @@ class Coordinator:
         full_sweep_mhz: tuple[int, ...] = (),
         frontier: BackgroundFrontier | None = None,
     ) -> None:
-        self._config, self._exchange, self._planner = config, exchange, planner
+        self._config, self._exchange = config, exchange
         self._stages, self._output_dir, self._frontier = stages, output_dir, frontier
         self._reports = RankReports(exchange, world_size)
         self._times = IterationTimes(config.watch.patience)
         self._plans = PlanShelf(exchange, stages)
         self._expectations = Expectations(self._plans, self._times)
         self._recent = RecentIterations(exchange, world_size)
+        self._desk = PlannerDesk(config, planner, self._recent, self._reports, stages)
         self._reviews = Reviews()
         self.comparison = Comparison(config.watch, exchange, world_size, self._expectations.graph_s)
         self._orders = Orders(exchange)
@@ -160,7 +134,6 @@ class Coordinator:
         self._iteration = 0
         self._schedules = JobSchedules()
         self._requests: dict[str, PlanRequest] = {}
-        self._asked: _Asked | None = None
         self._made_anew = True
         self._said_too_many = False
         self._followed = 0
@@ -295,9 +268,12 @@ class Coordinator:
 
     def _ask_for_plan(self) -> None:
         """Have the planner work on the next schedule that wants a plan."""
+        assert self.survey is not None  # only asked for once there is one
         following = self._schedules.next_to_plan(self._plans.schedules)
         if following is not None:
-            self._submit(*following)
+            key, instead_of = following
+            stream_of = self._schedules.stream_of(key)
+            self._desk.ask(key, stream_of, self.survey, self._margin, instead_of=instead_of)
         elif self._schedules.too_many and not self._said_too_many:
             self._said_too_many = True
             logger.info(
@@ -305,54 +281,11 @@ class Coordinator:
                 MAX_PLANNED,
             )
 
-    def _submit(
-        self,
-        key: str,
-        instead_of: str | None = None,
-        situation: Situation | None = None,
-        pace: PaceRequest | None = None,
-        review: bool = False,
-    ) -> bool:
-        """Submit a request unless the planner works on one; returns whether that could be done."""
-        if self._asked is not None or self._planner.busy:
-            return False
-        assert self.survey is not None  # only asked for once there is one
-        streams = [self._schedules.stream_of(key)(stage) for stage in range(self._stages)]
-        limits = self._config.limits
-        dwell_s = self._reports.dwell_s if limits.dwell_s is None else limits.dwell_s
-        samples = self._recent.samples(key, streams, self.survey.profile)
-        if review and samples is None:
-            return False
-        power_se_w = self.survey.blocking_power_se_w
-        request = PlanRequest(
-            schedule=key,
-            streams=streams,
-            constant_time_s=self.survey.constants_for(streams),
-            profile=self.survey.profile,
-            blocking_power_w=[self.survey.blocking_power_w] * self._stages,
-            blocking_power_se_w=power_se_w if math.isfinite(power_se_w) else None,
-            slowdown=self._config.slowdown,
-            margin=self._margin,
-            effort=self._config.effort,
-            max_changes=limits.max_changes_per_iteration,
-            min_dwell_s=dwell_s,
-            full_clock_only=self.survey.unresolved,
-            pace=pace,
-            samples=samples,
-            quantile=self._config.quantile,
-            catch_up=self._config.catch_up,
-            latency_s=limits.switch_latency_s if limits.switch_latency_s is not None else self._reports.latency_s,
-            in_force=self._reviews.in_force(key) if review else None,
-        )
-        self._planner.submit(request)
-        self._asked = _Asked(request, self.survey, situation, instead_of, review)
-        return True
-
     def _take_answer(self) -> None:
-        answer = self._planner.poll()
-        if answer is None or self._asked is None:
+        taken = self._desk.answer()
+        if taken is None:
             return
-        asked, self._asked = self._asked, None
+        asked, answer = taken
         if asked.survey is not self.survey or self.state not in (State.PLANNING, State.FOLLOWING):
             return  # what it was made on does not hold any more
         if asked.situation is not None:
@@ -373,7 +306,7 @@ class Coordinator:
             "there is no plan for %s: %s. Its iterations run at full clocks; try looser perseus.limits", schedule, why
         )
 
-    def _take_plan(self, asked: _Asked, answer: PlanAnswer, plan: Plan) -> None:
+    def _take_plan(self, asked: Asked, answer: PlanAnswer, plan: Plan) -> None:
         schedule = asked.request.schedule
         self.planning_time_s = answer.planning_time_s
         if asked.instead_of is not None:
@@ -394,7 +327,7 @@ class Coordinator:
         self._order()
         self.state = State.FOLLOWING
 
-    def _put(self, asked: _Asked, plan: Plan, answer: PlanAnswer) -> int:
+    def _put(self, asked: Asked, plan: Plan, answer: PlanAnswer) -> int:
         """Put a plan onto the shelf, to be held against newer iterations from now on."""
         schedule, replayed = asked.request.schedule, answer.replayed
         self._reviews.follow(schedule, in_force(plan, answer, self._margin), self._iteration)
@@ -403,12 +336,15 @@ class Coordinator:
 
     def _review(self) -> None:
         """Hold a plan in force against newer iterations, now and then."""
-        if self._asked is None and self.stragglers.situation is None and not self._planner.busy:
-            due = self._reviews.due(self._plans.schedules, self._iteration)
-            if due is not None:
-                self._submit(due, review=True)
+        if not self._desk.idle or self.stragglers.situation is not None:
+            return
+        assert self.survey is not None  # plans were made on it
+        due = self._reviews.due(self._plans.schedules, self._iteration)
+        if due is not None:
+            stream_of, in_force = self._schedules.stream_of(due), self._reviews.in_force(due)
+            self._desk.ask(due, stream_of, self.survey, self._margin, review=True, in_force=in_force)
 
-    def _take_review(self, asked: _Asked, answer: PlanAnswer) -> None:
+    def _take_review(self, asked: Asked, answer: PlanAnswer) -> None:
         """The plan in force stays, perhaps with other usual delays; or another one holds better."""
         schedule = asked.request.schedule
         if answer.error or schedule not in self._plans or self.stragglers.situation is not None:
@@ -492,7 +428,9 @@ class Coordinator:
             self._switch(situation, answer)
             return True
         request = situation.request(self.plan, self._expectations.seconds_per_planned(schedule))
-        self._submit(schedule, situation=situation, pace=request)
+        assert self.survey is not None  # plans were made on it
+        stream_of = self._schedules.stream_of(schedule)
+        self._desk.ask(schedule, stream_of, self.survey, self._margin, situation=situation, pace=request)
         return True
 
     def judge_external(self, figures: ExternalFigures) -> None:

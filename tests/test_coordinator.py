@@ -102,6 +102,7 @@ class Job:
         profiling: Any = None,
         frontier: BackgroundFrontier | None = None,
         limits: Any = None,
+        slowdown: float = 0.0,
         **watch: Any,
     ) -> None:
         self.folder = folder
@@ -111,6 +112,7 @@ class Job:
         self.config = parse_config(
             {
                 "margin": 0.01,
+                "slowdown": slowdown,
                 "stragglers": {"detect": False},
                 "profiling": profiling or {},
                 "limits": limits or {},
@@ -612,9 +614,7 @@ def test_iterations_as_long_as_expected_keep_the_plan(job: Job) -> None:
 
 
 def test_an_allowed_slowdown_is_expected(tmp_path: Path) -> None:
-    job = Job(tmp_path)
-    job.coordinator._config = parse_config({"slowdown": 0.5, "watch": {"patience": PATIENCE, "reference_share": 0}})
-    job.following()
+    job = Job(tmp_path, slowdown=0.5).following()
     assert job.coordinator.expected_time_s() == pytest.approx(1.5 * FULL_S)
 
 

@@ -39,6 +39,7 @@ from .test_coordinator import FULL_S, PATIENCE, SCHEDULES, SWEEP_END, TABLE, Fak
 INTERVAL_S = 10.0
 TOLERANCE = 0.05
 WINDOW = 8
+DETECTION_TAKES = 6  # iterations of half a second and more, in which ranks tell each other of their paces
 
 
 class Planner(FakePlanner):
@@ -424,7 +425,7 @@ def test_a_pace_that_is_not_kept_is_dropped_after_all(job: Job) -> None:
     job.answered()
     expected_s = job.coordinator.expected_time_s()
     assert expected_s is not None
-    job.run(Follow(2, True), 1.5 * expected_s, PATIENCE + WINDOW)
+    job.run(Follow(2, True), 1.5 * expected_s, PATIENCE + WINDOW + DETECTION_TAKES)
     assert job.coordinator.state is State.RECHECKING
     # What is known to be a straggler's does not get into the profile.
     sequence = job.news.sequence
@@ -466,7 +467,7 @@ def test_when_the_whole_job_is_slower_it_is_left_to_the_watch(job: Job, heard: p
     job.following()
     for rank in range(3):
         job.seen(rank, 1.3)
-    job.run(Follow(1), 1.3 * FULL_S, PATIENCE + WINDOW)
+    job.run(Follow(1), 1.3 * FULL_S, PATIENCE + WINDOW + DETECTION_TAKES)
     assert job.coordinator.state is State.RECHECKING
     assert heard.text.count("more than half of all ranks are slower than they were") == 1
     assert len(job.planner.requests) == 1

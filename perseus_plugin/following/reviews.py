@@ -99,5 +99,5 @@ def tell_replayed(number: int, schedule: str, replayed: Replayed, quantile: floa
         100 * (replayed.time_ratio_quantile - 1),
         quantile,
         100 * replayed.margin,
-        "late ranks catch up" if replayed.catch_up else "no catching up needed",
+        f"{100 * replayed.raised:.1f} % of instructions catch up" if replayed.catch_up else "no catching up needed",
     )

@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,17 @@ from perseus_plugin.link import FinishedIteration, Link
 from perseus_plugin.messages import (
     NEWS,
     TROUBLE,
+    CatchUpPart,
     News,
     PlanPart,
     PlanParts,
+    RankDurations,
     RankEstimate,
     RankStats,
     RankWindows,
     Recheck,
     Trouble,
+    durations_key,
     estimate_key,
     part_key,
     receive,
@@ -139,13 +142,23 @@ class Rank:
         )
         self.worker.start(self.session)  # type: ignore[arg-type]
 
-    def iterate(self, count: int = 1, *, directive: Directive | None = None, factor: float = 1.0) -> None:
+    def iterate(
+        self,
+        count: int = 1,
+        *,
+        directive: Directive | None = None,
+        factor: float = 1.0,
+        raised: Sequence[tuple[int, int]] = (),
+        undisturbed: bool = True,
+    ) -> None:
         """Iterations end; the counter is read at both ends."""
         for _ in range(count):
             runs_as = directive or self.link.timetable.at(self.number)
             durations = tuple(factor * t for t in (0.001, 0.010, 0.020, 0.005))
             # On the same clock as ticks; back to back.
-            seen = record(self.number, begin_s=self.number * 0.036 * factor, durations_s=durations)
+            begin_s = self.number * 0.036 * factor
+            seen = record(self.number, begin_s=begin_s, durations_s=durations, undisturbed=undisturbed)
+            seen.raised = list(raised)
             mhz = runs_as.frequency_mhz if isinstance(runs_as, Sweep) else None
             if self.obeys and not isinstance(runs_as, Follow):
                 self.helper.events.append(wire.Applied(1, mhz, 0.0, 0.0, seen.begin_s, seen.begin_s + 0.001))
@@ -219,10 +232,12 @@ def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-def publish_news(exchange: LocalExchange, stage: int = 1, **news: Any) -> None:
+def publish_news(exchange: LocalExchange, catch_up: CatchUpPart | None = None, *, stage: int = 1, **news: Any) -> None:
     made = News(**news)
     if made.action == "follow":
-        part = PlanPart(version=made.version, schedule="1F1B", clocks_mhz=(810, 1410), times_s=(0.1, 0.2))
+        part = PlanPart(
+            version=made.version, schedule="1F1B", clocks_mhz=(810, 1410), times_s=(0.1, 0.2), catch_up=catch_up
+        )
         parts = PlanParts(version=made.version, parts=(part,))
         exchange.publish(part_key(made.version, stage), parts.model_dump())
     exchange.publish(NEWS, made.model_dump())
@@ -230,6 +245,55 @@ def publish_news(exchange: LocalExchange, stage: int = 1, **news: Any) -> None:
 
 def stats_of(rank: Rank) -> RankStats:
     return receive(RankStats, rank.fetch(stats_key(rank.rank)))
+
+
+# What plans are replayed over, and how a rank catches up.
+
+
+def test_a_rank_publishes_its_iterations_after_the_sweep_and_while_it_follows_a_plan(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_DURATIONS_EVERY_S", 0.0)
+    rank = ranks()
+    rank.iterate(TABLE.sweep_end)
+    first = receive(RankDurations, rank.fetch(durations_key(1)))
+    assert first.placement.rank == 1
+    assert {one.clocks_mhz for one in first.iterations} == {(0,), (810,)}
+    publish_news(ranks.exchange, sequence=1, switch=rank.number, action="follow", version=1)
+    assert wait_until(lambda: isinstance(rank.link.timetable.at(rank.number), Follow))
+    newest = rank.number + 13
+    rank.iterate(14)
+
+    def published() -> RankDurations:
+        return receive(RankDurations, rank.fetch(durations_key(1)))
+
+    assert wait_until(lambda: published().iterations[-1].number == newest)
+    assert published().iterations[-1].clocks_mhz == (810, 1410)
+
+
+def test_catching_up_is_counted_with_what_it_takes(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.iterate(TABLE.sweep_end)
+    told = CatchUpPart(
+        latest_starts_s=(0.0, 0.1),
+        usual_delays_s=(0.0, 0.0),
+        kinds=("forward", "backward"),
+        options={
+            "forward": ((1410, 0.010, 300.0), (810, 0.015, 150.0)),
+            "backward": ((1410, 0.020, 300.0), (810, 0.030, 150.0)),
+        },
+        size_weight=2.0,
+    )
+    publish_news(ranks.exchange, told, sequence=1, switch=rank.number, action="follow", version=1)
+    assert wait_until(lambda: isinstance(rank.link.timetable.at(rank.number), Follow))
+    rank.iterate(2)
+    rank.iterate(3, raised=[(0, 1410)])
+    rank.iterate(1, raised=[(0, 1410)], undisturbed=False)
+    assert wait_until(lambda: stats_of(rank).caught_up.iterations == 5)
+    caught_up = stats_of(rank).caught_up
+    assert (caught_up.instructions, caught_up.late_iterations, caught_up.raised) == (10, 3, 3)
+    # 10 ms at 300 W instead of 15 ms at 150 W.
+    assert caught_up.extra_energy_j == pytest.approx(3 * (3.0 - 2.25))
 
 
 # The sweep.

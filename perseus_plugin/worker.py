@@ -192,7 +192,11 @@ class SessionWorker:
         if self._leader is not None:
             self._leader.step()
         self._record()
-        if self._plans_since and self._durations.new >= NEW_DURATIONS and monotonic() >= self._durations_due_s:
+        if (
+            self._plans_since is not None
+            and self._durations.new >= NEW_DURATIONS
+            and monotonic() >= self._durations_due_s
+        ):
             self._publish_durations()
         self._publish_stats()
         if self._leader is not None:

@@ -45,10 +45,12 @@ class Progress:
         if self._durations_s:
             left = f", about {(total - done) * statistics.mean(self._durations_s):.0f} s left"
         logger.info(
-            "profiling clock %d of %d: %d MHz (iteration %d of %d%s)",
+            "profiling %s %d of %d: %d MHz%s (iteration %d of %d%s)",
+            "stages in turn, block" if directive.paired else "clock",
             directive.block + 1,
             len(self.timetable.sweep.clocks_mhz),
             directive.frequency_mhz,
+            " on this one" if directive.paired else "",
             done + 1,
             total,
             left,

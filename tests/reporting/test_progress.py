@@ -27,6 +27,13 @@ def test_one_line_before_the_sweep_and_one_per_clock(caplog: pytest.LogCaptureFi
     ]
 
 
+def test_a_paired_round_says_what_this_stage_does(caplog: pytest.LogCaptureFixture) -> None:
+    assert lines(caplog, Timetable(Round(0, (810, 1410), 1, paired=True), 1, 1), 4) == [
+        "profiling stages in turn, block 1 of 2: 810 MHz on this one (iteration 1 of 4)",
+        "profiling stages in turn, block 2 of 2: 1410 MHz on this one (iteration 3 of 4, about 4 s left)",
+    ]
+
+
 def test_without_warm_up_the_sweep_is_told_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     assert lines(caplog, Timetable(Round(0, (1410,)), 1, 1), 2) == [
         "profiling clock 1 of 1: 1410 MHz (iteration 1 of 2)"

@@ -17,7 +17,6 @@ _MAX_BLOCKS = 400  # of the newest references that are kept
 _LOOK_EVERY_S = 1.0
 _PATIENCE_S = 60.0  # at least, until a rank that has not told of a block is done without
 _SURE = 0.999
-_LEAST_BLOCKS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,7 @@ class Comparison:
             allowed: share by which they may be longer than at full clocks.
         """
         effect, limit = self.compared.time, (1 + allowed) * (1 + self._config.tolerance_or_default) - 1
-        if effect is None or effect.blocks < _LEAST_BLOCKS or effect.iterations < self._config.patience:
+        if effect is None or effect.iterations < self._config.patience:
             return None
         if min(effect.at_least(_SURE), effect.interval[0]) <= limit:
             return None

@@ -22,7 +22,7 @@ _CORE = 0.6  # of iterations that say what is usual: stalls of every third one a
 _CORE_SIGMAS = NormalDist().inv_cdf((1 + _CORE) / 2)
 _LEAST_SPREAD = 0.003  # of sizes, below which they explain nothing
 _LARGEST_ELASTICITY = 1.5
-_LEAST_BLOCKS = 2
+_LEAST_BLOCKS = 3
 _ROUNDS = 3
 _NORMAL_FROM = 200  # degrees of freedom
 

@@ -68,7 +68,7 @@ def on_energy(rows: list[Row]) -> Effect:
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("stall_every", [0, 3])
 def test_what_varies_is_not_put_on_the_plan(name: str, stall_every: int) -> None:
-    for seed in range(20):
+    for seed in range(8):
         rows = rows_of(SIZES[name], seed, stall_every=stall_every)
         time, energy = on_time(rows), on_energy(rows)
         assert abs(time.share) < (0.03 if stall_every else 0.008)
@@ -82,7 +82,7 @@ def test_what_varies_is_not_put_on_the_plan(name: str, stall_every: int) -> None
 @pytest.mark.parametrize("stall_every", [0, 3])
 @pytest.mark.parametrize("known", [True, False])
 def test_a_plan_that_holds_is_never_beyond_doubt_too_slow(name: str, stall_every: int, known: bool) -> None:
-    for seed in range(20):
+    for seed in range(8):
         rows = rows_of(SIZES[name], seed, stall_every=stall_every, known=known)
         for blocks in (3, 4, 6):
             time = on_time([row for row in rows if row.block < blocks])
@@ -91,7 +91,7 @@ def test_a_plan_that_holds_is_never_beyond_doubt_too_slow(name: str, stall_every
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_plan_that_is_a_tenth_slower_is_beyond_doubt_after_three_blocks(name: str) -> None:
-    for seed in range(20):
+    for seed in range(8):
         rows = [row for row in rows_of(SIZES[name], seed, slower=0.1) if row.block < 3]
         time = on_time(rows)
         assert min(time.at_least(0.999), time.interval[0]) > 0.02
@@ -108,7 +108,7 @@ def test_the_interval_holds_the_truth_in_nineteen_of_twenty_jobs(name: str) -> N
     assert within >= 38
 
 
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(st.floats(0.01, 100.0), st.floats(-0.2, 0.5), st.sampled_from(sorted(SIZES)), st.integers(0, 1000))
 def test_an_exact_job_is_known_exactly_in_any_unit(unit: float, slower: float, name: str, seed: int) -> None:
     rows = [
@@ -135,7 +135,8 @@ def test_energies_that_are_not_known_are_left_out() -> None:
 def test_too_few_say_nothing() -> None:
     rows = rows_of(SIZES["even"], 1)
     assert effect_on_time([]) is None
-    assert effect_on_time([row for row in rows if row.block == 0]) is None
+    assert effect_on_time([row for row in rows if row.block < 2]) is None
+    assert effect_on_time([row for row in rows if row.block < 3]) is not None
     assert effect_on_time([row for row in rows if row.reference]) is None
     assert effect_on_time([row for row in rows if not row.reference]) is None
 

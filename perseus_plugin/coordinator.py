@@ -356,8 +356,9 @@ class Coordinator:
                 self._put(asked, before, answer)
                 self._order()
         elif clocks_of(answer.plan) != clocks_of(before):
-            if asked.request.in_force is not None:
-                logger.info("plan for %s: over the last iterations it would not have kept to its time", schedule)
+            if answer.held is not None:
+                kept = "there is a better one" if answer.held.kept else "it would not have kept to its time"
+                logger.info("plan for %s: over the last iterations %s", schedule, kept)
             self._made_anew |= before is self.plan  # what was measured under the usual plan says nothing of this one
             self._take_plan(asked, answer, answer.plan)
 

@@ -142,6 +142,7 @@ class PlanAnswer:
         error: why there is none.
         pace: answer to stragglers.
         replayed: what measured iterations said of the plan; None where there were none.
+        held: what they said of the plan in force, if there is one.
         catch_up: per stage what its ranks need to know to catch up; empty where they do not, or where what they have
             been told of the plan in force still holds.
         paced_catch_up: the same for each of the pace's variants.
@@ -153,6 +154,7 @@ class PlanAnswer:
     error: str = ""
     pace: Pace | None = None
     replayed: Replayed | None = None
+    held: Replayed | None = None
     catch_up: tuple[StageCatchUp, ...] = ()
     paced_catch_up: tuple[tuple[StageCatchUp, ...], ...] = ()
     transfer_s: float = 0.0
@@ -164,6 +166,7 @@ class PlanAnswer:
             "error": self.error,
             "pace": None if self.pace is None else pace_to_dict(self.pace),
             "replayed": None if self.replayed is None else asdict(self.replayed),
+            "held": None if self.held is None else asdict(self.held),
             "catch_up": [asdict(stage) for stage in self.catch_up],
             "paced_catch_up": [[asdict(stage) for stage in variant] for variant in self.paced_catch_up],
             "transfer_s": self.transfer_s,
@@ -178,6 +181,7 @@ class PlanAnswer:
             error=data["error"],
             pace=None if data["pace"] is None else pace_from_dict(data["pace"]),
             replayed=None if data["replayed"] is None else Replayed.from_dict(data["replayed"]),
+            held=None if data["held"] is None else Replayed.from_dict(data["held"]),
             catch_up=tuple(StageCatchUp.from_dict(stage) for stage in data["catch_up"]),
             paced_catch_up=tuple(
                 tuple(StageCatchUp.from_dict(stage) for stage in variant) for variant in data["paced_catch_up"]

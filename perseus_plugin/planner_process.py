@@ -21,7 +21,7 @@ from perseus_plugin.errors import PerseusError, PlanError
 from perseus_plugin.plan_request import PaceRequest, PlanAnswer, PlanRequest
 from perseus_plugin.planning.paced import Pace
 from perseus_plugin.planning.plan import Plan
-from perseus_plugin.planning.replayed import Samples, StageCatchUp
+from perseus_plugin.planning.replayed import Replayed, Samples, StageCatchUp
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         Promise,
         catch_up_by_stage,
         held_against,
+        is_much_better,
         replay_of,
         usual_delays,
         usual_way_to_catch_up,
@@ -150,28 +151,27 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
     if request.samples is None:
         plan = _known(request, plan_for(request))
         return PlanAnswer(plan, 0.0, catch_up=catches_up(problem, plan), transfer_s=transfer_s)
+    robust = _robust_plan(request, problem, request.samples)
+    held: Replayed | None = None
     if request.in_force is not None:
-        promise = Promise(slowdown=request.slowdown, quantile=request.quantile)
+        known, promise = request.in_force, Promise(slowdown=request.slowdown, quantile=request.quantile)
         # Its latest starts are those of the graph that it was made on.
-        before_s = request.in_force.transfer_s
         seen_from_it = problem
-        if before_s != transfer_s:
-            older = graph_for(replace(request, transfer_s=before_s))
+        if known.transfer_s != transfer_s:
+            older = graph_for(replace(request, transfer_s=known.transfer_s))
             seen_from_it = build_problem(older, request.profile, request.blocking_power_w)
         delays_now_s = usual_delays(seen_from_it, request.samples)
-        known = request.in_force
-        held = held_against(
-            known, replay_of(problem, request.samples), promise, request.latency_s, delays_now_s - delays_s
-        )
-        if held.kept:
+        replay = replay_of(problem, request.samples)
+        held = held_against(known, replay, promise, request.latency_s, delays_now_s - delays_s)
+        if held.kept and not is_much_better(robust.replayed, held, promise):
             told_anew = with_delays(known, seen_from_it, delays_now_s) if request.samples.starts_s else ()
-            return PlanAnswer(None, 0.0, replayed=held, catch_up=told_anew, transfer_s=before_s)
-    robust = _robust_plan(request, problem, request.samples)
+            return PlanAnswer(None, 0.0, replayed=held, held=held, catch_up=told_anew, transfer_s=known.transfer_s)
     way = robust.catch_up
     return PlanAnswer(
         _known(request, robust.plan),
         0.0,
         replayed=robust.replayed,
+        held=held,
         catch_up=() if way is None else catches_up(problem, robust.plan, way),
         transfer_s=transfer_s,
     )

@@ -1086,6 +1086,35 @@ def test_a_plan_that_does_not_hold_over_newer_iterations_is_tightened(
     assert job.coordinator.dropped == 0
 
 
+def looked_at(job: Job, first: int) -> None:
+    """Iterations that do not vary go by, and the planner looks at them."""
+    job.publish_durations(0.0, first=first)
+    job.run(Follow(1), FULL_S, 101, undisturbed=False)
+    job.planner.finish()
+    job.step()
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.8])
+def test_a_plan_made_from_iterations_that_varied_more_makes_room_for_a_bolder_one(
+    job: Job, heard: pytest.LogCaptureFixture, spread: float
+) -> None:
+    """Full clocks too, where nothing could be promised at first."""
+    job.publish_durations(spread)
+    job.following()
+    before = job.coordinator.plan
+    assert before is not None
+    assert ("nothing can be saved" in heard.text) == (spread > 0.5)
+    looked_at(job, 1000)
+    looked_at(job, 2000)
+    after = job.coordinator.plan
+    assert after is not None
+    assert after.energy_j < before.energy_j - 0.005 * before.baseline_energy_j
+    assert ("there is a better one" in heard.text) == (spread < 0.5)
+    replayed = job.coordinator.replayed["A"]
+    assert replayed is not None
+    assert replayed.margin == 0.01
+
+
 def test_a_plan_is_not_looked_at_without_iterations_to_hold_it_against(job: Job) -> None:
     job.following()
     job.run(Follow(1), FULL_S, 150, undisturbed=False)

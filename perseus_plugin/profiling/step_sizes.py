@@ -25,11 +25,13 @@ _HICCUP = 6.0  # robust standard deviations from its step's median that make an 
 _RARE = 0.02  # share of executions: what happens more often is the instruction's own
 _FEW = 4  # executions of a step from which its median shows a hiccup
 _NO_NOISE = 1e-5  # relative; clocks of hosts are not better, and nothing divides by zero
-_ROUNDS = 4  # of reweighting
+_ROUNDS = 3  # of reweighting
 _FAR = 5.0  # standard deviations from which a step of one instruction loses its weight
 _ALIKE = 0.15  # how much sensitivities to the step's size differ, where nothing is known of them
 _SIZES = np.array([0.0, *np.geomspace(0.0005, 0.6, 15)])  # standard deviations of independent sizes that are tried
 _WALKS = (0.0, 0.03, 0.1, 0.3, 1.0, 30.0)  # of a walk's step, relative to that
+_NEGLIGIBLE = 1e-6  # share of the likelihood
+
 KeyT = TypeVar("KeyT", bound=Hashable)
 
 
@@ -258,6 +260,8 @@ def _sizes(steps: Array, precision: Array, right: Array) -> tuple[Array, Array]:
     mean = np.zeros(len(steps))
     moments = np.zeros((len(steps), len(steps)))
     for way, of_way in zip(ways, shares, strict=True):
+        if of_way.sum() < _NEGLIGIBLE:
+            continue
         # Within a way everything is diagonal in its axes.
         scales = of_way[:, None] * way.shrunk
         mean += way.axes @ (scales.sum(axis=0) * way.right)

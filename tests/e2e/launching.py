@@ -40,6 +40,7 @@ def perseus_block(output_dir: Path, stages: int, **changes: Any) -> dict[str, An
             "steps_per_clock": 2,
             # A few short iterations say little; these tests are about the way, not about the figures.
             "max_relative_error": 1.0,
+            "max_time_error": 1.0,
         },
         "gpu": {"backend": "emulated"},
         "emulation": {

@@ -30,6 +30,9 @@ class FullClock:
 REFERENCE = FullClock("reference")
 """Full clocks amid iterations under a plan, for the plan to be compared with."""
 
+NOT_OURS = FullClock("another session or job sets the clock of this GPU")
+"""Nothing is asked for; what the iteration runs at is not known here."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sweep:

@@ -58,6 +58,7 @@ from perseus_plugin.reporting.relay import FigureRelay
 from perseus_plugin.straggler_sensing import StragglerSensing
 from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import (
+    NOT_OURS,
     REFERENCE,
     Directive,
     Follow,
@@ -214,6 +215,8 @@ class SessionWorker:
 
     def _take(self, finished: FinishedIteration) -> None:
         directive, record = finished.directive, self._as_it_was(finished)
+        if self._selection.busy:
+            directive, record = NOT_OURS, replace(record, undisturbed=False)
         duration_s = record.end_s - record.begin_s
         sorts: list[str] = []
         if isinstance(directive, Sweep):

@@ -117,6 +117,7 @@ class Rank:
         world_size: int,
         has_profile: bool,
         reference_share: float = 0.0,
+        busy: bool = False,
     ) -> None:
         self.rank = rank
         self.exchange = exchange
@@ -137,7 +138,7 @@ class Rank:
             helper=self.helper if with_helper else None,  # type: ignore[arg-type]
             exchange=exchange,
             output_dir=folder,
-            selection=Selection("nvml", "nvml:GPU-0", "test GPU", (1410, 810), poll_interval_s=0.005),
+            selection=Selection("nvml", "nvml:GPU-0", "test GPU", (1410, 810), poll_interval_s=0.005, busy=busy),
             known=Known(profile=has_profile),
         )
         self.worker.start(self.session)  # type: ignore[arg-type]
@@ -204,8 +205,11 @@ class Ranks:
         world_size: int = 2,
         has_profile: bool = False,
         reference_share: float = 0.0,
+        busy: bool = False,
     ) -> Rank:
-        made = Rank(self.folder, rank, table, with_helper, self.exchange, world_size, has_profile, reference_share)
+        made = Rank(
+            self.folder, rank, table, with_helper, self.exchange, world_size, has_profile, reference_share, busy
+        )
         self.made.append(made)
         return self.made[-1]
 

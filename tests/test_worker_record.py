@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from perseus_plugin.reporting.recorder import record_path
 from perseus_plugin.reporting.records import RankRecord, load_record
 from perseus_plugin.schedules import load_streams
-from perseus_plugin.timetable import Follow
+from perseus_plugin.timetable import Follow, FullClock
 
 from .factories import stream_of
 from .test_worker import TABLE, Ranks, heard, publish_news, ranks, wait_until
@@ -38,6 +39,18 @@ def test_a_rank_without_control_records_times(ranks: Ranks) -> None:
     rank.iterate(3)
     assert wait_until(lambda: record_path(ranks.folder, 1).exists() and len(read(ranks.folder).stretches) == 3)
     assert [s.read for s in read(ranks.folder).stretches] == [0, 0, 0]
+
+
+def test_on_a_gpu_whose_clock_another_session_sets_nothing_counts_as_full_clocks(ranks: Ranks) -> None:
+    """That session may hold any clock between its own iterations."""
+    rank = ranks(rank=0, world_size=1, with_helper=False, busy=True)
+    rank.iterate(3, directive=FullClock("observing"))
+    rank.close()
+    assert {s.sort.state for s in read(ranks.folder, 0).stretches} == {"unknown"}
+    summary = json.loads((ranks.folder / "summary.json").read_text())
+    assert summary["iterations"]["full_clock"] == 0
+    assert summary["iteration_time_s"]["full_clock"] is None
+    assert read(ranks.folder, 0).samples == ()
 
 
 def test_planned_iterations_are_kept_whole_with_the_clocks_of_the_plan(ranks: Ranks) -> None:

@@ -39,13 +39,14 @@ def take_over(
     candidates = candidate_specs(spec)
     gpu = open_gpu(candidates[0])
     backend, refusals, leftover, foreign = "", [], "", ""
-    ownership = None
+    ownership, busy = None, False
     lock = lock_path(spec, gpu.uuid)
     try:
         ownership = Ownership(lock, owner_pid, wait_s=wait_s)
         _wait_for_helpers(gpu.uuid, lock, wait_s)
     except GpuError as error:
         refusals.append(str(error))
+        busy = isinstance(error, GpuBusyError)
         if ownership is not None:
             ownership.release()
             ownership = None
@@ -87,6 +88,7 @@ def take_over(
         pid=os.getpid(),
         backend=backend,
         driver=gpu.driver,
+        busy=busy,
     )
     return gpu, ownership, facts
 

@@ -105,6 +105,7 @@ class DeviceFacts:
         driver: version of the driver, empty if there is none.
         foreign: what is known or suspected of a lock that somebody else had made, with what becomes of it; else empty.
         counter: what is wrong with the energy counter, empty if it moves or was not looked at.
+        busy: somebody else's helper controls the GPU.
     """
 
     name: str
@@ -119,6 +120,7 @@ class DeviceFacts:
     driver: str = ""
     foreign: str = ""
     counter: str = ""
+    busy: bool = False
 
     def pack(self) -> bytes:
         """As the payload of READY."""

@@ -31,6 +31,7 @@ class Selection:
         emulated_gpu: where this rank's work is stretched to an emulated GPU's.
         why_not: why clocks cannot be set, and what would help; empty when they can.
         driver: version of the GPU's driver, empty if there is none.
+        busy: another session or job sets this GPU's clock.
     """
 
     backend: str
@@ -41,6 +42,7 @@ class Selection:
     emulated_gpu: EmulatedGpu | None = None
     why_not: str = ""
     driver: str = ""
+    busy: bool = False
 
     @property
     def emulated(self) -> bool:
@@ -95,7 +97,7 @@ def with_facts(selection: Selection, facts: DeviceFacts | None) -> Selection:
         why = "the clock helper did not start; see its message above"
         return replace(selection, spec=None, clocks_mhz=(), why_not=why)
     if not facts.can_lock:
-        return replace(selection, name=facts.name, spec=None, clocks_mhz=(), why_not=facts.why_not)
+        return replace(selection, name=facts.name, spec=None, clocks_mhz=(), why_not=facts.why_not, busy=facts.busy)
     return replace(selection, backend=facts.backend or selection.backend, name=facts.name, clocks_mhz=facts.clocks_mhz)
 
 

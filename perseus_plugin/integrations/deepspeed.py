@@ -13,15 +13,15 @@ import hashlib
 import logging
 import weakref
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from perseus_plugin.config import BLOCK, PerseusConfig, load_config, parse_config
 from perseus_plugin.errors import ConfigError, ScheduleError
-from perseus_plugin.instructions import StreamOp
-from perseus_plugin.integrations.deepspeed_schedule import OPTIMIZER_STEP, operation_name, translate
+from perseus_plugin.instructions import Compute, Constant, StreamOp
+from perseus_plugin.integrations.deepspeed_schedule import OPTIMIZER_STEP, operation_name, operation_of, translate
 
 if TYPE_CHECKING:
     from perseus_plugin.session import Session
@@ -32,6 +32,7 @@ _MAP = "_INSTRUCTION_MAP"
 _SESSION = "_perseus_session"
 _DETACH = "_perseus_detach"
 _PATCHED = "_perseus_patched"
+_STREAMS_KEPT = 15  # lists of names of schedules that take turns
 
 
 def patch_engine_module(module: ModuleType) -> None:
@@ -200,14 +201,15 @@ def _bracket_iterations(engine: Any, session: Session) -> None:
     # that is dropped shall go at once, without a garbage collection: no closure here holds it.
     of_engine = weakref.ref(engine)
     hook = _Hook(session)
+    stage = int(engine.stage_id)
     streams = _StreamCache()
     in_batch = in_schedule = False
 
     def run_batch(run: Callable[[], Any]) -> Any:
         nonlocal in_batch
-        in_batch = True
-        session.begin_iteration()
         try:
+            in_batch = True
+            session.begin_iteration()
             return run()
         except BaseException:
             # A script that catches it does not go on at the clock of the instruction that failed.
@@ -225,10 +227,16 @@ def _bracket_iterations(engine: Any, session: Session) -> None:
             return run()
         if not session.begin_schedule(*known):
             return run()
+        hook.expect(known[1](stage))
         chain = InstructionChain(of_engine(), hook)
-        in_schedule = True
         try:
-            return run()
+            in_schedule = True
+            result = run()
+            # Whose map was exchanged in the midst of it has only not been seen whole.
+            if not session.closed and chain.is_there and (unlike := hook.difference()):
+                streams.refuse(schedule, ScheduleError(unlike))
+                session.evaluation()
+            return result
         except BaseException:
             session.evaluation()
             raise
@@ -347,16 +355,48 @@ class _Hook:
     """Puts the session's tap around an instruction's function; one that runs within another one is not seen twice."""
 
     def __init__(self, session: Session) -> None:
-        self._begin, self._end = session.tap.begin, session.tap.end
+        self._session = session
         self._inside = False
+        self._streams: list[tuple[Sequence[StreamOp], list[str]]] = []
+        self._expected: list[str] = []
+        self._position = 0
+        self._unlike = ""
 
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function with the tap around it."""
-        begin, end = self._begin, self._end
+    def expect(self, stream: Sequence[StreamOp]) -> None:
+        """A schedule begins, with these operations of this stage."""
+        known = next((names for one, names in self._streams if one is stream), None)
+        if known is None:
+            known = [operation_of(op) for op in stream if isinstance(op, (Compute, Constant))]
+            self._streams = [*self._streams[-_STREAMS_KEPT:], (stream, known)]
+        self._expected = known
+        self._position, self._unlike = 0, ""
+
+    def difference(self) -> str:
+        """What the schedule that has run has done otherwise than was expected; empty if nothing."""
+        if not self._unlike and self._position < len(self._expected):
+            return f"it ran {self._position} instructions where its class yields {len(self._expected)}"
+        return self._unlike
+
+    def _meets(self, name: str) -> bool:
+        """Whether this operation is the next one; from the first one on that is not, none is looked at any more."""
+        if self._unlike:
+            return False
+        expected = self._expected[self._position] if self._position < len(self._expected) else "no more"
+        if name != expected:
+            self._unlike = f"its instruction {self._position} is {name} where its class yields {expected}"
+            self._session.evaluation()
+            self._session.end_schedule()
+            return False
+        self._position += 1
+        return True
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with the tap around it; `name` is the operation's, see `operation_name`."""
+        begin, end = self._session.tap.begin, self._session.tap.end
 
         @functools.wraps(function, updated=())
         def instruction(engine: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._inside:
+            if self._inside or not self._meets(name):
                 return function(engine, *args, **kwargs)
             self._inside = True
             try:
@@ -398,7 +438,8 @@ class InstructionChain(UserDict[type, Callable[..., Any]]):
         function: Callable[..., Any] = self.data[instruction_class]
         known = self._known.get(instruction_class)
         if known is None or known[0] is not function:
-            hooked = function if operation_name(instruction_class) is None else self._hook.around(function)
+            name = operation_name(instruction_class)
+            hooked = function if name is None else self._hook.around(name, function)
             known = self._known[instruction_class] = (function, hooked)
         return known[1]
 
@@ -406,9 +447,14 @@ class InstructionChain(UserDict[type, Callable[..., Any]]):
         """The map beneath, without our hooks."""
         return dict(self.data)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the engine's map is this one."""
+        return vars(self._engine).get(_MAP) is self
+
     def take_out(self) -> None:
         """Have the engine's map be there again, unless somebody has put another one in our place."""
-        if vars(self._engine).get(_MAP) is self:
+        if self.is_there:
             del vars(self._engine)[_MAP]
             if self._had:
                 vars(self._engine)[_MAP] = self._instance_map
@@ -441,8 +487,13 @@ class _StreamCache:
         known = self._look_up(schedule)
         return not isinstance(known, Exception) and any(getattr(op, "name", "") == OPTIMIZER_STEP for op in known[1](0))
 
+    def refuse(self, schedule: Any, error: ScheduleError) -> None:
+        """A schedule that ran otherwise than its class says is not followed from now on; every rank names its own."""
+        self._known[_shape(schedule)] = error
+        self._say(type(schedule), error, everywhere=True)
+
     def _look_up(self, schedule: Any) -> tuple[str, StreamOfStage] | Exception:
-        shape = (type(schedule), getattr(schedule, "micro_batches", None), getattr(schedule, "stages", None))
+        shape = _shape(schedule)
         if shape not in self._known:
             try:
                 self._known[shape] = _streams(*shape)
@@ -450,19 +501,23 @@ class _StreamCache:
                 self._known[shape] = error
         return self._known[shape]
 
-    def _say(self, schedule_class: type, error: Exception) -> None:
+    def _say(self, schedule_class: type, error: Exception, everywhere: bool = False) -> None:
         if schedule_class in self._named:
             return
         self._named.add(schedule_class)
-        if _rank() == 0:
+        if everywhere or _rank() == 0:
             logger.warning(
                 "the schedule %s.%s is not one that perseus can follow (%s): its iterations run at full clocks, and "
                 "training is not affected. A schedule is followed that can be made from micro_batches, stages and "
-                "stage_id alone",
+                "stage_id alone, and then yields what it runs",
                 schedule_class.__module__,
                 schedule_class.__qualname__,
                 error,
             )
+
+
+def _shape(schedule: Any) -> tuple[type, Any, Any]:
+    return type(schedule), getattr(schedule, "micro_batches", None), getattr(schedule, "stages", None)
 
 
 def _streams(schedule_class: type, microbatches: Any, stages: Any) -> tuple[str, StreamOfStage]:

@@ -40,6 +40,13 @@ def operation_name(instruction_class: type) -> str | None:
     return _CONSTANT.get(name) or _kind(name)
 
 
+def operation_of(operation: Compute | Constant) -> str:
+    """The same name, of an operation of a stream."""
+    if isinstance(operation, Constant):
+        return operation.name
+    return operation.kind.removesuffix(f"_{operation.chunk}") if operation.chunk else operation.kind
+
+
 def translate(steps: Iterable[list[Any]], stage: int) -> list[StreamOp]:
     """Translate one stage's schedule.
 

@@ -61,7 +61,9 @@ _hooks: Hooks | None = None
 
 
 def install(config: PerseusConfig, arguments: argparse.Namespace) -> Hooks | None:
-    """Hook Megatron's schedules; the session starts with the first training iteration. Idempotent.
+    """Hook Megatron's schedules; the session starts with the first training iteration.
+
+    Idempotent; once the hooks are gone for good, a job that starts anew in this process is hooked anew.
 
     Args:
         config: enabled.
@@ -71,7 +73,7 @@ def install(config: PerseusConfig, arguments: argparse.Namespace) -> Hooks | Non
         The hooks, None for a job that cannot be controlled. Then it has been said why, and nothing is hooked.
     """
     global _hooks
-    if _hooks is not None:
+    if _hooks is not None and not _hooks.removed:
         return _hooks
     job = _Job(config, arguments)
     hooks = Hooks(job.start, job.schedule_of, job.after_iteration)
@@ -176,6 +178,7 @@ class _Job:
         Raises:
             ConfigError: something in the configuration does not fit this job.
         """
+        self._schedules.clear()  # with another model the pipeline may be another one, too
         try:
             from perseus_plugin.integrations.megatron_metrics import metrics_of
             from perseus_plugin.session import start_session

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from perseus_plugin.errors import ConfigError, ScheduleError
+from perseus_plugin.errors import ConfigError
 from perseus_plugin.instructions import StreamOp
 from perseus_plugin.integrations.megatron_schedule import (
     Id,
@@ -126,6 +126,12 @@ class _Place:
             self._made = [*self._made[-_WRAPPERS_KEPT:], (there, wrapper)]
         setattr(self._module, self._name, wrapper)
 
+    @property
+    def displaced(self) -> bool:
+        """Whether somebody has put something else in the place of our wrapper."""
+        there = getattr(self._module, self._name, None)
+        return bool(self._made) and not any(there is wrapper for _, wrapper in self._made)
+
     def take_out(self) -> None:
         """Put back what our wrapper has replaced, if the wrapper still stands there."""
         there = getattr(self._module, self._name, None)
@@ -159,6 +165,8 @@ class Hooks:
         self._model: Callable[[], Any] = lambda: None
         self._removed = self._said_other_model = False
         self._not_followed: set[str] = set()
+        self._refused: set[str] = set()
+        self._key = ""
         self._in_step = self._ran = False
         self._following = self._begun = self._at_end = self._inside = False
         self._expected: Sequence[Id] = ()
@@ -181,6 +189,11 @@ class Hooks:
         """Somebody may have put back what was there before us."""
         for place in self._lasting:
             place.put()
+
+    @property
+    def removed(self) -> bool:
+        """Whether they are gone for good."""
+        return self._removed
 
     def remove(self) -> None:
         """Put back what was there, where nobody else has put something since."""
@@ -236,7 +249,7 @@ class Hooks:
         return run_schedule
 
     def _session_for(self, model: Any, known: Mapping[str, Any]) -> Session | None:
-        """The session, made at the first training iteration of the first model; None for any other model."""
+        """The session, made at the first training iteration of a model; None for others as long as that one lives."""
         first = _chunks(model)[0]
         if self._session is None and not self._removed:
             self._session_starts(model, first, known)
@@ -249,7 +262,7 @@ class Hooks:
             self._said_other_model = True
             logger.warning(
                 "a second model is trained in this process: its iterations run at full clocks and are not measured; "
-                "only the model that was trained first is planned for"
+                "only the model that was trained first is planned for, as long as it is there"
             )
         return None
 
@@ -263,12 +276,21 @@ class Hooks:
             self.remove()
             return
         self._session = session
-        session.on_close(self.remove)
+        session.on_close(lambda: self._session_ended(session))
         try:
-            # With its model a session ends: the GPU is free for others at once.
-            self._model = weakref.ref(first, lambda gone: session.close())
+            self._model = weakref.ref(first, lambda gone: self._model_gone(session))
         except TypeError:  # what cannot be watched stays
             self._model = lambda: first
+
+    def _session_ended(self, session: Session) -> None:
+        if session is self._session:
+            self.remove()
+
+    def _model_gone(self, session: Session) -> None:
+        """With its model a session ends: the GPU is free at once, and the next model is planned for."""
+        if session is self._session and not self._removed:
+            self._session, self._said_other_model = None, False
+        session.close()
 
     def _step(self, session: Session, run: Callable[[], Any]) -> Any:
         session.begin_iteration()
@@ -302,26 +324,28 @@ class Hooks:
             result = run()
             self._say_not_followed(error)
             return result
+        if schedule.key in self._refused:
+            session.evaluation()
+            return run()
         if not session.begin_schedule(schedule.key, schedule.stream_of):
             return run()
-        self._expected, self._position = schedule.expected, 0
+        self._key, self._expected, self._position = schedule.key, schedule.expected, 0
         self._following, self._begun = True, False
         self._chunk_of = {id(chunk): number for number, chunk in enumerate(model)}
         for place in self._within:
             place.put()
         try:
             result = run()
+            if self._following and self._position < len(self._expected):
+                self._mismatch(f"it ended after {self._position} of {len(self._expected)} instructions")
         finally:
             for place in self._within:
                 place.take_out()
-            complete = not self._following or self._position == len(self._expected)
             self._following = self._inside = False
             self._forward_of.clear()
-        if not complete:
-            self._mismatch(f"the schedule ended after {self._position} of {len(self._expected)} instructions")
         return result
 
-    def _say_not_followed(self, error: Exception) -> None:
+    def _say_not_followed(self, error: Exception | str) -> None:
         if str(error) not in self._not_followed:
             self._not_followed.add(str(error))
             logger.warning(
@@ -412,7 +436,7 @@ class Hooks:
         expected = self._expected[position] if position < len(self._expected) else None
         if instruction != expected:
             wanted = "the end" if expected is None else _shown(expected)
-            self._mismatch(f"instruction {position} of the iteration is {_shown(instruction)} instead of {wanted}")
+            self._mismatch(f"its instruction {position} is {_shown(instruction)} instead of {wanted}")
             return
         self._begun = True
         session.tap.begin()
@@ -422,7 +446,7 @@ class Hooks:
         if session is None or not self._following:
             return
         if not self._begun:
-            self._mismatch(f"instruction {self._position} of the iteration ended before it began")
+            self._mismatch(f"its instruction {self._position} ended before it began")
             return
         session.tap.end()
         self._begun = False
@@ -439,9 +463,17 @@ class Hooks:
         return self._forward_of.pop(id(_first(output)), (-1, -1))
 
     def _mismatch(self, text: str) -> None:
-        self._following = False
+        """What runs is not what is known: full clocks for the rest of the iteration, and for this schedule later on.
+
+        Where somebody has taken our wrappers out in the middle of it, we have only not seen all: the next one may do.
+        """
+        self._following = self._at_end = False
         if self._session is not None:
-            self._session.fail(ScheduleError(f"Megatron's schedule is not the one that is known: {text}"))
+            self._session.evaluation()
+            self._session.end_schedule()
+        if not any(place.displaced for place in self._within):
+            self._refused.add(self._key)
+            self._say_not_followed(f"{self._key}: {text}")
 
 
 def _joined(forward: Id | None, backward: Id | None) -> Id:

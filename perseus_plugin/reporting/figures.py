@@ -14,7 +14,7 @@ from perseus_plugin.planning.curve import FrontierCurve
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.findings import Mark
-from perseus_plugin.reporting.iterations import FULL, PLAN, PROFILING, STRAGGLER, WARM_UP, Stretch
+from perseus_plugin.reporting.iterations import FULL, PLAN, PROFILING, STRAGGLER, UNKNOWN, WARM_UP, Stretch
 from perseus_plugin.reporting.lanes import Block, Lanes, waits
 from perseus_plugin.reporting.records import Series
 from perseus_plugin.reporting.samples import Sample
@@ -27,13 +27,21 @@ WAITING = "#e4e8ec"
 BLUE, RED, GREEN = "#2f6fb2", "#c8442c", "#2f8f57"
 CLOCKS = ["#5aa5d6", "#9bd0c3", "#f2e394", "#f6b26b", "#ea6a47"]
 """From the lowest clock to the highest; dark text is legible on all of them."""
-STATE_COLOURS = {WARM_UP: "#9aa5b1", PROFILING: "#8e6bb8", FULL: RED, PLAN: BLUE, STRAGGLER: "#d08a1d"}
+STATE_COLOURS = {
+    WARM_UP: "#9aa5b1",
+    PROFILING: "#8e6bb8",
+    FULL: RED,
+    PLAN: BLUE,
+    STRAGGLER: "#d08a1d",
+    UNKNOWN: "#5c6670",
+}
 STATE_NAMES = {
     WARM_UP: "warm-up",
     PROFILING: "profiling",
     FULL: "full clocks",
     PLAN: "plan",
     STRAGGLER: "plan for a straggler's pace",
+    UNKNOWN: "clocks not known",
 }
 _LABELLED = 200  # most blocks of a row of pictures that carry their microbatch
 _MAX_STAGES_OF_CURVES = 32

@@ -280,6 +280,8 @@ def _change(last: Stretch | None, now: Stretch) -> str:
         case "full" if now.sort.reason and last is not None and last.sort.state != WARM_UP:
             reason = "" if now.sort.reason == "planning" and last.sort.state == PROFILING else f": {now.sort.reason}"
             return f"full clocks{reason}" if reason else "profiled"
+        case "unknown":
+            return now.sort.reason
     return ""
 
 

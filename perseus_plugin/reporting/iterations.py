@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perseus_plugin.timetable import REFERENCE, Directive, Follow, Sweep
+from perseus_plugin.timetable import NOT_OURS, REFERENCE, Directive, Follow, Sweep
 
 WARM_UP, FULL, PROFILING, PLAN, STRAGGLER = "warm-up", "full", "profiling", "plan", "straggler"
-STATES = (WARM_UP, FULL, PROFILING, PLAN, STRAGGLER)
+UNKNOWN = "unknown"
+STATES = (WARM_UP, FULL, PROFILING, PLAN, STRAGGLER, UNKNOWN)
 
 _MIXING = 64  # iterations in a stretch, from which on references and schedules are not kept apart
 
@@ -45,7 +46,8 @@ class Sort:
             return cls(STRAGGLER if directive.straggler else PLAN, plan=directive.version, schedule=schedule)
         if directive.reason == "warm-up":
             return cls(WARM_UP, schedule=schedule)
-        return cls(FULL, reason=directive.reason[:300], schedule=schedule)
+        state = UNKNOWN if directive == NOT_OURS else FULL
+        return cls(state, reason=directive.reason[:300], schedule=schedule)
 
 
 @dataclass(frozen=True, slots=True)

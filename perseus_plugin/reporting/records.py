@@ -52,7 +52,7 @@ class _Row(_Strict):
     begin_s: float
     time_s: Annotated[float, Field(gt=0)]
     energy_j: float | None
-    state: Literal["warm-up", "full", "profiling", "plan", "straggler"]
+    state: Literal["warm-up", "full", "profiling", "plan", "straggler", "unknown"]
     count: Annotated[int, Field(ge=1, le=10**8)] = 1
     longest_s: float | None = None
     read: int | None = None

@@ -4,7 +4,7 @@ import gc
 import json
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -670,28 +670,80 @@ def test_a_schedule_that_cannot_be_followed_is_named_once_and_runs_at_full_clock
     assert started.finished()[-1].record.complete, "the stock schedule is followed as before"
 
 
-def test_a_schedule_that_runs_more_than_it_names_ends_the_session_with_its_name(
+class Changing(Schedule):
+    """Runs as the script has set it, which its constructor does not know."""
+
+    tail: Sequence[Any] = ()
+    turned = False
+
+    def steps(self) -> Iterator[list[Any]]:
+        steps = list(super().steps())
+        yield from reversed(steps) if self.turned else steps
+        yield list(self.tail)
+
+
+class Shortened(Schedule):
+    """Leaves out what its class has."""
+
+    turned = False
+
+    def steps(self) -> Iterator[list[Any]]:
+        steps = list(super().steps())
+        yield from steps[:1] if self.turned else steps
+
+
+@pytest.mark.parametrize(
+    ("schedule_class", "attributes", "reason"),
+    [
+        (Changing, {"tail": [ForwardPass(0)]}, "its instruction 7 is forward where its class yields no more"),
+        (Changing, {"turned": True}, "its instruction 0 is optimizer_step where its class yields load_microbatch"),
+        (Shortened, {"turned": True}, "it ran 2 instructions where its class yields 7"),
+    ],
+)
+def test_a_schedule_that_runs_otherwise_than_its_class_says_is_named_and_runs_at_full_clocks(
+    engine: Engine,
+    started: Started,
+    caplog: pytest.LogCaptureFixture,
+    schedule_class: type[Schedule],
+    attributes: dict[str, Any],
+    reason: str,
+) -> None:
+    def train_batch(self: Engine, data_iter: Any = None) -> str:
+        schedule = schedule_class(2, 1, 0)
+        vars(schedule).update(attributes)
+        self._exec_schedule(schedule)
+        return "loss"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "train_batch", train_batch)
+        for _ in range(3):
+            assert engine.train_batch() == "loss"
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert f"{schedule_class.__qualname__} is not one that perseus can follow ({reason})" in line
+    assert not any(f.record.complete and f.record.undisturbed for f in started.finished())
+    assert started.helpers[0].requests()[-1] is None
+    assert not started.sessions[0].closed
+    engine.train_batch()
+    assert started.finished()[-1].record.complete, "the stock schedule is followed as before"
+
+
+def test_a_map_that_is_exchanged_in_mid_schedule_costs_that_iteration(
     engine: Engine, started: Started, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Liar(Schedule):
-        listed = False
+    do = Engine._do
 
-        def steps(self) -> Iterator[list[Any]]:
-            yield from super().steps()
-            if not Liar.listed:
-                Liar.listed = True
-                return
-            yield [ForwardPass(0)]
+    def exchanging(self: Engine, what: str) -> None:
+        do(self, what)
+        if what == "forward 0" and len(engine.ran) == 2:
+            vars(engine)["_INSTRUCTION_MAP"] = dict(STOCK_MAP)
 
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr(Engine, "train_batch", lambda self, data_iter=None: self._exec_schedule(Liar(2, 1, 0)) or "loss")
-    try:
-        assert engine.train_batch() == "loss"
-    finally:
-        monkey.undo()
-    assert started.sessions[0].closed
-    assert "Liar/1x2 ran more instructions" in caplog.text
-    assert "fault of perseus_plugin" not in caplog.text
+    vars(engine)["_do"] = exchanging.__get__(engine)
+    for _ in range(2):
+        engine.train_batch()
+    assert engine.ran == 2 * TRAINED
+    assert [f.record.complete for f in started.finished()] == [False, True]
+    assert vars(engine)["_INSTRUCTION_MAP"] == STOCK_MAP
+    assert not caplog.records
 
 
 # Nothing to plan for.

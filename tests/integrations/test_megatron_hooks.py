@@ -258,22 +258,47 @@ def test_an_error_in_a_followed_iteration_leaves_full_clocks(job: Job, bracketed
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        ([("f", 0), ("f", 1), ("b", 0), ("b", 1)], "instruction 1 of the iteration is forward of microbatch 1 instead"),
-        ([("f", 0), ("b", 0)], "the schedule ended after 2 of 4 instructions"),
-        ([("f", 0), ("b", 0), ("f", 1), ("b", 1), ("f", 2)], "forward of microbatch 2 instead of the end"),
+        ([("f", 0), ("f", 1), ("b", 0), ("b", 1)], "its instruction 1 is forward of microbatch 1 instead"),
+        ([("f", 0), ("b", 0)], "it ended after 2 of 4 instructions"),
+        (
+            [("f", 0), ("b", 0), ("f", 1), ("b", 1), ("f", 2)],
+            "its instruction 4 is forward of microbatch 2 instead of the end",
+        ),
     ],
 )
-def test_an_unknown_schedule_ends_the_session_and_not_training(
+def test_an_unknown_schedule_runs_at_full_clocks_and_is_said_once(
     megatron: Megatron, job: Job, caplog: pytest.LogCaptureFixture, order: list[tuple[str, int]], message: str
 ) -> None:
+    stock_order = megatron.order
     megatron.order = lambda count: order
-    assert megatron.train("x") == "losses of x"
-    assert job.sessions[0].closed
-    assert megatron.is_stock
-    (said,) = [text for text in caplog.messages if "perseus is off from here on" in text]
-    assert message in said
-    assert megatron.train("y") == "losses of y"
-    assert len(job.sessions) == 1
+    for data in "xy":
+        assert megatron.train(data) == f"losses of {data}"
+    (said,) = [text for text in caplog.messages if "not one that perseus can follow" in text]
+    assert f"no-pipelining/1x2: {message}" in said
+    assert [(f.record.complete, f.record.undisturbed) for f in job.finished()] == [(False, False)] * 2
+    assert job.helper.requests()[-1] is None
+    assert not job.sessions[0].closed
+    megatron.order, megatron.microbatches = stock_order, 3
+    megatron.train()
+    assert job.finished()[0].record.complete, "another schedule is followed"
+
+
+def test_wrappers_taken_out_amid_a_schedule_cost_that_iteration(
+    megatron: Megatron, job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    do = megatron._do
+
+    def taking_out(what: str) -> None:
+        do(what)
+        if what == "forward 0" and len(megatron.ran) == 1:
+            megatron.schedules.forward_step = megatron.stock["forward_step"]  # type: ignore[attr-defined]
+
+    megatron._do = taking_out  # type: ignore[method-assign]
+    for _ in range(2):
+        assert megatron.train() == "losses of x"
+    assert megatron.ran == 2 * TRAINED
+    assert [f.record.complete for f in job.finished()] == [False, True]
+    assert not caplog.records
 
 
 def test_a_schedule_that_cannot_be_made_costs_its_iterations_only(
@@ -398,12 +423,20 @@ def test_a_second_model_runs_at_full_clocks_and_is_said_once(
     assert len(caplog.records) == 1
 
 
-def test_with_its_model_a_session_ends(megatron: Megatron, job: Job) -> None:
+def test_with_its_model_a_session_ends_and_the_next_model_has_one(megatron: Megatron, job: Job) -> None:
+    """As in a job that is restarted in its process."""
+    other = (Model(),)
     megatron.model = (Model(),)
     megatron.train()
     assert not job.sessions[0].closed
-    megatron.model = (object(),)
-    assert job.sessions[0].closed
+    megatron.model = other
+    assert job.sessions[0].closed, "its GPU is free before another model is trained"
+    for _ in range(2):
+        assert megatron.train() == "losses of x"
+    assert len(job.sessions) == 2
+    assert not job.sessions[1].closed
+    assert [f.record.complete for f in job.finished()] == [True] * 3
+    job.sessions[1].close()
     assert megatron.is_stock
 
 

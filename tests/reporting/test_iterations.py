@@ -9,8 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perseus_plugin.following.references import is_reference
-from perseus_plugin.reporting.iterations import FULL, PLAN, PROFILING, STRAGGLER, WARM_UP, IterationLog, Sort, Stretch
-from perseus_plugin.timetable import REFERENCE, Directive, Follow, FullClock, Sweep
+from perseus_plugin.reporting.iterations import (
+    FULL,
+    PLAN,
+    PROFILING,
+    STRAGGLER,
+    UNKNOWN,
+    WARM_UP,
+    IterationLog,
+    Sort,
+    Stretch,
+)
+from perseus_plugin.timetable import NOT_OURS, REFERENCE, Directive, Follow, FullClock, Sweep
 
 ON_PLAN = Sort(PLAN, plan=1)
 REFERENCES = Sort.of(REFERENCE)
@@ -28,6 +38,7 @@ def one(number: int, time_s: float = 1.0, energy_j: float | None = 10.0, sort: S
         (Sweep(0, 810, kept=False), Sort(PROFILING, clock_mhz=810)),
         (Follow(3), Sort(PLAN, plan=3)),
         (Follow(4, straggler=True), Sort(STRAGGLER, plan=4)),
+        (NOT_OURS, Sort(UNKNOWN, reason=NOT_OURS.reason)),
     ],
 )
 def test_what_an_iteration_ran_as(directive: Directive, sort: Sort) -> None:

@@ -64,7 +64,7 @@ class FakePlanner:
     def __init__(self) -> None:
         self.requests: list[PlanRequest] = []
         self.error = ""
-        self._answer: PlanAnswer | None = None
+        self.answer: PlanAnswer | None = None
 
     @property
     def busy(self) -> bool:
@@ -77,10 +77,10 @@ class FakePlanner:
     def finish(self) -> None:
         """The last request is answered."""
         made = PlanAnswer(None, 0.0, self.error) if self.error else answer_to(self.requests[-1])
-        self._answer = dataclasses.replace(made, planning_time_s=0.1)
+        self.answer = dataclasses.replace(made, planning_time_s=0.1)
 
     def poll(self) -> PlanAnswer | None:
-        answer, self._answer = self._answer, None
+        answer, self.answer = self.answer, None
         return answer
 
 
@@ -1042,13 +1042,26 @@ def test_where_nothing_holds_the_job_stays_at_full_clocks_and_says_why(
 
 
 def test_what_ranks_need_to_catch_up_travels_with_the_plan(tmp_path: Path) -> None:
-    job = Job(tmp_path, limits={"switch_latency_s": 0.01}).following()
+    job = Job(tmp_path, limits={"switch_latency_s": 0.01})
+    job.publish_durations(0.0)
+    job.measured()
+    asked = job.planner.requests[0]
+    assert asked.catch_up
+    assert asked.latency_s == 0.01
+    # As without samples, where ranks catch up in any case.
+    job.planner.answer = answer_to(dataclasses.replace(asked, samples=None))
+    job.step()
     for stage in range(2):
         part = parts_of(job.exchange, 1, stage)["A"]
         assert part.catch_up is not None
         assert len(part.catch_up.latest_starts_s) == len(part.clocks_mhz)
         assert part.catch_up.dwell_s == 0.02
-    assert job.planner.requests[0].latency_s == 0.01
+
+
+def test_ranks_that_have_measured_no_starts_do_not_catch_up(job: Job) -> None:
+    job.following()
+    assert not job.planner.requests[0].catch_up
+    assert parts_of(job.exchange, 1, 0)["A"].catch_up is None
 
 
 def reviewed(job: Job, spread: float) -> None:

@@ -119,7 +119,8 @@ class PlannerDesk:
             pace=pace,
             samples=samples,
             quantile=config.quantile,
-            catch_up=config.catch_up,
+            # Without measured starts a rank cannot know when it usually begins, and might always think itself late.
+            catch_up=config.catch_up and samples is not None,
             latency_s=self._reports.latency_s if limits.switch_latency_s is None else limits.switch_latency_s,
             in_force=in_force,
         )

@@ -48,11 +48,11 @@ class Planner(FakePlanner):
     def finish(self) -> None:
         request = self.requests[-1]
         if self.error:
-            self._answer = PlanAnswer(None, 0.1, self.error)
+            self.answer = PlanAnswer(None, 0.1, self.error)
         elif request.pace is None:
-            self._answer = PlanAnswer(plan_for(request), 0.1)
+            self.answer = PlanAnswer(plan_for(request), 0.1)
         else:
-            self._answer = PlanAnswer(None, 0.2, "", pace_for(request))
+            self.answer = PlanAnswer(None, 0.2, "", pace_for(request))
 
 
 class Job:

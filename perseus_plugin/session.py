@@ -80,6 +80,7 @@ class Session:
 
     Attributes:
         tap: hooks call its `begin` and `end` around every hooked operation.
+        rank: in the job.
         folder: what it writes its files to, None once that is over (or for none).
     """
 
@@ -94,7 +95,7 @@ class Session:
         stragglers: StragglersConfig | None = None,
         folder: Path | None = None,
     ) -> None:
-        self.folder = folder
+        self.rank, self.folder = placement.rank, folder
         self._closing = threading.Lock()
         self.closed = False
         self._pid = os.getpid()
@@ -329,6 +330,7 @@ def start_session(
     monitor: Monitor | None = None,
     facts: Mapping[str, str] | None = None,
     about: Mapping[str, str] | None = None,
+    exchange: Exchange | None = None,
 ) -> Session:
     """Start a session on this rank.
 
@@ -339,17 +341,19 @@ def start_session(
         facts: what makes this rank's part of the job what it is (model, microbatch size, versions); a profile kept
             from an earlier run is used only if they are the same.
         about: further facts for the records alone, which may change without making a kept profile another job's.
+        exchange: to the job's other ranks; None: through its default store.
 
     Raises:
         ConfigError: something in the block does not fit this job; raised on every rank, before training starts.
     """
     set_up_logging(config.log_level, placement.rank)
-    output_dir = _own_folder(Path(config.output_dir))
+    output_dir = _own_folder(Path(config.output_dir), placement.rank)
     if placement.rank == 0 or emulates(config, placement):
         _make(output_dir)
     known = given_profile(config, placement)
     _check_emulation(config, placement)
-    exchange = open_exchange(_next_name())
+    if exchange is None:
+        exchange = open_exchange(_next_name())
     # Emulated GPUs lie in the configured folder: as real ones do, they outlive a session, and several may meet there.
     selection, helper = _take_gpu(config, select_gpu(config, placement, Path(config.output_dir)))
     try:
@@ -450,12 +454,12 @@ def _next_name() -> str:
     return str(_sessions)
 
 
-def _own_folder(configured: Path) -> Path:
-    """The folder for a session's files: a further session of this process, beside one that lives, has one of its own.
+def _own_folder(configured: Path, rank: int) -> Path:
+    """The folder for a session's files: a further session of a rank, beside one that lives, has one of its own.
 
     Sessions that have failed keep theirs until they are closed, so all ranks choose alike.
     """
-    taken = {session.folder for session in live_sessions}
+    taken = {session.folder for session in live_sessions if session.rank == rank}
     folder, number = configured, 1
     while folder in taken:
         number += 1

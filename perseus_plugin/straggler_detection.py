@@ -59,6 +59,21 @@ def iteration_slowdown(record: IterationRecord, part: PlanPart) -> tuple[float, 
     return part.slowdown * seen / math.fsum(planned_s for _, planned_s in chosen), is_steady
 
 
+def as_it_ran(record: IterationRecord, part: PlanPart) -> tuple[list[int], list[float]]:
+    """The clocks that an iteration's instructions were asked to run at, and how long each takes at its clock.
+
+    Those of the plan, but for instructions that ran faster to catch up.
+    """
+    clocks_mhz, times_s = list(part.clocks_mhz), list(part.times_s)
+    if part.catch_up is not None:
+        for position, mhz in record.raised:
+            options = part.catch_up.options[part.catch_up.kinds[position]]
+            at_clock = {clock: time_s for clock, time_s, _ in options}
+            if mhz in at_clock:
+                clocks_mhz[position], times_s[position] = mhz, at_clock[mhz]
+    return clocks_mhz, times_s
+
+
 def _held(clocks_mhz: Sequence[int]) -> list[bool]:
     """Which instructions have the clock of both neighbours."""
     last = len(clocks_mhz) - 1

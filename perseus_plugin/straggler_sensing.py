@@ -64,6 +64,8 @@ class StragglerSensing:
         if part is None or found is None:
             return
         slowdown, is_steady = found
+        if record.raised and not is_steady:
+            return  # an instruction that caught up has run at two clocks
         # A part made for a slow stage has nothing to do with the rank's own past.
         known = slowdown if is_steady or part.slowdown != 1 else self._past.correct(slowdown, part.version)
         if known is not None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perseus_plugin.instructions import Compute, Constant
-from perseus_plugin.messages import PlanPart
+from perseus_plugin.messages import CatchUpPart, PlanPart
 from perseus_plugin.straggler_detection import OwnPast, StragglerDetector, iteration_slowdown
 from perseus_plugin.tap import IterationRecord
 
@@ -47,6 +47,20 @@ def test_the_slowdown_that_was_planned_for_is_part_of_it() -> None:
     planned = part([1410] * 4, [0.0125] * 4, slowdown=1.25)
     assert iteration_slowdown(iteration([0.0125] * 4), planned) == (pytest.approx(1.25), True)
     assert iteration_slowdown(iteration([0.010] * 4), planned) == (pytest.approx(1.0), True)
+
+
+def test_instructions_that_caught_up_are_held_against_the_clock_that_they_ran_at() -> None:
+    catch_up = CatchUpPart(
+        latest_starts_s=(0.0,) * 6,
+        usual_delays_s=(0.0,) * 6,
+        kinds=("forward",) * 6,
+        options={"forward": ((1410, 0.010, 200.0), (810, 0.016, 100.0))},
+        size_weight=0.0,
+    )
+    planned = part([810] * 6, [0.016] * 6).model_copy(update={"catch_up": catch_up})
+    late = iteration([1.1 * t for t in (0.016, 0.016, 0.010, 0.010, 0.010, 0.010)])
+    late.raised.extend((position, 1410) for position in (2, 3, 4, 5))
+    assert iteration_slowdown(late, planned) == (pytest.approx(1.1), True)
 
 
 def test_instructions_with_a_clock_change_are_left_out_where_others_remain() -> None:

@@ -1,0 +1,246 @@
+"""A whole job in one process, without a framework: ranks are threads, sessions and their helper processes are real.
+
+Instructions take the time that an emulated GPU takes for them, which is sleep, so several jobs can run side by side.
+What varies (how large steps and microbatches are, how many microbatches there are, a loader that stalls) is given as
+data, so that the same work can be run once more without the plugin.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from perseus_plugin.config import PerseusConfig, parse_config
+from perseus_plugin.emulation import EmulatedStage
+from perseus_plugin.exchange import LocalExchange
+from perseus_plugin.gpus.emulated.device import EmulatedGpu
+from perseus_plugin.instructions import Compute, Constant, Receive, Send, StageStream, StreamOp
+from perseus_plugin.messages import Placement
+from perseus_plugin.reporting.records import load_record
+from perseus_plugin.schedules import one_f_one_b
+from perseus_plugin.session import Session, start_session
+
+_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One iteration's work.
+
+    Attributes:
+        sizes: of each microbatch, as a factor of the usual one.
+        stall_s: how long the first stage waits for its data.
+    """
+
+    sizes: tuple[float, ...] = (1.0,) * 4
+    stall_s: float = 0.0
+
+
+@dataclass
+class Ran:
+    """What a job did.
+
+    Attributes:
+        times_s: of every iteration, as the first rank saw it.
+        energies_j: of every iteration, all GPUs together, by the emulated GPUs' exact integral.
+        states: what every iteration ran as, by the record of the first rank; empty without the plugin.
+        summary: its summary.json; empty without the plugin.
+        errors: of ranks.
+    """
+
+    times_s: list[float] = field(default_factory=list)
+    energies_j: list[float] = field(default_factory=list)
+    states: list[str] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    errors: list[BaseException] = field(default_factory=list)
+
+
+class OneJob:
+    """A pipeline of `stages` ranks, one replica.
+
+    Args:
+        folder: for its files; two jobs at once need two.
+        steps: what is to be run.
+        forward_s, backward_s: usual full-clock times per stage.
+        plugin: the `perseus` block without what the job says itself; None: run without the plugin.
+        slow: how many times as long a rank takes in an iteration, by rank and iteration.
+        until: asked once after every iteration; the job ends when it says so, or with its last step.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        steps: Sequence[Step],
+        *,
+        forward_s: Sequence[float] = (0.010, 0.014),
+        backward_s: Sequence[float] = (0.020, 0.028),
+        plugin: dict[str, Any] | None = None,
+        slow: Callable[[int, int], float] = lambda rank, iteration: 1.0,
+        until: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._folder, self._steps, self._slow = folder, steps, slow
+        self._stages = len(forward_s)
+        self._with_plugin = plugin is not None
+        block = {**(plugin or {}), "output_dir": str(folder), "gpu": {"backend": "emulated"}}
+        block["emulation"] = {"forward_time_s": list(forward_s), "backward_time_s": list(backward_s)}
+        self._config = parse_config(block)
+        self._exchange = LocalExchange()
+        self._channels: dict[tuple[int, int, str], queue.SimpleQueue[threading.Event]] = {}
+        self._lock = threading.Lock()
+        self._until, self._over = until, False
+        self._barrier = threading.Barrier(self._stages, timeout=_TIMEOUT_S)
+        self._turn = threading.Barrier(self._stages, self._look, timeout=_TIMEOUT_S)
+        self._energy_j = [[0.0] * self._stages for _ in range(len(steps) + 1)]
+        self.ran = Ran()
+
+    def run(self) -> Ran:
+        """Run it to its end.
+
+        Raises:
+            BaseException: what the first rank that failed has raised.
+        """
+        ranks = [threading.Thread(target=self._rank, args=(rank,), name=f"rank {rank}") for rank in range(self._stages)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        if self.ran.errors:
+            raise self.ran.errors[0]
+        for number in range(len(self.ran.times_s)):
+            before, after = self._energy_j[number], self._energy_j[number + 1]
+            self.ran.energies_j.append(sum(after) - sum(before))
+        if self._with_plugin:
+            self.ran.summary = json.loads((self._folder / "summary.json").read_text())
+            states: dict[int, str] = {}
+            for stretch in load_record(self._folder, 0).stretches:
+                state = stretch.sort.reason or stretch.sort.state
+                states.update(dict.fromkeys(range(stretch.first, stretch.first + stretch.count), state))
+            self.ran.states = [states.get(number, "") for number in range(len(self.ran.times_s))]
+        return self.ran
+
+    # A rank.
+
+    def _rank(self, rank: int) -> None:
+        try:
+            self._train(rank)
+        except BaseException as error:
+            self.ran.errors.append(error)
+            self._barrier.abort()
+            self._turn.abort()
+
+    def _train(self, rank: int) -> None:
+        place = Placement(
+            rank=rank,
+            world_size=self._stages,
+            stage=rank,
+            stages=self._stages,
+            replica=0,
+            local_rank=rank,
+            device="cpu",
+        )
+        path = self._folder / "emulated_gpus" / f"rank{rank}"
+        session: Session | None = None
+        if self._with_plugin:
+            session = start_session(self._config, place, exchange=self._exchange)
+            gpu = EmulatedGpu(path)
+        else:
+            gpu = EmulatedGpu.create(path)
+        stage = _Stage(self, place, session, gpu, self._config)
+        self._barrier.wait()
+        try:
+            for number, step in enumerate(self._steps):
+                self._energy_j[number][rank] = gpu.exact_energy_j()
+                begin_s = time.monotonic()
+                stage.iterate(number, step)
+                if rank == 0:
+                    self.ran.times_s.append(time.monotonic() - begin_s)
+                self._energy_j[number + 1][rank] = gpu.exact_energy_j()
+                self._turn.wait()
+                if self._over:
+                    break
+        finally:
+            self._barrier.wait()
+            if session is not None:
+                session.close()
+
+    # What ranks have of each other.
+
+    def channel(self, source: int, target: int, name: str) -> queue.SimpleQueue[threading.Event]:
+        """Where one stage's transfers to another go through."""
+        with self._lock:
+            return self._channels.setdefault((source, target, name), queue.SimpleQueue())
+
+    def _look(self) -> None:
+        self._over = self._until()
+
+    def wait_for_all(self) -> None:
+        """The loss is exchanged."""
+        self._barrier.wait()
+
+    def slowness(self, rank: int, iteration: int) -> float:
+        """See the class."""
+        return self._slow(rank, iteration)
+
+
+class _Stage:
+    """What a pipeline engine is to a session: one stage that executes its stream."""
+
+    def __init__(
+        self, job: OneJob, place: Placement, session: Session | None, gpu: EmulatedGpu, config: PerseusConfig
+    ) -> None:
+        self._job, self._place, self._session, self._gpu = job, place, session, gpu
+        self._plain = None if session is not None else EmulatedStage(gpu, config.emulation, place)
+
+    def iterate(self, number: int, step: Step) -> None:
+        """One training iteration."""
+        session, streams = self._session, _streams(self._place.stages, len(step.sizes))
+        if session is not None:
+            session.begin_iteration()
+        if self._place.stage == 0 and step.stall_s:
+            time.sleep(step.stall_s)
+        if session is not None:
+            session.begin_schedule(f"1F1B/{self._place.stages}x{len(step.sizes)}", lambda stage: streams[stage])
+        slowness = self._job.slowness(self._place.rank, number)
+        for op in streams[self._place.stage]:
+            self._execute(op, step, slowness)
+        if session is not None:
+            session.end_schedule()
+        self._job.wait_for_all()
+        if session is not None:
+            session.end_iteration()
+
+    def _execute(self, op: StreamOp, step: Step, slowness: float) -> None:
+        stage = self._place.stage
+        if isinstance(op, Send):
+            arrived = threading.Event()
+            self._job.channel(stage, op.peer, op.channel).put(arrived)
+            if op.blocking and not arrived.wait(_TIMEOUT_S):
+                raise TimeoutError(f"stage {op.peer} never received")
+        elif isinstance(op, Receive):
+            self._job.channel(op.peer, stage, op.channel).get(timeout=_TIMEOUT_S).set()
+        elif isinstance(op, Compute):
+            self._gpu.set_slowdown(step.sizes[op.microbatch] * slowness)
+            self._compute(op)
+        elif isinstance(op, Constant) and self._session is not None:
+            self._session.tap.begin()
+            self._session.tap.end()
+
+    def _compute(self, op: Compute) -> None:
+        if self._session is not None:
+            self._session.tap.begin()
+            self._session.tap.end()
+        elif self._plain is not None:
+            self._plain.begin(op)
+            self._plain.finish()
+
+
+@cache
+def _streams(stages: int, microbatches: int) -> list[StageStream]:
+    return one_f_one_b(stages, microbatches)

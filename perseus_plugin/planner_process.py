@@ -161,7 +161,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
             older = graph_for(replace(request, transfer_s=known.transfer_s))
             seen_from_it = build_problem(older, request.profile, request.blocking_power_w)
         delays_now_s = usual_delays(seen_from_it, request.samples)
-        replay = replay_of(problem, request.samples)
+        replay = replay_of(problem, request.samples, request.latency_s)
         held = held_against(known, replay, promise, request.latency_s, delays_now_s - delays_s)
         if held.kept and not is_much_better(robust.replayed, held, promise):
             told_anew = with_delays(known, seen_from_it, delays_now_s) if request.samples.starts_s else ()
@@ -208,7 +208,7 @@ def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Sample
     return choose(
         plan_with,
         exact.to_plan(fallback),
-        replay_of(problem, samples),
+        replay_of(problem, samples, request.latency_s),
         Promise(slowdown=request.slowdown, quantile=request.quantile),
         margins_from(request.margin),
         catches_up=request.catch_up,

@@ -64,6 +64,8 @@ class Replay:
         problem: graph of one replica, and what clocks do to the time and power of its instructions.
         durations_s: shape (iterations, replicas, nodes), at the profile's highest clocks; entries of constant-time
             nodes are ignored.
+        latency_s: how long a clock change takes to have effect: when the clock goes down, the instruction begins at the
+            clock of the one before it.
         seen_later_s: shape (nodes, iterations times replicas), how much later than the graph says each instruction
             began in these iterations for a rank that looks for lateness, usual delays apart; None: as the graph says.
 
@@ -75,7 +77,11 @@ class Replay:
     """
 
     def __init__(
-        self, problem: PlanningProblem, durations_s: npt.ArrayLike, seen_later_s: FloatArray | None = None
+        self,
+        problem: PlanningProblem,
+        durations_s: npt.ArrayLike,
+        seen_later_s: FloatArray | None = None,
+        latency_s: float = 0.0,
     ) -> None:
         graph = problem.graph
         given = np.asarray(durations_s, dtype=np.float64)
@@ -90,6 +96,7 @@ class Replay:
         self._top_s = problem.full_clock_s
         self._seen_later_s = np.zeros_like(self.full_s) if seen_later_s is None else seen_later_s
         self._before = _own_predecessors(graph)
+        self._latency_s = latency_s
 
     @cached_property
     def at_full_clocks(self) -> Outcome:
@@ -107,12 +114,53 @@ class Replay:
             PlanError: a clock is not in the profile.
         """
         planned_s, watts = self.problem.at_clocks(frequency_mhz)
-        ratio = np.divide(planned_s, self._top_s, out=np.ones_like(planned_s), where=self._top_s > 0)
-        compute = ~self.graph.is_constant
+        ratio = self._ratio(planned_s)
+        duration, power = self._stretched(frequency_mhz, ratio, watts)
         if catch_up is None:
-            duration = self.full_s * np.where(compute, ratio, 1.0)[:, None]
-            return self._outcome(finishes(self.graph, duration), (duration * watts[:, None]).sum(axis=0), 0.0)
-        return self._event_driven(planned_s, ratio, watts, catch_up)
+            return self._outcome(finishes(self.graph, duration), (duration * power).sum(axis=0), 0.0)
+        return self._event_driven(planned_s, ratio, watts, duration, power, catch_up)
+
+    def _ratio(self, planned_s: FloatArray) -> FloatArray:
+        """Time of every node at its clock over that at full clocks, 1 for constant-time nodes."""
+        ratio = np.divide(planned_s, self._top_s, out=np.ones_like(planned_s), where=self._top_s > 0)
+        return np.where(self.graph.is_constant, 1.0, ratio)
+
+    def _stretched(
+        self, frequency_mhz: IntArray, ratio: FloatArray, watts: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Durations at the plan's clocks and the mean power meanwhile, both of shape (nodes, samples)."""
+        duration = self.full_s * ratio[:, None]
+        held_mhz = self._held_mhz(frequency_mhz)
+        falls = np.flatnonzero(held_mhz != frequency_mhz) if self._latency_s > 0 else np.empty(0, dtype=np.int64)
+        power = np.broadcast_to(watts[:, None], duration.shape)
+        if not len(falls):
+            return duration, power
+        held_s, held_w = self.problem.at_clocks(held_mhz)
+        held_ratio = self._ratio(held_s)[falls, None]
+        first_s = np.minimum(self._latency_s, self.full_s[falls] * held_ratio)
+        rest_s = (self.full_s[falls] - first_s / held_ratio) * ratio[falls, None]
+        duration[falls] = first_s + rest_s
+        power = power.copy()
+        joules = first_s * held_w[falls, None] + rest_s * watts[falls, None]
+        power[falls] = joules / np.maximum(duration[falls], 1e-12)
+        return duration, power
+
+    def _held_mhz(self, frequency_mhz: IntArray) -> IntArray:
+        """Shape (nodes,): the clock that an instruction begins at, that of the one before it where that is higher."""
+        problem, graph = self.problem, self.graph
+        held: IntArray = frequency_mhz.copy()
+        for nodes in graph.stage_nodes:
+            before: int | None = None  # full clocks, from the end of the last iteration
+            for node in nodes.tolist():
+                if graph.is_constant[node]:
+                    continue
+                k, own = int(problem.class_of[node]), int(frequency_mhz[node])
+                top = int(problem.full_clock_mhz[k])
+                known = top if before is None else before
+                if known > own and (known == top or known in problem.measured[k]):
+                    held[node] = known
+                before = own
+        return held
 
     def _outcome(self, finish: FloatArray, effective_j: FloatArray, raised: float) -> Outcome:
         time_s = finish.max(axis=0).reshape(self._shape).max(axis=1)
@@ -120,7 +168,15 @@ class Replay:
         waiting_j = self.problem.total_blocking_w * time_s * self._shape[1]
         return Outcome(time_s, effective + waiting_j, raised)
 
-    def _event_driven(self, planned_s: FloatArray, ratio: FloatArray, watts: FloatArray, catch_up: CatchUp) -> Outcome:
+    def _event_driven(
+        self,
+        planned_s: FloatArray,
+        ratio: FloatArray,
+        watts: FloatArray,
+        stretched_s: FloatArray,
+        stretched_w: FloatArray,
+        catch_up: CatchUp,
+    ) -> Outcome:
         """Level by level, as what an instruction runs at depends on when it begins."""
         graph, problem = self.graph, self.problem
         option_s, option_j = problem.option_table
@@ -141,7 +197,7 @@ class Replay:
                 start = np.maximum.reduceat(finish[sources] + latency[:, None], offsets, axis=0)
             full_s, before = self.full_s[low:high], self._before[low:high]
             plan_s, plan_w = planned_s[low:high, None], watts[low:high, None]
-            plan_ratio = np.where(graph.is_constant[low:high], 1.0, ratio[low:high])[:, None]
+            plan_ratio = ratio[low:high, None]
             latest = catch_up.latest_start_s[low:high, None]
             size = np.ones((high - low, samples))
             if catch_up.size_weight:
@@ -149,8 +205,7 @@ class Replay:
                 size = (done_s[before] + prior_s) / np.maximum(expected_s[before] + prior_s, 1e-12)
             seen = start + self._seen_later_s[low:high]
             late = (seen > latest * size + LATE_BY * plan_s) & ~graph.is_constant[low:high, None]
-            duration = full_s * plan_ratio
-            power = np.broadcast_to(plan_w, duration.shape).copy()
+            duration, power = stretched_s[low:high].copy(), stretched_w[low:high].copy()
             if late.any():
                 rows, columns = np.nonzero(late)
                 classes = problem.class_of[low:high][rows]

@@ -246,8 +246,8 @@ def _relative_deviation(durations_s: FloatArray) -> float:
 # From and to what is told per stage.
 
 
-def replay_of(problem: PlanningProblem, samples: Samples) -> Replay:
-    """A replay of the iterations that were measured.
+def replay_of(problem: PlanningProblem, samples: Samples, latency_s: float = 0.0) -> Replay:
+    """A replay of the iterations that were measured; `latency_s` is how long a clock change takes.
 
     Raises:
         PlanError: the samples do not fit the graph.
@@ -256,7 +256,7 @@ def replay_of(problem: PlanningProblem, samples: Samples) -> Replay:
     later_s = _begun_later_s(problem, samples)
     if later_s is not None:
         later_s = later_s - np.median(later_s, axis=1, keepdims=True)
-    return Replay(problem, np.array(durations_s), later_s)
+    return Replay(problem, np.array(durations_s), later_s, latency_s)
 
 
 def usual_delays(problem: PlanningProblem, samples: Samples | None) -> FloatArray:

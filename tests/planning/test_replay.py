@@ -13,6 +13,7 @@ from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import make_plan
 from perseus_plugin.planning.replay import CatchUp, Replay, by_node, clocks_of, latest_starts
 from perseus_plugin.planning.targets import Target
+from perseus_plugin.profiling.profile import Measurement, Profile
 from perseus_plugin.schedules import one_f_one_b
 
 from .jobs import Job, bundled_profile, jobs, replay, simulate
@@ -161,3 +162,34 @@ def test_ranks_that_see_themselves_late_catch_up_though_the_graph_has_them_in_ti
     assert quiet.raised == 0
     assert nervous.raised > 0.05
     assert nervous.energy_j[0] > quiet.energy_j[0]
+
+
+def test_a_clock_that_goes_down_does_so_a_latency_late() -> None:
+    """One stage, three forwards at 10 and 20 s, 100 and 40 W above waiting, the clock going down at the second."""
+    rows = {(0, "forward"): (Measurement(1410, 10.0, 1800.0), Measurement(810, 20.0, 2400.0))}
+    problem = build_problem(build_graph([[Compute("forward", m) for m in range(3)]]), Profile(rows), BLOCKING_W)
+    clocks = np.array([1410, 810, 810])
+    at_once = Replay(problem, as_profiled(problem)).under(clocks)
+    assert (at_once.time_s[0], at_once.energy_j[0]) == (50.0, 1800.0 + 2 * 2400.0)
+    late = Replay(problem, as_profiled(problem), latency_s=2.0).under(clocks)
+    # Two seconds at the high clock do a fifth of it; the rest takes 16 s.
+    assert late.time_s[0] == pytest.approx(48.0)
+    assert late.energy_j[0] == pytest.approx(1800.0 + 2 * 180.0 + 16 * 120.0 + 2400.0)
+    longer = Replay(problem, as_profiled(problem), latency_s=60.0).under(clocks)
+    assert longer.time_s[0] == pytest.approx(40.0), "an instruction that is over before the clock goes down"
+
+
+@given(job=jobs(), slowdown=st.sampled_from([0.0, 0.1]), latency_s=st.floats(0.0, 0.05))
+@settings(deadline=None)
+def test_a_latency_makes_nothing_longer_and_full_clocks_no_different(
+    job: Job, slowdown: float, latency_s: float
+) -> None:
+    problem = problem_of(job)
+    clocks = clocks_of(plan_of(problem, job, slowdown), problem.graph)
+    at_once = Replay(problem, as_profiled(problem))
+    late = Replay(problem, as_profiled(problem), latency_s=latency_s)
+    fastest = all(rows[0].time_s <= min(row.time_s for row in rows) for rows in job.profile.table.values())
+    if fastest:
+        assert late.under(clocks).time_s[0] <= at_once.under(clocks).time_s[0] * (1 + 1e-9)
+    assert late.at_full_clocks.time_s[0] == pytest.approx(at_once.at_full_clocks.time_s[0])
+    assert late.at_full_clocks.energy_j[0] == pytest.approx(at_once.at_full_clocks.energy_j[0])

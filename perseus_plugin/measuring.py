@@ -151,7 +151,8 @@ class Measuring:
         raise UnusableProfileError(
             f"no clock's time is known to within {100 * most:.1f} % (perseus.profiling.max_time_error), but to "
             f"{100 * min(row.time_se_s / row.time_s for row in rows):.1f} % at best, as durations vary by "
-            f"{100 * spread:.0f} % from step to step: more perseus.profiling.steps_per_clock or rounds would help"
+            f"{100 * spread:.0f} % from step to step: more perseus.profiling.steps_per_clock or rounds would help",
+            lasting=False,  # another time, a machine less busy may do
         )
 
     def _checked(self, survey: Survey) -> Survey | None:

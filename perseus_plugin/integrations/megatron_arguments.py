@@ -92,11 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     for flag, (_, _, metavar, text) in _SETTINGS.items():
         group.add_argument(flag, metavar=metavar, help=text)
-    stock = parser.parse_known_args  # parse_args calls it too
+    there = vars(parser).get("parse_known_args")  # another tool's, on this parser
 
-    @functools.wraps(stock)
+    @functools.wraps(parser.parse_known_args)  # parse_args calls it too
     def parse_known_args(*args: Any, **kwargs: Any) -> Any:
-        namespace, rest = stock(*args, **kwargs)
+        beneath = there or type(parser).parse_known_args.__get__(parser)  # the class's as it is then
+        namespace, rest = beneath(*args, **kwargs)
         _act_on(namespace, parser.prog)
         return namespace, rest
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from perseus_plugin.messages import Placement
@@ -19,11 +20,17 @@ class Metrics:
 
     Args:
         arguments: Megatron's own.
-        tensorboard: its `SummaryWriter`, or None.
-        wandb: its `wandb`, or None.
+        tensorboard: says its `SummaryWriter`, or None; asked whenever something is written, as scripts put other
+            writers in its place.
+        wandb: says its `wandb`, or None.
     """
 
-    def __init__(self, arguments: argparse.Namespace, tensorboard: Any = None, wandb: Any = None) -> None:
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        tensorboard: Callable[[], Any] = lambda: None,
+        wandb: Callable[[], Any] = lambda: None,
+    ) -> None:
         self._arguments = arguments
         self._tensorboard, self._wandb = tensorboard, wandb
         self._iterations = 0
@@ -50,11 +57,12 @@ class Metrics:
             logger.warning("figures are not written to Megatron's log any more: %r", error)
 
     def _write(self, iteration: int) -> None:
-        if self._tensorboard is not None:
+        tensorboard, wandb = self._tensorboard(), self._wandb()
+        if tensorboard is not None:
             for name, value in self._newest.items():
-                self._tensorboard.add_scalar(name, value, iteration)
-        if self._wandb is not None:
-            self._wandb.log(dict(self._newest), iteration)
+                tensorboard.add_scalar(name, value, iteration)
+        if wandb is not None:
+            wandb.log(dict(self._newest), iteration)
         line = log_line(self._newest)
         if line:
             print(f" perseus at iteration {iteration}: {line}", flush=True)
@@ -80,7 +88,7 @@ def metrics_of(arguments: argparse.Namespace, placement: Placement) -> Metrics |
     if placement.rank != placement.world_size - 1:
         return None
     try:
-        from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+        from megatron.training import global_vars
     except ImportError:  # a loop of one's own
         return Metrics(arguments)
-    return Metrics(arguments, get_tensorboard_writer(), get_wandb_writer())
+    return Metrics(arguments, lambda: global_vars.get_tensorboard_writer(), lambda: global_vars.get_wandb_writer())

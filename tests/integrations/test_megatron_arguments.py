@@ -126,6 +126,31 @@ def test_adding_twice_adds_once(installed: list[PerseusConfig]) -> None:
     assert len(installed) == 1
 
 
+@pytest.mark.parametrize("where", ["class", "instance"])
+def test_a_foreign_parse_runs_whether_it_came_before_or_after(
+    installed: list[PerseusConfig], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    calls = 0
+
+    class Parser(argparse.ArgumentParser):
+        pass
+
+    def foreign(self: argparse.ArgumentParser, *args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        return argparse.ArgumentParser.parse_known_args(self, *args, **kwargs)  # type: ignore[call-overload]
+
+    parser = Parser()
+    if where == "instance":
+        vars(parser)["parse_known_args"] = foreign.__get__(parser)
+    add_arguments(parser)
+    if where == "class":
+        monkeypatch.setattr(Parser, "parse_known_args", foreign)
+    assert parser.parse_args(["--perseus"]).perseus
+    assert calls == 1
+    assert len(installed) == 1
+
+
 def test_megatrons_parser_is_patched_once(installed: list[PerseusConfig]) -> None:
     module = ModuleType("megatron.training.arguments")
     module.add_megatron_arguments = lambda parser: parser  # type: ignore[attr-defined]

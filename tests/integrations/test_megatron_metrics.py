@@ -37,7 +37,7 @@ class Writer:
 
 def test_the_newest_figures_are_written_at_the_log_interval(capsys: pytest.CaptureFixture[str]) -> None:
     writer, arguments = Writer(), argparse.Namespace(log_interval=2, curr_iteration=0)
-    metrics = Metrics(arguments, writer, writer)
+    metrics = Metrics(arguments, lambda: writer, lambda: writer)
     for iteration in range(4):
         arguments.curr_iteration = iteration
         if iteration == 2:
@@ -69,7 +69,7 @@ def test_a_writer_that_fails_is_said_once_and_training_goes_on(caplog: pytest.Lo
         def add_scalar(self, name: str, value: float, step: int) -> None:
             raise OSError("disk full")
 
-    metrics = Metrics(argparse.Namespace(log_interval=1), Broken())
+    metrics = Metrics(argparse.Namespace(log_interval=1), Broken)
     metrics(FIGURES)
     for _ in range(3):
         metrics.after_iteration()
@@ -96,6 +96,10 @@ def test_the_last_rank_has_the_writers(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics(FIGURES[:1])
     metrics.after_iteration()
     assert writer.scalars == [("Perseus/iteration_time_s/full_clock", 0.5, 1)]
+    another: Any = Writer()
+    vars(variables).update(get_tensorboard_writer=lambda: another)  # as after a restart within the process
+    metrics.after_iteration()
+    assert (len(writer.scalars), len(another.scalars)) == (1, 1)
 
 
 def test_a_loop_of_ones_own_has_a_log_line_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

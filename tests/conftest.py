@@ -12,6 +12,8 @@ settings.register_profile("perseus", deadline=None)
 # CI tries the same examples every time; new ones are found by whoever works on the code, not by whoever lands next.
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "perseus")
+# Small matrices on many threads wait for each other where tests run side by side; set before numpy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # DeepSpeed looks for an accelerator when it is imported, and finds one by compiling code unless told.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,7 +15,13 @@ from perseus_plugin.profiling.step_sizes import Durations, averaged, fit_duratio
 from .varying import CLOCKS_MHZ, KINDS, SIZES, slowed, sweep
 
 TOP = CLOCKS_MHZ[0]
-SEEDS = range(10)
+SEEDS = range(8)
+
+
+@cache
+def fitted_on(name: str, seed: int, paired: bool) -> Durations:
+    """Several tests look at the same jobs."""
+    return fit_durations(sweep(SIZES[name], seed, paired=paired))
 
 
 def ratios(fitted: Durations) -> list[tuple[float, float]]:
@@ -29,7 +36,7 @@ def ratios(fitted: Durations) -> list[tuple[float, float]]:
 
 def over_seeds(name: str, *, paired: bool) -> tuple[float, float, float]:
     """Share within 1.96 stated errors, largest error, mean stated error."""
-    found = [pair for seed in SEEDS for pair in ratios(fit_durations(sweep(SIZES[name], seed, paired=paired)))]
+    found = [pair for seed in SEEDS for pair in ratios(fitted_on(name, seed, paired))]
     inside = [abs(error) <= 1.96 * stated for error, stated in found]
     return float(np.mean(inside)), max(abs(e) for e, _ in found), float(np.mean([s for _, s in found]))
 
@@ -58,7 +65,7 @@ def test_where_all_stages_run_at_one_clock_the_errors_say_what_sizes_hide(name: 
 def test_no_clock_looks_free_by_luck(name: str, paired: bool) -> None:
     """A slower clock is never found faster than the top by more than its errors allow."""
     for seed in SEEDS:
-        fitted = fit_durations(sweep(SIZES[name], seed, paired=paired))
+        fitted = fitted_on(name, seed, paired)
         for (stage, kind, clock), duration in fitted.at.items():
             if clock != TOP:
                 assert duration.time_s + 4 * duration.se_s > fitted.at[stage, kind, TOP].time_s * slowed(kind, clock)
@@ -77,14 +84,14 @@ def test_stages_may_feel_the_size_of_a_step_differently() -> None:
 
 def test_spread_between_steps_is_what_the_sizes_vary_by() -> None:
     sd = float(np.std([1.0, 1.3, 1.6])) / 1.3
-    found = [fit_durations(sweep(SIZES["buckets"], seed, paired=True)).spread[0, "forward"] for seed in SEEDS]
+    found = [fitted_on("buckets", seed, True).spread[0, "forward"] for seed in SEEDS]
     assert np.mean([spread.between for spread in found]) == pytest.approx(sd, rel=0.05)
     assert all(abs(spread.between - sd) < 4 * spread.between_se for spread in found)
     assert all(spread.within == pytest.approx(0.02) for spread in found)
 
 
 def test_even_jobs_have_next_to_no_spread() -> None:
-    spread = fit_durations(sweep(SIZES["even"], 0, paired=False)).spread[1, "backward"]
+    spread = fitted_on("even", 0, False).spread[1, "backward"]
     assert spread.between == pytest.approx(0.004, rel=0.3)
 
 

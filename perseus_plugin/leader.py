@@ -27,7 +27,7 @@ from perseus_plugin.reporting.reporter import Reporter, events_of
 from perseus_plugin.straggler_desk import StragglerDesk
 from perseus_plugin.straggler_socket import StragglerSocket
 from perseus_plugin.tap import IterationRecord
-from perseus_plugin.timetable import Directive, Sweep
+from perseus_plugin.timetable import Directive
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Leader:
 
     def saw(self, directive: Directive, record: IterationRecord, size: float) -> None:
         """An iteration has ended on this rank; see `Coordinator.saw`."""
-        if record.schedule or not isinstance(directive, Sweep):  # a schedule that is not followed is not profiled
+        if record.schedule:  # one that is not followed is not profiled
             self._progress.iteration(directive, record)
         if self._coordinator is not None:
             self._coordinator.saw(directive, record, size)

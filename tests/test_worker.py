@@ -664,3 +664,18 @@ def test_a_summary_that_fails_does_not_keep_the_planner_alive(ranks: Ranks, monk
     monkeypatch.setattr(rank.exchange, "publish", gone)
     rank.close()
     assert FakePlanner.made[0].closed
+
+
+def test_iterations_of_a_schedule_that_is_not_followed_are_no_progress(
+    ranks: Ranks, heard: pytest.LogCaptureFixture
+) -> None:
+    """They run at full clocks, whatever the timetable says."""
+    rank = ranks(rank=0)
+    for number in range(TABLE.sweep_end):
+        seen = replace(record(number, begin_s=0.036 * number), schedule="", undisturbed=False)
+        rank.link.finished(FinishedIteration(TABLE.at(number), seen))
+    assert wait_until(lambda: rank.exchange.fetch(estimate_key(0, 0)) is not None)
+    assert "profiling clock" not in heard.text
+    assert "warming up" not in heard.text
+    rank.iterate(directive=Sweep(1, 810, kept=False))
+    assert wait_until(lambda: "profiling clock 2 of 3: 810 MHz" in heard.text)

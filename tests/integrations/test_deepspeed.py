@@ -891,3 +891,82 @@ def test_the_real_deepspeed_has_what_is_hooked() -> None:
     assert "_perseus_patched" in vars(engine_class), "importing torch and DeepSpeed is enough"
     for name in ("_INSTRUCTION_MAP", "train_batch", "eval_batch", "_exec_schedule"):
         assert hasattr(engine_class, name), name
+
+
+@pytest.mark.parametrize("when", ["before", "after", "between batches", "within a batch"])
+@pytest.mark.parametrize("where", ["instance", "class"])
+@pytest.mark.parametrize("hooks", [False, True])
+def test_a_foreign_function_runs_as_often_in_the_real_engines_schedule(
+    started: Started, when: str, where: str, hooks: bool
+) -> None:
+    """DeepSpeed's own `_exec_schedule` and `TrainSchedule`; what instructions do is made up. In the end it is out."""
+    engine_class = pytest.importorskip("deepspeed.runtime.pipe.engine").PipelineEngine
+    schedules = pytest.importorskip("deepspeed.runtime.pipe.schedule")
+    ran: list[str] = []
+    calls = 0
+
+    def stock_function(kind: type) -> Callable[..., None]:
+        return lambda self, **kwargs: ran.append(kind.__name__)
+
+    class Real(engine_class):  # type: ignore[misc, valid-type]
+        _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
+            kind: stock_function(kind) for kind in engine_class._INSTRUCTION_MAP
+        }
+        train_batch_size, zero_optimization_stage = Engine.train_batch_size, Engine.zero_optimization_stage
+        train_micro_batch_size_per_gpu = Engine.train_micro_batch_size_per_gpu
+
+        def _reserve_pipe_buffers(self, count: int) -> None:
+            pass
+
+        def train_batch(self, data_iter: Any = None) -> None:
+            self._exec_schedule(schedules.TrainSchedule(micro_batches=2, stages=2, stage_id=0))
+
+    engine = Real.__new__(Real)
+    torch.nn.Module.__init__(engine)
+    vars(engine).update(
+        vars(Engine()), global_rank=0, world_size=2, stage_id=0, num_stages=2, local_rank=0, device="cpu"
+    )
+    kind = schedules.BackwardPass
+    stock_map = Real._INSTRUCTION_MAP
+
+    def foreign(self: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        stock_map[kind](self, **kwargs)
+
+    def put() -> None:
+        changed = {**stock_map, kind: foreign}
+        if where == "instance":
+            vars(engine)["_INSTRUCTION_MAP"] = changed
+        else:
+            Real._INSTRUCTION_MAP = changed
+
+    def put_within(self: Any, **kwargs: Any) -> None:
+        ran.append("ForwardPass")
+        if ran.count("ForwardPass") == 5:  # the first of the third batch: before any backward of it
+            put()
+
+    if when == "within a batch":
+        stock_map[schedules.ForwardPass] = put_within
+    if when == "before":
+        put()
+    if hooks:
+        perseus_plugin.enable(engine, {})
+    if when == "after":
+        put()
+    for batch in range(4):
+        if when == "between batches" and batch == 2:
+            put()
+        engine.train_batch()
+    there = vars(engine).get("_INSTRUCTION_MAP", Real._INSTRUCTION_MAP)
+    assert there[kind] is foreign, "what was put in is still there, itself"
+    vars(engine).pop("_INSTRUCTION_MAP", None)
+    Real._INSTRUCTION_MAP = stock_map
+    engine.train_batch()
+    assert calls == 2 * (4 if when in ("before", "after") else 2)
+    assert ran.count("BackwardPass") == ran.count("ForwardPass") == 10
+    if hooks:
+        assert started.finished()[-1].record.complete
+        assert not started.sessions[0].closed
+        started.sessions[0].close()
+    assert not {"train_batch", "_exec_schedule", "_INSTRUCTION_MAP", "_perseus_session"} & vars(engine).keys()

@@ -125,7 +125,8 @@ def _attach(engine: Any, config: PerseusConfig) -> Session | None:
 
     try:
         about = {"samples per iteration": str(engine.train_batch_size())}
-        session = start_session(config, _placement(engine), _monitor_of(engine), _facts(engine), about)
+        monitor = _monitor_of(engine)
+        session = start_session(config, _placement(engine), monitor, _facts(engine), about)
     except ConfigError:
         raise
     except Exception:
@@ -136,7 +137,7 @@ def _attach(engine: Any, config: PerseusConfig) -> Session | None:
         return None
     if not isinstance(session, Session):
         return None
-    _bracket_iterations(engine, session)
+    _bracket_iterations(engine, session, monitor)
     vars(engine)[_SESSION] = session
     return session
 
@@ -176,22 +177,35 @@ def _facts(engine: Any) -> dict[str, str]:
     }
 
 
-def _monitor_of(engine: Any) -> Callable[[list[tuple[str, float]]], None] | None:
-    """A function that writes events at the engine's sample count, where the engine has a monitor turned on."""
-    if not getattr(getattr(engine, "monitor", None), "enabled", False):
-        return None
-    # The session may outlive the engine; it must not keep the engine's memory.
-    of_engine = weakref.ref(engine)
+class _Monitor:
+    """Writes events to an engine's monitor, at its sample count.
 
-    def write(events: list[tuple[str, float]]) -> None:
-        alive = of_engine()
+    The session must not keep the engine's memory, and its last figures come when the engine may be gone: then the
+    monitor and the count that were there last are used.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._of_engine = weakref.ref(engine)
+        self.look()
+
+    def look(self) -> None:
+        """See what the engine has now."""
+        alive = self._of_engine()
         if alive is not None:
-            alive.monitor.write_events([(name, value, alive.global_samples) for name, value in events])
+            self._monitor, self._samples = getattr(alive, "monitor", None), getattr(alive, "global_samples", 0)
 
-    return write
+    def __call__(self, events: list[tuple[str, float]]) -> None:
+        self.look()
+        if self._monitor is not None:
+            self._monitor.write_events([(name, value, self._samples) for name, value in events])
 
 
-def _bracket_iterations(engine: Any, session: Session) -> None:
+def _monitor_of(engine: Any) -> _Monitor | None:
+    """What writes events, where the engine has a monitor turned on."""
+    return _Monitor(engine) if getattr(getattr(engine, "monitor", None), "enabled", False) else None
+
+
+def _bracket_iterations(engine: Any, session: Session, monitor: _Monitor | None) -> None:
     """Hook this engine's training iterations until the session ends.
 
     Whatever stands beneath our functions is looked up when it is called: on the instance what was there before us, else
@@ -217,6 +231,8 @@ def _bracket_iterations(engine: Any, session: Session) -> None:
             raise
         finally:
             in_batch = False
+            if monitor is not None:
+                monitor.look()
             session.end_iteration()
 
     def run_schedule(schedule: Any, run: Callable[[], Any]) -> Any:

@@ -802,6 +802,19 @@ def test_figures_go_to_the_monitor_at_the_sample_count(started: Started) -> None
     assert written == [("Perseus/x", 1.5, 32)]
 
 
+def test_the_last_figures_are_written_when_the_engine_is_gone(started: Started) -> None:
+    written: list[Any] = []
+    engine = Engine({"enabled": True})
+    vars(engine)["monitor"] = SimpleNamespace(enabled=True, write_events=written.extend)
+    perseus_plugin.enable(engine)
+    vars(engine)["global_samples"] = 64
+    engine.train_batch()
+    started.links[0].add_events([("Perseus/x", 1.5)])
+    del engine
+    assert started.sessions[0].closed
+    assert written == [("Perseus/x", 1.5, 64)]
+
+
 # Patching the classes.
 
 

@@ -28,7 +28,7 @@ MICROBATCHES = 4
 PLUGIN = {
     "profiling": {"warmup_steps": 2, "clocks_mhz": [1410, 1260, 1110, 960, 810], "steps_per_clock": 4},
     "frontier": False,
-    "log_level": "info",
+    "log_level": "warning",
 }
 TIMES: dict[str, tuple[float, float]] = {"forward_s": (0.030, 0.042), "backward_s": (0.060, 0.084)}
 

@@ -16,7 +16,7 @@ from perseus_plugin import session as session_module
 from perseus_plugin.config import StragglersConfig
 from perseus_plugin.exchange import LocalExchange
 from perseus_plugin.link import Link
-from perseus_plugin.messages import STRAGGLERS, PlanPart
+from perseus_plugin.messages import STRAGGLERS, PaceOf, PlanPart, pace_key
 from perseus_plugin.session import Session
 from perseus_plugin.straggler_sensing import StragglerSensing
 from perseus_plugin.stragglers import DETECTION, check_report
@@ -99,74 +99,84 @@ def test_without_a_session_nothing_is_loaded() -> None:
 # The session's own look.
 
 
-def sensing(exchange: LocalExchange, **config: Any) -> StragglerSensing:
-    return StragglerSensing(StragglersConfig(window=4, **config), 2, exchange)
+class Sensing:
+    """Rank 2 of two replicas of two stages; the other stage of its replica is as in the profile."""
 
+    def __init__(self, exchange: LocalExchange, **config: Any) -> None:
+        self._exchange = exchange
+        self._sensing = StragglerSensing(StragglersConfig(window=4, **config), placement(2, 4), exchange)
+        self._number = 0
 
-def look(
-    sense: StragglerSensing,
-    slowdown: float,
-    count: int,
-    directive: Directive | None = None,
-    part: PlanPart = PART,
-    undisturbed: bool = True,
-    gap_s: float = 0.0,
-) -> None:
-    times_s = [t / part.slowdown * slowdown for t in part.times_s]
-    for number in range(count):
-        seen = record(number, durations_s=(0.001, *times_s, 0.005), undisturbed=undisturbed, gap_s=gap_s)
-        sense.saw(directive or Follow(part.version), seen, {(part.version, part.schedule): part})
+    def look(
+        self,
+        slowdown: float,
+        count: int,
+        directive: Directive | None = None,
+        part: PlanPart = PART,
+        undisturbed: bool = True,
+        gap_s: float = 0.0,
+    ) -> None:
+        """Iterations end on all ranks; each takes a second."""
+        times_s = [t / part.slowdown * slowdown for t in part.times_s]
+        parts = {(part.version, part.schedule): part}
+        for _ in range(count):
+            seen = record(self._number, durations_s=(0.001, *times_s, 0.005), undisturbed=undisturbed, gap_s=gap_s)
+            self._sensing.saw(directive or Follow(part.version), seen, parts)
+            others = PaceOf(pace=dict.fromkeys(range(self._number + 1), 1.0))
+            self._exchange.publish(pace_key(1, 1), others.model_dump())
+            self._sensing.look(float(self._number))
+            self._number += 1
 
 
 def test_a_rank_tells_when_it_has_become_slow_and_when_it_recovers() -> None:
     exchange = LocalExchange()
-    sense = sensing(exchange)
-    look(sense, 1.0, 30)
+    sense = Sensing(exchange)
+    sense.look(1.0, 30)
     assert exchange.take_new(STRAGGLERS) == []
-    look(sense, 1.25, 30)
+    sense.look(1.25, 30)
     (told,) = exchange.take_new(STRAGGLERS)
     report = check_report(told, 4, 100.0, time.time())
     assert (report.rank, report.slowdown, report.source) == (2, pytest.approx(1.25), DETECTION)
-    look(sense, 1.0, 30)
+    sense.look(1.0, 30)
     (told,) = exchange.take_new(STRAGGLERS)
     assert check_report(told, 4, 100.0, time.time()).ends
 
 
 def test_under_the_plan_made_for_it_a_slow_rank_is_as_slow_as_before() -> None:
     exchange = LocalExchange()
-    sense = sensing(exchange)
-    look(sense, 1.0, 10)
-    look(sense, 1.25, 10)
+    sense = Sensing(exchange)
+    sense.look(1.0, 10)
+    sense.look(1.25, 10)
     exchange.take_new(STRAGGLERS)
     planned = PlanPart(version=2, schedule="1F1B", clocks_mhz=(1410, 1410), times_s=(0.0125, 0.025), slowdown=1.25)
-    look(sense, 1.25, 20, part=planned)
+    sense.look(1.25, 20, part=planned)
     assert exchange.take_new(STRAGGLERS) == []
-    look(sense, 1.0, 1, part=planned)
+    sense.look(1.0, 1, part=planned)
     assert [value["slowdown"] for value in exchange.take_new(STRAGGLERS)] == [1.0]
 
 
 def test_waiting_is_nobodys_slowness() -> None:
     exchange = LocalExchange()
-    sense = sensing(exchange)
-    look(sense, 1.0, 10)
-    look(sense, 1.0, 30, gap_s=0.05)
+    sense = Sensing(exchange)
+    sense.look(1.0, 10)
+    sense.look(1.0, 30, gap_s=0.05)
     assert exchange.take_new(STRAGGLERS) == []
 
 
 def test_only_undisturbed_iterations_under_a_plan_count() -> None:
     exchange = LocalExchange()
-    sense = sensing(exchange)
-    look(sense, 1.0, 10)
-    look(sense, 3.0, 30, directive=FullClock("planning"))
-    look(sense, 3.0, 30, undisturbed=False)
-    look(sense, 3.0, 30, directive=Follow(7))
+    sense = Sensing(exchange)
+    sense.look(1.0, 10)
+    sense.look(3.0, 30, directive=FullClock("planning"))
+    sense.look(3.0, 30, undisturbed=False)
+    sense.look(3.0, 30, directive=Follow(7))
     assert exchange.take_new(STRAGGLERS) == []
 
 
 @pytest.mark.parametrize("off", [{"detect": False}, {"enabled": False}])
 def test_turned_off_it_does_not_look(off: dict[str, bool]) -> None:
     exchange = LocalExchange()
-    sense = sensing(exchange, **off)
-    look(sense, 1.0, 10)
-    look(sense, 3.0, 30)
+    sense = Sensing(exchange, **off)
+    sense.look(1.0, 10)
+    sense.look(3.0, 30)
     assert exchange.take_new(STRAGGLERS) == []

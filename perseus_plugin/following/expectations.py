@@ -118,10 +118,18 @@ class Expectations:
         )
 
 
+MODEL_ERROR = 0.006
+"""Share of energy that adding up instructions and waiting misses, 95 %.
+
+On the published A100 runs of Perseus's artifact (SOSP'24) plans that were not learnt from were off by 0.11 to 0.37 % on
+average, by workload.
+"""
+
+
 def _saving(plan: Plan, replayed: Replayed | None) -> tuple[float, float, float]:
     """The share of energy that a plan saves, and between what it lies, NaN: not known.
 
-    How well the profile is known, and how much iterations differ, are errors of their own.
+    How well the profile is known, how much iterations differ, and how well energies add up are errors of their own.
     """
     middle, below, above = plan.saving, [], []
     if plan.confidence is not None:
@@ -133,6 +141,9 @@ def _saving(plan: Plan, replayed: Replayed | None) -> tuple[float, float, float]
         above.append(replayed.saving_interval[1] - middle)
     if not below:
         return middle, math.nan, math.nan
+    if middle != 0:
+        below.append(MODEL_ERROR * (1 - middle))
+        above.append(MODEL_ERROR * (1 - middle))
     return middle, middle - math.hypot(*below), middle + math.hypot(*above)
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from perseus_plugin.exchange import LocalExchange
-from perseus_plugin.following.expectations import Expectations
+from perseus_plugin.following.expectations import MODEL_ERROR, Expectations
 from perseus_plugin.iteration_times import IterationTimes
 from perseus_plugin.plan_request import PlanRequest
 from perseus_plugin.plan_shelf import PlanShelf
@@ -97,7 +98,8 @@ def test_what_is_predicted_is_the_replays_where_there_was_one_and_the_models_els
     assert replayed is not None
     assert replayed.energy_ratio == pytest.approx(0.92)
     assert replayed.time_ratio == pytest.approx(1.002)
-    assert replayed.saving == pytest.approx((0.07, 0.09))
+    error = math.hypot(0.01, MODEL_ERROR * 0.92)
+    assert replayed.saving == pytest.approx((0.08 - error, 0.08 + error))
 
 
 def test_errors_of_the_profile_and_of_the_replay_add_up(plans: dict[str, Plan]) -> None:
@@ -107,10 +109,22 @@ def test_errors_of_the_profile_and_of_the_replay_add_up(plans: dict[str, Plan]) 
     job.ran("2", "2 2")
     by_model = job.expectations.predicted(sure, {})
     assert by_model is not None
-    assert by_model.saving == pytest.approx((saving - 0.03, saving + 0.04))
+    model = MODEL_ERROR * (1 - saving)
+    assert by_model.saving == pytest.approx((saving - math.hypot(0.03, model), saving + math.hypot(0.04, model)))
     both = job.expectations.predicted(sure, {"2": replace(REPLAYED, saving_interval=(0.04, 0.11))})
     assert both is not None
-    assert both.saving == pytest.approx((0.08 - 0.05, 0.08 + 0.05))
+    model = MODEL_ERROR * 0.92
+    assert both.saving == pytest.approx((0.08 - math.hypot(0.05, model), 0.08 + math.hypot(0.05, model)))
+
+
+def test_full_clocks_save_nothing_for_certain(plans: dict[str, Plan]) -> None:
+    job = Job(plans).planned()
+    job.ran("2", "2 2")
+    nothing = job.expectations.predicted(
+        plans["2"], {"2": replace(REPLAYED, saving_mean=0.0, saving_interval=(0.0, 0.0))}
+    )
+    assert nothing is not None
+    assert nothing.saving == (0.0, 0.0)
 
 
 def test_several_schedules_are_predicted_as_often_as_they_ran(plans: dict[str, Plan]) -> None:
@@ -123,5 +137,7 @@ def test_several_schedules_are_predicted_as_often_as_they_ran(plans: dict[str, P
     weight = {"2": plans["2"].baseline_energy_j, "8": 3 * plans["8"].baseline_energy_j}
     expected = (0.08 * weight["2"] + 0.1 * weight["8"]) / sum(weight.values())
     assert both.energy_ratio == pytest.approx(1 - expected)
-    assert both.saving == pytest.approx((expected - 0.01, expected + 0.01))
+    errors = [math.hypot(0.01, MODEL_ERROR * (1 - saving)) for saving in (0.08, 0.1)]
+    error = sum(e * w for e, w in zip(errors, weight.values(), strict=True)) / sum(weight.values())
+    assert both.saving == pytest.approx((expected - error, expected + error))
     assert job.expectations.predicted(None, {}) is None

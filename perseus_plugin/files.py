@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from perseus_plugin.errors import PerseusError
+from perseus_plugin.errors import PerseusError, os_problem
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def try_to_write(what: str, write: Callable[[], None]) -> None:
         logger.warning(
             "cannot write %s: %s; training and the plan go on. See to space and permissions of perseus.output_dir",
             what,
-            error,
+            os_problem(error) if isinstance(error, OSError) else error,
         )
 
 

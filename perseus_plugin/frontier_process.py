@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from perseus_plugin.errors import PerseusError
+from perseus_plugin.errors import PerseusError, os_problem
 from perseus_plugin.planner_process import PlanRequest, end_with, limits_of, planner_for
 from perseus_plugin.planning.curve import FRONTIER_FILE
 
@@ -125,7 +125,7 @@ class BackgroundFrontier:
             self._path.unlink(missing_ok=True)
             self._process = FrontierProcess(request, self._path)
         except OSError as error:
-            logger.warning("%s: %s. Training and the plan go on without it.", FRONTIER_FILE, error)
+            logger.warning("%s: %s. Training and the plan go on without it.", FRONTIER_FILE, os_problem(error))
 
     def step(self) -> None:
         """Say once how it ended."""

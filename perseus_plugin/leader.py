@@ -11,6 +11,7 @@ from typing import Any
 
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.coordinator import Coordinator
+from perseus_plugin.errors import os_problem
 from perseus_plugin.exchange import Exchange, ExchangeError
 from perseus_plugin.following.comparison import Compared
 from perseus_plugin.frontier_process import BackgroundFrontier
@@ -114,7 +115,7 @@ class Leader:
             logger.warning(
                 "`perseus straggler` cannot reach this job: %s; all else goes on. Give the job a perseus.output_dir of "
                 "its own with a short path, or set perseus.stragglers.socket to false",
-                error,
+                os_problem(error),
             )
 
     def saw(self, directive: Directive, record: IterationRecord, size: float) -> None:

@@ -25,7 +25,7 @@ from perseus_plugin.control.controller import Controller
 from perseus_plugin.control.examination import why_not_planned
 from perseus_plugin.control.wire import DeviceFacts
 from perseus_plugin.emulation import EmulatedStage
-from perseus_plugin.errors import ConfigError, GpuError, PerseusError
+from perseus_plugin.errors import ConfigError, GpuError, PerseusError, os_problem
 from perseus_plugin.exchange import Exchange, open_exchange
 from perseus_plugin.gpus.selection import Selection, emulates, select_gpu, with_facts
 from perseus_plugin.instructions import Compute, Constant
@@ -474,7 +474,7 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"perseus.output_dir: got '{folder}'; allowed: a folder that can be written ({error})"
+            f"perseus.output_dir: got '{folder}'; allowed: a folder that can be written: {os_problem(error)}"
         ) from error
 
 

@@ -148,3 +148,12 @@ def test_every_page_has_a_place_in_the_site() -> None:
     Loader.add_multi_constructor("", lambda loader, suffix, node: None)
     nav = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"]
     assert sorted(re.findall(r"[\w-]+\.md", json.dumps(nav))) == sorted(page.name for page in ROOT.glob("docs/*.md"))
+
+
+def test_the_tests_that_hold_what_happens_in_the_field_are_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs" / "situations.md").read_text())
+    assert len(named) > 25
+    for file, name in named:
+        path = ROOT / file
+        assert path.is_file(), file
+        assert not name or f"def {name}(" in path.read_text(), f"{file}::{name}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from perseus_plugin.gpus.emulated.device import EmulatedGpu
+from perseus_plugin.reporting.records import load_record
+
 from .one_job import OneJob, Step
 
 # On a busy machine times are noisy: with room for that there is always something to save.
@@ -44,3 +47,20 @@ def test_the_same_work_runs_without_the_plugin(tmp_path: Path) -> None:
     # One after the other: forwards of 10 and 14 ms, backwards of 20 and 28 ms.
     assert 0.072 <= ran.times_s[1] < ran.times_s[0]
     assert ran.times_s[2] >= 0.05 + 0.072
+
+
+def test_on_gpus_that_never_reach_their_top_clock_plans_are_made_and_energies_known(tmp_path: Path) -> None:
+    """As a power limit holds them: at most 1,110 of 1,410 MHz, in a job with iterations of 0.2 s."""
+    folder, left = tmp_path / "job", iter(range(15))
+    for rank in range(2):
+        EmulatedGpu.create(folder / "emulated_gpus" / f"rank{rank}").set_cap(1110)
+
+    def planned_for_a_while() -> bool:
+        return (folder / "plan.json").exists() and next(left, None) is None
+
+    ran = OneJob(folder, [Step()] * 500, plugin=SHORT, until=planned_for_a_while).run()
+    assert "plan" in ran.states
+    assert ran.summary["plan"]["saving_percent"] > 2
+    assert ran.summary["overhead"]["switch_latency_p50_s"] is not None, "timed at clocks that they do reach"
+    first = [stretch for stretch in load_record(folder, 0).stretches if stretch.first < 5]
+    assert sum(stretch.read for stretch in first) >= 4, "a helper that times clock changes reads the counter meanwhile"

@@ -15,7 +15,7 @@ from perseus_plugin.cli.reset import reset
 from perseus_plugin.cli.simulate import simulate
 from perseus_plugin.cli.straggler import straggler
 from perseus_plugin.cli.timeline import timeline
-from perseus_plugin.errors import PerseusError
+from perseus_plugin.errors import PerseusError, os_problem
 
 app = typer.Typer(
     name="perseus",
@@ -41,7 +41,7 @@ def run() -> None:
     try:
         app()
     except (PerseusError, OSError) as error:
-        print(f"perseus: {error}", file=sys.stderr)
+        print(f"perseus: {os_problem(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         sys.exit(2)
 
 

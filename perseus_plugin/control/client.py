@@ -39,6 +39,7 @@ from perseus_plugin.control.wire import (
     split_replies,
     unpack_event,
 )
+from perseus_plugin.errors import os_problem
 
 STUCK_AFTER_S = 10.0
 """A helper that is silent for so long (it sends a heartbeat every second) counts as stuck."""
@@ -100,7 +101,7 @@ class ClockHelper:
         try:
             process = _spawn(spec, options, log_path)
         except OSError as error:
-            trouble = Trouble("helper_failed", f"cannot start the clock helper: {error}", time.monotonic())
+            trouble = Trouble("helper_failed", f"cannot start the clock helper: {os_problem(error)}", time.monotonic())
             return cls(spec, None, trouble)
         return cls(spec, process, None)
 

@@ -20,7 +20,7 @@ from perseus_plugin.control.loop import HelperLoop, Parent, free_clock
 from perseus_plugin.control.ownership import Ownership
 from perseus_plugin.control.takeover import restore_foreign, take_over
 from perseus_plugin.control.wire import BYE, EXIT_NO_GPU, EXIT_RESET_FAILED, READY, Trouble, pack_event, pack_reply
-from perseus_plugin.errors import GpuError
+from perseus_plugin.errors import GpuError, os_problem
 from perseus_plugin.gpus.base import Gpu
 
 RESET_LIMIT_S = 10.0
@@ -35,8 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.set_blocking(outlet, False)
     try:
         gpu, ownership, facts = take_over(options.spec, options.parent, examine=not options.reset_only)
-    except GpuError as error:
-        _say(outlet, Trouble("helper_failed", str(error), time.monotonic()))
+    except (GpuError, OSError) as error:
+        problem = os_problem(error) if isinstance(error, OSError) else str(error)
+        _say(outlet, Trouble("helper_failed", problem, time.monotonic()))
         return EXIT_NO_GPU
     if options.reset_only:
         return 0 if ownership is not None and restore_foreign(gpu, ownership) else EXIT_RESET_FAILED

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from perseus_plugin.config import BLOCK, PerseusConfig, load_config, parse_config
-from perseus_plugin.errors import ConfigError, ScheduleError
+from perseus_plugin.errors import ConfigError, PerseusError, ScheduleError, os_problem
 from perseus_plugin.instructions import Compute, Constant, StreamOp
 from perseus_plugin.integrations.deepspeed_schedule import OPTIMIZER_STEP, operation_name, operation_of, translate
 
@@ -129,6 +129,10 @@ def _attach(engine: Any, config: PerseusConfig) -> Session | None:
         session = start_session(config, _placement(engine), monitor, _facts(engine), about)
     except ConfigError:
         raise
+    except (OSError, PerseusError) as error:
+        problem = os_problem(error) if isinstance(error, OSError) else error
+        logger.warning("perseus is off: it could not start: %s; training goes on at full clocks", problem)
+        return None
     except Exception:
         logger.exception(
             "perseus is off: it could not start; training goes on at full clocks. This is a fault of perseus_plugin or "

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from perseus_plugin.errors import ConfigError
+from perseus_plugin.errors import ConfigError, PerseusError, os_problem
 from perseus_plugin.integrations.megatron_arguments import (
     add_arguments,
     is_first_of_machine,
@@ -197,6 +197,10 @@ class _Job:
             return start_session(self._config, where, self._metrics, facts(model, settings), about)
         except ConfigError:
             raise
+        except (OSError, PerseusError) as error:
+            problem = os_problem(error) if isinstance(error, OSError) else error
+            logger.warning("perseus is off: it could not start: %s; training goes on at full clocks", problem)
+            return None
         except Exception:
             logger.exception("perseus is off: it could not start; training goes on at full clocks")
             return None

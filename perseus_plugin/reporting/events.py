@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from perseus_plugin.errors import os_problem
+
 logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 16 * 2**20
@@ -46,7 +48,7 @@ class EventLog:
                 logger.warning(
                     "cannot write %s: %s; training goes on. See to space and permissions of perseus.output_dir",
                     self.path.name,
-                    error,
+                    os_problem(error),
                 )
                 return
             if self._left_bytes <= 0:

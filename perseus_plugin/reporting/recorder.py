@@ -21,6 +21,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from perseus_plugin.control import wire
+from perseus_plugin.errors import os_problem
 from perseus_plugin.files import write_atomically
 from perseus_plugin.instructions import StreamOp
 from perseus_plugin.link import Parts, StreamOf, part_for
@@ -295,9 +296,8 @@ class Recorder:
     def _end(self, what: str, error: Exception) -> None:
         if self._on:
             self._on = False
-            logger.warning(
-                "cannot write %s: %s; nothing more is recorded, training goes on", what, str(error) or repr(error)
-            )
+            problem = os_problem(error) if isinstance(error, OSError) else str(error) or repr(error)
+            logger.warning("cannot write %s: %s; nothing more is recorded, training goes on", what, problem)
 
 
 def _sort_of(directive: Directive, record: IterationRecord, parts: Parts) -> Sort:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from perseus_plugin.errors import os_problem
 from perseus_plugin.files import write_atomically
 from perseus_plugin.messages import RankStats
 from perseus_plugin.reporting.summary import build_summary
@@ -46,7 +47,7 @@ class Reporter:
         except OSError as error:
             logger.warning(
                 "cannot write summary.json: %s; training goes on. See to space and permissions of perseus.output_dir",
-                error,
+                os_problem(error),
             )
         return summary
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -60,6 +61,26 @@ def test_a_clock_left_locked_is_found_by_the_next_owner(tmp_path: Path) -> None:
     next_one.mark(locked=False)
     next_one.release()
     assert Ownership(path, os.getpid()).leftover is None
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "gpu.lock").touch()
+    monkeypatch.setattr("fcntl.flock", flock)
+    for look in (lambda: Ownership(tmp_path / "gpu.lock", os.getpid()), lambda: holder_of(tmp_path / "gpu.lock")):
+        with pytest.raises(GpuError) as error:
+            look()
+        text = str(error.value)
+        assert text.startswith(f"{tmp_path / 'gpu.lock'}: its file system cannot lock the GPU's lock file: ")
+        assert text.endswith(
+            "set PERSEUS_LOCK_DIR to a folder on a local disk that every user of the GPUs can write to"
+        )
+        assert "Errno" not in text
 
 
 def test_other_users_can_take_the_file_whatever_the_umask(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 import perseus_plugin
 from perseus_plugin import session as session_module
 from perseus_plugin.config import PerseusConfig
-from perseus_plugin.errors import ConfigError
+from perseus_plugin.errors import ConfigError, GpuError
 from perseus_plugin.exchange import LocalExchange
 from perseus_plugin.integrations.deepspeed import patch_engine_module
 from perseus_plugin.link import FinishedIteration, Link
@@ -260,14 +260,23 @@ def test_the_samples_of_an_iteration_are_no_part_of_what_a_job_is(started: Start
     assert started.facts[0] == started.facts[1], "a kept profile is of use with any number of microbatches"
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(24, "Too many open files", "/x"), "it could not start: /x: Too many open files (raise the limit"),
+        (GpuError("the GPU is lost"), "it could not start: the GPU is lost; training goes on at full clocks"),
+        (KeyError("x"), "it could not start; training goes on at full clocks. This is a fault of perseus_plugin or"),
+    ],
+)
 def test_a_session_that_cannot_start_leaves_training_as_it_was(
-    started: Started, caplog: pytest.LogCaptureFixture
+    started: Started, caplog: pytest.LogCaptureFixture, error: Exception, text: str
 ) -> None:
-    started.error = OSError("no more processes")
+    started.error = error
     engine = Engine({"enabled": True})
     assert perseus_plugin.enable(engine) is None
     assert stock(engine)
-    assert "perseus is off: it could not start; training goes on at full clocks" in caplog.text
+    assert text in caplog.text
+    assert ("Traceback" in caplog.text) == isinstance(error, KeyError)
     assert engine.train_batch("x") == "loss of x"
 
 

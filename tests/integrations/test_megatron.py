@@ -264,7 +264,7 @@ def test_a_session_that_cannot_start_leaves_training_as_it_was(
     ((where, facts),) = asked
     assert (where.device, where.stages) == ("cpu", 2)
     assert (facts["micro batch size"], facts["seq length"]) == ("2", "32"), "Megatron's arguments go first"
-    assert "perseus is off: it could not start; training goes on at full clocks" in caplog.text
+    assert "perseus is off: it could not start: no more processes; training goes on at full clocks" in caplog.text
     core.utils.get_model_config = lambda chunk: SimpleNamespace(hybrid_context_parallel=True)
     assert job.start([torch.nn.Linear(1, 1)], {}) is None
     assert len(asked) == 1, "what cannot be controlled is not tried"

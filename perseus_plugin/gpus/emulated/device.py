@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from perseus_plugin.errors import GpuError
+from perseus_plugin.errors import GpuError, os_problem
 from perseus_plugin.gpus.base import EnergyReading, GpuLostError, GpuPermissionError
 from perseus_plugin.gpus.emulated.dynamics import Dynamics, Tables
 from perseus_plugin.gpus.emulated.physics import A100, LOAD_CLASSES, GpuModel, load_class
@@ -113,7 +113,7 @@ class EmulatedGpu:
         try:
             _place(path, content)
         except OSError as error:
-            raise GpuError(f"{path}: cannot make the emulated GPU: {error}") from error
+            raise GpuError(f"{path}: cannot make the emulated GPU: {os_problem(error)}") from error
         return cls(path, now=now, sleep=sleep)
 
     # What every Gpu has.

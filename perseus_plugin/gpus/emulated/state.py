@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from perseus_plugin.errors import GpuError
+from perseus_plugin.errors import GpuError, os_problem
 from perseus_plugin.gpus.emulated.dynamics import MAX_PENDING, Dynamics, Tables
 from perseus_plugin.gpus.emulated.physics import LOAD_CLASSES
 
@@ -164,7 +164,7 @@ class StateFile:
         except OSError as error:
             if self._fd >= 0:
                 os.close(self._fd)
-            raise GpuError(f"{self.path}: cannot open the emulated GPU: {error}") from error
+            raise GpuError(f"{self.path}: cannot open the emulated GPU: {os_problem(error)}") from error
 
     def _reopen_after_fork(self) -> None:
         if self._fd < 0:

@@ -58,9 +58,9 @@ def test_on_gpus_that_never_reach_their_top_clock_plans_are_made_and_energies_kn
     def planned_for_a_while() -> bool:
         return (folder / "plan.json").exists() and next(left, None) is None
 
-    ran = OneJob(folder, [Step()] * 500, plugin=SHORT, until=planned_for_a_while).run()
+    ran = OneJob(folder, [Step()] * 500, plugin={**SHORT, "slowdown": 0.4}, until=planned_for_a_while).run()
     assert "plan" in ran.states
-    assert ran.summary["plan"]["saving_percent"] > 2
+    assert ran.summary["plan"]["saving_percent"] > 1
     assert ran.summary["overhead"]["switch_latency_p50_s"] is not None, "timed at clocks that they do reach"
     first = [stretch for stretch in load_record(folder, 0).stretches if stretch.first < 5]
     assert sum(stretch.read for stretch in first) >= 4, "a helper that times clock changes reads the counter meanwhile"

@@ -163,7 +163,7 @@ Paces = Mapping[int, float]
 
 
 def against_pipeline(own: Paces, stages: Sequence[Paces]) -> dict[int, float]:
-    """How many times as slow a rank is as the least slowed stage of its own pipeline, iteration by iteration.
+    """How many times as slow a rank is as the middle one of the other stages of its pipeline, by iteration.
 
     All stages work on the same microbatches, so what is longer for all is the work. Only iterations that all stages
     have told of count.
@@ -173,7 +173,7 @@ def against_pipeline(own: Paces, stages: Sequence[Paces]) -> dict[int, float]:
         stages: of the other stages of its replica.
     """
     return {
-        number: pace / min(pace, *(other[number] for other in stages))
+        number: pace / statistics.median_low(other[number] for other in stages)
         for number, pace in own.items()
         if stages and all(number in other for other in stages)
     }
@@ -183,7 +183,8 @@ def against_replicas(own: Paces, replicas: Sequence[Paces]) -> dict[int, float]:
     """The same against the middle one of the same stage in other replicas.
 
     Their batches are others, so single iterations differ where sequence lengths do; a pipeline that is slow as a whole
-    shows here only.
+    shows here only. Where `own` and the others' are each against their own pipeline, batches cancel out, and so does
+    work that grows in some stages more than in others.
     """
     return {
         number: pace / statistics.median(other[number] for other in replicas)

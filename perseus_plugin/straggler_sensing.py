@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from perseus_plugin.config import StragglersConfig
 from perseus_plugin.exchange import Exchange
@@ -20,9 +20,9 @@ from perseus_plugin.tap import IterationRecord
 from perseus_plugin.timetable import Directive, Follow
 
 _TOLD = 48  # iterations that a rank tells of
-_TELL_EVERY_S = 1.0
-_RANKS_PER_LOOK = 256.0  # a look at others' paces once a second for so many ranks of the job, more rarely for more
-_OTHER_REPLICAS = 4
+_EVERY_S = 1.0
+_RANKS_TO_TELL, _RANKS_TO_LOOK = 256.0, 64.0  # once a second in jobs of so many ranks, more rarely in larger ones
+_OTHER_REPLICAS = 2
 _NO_CHANGE = 1.001
 
 
@@ -88,11 +88,12 @@ class StragglerSensing:
         place = self._placement
         newest = next(reversed(self._own))
         if newest > self._told_up_to and now_s >= self._tell_due_s:
-            self._tell_due_s, self._told_up_to = now_s + _TELL_EVERY_S, newest
+            self._tell_due_s = now_s + _EVERY_S * max(1.0, place.world_size / _RANKS_TO_TELL)
+            self._told_up_to = newest
             told = PaceOf(pace={number: round(pace, 5) for number, pace in self._own.items()})
             self._exchange.publish(pace_key(place.replica, place.stage), told.model_dump())
         if now_s >= self._look_due_s and self._seems_slow:
-            self._look_due_s = now_s + _TELL_EVERY_S * max(1.0, place.world_size / _RANKS_PER_LOOK)
+            self._look_due_s = now_s + _EVERY_S * max(1.0, place.world_size / _RANKS_TO_LOOK)
             self._judge()
 
     @property
@@ -102,10 +103,18 @@ class StragglerSensing:
 
     def _judge(self) -> None:
         place = self._placement
-        stages = self._paces((place.replica, stage) for stage in range(place.stages) if stage != place.stage)
-        replicas = self._paces((replica, place.stage) for replica in self._other_replicas)
-        self._follow(self._among_stages, against_pipeline(self._own, stages))
-        self._follow(self._among_replicas, against_replicas(self._own, replicas))
+        stages = self._paces(place.replica)
+        others = [self._paces(replica) for replica in self._other_replicas]
+        others = [paces for paces in others if place.stage in paces]
+        relative = against_pipeline(self._own, _without(stages, place.stage))
+        if others:  # with one pipeline nothing tells work that grows in one stage from a GPU that is slow
+            shapes = [against_pipeline(paces[place.stage], _without(paces, place.stage)) for paces in others]
+            # Both: a rank whose counterpart's neighbour is slow stands out in the second comparison only.
+            relative = {
+                number: min(relative[number], against) for number, against in against_replicas(relative, shapes).items()
+            }
+        self._follow(self._among_stages, relative)
+        self._follow(self._among_replicas, against_replicas(self._own, [paces[place.stage] for paces in others]))
         level = max(self._among_stages.level, self._among_replicas.level)
         if not 1 / _NO_CHANGE < level / self._level < _NO_CHANGE:
             self._level = level
@@ -116,9 +125,16 @@ class StragglerSensing:
             self._judged[detector] = number
             detector.add(relative[number])
 
-    def _paces(self, places: Iterable[tuple[int, int]]) -> list[dict[int, float]]:
-        found = [self._exchange.fetch(pace_key(replica, stage)) for replica, stage in places]
-        return [receive(PaceOf, value).pace for value in found if value is not None]
+    def _paces(self, replica: int) -> dict[int, dict[int, float]]:
+        """What the stages of a replica have told, by stage; without this rank, and without those that never have."""
+        place = self._placement
+        found: dict[int, dict[int, float]] = {}
+        for stage in range(place.stages):
+            if (replica, stage) != (place.replica, place.stage):
+                value = self._exchange.fetch(pace_key(replica, stage))
+                if value is not None:
+                    found[stage] = receive(PaceOf, value).pace
+        return found
 
     def send(self, reports: Sequence[Report]) -> None:
         """To rank 0.
@@ -128,3 +144,7 @@ class StragglerSensing:
         """
         for report in reports:
             self._exchange.append(STRAGGLERS, report.model_dump())
+
+
+def _without(paces: dict[int, dict[int, float]], stage: int) -> list[dict[int, float]]:
+    return [pace for other, pace in paces.items() if other != stage]

@@ -40,10 +40,16 @@ class Job:
         self.number = 0
         self.told: list[tuple[int, int, float]] = []
 
-    def run(self, iterations: int, size: Size = lambda k, replica: 1.0, slow: dict[int, float] | None = None) -> None:
+    def run(
+        self,
+        iterations: int,
+        size: Size = lambda k, replica: 1.0,
+        slow: dict[int, float] | None = None,
+        noise_share: float = 0.002,
+    ) -> None:
         for _ in range(iterations):
             for rank, place in zip(self.ranks, self.places, strict=True):
-                noise = self.random.gauss(1.0, 0.002)
+                noise = self.random.gauss(1.0, noise_share)
                 factor = (slow or {}).get(place.rank, 1.0)
                 rank.add(self.number, size(self.number, place.replica) * factor * noise)
             for rank in self.ranks:
@@ -118,6 +124,30 @@ def test_a_slow_rank_is_found_whatever_the_steps_are(
     assert job.slow == {}
 
 
+@pytest.mark.parametrize(("stages", "replicas"), [(2, 4), (4, 4), (4, 2)])
+@pytest.mark.parametrize("sizes", [lambda seed: lambda k, replica: 1.0, mixed, log_normal])
+def test_work_that_grows_in_some_stages_only_is_no_straggler_where_replicas_tell(
+    sizes: Callable[[int], Size], stages: int, replicas: int
+) -> None:
+    """As attention does in stages that have it, when sequences grow."""
+    job = Job(stages, replicas)
+    job.run(60, sizes(0))
+    grown = {place.rank: 1.2 for place in job.places if place.stage > 0}
+    job.run(150, sizes(0), slow=grown)
+    assert job.told == []
+    job.run(60, sizes(0), slow={**grown, 1: 1.2 * 1.3})
+    assert job.slow == {1: pytest.approx(1.3, rel=0.03)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("noise_share", [0.01, 0.02, 0.03])
+@pytest.mark.parametrize(("stages", "replicas"), [(16, 1), (8, 2)])
+def test_noise_in_deep_pipelines_is_no_straggler(stages: int, replicas: int, noise_share: float, seed: int) -> None:
+    job = Job(stages, replicas, seed)
+    job.run(300, noise_share=noise_share)
+    assert job.told == []
+
+
 def test_a_replica_that_is_slow_as_a_whole_is_found_where_batches_are_alike() -> None:
     job = Job(2, 4)
     job.run(60)
@@ -133,12 +163,13 @@ def test_ranks_that_are_as_in_the_profile_ask_nobody() -> None:
     job.run(100)
     assert asked == []
     job.run(20, slow={3: 1.5})
-    assert 0 < len(asked) < 100
+    assert 0 < len(asked) < 150
 
 
 def test_only_iterations_that_all_have_told_of_are_compared() -> None:
     own = {1: 1.2, 2: 1.2, 3: 2.4}
-    assert against_pipeline(own, [{1: 1.0, 2: 1.3, 3: 2.0}, {2: 1.25, 3: 3.0}]) == {2: 1.0, 3: pytest.approx(1.2)}
+    others = [{1: 1.0, 2: 1.2, 3: 2.0}, {2: 1.25, 3: 3.0}]
+    assert against_pipeline(own, others) == {2: pytest.approx(1.0), 3: pytest.approx(1.2)}
     assert against_pipeline(own, []) == {}
     assert against_replicas(own, [{1: 1.0, 2: 1.2}, {1: 2.0, 2: 1.2}, {1: 1.5, 2: 0.6}]) == {
         1: pytest.approx(0.8),

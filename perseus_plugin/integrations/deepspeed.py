@@ -8,6 +8,7 @@ nothing of ours is there.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import logging
@@ -275,10 +276,11 @@ def _bracket_iterations(engine: Any, session: Session, monitor: _Monitor | None)
         return train_batch
 
     def exec_schedule(beneath: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-        def exec_schedule(schedule: Any) -> Any:
+        def exec_schedule(*args: Any, **kwargs: Any) -> Any:
             def run() -> Any:
-                return beneath()(schedule)
+                return beneath()(*args, **kwargs)
 
+            schedule = next(iter((*args, *kwargs.values())), None)
             if in_schedule or session.closed:
                 return run()
             if in_batch:
@@ -467,6 +469,21 @@ class InstructionChain(UserDict[type, Callable[..., Any]]):
         """The map beneath, without our hooks."""
         return dict(self.data)
 
+    __copy__ = copy  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[type, Callable[..., Any]]:
+        return copy.deepcopy(self.copy(), memo)
+
+    def __or__(self, other: Any) -> Any:
+        return self.copy() | (other.copy() if isinstance(other, InstructionChain) else other)
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self.copy()
+
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self
+
     @property
     def is_there(self) -> bool:
         """Whether the engine's map is this one."""
@@ -475,7 +492,7 @@ class InstructionChain(UserDict[type, Callable[..., Any]]):
     def take_out(self) -> None:
         """Have the engine's map be there again, unless somebody has put another one in our place."""
         if self.is_there:
-            del vars(self._engine)[_MAP]
+            vars(self._engine).pop(_MAP, None)  # the worker's thread may take it out just now
             if self._had:
                 vars(self._engine)[_MAP] = self._instance_map
 

@@ -89,7 +89,10 @@ class Argument:
     """
 
     def __init__(self, function: Function, name: str, usual: int | None = None) -> None:
-        parameters = inspect.signature(function).parameters.values()
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):  # compiled functions need not tell theirs: then the place is Megatron's own
+            parameters = [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
         positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         passes_on = not positional and any(p.kind is p.VAR_POSITIONAL for p in parameters)
         self._name = name
@@ -113,31 +116,36 @@ class _Place:
     def __init__(self, module: ModuleType, name: str, wrap: Callable[[Function], Function]) -> None:
         self._module, self._name, self._wrap = module, name, wrap
         self._made: list[tuple[Function, Function]] = []
+        # All that still live: another tool may keep an old one and put it back at any time.
+        self._beneath: weakref.WeakKeyDictionary[Function, Function] = weakref.WeakKeyDictionary()
 
     def put(self) -> None:
         """Put a wrapper around what stands there, unless it is one of ours; nothing where nothing stands."""
         there = getattr(self._module, self._name, None)
-        if there is None or any(there is wrapper for _, wrapper in self._made):
+        if there is None or self._is_ours(there):
             return
         # What was wrapped before is known again: it is the same in every iteration, and its signature was looked at.
         wrapper = next((wrapper for beneath, wrapper in self._made if beneath is there), None)
         if wrapper is None:
             wrapper = functools.wraps(there)(self._wrap(there))
             self._made = [*self._made[-_WRAPPERS_KEPT:], (there, wrapper)]
+            self._beneath[wrapper] = there
         setattr(self._module, self._name, wrapper)
 
     @property
     def displaced(self) -> bool:
         """Whether somebody has put something else in the place of our wrapper."""
         there = getattr(self._module, self._name, None)
-        return bool(self._made) and not any(there is wrapper for _, wrapper in self._made)
+        return bool(self._made) and not self._is_ours(there)
 
     def take_out(self) -> None:
         """Put back what our wrapper has replaced, if the wrapper still stands there."""
         there = getattr(self._module, self._name, None)
-        for beneath, wrapper in self._made:
-            if there is wrapper:
-                setattr(self._module, self._name, beneath)
+        if there is not None and self._is_ours(there):
+            setattr(self._module, self._name, self._beneath[there])
+
+    def _is_ours(self, function: Any) -> bool:
+        return any(function is wrapper for wrapper in list(self._beneath))
 
 
 class Hooks:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import logging
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -559,6 +561,35 @@ def test_functions_that_read_the_map_during_a_batch_see_what_is_beneath(engine: 
     vars(engine)["_do"] = do
     engine.train_batch()
     assert seen == {"copy": STOCK_MAP, "length": len(STOCK_MAP), "keys": set(STOCK_MAP)}
+
+
+@pytest.mark.parametrize(
+    "join", [lambda m, new: m | new, lambda m, new: new | m, operator.ior, lambda m, new: copy.copy(m)]
+)
+def test_a_map_is_joined_and_copied_during_a_batch_as_any_other(
+    engine: Engine, own_map: None, join: Callable[[Any, Any], Any]
+) -> None:
+    stock_do, new = engine._do, {SendActivation: lambda self, buffer_id: None}
+
+    def do(what: str) -> None:
+        stock_do(what)
+        vars(engine)["_INSTRUCTION_MAP"] = join(engine._INSTRUCTION_MAP, new)
+
+    vars(engine)["_do"] = do
+    for _ in range(2):
+        engine.train_batch()
+    assert engine.ran == 2 * TRAINED
+
+
+def test_a_forks_schedule_may_be_passed_by_name_and_with_more(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = Engine._exec_schedule
+
+    def of_fork(self: Engine, pipe_schedule: Schedule, profile: bool = False) -> None:
+        stock(self, pipe_schedule)
+
+    monkeypatch.setattr(Engine, "_exec_schedule", of_fork)
+    engine._exec_schedule(pipe_schedule=Schedule(2, 1, 0), profile=True)  # type: ignore[call-arg]
+    assert engine.ran == TRAINED
 
 
 @pytest.mark.parametrize("hooked", [False, True])

@@ -481,6 +481,25 @@ def test_what_another_tool_put_around_ours_is_kept(megatron: Megatron, job: Job)
     assert len(calls) == 4
 
 
+def test_a_tool_that_comes_and_goes_leaves_no_layers_of_ours(megatron: Megatron) -> None:
+    megatron.train()
+    ours = megatron.training.train_step
+    for _ in range(3):
+        for _ in range(6):
+            megatron.training.train_step = lambda *args: ours(*args)  # type: ignore[attr-defined]
+            megatron.train()
+            megatron.training.train_step = ours  # type: ignore[attr-defined]
+        megatron.train()
+        assert megatron.training.train_step is ours
+    assert megatron.ran == 22 * TRAINED
+
+
+def test_a_compiled_function_that_tells_no_signature_is_wrapped() -> None:
+    microbatch = Argument(dict.update, "model", 2)  # what is built in may have none
+    assert microbatch((1, 2, 3), {}) == 3
+    assert microbatch((1,), {"model": 4}) == 4
+
+
 def test_a_setting_that_does_not_fit_the_job_stops_it(megatron: Megatron, job: Job) -> None:
     job.error = ConfigError("perseus.emulation.forward_time_s: got 1 numbers")
     with pytest.raises(ConfigError, match="got 1 numbers"):

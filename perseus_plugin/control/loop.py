@@ -224,7 +224,7 @@ class HelperLoop:
             return
         applied_s = time.monotonic()
         self._requests.set(mhz, applied_s)
-        self._expected_mhz = mhz
+        self._expected_mhz, self._above = mhz, 0
         self._read_back_s = applied_s + self._settle_s if mhz and self._settle_s > 0 else float("inf")
         self._event(Applied(request.seq, mhz, request.requested_s, request.apply_at_s, called_s, applied_s))
 
@@ -319,6 +319,8 @@ class HelperLoop:
         event = timing.outcome()
         if self._measure_dwell and event.p95_s > 0:  # NaN when no change ever showed
             self._requests.min_dwell_s = DWELL_LATENCIES * event.p95_s
+        if self._settle_s > 0 and event.p95_s > 0:  # what is still under way is no deviation
+            self._settle_s = max(self._settle_s, DWELL_LATENCIES * event.p95_s)
         self._requests.set(None, time.monotonic())
         self._event(event)
 
@@ -334,11 +336,10 @@ class HelperLoop:
             return
         now_s = time.monotonic()
         self._read_back_s = now_s + READ_AGAIN_S
-        if abs(read_mhz - expected) > DEVIATION_MHZ and now_s >= self._next_deviation_s:
-            self._next_deviation_s = now_s + DEVIATION_REPORT_S
-            self._event(Deviation(now_s, expected, read_mhz))
         if read_mhz <= expected + DEVIATION_MHZ:
             self._above = 0
+            if read_mhz < expected - DEVIATION_MHZ:
+                self._say_deviation(now_s, expected, read_mhz)
             return
         # Nothing but another lock, or none, makes a GPU faster than it was asked to be. A second look, as a change that
         # somebody makes just now may still be under way.
@@ -347,7 +348,13 @@ class HelperLoop:
         if self._above >= LOOKS_ABOVE:
             self._above = 0
             self._read_back_s = now_s + READ_AGAIN_S
+            self._say_deviation(now_s, expected, read_mhz)
             self._changed_from_outside(expected, read_mhz)
+
+    def _say_deviation(self, now_s: float, expected_mhz: int, read_mhz: int) -> None:
+        if now_s >= self._next_deviation_s:
+            self._next_deviation_s = now_s + DEVIATION_REPORT_S
+            self._event(Deviation(now_s, expected_mhz, read_mhz))
 
     def _changed_from_outside(self, expected_mhz: int, read_mhz: int) -> None:
         if not self._gives_way:

@@ -189,17 +189,22 @@ def _has_lock_elsewhere(process: Path, lock: Path) -> bool:
                     return (theirs.st_dev, theirs.st_ino) != (ours.st_dev, ours.st_ino)
         return False  # it has none yet, or has given it up
     with suppress(OSError):
-        return time.time() - process.stat().st_mtime > _SETTLED_S
+        return _age_s(process) > _SETTLED_S
     return False
+
+
+def _age_s(process: Path) -> float:
+    """Time since a process was started. The times of its folder tell when somebody first looked at it."""
+    started_ticks = int((process / "stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _record_of(process: Path, arguments: list[str]) -> dict[str, Any]:
     parent = arguments[arguments.index("--parent") + 1] if "--parent" in arguments[:-1] else "unknown"
     record: dict[str, Any] = {"helper_pid": int(process.name), "pid": parent, "host": socket.gethostname()}
     with suppress(OSError):
-        status = process.stat()
-        record["user_id"] = status.st_uid
-        record["since"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.st_mtime))
+        record["user_id"] = process.stat().st_uid
+        record["since"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - _age_s(process)))
     record["command"] = _command_line(int(parent)) if parent.isdigit() else ""
     return record
 

@@ -130,8 +130,10 @@ class NvmlGpu:
 
     def _supported_clocks(self) -> tuple[int, ...]:
         with self._calling("list the SM clocks"):
-            memory = max(self._nvml.nvmlDeviceGetSupportedMemoryClocks(self._handle))
-            clocks = self._nvml.nvmlDeviceGetSupportedGraphicsClocks(self._handle, memory)
+            memory = self._nvml.nvmlDeviceGetSupportedMemoryClocks(self._handle)
+            clocks = self._nvml.nvmlDeviceGetSupportedGraphicsClocks(self._handle, max(memory)) if memory else []
+        if not clocks:  # some GPUs answer with an empty list instead of an error
+            raise GpuError(f"{self.name} {self.uuid}: the driver lists no SM clocks that can be locked")
         return tuple(sorted({int(clock) for clock in clocks}, reverse=True))
 
     @contextmanager

@@ -136,6 +136,19 @@ def test_a_power_limit_is_no_change_from_outside(gpu: EmulatedGpu, spec: str) ->
     helper.close()
 
 
+def test_a_change_that_takes_long_is_no_change_from_outside(gpu: EmulatedGpu, spec: str) -> None:
+    slow = EmulatedGpu.create(gpu.state.path.parent / "slow", switch_latency_s=0.1, switch_jitter_s=0.0)
+    helper = ClockHelper.start(f"emulated:{slow.state.path}", gives_way=True)
+    assert helper.wait_ready(20) is not None
+    helper.measure_latency(1)
+    assert wait_for_event(helper, SwitchLatency).p95_s >= 0.1
+    for mhz in (1200, 1005, 810):
+        helper.request(mhz)
+        time.sleep(0.25)
+    assert [event for event in other_events(helper) if isinstance(event, Deviation | Trouble)] == []
+    helper.close()
+
+
 ENDLESS = 100_000
 """Rounds that would take days."""
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from perseus_plugin.control.ownership import (
     LOCK_DIR_VARIABLE,
     GpuBusyError,
     Ownership,
+    helper_elsewhere,
     holder_of,
     lock_path,
     read_record,
@@ -117,3 +119,18 @@ def test_lock_files_lie_where_all_jobs_of_the_machine_look(monkeypatch: pytest.M
     assert lock_path("emulated:/x/gpu0", "E-1") == Path("/x/gpu0.lock")
     monkeypatch.setenv(LOCK_DIR_VARIABLE, "/var/lock/ours")
     assert lock_path("nvml:GPU-1", "GPU-1") == Path("/var/lock/ours/GPU-1.lock")
+
+
+@pytest.mark.parametrize(("age_s", "found"), [(60, True), (1, False)])
+def test_a_helper_whose_files_are_hidden_is_told_by_its_own_age(tmp_path: Path, age_s: int, found: bool) -> None:
+    """Not by that of its folder, which is made when somebody looks."""
+    process, lock = tmp_path / "proc" / "4711", tmp_path / "GPU-1.lock"
+    process.mkdir(parents=True)
+    lock.touch()
+    (process / "cmdline").write_text("python\0-m\0perseus_plugin.control.helper\0nvml:GPU-1\0--parent\0" + "12\0")
+    ticks = int((time.clock_gettime(time.CLOCK_BOOTTIME) - age_s) * os.sysconf("SC_CLK_TCK"))
+    (process / "stat").write_text(f"4711 (python (x)) S {' '.join(18 * '0')} {ticks} 0")
+    holder = helper_elsewhere("GPU-1", lock, tmp_path / "proc")
+    assert (holder is not None) == found
+    if holder is not None:
+        assert holder["since"] <= time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - age_s + 5))

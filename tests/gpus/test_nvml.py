@@ -117,3 +117,12 @@ def test_an_unknown_gpu_and_a_missing_driver_say_so(
     monkeypatch.setenv("PERSEUS_SIMULATED_GPUS", "")
     with pytest.raises(GpuError, match="no NVIDIA driver here"):
         NvmlGpu(UUID)
+
+
+@pytest.mark.parametrize("name", ["nvmlDeviceGetSupportedMemoryClocks", "nvmlDeviceGetSupportedGraphicsClocks"])
+def test_a_gpu_that_lists_no_clocks_is_refused(
+    simulated: list[EmulatedGpu], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(f"pynvml.{name}", lambda *_: [])
+    with pytest.raises(GpuError, match="the driver lists no SM clocks that can be locked"):
+        NvmlGpu(UUID)

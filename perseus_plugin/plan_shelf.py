@@ -38,6 +38,7 @@ class PlanShelf:
         self._kept: dict[int, _Kept] = {}
         self._of_schedule: dict[str, int] = {}
         self._sets: dict[frozenset[int], int] = {}
+        self._replaced: set[int] = set()
         self._number = self._version = 0
 
     def put(
@@ -48,8 +49,10 @@ class PlanShelf:
         catch_up: Sequence[StageCatchUp] = (),
         dwell_s: float = 0.0,
     ) -> int:
-        """The plan of a schedule from now on; returns its number. See `keep`."""
+        """The plan of a schedule from now on, in the place of the one it had; returns its number. See `keep`."""
         number = self.keep(schedule, plan, profile, catch_up=catch_up, dwell_s=dwell_s)
+        if schedule in self._of_schedule:
+            self._replaced.add(self._of_schedule[schedule])
         self._of_schedule[schedule] = number
         return number
 
@@ -99,6 +102,7 @@ class PlanShelf:
         """The profile has changed: all schedules need a new plan, and no stand-in holds any more."""
         self._of_schedule.clear()
         self._kept.clear()
+        self._replaced.clear()
 
     def discard(self, number: int) -> None:
         """This plan will not be asked for any more."""
@@ -135,6 +139,10 @@ class PlanShelf:
             ExchangeError: the store fails.
         """
         own = set(self._of_schedule.values())
+        followed = {one for members, version in self._sets.items() if version in in_force for one in members}
+        for number in self._replaced - followed:
+            self.discard(number)
+        self._replaced &= followed
         for members, version in list(self._sets.items()):
             # One plan may be another's stand-in (for a pace); all others must be the job's as they are now.
             stale = len(members - own) > 1 or len(members) != len(own) or not members <= self._kept.keys()

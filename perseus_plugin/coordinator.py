@@ -21,7 +21,7 @@ from perseus_plugin.following.comparison import Comparison
 from perseus_plugin.following.expectations import Expectations, Predicted
 from perseus_plugin.following.planner_desk import Asked, Planner, PlannerDesk
 from perseus_plugin.following.recent import RecentIterations
-from perseus_plugin.following.reviews import Reviews, clocks_of, in_force, tell_replayed
+from perseus_plugin.following.reviews import Reviews, catches_up_otherwise, clocks_of, in_force, tell_replayed
 from perseus_plugin.following.schedules import MAX_PLANNED, JobSchedules
 from perseus_plugin.frontier_process import BackgroundFrontier
 from perseus_plugin.instructions import StreamOp
@@ -355,7 +355,7 @@ class Coordinator:
             if answer.catch_up:
                 self._put(asked, before, answer)
                 self._order()
-        elif clocks_of(answer.plan) != clocks_of(before):
+        elif clocks_of(answer.plan) != clocks_of(before) or catches_up_otherwise(asked.request.in_force, answer):
             if answer.held is not None:
                 kept = "there is a better one" if answer.held.kept else "it would not have kept to its time"
                 logger.info("plan for %s: over the last iterations %s", schedule, kept)

@@ -61,6 +61,11 @@ def clocks_of(plan: Plan) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(plan.clocks_mhz(stage)) for stage in range(len(plan.stages)))
 
 
+def catches_up_otherwise(before: InForce | None, answer: PlanAnswer) -> bool:
+    """Whether late ranks do something else by an answer than under the plan it was asked about."""
+    return before is not None and answer.catch_up != before.catch_up
+
+
 def in_force(plan: Plan, answer: PlanAnswer, margin: float) -> InForce | None:
     """What newer iterations are held against; None where nothing is slowed, as a replay found nothing that holds.
 

@@ -150,7 +150,7 @@ class Measuring:
         spread = max((row.spread_between for row in rows if row.spread_between >= 0), default=0.0)
         raise UnusableProfileError(
             f"no clock's time is known to within {100 * most:.1f} % (perseus.profiling.max_time_error), but to "
-            f"{100 * min(row.time_se_s / row.time_s for row in rows):.1f} % at best, as durations vary by "
+            f"{100 * _best_known(survey):.1f} % at best, as durations vary by "
             f"{100 * spread:.0f} % from step to step: more perseus.profiling.steps_per_clock or rounds would help",
             lasting=False,  # another time, a machine less busy may do
         )
@@ -185,3 +185,14 @@ class Measuring:
 def _below_top(survey: Survey) -> set[tuple[int, int]]:
     """Stages and their clocks below the highest."""
     return {(stage, row.frequency_mhz) for (stage, _), rows in survey.profile.table.items() for row in rows[1:]}
+
+
+def _best_known(survey: Survey) -> float:
+    """The least error of a clock's time; that of a clock is the largest of all of a stage's kinds, as a share."""
+    errors: dict[tuple[int, int], float] = {}
+    for (stage, _), rows in survey.profile.table.items():
+        for row in rows[1:]:
+            where, error = (stage, row.frequency_mhz), row.time_se_s / row.time_s
+            if error >= 0:  # where it is known
+                errors[where] = max(error, errors.get(where, 0.0))
+    return min(errors.values())

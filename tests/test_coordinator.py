@@ -443,6 +443,20 @@ def test_where_no_clock_is_known_the_job_stays_at_full_clocks_and_says_why(
     assert "no clock's time is known to within 2.0 % (perseus.profiling.max_time_error), but to 3.0 %" in heard.text
 
 
+def test_how_well_a_clock_is_known_is_said_of_all_kinds_that_need_it(job: Job, heard: pytest.LogCaptureFixture) -> None:
+    for number in range(2):
+        for rank in range(2):
+            told = uncertain(rank, dict.fromkeys(CLOCKS_MHZ, 0.03))
+            for row in told.estimate["instructions"]:
+                if row[0] == "forward":
+                    row[3] = 0.001 * row[2]
+            job.exchange.publish(estimate_key(number, rank), told.model_dump())
+    job.step()
+    job.iteration += 100
+    job.step()
+    assert "is known to within 2.0 % (perseus.profiling.max_time_error), but to 3.0 % at best" in heard.text
+
+
 def test_after_so_many_rounds_what_is_not_known_stays_at_full_clock(job: Job) -> None:
     for round_number in range(2):
         for rank in range(2):
@@ -1097,6 +1111,23 @@ def test_a_plan_that_does_not_hold_over_newer_iterations_is_tightened(
     assert after.energy_j > before.energy_j
     assert job.told().version == 2
     assert job.coordinator.dropped == 0
+
+
+def test_the_same_clocks_with_another_way_to_catch_up_come_into_force(job: Job) -> None:
+    job.publish_durations(0.0)
+    job.following()
+    before = job.coordinator.plan
+    assert before is not None
+    assert parts_of(job.exchange, 1, 0)["A"].catch_up is None
+    job.publish_durations(0.0, first=1000)
+    job.run(Follow(1), FULL_S, 101, undisturbed=False)
+    # That plan does not hold any more, but does if late ranks catch up.
+    asked = dataclasses.replace(job.planner.requests[-1], samples=None, in_force=None)
+    late = answer_to(asked)
+    assert late.catch_up
+    job.planner.answer = dataclasses.replace(late, plan=before)
+    job.step()
+    assert parts_of(job.exchange, job.told().version, 0)["A"].catch_up is not None
 
 
 def looked_at(job: Job, first: int) -> None:

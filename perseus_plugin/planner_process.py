@@ -305,7 +305,9 @@ class PlannerProcess:
 
     def poll(self) -> PlanAnswer | None:
         """The answer to the last request, once; None while there is none."""
-        answer, self._answer = self._answer, None
+        answer = self._answer
+        if answer is not None:  # one that comes just now is for the next call
+            self._answer = None
         return answer
 
     def close(self) -> None:

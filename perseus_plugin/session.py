@@ -303,7 +303,10 @@ class Session:
             self._release()
         with self._closing:
             callback, self._link.close = self._link.close, lambda: None
-        callback()
+        try:
+            callback()
+        except Exception as error:  # a script that destroys its engine goes on, and the helper is still to be ended
+            logger.warning("the summary may be incomplete: %r. Training is not affected", error)
         self.folder = None
         if self._helper is not None:
             self._helper.close(timeout_s=2.0)

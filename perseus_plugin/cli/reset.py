@@ -52,6 +52,7 @@ def reset_one(target: Target, *, force: bool) -> bool:
     who = f"{facts.name} {facts.uuid}"
     try:
         if ownership is not None:
+            ownership.found(0)  # whoever resets wants no lock at all, nor one made again later
             ownership.release()
             typer.echo(f"{who}: free" + (f" (it was {facts.leftover})" if facts.leftover else ""))
             return True

@@ -69,7 +69,7 @@ class Ownership:
         self.leftover = before if before.get("clock") == "locked" else None
         self.locked = self.leftover is not None
         found_mhz = before.get("found_mhz")
-        self.found_mhz = found_mhz if self.locked and isinstance(found_mhz, int) else 0
+        self.found_mhz = found_mhz if isinstance(found_mhz, int) else 0  # also of one that died at full clocks
         self._write()
 
     def found(self, frequency_mhz: int) -> None:

@@ -91,12 +91,14 @@ def test_somebody_elses_lock_is_said_and_made_again_at_the_end(gpu: EmulatedGpu,
     assert gpu.locked_mhz() == 1005
 
 
-def test_somebody_elses_lock_is_made_again_after_a_kill_too(gpu: EmulatedGpu, spec: str) -> None:
+@pytest.mark.parametrize("at_full_clocks", [False, True])
+def test_somebody_elses_lock_is_made_again_after_a_kill_too(gpu: EmulatedGpu, spec: str, at_full_clocks: bool) -> None:
     gpu.lock_clock(1005)
     helper = ClockHelper.start(spec)
     assert helper.wait_ready(20) is not None
-    helper.request(900)
-    wait_for_event(helper, Applied)
+    if not at_full_clocks:
+        helper.request(900)
+        wait_for_event(helper, Applied)
     os.kill(helper.pid or 0, signal.SIGKILL)
     wait_until(lambda: gpu.locked_mhz() == 1005 and holder_of(lock_path(spec, gpu.uuid)) is None)
 

@@ -831,6 +831,22 @@ def test_destroying_an_engine_ends_its_session_first(started: Started, monkeypat
     assert stock(engine)
 
 
+def test_an_engine_is_destroyed_whatever_fails_at_the_end_of_its_session(
+    started: Started, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Engine, "destroy", lambda self: "destroyed", raising=False)
+    engine = Engine({"enabled": True})
+    session = perseus_plugin.enable(engine)
+    assert session is not None
+
+    def failing() -> None:
+        raise RuntimeError("the store is gone")
+
+    session._link.close = failing
+    assert engine.destroy() == "destroyed"  # type: ignore[attr-defined]
+    assert "the summary may be incomplete: RuntimeError('the store is gone')" in caplog.text
+
+
 def test_figures_go_to_the_monitor_at_the_sample_count(started: Started) -> None:
     written: list[Any] = []
     for enabled in (True, False):

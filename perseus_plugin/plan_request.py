@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from perseus_plugin.instructions import StreamOp, stream_from_rows, stream_to_rows
@@ -105,6 +106,26 @@ class PlanRequest:
             "transfer_s": self.transfer_s,
             "blocking_power_se_w": self.blocking_power_se_w,
         }
+
+    def pieces(self) -> Iterator[str]:
+        """`to_dict` as JSON, piece by piece: no other thread of the interpreter runs while one is being encoded."""
+        data = replace(self, samples=None).to_dict()
+        del data["samples"]
+        yield json.dumps(data)[:-1] + ', "samples": '
+        if self.samples is None:
+            yield "null}"
+            return
+        between = "{"
+        for field in fields(self.samples):
+            yield f'{between}"{field.name}": ['
+            for number, iteration in enumerate(getattr(self.samples, field.name)):
+                yield ", [" if number else "["
+                for replica, stages in enumerate(iteration):
+                    yield (", " if replica else "") + json.dumps(stages)
+                yield "]"
+            yield "]"
+            between = ", "
+        yield "}}"
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PlanRequest:

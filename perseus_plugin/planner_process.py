@@ -326,7 +326,9 @@ class PlannerProcess:
         try:
             assert self._process.stdin is not None  # both are pipes, see Popen
             assert self._process.stdout is not None
-            self._process.stdin.write(json.dumps(request.to_dict()) + "\n")
+            for piece in request.pieces():
+                self._process.stdin.write(piece)
+            self._process.stdin.write("\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
             if not line:

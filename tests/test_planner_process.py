@@ -19,6 +19,7 @@ from perseus_plugin.instructions import Compute, Constant
 from perseus_plugin.pipeline import build_graph
 from perseus_plugin.planner_process import PlanAnswer, PlannerProcess, PlanRequest, plan_for
 from perseus_plugin.planning.plan import Plan, plan_from_json
+from perseus_plugin.planning.replayed import Samples
 from perseus_plugin.schedules import one_f_one_b
 
 from .factories import BLOCKING_W, CLOCKS_MHZ, profile
@@ -57,6 +58,23 @@ def test_a_request_passes_through_json(**changes: Any) -> None:
         [(s, k, m.frequency_mhz, m.time_s, m.energy_j) for s, k, m in p.rows()] for p in (back.profile, made.profile)
     ]
     assert rows[0] == rows[1]
+
+
+def measured(iterations: int, replicas: int) -> Samples:
+    stages = tuple(tuple(0.1 * (stage + 1) / (position + 3) for position in range(8)) for stage in range(2))
+    every = tuple((stages,) * replicas for _ in range(iterations))
+    return Samples(every, every, every[:1])
+
+
+@pytest.mark.parametrize("samples", [None, Samples(()), measured(1, 1), measured(5, 3)])
+def test_a_request_in_pieces_is_the_same_request(samples: Samples | None) -> None:
+    made = request(samples=samples)
+    assert json.loads("".join(made.pieces())) == json.loads(json.dumps(made.to_dict()))
+
+
+def test_pieces_of_a_request_do_not_grow_with_what_was_measured() -> None:
+    longest = [max(map(len, request(samples=samples).pieces())) for samples in (measured(1, 1), measured(40, 20))]
+    assert longest[0] == longest[1]
 
 
 # Planning, and what the margin means.

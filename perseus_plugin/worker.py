@@ -339,7 +339,8 @@ class SessionWorker:
     def _take_deviation(self, deviation: wire.Deviation) -> None:
         self._collector.add_deviation(deviation.time_s)
         if deviation.read_mhz > deviation.requested_mhz:
-            if not self._changed_outside:
+            # Where we give way nothing is asked for again, and the helper says so as the reason why the session ends.
+            if not self._changed_outside and self._config.gpu.foreign_clock != "give_way":
                 self._changed_outside = True
                 logger.warning(
                     "the GPU runs at %d MHz where %d MHz were asked for: somebody else sets its clock, or the driver "

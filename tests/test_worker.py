@@ -376,6 +376,17 @@ def test_a_clock_changed_from_outside_is_told_from_a_power_limit(ranks: Ranks, h
     assert "Look for a power or thermal limit" in lines[1]
 
 
+def test_nothing_is_said_to_be_asked_again_where_we_give_way(ranks: Ranks, heard: pytest.LogCaptureFixture) -> None:
+    rank = ranks()
+    rank.worker._config = parse_config({"gpu": {"foreign_clock": "give_way"}})
+    rank.helper.events += [
+        wire.Deviation(0.0, 900, 1410),
+        wire.Trouble("gave_way", "the SM clock was changed from outside", 0.0),
+    ]
+    assert wait_until(lambda: bool(rank.session.failures))
+    assert "asked again" not in heard.text
+
+
 def test_iterations_whose_clock_never_reached_the_driver_count_for_no_clock(ranks: Ranks) -> None:
     rank = ranks()
     rank.obeys = False

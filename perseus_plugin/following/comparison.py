@@ -14,6 +14,7 @@ from perseus_plugin.following.windows import ENERGY_TAKES, by_iteration
 from perseus_plugin.messages import RankWindow, RankWindows, Seen, receive, windows_key
 
 _MAX_BLOCKS = 400  # of the newest references that are kept
+_LATELY = 40  # of the newest: a plan that did well for long must not hide for long that it does not any more
 _LOOK_EVERY_S = 1.0
 _PATIENCE_S = 60.0  # at least, until a rank that has not told of a block is done without
 _SURE = 0.999
@@ -62,13 +63,15 @@ class Comparison:
         self._rows: dict[int, list[Row]] = {}
         self._look_due_s = 0.0
         self.compared = Compared()
+        self._lately: Effect | None = None
+        self._too_slow: Effect | None = None
 
     def begin(self, since: int) -> None:
         """Plans that were made on new measurements are followed from this iteration on."""
         if since != self._since:
             self._since = since
             self._heard, self._first_heard_s, self._rows = {}, {}, {}
-            self.compared = Compared()
+            self.compared, self._lately, self._too_slow = Compared(), None, None
 
     def collect(self, at_once: bool = False) -> bool:
         """Take what ranks have told since; returns whether that has changed the figures.
@@ -96,6 +99,8 @@ class Comparison:
         if changed:
             rows = [row for of_block in self._rows.values() for row in of_block]
             self.compared = Compared(effect_on_time(rows), effect_on_energy(rows))
+            newest = sorted(self._rows)[-_LATELY:]
+            self._lately = effect_on_time([row for block in newest for row in self._rows[block]])
         return changed
 
     def _hear(self, rank: int, now_s: float) -> None:
@@ -139,7 +144,7 @@ class Comparison:
     @property
     def said(self) -> str:
         """How much longer iterations take, for people."""
-        effect = self.compared.time
+        effect = self._too_slow or self.compared.time
         assert effect is not None  # it was found to be too slow
         low, high = effect.interval
         return (
@@ -153,12 +158,16 @@ class Comparison:
         Args:
             allowed: share by which they may be longer than at full clocks.
         """
-        effect, limit = self.compared.time, (1 + allowed) * (1 + self._config.tolerance_or_default) - 1
-        if effect is None or effect.iterations < self._config.patience:
-            return None
-        if min(effect.at_least(_SURE), effect.interval[0]) <= limit:
-            return None
-        return (1 + effect.share) / (1 + allowed) - 1
+        limit = (1 + allowed) * (1 + self._config.tolerance_or_default) - 1
+        beyond = [
+            effect
+            for effect in (self.compared.time, self._lately)
+            if effect is not None
+            and effect.iterations >= self._config.patience
+            and min(effect.at_least(_SURE), effect.interval[0]) > limit
+        ]
+        self._too_slow = max(beyond, key=lambda effect: effect.share, default=None)
+        return None if self._too_slow is None else (1 + self._too_slow.share) / (1 + allowed) - 1
 
 
 def _patience_s(window: RankWindow) -> float:

@@ -336,7 +336,8 @@ class _InstanceMethods:
         made_from: Mapping[str, Callable[[Callable[[], Callable[..., Any]]], Callable[..., Any]]],
     ) -> None:
         self._of_engine, self._made_from = of_engine, made_from
-        self._put: list[tuple[str, Callable[..., Any], list[Any]]] = []
+        # Those that still live, with what each is around: another tool may keep an old one and put it back at any time.
+        self._put: weakref.WeakKeyDictionary[Callable[..., Any], list[Any]] = weakref.WeakKeyDictionary()
         for name in made_from:
             self.put(name)
 
@@ -345,7 +346,7 @@ class _InstanceMethods:
         attributes, of_engine = vars(self._of_engine()), self._of_engine
         there = [attributes[name]] if name in attributes else []
         replaced: Any = there[0] if there else getattr(type(self._of_engine()), name, None)
-        if replaced is None or any(replaced is function for _, function, _ in self._put):
+        if replaced is None or self._is_ours(replaced):
             return
 
         def beneath() -> Callable[..., Any]:
@@ -355,16 +356,20 @@ class _InstanceMethods:
 
         function = functools.wraps(replaced)(self._made_from[name](beneath))
         vars(function).pop("__wrapped__", None)  # a bound method would keep the engine
-        self._put.append((name, function, there))
+        self._put[function] = there
         attributes[name] = function
 
     def take_out(self) -> None:
         """Have the engine's methods be as without us, where nobody has put something around ours since."""
         alive = self._of_engine()
-        for name, function, there in reversed(self._put if alive is not None else []):
-            if vars(alive).get(name) is function:
+        for name in self._made_from if alive is not None else ():
+            while self._is_ours(function := vars(alive).get(name)):
+                there = self._put[function]
                 del vars(alive)[name]
                 vars(alive).update({name: there[0]} if there else {})
+
+    def _is_ours(self, function: Any) -> bool:
+        return any(function is ours for ours in list(self._put))
 
 
 def _detach(engine: Any) -> None:

@@ -647,6 +647,23 @@ def test_a_class_method_replaced_in_mid_training_is_what_runs(engine: Engine, mo
 # Schedules of forks.
 
 
+def test_a_tool_that_comes_and_goes_leaves_nothing_of_ours_behind(engine: Engine) -> None:
+    ours, gone = engine._exec_schedule, []
+    for _ in range(5):
+
+        def around(schedule: Any) -> None:
+            ours(schedule)
+
+        gone.append(weakref.ref(around))
+        vars(engine)["_exec_schedule"] = around
+        engine.train_batch()
+        vars(engine)["_exec_schedule"] = ours
+        del around
+    assert engine.ran == 5 * TRAINED
+    gc.collect()
+    assert [tool() for tool in gone] == 5 * [None]
+
+
 class Ahead(Schedule):
     """Wants one argument more."""
 

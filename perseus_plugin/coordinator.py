@@ -312,6 +312,8 @@ class Coordinator:
         if asked.instead_of is not None:
             self._plans.take_out(asked.instead_of)
             del self._requests[asked.instead_of]
+            self._recent.leave_out(asked.instead_of)
+            self.replayed.pop(asked.instead_of, None)
         number = self._put(asked, plan, answer)
         self._requests[schedule] = replace(asked.request, samples=None, in_force=None, transfer_s=answer.transfer_s)
         logger.info(

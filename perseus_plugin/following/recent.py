@@ -51,6 +51,10 @@ class RecentIterations:
             tuple(one.starts_s[0] for one in chosen),
         )
 
+    def leave_out(self, schedule: str) -> None:
+        """This schedule has no plan any more; what is still told of it is enough for another one."""
+        self._kept.pop(schedule, None)
+
     def forget(self) -> None:
         """The profile has changed: what was brought to full clocks by the old one does not hold."""
         self._kept.clear()

@@ -261,9 +261,14 @@ class RankWindows(_Message):
 
 
 class PaceOf(_Message):
-    """By iteration, how many times as long as in the profile the instructions of a stage of a replica took."""
+    """By iteration, how many times as long as in the profile the instructions of a stage of a replica took.
+
+    `rough` are iterations in which the clock changed with nearly every instruction: instructions then take a few per
+    cent less, or more, than their clock says, always in the same way under one plan.
+    """
 
     pace: dict[int, float]
+    rough: tuple[int, ...] = ()
 
 
 class Trouble(_Message):

@@ -109,9 +109,10 @@ class Session:
         self._exchange = exchange
         self._monitor = monitor
         link.writes_events = monitor is not None
-        self._boundaries = boundaries_for(placement.device, self.fail)
-        self.tap = InstructionTap(self._boundaries, self._controller, self.fail)
-        self.tap.execution = emulated
+        with self._closing:  # a boundary's thread that fails at once waits until all is there
+            self._boundaries = boundaries_for(placement.device, self.fail)
+            self.tap = InstructionTap(self._boundaries, self._controller, self.fail)
+            self.tap.execution = emulated
         self._iteration = 0
         self._record: IterationRecord | None = None
         self._held: tuple[object] | None = None
@@ -308,6 +309,7 @@ class Session:
         except Exception as error:  # a script that destroys its engine goes on, and the helper is still to be ended
             logger.warning("the summary may be incomplete: %r. Training is not affected", error)
         self.folder = None
+        atexit.unregister(self.close)  # else every session of a long process would be kept
         if self._helper is not None:
             self._helper.close(timeout_s=2.0)
         try:

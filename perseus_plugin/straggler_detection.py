@@ -24,7 +24,7 @@ _MIN_NOISE, _NOISE_UNKNOWN = 0.002, 0.03
 _NOISE_SAMPLES, _ENOUGH_SAMPLES = 256, 16
 _MIN_STEADY = 4
 _LARGEST_SHARE_OF_MEDIAN = 1.5  # a single instruction that took longer than this was interrupted
-_SMALLEST_BASELINE = 0.8
+_SMALLEST_BASELINE, _LARGEST_BASELINE = 0.8, 1.1
 
 
 def iteration_slowdown(record: IterationRecord, part: PlanPart) -> tuple[float, bool] | None:
@@ -57,21 +57,6 @@ def iteration_slowdown(record: IterationRecord, part: PlanPart) -> tuple[float, 
     limit = _LARGEST_SHARE_OF_MEDIAN * statistics.median(seen_s / planned_s for seen_s, planned_s in chosen)
     seen = math.fsum(min(seen_s, limit * planned_s) for seen_s, planned_s in chosen)
     return part.slowdown * seen / math.fsum(planned_s for _, planned_s in chosen), is_steady
-
-
-def as_it_ran(record: IterationRecord, part: PlanPart) -> tuple[list[int], list[float]]:
-    """The clocks that an iteration's instructions were asked to run at, and how long each takes at its clock.
-
-    Those of the plan, but for instructions that ran faster to catch up.
-    """
-    clocks_mhz, times_s = list(part.clocks_mhz), list(part.times_s)
-    if part.catch_up is not None:
-        for position, mhz in record.raised:
-            options = part.catch_up.options[part.catch_up.kinds[position]]
-            at_clock = {clock: time_s for clock, time_s, _ in options}
-            if mhz in at_clock:
-                clocks_mhz[position], times_s[position] = mhz, at_clock[mhz]
-    return clocks_mhz, times_s
 
 
 def _held(clocks_mhz: Sequence[int]) -> list[bool]:
@@ -194,10 +179,11 @@ def against_replicas(own: Paces, replicas: Sequence[Paces]) -> dict[int, float]:
 
 
 class OwnPast:
-    """Corrects slowdowns for what clock changes make of them, plan by plan.
+    """Corrects paces, held against others', for what clock changes make of them, plan by plan.
 
-    Where the clock changes with nearly every instruction, instructions take a little less than their clock says,
-    always in the same way. The first iterations under a plan show by how much.
+    Where the clock changes with nearly every instruction, instructions take a few per cent less than their clock says,
+    on this rank or on those that it is held against, always in the same way. The first such iterations under a plan
+    show by how much.
 
     Args:
         window: how many of them.
@@ -208,14 +194,15 @@ class OwnPast:
         self._seen: dict[int, list[float]] = {}
         self._baseline: dict[int, float] = {}
 
-    def correct(self, slowdown: float, version: int) -> float | None:
-        """The slowdown against this plan's own past; None while there is too little of it."""
+    def correct(self, pace: float, version: int) -> float | None:
+        """The pace against this plan's own past; None while there is too little of it."""
         if version not in self._baseline:
             seen = self._seen.setdefault(version, [])
-            seen.append(slowdown)
+            seen.append(pace)
             if len(seen) == self._window:
-                # Above 1 it is no effect of clock changes: the rank was slow from the start.
-                self._baseline[version] = min(1.0, max(_SMALLEST_BASELINE, statistics.median(seen)))
+                median = statistics.median(seen)
+                # Further above 1 it is no effect of clock changes: the rank was slow from the start.
+                self._baseline[version] = 1.0 if median > _LARGEST_BASELINE else max(_SMALLEST_BASELINE, median)
                 del self._seen[version]
-            return slowdown if slowdown > 1 else None
-        return slowdown / self._baseline[version]
+            return pace if pace > _LARGEST_BASELINE else None
+        return pace / self._baseline[version]

@@ -45,8 +45,10 @@ class StragglerSensing:
         self._among_stages = StragglerDetector(config.threshold, config.window, config.min_duration)
         self._among_replicas = StragglerDetector(config.threshold, config.window, config.min_duration)
         self._judged = {self._among_stages: -1, self._among_replicas: -1}
-        self._past = OwnPast(config.window)
+        self._past = {self._among_stages: OwnPast(config.window), self._among_replicas: OwnPast(config.window)}
         self._own: dict[int, float] = {}
+        self._rough: dict[int, int] = {}
+        self._version = 0
         self._told_up_to = -1
         self._tell_due_s = self._look_due_s = 0.0
         self._level = 1.0
@@ -64,18 +66,26 @@ class StragglerSensing:
         if part is None or found is None:
             return
         slowdown, is_steady = found
-        if record.raised and not is_steady:
-            return  # an instruction that caught up has run at two clocks
         # A part made for a slow stage has nothing to do with the rank's own past.
-        known = slowdown if is_steady or part.slowdown != 1 else self._past.correct(slowdown, part.version)
-        if known is not None:
-            self.add(record.number, known)
+        self.add(record.number, slowdown, None if is_steady or part.slowdown != 1 else part.version)
 
-    def add(self, iteration: int, slowdown: float) -> None:
-        """This rank took so many times as long for its work as in the profile."""
+    def add(self, iteration: int, slowdown: float, rough_under: int | None = None) -> None:
+        """This rank took so many times as long for its work as in the profile.
+
+        Args:
+            iteration: number.
+            slowdown: how many times.
+            rough_under: version of the plan under which the clock changed with nearly every instruction; None: it did
+                not.
+        """
         self._own[iteration] = slowdown
+        if rough_under is not None:
+            self._rough[iteration] = rough_under
+        self._version = rough_under or self._version
         if len(self._own) > _TOLD:
-            del self._own[next(iter(self._own))]
+            oldest = next(iter(self._own))
+            del self._own[oldest]
+            self._rough.pop(oldest, None)
 
     def look(self, now_s: float) -> None:
         """Tell others, and judge where there is reason to.
@@ -90,7 +100,8 @@ class StragglerSensing:
         if newest > self._told_up_to and now_s >= self._tell_due_s:
             self._tell_due_s = now_s + _EVERY_S * max(1.0, place.world_size / _RANKS_TO_TELL)
             self._told_up_to = newest
-            told = PaceOf(pace={number: round(pace, 5) for number, pace in self._own.items()})
+            paces = {number: round(pace, 5) for number, pace in self._own.items()}
+            told = PaceOf(pace=paces, rough=tuple(self._rough))
             self._exchange.publish(pace_key(place.replica, place.stage), told.model_dump())
         if now_s >= self._look_due_s and self._seems_slow:
             self._look_due_s = now_s + _EVERY_S * max(1.0, place.world_size / _RANKS_TO_LOOK)
@@ -106,34 +117,42 @@ class StragglerSensing:
         stages = self._paces(place.replica)
         others = [self._paces(replica) for replica in self._other_replicas]
         others = [paces for paces in others if place.stage in paces]
+        rough = {number for paces in (stages, *others) for told in paces.values() for number in told.rough}
+        rough.update(self._rough)
         relative = against_pipeline(self._own, _without(stages, place.stage))
         if others:  # with one pipeline nothing tells work that grows in one stage from a GPU that is slow
-            shapes = [against_pipeline(paces[place.stage], _without(paces, place.stage)) for paces in others]
+            shapes = [against_pipeline(paces[place.stage].pace, _without(paces, place.stage)) for paces in others]
             # Both: a rank whose counterpart's neighbour is slow stands out in the second comparison only.
             relative = {
                 number: min(relative[number], against) for number, against in against_replicas(relative, shapes).items()
             }
-        self._follow(self._among_stages, relative)
-        self._follow(self._among_replicas, against_replicas(self._own, [paces[place.stage] for paces in others]))
+        self._follow(self._among_stages, relative, rough)
+        same_stage = against_replicas(self._own, [paces[place.stage].pace for paces in others])
+        self._follow(self._among_replicas, same_stage, rough)
         level = max(self._among_stages.level, self._among_replicas.level)
         if not 1 / _NO_CHANGE < level / self._level < _NO_CHANGE:
             self._level = level
             self.send([Report(rank=place.rank, slowdown=level, source=DETECTION)])
 
-    def _follow(self, detector: StragglerDetector, relative: dict[int, float]) -> None:
+    def _follow(self, detector: StragglerDetector, relative: dict[int, float], rough: set[int]) -> None:
         for number in sorted(number for number in relative if number > self._judged[detector]):
             self._judged[detector] = number
-            detector.add(relative[number])
+            pace: float | None = relative[number]
+            if number in rough:
+                version = self._rough.get(number, self._version)
+                pace = self._past[detector].correct(relative[number], version)
+            if pace is not None:
+                detector.add(pace)
 
-    def _paces(self, replica: int) -> dict[int, dict[int, float]]:
+    def _paces(self, replica: int) -> dict[int, PaceOf]:
         """What the stages of a replica have told, by stage; without this rank, and without those that never have."""
         place = self._placement
-        found: dict[int, dict[int, float]] = {}
+        found: dict[int, PaceOf] = {}
         for stage in range(place.stages):
             if (replica, stage) != (place.replica, place.stage):
                 value = self._exchange.fetch(pace_key(replica, stage))
                 if value is not None:
-                    found[stage] = receive(PaceOf, value).pace
+                    found[stage] = receive(PaceOf, value)
         return found
 
     def send(self, reports: Sequence[Report]) -> None:
@@ -146,5 +165,5 @@ class StragglerSensing:
             self._exchange.append(STRAGGLERS, report.model_dump())
 
 
-def _without(paces: dict[int, dict[int, float]], stage: int) -> list[dict[int, float]]:
-    return [pace for other, pace in paces.items() if other != stage]
+def _without(paces: dict[int, PaceOf], stage: int) -> list[dict[int, float]]:
+    return [told.pace for other, told in paces.items() if other != stage]

@@ -20,6 +20,7 @@ from perseus_plugin.config import PerseusConfig
 from perseus_plugin.control import wire
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.clock_log import ClockLog
+from perseus_plugin.control.examination import why_not_obeyed
 from perseus_plugin.control.lateness import extra_energy_j
 from perseus_plugin.errors import GpuError, PerseusError
 from perseus_plugin.exchange import Exchange, ExchangeError
@@ -359,13 +360,11 @@ class SessionWorker:
         self._deviations += 1
 
     def _take_latency(self, latency: wire.SwitchLatency) -> None:
-        if not latency.p95_s > 0:  # NaN when no change ever showed
-            if latency.timeouts:
-                logger.warning(
-                    "none of %d clock changes was seen to take effect: clocks are asked for as if they changed at "
-                    "once. `perseus doctor` tests the GPU; perseus.limits.switch_latency_s says how long changes take",
-                    latency.timeouts,
-                )
+        why_not = why_not_obeyed(latency)
+        if why_not:
+            assert self._session is not None  # set before the thread starts
+            self._session.fail(GpuError(why_not))
+        if not latency.p95_s > 0:  # NaN when no change showed
             return
         self._link.rise_lead_s = latency.p95_s
         self._stats = self._stats.model_copy(update={"switch_latency_s": (latency.p50_s, latency.p95_s)})

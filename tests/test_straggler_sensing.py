@@ -46,12 +46,18 @@ class Job:
         size: Size = lambda k, replica: 1.0,
         slow: dict[int, float] | None = None,
         noise_share: float = 0.002,
+        rough: dict[int, float] | None = None,
     ) -> None:
         for _ in range(iterations):
             for rank, place in zip(self.ranks, self.places, strict=True):
                 noise = self.random.gauss(1.0, noise_share)
                 factor = (slow or {}).get(place.rank, 1.0)
-                rank.add(self.number, size(self.number, place.replica) * factor * noise)
+                pace = size(self.number, place.replica) * factor * noise
+                effect = (rough or {}).get(place.rank)
+                if effect is None:
+                    rank.add(self.number, pace)
+                else:
+                    rank.add(self.number, pace * effect, rough_under=1)
             for rank in self.ranks:
                 rank.look(0.2 * self.number)
             self.number += 1
@@ -122,6 +128,17 @@ def test_a_slow_rank_is_found_whatever_the_steps_are(
     assert first - 60 < 25
     job.run(60, sizes(seed))
     assert job.slow == {}
+
+
+@pytest.mark.parametrize("rough", [{0: 0.94}, {1: 0.94}, {0: 1.05, 1: 0.97}])
+@pytest.mark.parametrize("sizes", [lambda seed: lambda k, replica: 1.0, mixed, log_normal, lambda seed: curriculum])
+def test_what_clock_changes_make_of_times_is_no_slowness(sizes: Callable[[int], Size], rough: dict[int, float]) -> None:
+    """Instructions at whose begin or end the clock changes take some per cent less than their clock says."""
+    job = Job(2, 1)
+    job.run(200, sizes(0), rough=rough)
+    assert job.told == []
+    job.run(60, sizes(0), slow={1: 1.3}, rough=rough)
+    assert job.slow == {1: pytest.approx(1.3, rel=0.03)}
 
 
 @pytest.mark.parametrize(("stages", "replicas"), [(2, 4), (4, 4), (4, 2)])

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from perseus_plugin.cli.targets import DEFAULT_ZEUSD_SOCKET, Target, exit_status, gpu_targets
-from perseus_plugin.control.examination import counter_problem, why_not_planned
+from perseus_plugin.control.examination import counter_problem, why_not_obeyed, why_not_planned
 from perseus_plugin.control.latency import measure_switch_latency
 from perseus_plugin.control.ownership import Ownership, describe, helper_elsewhere, holder_of, lock_path, read_record
 from perseus_plugin.control.resetting import reset_until_confirmed
@@ -145,19 +145,16 @@ def _examine_control(spec: str, found: Findings) -> None:
             found.facts["foreign lock"] = f"{ownership.found_mhz} MHz; it is made again"
         if len(facts.clocks_mhz) < 2:
             return
-        found.facts["switch latency"], found.controlled = _time_changes(device, ownership)
-        if not found.controlled:
-            found.remedy = (
-                "the driver takes locks but the clock does not follow: look for power or thermal limits "
-                "(`nvidia-smi -q -d PERFORMANCE`)"
-            )
+        found.facts["switch latency"], found.remedy = _time_changes(device, ownership)
+        found.controlled = not found.remedy
     finally:
         restore_foreign(device, ownership)
         ownership.release()
         device.close()
 
 
-def _time_changes(device: Gpu, ownership: Ownership) -> tuple[str, bool]:
+def _time_changes(device: Gpu, ownership: Ownership) -> tuple[str, str]:
+    """How long clock changes take, and why the GPU is not one to plan for, empty if it is."""
     ownership.mark(locked=True)
     top = device.supported_clocks_mhz()[0]
     try:
@@ -165,10 +162,11 @@ def _time_changes(device: Gpu, ownership: Ownership) -> tuple[str, bool]:
     finally:
         if reset_until_confirmed(device, top, limit_s=5.0).confirmed:
             ownership.mark(locked=False)
-    if latency.timeouts == latency.samples:
-        return "the clock never reached its target", False
+    why_not = why_not_obeyed(latency)
+    if why_not:
+        return "the clock never reached its target", why_not
     text = f"{1e3 * latency.p50_s:.1f} ms (95 %: {1e3 * latency.p95_s:.1f} ms, {latency.samples} changes"
-    return text + (f", {latency.timeouts} not seen)" if latency.timeouts else ")"), not latency.timeouts
+    return text + (f", {latency.timeouts} not seen)" if latency.timeouts else ")"), ""
 
 
 def counter_period(

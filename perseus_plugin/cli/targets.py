@@ -62,24 +62,23 @@ def gpu_targets(uuids: Sequence[str], emulated: Sequence[Path], zeusd_socket: st
 
     Raises:
         GpuError: NVML is not there.
-        ConfigError: a file that is no emulated GPU, or a beginning of a UUID that means no GPU or several.
+        ConfigError: a file that is no emulated GPU.
     """
     for path in emulated:
         if not path.is_file():
             raise ConfigError(f"--emulated: got {str(path)!r}; allowed: the state file of an emulated GPU")
-    chosen: list[Listed] = []
     if uuids:
         listed = list_gpus()
-        chosen = [_named(wanted, listed) for wanted in uuids]
-    elif not emulated:
-        chosen = _visible(list_gpus())
-    targets = [
-        Target(gpu.uuid, f"auto:{zeusd_socket}:{gpu.uuid}")
-        if gpu.uuid
-        else Target(f"GPU {gpu.index}", problem=gpu.problem)
-        for gpu in chosen
-    ]
+        targets = [_named(wanted, listed, zeusd_socket) for wanted in uuids]
+    else:
+        targets = [] if emulated else [_target(gpu, zeusd_socket) for gpu in _visible(list_gpus())]
     return [*targets, *(Target(str(path), f"emulated:{path.absolute()}") for path in emulated)]
+
+
+def _target(gpu: Listed, zeusd_socket: str) -> Target:
+    if not gpu.uuid:
+        return Target(f"GPU {gpu.index}", problem=gpu.problem)
+    return Target(gpu.uuid, f"auto:{zeusd_socket}:{gpu.uuid}")
 
 
 def list_gpus() -> list[Listed]:
@@ -107,13 +106,15 @@ def list_gpus() -> list[Listed]:
         nvml.nvmlShutdown()
 
 
-def _named(wanted: str, listed: Sequence[Listed]) -> Listed:
+def _named(wanted: str, listed: Sequence[Listed], zeusd_socket: str) -> Target:
     found = matches(wanted, [gpu.uuid for gpu in listed])
     if len(found) == 1:
-        return listed[found[0]]
+        return _target(listed[found[0]], zeusd_socket)
     known = ", ".join(gpu.uuid for gpu in (listed if not found else [listed[i] for i in found]) if gpu.uuid)
     meaning = f"the beginning of {len(found)} UUIDs" if found else "no GPU here"
-    raise ConfigError(f"--gpu: got {wanted!r}, which is {meaning}; allowed: one of {known or 'none'}")
+    silent = [gpu.problem for gpu in listed if not gpu.uuid]
+    told = f"; {len(silent)} more do not tell theirs ({silent[0]})" if silent and not found else ""
+    return Target(wanted, problem=f"--gpu: got {wanted!r}, which is {meaning}; allowed: one of {known or 'none'}{told}")
 
 
 def _visible(listed: Sequence[Listed]) -> list[Listed]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from perseus_plugin.control.wire import SwitchLatency
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import Gpu
 
@@ -31,6 +32,16 @@ def counter_problem(
     except GpuError as error:
         return f"the energy counter cannot be read ({error})"
     return ""
+
+
+def why_not_obeyed(latency: SwitchLatency) -> str:
+    """Why a GPU whose clock changes were timed is not one to plan for, with what would help; empty if it is. Pure."""
+    if latency.timeouts < latency.samples or not latency.samples:
+        return ""
+    return (
+        f"the driver takes locks but the clock does not follow (none of {latency.samples} changes was seen); look for "
+        "power or thermal limits and other programs that set clocks (`nvidia-smi -q -d PERFORMANCE`)"
+    )
 
 
 def why_not_planned(clocks_mhz: Sequence[int], counter: str, *, has_profile: bool = False) -> str:

@@ -41,7 +41,8 @@ class LatencyMeasurement:
         self._clocks_mhz = clocks_mhz
         self._rounds = rounds
         self._seen_s: list[float] = []
-        self._timeouts = self._tries = 0
+        self._timeouts = self._tries = self._turns = 0
+        self._left = True  # whether the last change got to its target, so that the next one has something to leave
         self._high_mhz = clocks_mhz[0]
         self._low_mhz = 0  # not chosen yet: the high clock is still to be found
         self._target_mhz = 0  # of the change that is under way, 0 while resting
@@ -91,18 +92,19 @@ class LatencyMeasurement:
         if not self._low_mhz:
             self._target_mhz = self._high_mhz
         else:
-            changes = len(self._seen_s) + self._timeouts
-            self._target_mhz = self._high_mhz if changes % 2 else self._low_mhz
+            self._target_mhz = self._high_mhz if self._turns % 2 else self._low_mhz
         self._asked_s = self.next_s = now_s
         return self._target_mhz
 
     def _count(self, now_s: float, reached: bool) -> None:
-        if reached:
-            self._seen_s.append(now_s - self._asked_s)
-        else:
+        if not reached:
             self._timeouts += 1
+        elif self._left:  # else it stood there all the while: nothing was seen to change
+            self._seen_s.append(now_s - self._asked_s)
+        self._left = reached
+        self._turns += 1
         hopeless = not self._seen_s and self._timeouts >= _MOST_TIMEOUTS
-        self.done = hopeless or len(self._seen_s) + self._timeouts >= 2 * self._rounds
+        self.done = hopeless or self._turns >= 2 * self._rounds
 
     def _choose(self, reached: bool) -> None:
         """The high clock was tried: keep it, or try one that the readings make likely."""

@@ -19,6 +19,9 @@ from perseus_plugin.gpus.opening import candidate_specs, open_gpu
 TAKEOVER_WAIT_S = 1.5
 """How long to wait for the helper of a run that is just ending."""
 
+_HIGHEST_IDLE = 0.4
+"""Share of the highest clock that an idle GPU stays below."""
+
 
 def take_over(
     spec: str, owner_pid: int, *, wait_s: float = TAKEOVER_WAIT_S, examine: bool = True
@@ -96,8 +99,10 @@ def take_over(
 def _leaves(gpu: Gpu, before_mhz: int) -> bool:
     """Whether the clock, now free, leaves what it read before, upwards: then it was held there.
 
-    An idle GPU that wakes up just now looks the same, so this is a suspicion and no knowledge.
+    A suspicion and no knowledge; none at all from a clock as idle GPUs have it, which wake up as their job starts.
     """
+    if before_mhz < _HIGHEST_IDLE * gpu.supported_clocks_mhz()[0]:
+        return False
     end_s = time.monotonic() + READ_BACK_S
     while time.monotonic() < end_s:
         if gpu.read_clock_mhz() > before_mhz + DEVIATION_MHZ:

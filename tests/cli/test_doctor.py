@@ -72,7 +72,10 @@ def test_one_gpu_that_does_not_work_gives_status_3_and_the_remedy(
     assert result.exit_code == 3
     assert text in result.output
     assert run("--gpu", UUIDS[0]).exit_code == 0
-    assert run("--gpu", UUIDS[1]).exit_code == 1 if fault != GPU_LOST else True
+    result = run("--gpu", UUIDS[1])
+    assert result.exit_code == 1
+    if fault == GPU_LOST:
+        assert "1 more do not tell theirs (GPU 1: GPU is lost" in result.output
 
 
 def test_a_counter_that_stands_still_is_seen(gpus: list[EmulatedGpu], tmp_path: Path) -> None:
@@ -111,6 +114,8 @@ def test_the_beginning_of_a_uuid_is_enough(gpus: list[EmulatedGpu]) -> None:
     result = run("--gpu", "GPU-9")
     assert result.exit_code == 1
     assert f"--gpu: got 'GPU-9', which is no GPU here; allowed: one of {UUIDS[0]}, {UUIDS[1]}" in result.output
+    result = run("--gpu", "GPU-9", "--gpu", UUIDS[0])
+    assert result.exit_code == 3, "one that is not there does not keep the doctor from the others"
 
 
 def test_a_gpu_in_use_is_not_touched(gpus: list[EmulatedGpu]) -> None:

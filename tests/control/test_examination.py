@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from perseus_plugin.control.examination import COUNTER_WATCH_S, counter_problem, why_not_planned
+from perseus_plugin.control.examination import COUNTER_WATCH_S, counter_problem, why_not_obeyed, why_not_planned
+from perseus_plugin.control.wire import SwitchLatency
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import EnergyReading
 
@@ -38,3 +39,10 @@ def test_what_a_plan_needs() -> None:
     assert "perseus.profiling.load" in why_not_planned((1410, 810), "the energy counter stands still")
     assert why_not_planned((1410, 810), "the energy counter stands still", has_profile=True) == ""
     assert why_not_planned((1410,), "", has_profile=True) != ""
+
+
+@pytest.mark.parametrize(("samples", "timeouts", "obeys"), [(8, 0, True), (8, 3, True), (0, 0, True), (3, 3, False)])
+def test_a_gpu_whose_clock_never_followed_is_none_to_plan_for(samples: int, timeouts: int, obeys: bool) -> None:
+    why_not = why_not_obeyed(SwitchLatency(0.005, 0.006, samples, timeouts))
+    assert (why_not == "") == obeys
+    assert obeys or "the driver takes locks but the clock does not follow" in why_not

@@ -15,6 +15,9 @@ from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, RECHEC
 SUMMARY_SCHEMA = "perseus-summary"
 SUMMARY_VERSION = 1
 
+_SAME_JOB = 0.1
+"""Share by which iterations at full clocks differ while the job is what it was."""
+
 
 def iteration_time_s(stats: Sequence[RankStats], sort: str) -> float | None:
     """Mean iteration time of this sort of iteration, as rank 0 saw it."""
@@ -58,7 +61,9 @@ def build_summary(
     run under plans than were measured at full clocks, the full-clock figures are scaled by the model
     (`full_clock_scale`). Where plans were compared with references amid them (`compared`), the full-clock figures are
     those under the plan over the ratio that was found: full clocks on the same work. `planned_schedules` says how often
-    each schedule has run under the plans. Figures that do not exist (yet) are null.
+    each schedule has run under the plans. Where there are too few references for that, and they take another time than
+    full clocks did in the sweep, the job has changed: then they are the full-clock figures, and what the plan makes of
+    them is not known. Figures that do not exist (yet) are null.
     """
     compared = compared or Compared()
     swept_time_s, swept_energy_j = iteration_time_s(stats, FULL_CLOCK), energy_per_iteration_j(stats, FULL_CLOCK)
@@ -68,6 +73,11 @@ def build_summary(
     full_time_s = _scaled(iteration_time_s(stats, reference), time_scale)
     full_energy_j = _scaled(energy_per_iteration_j(stats, reference), energy_scale)
     time_s, energy_j = iteration_time_s(stats, PLAN), energy_per_iteration_j(stats, PLAN)
+    # Too few references for a comparison, but enough to see that the job is not what it was when it was profiled.
+    references_s = iteration_time_s(stats, REFERENCES)
+    changed = compared.time is None and _differs(references_s, full_time_s)
+    if changed:
+        full_time_s, full_energy_j = references_s, energy_per_iteration_j(stats, REFERENCES)
     if time_s is not None and compared.time is not None:
         full_time_s = time_s * math.exp(-compared.time.log)
     if energy_j is not None and compared.energy is not None:
@@ -91,11 +101,11 @@ def build_summary(
         "energy_j": {"full_clock": full_energy_j, "predicted": predicted_energy_j, "measured": energy_j},
         "saving_percent": {
             "predicted": _saving(full_energy_j, predicted_energy_j),
-            "measured": _saving(full_energy_j, energy_j),
+            "measured": None if changed else _saving(full_energy_j, energy_j),
         },
         "slowdown_percent": {
             "predicted": _excess(full_time_s, predicted_time_s),
-            "measured": _excess(full_time_s, time_s),
+            "measured": None if changed else _excess(full_time_s, time_s),
         },
         "predicted_between": {
             "saving_percent": None if between is None else [100 * share for share in between],
@@ -109,6 +119,10 @@ def build_summary(
         "catching_up": _catching_up(stats),
         "overhead": _overhead(stats, time_s or full_time_s),
     }
+
+
+def _differs(now_s: float | None, before_s: float | None) -> bool:
+    return now_s is not None and before_s is not None and abs(now_s - before_s) > _SAME_JOB * before_s
 
 
 def _references(

@@ -116,7 +116,9 @@ def test_what_is_known_of_a_figure_stands_beside_it() -> None:
 
 
 def test_what_references_cost_is_said() -> None:
-    ranks = [one.model_copy(update={"totals": {**one.totals, "reference": Totals(iterations=30)}}) for one in RANKS]
+    full = RANKS[0].totals["full_clock"]
+    references = Totals(iterations=30, time_s=30 * full.time_s / full.iterations)
+    ranks = [one.model_copy(update={"totals": {**one.totals, "reference": references}}) for one in RANKS]
     assert "30 at full clocks amid them to compare with, which saved 5700 J less for it" in printed(summary(ranks))
 
 

@@ -123,6 +123,22 @@ def test_figures_of_a_whole_job() -> None:
     }
 
 
+@pytest.mark.parametrize(("references_s", "known"), [(1.01, True), (1.25, False)])
+def test_a_job_that_has_changed_since_it_was_profiled_is_not_put_on_the_plan(references_s: float, known: bool) -> None:
+    """A loader that stalls now and then, say; two references do not tell what the plan does."""
+    totals = {
+        "full_clock": (10, 10.0, 1000.0),
+        "plan": (30, 37.5, 2850.0),
+        "reference": (2, 2 * references_s, 2 * 101.0),
+    }
+    made = summary([stats(0, totals), stats(1, totals)])
+    assert (made["slowdown_percent"]["measured"] is not None) == known
+    assert (made["saving_percent"]["measured"] is not None) == known
+    full_s = 1.0 if known else references_s
+    assert made["iteration_time_s"]["full_clock"] == pytest.approx(full_s)
+    assert made["iteration_time_s"]["measured"] == pytest.approx(1.25)
+
+
 def test_with_references_full_clocks_are_those_on_the_same_work() -> None:
     compared = Compared(
         Effect(math.log(1.02), 0.002, blocks=10, iterations=120), Effect(math.log(0.8), 0.01, blocks=10, iterations=120)

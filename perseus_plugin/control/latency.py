@@ -18,7 +18,7 @@ _LOW_SHARE = 0.6
 _DOWN_SHARE = 0.85
 _MOST_TRIES = 4
 _MOST_TIMEOUTS = 3
-"""After so many changes that were never seen, and none that was, more would not help."""
+"""After so many changes that were never seen more would not help, and cost half a second each."""
 
 
 class LatencyMeasurement:
@@ -103,8 +103,7 @@ class LatencyMeasurement:
             self._seen_s.append(now_s - self._asked_s)
         self._left = reached
         self._turns += 1
-        hopeless = not self._seen_s and self._timeouts >= _MOST_TIMEOUTS
-        self.done = hopeless or self._turns >= 2 * self._rounds
+        self.done = self._timeouts >= _MOST_TIMEOUTS or self._turns >= 2 * self._rounds
 
     def _choose(self, reached: bool) -> None:
         """The high clock was tried: keep it, or try one that the readings make likely."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 FROZEN_S = 2.0
 """Real counters move every 20 to 100 ms; one that has not moved for so long does not measure."""
+STILL_S = 0.5
+"""An iteration that is longer and moved the counter by nothing was not measured."""
 TICK_S = 0.25
 """A tick may bring the energy of so long a time."""
 SLACK = 1.25
@@ -46,7 +48,9 @@ class EnergyCheck:
         self._limit_w = limit_w if limit_w > 0 else ANY_LIMIT_W
         self._epoch = 0
         self._last_j: float | None = None
-        self._moved_s = math.nan
+        self._moved_s = self._read_s = math.nan
+        self._room_j = 0.0  # what the counter may move by: it fills at the limit, and holds about a tick
+        self._froze = False
 
     def check(self, time_s: float, energy_j: float) -> CheckedEnergy:
         """Look at the next reading, taken at `time_s`."""
@@ -54,20 +58,26 @@ class EnergyCheck:
             self._restart(None, time_s)
             return CheckedEnergy(math.nan, self._epoch)
         if self._last_j is None:
-            self._last_j, self._moved_s = energy_j, time_s
+            self._restart(energy_j, time_s, epochs=0)
             return CheckedEnergy(energy_j, self._epoch)
         moved_j, since_s = energy_j - self._last_j, time_s - self._moved_s
-        if moved_j < 0 or moved_j > SLACK * self._limit_w * (since_s + TICK_S):
+        limit_w = SLACK * self._limit_w
+        self._room_j = min(self._room_j + limit_w * (time_s - self._read_s), limit_w * (since_s + TICK_S))
+        self._read_s = time_s
+        if moved_j < 0 or moved_j > self._room_j or (moved_j > 0 and self._froze):
             self._restart(energy_j, time_s)
         elif moved_j > 0:
+            self._room_j -= moved_j
             self._last_j, self._moved_s = energy_j, time_s
         elif since_s > FROZEN_S:
+            self._froze = True
             return CheckedEnergy(math.nan, self._epoch)
         return CheckedEnergy(energy_j, self._epoch)
 
-    def _restart(self, energy_j: float | None, time_s: float) -> None:
-        self._epoch += 1
-        self._last_j, self._moved_s = energy_j, time_s
+    def _restart(self, energy_j: float | None, time_s: float, epochs: int = 1) -> None:
+        self._epoch += epochs
+        self._last_j, self._moved_s, self._read_s, self._froze = energy_j, time_s, time_s, False
+        self._room_j = SLACK * self._limit_w * TICK_S
 
 
 def energy_between_j(begin: CheckedEnergy, end: CheckedEnergy, span_s: float) -> float | None:
@@ -81,6 +91,6 @@ def energy_between_j(begin: CheckedEnergy, end: CheckedEnergy, span_s: float) ->
     if begin.epoch != end.epoch:
         return None
     energy_j = end.energy_j - begin.energy_j
-    if not energy_j >= 0 or (energy_j == 0 and span_s > FROZEN_S):
+    if not energy_j >= 0 or (energy_j == 0 and span_s > STILL_S):
         return None
     return energy_j

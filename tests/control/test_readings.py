@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perseus_plugin.control.readings import FROZEN_S, CheckedEnergy, EnergyCheck, energy_between_j
+from perseus_plugin.control.readings import FROZEN_S, STILL_S, CheckedEnergy, EnergyCheck, energy_between_j
 
 LIMIT_W = 300.0
 TICK_S = 0.1
@@ -56,9 +56,22 @@ def test_a_frozen_counter_is_unknown_until_it_moves() -> None:
     still = round(FROZEN_S / TICK_S)
     readings = run([1000.0] * (still + 5) + [1010.0, 1030.0])
     assert math.isnan(readings[still + 3].energy_j)
-    assert known_j(readings)[-2:] == [None, 20.0]
-    assert energy_between_j(readings[0], readings[5], 0.5) == 0.0, "it may lie between two ticks"
-    assert energy_between_j(readings[0], readings[5], FROZEN_S + 0.1) is None, "in so long a time it may not"
+    assert known_j(readings)[-2:] == [None, 20.0], "from the reading on at which it moved again"
+    assert energy_between_j(readings[0], readings[5], STILL_S) == 0.0, "it may lie between two ticks"
+    assert energy_between_j(readings[0], readings[6], STILL_S + 0.1) is None, "in so long a time it may not"
+
+
+def test_a_freeze_amid_a_stretch_is_unknown_across() -> None:
+    still = round(FROZEN_S / TICK_S)
+    readings = run([1000.0, 1030.0, *[1060.0] * (still + 5), 1090.0, 1120.0])
+    assert energy_between_j(readings[0], readings[-1], 3.0) is None
+
+
+def test_a_counter_that_runs_too_fast_all_the_time_is_not_believed() -> None:
+    readings = run([1000.0 + 5 * LIMIT_W * TICK_S * i for i in range(30)])
+    known = [energy_j for energy_j in known_j(readings) if energy_j is not None]
+    assert sum(known) <= 1.25 * LIMIT_W * 30 * TICK_S
+    assert energy_between_j(readings[0], readings[-1], 3.0) is None
 
 
 @given(

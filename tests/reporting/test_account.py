@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perseus_plugin.control.readings import FROZEN_S
+from perseus_plugin.control.readings import STILL_S
 from perseus_plugin.control.wire import Mark
 from perseus_plugin.messages import Totals
 from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, Account, begin_tag, end_tag
@@ -57,9 +57,7 @@ def test_every_order_of_readings_gives_the_same_sums(
                 rows = [row for row in complete if sort in row[0]]
                 assert totals.iterations == len(rows)
                 assert totals.time_s == pytest.approx(math.fsum(row[1] for row in rows))
-                known = [
-                    row[3] - row[2] for row in rows if row[3] > row[2] or (row[3] == row[2] and row[1] <= FROZEN_S)
-                ]
+                known = [row[3] - row[2] for row in rows if row[3] > row[2] or (row[3] == row[2] and row[1] <= STILL_S)]
                 assert totals.energy_j == pytest.approx(math.fsum(known), abs=1e-3)
                 assert totals.unread == len(rows) - len(known)
 

@@ -73,12 +73,9 @@ class StoreExchange:
             raise ExchangeError(f"cannot publish {key!r} in the job's store: {error}") from error
 
     def fetch(self, key: str) -> Any | None:
-        try:
-            if not self._store.check([self._key(key)]):
-                return None
-            data = self._store.get(self._key(key))
-        except Exception as error:
-            raise ExchangeError(f"cannot fetch {key!r} from the job's store: {error}") from error
+        data = self._read(key)
+        if data is None:
+            return None
         try:
             return json.loads(data)
         except ValueError as error:
@@ -93,7 +90,8 @@ class StoreExchange:
         values: list[Any] = []
         while taken < count:
             key = f"{name}/{taken + 1}"
-            value = self.fetch(key)
+            # One that is empty is only being set: its place was counted before.
+            value = self.fetch(key) if self._read(key) else None
             if value is None and not self._is_lost():
                 break
             if value is not None:
@@ -103,6 +101,15 @@ class StoreExchange:
             taken += 1
         self._taken[name] = taken
         return values
+
+    def _read(self, key: str) -> bytes | None:
+        try:
+            if not self._store.check([self._key(key)]):
+                return None
+            data: bytes = self._store.get(self._key(key))
+        except Exception as error:
+            raise ExchangeError(f"cannot fetch {key!r} from the job's store: {error}") from error
+        return data
 
     def _is_lost(self) -> bool:
         """Whether the next place in the list has been empty for so long that it will stay so."""

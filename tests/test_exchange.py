@@ -326,3 +326,13 @@ def test_a_store_that_cannot_count_is_an_exchange_error() -> None:
         exchange.append("list", 1)
     with pytest.raises(ExchangeError, match="in the job's store"):
         exchange.take_new("list")
+
+
+def test_a_place_in_a_list_that_is_only_being_filled_is_waited_for() -> None:
+    store = HashStore()
+    exchange = StoreExchange(store, "p")
+    exchange.append("list", "a")
+    store.set("p/list/1", b"")
+    assert exchange.take_new("list") == []
+    store.set("p/list/1", b'"a"')
+    assert exchange.take_new("list") == ["a"]

@@ -74,12 +74,7 @@ class StoreExchange:
 
     def fetch(self, key: str) -> Any | None:
         data = self._read(key)
-        if data is None:
-            return None
-        try:
-            return json.loads(data)
-        except ValueError as error:
-            raise ExchangeError(f"{key!r} in the job's store is not valid JSON: {error}") from error
+        return None if data is None else _parsed(key, data)
 
     def append(self, name: str, value: Any) -> None:
         place = self._add(f"{name}/count", 1)
@@ -91,7 +86,8 @@ class StoreExchange:
         while taken < count:
             key = f"{name}/{taken + 1}"
             # One that is empty is only being set: its place was counted before.
-            value = self.fetch(key) if self._read(key) else None
+            data = self._read(key)
+            value = _parsed(key, data) if data else None
             if value is None and not self._is_lost():
                 break
             if value is not None:
@@ -131,6 +127,13 @@ class StoreExchange:
 
     def _key(self, key: str) -> str:
         return f"{self._prefix}/{key}"
+
+
+def _parsed(key: str, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise ExchangeError(f"{key!r} in the job's store is not valid JSON: {error}") from error
 
 
 class LocalExchange:

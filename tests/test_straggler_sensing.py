@@ -9,9 +9,11 @@ import pytest
 
 from perseus_plugin.config import StragglersConfig
 from perseus_plugin.exchange import LocalExchange
-from perseus_plugin.messages import STRAGGLERS, Placement
+from perseus_plugin.messages import STRAGGLERS
 from perseus_plugin.straggler_detection import against_pipeline, against_replicas
 from perseus_plugin.straggler_sensing import StragglerSensing
+
+from .factories import placement
 
 Size = Callable[[int, int], float]
 """The size of an iteration's work, by its number and the replica."""
@@ -24,18 +26,7 @@ class Job:
         self.exchange = LocalExchange()
         self.random = random.Random(seed)
         world_size = stages * replicas
-        self.places = [
-            Placement(
-                rank=rank,
-                world_size=world_size,
-                stage=rank % stages,
-                stages=stages,
-                replica=rank // stages,
-                local_rank=rank,
-                device="cpu",
-            )
-            for rank in range(world_size)
-        ]
+        self.places = [placement(rank, world_size, stages) for rank in range(world_size)]
         self.ranks = [StragglerSensing(StragglersConfig(), place, self.exchange) for place in self.places]
         self.number = 0
         self.told: list[tuple[int, int, float]] = []

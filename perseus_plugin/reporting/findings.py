@@ -134,13 +134,16 @@ def per_iteration(folder: JobFolder) -> PerIteration | None:
     """Full clocks against the plan, as measured, or else as predicted."""
     if folder.summary is None:
         return None
-    energy, time = folder.summary.energy_j, folder.summary.iteration_time_s
+    summary = folder.summary
+    energy, time, seen, said = summary.energy_j, summary.iteration_time_s, summary.references, summary.predicted_between
     if energy.full_clock is None or time.full_clock is None:
         return None
     if energy.measured is not None and time.measured is not None:
-        return PerIteration(energy.full_clock, time.full_clock, energy.measured, time.measured, predicted=False)
+        between = None if seen is None else seen.saving_percent
+        return PerIteration(energy.full_clock, time.full_clock, energy.measured, time.measured, False, between)
     if energy.predicted is not None and time.predicted is not None:
-        return PerIteration(energy.full_clock, time.full_clock, energy.predicted, time.predicted, predicted=True)
+        between = None if said is None else said.saving_percent
+        return PerIteration(energy.full_clock, time.full_clock, energy.predicted, time.predicted, True, between)
     return None
 
 

@@ -29,8 +29,9 @@ def headline(found: Findings) -> list[tuple[str, str, str]]:
     if per is not None:
         how = "predicted" if per.predicted else "as run"
         energies = f"{per.full_j:,.0f} J → {per.plan_j:,.0f} J per iteration"
-        if per.predicted and plan is not None and plan.confidence is not None:
-            energies += f" ({plan.confidence})"
+        if per.saved_percent_between is not None:
+            low, high = per.saved_percent_between
+            energies += f", 95 %: {low:.1f} to {high:.1f} %"
         cards.append((f"energy saved, {how}", f"{100 * (1 - per.plan_j / per.full_j):.1f} %", energies))
         times = f"{per.full_s:.4f} s → {per.plan_s:.4f} s"
         cards.append((f"iteration time, {how}", f"{100 * (per.plan_s / per.full_s - 1):+.2f} %", times))

@@ -78,6 +78,7 @@ class PerIteration:
         full_j, full_s: at full clocks.
         plan_j, plan_s: under the plan; measured, or as predicted where it did not run yet.
         predicted: the latter.
+        saved_percent_between: 95 % interval of the energy saved; None: not known.
     """
 
     full_j: float
@@ -85,6 +86,7 @@ class PerIteration:
     plan_j: float
     plan_s: float
     predicted: bool
+    saved_percent_between: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

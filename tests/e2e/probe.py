@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import resource
@@ -89,6 +90,25 @@ FAULTS: dict[str, Callable[[], None]] = {
 }
 
 
+class Said(logging.Handler):
+    """Whether the plugin has said these words; all ranks ask at the same step and hear what rank 0 knows."""
+
+    def __init__(self, words: str | None) -> None:
+        super().__init__()
+        self._words, self._heard = words, False
+        logging.getLogger("perseus_plugin").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._heard = self._heard or (self._words is not None and self._words in record.getMessage())
+
+    def everywhere(self) -> bool:
+        if self._words is None:
+            return False
+        heard = torch.tensor([int(self._heard)])
+        torch.distributed.broadcast(heard, 0)
+        return bool(heard)
+
+
 def look(engine: Any) -> dict[str, Any]:
     """What of ours is in this process and on this engine."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
@@ -113,6 +133,7 @@ def main() -> None:
     parser.add_argument("--fault", choices=sorted(FAULTS), help="what goes wrong on rank 1 at --fault-at")
     parser.add_argument("--full-disk-at", type=int, default=-1, help="step from which on no file can be written")
     parser.add_argument("--fault-at", type=int, default=30)
+    parser.add_argument("--until-said", help="end once the plugin has said this on rank 0, at --steps at the latest")
     parser.add_argument("--raise-at", type=int, default=-1, help="step at which the script itself fails")
     arguments = deepspeed.add_config_arguments(parser).parse_args()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -128,6 +149,7 @@ def main() -> None:
     data = batches(engine.train_micro_batch_size_per_gpu())
     losses = []
     facts = {"at_start": look(engine)}
+    said = Said(arguments.until_said)
     for step in range(arguments.steps):
         if arguments.batches_from:
             low, high = map(int, arguments.batches_from.split(","))
@@ -148,6 +170,8 @@ def main() -> None:
         if step == arguments.break_tap_at:
             vars(engine)["_perseus_session"].tap._controller = object()
         losses.append(engine.train_batch(data).item())
+        if said.everywhere():
+            break
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     facts["at_end"] = look(engine)
     facts["losses"] = losses

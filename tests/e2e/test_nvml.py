@@ -140,12 +140,13 @@ def test_two_jobs_on_one_gpu(simulated_nvml: Path, tmp_path: Path) -> None:
 def test_a_full_disk(simulated_nvml: Path, tmp_path: Path) -> None:
     machine = Simulation(simulated_nvml, tmp_path, 2)
     config = {**BASE_CONFIG, "perseus": machine.block(tmp_path / "out")}
-    done = run_job(PROBE, 2, config, tmp_path, "--steps", "120", "--full-disk-at", "4", **machine.environment).check()
-    for name in ("the profile", "plan.json", "summary.json"):
-        assert f"cannot write {name}" in done.output
-    assert "plan 1 for" in done.output
+    arguments = ("--steps", "400", "--full-disk-at", "4", "--until-said", "plan 1 for")
+    done = run_job(PROBE, 2, config, tmp_path, *arguments, **machine.environment).check()
+    for words in ("cannot write the profile", "cannot write plan.json", "cannot write summary.json", "plan 1 for"):
+        assert words in done.output, f"not said: {words}\n{done.output}"
     assert machine.locked() == [None, None]
-    assert losses_of(tmp_path) == reference_losses(tmp_path, 120)
+    losses = losses_of(tmp_path)
+    assert losses == reference_losses(tmp_path, len(losses))
     assert not (tmp_path / "out" / "plan.json").exists()
 
 

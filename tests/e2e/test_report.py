@@ -51,7 +51,7 @@ def test_a_job_is_reported_on_while_it_runs_and_after_it_was_killed(tmp_path: Pa
         job.wait()
     said = report(out)
     assert (out / "report.html").exists()
-    assert re.search(r"energy saved, (as run|predicted): -?[\d.]+ % \([\d,]+ J → [\d,]+ J per iteration\)", said), said
+    assert re.search(r"energy saved, (as run|predicted): -?[\d.]+ % \([\d,]+ J → [\d,]+ J per iteration", said), said
     assert re.search(r"used in [\d,]+ iterations: \S+ k?(J|Wh) \(-?\S+ k?(J|Wh) saved under plans\)", said), said
     found = find(load_folder(out, now_s=time.time() + 3600), Options(frontier=False))
     assert any("it has probably died" in text for text in found.folder.missing)

@@ -113,7 +113,7 @@ def job(shown: Shown, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "gradient_accumulation_steps": MICROBATCHES,
         "perseus": perseus_block(folder / "out", STAGES),
     }
-    run_job(TRAIN, STAGES, config, folder, *SMALL, "--steps", "30").check()
+    run_job(TRAIN, STAGES, config, folder, *SMALL, "--steps", "80").check()
     return folder / "out"
 
 

@@ -143,6 +143,9 @@ def test_intervals_stand_beside_predicted_and_measured_figures(tmp_path: Path) -
     slowdown, saving = comparison(load_folder(job.folder))[-2:]
     assert slowdown == (*plain[-2][:-1], plain[-2][-1] + " (-0.50 to 1.25)")
     assert saving == (*plain[-1][:-2], plain[-1][-2] + " (8.00 to 8.75)", plain[-1][-1] + " (7.00 to 9.50)")
+    assert headline(find(load_folder(job.folder)))[0][2].endswith("J per iteration, 95 %: 7.0 to 9.5 %")
+    path.write_text(json.dumps({**summary, "energy_j": {**summary["energy_j"], "measured": None}}))
+    assert headline(find(load_folder(job.folder)))[0][2].endswith("J per iteration, 95 %: 8.0 to 8.8 %"), "predicted"
     for name in ("references", "predicted_between", "planned_schedules"):
         del summary[name]
     path.write_text(json.dumps(summary))

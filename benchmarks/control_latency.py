@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from perseus_plugin.control.client import ClockHelper
-from perseus_plugin.control.latency import percentile
+from perseus_plugin.control.helper.latency import percentile
 from perseus_plugin.control.wire import Applied
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 

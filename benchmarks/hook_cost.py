@@ -21,12 +21,12 @@ from deepspeed.runtime.pipe.schedule import TrainSchedule
 from perseus_plugin.control.boundaries import HostBoundaries
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.controller import ClockRequests, Controller
+from perseus_plugin.exchange.messages import CatchUpPart
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.physics import A100
-from perseus_plugin.integrations.deepspeed import InstructionChain, _Hook
-from perseus_plugin.integrations.deepspeed_schedule import translate
-from perseus_plugin.messages import CatchUpPart
-from perseus_plugin.tap import InstructionTap, IterationRecord, hooked_operations
+from perseus_plugin.integrations.deepspeed.engine import InstructionChain, _Hook
+from perseus_plugin.integrations.deepspeed.schedule import translate
+from perseus_plugin.session.tap import InstructionTap, IterationRecord, hooked_operations
 
 
 class BareEngine:

@@ -39,9 +39,9 @@ from perseus_plugin.control.boundaries import HostBoundaries
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.controller import ClockRequests, Controller
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from perseus_plugin.integrations.megatron import put_around, shape_of
-from perseus_plugin.integrations.megatron_hooks import Hooks, Schedule
-from perseus_plugin.tap import InstructionTap, IterationRecord, hooked_operations
+from perseus_plugin.integrations.megatron.adapter import put_around, shape_of
+from perseus_plugin.integrations.megatron.hooks import Hooks, Schedule
+from perseus_plugin.session.tap import InstructionTap, IterationRecord, hooked_operations
 
 STAGES, STAGE = 4, 1
 

@@ -15,10 +15,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from perseus_plugin.pipeline import build_graph
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.planner import Planner, Target
 from perseus_plugin.profiling.profile import Profile, load_profile
-from perseus_plugin.schedules import one_f_one_b
 
 
 def widened(profile: Profile, stages: int) -> Profile:

@@ -15,18 +15,18 @@ import csv
 import time
 from pathlib import Path
 
-from perseus_plugin.pipeline import build_graph
-from perseus_plugin.planning.planner import ChangeLimits, Planner, Target
-from perseus_plugin.planning.targets import Effort
-from perseus_plugin.profiling.profile import load_profile
-from perseus_plugin.schedules import one_f_one_b
-from perseus_plugin.simulation.description import (
+from perseus_plugin.cli.simulation.description import (
     PEAK_FLOPS,
     even_split,
     gpu_named,
     load_description,
     modelled_profile,
 )
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.planning.planner import ChangeLimits, Planner, Target
+from perseus_plugin.planning.targets import Effort
+from perseus_plugin.profiling.profile import load_profile
 
 BLOCKING_W = {"a100_sxm": 83.64, "a40": 70.38}
 SCALE = 10.0

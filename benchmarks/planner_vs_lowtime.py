@@ -24,12 +24,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from perseus_plugin.pipeline import build_graph
+from perseus_plugin.cli.simulation.description import even_split, load_description, modelled_profile
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.frontier import make_frontier
 from perseus_plugin.planning.planner import Planner, Target
 from perseus_plugin.profiling.profile import Profile, load_profile
-from perseus_plugin.schedules import one_f_one_b
-from perseus_plugin.simulation.description import even_split, load_description, modelled_profile
 
 BLOCKING_W = 83.64
 SCALE = 10.0

@@ -27,14 +27,14 @@ import numpy as np
 import numpy.typing as npt
 
 from perseus_plugin.gpus.emulated.physics import A100, load_class
-from perseus_plugin.pipeline import PipelineGraph, build_graph
-from perseus_plugin.plan_request import PlanRequest
-from perseus_plugin.planner_process import answer_to, plan_for
+from perseus_plugin.iteration.graph import PipelineGraph, build_graph
+from perseus_plugin.iteration.replayed import Samples
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.options import PlanningProblem, build_problem
+from perseus_plugin.planning.process import answer_to, plan_for
 from perseus_plugin.planning.replay import CatchUp, Outcome, Replay, by_node, clocks_of
-from perseus_plugin.planning.replayed import Samples
+from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.profiling.profile import Measurement, Profile
-from perseus_plugin.schedules import one_f_one_b
 
 MARGINS = (0.0, 0.01, 0.03, 0.05, 0.1)
 FINE_MARGINS = (0.0, 0.005, *(m / 100 for m in range(1, 31)))

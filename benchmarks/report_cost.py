@@ -18,11 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from perseus_plugin.reporting.findings import Options, find
-from perseus_plugin.reporting.folder import load_folder
-from perseus_plugin.reporting.page import page
-from perseus_plugin.reporting.recorder import FOLDER, Recorder
-from perseus_plugin.timetable import Follow
+from perseus_plugin.iteration.timetable import Follow
+from perseus_plugin.reporting.record.recorder import FOLDER, Recorder
+from perseus_plugin.reporting.report.findings import Options, find
+from perseus_plugin.reporting.report.folder import load_folder
+from perseus_plugin.reporting.report.page import page
 from tests.factories import placement
 from tests.reporting.job import Job
 

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from perseus_plugin.gpus.emulated.physics import A100, load_class
-from perseus_plugin.planner_process import PaceRequest, PlannerProcess, PlanRequest, plan_for
+from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.planning.process import PaceRequest, PlannerProcess, PlanRequest, plan_for
 from perseus_plugin.profiling.profile import Measurement, Profile
-from perseus_plugin.schedules import one_f_one_b
 
 SLOWDOWN = 1.25
 SLOW_AT, REPORT_AT, RECOVER_AT, STEPS = 36, 50, 70, 86

@@ -14,7 +14,7 @@ import random
 import statistics
 from collections.abc import Iterator
 
-from perseus_plugin.straggler_detection import StragglerDetector
+from perseus_plugin.stragglers.detection import StragglerDetector
 
 BEFORE, LONGEST = 300, 200
 

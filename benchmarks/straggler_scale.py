@@ -22,16 +22,16 @@ from typing import Any
 from torch.distributed import HashStore
 
 from perseus_plugin.config import parse_config
-from perseus_plugin.coordinator import Coordinator, State
-from perseus_plugin.exchange import StoreExchange
+from perseus_plugin.exchange.messages import NEWS, STRAGGLERS, News, Placement, RankStats, part_key, receive, stats_key
+from perseus_plugin.exchange.store import StoreExchange
 from perseus_plugin.gpus.emulated.physics import A100, load_class
-from perseus_plugin.messages import NEWS, STRAGGLERS, News, Placement, RankStats, part_key, receive, stats_key
-from perseus_plugin.planner_process import PlanAnswer, PlanRequest, pace_for, plan_for
+from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.iteration.timetable import Round, Timetable
+from perseus_plugin.leader.coordinator import Coordinator, State
+from perseus_plugin.planning.process import PlanAnswer, PlanRequest, pace_for, plan_for
 from perseus_plugin.profiling.profile import Measurement, Profile
-from perseus_plugin.schedules import one_f_one_b
-from perseus_plugin.stragglers import Report
-from perseus_plugin.survey import Survey
-from perseus_plugin.timetable import Round, Timetable
+from perseus_plugin.profiling.survey import Survey
+from perseus_plugin.stragglers.book import Report
 
 STAGES, GPUS_PER_STAGE = 8, 8
 

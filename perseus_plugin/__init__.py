@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from perseus_plugin._version import __version__
 
 if TYPE_CHECKING:
-    from perseus_plugin.session import Session
+    from perseus_plugin.session.session import Session
 
 __all__ = ["__version__", "enable", "report_straggler"]
 
@@ -30,7 +30,7 @@ def enable(engine: Any, config: Any = None) -> Session | None:
     Raises:
         ConfigError: the block is wrong, or the engine is no pipeline engine.
     """
-    from perseus_plugin.integrations.deepspeed import enable as enable_on_engine
+    from perseus_plugin.integrations.deepspeed.engine import enable as enable_on_engine
 
     return enable_on_engine(engine, config)
 
@@ -57,7 +57,7 @@ def report_straggler(
     Returns:
         Whether the report was sent; False also when no session runs in this process.
     """
-    from perseus_plugin.running import running_sessions
+    from perseus_plugin.session.running import running_sessions
 
     sessions = running_sessions()
     report = {

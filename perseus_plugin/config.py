@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from perseus_plugin.control.requests import DWELL_LATENCIES
 from perseus_plugin.errors import ConfigError
-from perseus_plugin.following.references import LARGEST_SHARE
+from perseus_plugin.iteration.references import LARGEST_SHARE
 
 BLOCK = "perseus"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from perseus_plugin.instructions import Compute, Constant, StreamOp
-from perseus_plugin.messages import Placement, RankEstimate
+from perseus_plugin.exchange.messages import Placement, RankEstimate
+from perseus_plugin.iteration.instructions import Compute, Constant, StreamOp
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.profiling.observations import InstructionEstimate, StageEstimate
 from perseus_plugin.profiling.profile import Measurement, Profile
-from perseus_plugin.schedules import one_f_one_b
-from perseus_plugin.tap import IterationRecord, hooked_operations
+from perseus_plugin.session.tap import IterationRecord, hooked_operations
 
 CLOCKS_MHZ = (1410, 1110, 810)
 BLOCKING_W = 80.0

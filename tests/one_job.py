@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from perseus_plugin.config import PerseusConfig, parse_config
-from perseus_plugin.emulation import EmulatedStage
-from perseus_plugin.exchange import LocalExchange
+from perseus_plugin.exchange.messages import Placement
+from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from perseus_plugin.instructions import Compute, Constant, Receive, Send, StageStream, StreamOp
-from perseus_plugin.messages import Placement
-from perseus_plugin.reporting.records import load_record
-from perseus_plugin.schedules import one_f_one_b
-from perseus_plugin.session import Session, start_session
+from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StageStream, StreamOp
+from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.reporting.record.records import load_record
+from perseus_plugin.session.emulation import EmulatedStage
+from perseus_plugin.session.session import Session, start_session
 
 _TIMEOUT_S = 60.0
 

@@ -1,1 +1,1 @@
-"""The perseus command."""
+"""What does a person run? One file a command."""

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from perseus_plugin.cli.reference import config_reference
 from perseus_plugin.config import load_config
-from perseus_plugin.reporting.reference import config_reference
 
 
 def config(

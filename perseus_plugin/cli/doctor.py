@@ -17,13 +17,13 @@ import typer
 
 from perseus_plugin.cli.targets import DEFAULT_ZEUSD_SOCKET, Target, exit_status, gpu_targets
 from perseus_plugin.control.examination import counter_problem, why_not_obeyed, why_not_planned
-from perseus_plugin.control.latency import measure_switch_latency
+from perseus_plugin.control.helper.latency import measure_switch_latency
+from perseus_plugin.control.helper.resetting import reset_until_confirmed
+from perseus_plugin.control.helper.takeover import restore_foreign, take_over
 from perseus_plugin.control.ownership import Ownership, describe, helper_elsewhere, holder_of, lock_path, read_record
-from perseus_plugin.control.resetting import reset_until_confirmed
-from perseus_plugin.control.takeover import restore_foreign, take_over
 from perseus_plugin.errors import GpuError, PerseusError
 from perseus_plugin.gpus.base import Gpu
-from perseus_plugin.gpus.opening import open_gpu
+from perseus_plugin.gpus.registry import open_gpu
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "ortools", "nvidia-ml-py")
 COUNTER_WATCH_S = 1.0

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from perseus_plugin.errors import ConfigError, PlanError
-from perseus_plugin.instructions import Compute, StageStream
-from perseus_plugin.pipeline import build_graph
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.instructions import Compute, StageStream
+from perseus_plugin.iteration.schedules import SCHEDULES, load_streams
 from perseus_plugin.planning.targets import Effort
 from perseus_plugin.profiling.profile import load_profile
-from perseus_plugin.schedules import SCHEDULES, load_streams
 
 if TYPE_CHECKING:
     from perseus_plugin.planning.planner import Planner

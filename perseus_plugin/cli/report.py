@@ -12,11 +12,11 @@ from rich.table import Table
 
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.files import write_atomically
-from perseus_plugin.reporting.findings import Findings, Options, find
-from perseus_plugin.reporting.folder import load_folder, state_of
-from perseus_plugin.reporting.phrases import Rows, comparison, headline, job_line, rates_line, worth_rows
-from perseus_plugin.reporting.trace import trace_of
-from perseus_plugin.reporting.worth import AVERAGE_PUE, HOURS_PER_YEAR, WORLD_INTENSITY_G, Rates
+from perseus_plugin.reporting.report.findings import Findings, Options, find
+from perseus_plugin.reporting.report.folder import load_folder, state_of
+from perseus_plugin.reporting.report.phrases import Rows, comparison, headline, job_line, rates_line, worth_rows
+from perseus_plugin.reporting.report.trace import trace_of
+from perseus_plugin.reporting.report.worth import AVERAGE_PUE, HOURS_PER_YEAR, WORLD_INTENSITY_G, Rates
 
 Folder = Annotated[Path, typer.Argument(help="A job's output folder.", show_default=False)]
 
@@ -51,7 +51,7 @@ def report(
     found = find(load_folder(folder), options)
     if not no_html:
         # Loads plotly, which the summary does without.
-        from perseus_plugin.reporting.page import page
+        from perseus_plugin.reporting.report.page import page
 
         html = folder / "report.html" if html is None else html
         write_atomically(html, page(found))

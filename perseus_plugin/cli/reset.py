@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from perseus_plugin.cli.targets import DEFAULT_ZEUSD_SOCKET, NONE, Target, exit_status, gpu_targets
+from perseus_plugin.control.helper.takeover import take_over
 from perseus_plugin.control.ownership import describe, helper_elsewhere, holder_of, lock_path
-from perseus_plugin.control.takeover import take_over
 from perseus_plugin.errors import GpuError
-from perseus_plugin.gpus.opening import candidate_specs, open_gpu
+from perseus_plugin.gpus.registry import candidate_specs, open_gpu
 
 
 def reset(

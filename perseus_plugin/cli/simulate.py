@@ -20,22 +20,22 @@ from perseus_plugin.cli.job import (
     schedule_name,
     streams_for,
 )
-from perseus_plugin.errors import ConfigError
-from perseus_plugin.planning.targets import ChangeLimits
-from perseus_plugin.profiling.profile import Profile, load_profile
-from perseus_plugin.schedules import SCHEDULES
-from perseus_plugin.simulation.description import (
+from perseus_plugin.cli.simulation.description import (
     ModelDescription,
     even_split,
     gpu_named,
     load_description,
     modelled_profile,
 )
-from perseus_plugin.simulation.resplit import Split, resplit
+from perseus_plugin.cli.simulation.resplit import Split, resplit
+from perseus_plugin.errors import ConfigError
+from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.planning.targets import ChangeLimits
+from perseus_plugin.profiling.profile import Profile, load_profile
 
 if TYPE_CHECKING:
-    from perseus_plugin.simulation.scenarios import Aim, Outcome, Pipeline
-    from perseus_plugin.simulation.scenarios import Schedule as SimulatedSchedule
+    from perseus_plugin.cli.simulation.scenarios import Aim, Outcome, Pipeline
+    from perseus_plugin.cli.simulation.scenarios import Schedule as SimulatedSchedule
 
 _MODELLED = "a model, no measurement: times from counted operations, clock and power curves of an emulated GPU"
 
@@ -81,8 +81,8 @@ def simulate(
 ) -> None:
     """Say what saving to expect; several values per option are combined, each combination with each target."""
     # Loads OR-Tools, which other subcommands do without.
-    from perseus_plugin.simulation.output import draw, save_outcomes
-    from perseus_plugin.simulation.scenarios import simulate as run
+    from perseus_plugin.cli.simulation.output import draw, save_outcomes
+    from perseus_plugin.cli.simulation.scenarios import simulate as run
 
     spent, limits = parse_effort(effort), ChangeLimits(max_changes, min_dwell)
     for path in output or ():
@@ -129,7 +129,7 @@ def simulate(
 
 
 def _aims(slowdowns: Sequence[float] | None, stragglers: Sequence[float] | None) -> list[Aim]:
-    from perseus_plugin.simulation.scenarios import Aim
+    from perseus_plugin.cli.simulation.scenarios import Aim
 
     for value in stragglers or ():
         if not 1 <= value < float("inf"):
@@ -151,7 +151,7 @@ def _layers(option: str, text: str) -> Split:
 def _modelled(
     description: ModelDescription, gpus: Sequence[str], stages: Sequence[int], splits: Sequence[Split], scale: float
 ) -> list[Pipeline]:
-    from perseus_plugin.simulation.scenarios import Pipeline
+    from perseus_plugin.cli.simulation.scenarios import Pipeline
 
     wanted = [*(even_split(description.layers, count) for count in stages), *splits]
     if not wanted and description.own_split is not None:
@@ -177,7 +177,7 @@ def _measured(
     splits: Sequence[Split],
     chunks: int,
 ) -> list[Pipeline]:
-    from perseus_plugin.simulation.scenarios import Pipeline
+    from perseus_plugin.cli.simulation.scenarios import Pipeline
 
     if chunks < 1:
         raise ConfigError(f"--profile-chunks: got {chunks}; allowed: a whole number from 1")
@@ -195,7 +195,7 @@ def _measured(
 
 
 def _schedules(names: Sequence[str], microbatches: Sequence[int] | None) -> list[SimulatedSchedule]:
-    from perseus_plugin.simulation.scenarios import Schedule
+    from perseus_plugin.cli.simulation.scenarios import Schedule
 
     made = []
     for name in names:
@@ -209,7 +209,7 @@ def _schedules(names: Sequence[str], microbatches: Sequence[int] | None) -> list
 
 
 def _print(console: Console, outcomes: Sequence[Outcome], modelled: bool) -> None:
-    from perseus_plugin.simulation.output import label
+    from perseus_plugin.cli.simulation.output import label
 
     table = Table(
         "GPU", "stages", "schedule", "microbatches", "target", "full clocks", "plan", "saving", "slower", "gap",

@@ -9,7 +9,7 @@ import typer
 
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.profiling.profile import load_profile
-from perseus_plugin.reporting.timeline import draw_timeline
+from perseus_plugin.reporting.report.timeline import draw_timeline
 
 
 def timeline(

@@ -1,1 +1,1 @@
-"""Enforcing a plan on one rank: what clock to ask for when, and the helper process that owns the GPU's clock."""
+"""How does a rank set the clock of its GPU? Requests at instruction boundaries, carried out by a helper process."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from perseus_plugin.control.lateness import Lateness
 
 if TYPE_CHECKING:
-    from perseus_plugin.messages import CatchUpPart
+    from perseus_plugin.exchange.messages import CatchUpPart
 
 
 class ClockRequests(Protocol):

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from perseus_plugin.planning.replayed import LATE_BY
+from perseus_plugin.iteration.replayed import LATE_BY
 
 if TYPE_CHECKING:
-    from perseus_plugin.messages import CatchUpPart, PlanPart
+    from perseus_plugin.exchange.messages import CatchUpPart, PlanPart
 
 
 class Lateness:

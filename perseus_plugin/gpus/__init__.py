@@ -1,1 +1,1 @@
-"""GPUs behind one small protocol: real ones through NVML or zeusd, and emulated ones."""
+"""How is one GPU spoken to? A protocol, its backends, and the registry that opens them."""

@@ -1,1 +1,1 @@
-"""Adapters from a framework's events to session calls. No policy lives here."""
+"""How is a framework hooked? No policy here."""

@@ -17,15 +17,19 @@ from types import ModuleType
 
 # Module of a framework -> what it is called in messages, and our module and function that patch it.
 _PATCHES = {
-    "deepspeed.runtime.engine": ("DeepSpeed", "perseus_plugin.integrations.deepspeed", "patch_engine_module"),
-    "deepspeed.runtime.pipe.engine": ("DeepSpeed", "perseus_plugin.integrations.deepspeed", "patch_engine_module"),
+    "deepspeed.runtime.engine": ("DeepSpeed", "perseus_plugin.integrations.deepspeed.engine", "patch_engine_module"),
+    "deepspeed.runtime.pipe.engine": (
+        "DeepSpeed",
+        "perseus_plugin.integrations.deepspeed.engine",
+        "patch_engine_module",
+    ),
     **dict.fromkeys(
         ("nvidia_resiliency_ext.straggler.straggler", "nvidia_resiliency_ext.attribution.straggler.straggler"),
         ("nvidia-resiliency-ext", "perseus_plugin.integrations.resiliency", "patch_straggler_module"),
     ),
     "megatron.training.arguments": (
         "Megatron",
-        "perseus_plugin.integrations.megatron_arguments",
+        "perseus_plugin.integrations.megatron.arguments",
         "patch_arguments_module",
     ),
 }

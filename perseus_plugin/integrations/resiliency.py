@@ -11,7 +11,7 @@ import logging
 from types import ModuleType
 from typing import Any
 
-from perseus_plugin.running import running_sessions
+from perseus_plugin.session.running import running_sessions
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def take_report(report: Any) -> bool:
     sessions = running_sessions()
     if len(scores) < 2 or not sessions:
         return False
-    from perseus_plugin.straggler_external import ExternalFigures
+    from perseus_plugin.stragglers.external import ExternalFigures
 
     # A score is the time of the fastest rank over this rank's.
     times = {int(rank): 1 / float(score) for rank, score in scores.items() if float(score) > 0}

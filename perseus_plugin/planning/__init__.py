@@ -1,4 +1,1 @@
-"""Choosing a clock for every instruction: the exact relaxation, its rounding, the frontier, the plan.
-
-`plan`, `targets` and `zeus` load no solver; `planner` and what it uses load OR-Tools.
-"""
+"""Which clock for which instruction? From a profile to a plan and a frontier. Pure, but for its processes and files."""

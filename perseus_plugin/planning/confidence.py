@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from perseus_plugin.pipeline import FloatArray, IntArray
+from perseus_plugin.iteration.graph import FloatArray, IntArray
 from perseus_plugin.planning.plan import Confidence, Plan
 from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.replay import clocks_of

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from perseus_plugin.pipeline import FloatArray, IntArray
+from perseus_plugin.iteration.graph import FloatArray, IntArray
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.relaxation import Relaxed
 from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack

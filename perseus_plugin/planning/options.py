@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import FloatArray, IntArray, PipelineGraph
+from perseus_plugin.iteration.graph import FloatArray, IntArray, PipelineGraph
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import PipelineGraph
+from perseus_plugin.iteration.graph import PipelineGraph
 from perseus_plugin.planning.paced import Pace, PacedPlan, Slowdowns
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import Planner

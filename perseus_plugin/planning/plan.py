@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.files import write_atomically
-from perseus_plugin.instructions import Instruction
+from perseus_plugin.iteration.instructions import Instruction
 
 PLAN_SCHEMA = "perseus-plan"
 PLAN_VERSION = 1

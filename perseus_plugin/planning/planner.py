@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import PipelineGraph
+from perseus_plugin.iteration.graph import PipelineGraph
+from perseus_plugin.planning.few_changes.limits import keep_limits, violated
 from perseus_plugin.planning.improve import NORMAL, SMALL, THOROUGH, improve, search_whole
-from perseus_plugin.planning.limits import keep_limits, violated
 from perseus_plugin.planning.options import Assignment, PlanningProblem, build_problem
 from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.planning.relaxation import Relaxation, Relaxed

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ortools.graph.python import min_cost_flow
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import FloatArray, IntArray
+from perseus_plugin.iteration.graph import FloatArray, IntArray
 from perseus_plugin.planning.options import PlanningProblem
 
 # Units as shares of a mean instruction's duration and power. (The steepest slope would be no measure: between two

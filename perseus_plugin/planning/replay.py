@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import FloatArray, IntArray, PipelineGraph
+from perseus_plugin.iteration.graph import FloatArray, IntArray, PipelineGraph
+from perseus_plugin.iteration.replayed import LATE_BY
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.plan import Plan
-from perseus_plugin.planning.replayed import LATE_BY
 
 
 @dataclass(frozen=True, eq=False)

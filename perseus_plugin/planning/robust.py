@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import FloatArray, IntArray
+from perseus_plugin.iteration.graph import FloatArray, IntArray
+from perseus_plugin.iteration.replayed import InForce, Replayed, Samples, StageCatchUp
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.replay import CatchUp, Outcome, Replay, by_node, clocks_of, finishes, latest_starts
-from perseus_plugin.planning.replayed import InForce, Replayed, Samples, StageCatchUp
 
 MARGINS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 FEWEST_ITERATIONS = 3

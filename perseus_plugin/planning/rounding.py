@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from perseus_plugin.pipeline import FloatArray, IntArray
+from perseus_plugin.iteration.graph import FloatArray, IntArray
 from perseus_plugin.planning.options import PlanningProblem
 
 # Latest finish times are computed backwards and start times forwards, which float noise sets apart: first a deadline

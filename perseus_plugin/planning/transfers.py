@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from perseus_plugin.pipeline import FloatArray, PipelineGraph
+from perseus_plugin.iteration.graph import FloatArray, PipelineGraph
+from perseus_plugin.iteration.replayed import Samples
 from perseus_plugin.planning.replay import by_node, finishes
-from perseus_plugin.planning.replayed import Samples
 
 _LARGEST_SHARE = 0.25  # of a mean instruction
 _STEPS = 24

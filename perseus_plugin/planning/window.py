@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.sat.python import cp_model
 
-from perseus_plugin.pipeline import FloatArray, IntArray
+from perseus_plugin.iteration.graph import FloatArray, IntArray
 from perseus_plugin.planning.options import PlanningProblem
 
 TIME_UNIT_S = 1e-7

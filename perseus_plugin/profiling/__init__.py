@@ -1,1 +1,1 @@
-"""Measuring time and energy of instructions at several clocks, and the table that holds the result."""
+"""How long does an instruction take, and how much energy, at each clock? From a sweep to a profile."""

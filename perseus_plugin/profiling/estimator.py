@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from perseus_plugin.profiling.energy.powers import fit_powers
 from perseus_plugin.profiling.observations import (
     BLOCKING,
     Activity,
@@ -22,7 +23,6 @@ from perseus_plugin.profiling.observations import (
     Tick,
 )
 from perseus_plugin.profiling.pooling import blocking_power, pool, to_profile, unresolved_kinds
-from perseus_plugin.profiling.powers import fit_powers
 from perseus_plugin.profiling.step_sizes import Duration, fit_durations, step_means
 
 __all__ = [

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from perseus_plugin.errors import ProfileError
 from perseus_plugin.files import write_atomically
-from perseus_plugin.profiling.reuse import Fingerprint
+from perseus_plugin.profiling.kept import Fingerprint
 
 FILE = "profile-failed.json"
 SCHEMA = "perseus-failed-profile"

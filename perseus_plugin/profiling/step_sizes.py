@@ -18,8 +18,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from perseus_plugin.profiling.energy.ticks import Array
 from perseus_plugin.profiling.observations import Activity, ClockRun, Spread, StepMean
-from perseus_plugin.profiling.ticks import Array
 
 _HICCUP = 6.0  # robust standard deviations from its step's median that make an execution a hiccup of the host
 _RARE = 0.02  # share of executions: what happens more often is the instruction's own

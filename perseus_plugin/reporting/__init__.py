@@ -1,1 +1,1 @@
-"""What a person or a dashboard sees: progress, summary, metrics."""
+"""What does a person get to see of a job?"""

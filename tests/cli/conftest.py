@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from ..nvml_simulator.building import simulated_nvml
+from tests.nvml_simulator.building import simulated_nvml
 
 __all__ = ["simulated_nvml"]

@@ -27,7 +27,7 @@ def run(*arguments: str) -> Result:
 @pytest.fixture(autouse=True)
 def _short_watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor_module, "COUNTER_WATCH_S", 0.1)
-    monkeypatch.setattr("perseus_plugin.control.latency.TIMEOUT_S", 0.05)
+    monkeypatch.setattr("perseus_plugin.control.helper.latency.TIMEOUT_S", 0.05)
     monkeypatch.setattr("perseus_plugin.control.examination.COUNTER_WATCH_S", 0.2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv(LOCK_DIR_VARIABLE, str(tmp_path / "locks"))

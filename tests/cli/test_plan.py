@@ -13,8 +13,7 @@ import pytest
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.planning.zeus import load_zeus_plan
 from perseus_plugin.profiling.profile import save_profile
-
-from ..planning.jobs import bundled_profile
+from tests.planning.jobs import bundled_profile
 
 
 @pytest.fixture

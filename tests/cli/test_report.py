@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from perseus_plugin.cli.main import run
-
-from ..reporting.job import Job
+from tests.reporting.job import Job
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typer.testing import CliRunner, Result
 from perseus_plugin.cli.straggler import straggler
 from perseus_plugin.config import StragglersConfig
 from perseus_plugin.errors import PerseusError
-from perseus_plugin.exchange import LocalExchange
-from perseus_plugin.reporting.events import EventLog
-from perseus_plugin.straggler_desk import StragglerDesk
-from perseus_plugin.straggler_socket import StragglerSocket
+from perseus_plugin.exchange.store import LocalExchange
+from perseus_plugin.reporting.live.events import EventLog
+from perseus_plugin.stragglers.desk import StragglerDesk
+from perseus_plugin.stragglers.socket import StragglerSocket
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import EnergyReading
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-
-from ..nvml_simulator.building import simulated_nvml
+from tests.nvml_simulator.building import simulated_nvml
 
 __all__ = ["simulated_nvml"]
 

@@ -10,15 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perseus_plugin.control.controller import Controller
-from perseus_plugin.messages import CatchUpPart
-from perseus_plugin.pipeline import build_graph
+from perseus_plugin.exchange.messages import CatchUpPart
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.options import build_problem
 from perseus_plugin.planning.planner import Target, make_plan
 from perseus_plugin.planning.replay import CatchUp, Replay, clocks_of, latest_starts
 from perseus_plugin.planning.robust import catch_up_by_stage
-from perseus_plugin.schedules import one_f_one_b
-
-from ..planning.jobs import bundled_profile
+from tests.planning.jobs import bundled_profile
 
 OPTIONS = {"forward": ((1400, 0.5, 300.0), (1200, 0.6, 200.0), (1000, 0.8, 150.0), (800, 1.0, 100.0))}
 CLOCKS_MHZ = (1000, 1000, 1400)

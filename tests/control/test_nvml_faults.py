@@ -15,8 +15,8 @@ from perseus_plugin.control.ownership import LOCK_DIR_VARIABLE
 from perseus_plugin.control.wire import Applied, Deviation, Mark, SwitchLatency, Tick, Trouble
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, IGNORE_LOCKS, NO_PERMISSION
+from tests.gpus.fake_zeusd import FakeZeusd
 
-from ..gpus.fake_zeusd import FakeZeusd
 from .harness import free_and_unowned, other_events, start_trainer, wait_for_event, wait_until
 
 UUID = "GPU-5e50aaaa-0000-1111-2222-333344445555"

@@ -29,10 +29,10 @@ from megatron.core.pipeline_parallel import p2p_communication, schedules  # noqa
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
-from perseus_plugin.instructions import StreamOp  # noqa: E402
-from perseus_plugin.integrations import megatron as integration  # noqa: E402
-from perseus_plugin.integrations.megatron_hooks import Hooks, Schedule  # noqa: E402
-from perseus_plugin.integrations.megatron_schedule import Shape, _Program, ids, stream  # noqa: E402
+from perseus_plugin.integrations.megatron import adapter as integration  # noqa: E402
+from perseus_plugin.integrations.megatron.hooks import Hooks, Schedule  # noqa: E402
+from perseus_plugin.integrations.megatron.schedule import Shape, _Program, ids, stream  # noqa: E402
+from perseus_plugin.iteration.instructions import StreamOp  # noqa: E402
 
 try:
     from megatron.core.pipeline_parallel import combined_1f1b

@@ -27,6 +27,7 @@ from torch.nn import functional
 from perseus_plugin.gpus.emulated import state
 
 VOCABULARY, WIDTH, LENGTH = 64, 32, 16
+MODULES = ("ortools", "pydantic", "perseus_plugin.session.session")
 
 
 def logits(embedding: nn.Embedding, x: torch.Tensor) -> torch.Tensor:
@@ -117,7 +118,7 @@ def look(engine: Any) -> dict[str, Any]:
         "on_engine": sorted(name for name in vars(engine) if "perseus" in name or name == "_exec_schedule"),
         "threads": sorted(t.name for t in threading.enumerate() if t.name.startswith("perseus")),
         "children": len(children),
-        "modules": sorted(name for name in ("ortools", "pydantic", "perseus_plugin.session") if name in sys.modules),
+        "modules": sorted(name for name in MODULES if name in sys.modules),
     }
 
 

@@ -43,7 +43,7 @@ def test_absent_or_disabled_leaves_no_trace(block: dict[str, Any] | None, tmp_pa
             assert seen["threads"] == []
             assert seen["children"] == 0
             assert "ortools" not in seen["modules"]
-            assert "perseus_plugin.session" not in seen["modules"]
+            assert "perseus_plugin.session.session" not in seen["modules"]
 
 
 def test_enable_by_hand_and_a_changed_number_of_microbatches(tmp_path: Path) -> None:

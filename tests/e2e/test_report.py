@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from perseus_plugin.reporting.findings import Options, find
-from perseus_plugin.reporting.folder import load_folder
+from perseus_plugin.reporting.report.findings import Options, find
+from perseus_plugin.reporting.report.folder import load_folder
 
 from .launching import BASE_CONFIG, SMALL, TRAIN, perseus_block, started_job, wait_until
 

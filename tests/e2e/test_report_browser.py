@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from perseus_plugin.reporting.findings import Findings, Options, find
-from perseus_plugin.reporting.folder import load_folder
-from perseus_plugin.reporting.lanes import waits
+from perseus_plugin.reporting.report.findings import Findings, Options, find
+from perseus_plugin.reporting.report.folder import load_folder
+from perseus_plugin.reporting.report.lanes import waits
+from tests.reporting.job import Job
 
-from ..reporting.job import Job
 from .launching import BASE_CONFIG, SMALL, TRAIN, perseus_block, run_job
 
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-
-from ..nvml_simulator.building import simulated_nvml
+from tests.nvml_simulator.building import simulated_nvml
 
 __all__ = ["simulated_nvml"]
 

@@ -12,7 +12,7 @@ from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import GpuLostError, GpuPermissionError
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import NO_PERMISSION
-from perseus_plugin.gpus.opening import open_gpu
+from perseus_plugin.gpus.registry import open_gpu
 from perseus_plugin.gpus.zeusd import Zeusd, ZeusdGpu
 
 from .fake_zeusd import FakeZeusd

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from perseus_plugin.straggler_external import ExternalFigures
+from perseus_plugin.stragglers.external import ExternalFigures
 
 
 class FakeSession:
@@ -23,5 +23,5 @@ class FakeSession:
 def session(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
     """The only session of this process."""
     session = FakeSession()
-    monkeypatch.setitem(sys.modules, "perseus_plugin.session", types.SimpleNamespace(live_sessions={session}))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "perseus_plugin.session.session", types.SimpleNamespace(live_sessions={session}))  # type: ignore[arg-type]
     return session

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from perseus_plugin.integrations.resiliency import SOURCE, patch_straggler_module, take_report
-from perseus_plugin.straggler_external import ExternalFigures
+from perseus_plugin.stragglers.external import ExternalFigures
 
 from .conftest import FakeSession
 
@@ -27,7 +27,7 @@ REAL = """
 import sys, types
 took = []
 session = types.SimpleNamespace(closed=False, external_figures=took.append)
-sys.modules["perseus_plugin.session"] = types.SimpleNamespace(live_sessions=[session])
+sys.modules["perseus_plugin.session.session"] = types.SimpleNamespace(live_sessions=[session])
 
 import torch
 from perseus_plugin.integrations.loading import install_import_hooks

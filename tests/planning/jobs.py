@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from hypothesis import strategies as st
 
-from perseus_plugin.instructions import Compute, Constant, Receive, Send, StageStream
+from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StageStream
+from perseus_plugin.iteration.schedules import early_recomputation_1f1b, gpipe, interleaved_1f1b, one_f_one_b
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Measurement, Profile
-from perseus_plugin.schedules import early_recomputation_1f1b, gpipe, interleaved_1f1b, one_f_one_b
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perseus_plugin.pipeline import build_graph
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.confidence import with_confidence
 from perseus_plugin.planning.plan import Confidence, Plan, plan_from_json, plan_to_json
 from perseus_plugin.planning.planner import Planner, Target
 from perseus_plugin.planning.replay import clocks_of
 from perseus_plugin.profiling.profile import Measurement, Profile
-from perseus_plugin.schedules import one_f_one_b
 
 from .jobs import bundled_profile
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import build_graph
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.curve import load_curve
 from perseus_plugin.planning.frontier import make_frontier, save_frontier
 from perseus_plugin.planning.planner import Planner
-from perseus_plugin.schedules import one_f_one_b
 
 from .jobs import bundled_profile
 

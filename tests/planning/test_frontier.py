@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import build_graph
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.frontier import frontier_to_json, make_frontier
 from perseus_plugin.planning.planner import ChangeLimits, Planner
 from perseus_plugin.profiling.profile import Measurement, Profile
-from perseus_plugin.schedules import one_f_one_b
 
 from .jobs import Job, bundled_profile, jobs
 

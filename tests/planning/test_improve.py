@@ -7,13 +7,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from perseus_plugin.pipeline import build_graph
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.improve import NORMAL, improve
 from perseus_plugin.planning.options import build_problem
 from perseus_plugin.planning.relaxation import Relaxation
 from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
 from perseus_plugin.planning.window import WindowLimits, regrets, solve_window
-from perseus_plugin.schedules import one_f_one_b
 
 from .jobs import Job, brute_force, bundled_profile, jobs
 

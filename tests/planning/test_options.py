@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import build_graph
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.options import build_problem, clock_options
 from perseus_plugin.profiling.profile import Measurement
-from perseus_plugin.schedules import one_f_one_b
 
 from .jobs import bundled_profile
 

@@ -5,15 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import build_graph
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.pace import plan_pace, slowed
 from perseus_plugin.planning.paced import Pace, pace_from_dict, pace_to_dict
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import make_plan
 from perseus_plugin.planning.targets import Target
-from perseus_plugin.schedules import one_f_one_b
-
-from ..factories import BLOCKING_W, CLOCKS_MHZ, profile
+from tests.factories import BLOCKING_W, CLOCKS_MHZ, profile
 
 STAGES, MICROBATCHES = 3, 6
 GRAPH = build_graph(one_f_one_b(STAGES, MICROBATCHES), {})

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import build_graph
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import interleaved_1f1b, one_f_one_b
 from perseus_plugin.planning.plan import Plan, load_plan, plan_from_json, plan_to_json, save_plan
 from perseus_plugin.planning.planner import Planner, Target
 from perseus_plugin.planning.zeus import load_zeus_plan, save_zeus_plan
-from perseus_plugin.schedules import interleaved_1f1b, one_f_one_b
 
 from .jobs import bundled_profile
 

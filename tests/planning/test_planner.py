@@ -10,11 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.instructions import Constant
-from perseus_plugin.pipeline import build_graph
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.instructions import Constant
+from perseus_plugin.iteration.schedules import SCHEDULES, one_f_one_b
 from perseus_plugin.planning.planner import Planner, Target, make_plan
 from perseus_plugin.profiling.profile import Measurement, Profile
-from perseus_plugin.schedules import SCHEDULES, one_f_one_b
 
 from .jobs import Job, brute_force, bundled_profile, jobs, replay
 

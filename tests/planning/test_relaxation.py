@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.pipeline import build_graph
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.options import PlanningProblem, build_problem
 from perseus_plugin.planning.relaxation import Relaxation
 from perseus_plugin.profiling.profile import Profile
-from perseus_plugin.schedules import one_f_one_b
 
 from .jobs import Job, brute_force, bundled_profile, jobs
 

@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.instructions import Compute
-from perseus_plugin.pipeline import FloatArray, IntArray, build_graph
+from perseus_plugin.iteration.graph import FloatArray, IntArray, build_graph
+from perseus_plugin.iteration.instructions import Compute
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.options import PlanningProblem, build_problem
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import make_plan
 from perseus_plugin.planning.replay import CatchUp, Replay, by_node, clocks_of, latest_starts
 from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.profile import Measurement, Profile
-from perseus_plugin.schedules import one_f_one_b
 
 from .jobs import Job, bundled_profile, jobs, replay, simulate
 

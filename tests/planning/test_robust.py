@@ -5,17 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from perseus_plugin.instructions import Compute, Constant
-from perseus_plugin.pipeline import FloatArray, build_graph
-from perseus_plugin.plan_request import PlanAnswer, PlanRequest
-from perseus_plugin.planner_process import answer_to
+from perseus_plugin.iteration.graph import FloatArray, build_graph
+from perseus_plugin.iteration.instructions import Compute, Constant
+from perseus_plugin.iteration.replayed import PerStage, Samples
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.options import build_problem
-from perseus_plugin.planning.replayed import PerStage, Samples
+from perseus_plugin.planning.process import answer_to
+from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.planning.robust import margins_from, replay_of, usual_delays
 from perseus_plugin.profiling.profile import Profile
-from perseus_plugin.schedules import one_f_one_b
+from tests.factories import BLOCKING_W
 
-from ..factories import BLOCKING_W
 from .jobs import bundled_profile
 
 STAGES, MICROBATCHES = 3, 8

@@ -4,12 +4,11 @@ import math
 
 import pytest
 
-from perseus_plugin.instructions import Compute, Constant
+from perseus_plugin.iteration.instructions import Compute, Constant
+from perseus_plugin.iteration.timetable import Sweep
 from perseus_plugin.profiling.collector import SweepCollector
 from perseus_plugin.profiling.observations import Activity, Tick
-from perseus_plugin.timetable import Sweep
-
-from ..factories import OPERATIONS, record
+from tests.factories import OPERATIONS, record
 
 LENGTH_S = 0.036 + 4 * 0.24
 

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from perseus_plugin.exchange import LocalExchange
-from perseus_plugin.following.recent import FEWEST, RecentIterations
-from perseus_plugin.messages import CatchUpPart, IterationDurations, PlanPart, RankDurations, durations_key
+from perseus_plugin.exchange.messages import CatchUpPart, IterationDurations, PlanPart, RankDurations, durations_key
+from perseus_plugin.exchange.store import LocalExchange
+from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Sweep
+from perseus_plugin.leader.recent import FEWEST, RecentIterations
 from perseus_plugin.profiling.durations import KEPT, DurationsLog, joined
-from perseus_plugin.schedules import one_f_one_b
-from perseus_plugin.timetable import Directive, Follow, FullClock, Sweep
-
-from ..factories import CLOCKS_MHZ, placement, profile, record, time_s
+from tests.factories import CLOCKS_MHZ, placement, profile, record, time_s
 
 TOP_MHZ = CLOCKS_MHZ[0]
 STREAMS = one_f_one_b(2, 2)

@@ -20,8 +20,8 @@ from perseus_plugin.profiling.estimator import (
     pool,
     to_profile,
 )
+from tests.profiling import sensor
 
-from . import sensor
 from .sensor import A100, EXACT, H100, V100, Counter, Truth, simulate, two_kinds
 
 

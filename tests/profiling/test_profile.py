@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from perseus_plugin.errors import ProfileError
 from perseus_plugin.profiling.profile import Measurement, Profile, load_profile, save_profile
-
-from ..factories import profile
+from tests.factories import profile
 
 HEAD = "stage,instruction,frequency,time,energy"
 GOOD = [

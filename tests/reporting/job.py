@@ -13,23 +13,22 @@ from typing import Any
 import numpy as np
 
 from perseus_plugin.control import wire
-from perseus_plugin.instructions import Compute, Constant, StreamOp
-from perseus_plugin.messages import Placement, PlanPart, RankStats
-from perseus_plugin.pipeline import PipelineGraph, build_graph
+from perseus_plugin.exchange.messages import Placement, PlanPart, RankStats
+from perseus_plugin.iteration.graph import PipelineGraph, build_graph
+from perseus_plugin.iteration.instructions import Compute, Constant, StreamOp
+from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
 from perseus_plugin.planning.plan import Plan, save_plan
 from perseus_plugin.planning.planner import Target, make_plan
+from perseus_plugin.profiling.kept import save_survey
 from perseus_plugin.profiling.profile import Measurement, Profile
-from perseus_plugin.profiling.reuse import save_survey
-from perseus_plugin.reporting.account import FULL_CLOCK, PLAN, PROFILING, Account, begin_tag, end_tag
-from perseus_plugin.reporting.recorder import Recorder
-from perseus_plugin.reporting.reporter import Reporter
-from perseus_plugin.reporting.samples import is_sampled
-from perseus_plugin.schedules import one_f_one_b
-from perseus_plugin.survey import Survey
-from perseus_plugin.tap import IterationRecord, hooked_operations
-from perseus_plugin.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
-
-from ..factories import BLOCKING_W, CLOCKS_MHZ, energy_j, placement, time_s
+from perseus_plugin.profiling.survey import Survey
+from perseus_plugin.reporting.live.account import FULL_CLOCK, PLAN, PROFILING, Account, begin_tag, end_tag
+from perseus_plugin.reporting.live.reporter import Reporter
+from perseus_plugin.reporting.record.recorder import Recorder
+from perseus_plugin.reporting.record.samples import is_sampled
+from perseus_plugin.session.tap import IterationRecord, hooked_operations
+from tests.factories import BLOCKING_W, CLOCKS_MHZ, energy_j, placement, time_s
 
 STEP_S = 0.005
 TICK_S = 0.01

@@ -21,8 +21,7 @@ from perseus_plugin.gpus.emulated.state import (
     NO_PERMISSION,
     NOT_SUPPORTED,
 )
-
-from ..conftest import VirtualClock
+from tests.gpus.conftest import VirtualClock
 
 
 def test_a_lock_takes_effect_after_the_latency_and_a_reset_too(gpu: EmulatedGpu, clock: VirtualClock) -> None:

@@ -5,8 +5,7 @@ import pytest
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.execution import EmulatedExecution
 from perseus_plugin.gpus.emulated.physics import A100, BACKWARD_LIKE, FORWARD_LIKE
-
-from ..conftest import VirtualClock
+from tests.gpus.conftest import VirtualClock
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What would a plan bring, before there is a job? Pure, but for reading its description."""

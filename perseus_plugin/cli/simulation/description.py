@@ -1,0 +1,190 @@
+"""A transformer described by its sizes, and the profile that an emulated GPU would have of it.
+
+This is a model and no measurement. A stage's work is counted in floating-point operations (matrix products only, as in
+Narayanan et al., SC 2021, appendix), divided by a share of the GPU's peak rate; how time and power follow the clock
+comes from the emulated GPU (`gpus.emulated.physics`), which is fitted to published profiles of one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from perseus_plugin.errors import ConfigError
+from perseus_plugin.gpus.emulated.physics import FORWARD_LIKE, MODELS, GpuModel, load_class
+from perseus_plugin.iteration.instructions import BACKWARD, FORWARD
+from perseus_plugin.iteration.schedules import RECOMPUTE
+from perseus_plugin.profiling.profile import Measurement, Profile
+
+PEAK_FLOPS = {"a100": 312e12, "a40": 149.7e12}
+"""Dense bfloat16 tensor-core rate at the highest clock, from NVIDIA's data sheets, by the name in `MODELS`."""
+
+LOWEST_CLOCK_MHZ = 855
+"""Below this nothing was published, and the emulated GPUs extrapolate."""
+
+Split = tuple[int, ...]
+"""Layers of each stage."""
+
+
+class ModelDescription(BaseModel):
+    """A transformer language model and how it is trained."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    layers: int = Field(ge=1, description="transformer layers")
+    hidden: int = Field(ge=1, description="width of the model")
+    sequence_length: int = Field(ge=1, description="tokens of a sequence")
+    microbatch_size: int = Field(ge=1, description="sequences of a microbatch")
+    vocabulary: int = Field(ge=1, description="rows of the output matrix, which the last stage multiplies by")
+    stages: int | None = Field(default=None, ge=1, description="pipeline stages of an even split; not with split")
+    split: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None, min_length=1, description="layers of each stage; not with stages"
+    )
+    feed_forward: int | None = Field(default=None, ge=1, description="width of the feed-forward part; 4 x hidden")
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share a stage")
+    recompute: bool = Field(default=False, description="whether the backward computes the whole forward again")
+    efficiency: float = Field(
+        default=0.5, gt=0, le=1, description="share of the GPU's peak rate that is reached; scales times, not savings"
+    )
+
+    @property
+    def own_split(self) -> Split | None:
+        """The split that the description names; None if it names none."""
+        if self.split is not None:
+            return tuple(self.split)
+        return None if self.stages is None else even_split(self.layers, self.stages)
+
+    def stage_flops(self, split: Split) -> list[float]:
+        """Floating-point operations of one microbatch's forward in each stage, all its GPUs together.
+
+        Raises:
+            ConfigError: the split does not add up to the layers.
+        """
+        if sum(split) != self.layers or min(split) < 0:
+            raise ConfigError(
+                f"split: got {list(split)}, together {sum(split)}; "
+                f"allowed: layers of each stage, together {self.layers}"
+            )
+        tokens = self.microbatch_size * self.sequence_length
+        width = self.feed_forward or 4 * self.hidden
+        projections = 8 * tokens * self.hidden**2
+        attention = 4 * tokens * self.sequence_length * self.hidden
+        layer = projections + attention + 4 * tokens * self.hidden * width
+        flops = [float(count * layer) for count in split]
+        flops[-1] += 2 * tokens * self.hidden * self.vocabulary
+        if min(flops) <= 0:
+            raise ConfigError(f"split: got {list(split)}; allowed: at least one layer in every stage but the last")
+        return flops
+
+
+def even_split(layers: int, stages: int) -> Split:
+    """Layers spread as evenly as they can be; the first stages get one more where that does not come out even.
+
+    Raises:
+        ConfigError: more stages than layers.
+    """
+    if not 1 <= stages <= layers:
+        raise ConfigError(f"stages: got {stages}; allowed: from 1 to the number of layers, {layers}")
+    each, left = divmod(layers, stages)
+    return tuple(each + (stage < left) for stage in range(stages))
+
+
+def catalogue() -> dict[str, GpuModel]:
+    """The GPUs that a description can be simulated on, by name."""
+    return {name: MODELS[name] for name in sorted(MODELS.keys() & PEAK_FLOPS.keys())}
+
+
+def gpu_named(name: str) -> GpuModel:
+    """A GPU of the catalogue.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known = catalogue()
+    if name.lower() not in known:
+        raise ConfigError(f"--gpu: got {name!r}; allowed: {', '.join(known)}")
+    return known[name.lower()]
+
+
+def modelled_profile(description: ModelDescription, split: Split, gpu_name: str, kinds: Collection[str]) -> Profile:
+    """The profile that this GPU would have of the model, per instruction of a whole stage.
+
+    Args:
+        description: the model.
+        split: layers of each stage.
+        gpu_name: of the catalogue.
+        kinds: instruction kinds that the schedule runs; with "recompute" the backward does not compute the forward
+            again, as the schedule does.
+
+    Raises:
+        ConfigError: the split does not fit, or there is no time for one of the kinds.
+    """
+    gpu = gpu_named(gpu_name)
+    unknown = sorted(set(kinds) - {FORWARD, BACKWARD, RECOMPUTE})
+    if unknown:
+        raise ConfigError(f"model: got a schedule that runs {unknown[0]!r}; allowed: forward, backward and recompute")
+    if RECOMPUTE in kinds and not description.recompute:
+        raise ConfigError("model: recompute: got false; allowed: true for a schedule that recomputes early")
+    full_s = [
+        flops / (description.tensor_parallel * PEAK_FLOPS[gpu_name.lower()] * description.efficiency)
+        for flops in description.stage_flops(split)
+    ]
+    forwards = {FORWARD: 1.0, RECOMPUTE: 1.0, BACKWARD: 2.0}
+    if description.recompute and RECOMPUTE not in kinds:
+        forwards[BACKWARD] += 1.0
+    clocks = [mhz for mhz in gpu.clocks_mhz() if mhz >= LOWEST_CLOCK_MHZ]
+    return Profile.from_rows(
+        (stage, kind, _measurement(gpu, kind, clock, forwards[kind] * forward_s))
+        for stage, forward_s in enumerate(full_s)
+        for kind in sorted(kinds)
+        for clock in clocks
+    )
+
+
+def _measurement(gpu: GpuModel, kind: str, clock_mhz: int, full_clock_s: float) -> Measurement:
+    load = FORWARD_LIKE if kind == RECOMPUTE else load_class(kind)
+    time_s = full_clock_s * gpu.stretch(load, clock_mhz)
+    return Measurement(clock_mhz, time_s, gpu.power_w(load, clock_mhz) * time_s)
+
+
+def load_description(path: Path) -> ModelDescription:
+    """Read a description from YAML (or JSON, which is YAML).
+
+    Raises:
+        ConfigError: naming the file, the key, the value and what is allowed.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the model description: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        known = ", ".join(ModelDescription.model_fields)
+        raise ConfigError(f"{path}: got {type(content).__name__}; allowed: an object with the keys {known}")
+    try:
+        description = ModelDescription.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(f"{path}: {_explain(first['loc'], first['type'], first['input'], first['msg'])}") from None
+    if description.stages is not None and description.split is not None:
+        raise ConfigError(f"{path}: stages: got {description.stages} beside split; allowed: one of the two")
+    if description.own_split is not None:
+        try:
+            description.stage_flops(description.own_split)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+    return description
+
+
+def _explain(location: Sequence[int | str], error_type: str, value: object, message: str) -> str:
+    key = ".".join(str(part) for part in location)
+    if error_type == "missing":
+        return f"{key}: missing; it must be given"
+    if error_type == "extra_forbidden":
+        return f"{key}: unknown key; known keys: {', '.join(ModelDescription.model_fields)}"
+    return f"{key}: got {value!r:.60}; {message[:1].lower()}{message[1:]}"

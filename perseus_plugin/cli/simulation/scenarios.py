@@ -1,0 +1,202 @@
+"""The saving to expect in each of several scenarios; the planner's own figures, nothing is computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from perseus_plugin.errors import PerseusError
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.instructions import Compute, StageStream
+from perseus_plugin.planning.planner import Planner
+from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
+from perseus_plugin.profiling.profile import Profile
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One way to cut the model into stages, on one sort of GPU.
+
+    Attributes:
+        profile_for: the profile of whole stages, given the instruction kinds that a schedule runs.
+        blocking_power_w: power of a GPU that waits, for all stages or one each.
+        stages: of the pipeline.
+        split: layers of each stage; None: as measured.
+        gpu: its name; empty: that of the profile.
+        chunks: model chunks per stage of which the profile's rows hold one.
+    """
+
+    profile_for: Callable[[Collection[str]], Profile]
+    blocking_power_w: float | Sequence[float]
+    stages: int
+    split: tuple[int, ...] | None = None
+    gpu: str = ""
+    chunks: int = 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule and the numbers of microbatches to run it with.
+
+    Attributes:
+        name: for people.
+        streams_for: (stages, microbatches) to streams; microbatches is None for a schedule that brings its own.
+        microbatches: None alone for a schedule that brings its own.
+    """
+
+    name: str
+    streams_for: Callable[[int, int | None], Sequence[StageStream]]
+    microbatches: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What is planned for: a slowdown as a share, or a straggler that makes the iteration so many times as long."""
+
+    slowdown: float | None = None
+    straggler: float | None = None
+
+    def target(self, full_clock_s: float) -> Target:
+        """As the planner wants it.
+
+        Raises:
+            PlanError: a value out of range.
+        """
+        if self.straggler is not None:
+            return Target.straggler(self.straggler * full_clock_s)
+        return Target.slowdown(self.slowdown or 0.0)
+
+    def __str__(self) -> str:
+        if self.straggler is not None:
+            return f"straggler {self.straggler:g}x"
+        return f"slowdown {100 * (self.slowdown or 0.0):g} %"
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the plan of a scenario promises: `perseus plan` for the same input says the same.
+
+    Energies are of one GPU per stage over an iteration, blocking included.
+
+    Attributes:
+        scale: what the profile's times and energies were multiplied by, for schedules of several chunks.
+        deadline_s: iteration time that was allowed.
+        full_clock_s, full_clock_j: every instruction at the highest clock.
+        iteration_s, energy_j: under the plan.
+        bound_j: no plan takes less.
+        most_changes: clock changes per iteration in the stage that has most.
+    """
+
+    scale: float
+    deadline_s: float
+    full_clock_s: float
+    full_clock_j: float
+    iteration_s: float
+    energy_j: float
+    bound_j: float
+    most_changes: int
+
+    @property
+    def saving(self) -> float:
+        """Energy saved against full clocks, as a share."""
+        return 1 - self.energy_j / self.full_clock_j
+
+    @property
+    def slowdown(self) -> float:
+        """Iteration time beyond that at full clocks, as a share."""
+        return self.iteration_s / self.full_clock_s - 1
+
+    @property
+    def gap(self) -> float:
+        """How far the energy is above its lower bound, as a share of the bound."""
+        return self.energy_j / self.bound_j - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One scenario: what was asked, and the figures or why there are none."""
+
+    gpu: str
+    stages: int
+    split: tuple[int, ...] | None
+    schedule: str
+    microbatches: int | None
+    aim: Aim
+    figures: Figures | None
+    error: str = ""
+
+
+def simulate(
+    pipelines: Sequence[Pipeline],
+    schedules: Sequence[Schedule],
+    aims: Sequence[Aim],
+    *,
+    latency_s: float = 0.0,
+    limits: ChangeLimits | None = None,
+    effort: Effort = "quick",
+) -> Iterator[Outcome]:
+    """Plan every combination, one outcome after the other.
+
+    A combination that cannot be planned (a schedule that needs a multiple of the stages, say) is an outcome too.
+    """
+    for pipeline in pipelines:
+        for schedule in schedules:
+            for microbatches in schedule.microbatches:
+                yield from _of_one(pipeline, schedule, microbatches, aims, latency_s, limits, effort)
+
+
+def _of_one(
+    pipeline: Pipeline,
+    schedule: Schedule,
+    microbatches: int | None,
+    aims: Sequence[Aim],
+    latency_s: float,
+    limits: ChangeLimits | None,
+    effort: Effort,
+) -> Iterator[Outcome]:
+    planner: Planner | None = None
+    why_not, scale, count = "", 1.0, microbatches
+    try:
+        planner, scale = _planner(pipeline, schedule, microbatches, latency_s)
+        count = planner.problem.graph.microbatches
+    except PerseusError as error:
+        why_not = str(error)
+    for aim in aims:
+        figures, reason = None, why_not
+        if planner is not None:
+            try:
+                figures = _figures(planner, scale, aim, limits, effort)
+            except PerseusError as error:
+                reason = str(error)
+        yield Outcome(pipeline.gpu, pipeline.stages, pipeline.split, schedule.name, count, aim, figures, reason)
+
+
+def _planner(
+    pipeline: Pipeline, schedule: Schedule, microbatches: int | None, latency_s: float
+) -> tuple[Planner, float]:
+    streams = schedule.streams_for(pipeline.stages, microbatches)
+    computes = [op for stream in streams for op in stream if isinstance(op, Compute)]
+    chunks = 1 + max((op.chunk for op in computes), default=0)
+    scale = pipeline.chunks / chunks
+    profile = pipeline.profile_for({op.kind for op in computes})
+    planner = Planner(
+        build_graph(streams, latency_s=latency_s),
+        profile if scale == 1.0 else profile.scaled(scale),
+        blocking_power_w=pipeline.blocking_power_w,
+        schedule=schedule.name,
+    )
+    return planner, scale
+
+
+def _figures(planner: Planner, scale: float, aim: Aim, limits: ChangeLimits | None, effort: Effort) -> Figures:
+    plan = planner.plan(aim.target(planner.problem.full_clock_time_s), limits, effort)
+    return Figures(
+        scale=scale,
+        deadline_s=plan.deadline_s,
+        full_clock_s=plan.baseline_time_s,
+        full_clock_j=plan.baseline_energy_j,
+        iteration_s=plan.iteration_time_s,
+        energy_j=plan.energy_j,
+        bound_j=plan.energy_lower_bound_j,
+        most_changes=max(plan.clock_changes(stage) for stage in range(len(plan.stages))),
+    )

@@ -1,0 +1,7 @@
+"""`python -m perseus_plugin.control.helper`."""
+
+import sys
+
+from perseus_plugin.control.helper.process import main
+
+sys.exit(main())

@@ -1,0 +1,408 @@
+"""What travels through the exchange, checked on arrival."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from perseus_plugin.exchange.store import ExchangeError
+
+NEWS = "news"
+TROUBLE = "trouble"
+STRAGGLERS = "stragglers"  # list that ranks append reports and detections to
+REUSE = "reuse"
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class Placement(_Message):
+    """Where a rank sits in the job.
+
+    Attributes:
+        rank, world_size: in the whole job.
+        stage, stages: pipeline stage and how many there are.
+        replica: which copy of the pipeline that runs at a pace of its own.
+        shards: ranks that work together on one stage of one replica (tensor, context and expert parallel ones): they
+            have the same stage and replica, and run in lock-step under the same plan.
+        local_rank: on its machine.
+        device: torch device, e.g. "cuda:0" or "cpu".
+    """
+
+    rank: int
+    world_size: int
+    stage: int
+    stages: int
+    replica: int
+    shards: int = 1
+    local_rank: int
+    device: str
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas there are in the job."""
+        return self.world_size // (self.stages * self.shards)
+
+
+class RankEstimate(_Message):
+    """What one rank measured in the sweep.
+
+    Attributes:
+        placement: who says so.
+        gpu: name of its GPU.
+        estimate: a `StageEstimate` as plain data.
+        constant_time_s: median time of each kind of constant-time work.
+        switch_latency_s: 95 % of clock changes take no longer; None where that was not measured.
+    """
+
+    placement: Placement
+    gpu: str
+    estimate: dict[str, Any]
+    constant_time_s: dict[str, float]
+    switch_latency_s: float | None = None
+
+
+class News(_Message):
+    """An order to all ranks: what to do from which iteration on. The newest sequence number wins.
+
+    Attributes:
+        sequence: counts up from 1.
+        switch: first iteration it holds for.
+        action: follow the plans of `version`, run at full clocks, or profile again at `clocks_mhz`.
+        version: of the set of plans, one per schedule, 0 for full clocks. A schedule without one runs at full clocks.
+        variants: sets of the replicas that have one of their own; all others follow `version`.
+        since: first iteration under plans that were made on the same measurements; reference iterations count from it.
+        straggler: the plans are for the pace of a straggler.
+        clocks_mhz: in the order to try them; a rank with another GPU takes the nearest it has.
+        paired: they are tried by every other stage at a time, see `timetable.paired_clocks`; the first is the highest
+            clock and not tried.
+        reason: for people.
+        recheck: ranks shall time their instructions at full clocks and publish that.
+    """
+
+    sequence: int
+    switch: int
+    action: Literal["follow", "full", "sweep"]
+    version: int = 0
+    variants: dict[int, int] = {}
+    since: int = 0
+    straggler: bool = False
+    clocks_mhz: tuple[int, ...] = ()
+    paired: bool = False
+    reason: str = ""
+    recheck: bool = False
+
+    def version_for(self, replica: int) -> int:
+        """The set of plans that this replica follows."""
+        return self.variants.get(replica, self.version)
+
+
+class RankFacts(_Message):
+    """What a rank's part of the job is, for the profile's fingerprint."""
+
+    stage: int
+    facts: dict[str, str]
+
+
+class CatchUpPart(_Message):
+    """When an instruction of a plan begins too late, and what it may be run at then.
+
+    Attributes:
+        latest_starts_s: per controllable instruction, since the iteration's begin, for a step of the usual size.
+        usual_delays_s: how much later than the graph says each really begins, for what the graph does not know of.
+        kinds: per controllable instruction.
+        options: per kind (clock, time in s, watts above those of waiting), fastest first.
+        size_weight: see `planning.replay.CatchUp`.
+        dwell_s: shortest time from a rise to the return to the plan.
+    """
+
+    latest_starts_s: tuple[float, ...]
+    usual_delays_s: tuple[float, ...]
+    kinds: tuple[str, ...]
+    options: dict[str, tuple[tuple[int, float, float], ...]]
+    size_weight: float
+    dwell_s: float = 0.0
+
+
+class Reuse(_Message):
+    """What rank 0 has found in the output folder: whether a profile of this job, or why a sweep would be in vain."""
+
+    profile: bool = False
+    failed: str = ""
+
+
+class PlanPart(_Message):
+    """One stage's part of a plan.
+
+    Attributes:
+        version: the plan's own number, from 1; the same in every set that it is in.
+        schedule: key of the schedule it is for.
+        clocks_mhz: per controllable instruction in program order.
+        times_s: how long each takes at that clock.
+        slowdown: how much longer than in the profile that is, as the stage is known to be slow.
+        catch_up: what a rank that is late does; None: nothing.
+    """
+
+    version: int
+    schedule: str
+    clocks_mhz: tuple[int, ...]
+    times_s: tuple[float, ...]
+    slowdown: float = 1.0
+    catch_up: CatchUpPart | None = None
+
+    def as_run(self, raised: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Clocks and times where some instructions ran faster than planned.
+
+        Args:
+            raised: (position, clock) of those.
+        """
+        clocks_mhz, times_s = list(self.clocks_mhz), list(self.times_s)
+        if self.catch_up is None:
+            return self.clocks_mhz, self.times_s
+        for position, clock in raised:
+            rows = self.catch_up.options[self.catch_up.kinds[position]]
+            clocks_mhz[position] = clock
+            times_s[position] = next((time_s for mhz, time_s, _ in rows if mhz == clock), times_s[position])
+        return tuple(clocks_mhz), tuple(times_s)
+
+
+class IterationDurations(_Message):
+    """How long the controllable instructions of one iteration took on one rank.
+
+    Attributes:
+        number: of the iteration.
+        schedule: key of the schedule that ran.
+        clocks_mhz: what they ran at: one clock for all of them or one each; 0: full clocks.
+        durations_s: per controllable instruction in program order.
+        starts_s: when each began, since the iteration's begin.
+    """
+
+    number: int
+    schedule: str
+    clocks_mhz: tuple[int, ...]
+    durations_s: tuple[float, ...]
+    starts_s: tuple[float, ...]
+
+
+class RankDurations(_Message):
+    """The last few complete, undisturbed iterations of a rank, oldest first."""
+
+    placement: Placement
+    iterations: tuple[IterationDurations, ...]
+
+
+class PlanParts(_Message):
+    """One stage's parts of a set of plans: those of all schedules that have one.
+
+    Attributes:
+        version: of the set, see `News`.
+        parts: one per schedule.
+    """
+
+    version: int
+    parts: tuple[PlanPart, ...]
+
+
+class Recheck(_Message):
+    """One rank's median instruction times at full clocks, by kind: after a plan was dropped, or to check a profile.
+
+    `steps` is how many iterations they are from (0: unknown), `switch_latency_s` as in `RankEstimate`.
+    """
+
+    stage: int
+    time_s: dict[str, float]
+    switch_latency_s: float | None = None
+    steps: int = 0
+
+
+class Seen(_Message):
+    """One iteration in or beside a block of references, as one rank saw it.
+
+    Attributes:
+        iteration: number.
+        reference: it ran at full clocks.
+        schedule: key of the one that ran.
+        time_s: of the iteration.
+        spent_s, usual_s: what instructions that are at full clocks under the plan too took, and by the profile take.
+        energy_j: of this rank's GPU, None: not known.
+    """
+
+    iteration: int
+    reference: bool
+    schedule: str
+    time_s: float
+    spent_s: float = 0.0
+    usual_s: float = 0.0
+    energy_j: float | None = None
+
+
+class RankWindow(_Message):
+    """A block of references and the iterations beside it.
+
+    Attributes:
+        since: see `News`.
+        block: its number from there on.
+        seen: as far as the clock was as it should be.
+    """
+
+    since: int
+    block: int
+    seen: tuple[Seen, ...]
+
+
+class RankWindows(_Message):
+    """The newest windows of one rank, and the replica it belongs to."""
+
+    replica: int
+    windows: tuple[RankWindow, ...]
+
+
+class PaceOf(_Message):
+    """By iteration, how many times as long as in the profile the instructions of a stage of a replica took.
+
+    `rough` are iterations in which the clock changed with nearly every instruction: instructions then take a few per
+    cent less, or more, than their clock says, always in the same way under one plan.
+    """
+
+    pace: dict[int, float]
+    rough: tuple[int, ...] = ()
+
+
+class Trouble(_Message):
+    """A rank cannot control its GPU (any more); rank 0 then sends all ranks to full clocks."""
+
+    rank: int
+    reason: str
+
+
+class Totals(_Message):
+    """Sums over iterations of one sort on one rank.
+
+    Attributes:
+        iterations: how many there were.
+        time_s: of all of them.
+        energy_j: of those whose energy is known; None where nothing measures it.
+        unread: how many have an energy that is not known, as a reading could not be believed.
+    """
+
+    iterations: int = 0
+    time_s: float = 0.0
+    energy_j: float | None = None
+    unread: int = 0
+
+    @property
+    def mean_energy_j(self) -> float | None:
+        """Energy of an iteration, None where it is not known; a sum of nothing is none."""
+        read = self.iterations - self.unread
+        return self.energy_j / read if self.energy_j and read > 0 else None
+
+
+class CaughtUp(_Message):
+    """How a rank has caught up, over the iterations under plans that say how to.
+
+    Attributes:
+        iterations, instructions: how many there were.
+        late_iterations, raised: of those, how many had or were instructions that ran faster than planned, being late.
+        extra_energy_j: what that took beyond the plan's clocks, by the profile.
+    """
+
+    iterations: int = 0
+    instructions: int = 0
+    late_iterations: int = 0
+    raised: int = 0
+    extra_energy_j: float = 0.0
+
+
+class RankStats(_Message):
+    """One rank's running account.
+
+    Attributes:
+        totals: by sort of iteration ("full_clock", "profiling", "plan", "reference").
+        overhead_s: time spent in our hooks on the training thread, over `hooked_iterations` iterations.
+        overran: emulated instructions for which the CPU was too slow, of `instructions`.
+        requests: clock changes that reached the driver.
+        deviations: times the GPU was seen to run at another clock than asked for.
+        late: iterations that began before their order had arrived.
+        switch_latency_s: median and 95 % of how long a clock change takes; None where that was not measured.
+        caught_up: how it has caught up with plans.
+        final: nothing follows.
+    """
+
+    placement: Placement
+    totals: dict[str, Totals]
+    overhead_s: float = 0.0
+    hooked_iterations: int = 0
+    overran: int = 0
+    instructions: int = 0
+    requests: int = 0
+    deviations: int = 0
+    late: int = 0
+    switch_latency_s: tuple[float, float] | None = None
+    caught_up: CaughtUp = CaughtUp()
+    final: bool = False
+
+
+class Figures(_Message):
+    """Figures by name, for a framework's monitor."""
+
+    events: tuple[tuple[str, float], ...]
+
+
+def facts_key(rank: int) -> str:
+    """Where a rank publishes its `RankFacts`."""
+    return f"facts/{rank}"
+
+
+def estimate_key(round_number: int, rank: int) -> str:
+    """Where a rank publishes its `RankEstimate` after a round of the sweep."""
+    return f"estimate/{round_number}/{rank}"
+
+
+def part_key(version: int, stage: int) -> str:
+    """Where rank 0 publishes a stage's `PlanParts`."""
+    return f"plan/{version}/{stage}"
+
+
+def recheck_key(sequence: int, rank: int) -> str:
+    """Where a rank publishes the `Recheck` that news of this sequence number asked for."""
+    return f"recheck/{sequence}/{rank}"
+
+
+def durations_key(rank: int) -> str:
+    """Where a rank publishes its `RankDurations`."""
+    return f"durations/{rank}"
+
+
+def windows_key(rank: int) -> str:
+    """Where a rank publishes its `RankWindows`."""
+    return f"windows/{rank}"
+
+
+def pace_key(replica: int, stage: int) -> str:
+    """Where a stage of a replica publishes its `PaceOf`; its shards run in lock-step, so any of them may."""
+    return f"pace/{replica}/{stage}"
+
+
+def stats_key(rank: int) -> str:
+    """Where a rank publishes its `RankStats`."""
+    return f"stats/{rank}"
+
+
+MessageT = TypeVar("MessageT", bound=_Message)
+
+
+def receive(message_class: type[MessageT], value: Any) -> MessageT:
+    """Check what was fetched.
+
+    Raises:
+        ExchangeError: it is no such message.
+    """
+    try:
+        return message_class.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ExchangeError(f"{message_class.__name__} from the job's store: {where}: {first['msg']}") from error

@@ -1,0 +1,1 @@
+"""DeepSpeed: its pipeline engine and schedules."""

@@ -1,0 +1,263 @@
+"""Instruction streams of the textbook pipeline schedules, and streams read from a file.
+
+For planning without a framework; an integration brings the streams of its own schedule.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from perseus_plugin.errors import ScheduleError
+from perseus_plugin.files import write_atomically
+from perseus_plugin.iteration.instructions import (
+    BACKWARD,
+    FORWARD,
+    Compute,
+    Constant,
+    Receive,
+    Send,
+    StageStream,
+    StreamOp,
+)
+
+RECOMPUTE = "recompute"
+SCHEDULE_SCHEMA = "perseus-schedule"
+SCHEDULE_VERSION = 1
+
+
+def _check(stages: int, microbatches: int) -> None:
+    for name, value in (("stages", stages), ("microbatches", microbatches)):
+        if value < 1:
+            raise ScheduleError(f"{name}: got {value}; allowed: a whole number from 1")
+
+
+def _forward(stage: int, stages: int, microbatch: int) -> list[StreamOp]:
+    ops: list[StreamOp] = [] if stage == 0 else [Receive(stage - 1, FORWARD)]
+    ops.append(Compute(FORWARD, microbatch))
+    if stage < stages - 1:
+        ops.append(Send(stage + 1, blocking=False, channel=FORWARD))
+    return ops
+
+
+def _backward(stage: int, stages: int, microbatch: int) -> list[StreamOp]:
+    ops: list[StreamOp] = [] if stage == stages - 1 else [Receive(stage + 1, BACKWARD)]
+    ops.append(Compute(BACKWARD, microbatch))
+    if stage > 0:
+        ops.append(Send(stage - 1, blocking=False, channel=BACKWARD))
+    return ops
+
+
+def one_f_one_b(stages: int, microbatches: int) -> list[StageStream]:
+    """1F1B (PipeDream-flush): `stages - 1 - stage` forwards ahead, then one forward and one backward in turn.
+
+    Raises:
+        ScheduleError: for fewer than one stage or microbatch.
+    """
+    _check(stages, microbatches)
+    streams: list[StageStream] = []
+    for stage in range(stages):
+        ahead = min(stages - 1 - stage, microbatches)
+        ops = [op for m in range(ahead) for op in _forward(stage, stages, m)]
+        for m in range(microbatches - ahead):
+            ops += _forward(stage, stages, ahead + m) + _backward(stage, stages, m)
+        for m in range(microbatches - ahead, microbatches):
+            ops += _backward(stage, stages, m)
+        streams.append(ops)
+    return streams
+
+
+def gpipe(stages: int, microbatches: int) -> list[StageStream]:
+    """GPipe: all forwards, then all backwards, the last microbatch first.
+
+    Raises:
+        ScheduleError: for fewer than one stage or microbatch.
+    """
+    _check(stages, microbatches)
+    return [
+        [op for m in range(microbatches) for op in _forward(stage, stages, m)]
+        + [op for m in reversed(range(microbatches)) for op in _backward(stage, stages, m)]
+        for stage in range(stages)
+    ]
+
+
+def early_recomputation_1f1b(stages: int, microbatches: int) -> list[StageStream]:
+    """1F1B with activation recomputation as an instruction of its own, begun before the gradient arrives (Merak).
+
+    The kind `"recompute"` needs rows in the profile. The last stage computes its backward right after its forward and
+    recomputes nothing, but for a profile with the same kinds in every stage it has the instruction too.
+
+    Raises:
+        ScheduleError: for fewer than one stage or microbatch.
+    """
+    streams: list[StageStream] = []
+    for stage, stream in enumerate(one_f_one_b(stages, microbatches)):
+        ops: list[StreamOp] = []
+        for op in stream:
+            if isinstance(op, Compute) and op.kind == BACKWARD:
+                at = len(ops) - 1 if stage < stages - 1 else len(ops)  # ahead of the backward's receive
+                ops.insert(at, Compute(RECOMPUTE, op.microbatch))
+            ops.append(op)
+        streams.append(ops)
+    return streams
+
+
+def interleaved_1f1b(stages: int, microbatches: int, chunks: int = 2) -> list[StageStream]:
+    """Interleaved 1F1B (Narayanan et al., SC'21): each rank holds `chunks` model chunks.
+
+    Raises:
+        ScheduleError: for fewer than two stages, fewer than one chunk, or microbatches that are no multiple of stages.
+    """
+    _check(stages, microbatches)
+    if stages < 2 or chunks < 1 or microbatches % stages:
+        raise ScheduleError(
+            f"interleaved 1F1B: got {stages} stages, {chunks} chunks, {microbatches} microbatches; "
+            "allowed: stages from 2, chunks from 1, microbatches a multiple of stages"
+        )
+    total = microbatches * chunks
+    last = stages * chunks - 1
+
+    def place(step: int, backward: bool) -> tuple[int, int]:
+        """Chunk and microbatch of a rank's `step`-th forward or backward."""
+        chunk = step % (stages * chunks) // stages
+        return (chunks - 1 - chunk if backward else chunk), step // (stages * chunks) * stages + step % stages
+
+    def forward(rank: int, step: int) -> list[StreamOp]:
+        chunk, microbatch = place(step, backward=False)
+        virtual = chunk * stages + rank
+        ops: list[StreamOp] = [Compute(FORWARD, microbatch, chunk)]
+        if virtual > 0:
+            ops.insert(0, Receive((rank - 1) % stages, f"{FORWARD}{virtual}"))
+        if virtual < last:
+            ops.append(Send((rank + 1) % stages, blocking=False, channel=f"{FORWARD}{virtual + 1}"))
+        return ops
+
+    def backward(rank: int, step: int) -> list[StreamOp]:
+        chunk, microbatch = place(step, backward=True)
+        virtual = chunk * stages + rank
+        ops: list[StreamOp] = [Compute(BACKWARD, microbatch, chunk)]
+        if virtual < last:
+            ops.insert(0, Receive((rank + 1) % stages, f"{BACKWARD}{virtual}"))
+        if virtual > 0:
+            ops.append(Send((rank - 1) % stages, blocking=False, channel=f"{BACKWARD}{virtual - 1}"))
+        return ops
+
+    streams: list[StageStream] = []
+    for rank in range(stages):
+        ahead = min(total, 2 * (stages - rank - 1) + (chunks - 1) * stages)
+        if microbatches == stages:
+            ahead = total  # as Megatron does: too few microbatches for a steady state
+        ops = [op for step in range(ahead) for op in forward(rank, step)]
+        for step in range(total - ahead):
+            ops += forward(rank, ahead + step) + backward(rank, step)
+        for step in range(total - ahead, total):
+            ops += backward(rank, step)
+        streams.append(ops)
+    return streams
+
+
+SCHEDULES: dict[str, Callable[[int, int], list[StageStream]]] = {
+    "1f1b": one_f_one_b,
+    "gpipe": gpipe,
+    "early-recomputation-1f1b": early_recomputation_1f1b,
+    "interleaved-1f1b": interleaved_1f1b,
+}
+"""Textbook schedules by the name the command line knows them by."""
+
+
+class _Op(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _ComputeOp(_Op):
+    op: Literal["compute"]
+    kind: str = Field(min_length=1)
+    microbatch: int = Field(ge=0)
+    chunk: int = Field(default=0, ge=0)
+
+
+class _ConstantOp(_Op):
+    op: Literal["constant"]
+    name: str = Field(min_length=1)
+    collective: bool = False
+
+
+class _SendOp(_Op):
+    op: Literal["send"]
+    peer: int
+    blocking: bool = True
+    channel: str = ""
+
+
+class _ReceiveOp(_Op):
+    op: Literal["receive"]
+    peer: int
+    channel: str = ""
+
+
+class _ScheduleFile(_Op):
+    schema_name: Literal["perseus-schedule"] = Field(alias="schema")
+    version: Literal[1]
+    stages: list[list[_ComputeOp | _ConstantOp | _SendOp | _ReceiveOp]] = Field(min_length=1)
+
+
+def load_streams(path: Path | str) -> list[StageStream]:
+    """Read streams from a JSON file.
+
+    `{"schema": "perseus-schedule", "version": 1, "stages": [[op, ...], ...]}` with operations
+    `{"op": "compute", "kind": "forward", "microbatch": 0, "chunk": 0}`,
+    `{"op": "constant", "name": "load", "collective": false}`,
+    `{"op": "send", "peer": 1, "blocking": true, "channel": ""}` and `{"op": "receive", "peer": 0, "channel": ""}`.
+
+    Raises:
+        ScheduleError: naming the file, the place and the reason.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        parsed = _ScheduleFile.model_validate(data)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ScheduleError(f"{path}: cannot read the schedule: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "(file)"
+        raise ScheduleError(f"{path}: {where}: got {first['input']!r:.80}; {first['msg']}") from error
+    return [[_stream_op(op) for op in stage] for stage in parsed.stages]
+
+
+def save_streams(streams: Sequence[StageStream], path: Path | str) -> None:
+    """Write what `load_streams` reads, through a temporary file and a rename.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    content = {
+        "schema": SCHEDULE_SCHEMA,
+        "version": SCHEDULE_VERSION,
+        "stages": [[_op_row(op) for op in s] for s in streams],
+    }
+    write_atomically(Path(path), json.dumps(content) + "\n")
+
+
+def _op_row(op: StreamOp) -> dict[str, str | int | bool]:
+    if isinstance(op, Compute):
+        return {"op": "compute", "kind": op.kind, "microbatch": op.microbatch, "chunk": op.chunk}
+    if isinstance(op, Constant):
+        return {"op": "constant", "name": op.name, "collective": op.collective}
+    if isinstance(op, Send):
+        return {"op": "send", "peer": op.peer, "blocking": op.blocking, "channel": op.channel}
+    return {"op": "receive", "peer": op.peer, "channel": op.channel}
+
+
+def _stream_op(op: _ComputeOp | _ConstantOp | _SendOp | _ReceiveOp) -> StreamOp:
+    if isinstance(op, _ComputeOp):
+        return Compute(op.kind, op.microbatch, op.chunk)
+    if isinstance(op, _ConstantOp):
+        return Constant(op.name, op.collective)
+    if isinstance(op, _SendOp):
+        return Send(op.peer, op.blocking, op.channel)
+    return Receive(op.peer, op.channel)

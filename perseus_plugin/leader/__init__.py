@@ -1,0 +1,1 @@
+"""What does rank 0 decide for all?"""

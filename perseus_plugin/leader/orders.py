@@ -1,0 +1,62 @@
+"""Orders of rank 0 to all ranks: what to do from which iteration on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from perseus_plugin.exchange.messages import NEWS, News
+from perseus_plugin.exchange.store import Exchange
+
+_SWITCH_AHEAD = 2
+_NEWS_TAKE_S = 0.2  # until the slowest rank has heard of something
+
+
+class Orders:
+    """Publishes `News`; the newest holds.
+
+    Args:
+        exchange: to all ranks.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self.latest: News | None = None
+        self._before: News | None = None
+
+    @property
+    def sequence(self) -> int:
+        """Number of the newest order, 0 before the first."""
+        return 0 if self.latest is None else self.latest.sequence
+
+    @property
+    def versions(self) -> list[int]:
+        """Sets of plans that ranks follow, or followed until the newest order holds."""
+        told = [news for news in (self._before, self.latest) if news is not None]
+        return [version for news in told for version in (news.version, *news.variants.values())]
+
+    def give(self, iteration: int, iteration_time_s: float | None, *, anew: bool = False, **what: Any) -> News:
+        """Tell all ranks.
+
+        Args:
+            iteration: the one running on rank 0.
+            iteration_time_s: how long iterations take at full clocks, None if that is not known.
+            anew: plans are followed that were made on new measurements.
+            what: the other fields of `News`.
+
+        Raises:
+            ExchangeError: the store fails.
+        """
+        switch = iteration + ahead(iteration_time_s)
+        since = switch if anew or self.latest is None else self.latest.since
+        self._before = self.latest
+        self.latest = News(sequence=self.sequence + 1, switch=switch, since=since, **what)
+        self._exchange.publish(NEWS, self.latest.model_dump())
+        return self.latest
+
+
+def ahead(iteration_time_s: float | None) -> int:
+    """Iterations between saying and doing: ranks look for news once per iteration, or every tenth of a second."""
+    if iteration_time_s is None:
+        return _SWITCH_AHEAD
+    return max(_SWITCH_AHEAD, 1 + math.ceil(_NEWS_TAKE_S / iteration_time_s))

@@ -1,0 +1,176 @@
+"""The job's plans on rank 0: one per schedule, further ones for the pace of stragglers, published in sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from perseus_plugin.exchange.messages import CatchUpPart, PlanPart, PlanParts, part_key
+from perseus_plugin.exchange.store import Exchange
+from perseus_plugin.iteration.replayed import StageCatchUp
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.profiling.profile import Profile
+from perseus_plugin.stragglers.external import PlannedWork, planned_work, slowed_by
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A plan with every stage's part of it."""
+
+    schedule: str
+    plan: Plan
+    parts: tuple[PlanPart, ...]
+    work: PlannedWork
+
+
+class PlanShelf:
+    """Numbers plans, publishes sets of them, every stage its parts, and keeps what is asked of them later.
+
+    Ranks are told of sets only: which plan of a set holds is the schedule's to say, when it begins.
+
+    Args:
+        exchange: to all ranks.
+        stages: of the pipeline.
+    """
+
+    def __init__(self, exchange: Exchange, stages: int) -> None:
+        self._exchange, self._stages = exchange, stages
+        self._kept: dict[int, _Kept] = {}
+        self._of_schedule: dict[str, int] = {}
+        self._sets: dict[frozenset[int], int] = {}
+        self._replaced: set[int] = set()
+        self._number = self._version = 0
+
+    def put(
+        self,
+        schedule: str,
+        plan: Plan,
+        profile: Profile,
+        catch_up: Sequence[StageCatchUp] = (),
+        dwell_s: float = 0.0,
+    ) -> int:
+        """The plan of a schedule from now on, in the place of the one it had; returns its number. See `keep`."""
+        number = self.keep(schedule, plan, profile, catch_up=catch_up, dwell_s=dwell_s)
+        if schedule in self._of_schedule:
+            self._replaced.add(self._of_schedule[schedule])
+        self._of_schedule[schedule] = number
+        return number
+
+    def keep(
+        self,
+        schedule: str,
+        plan: Plan,
+        profile: Profile,
+        slowdowns: Sequence[float] | None = None,
+        catch_up: Sequence[StageCatchUp] = (),
+        dwell_s: float = 0.0,
+    ) -> int:
+        """Give a plan a number.
+
+        Args:
+            schedule: it is for.
+            plan: the plan.
+            profile: it was made on, without the margin.
+            slowdowns: per stage, how much longer than in the profile its instructions take; None: as in the profile.
+            catch_up: per stage what late ranks need to know; empty: they do nothing.
+            dwell_s: shortest time between two clock changes.
+        """
+        self._number += 1
+        time_s = {(stage, kind, m.frequency_mhz): m.time_s for stage, kind, m in profile.rows()}
+        parts = []
+        for stage, planned in enumerate(plan.stages):
+            slowdown = 1.0 if slowdowns is None else slowdowns[stage]
+            parts.append(
+                PlanPart(
+                    version=self._number,
+                    schedule=schedule,
+                    clocks_mhz=tuple(p.frequency_mhz for p in planned),
+                    # As measured: the plan's own times hold the margin.
+                    times_s=tuple(slowdown * time_s[stage, p.instruction.kind, p.frequency_mhz] for p in planned),
+                    slowdown=slowdown,
+                    catch_up=CatchUpPart(**asdict(catch_up[stage]), dwell_s=dwell_s) if catch_up else None,
+                )
+            )
+        self._kept[self._number] = _Kept(schedule, plan, tuple(parts), planned_work(plan, time_s))
+        return self._number
+
+    def take_out(self, schedule: str) -> None:
+        """This schedule has no plan any more."""
+        self.discard(self._of_schedule.pop(schedule))
+
+    def clear(self) -> None:
+        """The profile has changed: all schedules need a new plan, and no stand-in holds any more."""
+        self._of_schedule.clear()
+        self._kept.clear()
+        self._replaced.clear()
+
+    def discard(self, number: int) -> None:
+        """This plan will not be asked for any more."""
+        self._kept.pop(number, None)
+
+    # Sets.
+
+    def set_with(self, number: int | None = None) -> int:
+        """Version of the set of all schedules' plans, this one in the place of its schedule's; published if it is new.
+
+        Raises:
+            ExchangeError: the store fails.
+        """
+        chosen = dict(self._of_schedule)
+        if number is not None:
+            chosen[self._kept[number].schedule] = number
+        members = frozenset(chosen.values())
+        if members not in self._sets:
+            self._version += 1
+            self._sets[members] = self._version
+            kept = [self._kept[one] for one in sorted(members)]
+            for stage in range(self._stages):
+                parts = PlanParts(version=self._version, parts=tuple(one.parts[stage] for one in kept))
+                self._exchange.publish(part_key(self._version, stage), parts.model_dump())
+        return self._sets[members]
+
+    def tidy(self, in_force: Sequence[int]) -> None:
+        """Drop plans and sets that nobody will follow any more; the store shall not grow with every set.
+
+        Args:
+            in_force: versions that ranks follow, or followed until just now.
+
+        Raises:
+            ExchangeError: the store fails.
+        """
+        own = set(self._of_schedule.values())
+        followed = {one for members, version in self._sets.items() if version in in_force for one in members}
+        for number in self._replaced - followed:
+            self.discard(number)
+        self._replaced &= followed
+        for members, version in list(self._sets.items()):
+            # One plan may be another's stand-in (for a pace); all others must be the job's as they are now.
+            stale = len(members - own) > 1 or len(members) != len(own) or not members <= self._kept.keys()
+            if stale and version not in in_force:
+                del self._sets[members]
+                for stage in range(self._stages):
+                    self._exchange.publish(part_key(version, stage), None)
+
+    # What is asked of them.
+
+    def __contains__(self, schedule: str) -> bool:
+        return schedule in self._of_schedule
+
+    @property
+    def schedules(self) -> Sequence[str]:
+        """Those that have a plan."""
+        return list(self._of_schedule)
+
+    def of(self, schedule: str) -> Plan:
+        """The plan of a schedule that has one."""
+        return self._kept[self._of_schedule[schedule]].plan
+
+    def slowed_by(self, version: int, stage: int, kinds: tuple[str, ...]) -> float | None:
+        """See `straggler_external.slowed_by`; of all plans of a set together."""
+        members = next((members for members, of in self._sets.items() if of == version), frozenset[int]())
+        total: dict[tuple[int, str], tuple[float, float]] = {}
+        for one in members & self._kept.keys():
+            for key, (planned_s, full_s) in self._kept[one].work.items():
+                before = total.get(key, (0.0, 0.0))
+                total[key] = before[0] + planned_s, before[1] + full_s
+        return slowed_by(total, stage, kinds)

@@ -1,0 +1,108 @@
+"""What a replay said of the plans in force, and when they are held against newer iterations."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perseus_plugin.iteration.replayed import InForce, Replayed
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.request import PlanAnswer
+
+logger = logging.getLogger(__name__)
+
+EVERY = 100
+"""Iterations from one look at a plan to the next."""
+
+
+@dataclass
+class _Followed:
+    in_force: InForce | None
+    looked: int
+
+
+class Reviews:
+    """Which plan to look at next."""
+
+    def __init__(self) -> None:
+        self._followed: dict[str, _Followed] = {}
+
+    def follow(self, schedule: str, in_force: InForce | None, iteration: int) -> None:
+        """A plan comes into force.
+
+        Args:
+            schedule: it is for.
+            in_force: what to hold against newer iterations; None: whatever they say, another plan is looked for.
+            iteration: the one that runs.
+        """
+        self._followed[schedule] = _Followed(in_force, iteration)
+
+    def due(self, schedules: Sequence[str], iteration: int) -> str | None:
+        """The schedule whose plan is to be looked at now, if there is one; it is not due again for a while."""
+        due = [one for one in schedules if one in self._followed and iteration - self._followed[one].looked >= EVERY]
+        if not due:
+            return None
+        chosen = min(due, key=lambda one: self._followed[one].looked)
+        self._followed[chosen].looked = iteration
+        return chosen
+
+    def in_force(self, schedule: str) -> InForce | None:
+        """See `follow`."""
+        return self._followed[schedule].in_force
+
+    def clear(self) -> None:
+        """No plan is in force any more."""
+        self._followed.clear()
+
+
+def clocks_of(plan: Plan) -> tuple[tuple[int, ...], ...]:
+    """A plan's clocks, per stage."""
+    return tuple(tuple(plan.clocks_mhz(stage)) for stage in range(len(plan.stages)))
+
+
+def catches_up_otherwise(before: InForce | None, answer: PlanAnswer) -> bool:
+    """Whether late ranks do something else by an answer than under the plan it was asked about."""
+    return before is not None and answer.catch_up != before.catch_up
+
+
+def in_force(plan: Plan, answer: PlanAnswer, margin: float) -> InForce | None:
+    """What newer iterations are held against; None where nothing is slowed, as a replay found nothing that holds.
+
+    Args:
+        plan: that comes into force.
+        answer: that it came with.
+        margin: that was asked for.
+    """
+    replayed = answer.replayed
+    if replayed is not None and replayed.obstacle:
+        return None
+    margin = margin if replayed is None else replayed.margin
+    return InForce(clocks_of(plan), answer.catch_up, margin, answer.transfer_s)
+
+
+def tell_replayed(number: int, schedule: str, replayed: Replayed, quantile: float) -> None:
+    """Say what a replay of measured iterations promises."""
+    if replayed.obstacle:
+        logger.warning(
+            "nothing can be saved for %s while iterations keep to their time: %s. They run at full clocks; nothing "
+            "needs to be done (perseus.slowdown allows some time)",
+            schedule,
+            replayed.obstacle,
+        )
+        return
+    low, high = replayed.saving_interval
+    logger.info(
+        "plan %d replayed over %d measured iterations: %.1f %% less energy (%.1f to %.1f), %+.2f %% time "
+        "(%+.2f %% at quantile %g); margin %.3g %%, %s",
+        number,
+        replayed.iterations,
+        100 * replayed.saving_mean,
+        100 * low,
+        100 * high,
+        100 * (replayed.time_ratio_mean - 1),
+        100 * (replayed.time_ratio_quantile - 1),
+        quantile,
+        100 * replayed.margin,
+        f"{100 * replayed.raised:.1f} % of instructions catch up" if replayed.catch_up else "no catching up needed",
+    )

@@ -1,0 +1,369 @@
+"""The planner in a process of its own, so that planning takes neither the interpreter nor the cores from training.
+
+`PlannerProcess` is the side of rank 0; `python -m perseus_plugin.planning.process PARENT` is the other. One JSON line
+per request and per answer; the process ends when its standard input does, so it cannot outlive the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from perseus_plugin.errors import PerseusError, PlanError
+from perseus_plugin.iteration.replayed import Replayed, Samples, StageCatchUp
+from perseus_plugin.planning.paced import Pace
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.request import PaceRequest, PlanAnswer, PlanRequest
+from perseus_plugin.profiling.profile import Measurement, Profile
+
+if TYPE_CHECKING:
+    from perseus_plugin.iteration.graph import PipelineGraph
+    from perseus_plugin.planning.options import PlanningProblem
+    from perseus_plugin.planning.planner import Planner
+    from perseus_plugin.planning.replay import CatchUp
+    from perseus_plugin.planning.robust import RobustPlan
+    from perseus_plugin.planning.targets import ChangeLimits, Effort
+
+
+__all__ = [
+    "PaceRequest",
+    "PlanAnswer",
+    "PlanRequest",
+    "PlannerProcess",
+    "answer_to",
+    "end_with",
+    "graph_for",
+    "limits_of",
+    "pace_for",
+    "plan_for",
+    "planner_for",
+]
+
+
+def plan_for(request: PlanRequest) -> Plan:
+    """Plan in this process.
+
+    Raises:
+        PerseusError: there is no such plan, or the request is inconsistent.
+    """
+    from perseus_plugin.planning.targets import Target
+
+    effort: Effort = request.effort  # type: ignore[assignment]
+    return planner_for(request).plan(Target.slowdown(request.slowdown), limits_of(request), effort)
+
+
+def planner_for(request: PlanRequest) -> Planner:
+    """The planner of a request's job, its margin kept.
+
+    Raises:
+        PerseusError: the request is inconsistent.
+    """
+    from perseus_plugin.planning.planner import Planner
+
+    return Planner(
+        graph_for(request),
+        _with_margin(request.profile, request.margin, request.blocking_power_w),
+        blocking_power_w=request.blocking_power_w,
+        full_clock_only=request.full_clock_only,
+        schedule=request.schedule,
+    )
+
+
+def graph_for(request: PlanRequest) -> PipelineGraph:
+    """The graph of a request's schedule; transfers take no time in it where that is not known.
+
+    Raises:
+        PerseusError: the streams do not fit each other.
+    """
+    from perseus_plugin.iteration.graph import build_graph
+
+    return build_graph(request.streams, request.constant_time_s, request.transfer_s or 0.0)
+
+
+def with_transfers(request: PlanRequest) -> PlanRequest:
+    """The request with the time that a transfer takes, as its samples tell it.
+
+    Raises:
+        PerseusError: the streams or the samples do not fit.
+    """
+    from perseus_plugin.planning.transfers import transfer_s
+
+    if request.transfer_s is not None:
+        return request
+    return replace(request, transfer_s=transfer_s(graph_for(replace(request, transfer_s=1.0)), request.samples))
+
+
+def answer_to(request: PlanRequest) -> PlanAnswer:
+    """Plan or answer stragglers in this process, over measured iterations if there are any.
+
+    Raises:
+        PerseusError: there is no such plan, or the request is inconsistent.
+    """
+    from perseus_plugin.planning.options import build_problem
+    from perseus_plugin.planning.pace import slowed
+    from perseus_plugin.planning.robust import (
+        Promise,
+        catch_up_by_stage,
+        held_against,
+        is_much_better,
+        replay_of,
+        usual_delays,
+        usual_way_to_catch_up,
+        with_delays,
+    )
+
+    request = with_transfers(request)
+    transfer_s = request.transfer_s or 0.0
+    graph = graph_for(request)
+    problem = build_problem(graph, request.profile, request.blocking_power_w)
+    delays_s = usual_delays(problem, request.samples)
+
+    def catches_up(on: PlanningProblem, plan: Plan, way: CatchUp | None = None) -> tuple[StageCatchUp, ...]:
+        if not request.catch_up:
+            return ()
+        return catch_up_by_stage(on, way or usual_way_to_catch_up(on, plan, request.latency_s), delays_s)
+
+    if request.pace is not None:
+        pace = pace_for(request)
+        paced = zip(request.pace.variants, pace.variants, strict=True)
+        return PlanAnswer(
+            None,
+            0.0,
+            pace=pace,
+            transfer_s=transfer_s,
+            paced_catch_up=tuple(
+                ()
+                if planned.plan is None
+                else catches_up(
+                    build_problem(graph, slowed(request.profile, variant), request.blocking_power_w), planned.plan
+                )
+                for variant, planned in paced
+            ),
+        )
+    if request.samples is None:
+        plan = _known(request, plan_for(request))
+        return PlanAnswer(plan, 0.0, catch_up=catches_up(problem, plan), transfer_s=transfer_s)
+    robust = _robust_plan(request, problem, request.samples)
+    held: Replayed | None = None
+    if request.in_force is not None:
+        known, promise = request.in_force, Promise(slowdown=request.slowdown, quantile=request.quantile)
+        # Its latest starts are those of the graph that it was made on.
+        seen_from_it = problem
+        if known.transfer_s != transfer_s:
+            older = graph_for(replace(request, transfer_s=known.transfer_s))
+            seen_from_it = build_problem(older, request.profile, request.blocking_power_w)
+        delays_now_s = usual_delays(seen_from_it, request.samples)
+        replay = replay_of(problem, request.samples, request.latency_s)
+        held = held_against(known, replay, promise, request.latency_s, delays_now_s - delays_s)
+        if held.kept and not is_much_better(robust.replayed, held, promise):
+            told_anew = with_delays(known, seen_from_it, delays_now_s) if request.samples.starts_s else ()
+            return PlanAnswer(None, 0.0, replayed=held, held=held, catch_up=told_anew, transfer_s=known.transfer_s)
+    way = robust.catch_up
+    return PlanAnswer(
+        _known(request, robust.plan),
+        0.0,
+        replayed=robust.replayed,
+        held=held,
+        catch_up=() if way is None else catches_up(problem, robust.plan, way),
+        transfer_s=transfer_s,
+    )
+
+
+def _known(request: PlanRequest, plan: Plan) -> Plan:
+    """The plan with how well it is known."""
+    from perseus_plugin.planning.confidence import with_confidence
+
+    exact = planner_for(replace(request, margin=0.0))
+    return with_confidence(plan, exact, request.profile, request.blocking_power_se_w)
+
+
+def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Samples) -> RobustPlan:
+    """Choose margin and catching up by replaying the measured iterations."""
+    from perseus_plugin.planning.robust import Promise, choose, margins_from, replay_of
+    from perseus_plugin.planning.targets import Target
+
+    target = Target.slowdown(request.slowdown)
+    exact = planner_for(replace(request, margin=0.0))
+    fallback = replace(
+        exact.solve(target),
+        assignment=exact.problem.full_clocks,
+        energy_j=exact.problem.full_clock_energy_j,
+        iteration_time_s=exact.problem.full_clock_time_s,
+    )
+
+    def plan_with(margin: float) -> Plan:
+        return plan_for(replace(request, margin=margin, effort="quick"))
+
+    def refined(margin: float) -> Plan:
+        return plan_for(replace(request, margin=margin))
+
+    return choose(
+        plan_with,
+        exact.to_plan(fallback),
+        replay_of(problem, samples, request.latency_s),
+        Promise(slowdown=request.slowdown, quantile=request.quantile),
+        margins_from(request.margin),
+        catches_up=request.catch_up,
+        latency_s=request.latency_s,
+        refined=None if request.effort == "quick" else refined,
+    )
+
+
+def limits_of(request: PlanRequest) -> ChangeLimits:
+    """A request's limits on clock changes."""
+    from perseus_plugin.planning.targets import ChangeLimits
+
+    return ChangeLimits(request.max_changes, request.min_dwell_s)
+
+
+def pace_for(request: PlanRequest) -> Pace:
+    """Answer stragglers in this process.
+
+    Raises:
+        PerseusError: there is no such plan, or the request is inconsistent.
+    """
+    from perseus_plugin.planning.pace import plan_pace
+
+    assert request.pace is not None  # the caller looked
+    return plan_pace(
+        graph_for(request),
+        request.profile,
+        request.pace.variants,
+        clocks_mhz=request.pace.clocks_mhz,
+        blocking_power_w=request.blocking_power_w,
+        slowdown=request.slowdown,
+        at_least_s=request.pace.at_least_s,
+        planned_on=lambda profile: _with_margin(profile, request.margin, request.blocking_power_w),
+        limits=limits_of(request),
+        effort=request.effort,  # type: ignore[arg-type]
+        full_clock_only=request.full_clock_only,
+        schedule=request.schedule,
+    )
+
+
+def _with_margin(profile: Profile, margin: float, blocking_power_w: Sequence[float]) -> Profile:
+    """The profile with everything below the top clock taking longer by the margin.
+
+    A plan for it has slowed instructions end that much before they are needed, and stays feasible at any margin, since
+    full clocks are as fast as ever. In the time between the GPU waits, so the energy is that of the instruction and of
+    blocking for that long.
+    """
+    if margin <= 0:
+        return profile
+
+    def later(stage: int, m: Measurement) -> Measurement:
+        # A list that is too short is the planner's to refuse.
+        watts = blocking_power_w[stage] if stage < len(blocking_power_w) else 0.0
+        extra_s = m.time_s * margin
+        return replace(m, time_s=m.time_s + extra_s, energy_j=m.energy_j + watts * extra_s)
+
+    return Profile(
+        {
+            (stage, kind): (rows[0], *(later(stage, m) for m in rows[1:]))
+            for (stage, kind), rows in profile.table.items()
+        }
+    )
+
+
+class PlannerProcess:
+    """Starts the planner and asks it; every method returns at once.
+
+    The process starts ahead of the first request, so that loading the solver costs no time when a plan is wanted.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "perseus_plugin.planning.process", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        )
+        self._answer: PlanAnswer | None = None
+        self._busy = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being worked on."""
+        return self._busy
+
+    def submit(self, request: PlanRequest) -> None:
+        """Begin a request; one at a time."""
+        if self._busy:
+            raise PlanError("planner: a request is being worked on already")
+        self._busy, self._answer = True, None
+        threading.Thread(target=self._ask, args=(request,), name="perseus-planner", daemon=True).start()
+
+    def poll(self) -> PlanAnswer | None:
+        """The answer to the last request, once; None while there is none."""
+        answer = self._answer
+        if answer is not None:  # one that comes just now is for the next call
+            self._answer = None
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        with suppress(OSError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        try:
+            self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _ask(self, request: PlanRequest) -> None:
+        begin_s = time.monotonic()
+        try:
+            assert self._process.stdin is not None  # both are pipes, see Popen
+            assert self._process.stdout is not None
+            for piece in request.pieces():
+                self._process.stdin.write(piece)
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+            if not line:
+                raise PlanError(f"planner process ended with status {self._process.poll()}")
+            answer = PlanAnswer.from_dict(json.loads(line), time.monotonic() - begin_s)
+        except OSError:
+            error = f"planner process ended with status {self._process.poll()}; see its message above"
+            answer = PlanAnswer(None, time.monotonic() - begin_s, error)
+        except (ValueError, KeyError, TypeError, PerseusError) as failure:
+            answer = PlanAnswer(None, time.monotonic() - begin_s, str(failure))
+        self._answer = answer
+        self._busy = False
+
+
+def end_with(parent: int) -> None:
+    """End when the trainer is gone, even if a process it forked still holds our standard input open."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(0)
+
+
+def main() -> None:
+    """Answer requests on standard input until it ends."""
+    threading.Thread(target=end_with, args=(int(sys.argv[1]),), daemon=True).start()
+    with suppress(OSError):
+        os.nice(5)  # the trainer comes first
+    import perseus_plugin.planning.planner  # noqa: F401  (loads OR-Tools before the first request)
+
+    for line in sys.stdin:
+        try:
+            answer = answer_to(PlanRequest.from_dict(json.loads(line)))
+        except Exception as failure:
+            answer = PlanAnswer(None, 0.0, str(failure) if isinstance(failure, PerseusError) else repr(failure))
+        print(json.dumps(answer.to_dict()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

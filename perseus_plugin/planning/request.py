@@ -1,0 +1,211 @@
+"""What the planner is asked and what it answers, as data that passes through JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from perseus_plugin.iteration.instructions import StreamOp, stream_from_rows, stream_to_rows
+from perseus_plugin.iteration.replayed import InForce, Replayed, Samples, StageCatchUp
+from perseus_plugin.planning.paced import Pace, pace_from_dict, pace_to_dict
+from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
+from perseus_plugin.profiling.profile import Measurement, Profile
+
+
+@dataclass(frozen=True)
+class PaceRequest:
+    """What an answer to stragglers depends on beside all that a plan does; see `planning.pace.plan_pace`.
+
+    Attributes:
+        variants: slowdown per stage, for each sort of pipeline.
+        clocks_mhz: the job's plan, per stage.
+        at_least_s: lower bound on the pace.
+    """
+
+    variants: tuple[tuple[float, ...], ...]
+    clocks_mhz: tuple[tuple[int, ...], ...]
+    at_least_s: float = 0.0
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PaceRequest:
+        """From plain JSON data."""
+        return cls(
+            tuple(tuple(variant) for variant in data["variants"]),
+            tuple(tuple(clocks) for clocks in data["clocks_mhz"]),
+            data["at_least_s"],
+        )
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Everything a plan depends on.
+
+    Attributes:
+        schedule: the schedule's name.
+        streams: one per stage.
+        constant_time_s: duration of constant-time work by (stage, name).
+        profile: time and energy per (stage, kind) and clock.
+        blocking_power_w: one per stage.
+        blocking_power_se_w: its standard error, None: unknown.
+        slowdown: target against full clocks, as a share.
+        margin: share by which slowed instructions are planned to end before they are needed.
+        effort: quick, normal or thorough.
+        max_changes, min_dwell_s: limits on clock changes.
+        full_clock_only: (stage, kind) that must not be slowed.
+        pace: plan for stragglers instead; None: one plan for the slowdown.
+        samples: measured iterations, over which the plan has to hold; None: the profile's means are all there is.
+        quantile: share of those iterations that have to keep to their time.
+        catch_up: whether late ranks may catch up.
+        latency_s: how long a clock change takes.
+        in_force: the plan that is followed; if it holds over the samples, no other is made.
+        transfer_s: how long a transfer between stages takes; None: as the samples tell.
+    """
+
+    schedule: str
+    streams: Sequence[Sequence[StreamOp]]
+    constant_time_s: dict[tuple[int, str], float]
+    profile: Profile
+    blocking_power_w: Sequence[float]
+    slowdown: float
+    margin: float = 0.0
+    effort: str = "quick"
+    max_changes: int | None = None
+    min_dwell_s: float = 0.0
+    full_clock_only: frozenset[tuple[int, str]] = frozenset()
+    pace: PaceRequest | None = None
+    samples: Samples | None = None
+    quantile: float = 0.9
+    catch_up: bool = False
+    latency_s: float = 0.0
+    in_force: InForce | None = None
+    transfer_s: float | None = None
+    blocking_power_se_w: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "schedule": self.schedule,
+            "streams": [stream_to_rows(stream) for stream in self.streams],
+            "constant_time_s": [[stage, name, t] for (stage, name), t in self.constant_time_s.items()],
+            "profile": [[stage, kind, m.to_row()] for stage, kind, m in self.profile.rows()],
+            "blocking_power_w": list(self.blocking_power_w),
+            "slowdown": self.slowdown,
+            "margin": self.margin,
+            "effort": self.effort,
+            "max_changes": self.max_changes,
+            "min_dwell_s": self.min_dwell_s,
+            "full_clock_only": [list(pair) for pair in sorted(self.full_clock_only)],
+            "pace": None if self.pace is None else asdict(self.pace),
+            "samples": None if self.samples is None else asdict(self.samples),
+            "quantile": self.quantile,
+            "catch_up": self.catch_up,
+            "latency_s": self.latency_s,
+            "in_force": None if self.in_force is None else asdict(self.in_force),
+            "transfer_s": self.transfer_s,
+            "blocking_power_se_w": self.blocking_power_se_w,
+        }
+
+    def pieces(self) -> Iterator[str]:
+        """`to_dict` as JSON, piece by piece: no other thread of the interpreter runs while one is being encoded."""
+        data = replace(self, samples=None).to_dict()
+        del data["samples"]
+        yield json.dumps(data)[:-1] + ', "samples": '
+        if self.samples is None:
+            yield "null}"
+            return
+        between = "{"
+        for field in fields(self.samples):
+            yield f'{between}"{field.name}": ['
+            for number, iteration in enumerate(getattr(self.samples, field.name)):
+                yield ", [" if number else "["
+                for replica, stages in enumerate(iteration):
+                    yield (", " if replica else "") + json.dumps(stages)
+                yield "]"
+            yield "]"
+            between = ", "
+        yield "}}"
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PlanRequest:
+        """Inverse of `to_dict`."""
+        return cls(
+            schedule=data["schedule"],
+            streams=[stream_from_rows(rows) for rows in data["streams"]],
+            constant_time_s={(stage, name): t for stage, name, t in data["constant_time_s"]},
+            profile=Profile.from_rows((stage, kind, Measurement.from_row(row)) for stage, kind, row in data["profile"]),
+            blocking_power_w=data["blocking_power_w"],
+            slowdown=data["slowdown"],
+            margin=data["margin"],
+            effort=data["effort"],
+            max_changes=data["max_changes"],
+            min_dwell_s=data["min_dwell_s"],
+            full_clock_only=frozenset((stage, kind) for stage, kind in data["full_clock_only"]),
+            pace=None if data["pace"] is None else PaceRequest.from_dict(data["pace"]),
+            samples=None if data["samples"] is None else Samples.from_dict(data["samples"]),
+            quantile=data["quantile"],
+            catch_up=data["catch_up"],
+            latency_s=data["latency_s"],
+            in_force=None if data["in_force"] is None else InForce.from_dict(data["in_force"]),
+            transfer_s=data["transfer_s"],
+            blocking_power_se_w=data["blocking_power_se_w"],
+        )
+
+
+@dataclass(frozen=True)
+class PlanAnswer:
+    """What came back: a plan (or an answer to stragglers) and the seconds it took, or why there is none.
+
+    Attributes:
+        plan: the plan; None without an error where the one in force stays.
+        planning_time_s: what it took.
+        error: why there is none.
+        pace: answer to stragglers.
+        replayed: what measured iterations said of the plan; None where there were none.
+        held: what they said of the plan in force, if there is one.
+        catch_up: per stage what its ranks need to know to catch up; empty where they do not, or where what they have
+            been told of the plan in force still holds.
+        paced_catch_up: the same for each of the pace's variants.
+        transfer_s: how long a transfer between stages was taken to be.
+    """
+
+    plan: Plan | None
+    planning_time_s: float
+    error: str = ""
+    pace: Pace | None = None
+    replayed: Replayed | None = None
+    held: Replayed | None = None
+    catch_up: tuple[StageCatchUp, ...] = ()
+    paced_catch_up: tuple[tuple[StageCatchUp, ...], ...] = ()
+    transfer_s: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "plan": None if self.plan is None else plan_to_json(self.plan),
+            "error": self.error,
+            "pace": None if self.pace is None else pace_to_dict(self.pace),
+            "replayed": None if self.replayed is None else asdict(self.replayed),
+            "held": None if self.held is None else asdict(self.held),
+            "catch_up": [asdict(stage) for stage in self.catch_up],
+            "paced_catch_up": [[asdict(stage) for stage in variant] for variant in self.paced_catch_up],
+            "transfer_s": self.transfer_s,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], planning_time_s: float) -> PlanAnswer:
+        """Inverse of `to_dict`."""
+        return cls(
+            plan=None if data["plan"] is None else plan_from_json(data["plan"]),
+            planning_time_s=planning_time_s,
+            error=data["error"],
+            pace=None if data["pace"] is None else pace_from_dict(data["pace"]),
+            replayed=None if data["replayed"] is None else Replayed.from_dict(data["replayed"]),
+            held=None if data["held"] is None else Replayed.from_dict(data["held"]),
+            catch_up=tuple(StageCatchUp.from_dict(stage) for stage in data["catch_up"]),
+            paced_catch_up=tuple(
+                tuple(StageCatchUp.from_dict(stage) for stage in variant) for variant in data["paced_catch_up"]
+            ),
+            transfer_s=data["transfer_s"],
+        )

@@ -1,0 +1,1 @@
+"""While it runs: accounts, comparison with full clocks, summary, metrics, log."""

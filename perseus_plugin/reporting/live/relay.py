@@ -1,0 +1,59 @@
+"""Figures that rank 0 has, brought to the rank whose framework can write them."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from perseus_plugin.exchange.messages import Figures, receive
+from perseus_plugin.exchange.store import Exchange
+from perseus_plugin.session.link import Link
+
+_FIGURES = "figures"  # list of rank 0's, for the one rank that listens
+_LISTENER = "listener"
+_LOOK_EVERY_S = 1.0
+
+Events = list[tuple[str, float]]
+
+
+class FigureRelay:
+    """One end of the relay; runs on the worker's thread.
+
+    Args:
+        exchange: to the other end.
+        link: to this rank's training thread, which writes.
+        rank: of this process.
+        writes: whether this rank's framework can write figures.
+    """
+
+    def __init__(self, exchange: Exchange, link: Link, rank: int, writes: bool) -> None:
+        self._exchange, self._link = exchange, link
+        self._listens = writes and rank != 0
+        self._announced = False
+        self._due_s = 0.0
+
+    def tell(self, events: Events) -> None:
+        """On rank 0: there are new figures.
+
+        Raises:
+            ExchangeError: the store fails.
+        """
+        self._link.add_events(events)
+        if not self._announced:
+            self._announced = self._exchange.fetch(_LISTENER) is not None
+        if self._announced:
+            self._exchange.append(_FIGURES, Figures(events=tuple(events)).model_dump())
+
+    def look(self) -> None:
+        """On the rank that writes, if that is not rank 0: take what is new.
+
+        Raises:
+            ExchangeError: the store fails.
+        """
+        if not self._listens or monotonic() < self._due_s:
+            return
+        self._due_s = monotonic() + _LOOK_EVERY_S
+        if not self._announced:
+            self._exchange.publish(_LISTENER, True)
+            self._announced = True
+        for value in self._exchange.take_new(_FIGURES):
+            self._link.add_events(list(receive(Figures, value).events))

@@ -1,0 +1,160 @@
+"""Rank 0 tells: summary.json, the table at the end, events for the framework's monitor."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from perseus_plugin.errors import os_problem
+from perseus_plugin.exchange.messages import RankStats
+from perseus_plugin.files import write_atomically
+from perseus_plugin.reporting.live.summary import build_summary
+
+logger = logging.getLogger(__name__)
+
+_OVERRUN_WARNING = 0.01
+
+
+class Reporter:
+    """Writes the summary and says what is worth saying.
+
+    Args:
+        output_dir: where summary.json goes.
+        facts: what `build_summary` wants to know beside figures (`world_size`, `stages`, `gpu`, `emulated`, `backend`).
+    """
+
+    def __init__(self, output_dir: Path, facts: dict[str, Any]) -> None:
+        self._output_dir = output_dir
+        self._facts = facts
+
+    def update(self, stats: Sequence[RankStats], state: str, **of_plan: Any) -> dict[str, Any]:
+        """Write summary.json anew and return its content.
+
+        Args:
+            stats: of all ranks heard of.
+            state: "running", "finished" or "crashed".
+            of_plan: `plan`, `planning_time_s` and `dropped_plans` of `build_summary`.
+        """
+        summary = build_summary(stats, state=state, **self._facts, **of_plan)
+        try:
+            write_atomically(self._output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            logger.warning(
+                "cannot write summary.json: %s; training goes on. See to space and permissions of perseus.output_dir",
+                os_problem(error),
+            )
+        return summary
+
+    def finish(self, stats: Sequence[RankStats], state: str = "finished", **of_plan: Any) -> dict[str, Any]:
+        """Write the last summary, print it as a table, and return it."""
+        summary = self.update(stats, state, **of_plan)
+        if summary["iteration_time_s"]["full_clock"] is not None:
+            print_summary(summary)
+        overhead = summary["overhead"]
+        overrun, count = overhead["emulated_instructions_overrun"], overhead["emulated_instructions"]
+        if overrun > _OVERRUN_WARNING * count:
+            logger.warning(
+                "the CPU was too slow for %d of %d emulated instructions, so times and energies above are not the "
+                "emulated GPU's; raise perseus.emulation.time_scale or the emulated times",
+                overrun,
+                count,
+            )
+        return summary
+
+
+def events_of(summary: dict[str, Any]) -> list[tuple[str, float]]:
+    """The summary's main figures as (name, value) events for a framework's monitor."""
+    figures = [
+        (f"Perseus/{name}/{column}", value)
+        for name in ("iteration_time_s", "energy_j", "saving_percent", "slowdown_percent")
+        for column, value in summary[name].items()
+        if value is not None
+    ]
+    intervals = [(name, summary["references"][name]) for name in ("saving_percent", "slowdown_percent")]
+    return figures + [
+        (f"Perseus/{name}/{column}", value)
+        for name, interval in intervals
+        if interval is not None
+        for column, value in zip(("measured_low", "measured_high"), interval, strict=True)
+    ]
+
+
+def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
+    """Print the table of a summary."""
+    console = console or Console(stderr=True)
+    kind = "emulated, no real GPU" if summary["emulated"] else summary["backend"]
+    console.print(f"perseus: {summary['ranks']} x {summary['gpu']} ({kind})", highlight=False, soft_wrap=True)
+    table = Table()
+    for name in ("per iteration", "full clocks", "predicted", "as run"):
+        table.add_column(name, justify="left" if name == "per iteration" else "right")
+    times, energies = summary["iteration_time_s"], summary["energy_j"]
+    table.add_row("time", *(_cell(times[column], "s", 4) for column in ("full_clock", "predicted", "measured")))
+    table.add_row("energy", *(_cell(energies[column], "J", 1) for column in ("full_clock", "predicted", "measured")))
+    slowdown, saving = summary["slowdown_percent"], summary["saving_percent"]
+    seen, said = summary["references"], summary["predicted_between"]
+    for name, figures, expected, interval in (
+        ("slowdown", slowdown, None, seen["slowdown_percent"]),
+        ("energy saved", saving, said["saving_percent"], seen["saving_percent"]),
+    ):
+        as_run = _cell(figures["measured"], "%", 2) + _interval(interval)
+        table.add_row(name, "", _cell(figures["predicted"], "%", 2) + _interval(expected), as_run)
+    console.print(table)
+    console.print(_remarks(summary), highlight=False, soft_wrap=True)
+
+
+def _remarks(summary: dict[str, Any]) -> str:
+    remarks = []
+    counts = summary["iterations"]
+    remarks.append(
+        f"{counts['full_clock']} iterations at full clocks, {counts['profiling']} while profiling, "
+        f"{counts['plan']} under the plan"
+    )
+    references = summary["references"]
+    if references["iterations"] and references["energy_not_saved_j"] is not None:
+        remarks.append(
+            f"{references['iterations']} at full clocks amid them to compare with, which saved "
+            f"{references['energy_not_saved_j']:.0f} J less for it"
+        )
+    profiling = summary["profiling"]
+    if profiling["extra_time_s"] is not None:
+        remarks.append(f"profiling cost {profiling['extra_time_s']:.1f} s")
+    plan = summary["plan"]
+    if plan is not None:
+        known = plan["confidence"]
+        above = (
+            f"{plan['gap_percent']:.2f} % above the optimum of a profile whose errors are not known"
+            if known is None
+            else f"{known['gap_at_most_percent']:.2f} % above the optimum"
+        )
+        remarks.append(f"planned in {plan['planning_time_s']:.2f} s, at most {above}")
+    stragglers = summary["stragglers"]
+    if stragglers is not None and stragglers["iterations"]:
+        remarks.append(
+            f"{stragglers['iterations']} iterations at a straggler's pace, about "
+            f"{stragglers['energy_saved_j']:.0f} J saved by it"
+        )
+    late = summary["catching_up"]
+    if late["raised_instructions"]:
+        remarks.append(
+            f"{late['raised_percent']:.1f} % of instructions began late and ran faster than planned to catch up, for "
+            f"about {late['extra_energy_per_iteration_j']:.1f} J per iteration"
+        )
+    overhead = summary["overhead"]["hook_time_percent"]
+    if overhead is not None:
+        remarks.append(f"hooks took {overhead:.3f} % of the time")
+    return "; ".join(remarks) + "."
+
+
+def _interval(percent: Sequence[float] | None) -> str:
+    """Between what the figure lies, with 95 % confidence."""
+    return "" if percent is None else f" ({percent[0]:.2f} to {percent[1]:.2f})"
+
+
+def _cell(value: float | None, unit: str, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f} {unit}"

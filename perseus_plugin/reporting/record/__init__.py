@@ -1,0 +1,1 @@
+"""What a job writes down of its iterations, and how that is read."""

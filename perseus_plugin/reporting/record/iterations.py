@@ -1,0 +1,189 @@
+"""A job's iterations in bounded space: one entry each while there are few, neighbours joined when there are many. Pure.
+
+Entries of different sort (another clock, another plan) are never joined, so that every change stays where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from perseus_plugin.iteration.timetable import NOT_OURS, REFERENCE, Directive, Follow, Sweep
+
+WARM_UP, FULL, PROFILING, PLAN, STRAGGLER = "warm-up", "full", "profiling", "plan", "straggler"
+UNKNOWN = "unknown"
+STATES = (WARM_UP, FULL, PROFILING, PLAN, STRAGGLER, UNKNOWN)
+
+_MIXING = 64  # iterations in a stretch, from which on references and schedules are not kept apart
+
+
+@dataclass(frozen=True, slots=True)
+class Sort:
+    """What an iteration ran as.
+
+    Attributes:
+        state: one of `STATES`.
+        plan: version of the plan, 0 without one.
+        clock_mhz: of the profiling sweep, 0 otherwise.
+        reason: why at full clocks, for people; else empty.
+        schedule: key of the schedule that ran, empty: several, or not known.
+    """
+
+    state: str
+    plan: int = 0
+    clock_mhz: int = 0
+    reason: str = ""
+    schedule: str = ""
+
+    @classmethod
+    def of(cls, directive: Directive, schedule: str = "") -> Sort:
+        """The sort of iterations that run this schedule as `directive` says."""
+        if isinstance(directive, Sweep):
+            return cls(PROFILING, clock_mhz=directive.frequency_mhz, schedule=schedule)
+        if isinstance(directive, Follow):
+            return cls(STRAGGLER if directive.straggler else PLAN, plan=directive.version, schedule=schedule)
+        if directive.reason == "warm-up":
+            return cls(WARM_UP, schedule=schedule)
+        state = UNKNOWN if directive == NOT_OURS else FULL
+        return cls(state, reason=directive.reason[:300], schedule=schedule)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive iterations of one sort on one rank.
+
+    Attributes:
+        first, count: which.
+        begin_s: Unix time at which the first began.
+        time_s: mean time of an iteration.
+        longest_s: time of the longest one.
+        energy_j: mean energy of an iteration, NaN: not known.
+        read: how many have a known energy.
+        sort: what they ran as.
+    """
+
+    first: int
+    count: int
+    begin_s: float
+    time_s: float
+    longest_s: float
+    energy_j: float
+    read: int
+    sort: Sort
+
+    @classmethod
+    def single(cls, number: int, begin_s: float, time_s: float, energy_j: float | None, sort: Sort) -> Stretch:
+        """One iteration."""
+        energy = math.nan if energy_j is None else energy_j
+        return cls(number, 1, begin_s, time_s, time_s, energy, int(energy_j is not None), sort)
+
+    def precedes(self, later: Stretch) -> bool:
+        """Whether `later` is of the same sort and begins where this ends."""
+        return self.sort == later.sort and self.first + self.count == later.first
+
+    def joined(self, later: Stretch) -> Stretch:
+        """This and the one right after it."""
+        count, read = self.count + later.count, self.read + later.read
+        energies = [(s.energy_j, s.read) for s in (self, later) if s.read]
+        return replace(
+            self,
+            sort=self.sort if self.sort.schedule == later.sort.schedule else replace(self.sort, schedule=""),
+            count=count,
+            time_s=(self.time_s * self.count + later.time_s * later.count) / count,
+            longest_s=max(self.longest_s, later.longest_s),
+            energy_j=sum(e * n for e, n in energies) / read if read else math.nan,
+            read=read,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the record; what is as usual is left out."""
+        row: dict[str, Any] = {
+            "first": self.first,
+            "count": self.count,
+            "begin_s": round(self.begin_s, 6),
+            "time_s": round(self.time_s, 7),
+            "longest_s": round(self.longest_s, 7),
+            "energy_j": round(self.energy_j, 4) if self.read else None,
+            "read": self.read,
+            "state": self.sort.state,
+            "plan": self.sort.plan,
+            "clock_mhz": self.sort.clock_mhz,
+            "reason": self.sort.reason,
+            "schedule": self.sort.schedule,
+        }
+        usual = {"count": 1, "read": self.count, "longest_s": row["time_s"], "plan": 0, "clock_mhz": 0}
+        usual |= {"reason": "", "schedule": ""}
+        return {name: value for name, value in row.items() if name not in usual or value != usual[name]}
+
+
+def _joins(last: Stretch, one: Stretch, size: int) -> bool:
+    """Whether the next stretch goes into the last one.
+
+    In a long run schedules that take turns are joined, and references go into the iterations under the plan before
+    them: both return for as long as the plan is followed. What is added up stays right, as references save nothing.
+    """
+    if last.precedes(one) or size < _MIXING or last.first + last.count != one.first:
+        return last.precedes(one)
+    is_reference = one.sort.state == FULL and one.sort.reason == REFERENCE.reason
+    return (last.sort.state == PLAN and is_reference) or replace(last.sort, schedule=one.sort.schedule) == one.sort
+
+
+class IterationLog:
+    """Stretches of a growing run, at most `limit` of them.
+
+    When there are more, neighbours are joined two by two; from then on new ones gather twice as many iterations, and
+    once they gather many, schedules that take turns are joined, and references go into the iterations under the plan
+    before them. Only a run that changes its sort otherwise more than `limit` times loses something: its oldest
+    stretches.
+
+    Args:
+        limit: most stretches kept, from 2.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._size = 1
+        self._open: Stretch | None = None
+        self.stretches: list[Stretch] = []
+
+    def add(self, one: Stretch) -> bool:
+        """Add the next iteration; returns whether older stretches have changed because of it."""
+        last = self._open
+        self._open = one
+        if last is not None and last.count < self._size and _joins(last, one, self._size):
+            self._open = last.joined(one)
+            self.stretches[-1] = self._open
+            return False
+        self.stretches.append(one)
+        if len(self.stretches) <= self._limit:
+            return False
+        self._halve()
+        while len(self.stretches) > self._limit and self._size < _MIXING:
+            self._halve()
+        if len(self.stretches) > self._limit:
+            del self.stretches[: len(self.stretches) - self._limit // 2]
+        self._open = self.stretches[-1]
+        return True
+
+    def _halve(self) -> None:
+        self._size *= 2
+        self.stretches = _halved(self.stretches, self._size)
+
+    @property
+    def closed(self) -> Sequence[Stretch]:
+        """Those that the next iteration cannot join any more."""
+        last = self._open
+        return self.stretches if last is None or last.count >= self._size else self.stretches[:-1]
+
+
+def _halved(stretches: Sequence[Stretch], size: int) -> list[Stretch]:
+    joined: list[Stretch] = []
+    for one in stretches:
+        last = joined[-1] if joined else None
+        if last is not None and last.count + one.count <= size and _joins(last, one, size):
+            joined[-1] = last.joined(one)
+        else:
+            joined.append(one)
+    return joined

@@ -1,0 +1,190 @@
+"""Reading the ranks' records."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from perseus_plugin.errors import ReportError
+from perseus_plugin.exchange.messages import Placement
+from perseus_plugin.iteration.graph import FloatArray
+from perseus_plugin.reporting.record.iterations import Sort, Stretch
+from perseus_plugin.reporting.record.recorder import record_path, samples_path
+from perseus_plugin.reporting.record.samples import Sample, load_samples
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class Header(_Strict):
+    """First line of a record; see `recorder.Recorder`."""
+
+    schema_name: Literal["perseus-record"] = Field(alias="schema")
+    version: Literal[1]
+    placement: Placement
+    started_s: float
+    host: str
+    gpu: str
+    backend: str
+    emulated: bool
+    facts: dict[str, str]
+
+
+class Deviation(_Strict):
+    """The GPU was seen at another clock than the one asked for; `time_s` is Unix time."""
+
+    event: Literal["deviation"]
+    time_s: float
+    asked_mhz: int
+    read_mhz: int
+
+
+class _Row(_Strict):
+    first: Annotated[int, Field(ge=0, le=10**8)]
+    begin_s: float
+    time_s: Annotated[float, Field(gt=0)]
+    energy_j: float | None
+    state: Literal["warm-up", "full", "profiling", "plan", "straggler", "unknown"]
+    count: Annotated[int, Field(ge=1, le=10**8)] = 1
+    longest_s: float | None = None
+    read: int | None = None
+    plan: int = 0
+    clock_mhz: int = 0
+    reason: str = ""
+    schedule: str = ""
+
+    def stretch(self) -> Stretch:
+        return Stretch(
+            self.first,
+            self.count,
+            self.begin_s,
+            self.time_s,
+            self.time_s if self.longest_s is None else self.longest_s,
+            math.nan if self.energy_j is None else self.energy_j,
+            self.count if self.read is None else self.read,
+            Sort(self.state, self.plan, self.clock_mhz, self.reason, self.schedule),
+        )
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """What one rank has written.
+
+    Attributes:
+        header: who, where, since when.
+        stretches: its iterations by rising number.
+        deviations: the first ones.
+        samples: iterations kept whole, by rising number.
+        cut: the last line was not written to its end.
+    """
+
+    header: Header
+    stretches: tuple[Stretch, ...]
+    deviations: tuple[Deviation, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    cut: bool = False
+
+    @property
+    def placement(self) -> Placement:
+        """Of the rank."""
+        return self.header.placement
+
+
+def load_record(output_dir: Path, rank: int) -> RankRecord:
+    """Read the record of one rank.
+
+    Raises:
+        ReportError: naming file, line and reason, if it is damaged or something else. A last line that was cut off
+            (the job was killed while it wrote) is no damage.
+    """
+    path = record_path(output_dir, rank)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"{path}: cannot be read: {error}") from error
+    whole, _, rest = text.rpartition("\n")
+    lines = whole.split("\n")
+    header = _parsed(Header, lines[0], f"{path}: line 1")
+    stretches, deviations = [], []
+    for number, line in enumerate(lines[1:], 2):
+        if '"event"' in line:
+            deviations.append(_parsed(Deviation, line, f"{path}: line {number}"))
+        else:
+            stretches.append(_parsed(_Row, line, f"{path}: line {number}").stretch())
+    if header.placement.rank != rank:
+        raise ReportError(f"{path}: line 1: is of rank {header.placement.rank}")
+    return RankRecord(header, tuple(stretches), tuple(deviations), _samples(output_dir, rank), cut=bool(rest))
+
+
+def _samples(output_dir: Path, rank: int) -> tuple[Sample, ...]:
+    path = samples_path(output_dir, rank)
+    if not path.exists():
+        return ()
+    try:
+        return load_samples(path)
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: {_reason(error)}") from error
+
+
+def _parsed(model: type[Any], line: str, where: str) -> Any:
+    try:
+        return model.model_validate_json(line)
+    except ValidationError as error:
+        raise ReportError(f"{where}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return f"cannot be read: {error}"
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where + ': ' if where else ''}got {json.dumps(first['input'], default=str)[:80]}; {first['msg']}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """The job's iterations as rank 0 recorded them, with the energy of all ranks.
+
+    Attributes:
+        stretches: of rank 0.
+        energy_j: shape (stretches,), mean energy of an iteration of all ranks; NaN where one rank has no figure.
+    """
+
+    stretches: Sequence[Stretch]
+    energy_j: FloatArray
+
+    def of(self, *states: str) -> list[tuple[Stretch, float]]:
+        """The stretches of these states, with the energy of an iteration."""
+        pairs = zip(self.stretches, self.energy_j.tolist(), strict=True)
+        return [(stretch, energy_j) for stretch, energy_j in pairs if stretch.sort.state in states]
+
+
+def series(records: Mapping[int, RankRecord], world_size: int) -> Series | None:
+    """Join the records; None without rank 0's.
+
+    Ranks join their iterations to stretches each for itself, so that theirs need not be the same.
+    """
+    if 0 not in records or not records[0].stretches:
+        return None
+    stretches = records[0].stretches
+    count = max(stretch.first + stretch.count for stretch in stretches)
+    energy_j = np.full(count, 0.0 if len(records) == world_size else math.nan)
+    for record in records.values():
+        of_rank = np.full(count, math.nan)
+        for stretch in record.stretches:
+            of_rank[stretch.first : stretch.first + stretch.count] = stretch.energy_j
+        energy_j += of_rank
+    return Series(stretches, np.array([_mean(energy_j[s.first : s.first + s.count]) for s in stretches]))
+
+
+def _mean(values: FloatArray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan

@@ -1,0 +1,1 @@
+"""What a person opens: a report of a recorded job."""

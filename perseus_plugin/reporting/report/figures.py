@@ -1,0 +1,394 @@
+"""The pictures of a report, as plotly figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
+
+from perseus_plugin.planning.curve import FrontierCurve
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.profiling.profile import Profile
+from perseus_plugin.reporting.record.iterations import FULL, PLAN, PROFILING, STRAGGLER, UNKNOWN, WARM_UP, Stretch
+from perseus_plugin.reporting.record.records import Series
+from perseus_plugin.reporting.record.samples import Sample
+from perseus_plugin.reporting.report.findings import Mark
+from perseus_plugin.reporting.report.lanes import Block, Lanes, waits
+from perseus_plugin.reporting.report.worth import PerIteration
+
+TEXT = "#1c2733"
+MUTED = "#5b6875"
+GRID = "#e3e7eb"
+WAITING = "#e4e8ec"
+BLUE, RED, GREEN = "#2f6fb2", "#c8442c", "#2f8f57"
+CLOCKS = ["#5aa5d6", "#9bd0c3", "#f2e394", "#f6b26b", "#ea6a47"]
+"""From the lowest clock to the highest; dark text is legible on all of them."""
+STATE_COLOURS = {
+    WARM_UP: "#9aa5b1",
+    PROFILING: "#8e6bb8",
+    FULL: RED,
+    PLAN: BLUE,
+    STRAGGLER: "#d08a1d",
+    UNKNOWN: "#5c6670",
+}
+STATE_NAMES = {
+    WARM_UP: "warm-up",
+    PROFILING: "profiling",
+    FULL: "full clocks",
+    PLAN: "plan",
+    STRAGGLER: "plan for a straggler's pace",
+    UNKNOWN: "clocks not known",
+}
+_LABELLED = 200  # most blocks of a row of pictures that carry their microbatch
+_MAX_STAGES_OF_CURVES = 32
+
+
+def timeline(lanes: Sequence[Lanes]) -> go.Figure:
+    """Iterations above each other: stages as rows, blocks coloured by clock, waiting in grey."""
+    stages = max(len(one.rows) for one in lanes)
+    clocks = [block.clock_mhz for one in lanes for block in one.blocks if block.clock_mhz]
+    low, high = min(clocks, default=0), max(clocks, default=1)
+    figure = make_subplots(
+        rows=len(lanes),
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=50 / (len(lanes) * (46 + 34 * stages)) if len(lanes) > 1 else 0,
+        subplot_titles=[f"<b>{one.title}</b>   {one.end_s:.4f} s, {_waits(one)}" for one in lanes],
+    )
+    for row, one in enumerate(lanes, 1):
+        for trace in (_waiting_bars(one), _block_bars(one, low, high)):
+            figure.add_trace(trace, row=row, col=1)
+        figure.update_yaxes(
+            autorange="reversed", fixedrange=True, tickvals=list(range(stages)), row=row, col=1,
+            ticktext=[f"stage {stage}" for stage in range(stages)],
+        )  # fmt: skip
+    # Bars whose colours are numbers make plotly.js warn about each of them; so the scale has a trace of its own.
+    figure.add_trace(
+        go.Scatter(
+            name="scale", x=[None], y=[None], mode="markers", hoverinfo="skip",
+            marker={"color": [low, high], "coloraxis": "coloraxis"},
+        ), row=1, col=1,
+    )  # fmt: skip
+    figure.update_layout(
+        barmode="overlay",
+        bargap=0,
+        showlegend=False,
+        height=105 + len(lanes) * (46 + 34 * stages),
+        coloraxis={
+            "colorscale": CLOCKS,
+            "cmin": min(low, high - 1),
+            "cmax": high,
+            "colorbar": {"title": {"text": "SM clock<br>MHz"}, "thickness": 14, "len": 0.9, "outlinewidth": 0},
+        },
+    )
+    end_s = max(one.end_s for one in lanes)
+    figure.update_xaxes(range=[-0.004 * end_s, 1.004 * end_s])
+    figure.update_xaxes(title_text="time from the first instruction (s)", row=len(lanes), col=1)
+    figure.update_yaxes(showgrid=False, ticks="outside", ticklen=5, tickcolor="rgba(0,0,0,0)")
+    figure.update_annotations(x=0, xanchor="left", font={"size": 14})
+    return _styled(figure)
+
+
+def _waits(one: Lanes) -> str:
+    share = one.waiting_s / (len(one.rows) * one.end_s) if one.end_s else 0.0
+    return f"GPUs wait {100 * share:.1f} % of it"
+
+
+def _waiting_bars(one: Lanes) -> go.Bar:
+    # One bar per wait, not one behind a whole row: where bars lie on each other the pointer finds the wrong one.
+    gaps = waits(one)
+    return go.Bar(
+        name="waiting",
+        orientation="h",
+        y=[stage for stage, _, _ in gaps],
+        base=[round(since_s, 6) for _, since_s, _ in gaps],
+        x=[round(until_s - since_s, 6) for _, since_s, until_s in gaps],
+        width=0.86,
+        marker={"color": WAITING, "line": {"width": 0}},
+        customdata=[round(1e3 * (until_s - since_s), 3) for _, since_s, until_s in gaps],
+        hovertemplate="%{y} waits %{customdata:.1f} ms, from %{base:.4f} s on<extra></extra>",
+    )
+
+
+def _block_bars(one: Lanes, low: int, high: int) -> go.Bar:
+    blocks = one.blocks
+    shares = {block.clock_mhz: (block.clock_mhz - low) / (high - low) if high > low else 1.0 for block in blocks}
+    colours = {clock: sample_colorscale(CLOCKS, min(max(share, 0.0), 1.0))[0] for clock, share in shares.items()}
+    labelled = len(blocks) <= _LABELLED
+    outline = 1.6 if labelled else 0.8
+    return go.Bar(
+        name="instructions",
+        orientation="h",
+        y=[block.instruction.stage for block in blocks],
+        base=[round(block.start_s, 6) for block in blocks],
+        x=[round(block.finish_s - block.start_s, 6) for block in blocks],
+        width=[0.86 if "backward" in block.instruction.kind else 0.6 for block in blocks],
+        marker={
+            "color": [colours[block.clock_mhz] if block.clock_mhz else CLOCKS[-1] for block in blocks],
+            "line": {
+                "color": ["#111111" if block.critical else "#ffffff" for block in blocks],
+                "width": [outline if block.critical else 0.25 * outline for block in blocks],
+            },
+        },
+        text=[f"{block.instruction.kind[0].upper()}{block.instruction.microbatch}" for block in blocks]
+        if labelled
+        else None,
+        textposition="inside" if labelled else "none",
+        insidetextanchor="middle",
+        textangle=0,
+        textfont={"color": TEXT, "size": 10},
+        hovertext=[_about(block) for block in blocks],
+        hovertemplate="%{hovertext}<extra></extra>",
+    )
+
+
+def _about(block: Block) -> str:
+    which = block.instruction
+    lines = [
+        f"<b>{which.kind} {which.microbatch}</b>, stage {which.stage}"
+        + (f", chunk {which.chunk}" if which.chunk else ""),
+        f"{block.clock_mhz} MHz" if block.clock_mhz else "full clock",
+        f"{block.start_s:.4f} to {block.finish_s:.4f} s ({1e3 * (block.finish_s - block.start_s):.1f} ms)",
+    ]
+    if not math.isnan(block.energy_j):
+        lines.append(f"{block.energy_j:.2f} J by the profile")
+    if block.critical:
+        lines.append("on the critical path")
+    return "<br>".join(lines)
+
+
+def frontier(made: FrontierCurve, plan: Plan, per: PerIteration | None) -> go.Figure:
+    """Bound and plans over the iteration time, with full clocks and the plan that was chosen."""
+    points = made.samples
+    figure = go.Figure()
+    figure.add_trace(
+        go.Scatter(
+            name="lower bound", x=[p.deadline_s for p in points], y=[p.bound_j for p in points], mode="lines",
+            line={"color": "#8995a1", "width": 2}, hovertemplate="no plan takes less than %{y:.1f} J<extra></extra>",
+        )
+    )  # fmt: skip
+    savings = [100 * (1 - p.energy_j / made.baseline_energy_j) for p in points]
+    figure.add_trace(
+        go.Scatter(
+            name="plans", x=[p.iteration_time_s for p in points], y=[p.energy_j for p in points], mode="markers",
+            marker={"color": BLUE, "size": 8}, customdata=savings,
+            hovertemplate="%{x:.4f} s, %{y:.1f} J<br>%{customdata:.1f} % less than full clocks<extra>plan</extra>",
+        )
+    )  # fmt: skip
+    chosen: list[tuple[str, float, float, str, str]] = [
+        ("full clocks", plan.baseline_time_s, plan.baseline_energy_j, "square", RED),
+        ("the job's plan", plan.iteration_time_s, plan.energy_j, "star", GREEN),
+    ]
+    if per is not None and not per.predicted:
+        time_s = plan.baseline_time_s * per.plan_s / per.full_s
+        energy_j = plan.baseline_energy_j * per.plan_j / per.full_j
+        chosen.append(("as run, against measured full clocks", time_s, energy_j, "diamond-open", GREEN))
+    for name, time_s, energy_j, symbol, colour in chosen:
+        figure.add_trace(
+            go.Scatter(
+                name=name, x=[time_s], y=[energy_j], mode="markers",
+                marker={"symbol": symbol, "size": 14, "color": colour, "line": {"width": 2, "color": colour}},
+                hovertemplate=f"{name}<br>%{{x:.4f}} s, %{{y:.1f}} J<extra></extra>",
+            )
+        )  # fmt: skip
+    figure.update_xaxes(title_text="iteration time (s)")
+    figure.update_yaxes(title_text="energy per iteration, one GPU per stage (J)")
+    figure.update_layout(height=440, legend=_legend_above())
+    return _styled(figure)
+
+
+def curves(profile: Profile) -> go.Figure:
+    """Energy and time over the clock, per stage, one column per kind of instruction; bars are 2 standard errors."""
+    kinds = sorted({kind for _, kind in profile.table}, key=lambda kind: ("backward" in kind, kind))
+    titles = [f"<b>{kind}</b>" for kind in kinds] + [""] * len(kinds)
+    figure = make_subplots(rows=2, cols=len(kinds), shared_xaxes=True, vertical_spacing=0.07, subplot_titles=titles)
+    shown = min(profile.stages, _MAX_STAGES_OF_CURVES)
+    for (stage, kind), rows in profile.table.items():
+        if stage >= shown:
+            continue
+        clocks = [m.frequency_mhz for m in rows]
+        look: dict[str, Any] = {
+            "name": f"stage {stage}", "legendgroup": f"stage {stage}", "x": clocks, "mode": "lines+markers",
+            "line": {"color": _stage_colour(stage, shown), "width": 1.6}, "marker": {"size": 6},
+        }  # fmt: skip
+        about = f"stage {stage} {kind} at %{{x}} MHz<br>%{{y:.2f}} "
+        energy_bars, time_bars = [2 * m.energy_se_j for m in rows], [2e3 * m.time_se_s for m in rows]
+        figure.add_trace(
+            go.Scatter(
+                y=[m.energy_j for m in rows], error_y=_error_bars(energy_bars), showlegend=kind == kinds[0],
+                hovertemplate=about + "J ± %{error_y.array:.2f}<extra></extra>", **look,
+            ), row=1, col=1 + kinds.index(kind),
+        )  # fmt: skip
+        figure.add_trace(
+            go.Scatter(
+                y=[1e3 * m.time_s for m in rows], error_y=_error_bars(time_bars), showlegend=False,
+                hovertemplate=about + "ms ± %{error_y.array:.2f}<extra></extra>", **look,
+            ), row=2, col=1 + kinds.index(kind),
+        )  # fmt: skip
+    figure.update_yaxes(title_text="energy (J)", row=1, col=1)
+    figure.update_yaxes(title_text="time (ms)", row=2, col=1)
+    figure.update_xaxes(title_text="SM clock (MHz)", row=2)
+    figure.update_layout(height=560, legend={"y": 1, "x": 1.01})
+    return _styled(figure)
+
+
+def _error_bars(values: list[float]) -> dict[str, Any]:
+    known = [0.0 if math.isnan(value) else value for value in values]
+    return {"type": "data", "array": known, "thickness": 1.2, "width": 3}
+
+
+def _stage_colour(stage: int, stages: int) -> str:
+    palette = ["#2f6fb2", "#c8442c", "#2f8f57", "#8e6bb8", "#d08a1d", "#17899b", "#b5507f", "#6b7682"]
+    if stages <= len(palette):
+        return palette[stage]
+    return f"hsl({round(330 * stage / stages)},55%,42%)"
+
+
+def clocks(samples: Sequence[Sample]) -> go.Figure:
+    """Per stage what was asked of the driver and what the clock read, over one iteration."""
+    stages = len(samples)
+    figure = make_subplots(
+        rows=stages, cols=1, shared_xaxes=True, vertical_spacing=min(0.04, 0.3 / stages), row_titles=[]
+    )
+    for stage, sample in enumerate(samples):
+        times, asked = _steps(sample)
+        figure.add_trace(
+            go.Scatter(
+                name="asked for", legendgroup="asked", showlegend=stage == 0, x=times, y=asked, mode="lines",
+                line={"shape": "hv", "color": MUTED, "width": 1.6}, connectgaps=False,
+                hovertemplate=f"stage {stage}: %{{y}} MHz asked for at %{{x:.4f}} s<extra></extra>",
+            ), row=stage + 1, col=1,
+        )  # fmt: skip
+        powers = {since: watts for since, _, watts in sample.powers()}
+        figure.add_trace(
+            go.Scatter(
+                name="read back", legendgroup="read", showlegend=stage == 0, mode="markers",
+                x=[r.time_s for r in sample.readings], y=[r.clock_mhz for r in sample.readings],
+                marker={"color": BLUE, "size": 4}, customdata=[powers.get(r.time_s, 0.0) for r in sample.readings],
+                hovertemplate=f"stage {stage}: %{{y}} MHz read at %{{x:.4f}} s<br>%{{customdata:.0f}} W from then on"
+                "<extra></extra>",
+            ), row=stage + 1, col=1,
+        )  # fmt: skip
+        figure.update_yaxes(title_text=f"stage {stage}<br>MHz", nticks=4, fixedrange=True, row=stage + 1, col=1)
+    seen = [
+        clock for one in samples for clock in (*(r[1] for r in one.requests), *(r[1] for r in one.readings)) if clock
+    ]
+    if seen:
+        room = 20 + 0.06 * (max(seen) - min(seen))
+        figure.update_yaxes(range=[min(seen) - room, max(seen) + room])
+    figure.update_xaxes(title_text="time from the beginning of the iteration (s)", row=stages, col=1)
+    figure.update_layout(height=120 + 105 * stages, legend=_legend_above())
+    return _styled(figure)
+
+
+def _steps(sample: Sample) -> tuple[list[float], list[int | None]]:
+    """The clock asked for over the iteration; None while the lock is given up."""
+    before = [request for request in sample.requests if request.time_s < 0]
+    within = [request for request in sample.requests if request.time_s >= 0]
+    now = before[-1].clock_mhz or None if before else None
+    times, values = [0.0], [now]
+    for request in within:
+        times.append(request.time_s)
+        values.append(request.clock_mhz or None)
+    return [*times, sample.time_s], [*values, values[-1]]
+
+
+def training(run: Series, marks: Sequence[Mark], per: PerIteration | None) -> go.Figure:
+    """Iteration time and energy over training, with what happened."""
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.07)
+    for state, colour in STATE_COLOURS.items():
+        pairs = run.of(state)
+        if not pairs:
+            continue
+        numbers = [stretch.first + (stretch.count - 1) / 2 for stretch, _ in pairs]
+        spans = [
+            f"{s.first}" if s.count == 1 else f"{s.first} to {s.first + s.count - 1} (longest {s.longest_s:.4f} s)"
+            for s, _ in pairs
+        ]
+        about = [f"iteration {span}, {_ran_as(s)}" for span, (s, _) in zip(spans, pairs, strict=True)]
+        look: dict[str, Any] = {
+            "name": STATE_NAMES[state], "legendgroup": state, "x": numbers, "mode": "markers", "customdata": about,
+            "marker": {"color": colour, "size": 6},
+        }  # fmt: skip
+        figure.add_trace(
+            go.Scatter(
+                y=[s.time_s for s, _ in pairs],
+                hovertemplate="%{customdata}<br>%{y:.4f} s<extra></extra>", **look,
+            ), row=1, col=1,
+        )  # fmt: skip
+        figure.add_trace(
+            go.Scatter(
+                y=[None if math.isnan(e) else e for _, e in pairs], showlegend=False,
+                hovertemplate="%{customdata}<br>%{y:.1f} J<extra></extra>", **look,
+            ), row=2, col=1,
+        )  # fmt: skip
+    if per is not None:
+        for row, value in ((1, per.full_s), (2, per.full_j)):
+            figure.add_hline(value, row=row, col=1, line={"color": RED, "width": 1, "dash": "dot"})
+    levels = _write_marks(figure, run, marks)
+    figure.update_yaxes(title_text="time (s)", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(title_text="energy, all GPUs (J)", rangemode="tozero", row=2, col=1)
+    figure.update_xaxes(title_text="iteration", row=2, col=1)
+    figure.update_layout(height=560, legend={"orientation": "h", "y": -0.14, "x": 0})
+    return _styled(figure, above=24 + 21 * levels)
+
+
+def _ran_as(stretch: Stretch) -> str:
+    sort = stretch.sort
+    if sort.state == PROFILING:
+        return f"profiling {sort.clock_mhz} MHz"
+    if sort.plan:
+        return f"{STATE_NAMES[sort.state]}, version {sort.plan}"
+    return STATE_NAMES[sort.state] + (f" ({sort.reason})" if sort.reason else "")
+
+
+def _write_marks(figure: go.Figure, run: Series, marks: Sequence[Mark]) -> int:
+    """Lines at what happened, their labels on as many levels as keep them apart; returns how many."""
+    last = run.stretches[-1]
+    wide = max(1, last.first + last.count)
+    free_from = [-math.inf] * 4
+    for mark in marks:
+        text = mark.text if len(mark.text) <= 48 else mark.text[:47] + "…"
+        share, width = mark.iteration / wide, 0.0075 * len(text) + 0.02
+        right = share > 0.75
+        begin = share - width if right else share
+        level = next((k for k, free in enumerate(free_from) if begin >= free), None)
+        figure.add_vline(mark.iteration - 0.5, line={"color": MUTED, "width": 1, "dash": "dash"})
+        if level is None:
+            continue
+        free_from[level] = begin + width
+        figure.add_annotation(
+            x=mark.iteration - 0.5, y=1.0, yref="paper", yanchor="bottom", yshift=4 + 20 * level, showarrow=False,
+            xanchor="right" if right else "left", text=_escaped(text), hovertext=_escaped(mark.text),
+            font={"size": 12, "color": TEXT}, bgcolor="#f3f5f7", borderpad=2,
+        )  # fmt: skip
+    return sum(math.isfinite(free) for free in free_from)
+
+
+def _escaped(text: str) -> str:
+    """Plotly reads a subset of HTML in labels."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _legend_above() -> dict[str, Any]:
+    return {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left"}
+
+
+def _styled(figure: go.Figure, above: int = 50) -> go.Figure:
+    figure.update_layout(
+        template="plotly_white",
+        font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif", "size": 13,
+              "color": TEXT},
+        margin={"l": 80, "r": 30, "t": above, "b": 55},
+        hoverlabel={"bgcolor": "#ffffff", "font": {"color": TEXT, "size": 13}, "bordercolor": MUTED, "align": "left"},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="#ffffff",
+        dragmode="zoom",
+    )  # fmt: skip
+    figure.update_xaxes(gridcolor=GRID, zeroline=False, linecolor=MUTED, title_font={"size": 13})
+    figure.update_yaxes(gridcolor=GRID, zeroline=False, title_font={"size": 13})
+    return figure

@@ -1,0 +1,352 @@
+"""What a report says, gathered from an output folder; `page` and `console` only show it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from perseus_plugin.errors import PerseusError
+from perseus_plugin.iteration.timetable import REFERENCE
+from perseus_plugin.reporting.record.iterations import FULL, PLAN, PROFILING, STRAGGLER, WARM_UP, Stretch
+from perseus_plugin.reporting.record.recorder import MAX_DEVIATIONS
+from perseus_plugin.reporting.record.records import RankRecord, Series
+from perseus_plugin.reporting.record.samples import Sample
+from perseus_plugin.reporting.report.baseline import by_schedule, scaled
+from perseus_plugin.reporting.report.folder import JobFolder
+from perseus_plugin.reporting.report.lanes import Lanes, full_clock_lanes, planned_lanes, recorded_lanes
+from perseus_plugin.reporting.report.worth import (
+    HOURS_PER_YEAR,
+    FullClocks,
+    PerIteration,
+    Projection,
+    Rates,
+    SoFar,
+    project,
+    so_far,
+)
+
+if TYPE_CHECKING:
+    from perseus_plugin.planning.curve import FrontierCurve
+
+_TOLERANCE = 0.005
+_MAX_MARKS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Something that happened, at an iteration."""
+
+    iteration: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the reader wants to know.
+
+    Attributes:
+        rates: of a kWh.
+        hours, gpus: to project savings to; gpus None: those of the job.
+        tokens_per_sample: None: no figure per token.
+        frontier: whether to sample the frontier.
+    """
+
+    rates: Rates = field(default_factory=Rates)
+    hours: float = HOURS_PER_YEAR
+    gpus: int | None = None
+    tokens_per_sample: int | None = None
+    frontier: bool = True
+
+
+@dataclass(frozen=True)
+class Findings:
+    """See the module's docstring.
+
+    Attributes:
+        folder: what it is all from; `folder.missing` says what is not known.
+        options: see there.
+        lanes: iterations to draw, above each other.
+        frontier: of the schedule and profile.
+        series: iterations over training.
+        marks: what happened when.
+        clocks: the newest planned iteration kept whole, per stage.
+        per: an iteration at full clocks and under the plan.
+        so_far: the run.
+        projections: to a day and to the hours asked for.
+        waiting_j: energy of waiting GPUs per iteration, at full clocks and under the plan, one GPU per stage.
+        samples: per iteration of the job.
+        origin: where the figures come from, sentence by sentence.
+    """
+
+    folder: JobFolder
+    options: Options
+    lanes: list[Lanes]
+    frontier: FrontierCurve | None
+    series: Series | None
+    marks: list[Mark]
+    clocks: list[Sample]
+    per: PerIteration | None
+    so_far: SoFar | None
+    projections: list[Projection]
+    waiting_j: tuple[float, float] | None
+    samples: int | None
+    origin: list[str]
+
+
+def find(folder: JobFolder, options: Options | None = None) -> Findings:
+    """Gather everything; what cannot be told is added to `folder.missing`.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
+    options = options or Options()
+    run = folder.series()
+    per = per_iteration(folder)
+    full = full_clock_figures(folder, per, run)
+    lanes = _lanes(folder)
+    projections = []
+    if per is not None and folder.world_size:
+        gpus = folder.world_size if options.gpus is None else options.gpus
+        projections = [
+            project(per, folder.world_size, hours, gpus, options.rates)
+            for hours in dict.fromkeys((24.0, options.hours))
+        ]
+    return Findings(
+        folder=folder,
+        options=options,
+        lanes=lanes,
+        frontier=_frontier(folder) if options.frontier else None,
+        series=run,
+        marks=[] if run is None else marks(run.stretches, folder),
+        clocks=folder.pipeline((PLAN, STRAGGLER)),
+        per=per,
+        so_far=None if run is None else so_far(run, full),
+        projections=projections,
+        waiting_j=_waiting(folder, lanes),
+        samples=folder.samples_per_iteration(),
+        origin=origin(folder),
+    )
+
+
+def per_iteration(folder: JobFolder) -> PerIteration | None:
+    """Full clocks against the plan, as measured, or else as predicted."""
+    if folder.summary is None:
+        return None
+    summary = folder.summary
+    energy, time, seen, said = summary.energy_j, summary.iteration_time_s, summary.references, summary.predicted_between
+    if energy.full_clock is None or time.full_clock is None:
+        return None
+    if energy.measured is not None and time.measured is not None:
+        between = None if seen is None else seen.saving_percent
+        return PerIteration(energy.full_clock, time.full_clock, energy.measured, time.measured, False, between)
+    if energy.predicted is not None and time.predicted is not None:
+        between = None if said is None else said.saving_percent
+        return PerIteration(energy.full_clock, time.full_clock, energy.predicted, time.predicted, True, between)
+    return None
+
+
+def full_clock_figures(folder: JobFolder, per: PerIteration | None, run: Series | None) -> dict[str, FullClocks]:
+    """What an iteration at full clocks takes in each schedule, as far as known: measured, then by the model."""
+    if per is None or folder.plan is None:
+        return {}
+    measured = FullClocks(per.full_j, per.full_s)
+    of_summary = folder.summary.plan.schedule if folder.summary is not None and folder.summary.plan is not None else ""
+    if of_summary in ("", folder.plan.schedule):
+        full = by_schedule(measured, folder.plan, folder.schedules, folder.survey, folder.profile_scale)
+        full = _as_often(full, measured, {} if folder.summary is None else folder.summary.planned_schedules)
+    else:  # the summary is a little older than the plan
+        full = {of_summary: measured}
+    if run is not None and not any(stretch.sort.schedule for stretch in run.stretches):
+        full[""] = measured  # a record that does not tell schedules
+    elif folder.summary is not None and len(folder.summary.planned_schedules) > 1:
+        full[""] = measured  # stretches of several schedules
+    return full
+
+
+def _as_often(full: dict[str, FullClocks], measured: FullClocks, planned: Mapping[str, int]) -> dict[str, FullClocks]:
+    """Figures per schedule such that their mean over iterations under the plan is what was measured of all of them."""
+    counts = {key: count for key, count in planned.items() if key in full}
+    total = sum(counts.values())
+    if not total:
+        return full
+    energy = measured.energy_j * total / math.fsum(count * full[key].energy_j for key, count in counts.items())
+    time = measured.time_s * total / math.fsum(count * full[key].time_s for key, count in counts.items())
+    return {key: FullClocks(one.energy_j * energy, one.time_s * time) for key, one in full.items()}
+
+
+def _lanes(folder: JobFolder) -> list[Lanes]:
+    plan, graph = folder.plan, folder.graph()
+    profile = None if folder.profile is None else scaled(folder.profile, folder.profile_scale)
+    made = []
+    if profile is not None and graph is not None:
+        title = "Full clocks, by the profile"
+        if folder.profile_scale != 1:
+            title += f" times {folder.profile_scale:.3g}"
+        made.append(full_clock_lanes(title, profile, graph))
+    elif whole := folder.pipeline((FULL,)):
+        made.append(recorded_lanes(f"Full clocks, as iteration {whole[0].number} ran", whole, profile, graph))
+    if plan is not None:
+        made.append(planned_lanes("Plan, as predicted", plan, profile, graph))
+    if ran := folder.pipeline((PLAN,)):
+        made.append(recorded_lanes(f"Plan, as iteration {ran[0].number} ran", ran, profile, graph))
+    elif plan is not None and folder.records:
+        folder.missing.append("no iteration under the plan was kept whole (yet): what ran is not drawn")
+    return made
+
+
+def _frontier(folder: JobFolder) -> FrontierCurve | None:
+    """As the job has left it; computed here where it had no time to."""
+    known, plan = folder.frontier, folder.plan
+    # The one that is kept may be of another schedule's plan.
+    if known is not None and plan is not None and math.isclose(known.baseline_energy_j, plan.baseline_energy_j):
+        return known
+    graph, survey, plan = folder.graph(), folder.survey, folder.plan
+    if graph is None or survey is None or plan is None:
+        return None
+    # Loads OR-Tools, which the rest of a report does without.
+    from perseus_plugin.planning.frontier import make_frontier
+    from perseus_plugin.planning.planner import Planner
+
+    try:
+        planner = Planner(
+            graph,
+            scaled(survey.profile, folder.profile_scale),
+            blocking_power_w=survey.blocking_power_w,
+            full_clock_only=survey.unresolved,
+            schedule=plan.schedule,
+        )
+        return make_frontier(planner, tolerance=_TOLERANCE).curve()
+    except PerseusError as error:
+        folder.missing.append(f"there is no frontier: {error}")
+        return None
+
+
+def _waiting(folder: JobFolder, lanes: Sequence[Lanes]) -> tuple[float, float] | None:
+    if folder.survey is None or len(lanes) < 2:
+        return None
+    power_w = folder.survey.blocking_power_w
+    return lanes[0].waiting_s * power_w, lanes[1].waiting_s * power_w
+
+
+# What happened.
+
+
+def marks(stretches: Sequence[Stretch], folder: JobFolder) -> list[Mark]:
+    """What happened when: changes of what iterations ran as, straggler events, clocks that could not be held."""
+    found: list[Mark] = []
+    last: Stretch | None = None
+    for stretch in stretches:
+        if stretch.sort.reason == REFERENCE.reason:
+            continue  # they come and go for as long as a plan is followed
+        text = _change(last, stretch)
+        if text:
+            found.append(Mark(stretch.first, text))
+        last = stretch
+    for event in folder.events:
+        if event["event"] in ("report", "detection"):
+            who = f"rank {event['rank']}" if "rank" in event else "a rank"
+            said = "is reported" if event["event"] == "report" else "is seen to be"
+            what = "back to normal" if event.get("slowdown") == 1 else "slow"
+            found.append(Mark(_at(stretches, event["time"]), f"{who} {said} {what}"))
+    for rank, record in folder.records.items():
+        if record.deviations:
+            first = record.deviations[0]
+            count = len(record.deviations)
+            times = f"at least {count} times" if count >= MAX_DEVIATIONS else f"{count} times"
+            text = f"rank {rank} capped: {first.read_mhz} MHz where {first.asked_mhz} were asked for ({times})"
+            found.append(Mark(_at(stretches, first.time_s), text))
+    return _fewer(sorted(found, key=lambda mark: mark.iteration))
+
+
+def _fewer(found: list[Mark]) -> list[Mark]:
+    """The first and the newest ones, and between them how many are left out."""
+    if len(found) <= _MAX_MARKS:
+        return found
+    first, newest = found[: _MAX_MARKS // 2], found[-(_MAX_MARKS // 2) :]
+    left = found[len(first)]
+    return [*first, Mark(left.iteration, f"{len(found) - len(first) - len(newest)} more, left out here"), *newest]
+
+
+def _change(last: Stretch | None, now: Stretch) -> str:
+    before = None if last is None else (last.sort.state, last.sort.plan)
+    if before == (now.sort.state, now.sort.plan):
+        return ""
+    match now.sort.state:
+        case "profiling":
+            return "profiling"
+        case "plan":
+            return f"plan {now.sort.plan}"
+        case "straggler":
+            return f"plan {now.sort.plan} for a straggler's pace"
+        case "full" if now.sort.reason and last is not None and last.sort.state != WARM_UP:
+            reason = "" if now.sort.reason == "planning" and last.sort.state == PROFILING else f": {now.sort.reason}"
+            return f"full clocks{reason}" if reason else "profiled"
+        case "unknown":
+            return now.sort.reason
+    return ""
+
+
+def _at(stretches: Sequence[Stretch], time_s: float) -> int:
+    """The iteration that ran at a Unix time."""
+    found = stretches[0].first
+    for stretch in stretches:
+        if stretch.begin_s <= time_s:
+            into = (time_s - stretch.begin_s) / stretch.time_s
+            found = stretch.first + min(stretch.count - 1, max(0, math.floor(into)))
+    return found
+
+
+# Where figures come from.
+
+
+def origin(folder: JobFolder) -> list[str]:
+    """What was measured, what was emulated, what is a model's."""
+    said = []
+    if folder.emulated:
+        said.append(
+            "Emulated: GPU times, clocks, powers and energies. The training ran for real on the CPU; each instruction "
+            "was stretched to the time that the emulated GPU would take at its clock, by a model fitted to published "
+            "measurements. These figures show that the way works, not what real GPUs will save."
+        )
+    elif folder.emulated is False and _energies(folder.records):
+        said.append(
+            "Measured: iteration and instruction times on the GPUs, energies by the GPUs' own counters, clocks as they "
+            "were read back."
+        )
+    elif folder.emulated is False:
+        said.append("Measured: iteration times. No energy was measured, as no GPU could be controlled.")
+    if folder.profile is not None:
+        said.append(
+            f"Estimated from {'the emulated' if folder.emulated else 'those'} counters: energy per instruction in the "
+            "profile, with its standard error."
+        )
+    if folder.profile_scale != 1:
+        said.append(
+            f"Instructions were timed again after the profile was written: times and energies of profile.csv are shown "
+            f"times {folder.profile_scale:.3g} in the timeline, as the plan takes them to be; the profile's curves are "
+            "as measured."
+        )
+    if folder.plan is not None:
+        said.append(
+            "Computed by the planner: the predicted timeline, the frontier and its bound. They are of one GPU per "
+            "stage, and know nothing of what surrounds the schedule (data loading, other programs)."
+        )
+    late = None if folder.summary is None else folder.summary.catching_up
+    if late is not None and late.raised_percent:
+        said.append(
+            f"{late.raised_percent:.1f} % of instructions began later than the plan allows and ran faster to catch up, "
+            f"in up to {late.late_iterations} of {late.iterations} iterations of a rank, for about "
+            f"{late.extra_energy_per_iteration_j or 0.0:.1f} J per iteration of the job (by the profile)."
+        )
+    if any(record.placement.replica for record in folder.records.values()):
+        said.append("Timelines and clocks show the first data-parallel replica; `perseus trace` has all ranks.")
+    hosts = {record.header.host for record in folder.records.values()}
+    if len(hosts) > 1:
+        said.append(f"Ranks ran on {len(hosts)} machines; rows line up as well as these agree on the time.")
+    return said
+
+
+def _energies(records: Mapping[int, RankRecord]) -> bool:
+    return any(stretch.read for record in records.values() for stretch in record.stretches)

@@ -1,0 +1,178 @@
+"""A report's figures as text, for the terminal and the page alike. Pure."""
+
+from __future__ import annotations
+
+from perseus_plugin.reporting.report.findings import Findings
+from perseus_plugin.reporting.report.folder import Columns, JobFolder
+from perseus_plugin.reporting.report.worth import (
+    AVERAGE_PUE,
+    HOURS_PER_YEAR,
+    WORLD_INTENSITY_G,
+    Amount,
+    Rates,
+    SoFar,
+    amount,
+)
+
+Rows = list[tuple[str, ...]]
+"""A table: the head, then the rows."""
+
+
+def job_line(folder: JobFolder) -> str:
+    """What ran where."""
+    parts = []
+    if folder.world_size:
+        parts.append(f"{folder.world_size} × {folder.gpu or 'unknown GPU'}")
+    if folder.plan is not None:
+        parts.append(f"{folder.stages} stages × {folder.plan.microbatches} microbatches, {folder.plan.schedule}")
+    elif folder.stages:
+        parts.append(f"{folder.stages} stages")
+    return " · ".join(parts) or "a job that has written nothing about itself"
+
+
+def headline(found: Findings) -> list[tuple[str, str, str]]:
+    """The figures that matter most, as (name, value, more)."""
+    cards: list[tuple[str, str, str]] = []
+    per, plan, run = found.per, found.folder.plan, found.so_far
+    if per is not None:
+        how = "predicted" if per.predicted else "as run"
+        energies = f"{per.full_j:,.0f} J → {per.plan_j:,.0f} J per iteration"
+        if per.saved_percent_between is not None:
+            low, high = per.saved_percent_between
+            energies += f", 95 %: {low:.1f} to {high:.1f} %"
+        cards.append((f"energy saved, {how}", f"{100 * (1 - per.plan_j / per.full_j):.1f} %", energies))
+        times = f"{per.full_s:.4f} s → {per.plan_s:.4f} s"
+        cards.append((f"iteration time, {how}", f"{100 * (per.plan_s / per.full_s - 1):+.2f} %", times))
+    if plan is not None:
+        changes = sum(plan.clock_changes(stage) for stage in range(len(plan.stages))) / len(plan.stages)
+        more = f"{changes:.1f} clock changes per stage"
+        gap = plan.gap
+        if plan.confidence is None:
+            more += "; of the profile, whose errors are not known"
+        else:
+            gap = plan.confidence.gap_at_most
+        cards.append(("plan above the optimum", f"at most {100 * gap:.2f} %", more))
+    if run is not None and run.used_j is not None:
+        saved = "" if run.saved_j is None else f"{energy(run.saved_j)} saved under plans" + left_out(run)
+        cards.append((f"used in {run.iterations:,} iterations", energy(run.used_j), saved))
+    return cards
+
+
+def left_out(run: SoFar) -> str:
+    """What is not in the saving; empty for nothing."""
+    return f" ({run.left_out:,} iterations left out: full clocks unknown for their schedule)" if run.left_out else ""
+
+
+def comparison(folder: JobFolder) -> Rows:
+    """The summary's table; empty without a summary."""
+    summary = folder.summary
+    if summary is None or summary.iteration_time_s.full_clock is None:
+        return []
+
+    def row(name: str, columns: Columns, form: str) -> tuple[str, ...]:
+        values = (columns.full_clock, columns.predicted, columns.measured)
+        return (name, *("" if value is None else form.format(value) for value in values))
+
+    def between(cells: tuple[str, ...], *intervals: tuple[float, float] | None) -> tuple[str, ...]:
+        """The last cells, each with its interval."""
+        first = len(cells) - len(intervals)
+        return (
+            *cells[:first],
+            *(
+                cell if interval is None or not cell else f"{cell} ({interval[0]:.2f} to {interval[1]:.2f})"
+                for cell, interval in zip(cells[first:], intervals, strict=True)
+            ),
+        )
+
+    seen, said = summary.references, summary.predicted_between
+    return [
+        ("per iteration", "full clocks", "predicted", "as run"),
+        row("time", summary.iteration_time_s, "{:.4f} s"),
+        row("energy", summary.energy_j, "{:,.1f} J"),
+        between(row("slowdown", summary.slowdown_percent, "{:.2f} %"), None if seen is None else seen.slowdown_percent),
+        between(
+            row("energy saved", summary.saving_percent, "{:.2f} %"),
+            None if said is None else said.saving_percent,
+            None if seen is None else seen.saving_percent,
+        ),
+    ]
+
+
+def worth_rows(found: Findings) -> Rows:
+    """Energy, money and carbon, so far and projected; empty if no energy is known."""
+    rates, run = found.options.rates, found.so_far
+    money = [] if rates.price is None else [rates.currency]
+    rows: Rows = [("", "GPUs", "at the meter", *money, "CO2")]
+    if run is not None and run.used_j is not None:
+        rows.append(_worth(f"this run, {run.iterations:,} iterations", amount(run.used_j, rates)))
+    if run is not None and run.saved_j is not None:
+        rows.append(_worth("saved under plans" + left_out(run), amount(run.saved_j, rates)))
+    stragglers = None if found.folder.summary is None else found.folder.summary.stragglers
+    if stragglers is not None and stragglers.iterations:
+        name = f"saved at a straggler's pace, {stragglers.iterations:,} iterations, estimated"
+        rows.append(_worth(name, amount(stragglers.energy_saved_j, rates)))
+    if run is not None and run.profiling_j:
+        seconds = "" if run.profiling_s is None else f" ({run.profiling_s:+.1f} s)"
+        rows.append(_worth(f"taken more by profiling{seconds}", amount(run.profiling_j, rates)))
+    if found.waiting_j is not None:
+        before, after = found.waiting_j
+        rows.append(_worth("waiting per iteration, full clocks", amount(before, rates)))
+        rows.append(_worth("waiting per iteration, plan", amount(after, rates)))
+    for projection in found.projections:
+        what = f"{_span(projection.hours)} on {projection.gpus:,} GPUs"
+        rows.append(_worth(f"{what}: full clocks", projection.full))
+        rows.append(_worth(f"{what}: saved", projection.saved))
+    rows += _per_sample(found)
+    return rows if len(rows) > 1 else []
+
+
+def _per_sample(found: Findings) -> Rows:
+    per, samples, rates = found.per, found.samples, found.options.rates
+    if per is None or not samples:
+        return []
+    names = [(f"per sample ({samples} an iteration)", float(samples))]
+    if found.options.tokens_per_sample:
+        names.append(("per 1,000 tokens", samples * found.options.tokens_per_sample / 1000))
+    rows: Rows = []
+    for name, count in names:
+        rows.append(_worth(f"{name}: full clocks", amount(per.full_j / count, rates)))
+        rows.append(_worth(f"{name}: plan", amount(per.plan_j / count, rates)))
+    return rows
+
+
+def _worth(name: str, what: Amount) -> tuple[str, ...]:
+    money = [] if what.money is None else [_figure(what.money)]
+    site = energy(what.site_kwh * 3.6e6)
+    carbon_kg = what.carbon_kg
+    carbon = f"{_figure(carbon_kg)} kg" if abs(carbon_kg) >= 0.1 else f"{_figure(1000 * carbon_kg)} g"
+    return (name, energy(what.energy_j), site, *money, carbon)
+
+
+def energy(energy_j: float) -> str:
+    """Joules below 0.1 kWh, kWh above."""
+    return f"{_figure(energy_j)} J" if abs(energy_j) < 3.6e5 else f"{_figure(energy_j / 3.6e6)} kWh"
+
+
+def _figure(value: float) -> str:
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _span(hours: float) -> str:
+    if hours == HOURS_PER_YEAR:
+        return "a year"
+    return "a day" if hours == 24 else f"{hours:,.6g} hours"
+
+
+def rates_line(rates: Rates) -> str:
+    """What the worth was reckoned with."""
+    pue = f"PUE {rates.pue:g}" + (" (average of 2025, Uptime Institute)" if rates.pue == AVERAGE_PUE else "")
+    grid = f"{rates.intensity_g:g} g CO2 per kWh"
+    if rates.intensity_g == WORLD_INTENSITY_G:
+        grid += " (world average of 2024, IEA)"
+    price = "no price given (--price)" if rates.price is None else f"{rates.price:g} {rates.currency} per kWh"
+    return (
+        f"Reckoned with {pue}, {grid}, {price}. Operational carbon only; GPUs only, not the rest of the computers. "
+        "Waiting is of one GPU per stage, by the profile."
+    )

@@ -1,0 +1,1 @@
+"""What runs on every rank while a job trains?"""

@@ -1,0 +1,550 @@
+"""The session's own thread on a rank: everything that need not happen on the training thread.
+
+It takes finished iterations and the helper's events, keeps the account, estimates the profile after the sweep, looks
+for news from rank 0, and on rank 0 gives the `leader` its turn.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from perseus_plugin.config import PerseusConfig
+from perseus_plugin.control import wire
+from perseus_plugin.control.client import ClockHelper
+from perseus_plugin.control.clock_log import ClockLog
+from perseus_plugin.control.examination import why_not_obeyed
+from perseus_plugin.control.lateness import extra_energy_j
+from perseus_plugin.control.selection import Selection
+from perseus_plugin.errors import GpuError, PerseusError
+from perseus_plugin.exchange.messages import (
+    NEWS,
+    TROUBLE,
+    CaughtUp,
+    News,
+    Placement,
+    PlanParts,
+    RankEstimate,
+    RankStats,
+    Recheck,
+    Trouble,
+    durations_key,
+    estimate_key,
+    part_key,
+    receive,
+    recheck_key,
+    stats_key,
+)
+from perseus_plugin.exchange.store import Exchange, ExchangeError
+from perseus_plugin.iteration.instructions import Compute
+from perseus_plugin.iteration.timetable import (
+    NOT_OURS,
+    REFERENCE,
+    Directive,
+    Follow,
+    FullClock,
+    Sweep,
+    nearest_clocks,
+    paired_clocks,
+)
+from perseus_plugin.leader.leader import Leader
+from perseus_plugin.profiling.collector import SweepCollector
+from perseus_plugin.profiling.durations import KEPT as NEW_DURATIONS
+from perseus_plugin.profiling.durations import DurationsLog
+from perseus_plugin.profiling.estimator import estimate_stage
+from perseus_plugin.profiling.known import Known
+from perseus_plugin.profiling.observations import Tick
+from perseus_plugin.reporting.live.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, REFERENCES, STRAGGLER, Account
+from perseus_plugin.reporting.live.relay import FigureRelay
+from perseus_plugin.reporting.live.windows import Windows, step_size
+from perseus_plugin.reporting.record.recorder import Recorder
+from perseus_plugin.session.link import FinishedIteration, Link, Parts, part_for
+from perseus_plugin.session.tap import IterationRecord
+from perseus_plugin.stragglers.sensing import StragglerSensing
+
+if TYPE_CHECKING:
+    from perseus_plugin.session.session import Session
+
+logger = logging.getLogger(__name__)
+
+_IDLE_S = 0.25
+_RANK_0_IDLE_S = 0.1  # what ranks tell shall not wait for the iteration's end
+_REST_S = 0.1
+_TICKS_AFTER_SWEEP_S = 0.4  # the counter's last tick of the sweep shows up to a period and a lag later
+_READ_FAILURE_PATIENCE_S = 2.0
+_STATS_EVERY_S = 5.0
+_DURATIONS_EVERY_S = 20.0
+
+
+class SessionWorker:
+    """See the module's docstring. All methods but `start` run on the worker's thread."""
+
+    def __init__(
+        self,
+        *,
+        config: PerseusConfig,
+        placement: Placement,
+        link: Link,
+        helper: ClockHelper | None,
+        exchange: Exchange,
+        output_dir: Path,
+        selection: Selection,
+        known: Known,
+        full_sweep_mhz: tuple[int, ...] = (),
+        writes_figures: bool = False,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        self._config = config
+        self._placement = placement
+        self._link = link
+        self._helper = helper
+        self._exchange = exchange
+        self._selection = selection
+        sweep_mhz = link.timetable.sweep.clocks_mhz
+        self._top_mhz = max(sweep_mhz, default=0)
+        self._clocks = ClockLog(self._top_mhz)
+        self._collector = SweepCollector(self._top_mhz)
+        self._durations = DurationsLog(self._top_mhz)
+        self._durations_due_s = 0.0
+        about = {
+            "gpu": selection.name,
+            "backend": selection.backend,
+            "emulated": selection.emulated,
+            "facts": dict(facts or {}),
+        }
+        self._recorder = Recorder(output_dir, placement, about, helper is not None, config.record)
+        self._account = Account(helper is not None, self._take_energy)
+        self._windows = Windows(exchange, placement, config.watch.reference_share, self._top_mhz)
+        self._known = known
+        self._estimated = not sweep_mhz
+        self._polling = False
+        self._sweep_ended_s: float | None = None
+        self._news = News(sequence=0, switch=0, action="full")
+        self._recheck: dict[str, list[float]] | None = None
+        self._recheck_left = 0
+        self._told_trouble = False
+        self._in_trouble = False
+        self._plans_since: int | None = None
+        self._requests = 0
+        self._deviations = 0
+        self._changed_outside = self._below = False
+        self._read_failure: tuple[float, str] | None = None
+        self._stats = RankStats(placement=placement, totals={})
+        self._stats_due_s = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="perseus", daemon=True)
+        self._session: Session | None = None
+        self._relay = FigureRelay(exchange, link, placement.rank, writes_figures)
+        self._sensing = StragglerSensing(config.stragglers, placement, exchange)
+        self._leader: Leader | None = None
+        if placement.rank == 0:
+            self._leader = Leader(
+                config=config,
+                placement=placement,
+                link=link,
+                exchange=exchange,
+                output_dir=output_dir,
+                selection=selection,
+                known=known,
+                full_sweep_mhz=full_sweep_mhz,
+                relay=self._relay,
+            )
+
+    def start(self, session: Session) -> None:
+        """Start the thread."""
+        self._session = session
+        self._link.close = self._close
+        self._thread.start()
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._link.wake.wait(_IDLE_S if self._leader is None else _RANK_0_IDLE_S)
+                self._link.wake.clear()
+                self._step()
+                # Where iterations are short, several are looked at together: this thread takes the interpreter from
+                # the training thread.
+                self._stop.wait(_REST_S)
+        except Exception as error:
+            assert self._session is not None  # set before the thread starts
+            self._session.fail(error)
+            self._tell_trouble()
+            if self._leader is not None:
+                self._leader.stop_taking_reports()
+
+    def _step(self) -> None:
+        self._take_helper_events()
+        for finished in self._link.take_finished():
+            self._take(finished)
+        self._sensing.send(self._link.take_reports())
+        self._sensing.look(monotonic())
+        self._tell_trouble()
+        self._finish_sweep()
+        self._look_for_trouble()
+        self._look_for_news()
+        if self._leader is not None:
+            self._leader.step()
+        self._record()
+        if (
+            self._plans_since is not None
+            and self._durations.new >= NEW_DURATIONS
+            and monotonic() >= self._durations_due_s
+        ):
+            self._publish_durations()
+        self._publish_stats()
+        if self._leader is not None:
+            self._leader.update_summary(self._stats)
+        self._relay.look()
+
+    def _record(self) -> None:
+        if self._leader is not None and self._leader.coordinates and self._link.schedule is not None:
+            for key, stream_of in self._link.schedules.items():
+                self._recorder.keep_schedule(key, stream_of, self._placement.stages)
+            self._recorder.use_schedule(*self._link.schedule, self._placement.stages)
+        if self._estimated:
+            self._poll_energy(self._recorder.wants_readings(self._link.timetable, self._link.iteration))
+        self._recorder.step()
+
+    def _take(self, finished: FinishedIteration) -> None:
+        directive, record = finished.directive, self._as_it_was(finished)
+        if self._selection.busy:
+            directive, record = NOT_OURS, replace(record, undisturbed=False)
+        duration_s = record.end_s - record.begin_s
+        sorts: list[str] = []
+        if isinstance(directive, Sweep):
+            self._poll_energy(True)
+            sorts.append(PROFILING)
+            if directive.kept and record.undisturbed and directive.is_full(self._top_mhz):
+                sorts.append(FULL_CLOCK)
+            self._collector.add(directive, record)
+        elif isinstance(directive, Follow) and record.undisturbed:
+            if not directive.straggler and directive.since != self._plans_since:
+                self._plans_since = directive.since
+                self._account.clear(PLAN)
+            sorts.append(STRAGGLER if directive.straggler else PLAN)
+        elif isinstance(directive, FullClock):
+            if self._helper is None and directive.reason != "warm-up" and record.undisturbed:
+                sorts.append(FULL_CLOCK)
+            if directive == REFERENCE:
+                sorts.append(REFERENCES)
+            if self._rechecks(record):
+                sorts.append(RECHECK)
+                self._take_recheck(record)
+        self._durations.add(directive, record, part_for(self._link.parts, directive, record))
+        self._recorder.iteration(directive, record, self._link.timetable, self._link.parts)
+        self._account.add(record.number, sorts, duration_s)
+        self._account.forget_before(record.number - 16)
+        self._count(record)
+        self._count_lateness(directive, record)
+        self._sensing.saw(directive, record, self._link.parts)
+        self._windows.saw(directive, record, self._link.parts)
+        if self._leader is not None:
+            part = part_for(self._link.parts, directive, record)
+            size = math.nan if part is None else step_size(record, part, self._top_mhz)
+            self._leader.saw(directive, record, size)
+
+    def _take_energy(self, number: int, energy_j: float) -> None:
+        self._recorder.energy(number, energy_j)
+        self._windows.energy(number, energy_j)
+
+    def _as_it_was(self, finished: FinishedIteration) -> IterationRecord:
+        """The record; where one clock was to be held and was not, for all that is known, it counts as disturbed."""
+        directive, record = finished.directive, finished.record
+        if self._helper is None or isinstance(directive, Follow) or not record.undisturbed:
+            return record
+        asked_mhz = directive.frequency_mhz if isinstance(directive, Sweep) else None
+        confirmed = self._clocks.confirms(asked_mhz, record.begin_s, record.end_s)
+        return record if confirmed else replace(record, undisturbed=False)
+
+    def _count_lateness(self, directive: Directive, record: IterationRecord) -> None:
+        part = part_for(self._link.parts, directive, record)
+        if part is None or part.catch_up is None or not (record.undisturbed and record.complete):
+            return
+        durations_s = [
+            end_s - start_s
+            for slot, start_s, end_s in zip(record.slots, record.starts_s, record.ends_s, strict=True)
+            if slot >= 0
+        ]
+        before = self._stats.caught_up
+        caught_up = CaughtUp(
+            iterations=before.iterations + 1,
+            instructions=before.instructions + len(durations_s),
+            late_iterations=before.late_iterations + bool(record.raised),
+            raised=before.raised + len(record.raised),
+            extra_energy_j=before.extra_energy_j + extra_energy_j(part, record.raised, durations_s),
+        )
+        self._stats = self._stats.model_copy(update={"caught_up": caught_up})
+
+    def _count(self, record: IterationRecord) -> None:
+        stats = self._stats
+        self._stats = stats.model_copy(
+            update={
+                "overhead_s": stats.overhead_s + record.overhead_s,
+                "hooked_iterations": stats.hooked_iterations + bool(record.ends_s),
+                "overran": stats.overran + record.overran,
+                "instructions": stats.instructions + len(record.ends_s),
+            }
+        )
+
+    # The helper.
+
+    def _take_helper_events(self) -> None:
+        if self._helper is None:
+            return
+        for event in self._helper.drain():
+            self._recorder.helper_event(event)
+            match event:
+                case wire.Tick() if not self._estimated:
+                    self._clocks.read(event.time_s, event.clock_mhz)
+                    tick = Tick(event.previous_poll_s, event.time_s, event.energy_j)
+                    self._collector.add_tick(tick, event.capped_s)
+                case wire.Mark():
+                    self._clocks.read(event.time_s, event.clock_mhz)
+                    self._account.add_reading(event)
+                case wire.Applied():
+                    self._clocks.applied(event.applied_s, event.frequency_mhz)
+                    self._requests += 1
+                case wire.SwitchLatency():
+                    self._take_latency(event)
+                case wire.Trouble(code="read_failed"):
+                    self._read_failure = (monotonic(), event.text)
+                case wire.Trouble():
+                    assert self._session is not None  # set before the thread starts
+                    self._session.fail(GpuError(event.text))
+                case wire.Deviation():
+                    self._take_deviation(event)
+
+        self._say_read_failure()
+
+    def _say_read_failure(self) -> None:
+        """Said a little later, as what broke reading may be about to end the session with a message of its own."""
+        if self._read_failure is None or monotonic() < self._read_failure[0] + _READ_FAILURE_PATIENCE_S:
+            return
+        assert self._session is not None  # set before the thread starts
+        if not self._session.closed:
+            logger.warning(
+                "energy is not measured any more: %s. Clocks are set as before; run `perseus doctor` on this machine",
+                self._read_failure[1],
+            )
+        self._read_failure = None
+
+    def _take_deviation(self, deviation: wire.Deviation) -> None:
+        self._collector.add_deviation(deviation.time_s)
+        if deviation.read_mhz > deviation.requested_mhz:
+            # Where we give way nothing is asked for again, and the helper says so as the reason why the session ends.
+            if not self._changed_outside and self._config.gpu.foreign_clock != "give_way":
+                self._changed_outside = True
+                logger.warning(
+                    "the GPU runs at %d MHz where %d MHz were asked for: somebody else sets its clock, or the driver "
+                    "does not honour locks; asked again, and said once (perseus.gpu.foreign_clock)",
+                    deviation.read_mhz,
+                    deviation.requested_mhz,
+                )
+        elif not self._below:
+            self._below = True
+            logger.warning(
+                "the GPU runs at %d MHz where %d MHz were asked for; said once. Look for a power or thermal limit "
+                "(nvidia-smi -q -d PERFORMANCE) and for other programs that set clocks",
+                deviation.read_mhz,
+                deviation.requested_mhz,
+            )
+        self._deviations += 1
+
+    def _take_latency(self, latency: wire.SwitchLatency) -> None:
+        why_not = why_not_obeyed(latency)
+        if why_not:
+            assert self._session is not None  # set before the thread starts
+            self._session.fail(GpuError(why_not))
+        if not latency.p95_s > 0:  # NaN when no change showed
+            return
+        self._link.rise_lead_s = latency.p95_s
+        self._stats = self._stats.model_copy(update={"switch_latency_s": (latency.p50_s, latency.p95_s)})
+        logger.debug("clock changes take %.1f ms (95 %%: %.1f ms)", 1e3 * latency.p50_s, 1e3 * latency.p95_s)
+
+    @property
+    def _switch_latency_s(self) -> float | None:
+        measured = self._stats.switch_latency_s
+        return None if measured is None else measured[1]
+
+    def _poll_energy(self, on: bool) -> None:
+        if self._helper is not None and on != self._polling:
+            self._polling = on
+            self._helper.poll_energy(self._selection.poll_interval_s if on else None)
+
+    # Profile.
+
+    def _finish_sweep(self) -> None:
+        if self._estimated or self._link.iteration < self._link.timetable.sweep_end:
+            return
+        now_s = monotonic()
+        if self._sweep_ended_s is None:
+            self._sweep_ended_s = now_s
+        if now_s - self._sweep_ended_s < _TICKS_AFTER_SWEEP_S:
+            return
+        self._poll_energy(False)
+        self._estimated = True
+        self._publish_durations()  # before what rank 0 waits for
+        if self._known.profile and self._link.timetable.sweep.number == 0:
+            self._publish_recheck(0, self._collector.top_times_s(), self._collector.top_steps)
+            return
+        estimate = estimate_stage(
+            self._collector.runs(),
+            max_relative_error=self._config.profiling.max_relative_error,
+            constant_kinds=self._collector.constant_kinds,
+        )
+        message = RankEstimate(
+            placement=self._placement,
+            gpu=self._selection.name,
+            estimate=estimate.to_dict(),
+            constant_time_s=self._collector.constant_times_s(),
+            switch_latency_s=self._switch_latency_s,
+        )
+        self._exchange.publish(
+            estimate_key(self._link.timetable.sweep.number, self._placement.rank), message.model_dump()
+        )
+
+    def _publish_durations(self) -> None:
+        """For the replay of plans."""
+        self._durations_due_s = monotonic() + _DURATIONS_EVERY_S
+        message = self._durations.message(self._placement)
+        self._exchange.publish(durations_key(self._placement.rank), message.model_dump())
+
+    # News.
+
+    def _look_for_trouble(self) -> None:
+        """Every rank looks for itself: rank 0 may be the one in trouble."""
+        value = None if self._in_trouble else self._exchange.fetch(TROUBLE)
+        if value is not None:
+            self._in_trouble = True
+            told = receive(Trouble, value)
+            directive = FullClock(f"rank {told.rank}: {told.reason}")
+            self._link.timetable = self._link.timetable.switched(self._link.iteration + 1, directive)
+
+    def _look_for_news(self) -> None:
+        value = None if self._in_trouble else self._exchange.fetch(NEWS)
+        if value is None:
+            return
+        news = receive(News, value)
+        if news.sequence <= self._news.sequence:
+            return
+        if news.action == "sweep":
+            self._sweep_again(news)
+            return
+        if news.action == "follow":
+            version = news.version_for(self._placement.replica)
+            parts = self._exchange.fetch(part_key(version, self._placement.stage))
+            if parts is None:
+                return  # published before the news; if the store lost it, the next look finds it or newer news
+            self._link.parts = _with_newest(self._link.parts, receive(PlanParts, parts))
+            directive: Directive = Follow(version, news.straggler, news.since)
+        else:
+            directive = FullClock(news.reason)
+        self._news = news
+        self._recheck = {} if news.recheck else None
+        if news.recheck:
+            self._account.clear(RECHECK)
+        self._recheck_left = self._config.watch.patience
+        late = self._link.iteration >= news.switch
+        self._stats = self._stats.model_copy(update={"late": self._stats.late + late})
+        self._link.timetable = self._link.timetable.switched(news.switch, directive)
+
+    def _sweep_again(self, news: News) -> None:
+        self._news = news
+        order = news.clocks_mhz
+        if news.paired:
+            order = paired_clocks(order[1:], order[0], self._placement.stage)
+        order = nearest_clocks(self._selection.clocks_mhz, order)
+        self._link.timetable = self._link.timetable.swept_again(news.switch, order, news.paired)
+        self._estimated, self._sweep_ended_s = False, None
+        if self._leader is not None:
+            self._leader.swept_again()
+
+    def _rechecks(self, record: IterationRecord) -> bool:
+        """Whether this iteration, at full clocks, is one of those that are measured again."""
+        return self._recheck is not None and record.number > self._news.switch and record.complete
+
+    def _take_recheck(self, record: IterationRecord) -> None:
+        assert self._recheck is not None  # asked before
+        for operation, start_s, end_s in zip(record.operations, record.starts_s, record.ends_s, strict=True):
+            if isinstance(operation, Compute):
+                self._recheck.setdefault(operation.kind, []).append(end_s - start_s)
+        self._recheck_left -= 1
+        if self._recheck_left == 0:
+            medians = {kind: statistics.median(times) for kind, times in self._recheck.items()}
+            self._publish_recheck(self._news.sequence, medians, self._config.watch.patience)
+            self._recheck = None
+
+    def _publish_recheck(self, sequence: int, time_s: dict[str, float], steps: int) -> None:
+        message = Recheck(
+            stage=self._placement.stage, time_s=time_s, switch_latency_s=self._switch_latency_s, steps=steps
+        )
+        self._exchange.publish(recheck_key(sequence, self._placement.rank), message.model_dump())
+
+    def _tell_trouble(self) -> None:
+        reason = self._link.trouble_reason
+        if reason is None or self._told_trouble:
+            return
+        self._told_trouble = True
+        message = Trouble(rank=self._placement.rank, reason=reason)
+        try:
+            self._exchange.publish(TROUBLE, message.model_dump())
+        except ExchangeError as error:
+            logger.debug("could not tell rank 0: %s", error)
+
+    # Statistics and the summary.
+
+    def _publish_stats(self, final: bool = False) -> None:
+        if not final and monotonic() < self._stats_due_s:
+            return
+        self._stats_due_s = monotonic() + _STATS_EVERY_S
+        self._stats = self._stats.model_copy(
+            update={
+                "totals": self._account.totals,
+                "requests": self._requests,
+                "deviations": self._deviations,
+                "final": final,
+            }
+        )
+        self._exchange.publish(stats_key(self._placement.rank), self._stats.model_dump())
+
+    def _close(self) -> None:
+        """End the thread, then settle accounts; called on the thread that ends the session."""
+        self._stop.set()
+        self._link.wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5.0)
+        try:
+            self._settle()
+        except (PerseusError, OSError) as error:
+            logger.warning("the summary may be incomplete: %s. Training is not affected", error)
+        finally:
+            if self._leader is not None:
+                self._leader.close()
+
+    def _settle(self) -> None:
+        self._take_helper_events()
+        for finished in self._link.take_finished():
+            self._take(finished)
+        self._recorder.step(final=True)
+        try:
+            self._publish_stats(final=True)
+        except ExchangeError as error:  # the script may have taken the process group down
+            logger.debug("the last statistics did not reach rank 0: %s", error)
+        if self._leader is not None:
+            self._leader.finish(self._stats)
+
+
+def _with_newest(parts: Parts, newest: PlanParts) -> Parts:
+    """Those that the running iteration and switches yet to come may need."""
+    others = list(dict.fromkeys(version for version, _ in parts if version != newest.version))[-3:]
+    kept = {key: part for key, part in parts.items() if key[0] in others}
+    return {**kept, **{(newest.version, part.schedule): part for part in newest.parts}}

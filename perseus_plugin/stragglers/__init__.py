@@ -1,0 +1,1 @@
+"""Who is slow, and by how much?"""

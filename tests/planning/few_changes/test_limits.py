@@ -1,0 +1,137 @@
+"""Clock-change limits: kept by the plan's own predicted times, at a cost, and never at the deadline's."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+import perseus_plugin.planning.few_changes.limits as limits_module
+from perseus_plugin.errors import PlanError
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.planning.few_changes.segmentation import Segments, segment
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.planner import ChangeLimits, Planner, Target
+from perseus_plugin.profiling.profile import Measurement, Profile
+from tests.planning.jobs import Job, bundled_profile, jobs, replay
+
+costs = st.tuples(st.integers(1, 6), st.integers(1, 3)).flatmap(
+    lambda shape: arrays.arrays(np.float64, shape, elements=st.floats(0, 100).map(lambda x: round(x, 3)))
+)
+
+
+def spread(found: Segments, count: int) -> list[int]:
+    lengths = np.diff([*found.begins, count])
+    return np.repeat(found.clocks, lengths).tolist()
+
+
+def changes(clocks: list[int]) -> int:
+    return sum(a != b for a, b in zip(clocks, [*clocks[1:], clocks[0]], strict=True))
+
+
+@given(costs, st.one_of(st.none(), st.integers(0, 5)))
+def test_segmentation_is_as_good_as_trying_everything(cost: np.ndarray, most: int | None) -> None:
+    count, clocks = cost.shape
+    found = spread(segment(cost, np.arange(count, dtype=float), most, 0.0), count)
+    assert most is None or changes(found) <= most
+    best = min(
+        cost[range(count), choice].sum()
+        for choice in itertools.product(range(clocks), repeat=count)
+        if most is None or changes(list(choice)) <= most
+    )
+    assert cost[range(count), found].sum() == pytest.approx(best)
+
+
+@given(costs, st.integers(1, 4))
+def test_segmentation_keeps_the_dwell_between_changes(cost: np.ndarray, dwell: int) -> None:
+    count = len(cost)
+    found = segment(cost, np.arange(count, dtype=float), None, float(dwell))
+    assert all(b - a >= dwell for a, b in zip(found.begins[1:], found.begins[2:], strict=False))
+
+
+def dwells(plan: Plan, stage: int) -> list[float]:
+    planned = plan.stages[stage]
+    when = [
+        here.start_s
+        for before, here in zip((planned[-1], *planned[:-1]), planned, strict=True)
+        if before.frequency_mhz != here.frequency_mhz
+    ]
+    return [b - a for a, b in zip(when, [*when[1:], when[0] + plan.iteration_time_s], strict=True)] if when else []
+
+
+@settings(max_examples=12)
+@given(jobs(max_stages=3, max_microbatches=4, max_clocks=4), st.integers(0, 4), st.sampled_from([0.0, 0.2]))
+def test_limits_are_kept_and_promises_hold(job: Job, most: int, slowdown: float) -> None:
+    graph = build_graph(job.streams, latency_s=job.latency_s)
+    planner = Planner(graph, job.profile, blocking_power_w=list(job.blocking_w))
+    plan = planner.plan(Target.slowdown(slowdown), ChangeLimits(most))
+    assert max(plan.clock_changes(stage) for stage in range(len(plan.stages))) <= most
+    end, energy = replay(job, plan)
+    assert end <= plan.deadline_s * (1 + 1e-12)
+    assert energy == pytest.approx(plan.energy_j, rel=1e-9)
+    assert plan.energy_j <= plan.baseline_energy_j
+
+
+def test_few_changes_may_take_longer_than_the_cheapest_iteration() -> None:
+    """Forward is fastest and cheapest below the top clock, backward at it: T* needs both, and a change between."""
+    rows = {
+        "forward": [(710, 1.0, 200.0), (700, 0.9, 150.0)],
+        "backward": [(710, 1.0, 200.0), (700, 1.2, 260.0)],
+    }
+    measured = Profile(
+        {(0, kind): tuple(Measurement(f, t, e) for f, t, e in options) for kind, options in rows.items()}
+    )
+    planner = Planner(build_graph(one_f_one_b(1, 2)), measured, blocking_power_w=1.0)
+    free = planner.plan(Target.slowdown())
+    limited = planner.plan(Target.slowdown(), ChangeLimits(0))
+    assert free.iteration_time_s < limited.iteration_time_s <= free.baseline_time_s
+    assert limited.energy_j <= limited.baseline_energy_j
+    assert limited.clock_changes(0) == 0
+
+
+def test_more_changes_save_more() -> None:
+    planner = Planner(build_graph(one_f_one_b(4, 10)), bundled_profile(4), blocking_power_w=60.0)
+    free = planner.plan(Target.slowdown())
+    two, six = (planner.plan(Target.slowdown(), ChangeLimits(most)) for most in (2, 6))
+    assert 0 < two.saving < six.saving <= free.saving
+    assert planner.plan(Target.slowdown(), ChangeLimits(1000)) == free
+
+
+@pytest.mark.parametrize("dwell_s", [0.2, 0.5])
+def test_the_minimum_dwell_is_kept(dwell_s: float) -> None:
+    planner = Planner(build_graph(one_f_one_b(3, 8)), bundled_profile(3), blocking_power_w=60.0)
+    plan = planner.plan(Target.slowdown(0.05), ChangeLimits(None, dwell_s))
+    assert plan.saving > 0
+    assert plan.iteration_time_s <= plan.deadline_s
+    assert min((d for stage in range(3) for d in dwells(plan, stage)), default=dwell_s) >= dwell_s - 1e-9
+
+
+def test_limits_and_unresolved_kinds_together() -> None:
+    planner = Planner(
+        build_graph(one_f_one_b(3, 6)), bundled_profile(3), blocking_power_w=60.0, full_clock_only={(0, "backward")}
+    )
+    plan = planner.plan(Target.slowdown(0.1), ChangeLimits(4))
+    backward = [p.frequency_mhz for p in plan.stages[0] if p.instruction.kind == "backward"]
+    assert set(backward) == {1400}
+    assert max(plan.clock_changes(stage) for stage in range(3)) <= 4
+    assert plan.saving > 0
+
+
+def test_without_time_for_the_programs_prices_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits_module, "solve_phases", lambda *_: None)
+    planner = Planner(build_graph(one_f_one_b(3, 6)), bundled_profile(3), blocking_power_w=60.0)
+    plan = planner.plan(Target.slowdown(0.1), ChangeLimits(4))
+    assert max(plan.clock_changes(stage) for stage in range(3)) <= 4
+    assert plan.iteration_time_s <= plan.deadline_s
+    assert plan.saving > 0.02
+
+
+@pytest.mark.parametrize(("most", "dwell"), [(-1, 0.0), (None, -0.1), (None, float("nan"))])
+def test_limits_out_of_range_are_refused(most: int | None, dwell: float) -> None:
+    with pytest.raises(PlanError, match=r"got .*; allowed"):
+        ChangeLimits(most, dwell)

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from perseus_plugin.errors import ProfileError
+from perseus_plugin.exchange.messages import RankEstimate, Recheck
+from perseus_plugin.iteration.instructions import Compute, Constant
+from perseus_plugin.profiling.observations import StageEstimate
+from perseus_plugin.profiling.profile import Profile
+from perseus_plugin.profiling.survey import Survey, certain, misfit, rescaled, stage_estimates, survey_of
+from tests.factories import BLOCKING_W, CLOCKS_MHZ, placement, profile, rank_estimate, stage_estimate
+
+STREAMS = [
+    [Constant("load"), Compute("forward", 0), Constant("reduce", collective=True), Constant("step", collective=True)]
+] * 3
+
+
+def told(rank: int, estimate: StageEstimate, world_size: int = 2) -> RankEstimate:
+    return RankEstimate(
+        placement=placement(rank, world_size), gpu="test GPU", estimate=estimate.to_dict(), constant_time_s={}
+    )
+
+
+def surveyed(estimates: list[RankEstimate]) -> Survey:
+    return survey_of(estimates, stage_estimates(estimates, 2))
+
+
+def test_in_a_collective_only_the_last_stage_to_arrive_sees_its_time() -> None:
+    constants = {
+        (0, "load"): 0.004,
+        (2, "load"): 0.001,
+        (0, "reduce"): 0.5,
+        (1, "reduce"): 0.02,
+        (2, "reduce"): 0.3,
+        (0, "step"): 0.01,
+        (1, "step"): 0.40,
+        (2, "step"): 0.02,
+    }
+    survey = Survey(profile(3), BLOCKING_W, constant_time_s=constants)
+    assert survey.constants_for(STREAMS) == {
+        (0, "load"): 0.004,
+        (2, "load"): 0.001,
+        **{(stage, "reduce"): 0.02 for stage in range(3)},
+        **{(stage, "step"): 0.01 for stage in range(3)},
+    }
+    assert Survey(profile(), BLOCKING_W).constants_for(STREAMS) == {}
+
+
+def test_what_is_collective_is_what_the_streams_say() -> None:
+    survey = Survey(profile(2), BLOCKING_W, constant_time_s={(0, "step"): 0.1, (1, "step"): 0.2})
+    alone = [[Compute("forward", 0), Constant("step")]] * 2
+    assert survey.constants_for(alone) == survey.constant_time_s
+
+
+def test_exact_estimates_give_the_profile_they_were_made_from() -> None:
+    constants = [{"load": 0.001, "step": 0.01}, {"step": 0.02}]
+    survey = surveyed([rank_estimate(rank, constants=constants[rank]) for rank in range(2)])
+    for (stage, kind, row), (_, _, true) in zip(survey.profile.rows(), profile(2).rows(), strict=True):
+        assert (row.frequency_mhz, row.time_s, row.energy_j) == (true.frequency_mhz, true.time_s, true.energy_j)
+        assert (stage, kind) not in survey.unresolved
+    assert survey.blocking_power_w == pytest.approx(BLOCKING_W)
+    assert survey.constant_time_s == {(0, "load"): 0.001, (0, "step"): 0.01, (1, "step"): 0.02}
+
+
+def test_replicas_are_pooled_and_their_constant_times_are_medians() -> None:
+    estimates = [
+        rank_estimate(rank, 6, 2, {"step": 0.01 * (1 + rank)} | ({"load": 0.001} if rank == 4 else {}), scale)
+        for rank, scale in enumerate((0.9, 1.0, 1.1, 1.0, 1.0, 1.0))
+    ]
+    survey = surveyed(estimates)
+    assert survey.profile.stages == 2
+    for stage, kind, row in survey.profile.rows():
+        true = profile(2).table[stage, kind][CLOCKS_MHZ.index(row.frequency_mhz)]
+        assert row.time_s == pytest.approx(true.time_s, rel=1e-6)
+        assert row.samples == 60
+    # Stage 0 is ranks 0, 2 and 4.
+    assert survey.constant_time_s == pytest.approx({(0, "step"): 0.03, (1, "step"): 0.04, (0, "load"): 0.001})
+
+
+def test_unresolved_kinds_are_named_by_stage() -> None:
+    vague = told(1, stage_estimate(1, unresolved=frozenset({"backward"})))
+    assert surveyed([rank_estimate(0), vague]).unresolved == {(1, "backward")}
+
+
+def test_a_stage_that_nobody_measured_is_named() -> None:
+    with pytest.raises(ProfileError, match="stage 1: no rank sent measurements"):
+        surveyed([rank_estimate(0)])
+    with pytest.raises(ProfileError, match="stage 0"):
+        surveyed([told(0, StageEstimate((), math.nan, math.nan, math.nan, math.nan, frozenset())), rank_estimate(1)])
+
+
+@pytest.mark.parametrize("watts", [math.nan, 0.0, -3.0])
+def test_without_a_blocking_power_there_is_no_survey(watts: float) -> None:
+    estimates = [
+        told(rank, replace(stage_estimate(rank), blocking_power_w=watts, blocking_power_se_w=1.0)) for rank in (0, 1)
+    ]
+    with pytest.raises(ProfileError, match="blocking power: no energy counter moved"):
+        surveyed(estimates)
+
+
+def test_an_estimate_that_cannot_be_read_is_a_profile_error() -> None:
+    broken = rank_estimate(0).model_copy(update={"estimate": {"instructions": [[1]]}})
+    with pytest.raises(ProfileError, match="cannot be read"):
+        surveyed([broken, rank_estimate(1)])
+
+
+def test_instructions_that_take_longer_now_are_scaled_at_every_clock() -> None:
+    before = Survey(profile(2), BLOCKING_W, frozenset({(0, "forward")}), {(0, "load"): 0.1})
+    top_s = {key: rows[0].time_s for key, rows in before.profile.table.items()}
+    rechecks = [
+        Recheck(stage=0, time_s={"forward": 1.5 * top_s[0, "forward"], "backward": 1.005 * top_s[0, "backward"]}),
+        Recheck(stage=1, time_s={"forward": 0.5 * top_s[1, "forward"]}),
+        Recheck(stage=1, time_s={"forward": 0.8 * top_s[1, "forward"]}),
+        Recheck(stage=1, time_s={"forward": 3.0 * top_s[1, "forward"], "unheard_of": 1.0}),
+    ]
+    after = rescaled(before, rechecks)
+    # Within 1 % counts as unchanged; of replicas the median counts; what nobody saw stays.
+    factors = {(0, "forward"): 1.5, (0, "backward"): 1.0, (1, "forward"): 0.8, (1, "backward"): 1.0}
+    for key, rows in after.profile.table.items():
+        for row, old in zip(rows, before.profile.table[key], strict=True):
+            assert row.time_s == pytest.approx(factors[key] * old.time_s)
+            assert row.energy_j == pytest.approx(factors[key] * old.energy_j)
+    assert replace(after, profile=before.profile) == before
+
+
+def test_a_profile_of_something_else_is_recognised() -> None:
+    survey = Survey(profile(2), BLOCKING_W)
+    top_s = survey.profile.table[1, "backward"][0].time_s
+    fits = [Recheck(stage=1, time_s={"backward": factor * top_s}) for factor in (0.8, 1.0, 1.2)]
+    assert misfit(survey, fits) == ""
+    nothing_seen = "no undisturbed iteration at full clocks was seen"
+    assert misfit(survey, []) == nothing_seen
+    assert misfit(survey, [Recheck(stage=0, time_s={})]) == nothing_seen
+    for factor in (0.7, 1.3):
+        wrong = Recheck(stage=1, time_s={"backward": factor * top_s})
+        assert misfit(survey, [*fits, wrong]).startswith("stage 1 backward takes")
+    assert misfit(survey, [Recheck(stage=1, time_s={"weight": 1.0})]) == (
+        "stage 1 runs weight, which the profile does not have"
+    )
+    assert "stage 2" in misfit(survey, [Recheck(stage=2, time_s={"forward": 1.0})])
+
+
+def with_time_errors(shares: dict[tuple[int, str, int], float], otherwise: float) -> Survey:
+    rows = (
+        (stage, kind, replace(m, time_se_s=shares.get((stage, kind, m.frequency_mhz), otherwise) * m.time_s))
+        for stage, kind, m in profile(2).rows()
+    )
+    return Survey(Profile.from_rows(rows), BLOCKING_W)
+
+
+def test_a_clock_whose_time_is_not_known_is_left_out_for_its_stage() -> None:
+    top, *_, low = CLOCKS_MHZ
+    survey = certain(with_time_errors({(0, "forward", low): 0.02, (1, "forward", top): 0.5}, 0.005), 0.01)
+    clocks = {key: [m.frequency_mhz for m in rows] for key, rows in survey.profile.table.items()}
+    for kind in ("forward", "backward"):
+        assert clocks[0, kind] == list(CLOCKS_MHZ[:-1])
+        assert clocks[1, kind] == list(CLOCKS_MHZ)
+    assert {len(rows) for rows in certain(with_time_errors({}, 0.02), 0.01).profile.table.values()} == {1}
+
+
+def test_times_without_errors_are_taken_at_their_word() -> None:
+    survey = Survey(profile(2), BLOCKING_W)
+    assert certain(survey, 0.01).profile.table == survey.profile.table
+
+
+def varying_steps(spread: float) -> Survey:
+    rows = ((stage, kind, replace(m, spread_between=spread)) for stage, kind, m in profile(2).rows())
+    return Survey(Profile.from_rows(rows), BLOCKING_W)
+
+
+def seen_again(survey: Survey, size: float, slower: float = 1.0, steps: int = 10) -> list[Recheck]:
+    """All ranks saw steps of that size; the forward of stage 1 takes longer on top of it."""
+    found = []
+    for stage in range(2):
+        times = {kind: size * rows[0].time_s for (s, kind), rows in survey.profile.table.items() if s == stage}
+        if stage == 1:
+            times["forward"] *= slower
+        found.append(Recheck(stage=stage, time_s=times, steps=steps))
+    return found
+
+
+def test_steps_that_happened_to_be_longer_are_no_change_of_the_job() -> None:
+    survey = varying_steps(0.24)
+    for changed in (rescaled(survey, seen_again(survey, 1.1)), rescaled(survey, seen_again(survey, 0.93))):
+        assert [m.time_s for _, _, m in changed.profile.rows()] == [m.time_s for _, _, m in survey.profile.rows()]
+    even = varying_steps(0.002)
+    for (*_, new), (*_, old) in zip(
+        rescaled(even, seen_again(even, 1.1)).profile.rows(), even.profile.rows(), strict=True
+    ):
+        assert new.time_s == pytest.approx(1.1 * old.time_s)
+
+
+def test_growth_beyond_chance_is_the_jobs() -> None:
+    survey = varying_steps(0.24)
+    grown = rescaled(survey, seen_again(survey, 1.6))
+    for (*key, new), (*_, old) in zip(grown.profile.rows(), survey.profile.rows(), strict=True):
+        assert new.time_s == pytest.approx(1.6 * old.time_s), key
+
+
+def test_an_instruction_is_held_against_the_others_of_the_same_steps() -> None:
+    survey = varying_steps(0.24)
+    changed = rescaled(survey, seen_again(survey, 1.1, slower=1.3))
+    for (stage, kind, new), (*_, old) in zip(changed.profile.rows(), survey.profile.rows(), strict=True):
+        factor = 1.3 if (stage, kind) == (1, "forward") else 1.0
+        assert new.time_s == pytest.approx(factor * old.time_s)
+
+
+def test_a_kept_profile_fits_a_job_whose_steps_vary() -> None:
+    survey = varying_steps(0.24)
+    assert misfit(survey, seen_again(survey, 1.35)) == ""
+    assert misfit(survey, seen_again(survey, 1.6)) != ""
+    assert misfit(varying_steps(0.0), seen_again(survey, 1.35)) != ""
+
+
+def test_without_rechecks_nothing_changes() -> None:
+    before = Survey(profile(2), BLOCKING_W)
+    assert rescaled(before, []) == before

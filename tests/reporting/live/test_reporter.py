@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from perseus_plugin.exchange.messages import Totals
+from perseus_plugin.leader.expectations import Predicted
+from perseus_plugin.reporting.live import reporter as reporter_module
+from perseus_plugin.reporting.live.comparison import Compared
+from perseus_plugin.reporting.live.pairs import Effect
+from perseus_plugin.reporting.live.reporter import Reporter, events_of, print_summary
+from tests.reporting.live.test_summary import PLAN, RANKS, stats, summary
+
+FACTS: dict[str, Any] = {"world_size": 2, "stages": 2, "gpu": "test GPU", "emulated": True, "backend": "emulated"}
+OF_PLAN: dict[str, Any] = {"plan": PLAN, "planning_time_s": 0.25, "dropped_plans": 0}
+
+
+@pytest.fixture(autouse=True)
+def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.DEBUG, "perseus_plugin")
+    return caplog
+
+
+def printed(made: dict[str, Any]) -> str:
+    out = io.StringIO()
+    print_summary(made, Console(file=out, width=200))
+    return out.getvalue()
+
+
+def test_the_summary_is_written_and_returned(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path, FACTS)
+    first = reporter.update(RANKS, "running", **OF_PLAN)
+    assert json.loads((tmp_path / "summary.json").read_text()) == first
+    assert first["state"] == "running"
+    last = reporter.finish(RANKS, **OF_PLAN)
+    assert json.loads((tmp_path / "summary.json").read_text()) == last
+    assert last["state"] == "finished"
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_the_summary_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[Path, str]] = []
+    monkeypatch.setattr(reporter_module, "write_atomically", lambda path, text: written.append((path, text)))
+    made = Reporter(tmp_path, FACTS).update(RANKS, "running", **OF_PLAN)
+    assert [(path, json.loads(text)) for path, text in written] == [(tmp_path / "summary.json", made)]
+
+
+@pytest.mark.parametrize("folder", ["missing", "file"])
+def test_a_folder_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, folder: str, heard: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    made = Reporter(tmp_path / folder, FACTS).finish(RANKS, **OF_PLAN)
+    assert made["energy_j"]["full_clock"] == pytest.approx(900)
+    assert "cannot write summary.json" in heard.text
+    assert "training goes on" in heard.text
+
+
+def test_a_cpu_too_slow_for_the_emulation_is_a_warning(tmp_path: Path, heard: pytest.LogCaptureFixture) -> None:
+    reporter = Reporter(tmp_path, FACTS)
+    reporter.finish([stats(0, {}, overran=1, instructions=100)], **OF_PLAN)
+    assert heard.text == ""
+    reporter.finish([stats(0, {}, overran=2, instructions=100)], **OF_PLAN)
+    assert "the CPU was too slow for 2 of 100 emulated instructions" in heard.text
+
+
+def test_without_figures_no_table_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Reporter(tmp_path, FACTS).finish([stats(0, {})], plan=None, planning_time_s=0.0, dropped_plans=0)
+    out = capsys.readouterr()
+    assert out.out + out.err == ""
+    Reporter(tmp_path, FACTS).finish(RANKS, **OF_PLAN)
+    out = capsys.readouterr()
+    assert "energy saved" in out.err
+    assert out.out == "", "the job's own output stays as it was"
+
+
+def test_the_table_shows_time_energy_and_saving() -> None:
+    lines = printed(summary(RANKS)).splitlines()
+    assert "perseus: 2 x test GPU (emulated, no real GPU)" in lines[0]
+    cells = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]] for line in lines if "│" in line}
+    assert cells["time"] == ["1.1000 s", "1.0780 s", "1.1220 s"]
+    assert cells["energy"] == ["900.0 J", "720.0 J", "710.0 J"]
+    assert cells["slowdown"] == ["", "-2.00 %", "2.00 %"]
+    assert cells["energy saved"] == ["", "20.00 %", "21.11 %"]
+    assert "4 iterations at full clocks, 10 while profiling, 5 under the plan; profiling cost 4.0 s; " in lines[-1]
+
+
+def test_what_is_known_of_a_figure_stands_beside_it() -> None:
+    compared = Compared(Effect(0.001, 0.002, 10, 120), Effect(-0.2, 0.01, 10, 120))
+    made = summary(RANKS, compared=compared, predicted=Predicted(0.98, 0.8, (0.19, 0.21)))
+    cells = {
+        line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]]
+        for line in printed(made).splitlines()
+        if "│" in line
+    }
+    low, high = compared.energy.interval if compared.energy is not None else (0.0, 0.0)
+    assert cells["energy saved"] == [
+        "",
+        "20.00 % (19.00 to 21.00)",
+        f"{100 * (1 - math.exp(-0.2)):.2f} % ({-100 * high:.2f} to {-100 * low:.2f})",
+    ]
+    assert cells["slowdown"][1] == "-2.00 %"
+    assert re.fullmatch(r"0\.10 % \(-\d\.\d\d to \d\.\d\d\)", cells["slowdown"][2])
+    told = dict(events_of(made))
+    assert told["Perseus/saving_percent/measured_low"] == pytest.approx(-100 * high)
+    assert told["Perseus/slowdown_percent/measured_high"] > 0.1
+
+
+def test_what_references_cost_is_said() -> None:
+    full = RANKS[0].totals["full_clock"]
+    references = Totals(iterations=30, time_s=30 * full.time_s / full.iterations)
+    ranks = [one.model_copy(update={"totals": {**one.totals, "reference": references}}) for one in RANKS]
+    assert "30 at full clocks amid them to compare with, which saved 5700 J less for it" in printed(summary(ranks))
+
+
+def test_the_table_of_a_real_gpu_names_the_backend_and_what_is_unknown_is_a_dash() -> None:
+    text = printed(summary([stats(0, {"full_clock": (1, 2.0, None)})], None, emulated=False, backend="nvml"))
+    assert "(nvml)" in text
+    assert "emulated" not in text
+    assert "2.0000 s" in text
+    assert text.count(" - ") == 9
+
+
+def test_events_are_the_known_main_figures() -> None:
+    assert dict(events_of(summary(RANKS))) == pytest.approx(
+        {
+            "Perseus/iteration_time_s/full_clock": 1.1,
+            "Perseus/iteration_time_s/predicted": 1.078,
+            "Perseus/iteration_time_s/measured": 1.122,
+            "Perseus/energy_j/full_clock": 900.0,
+            "Perseus/energy_j/predicted": 720.0,
+            "Perseus/energy_j/measured": 710.0,
+            "Perseus/saving_percent/predicted": 20.0,
+            "Perseus/saving_percent/measured": 100 * 190 / 900,
+            "Perseus/slowdown_percent/predicted": -2.0,
+            "Perseus/slowdown_percent/measured": 2.0,
+        }
+    )
+    assert events_of(summary([], None)) == []
+
+
+def test_what_stragglers_brought_is_said() -> None:
+    figures = {"iterations": 29, "energy_saved_j": 1232.7}
+    assert "29 iterations at a straggler's pace, about 1233 J saved by it" in printed(
+        summary(RANKS, stragglers=figures)
+    )
+    assert "straggler" not in printed(summary(RANKS, stragglers={**figures, "iterations": 0}))

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perseus_plugin.reporting.record.recorder import record_path
+from perseus_plugin.reporting.report import figures
+from perseus_plugin.reporting.report.findings import Findings, Mark, find
+from perseus_plugin.reporting.report.folder import load_folder
+from perseus_plugin.reporting.report.page import page
+from tests.reporting.job import Job
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("job") / "out", stages=3, microbatches=5).planned().finished()
+
+
+@pytest.fixture(scope="module")
+def found(job: Job) -> Findings:
+    return find(load_folder(job.folder))
+
+
+class Sections(HTMLParser):
+    """Ids of sections, and whatever would be fetched."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = dict(attrs)
+        if tag == "section" and names.get("id"):
+            self.ids.append(str(names["id"]))
+        self.fetched += [str(names[name]) for name in ("src", "href") if names.get(name)]
+
+
+def test_the_page_has_every_part_and_fetches_nothing(found: Findings) -> None:
+    text = page(found)
+    sections = Sections(text)
+    assert sections.ids == ["timeline", "training", "frontier", "profile", "clocks", "worth", "origin"]
+    assert [url for url in sections.fetched if not url.startswith(("#", "data:"))] == []
+    assert "Emulated GPUs." in text
+
+
+def test_what_is_missing_stands_on_the_page(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out")
+    job.iterate(1)
+    for recorder in job.recorders:
+        recorder.step()
+    sections = Sections(text := page(find(load_folder(job.folder))))
+    assert sections.ids == ["missing", "training", "worth", "origin"]
+    assert "plan.json is not there" in text
+
+
+def test_names_from_files_cannot_break_the_page(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out").planned().finished()
+    bad = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    for rank in (0, 1):
+        path = record_path(job.folder, rank)
+        path.write_text(path.read_text().replace('"state":"full"', '"reason":' + json.dumps(bad) + ',"state":"full"'))
+    summary = json.loads((job.folder / "summary.json").read_text())
+    (job.folder / "summary.json").write_text(json.dumps({**summary, "gpu": bad}))
+    text = page(find(load_folder(job.folder)))
+    body = text[text.index("<body>") :]
+    assert "onerror" in body
+    assert "<img" not in body
+    assert "alert(1)</script>" not in body
+
+
+def bars(figure: Any, name: str) -> list[Any]:
+    return [trace for trace in figure.data if trace.name == name]
+
+
+def test_the_timeline_has_a_bar_per_instruction_and_its_wait_behind(found: Findings, job: Job) -> None:
+    figure = figures.timeline(found.lanes)
+    drawn = bars(figure, "instructions")
+    assert [len(trace.x) for trace in drawn] == [30, 30, 30]
+    plan = drawn[1]
+    flat = [planned for row in job.plan.stages for planned in row]
+    assert list(plan.base) == pytest.approx([one.start_s for one in flat], abs=1e-6)
+    assert list(plan.x) == pytest.approx([one.finish_s - one.start_s for one in flat], abs=2e-6)
+    assert list(plan.y) == [one.instruction.stage for one in flat]
+    colours = dict(zip([one.frequency_mhz for one in flat], plan.marker.color, strict=True))
+    assert len(set(colours.values())) == len(colours) > 1
+    for trace, lane in zip(bars(figure, "waiting"), found.lanes, strict=True):
+        assert sum(trace.x) == pytest.approx(lane.waiting_s, abs=1e-3)
+    assert sum("critical path" in text for text in plan.hovertext) == sum(b.critical for b in found.lanes[1].blocks)
+    assert "F0" in plan.text
+
+
+def test_a_large_pipeline_carries_no_labels(tmp_path: Path) -> None:
+    found = find(load_folder(Job(tmp_path / "out", stages=4, microbatches=40).planned().finished().folder))
+    assert all(trace.text is None for trace in bars(figures.timeline(found.lanes), "instructions"))
+
+
+def test_the_frontier_has_its_points_and_the_chosen_one(found: Findings, job: Job) -> None:
+    assert found.frontier is not None
+    figure = figures.frontier(found.frontier, job.plan, found.per)
+    bound, plans, full, chosen, ran = figure.data
+    assert len(bound.x) == len(plans.x) == len(found.frontier.samples)
+    assert all(b <= p for b, p in zip(bound.y, plans.y, strict=True))
+    assert (full.x[0], full.y[0]) == (job.plan.baseline_time_s, job.plan.baseline_energy_j)
+    assert (chosen.x[0], chosen.y[0]) == (job.plan.iteration_time_s, job.plan.energy_j)
+    assert ran.y[0] == pytest.approx(job.plan.energy_j, rel=0.02)
+
+
+def test_curves_carry_error_bars_of_two_standard_errors(found: Findings, job: Job) -> None:
+    figure = figures.curves(job.profile)
+    assert len(figure.data) == 2 * 3 * 2
+    rows = job.profile.table[0, "backward"]
+    energy = next(t for t in figure.data if t.name == "stage 0" and list(t.y) == [m.energy_j for m in rows])
+    assert list(energy.error_y.array) == pytest.approx([2 * m.energy_se_j for m in rows])
+
+
+def test_training_shows_every_state_in_its_colour(found: Findings, job: Job) -> None:
+    assert found.series is not None
+    figure = figures.training(found.series, found.marks, found.per)
+    shown = {trace.name: len(trace.x) for trace in figure.data if trace.yaxis == "y"}
+    assert shown == {"warm-up": 2, "profiling": 9, "full clocks": 3, "plan": 12}
+    assert [note.text for note in figure.layout.annotations] == ["profiling", "profiled", "plan 1"]
+
+
+def test_labels_of_what_happened_do_not_lie_on_each_other(found: Findings) -> None:
+    assert found.series is not None
+    crowd = [Mark(number // 2, f"event number {number}") for number in range(40)]
+    figure = figures.training(found.series, crowd, None)
+    notes = figure.layout.annotations
+    assert 0 < len(notes) < 40
+    wide = found.series.stretches[-1].first + 1
+    by_level: dict[float, list[tuple[float, float]]] = {}
+    for note in notes:
+        at, width = (note.x + 0.5) / wide, 0.0075 * len(note.text)
+        by_level.setdefault(note.yshift, []).append((at - width, at) if note.xanchor == "right" else (at, at + width))
+    for spans in by_level.values():
+        assert all(a[1] <= b[0] for a, b in zip(sorted(spans), sorted(spans)[1:], strict=False))
+
+
+def test_clocks_show_requests_and_readings_per_stage(found: Findings) -> None:
+    figure = figures.clocks(found.clocks)
+    assert [trace.name for trace in figure.data] == ["asked for", "read back"] * 3
+    for stage, sample in enumerate(found.clocks):
+        read = figure.data[2 * stage + 1]
+        assert list(read.y) == [reading.clock_mhz for reading in sample.readings]
+
+
+def test_every_figure_hides_the_plotting_librarys_logo(found: Findings) -> None:
+    assert len(re.findall(r'"displaylogo": ?false', page(found))) == 5

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import threading
+
+from perseus_plugin.iteration.timetable import FullClock, Round, Timetable
+from perseus_plugin.session.link import FinishedIteration, Link
+from tests.factories import record, stream_of
+
+
+def link() -> Link:
+    return Link(Timetable(Round(1, ()), 1, 2))
+
+
+def finished(number: int) -> FinishedIteration:
+    return FinishedIteration(FullClock(""), record(number))
+
+
+def test_finished_iterations_are_taken_once_and_in_order() -> None:
+    shared = link()
+    assert shared.take_finished() == []
+    iterations = [finished(number) for number in range(3)]
+    for iteration in iterations:
+        shared.finished(iteration)
+    assert shared.take_finished() == iterations
+    assert shared.take_finished() == []
+
+
+def test_the_running_iteration_is_the_one_after_the_last_finished() -> None:
+    shared = link()
+    assert shared.iteration == 0
+    shared.finished(finished(4))
+    assert shared.iteration == 5
+
+
+def test_a_finished_iteration_and_trouble_wake_the_worker() -> None:
+    shared = link()
+    assert not shared.wake.is_set()
+    shared.finished(finished(0))
+    assert shared.wake.is_set()
+    shared.wake.clear()
+    assert shared.trouble_reason is None
+    shared.trouble("no permission")
+    assert shared.wake.is_set()
+    assert shared.trouble_reason == "no permission"
+
+
+def test_events_are_taken_in_batches_once() -> None:
+    shared = link()
+    shared.add_events([("a", 1.0), ("b", 2.0)])
+    shared.add_events([("a", 3.0)])
+    assert shared.take_events() == [[("a", 1.0), ("b", 2.0)], [("a", 3.0)]]
+    assert shared.take_events() == []
+
+
+def test_events_that_nobody_writes_are_published_and_not_kept() -> None:
+    shared = link()
+    heard: list[tuple[str, float]] = []
+    shared.publish, shared.writes_events = heard.extend, False
+    shared.add_events([("a", 1.0)])
+    assert heard == [("a", 1.0)]
+    assert shared.take_events() == []
+
+
+def test_the_schedule_is_key_and_streams_in_one() -> None:
+    shared = link()
+    assert shared.schedule is None
+    streams = stream_of(2, 4)
+    shared.use_schedule("1F1B/2x4", streams)
+    assert shared.schedule == ("1F1B/2x4", streams)
+
+
+def test_nothing_is_lost_between_threads() -> None:
+    shared = link()
+    trainer = threading.Thread(target=lambda: [shared.finished(finished(number)) for number in range(500)])
+    trainer.start()
+    taken: list[int] = []
+    while trainer.is_alive():
+        taken += [iteration.record.number for iteration in shared.take_finished()]
+    taken += [iteration.record.number for iteration in shared.take_finished()]
+    assert taken == list(range(500))
+
+
+def test_whoever_publishes_hears_of_events_when_they_are_added() -> None:
+    shared = link()
+    heard: list[tuple[str, float]] = []
+    shared.publish = heard.extend
+    shared.add_events([("Perseus/energy_j/measured", 1.0)])
+    assert heard == [("Perseus/energy_j/measured", 1.0)]
+    assert shared.take_events() == [heard]

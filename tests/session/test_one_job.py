@@ -1,0 +1,65 @@
+"""A job of two stages with real sessions, from the sweep to the summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from perseus_plugin.gpus.emulated.device import EmulatedGpu
+from perseus_plugin.reporting.record.records import load_record
+from tests.one_job import OneJob, Step
+
+# On a busy machine times are noisy: with room for that there is always something to save.
+SHORT = {
+    "slowdown": 0.15,
+    "profiling": {
+        "warmup_steps": 2,
+        "clocks_mhz": [1410, 1110, 810],
+        "steps_per_clock": 2,
+        "max_relative_error": 1.0,
+        "max_time_error": 1.0,
+    },
+    "frontier": False,
+}
+
+
+def test_an_even_job_profiles_plans_and_saves(tmp_path: Path) -> None:
+    folder, left = tmp_path / "job", iter(range(20))
+
+    def planned_for_a_while() -> bool:
+        return (folder / "plan.json").exists() and next(left, None) is None
+
+    ran = OneJob(folder, [Step()] * 500, plugin=SHORT, until=planned_for_a_while).run()
+    assert len(ran.times_s) == len(ran.energies_j) == len(ran.states) < 500
+    assert ran.states[:2] == ["warm-up"] * 2
+    assert ran.states[2] == "profiling"
+    planned_j = [energy_j for energy_j, state in zip(ran.energies_j, ran.states, strict=True) if state == "plan"]
+    assert planned_j
+    assert min(planned_j) < 0.97 * ran.energies_j[4], "which ran at the top clock"
+    assert ran.summary["state"] == "finished"
+    assert ran.summary["plan"]["dropped_plans"] == 0
+
+
+def test_the_same_work_runs_without_the_plugin(tmp_path: Path) -> None:
+    steps = [Step((1.0, 2.0)), Step((1.0,)), Step((1.0, 1.0), stall_s=0.05)]
+    ran = OneJob(tmp_path / "job", steps).run()
+    assert ran.states == []
+    # One after the other: forwards of 10 and 14 ms, backwards of 20 and 28 ms.
+    assert 0.072 <= ran.times_s[1] < ran.times_s[0]
+    assert ran.times_s[2] >= 0.05 + 0.072
+
+
+def test_on_gpus_that_never_reach_their_top_clock_plans_are_made_and_energies_known(tmp_path: Path) -> None:
+    """As a power limit holds them: at most 1,110 of 1,410 MHz, in a job with iterations of 0.2 s."""
+    folder, left = tmp_path / "job", iter(range(15))
+    for rank in range(2):
+        EmulatedGpu.create(folder / "emulated_gpus" / f"rank{rank}").set_cap(1110)
+
+    def planned_for_a_while() -> bool:
+        return (folder / "plan.json").exists() and next(left, None) is None
+
+    ran = OneJob(folder, [Step()] * 500, plugin={**SHORT, "slowdown": 0.4}, until=planned_for_a_while).run()
+    assert "plan" in ran.states
+    assert ran.summary["plan"]["saving_percent"] > 1
+    assert ran.summary["overhead"]["switch_latency_p50_s"] is not None, "timed at clocks that they do reach"
+    first = [stretch for stretch in load_record(folder, 0).stretches if stretch.first < 5]
+    assert sum(stretch.read for stretch in first) >= 4, "a helper that times clock changes reads the counter meanwhile"

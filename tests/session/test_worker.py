@@ -1,0 +1,694 @@
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perseus_plugin.config import parse_config
+from perseus_plugin.control import wire
+from perseus_plugin.control.selection import Selection
+from perseus_plugin.exchange.messages import (
+    NEWS,
+    TROUBLE,
+    CatchUpPart,
+    News,
+    PlanPart,
+    PlanParts,
+    RankDurations,
+    RankEstimate,
+    RankStats,
+    RankWindows,
+    Recheck,
+    Trouble,
+    durations_key,
+    estimate_key,
+    part_key,
+    receive,
+    recheck_key,
+    stats_key,
+    windows_key,
+)
+from perseus_plugin.exchange.store import ExchangeError, LocalExchange
+from perseus_plugin.iteration.references import is_reference
+from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
+from perseus_plugin.leader import leader as leader_module
+from perseus_plugin.profiling.known import Known
+from perseus_plugin.reporting.live.account import begin_tag, end_tag
+from perseus_plugin.session import worker as worker_module
+from perseus_plugin.session.link import FinishedIteration, Link
+from perseus_plugin.session.worker import SessionWorker
+from tests.factories import placement, record
+
+TABLE = Timetable(Round(1, (1410, 810, 1410)), settle_steps=1, steps_per_clock=2)
+PATIENCE = 3
+
+
+class FakeHelper:
+    """A helper whose events the test makes up."""
+
+    def __init__(self) -> None:
+        self.events: list[wire.Event] = []
+        self.polling: list[float | None] = []
+
+    def drain(self) -> list[wire.Event]:
+        events, self.events = self.events, []
+        return events
+
+    def poll_energy(self, interval_s: float | None) -> None:
+        self.polling.append(interval_s)
+
+
+class FakeSession:
+    """Notes failures, as `Session.fail` does."""
+
+    def __init__(self, link: Link) -> None:
+        self.failures: list[Exception] = []
+        self._link = link
+
+    @property
+    def closed(self) -> bool:
+        return bool(self.failures)
+
+    def fail(self, error: Exception) -> None:
+        self.failures.append(error)
+        self._link.trouble(str(error))
+
+
+class FakePlanner:
+    """A planner that never answers."""
+
+    made: list[FakePlanner]
+
+    def __init__(self) -> None:
+        self.made.append(self)
+        self.closed = False
+        self.requests: list[Any] = []
+
+    busy = False
+
+    def submit(self, request: Any) -> None:
+        self.requests.append(request)
+
+    def poll(self) -> None:
+        return None
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Rank:
+    """A worker with its thread, and what surrounds it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        table: Timetable,
+        with_helper: bool,
+        exchange: LocalExchange,
+        world_size: int,
+        has_profile: bool,
+        reference_share: float = 0.0,
+        busy: bool = False,
+    ) -> None:
+        self.rank = rank
+        self.exchange = exchange
+        self.link = Link(table)
+        self.helper = FakeHelper()
+        self.session = FakeSession(self.link)
+        self.number = 0
+        self.obeys, self.read_mhz = True, 1410
+        self.worker = SessionWorker(
+            config=parse_config(
+                {
+                    "watch": {"patience": PATIENCE, "reference_share": reference_share},
+                    "profiling": {"max_relative_error": 1.0},
+                }
+            ),
+            placement=placement(rank, world_size),
+            link=self.link,
+            helper=self.helper if with_helper else None,  # type: ignore[arg-type]
+            exchange=exchange,
+            output_dir=folder,
+            selection=Selection("nvml", "nvml:GPU-0", "test GPU", (1410, 810), poll_interval_s=0.005, busy=busy),
+            known=Known(profile=has_profile),
+        )
+        self.worker.start(self.session)  # type: ignore[arg-type]
+
+    def iterate(
+        self,
+        count: int = 1,
+        *,
+        directive: Directive | None = None,
+        factor: float = 1.0,
+        raised: Sequence[tuple[int, int]] = (),
+        undisturbed: bool = True,
+    ) -> None:
+        """Iterations end; the counter is read at both ends."""
+        for _ in range(count):
+            runs_as = directive or self.link.timetable.at(self.number)
+            durations = tuple(factor * t for t in (0.001, 0.010, 0.020, 0.005))
+            # On the same clock as ticks; back to back.
+            begin_s = self.number * 0.036 * factor
+            seen = record(self.number, begin_s=begin_s, durations_s=durations, undisturbed=undisturbed)
+            seen.raised = list(raised)
+            mhz = runs_as.frequency_mhz if isinstance(runs_as, Sweep) else None
+            if self.obeys and not isinstance(runs_as, Follow):
+                self.helper.events.append(wire.Applied(1, mhz, 0.0, 0.0, seen.begin_s, seen.begin_s + 0.001))
+            before_mhz, self.read_mhz = self.read_mhz, mhz or 1410
+            self.helper.events += [
+                wire.Mark(begin_tag(self.number), seen.begin_s, 10.0 * self.number, before_mhz, 0.0),
+                wire.Mark(end_tag(self.number), seen.end_s, 10.0 * self.number + 9.0, self.read_mhz, 0.0),
+            ]
+            self.number += 1
+            self.link.finished(FinishedIteration(runs_as, seen))
+
+    def fetch(self, key: str) -> Any:
+        """What the rank published, waited for."""
+        assert wait_until(lambda: self.exchange.fetch(key) is not None), f"nothing under {key}"
+        return self.exchange.fetch(key)
+
+    def close(self) -> None:
+        self.link.close()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+class Ranks:
+    """Makes ranks of one job and ends them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.exchange = LocalExchange()
+        self.made: list[Rank] = []
+
+    def __call__(
+        self,
+        rank: int = 1,
+        table: Timetable = TABLE,
+        with_helper: bool = True,
+        world_size: int = 2,
+        has_profile: bool = False,
+        reference_share: float = 0.0,
+        busy: bool = False,
+    ) -> Rank:
+        made = Rank(
+            self.folder, rank, table, with_helper, self.exchange, world_size, has_profile, reference_share, busy
+        )
+        self.made.append(made)
+        return self.made[-1]
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    FakePlanner.made = []
+    monkeypatch.setattr(leader_module, "PlannerProcess", FakePlanner)
+    monkeypatch.setattr(worker_module, "_IDLE_S", 0.01)
+    monkeypatch.setattr(worker_module, "_REST_S", 0.0)
+    monkeypatch.setattr(worker_module, "_TICKS_AFTER_SWEEP_S", 0.0)
+    monkeypatch.setattr(worker_module, "_STATS_EVERY_S", 0.0)
+    monkeypatch.setattr(leader_module, "_FINAL_STATS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(worker_module, "_READ_FAILURE_PATIENCE_S", 0.0)
+    made = Ranks(tmp_path)
+    yield made
+    for rank in made.made:
+        rank.close()
+
+
+@pytest.fixture(autouse=True)
+def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.DEBUG, "perseus_plugin")
+    return caplog
+
+
+def publish_news(exchange: LocalExchange, catch_up: CatchUpPart | None = None, *, stage: int = 1, **news: Any) -> None:
+    made = News(**news)
+    if made.action == "follow":
+        part = PlanPart(
+            version=made.version, schedule="1F1B", clocks_mhz=(810, 1410), times_s=(0.1, 0.2), catch_up=catch_up
+        )
+        parts = PlanParts(version=made.version, parts=(part,))
+        exchange.publish(part_key(made.version, stage), parts.model_dump())
+    exchange.publish(NEWS, made.model_dump())
+
+
+def stats_of(rank: Rank) -> RankStats:
+    return receive(RankStats, rank.fetch(stats_key(rank.rank)))
+
+
+# What plans are replayed over, and how a rank catches up.
+
+
+def test_a_rank_publishes_its_iterations_after_the_sweep_and_while_it_follows_a_plan(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_DURATIONS_EVERY_S", 0.0)
+    rank = ranks()
+    rank.iterate(TABLE.sweep_end)
+    first = receive(RankDurations, rank.fetch(durations_key(1)))
+    assert first.placement.rank == 1
+    assert {one.clocks_mhz for one in first.iterations} == {(0,), (810,)}
+    publish_news(ranks.exchange, sequence=1, switch=rank.number, action="follow", version=1)
+    assert wait_until(lambda: isinstance(rank.link.timetable.at(rank.number), Follow))
+    twelfth = rank.number + 11
+    rank.iterate(14)
+
+    def published() -> RankDurations:
+        return receive(RankDurations, rank.fetch(durations_key(1)))
+
+    assert wait_until(lambda: published().iterations[-1].number >= twelfth)
+    assert published().iterations[-1].clocks_mhz == (810, 1410)
+
+
+def test_catching_up_is_counted_with_what_it_takes(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.iterate(TABLE.sweep_end)
+    told = CatchUpPart(
+        latest_starts_s=(0.0, 0.1),
+        usual_delays_s=(0.0, 0.0),
+        kinds=("forward", "backward"),
+        options={
+            "forward": ((1410, 0.010, 300.0), (810, 0.015, 150.0)),
+            "backward": ((1410, 0.020, 300.0), (810, 0.030, 150.0)),
+        },
+        size_weight=2.0,
+    )
+    publish_news(ranks.exchange, told, sequence=1, switch=rank.number, action="follow", version=1)
+    assert wait_until(lambda: isinstance(rank.link.timetable.at(rank.number), Follow))
+    rank.iterate(2)
+    rank.iterate(3, raised=[(0, 1410)])
+    rank.iterate(1, raised=[(0, 1410)], undisturbed=False)
+    assert wait_until(lambda: stats_of(rank).caught_up.iterations == 5)
+    caught_up = stats_of(rank).caught_up
+    assert (caught_up.instructions, caught_up.late_iterations, caught_up.raised) == (10, 3, 3)
+    # 10 ms at 300 W instead of 15 ms at 150 W.
+    assert caught_up.extra_energy_j == pytest.approx(3 * (3.0 - 2.25))
+
+
+# The sweep.
+
+
+def test_after_the_sweep_a_rank_publishes_what_it_measured(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.iterate(TABLE.sweep_end)
+    told = receive(RankEstimate, rank.fetch(estimate_key(0, 1)))
+    assert told.placement == placement(1)
+    assert told.gpu == "test GPU"
+    assert told.constant_time_s == pytest.approx({"load_microbatch": 0.001, "optimizer_step": 0.005})
+    rows = {(row[0], row[1]): row[2] for row in told.estimate["instructions"]}
+    assert rows == pytest.approx(
+        {(k, c): t for k, t in (("forward", 0.01), ("backward", 0.02)) for c in (1410, 810)}, rel=1e-6
+    )
+
+
+def test_nothing_is_published_before_the_sweep_is_over(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.iterate(TABLE.sweep_end - 1)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == TABLE.sweep_end - 1)
+    assert rank.exchange.fetch(estimate_key(0, 1)) is None
+
+
+def test_the_counter_is_polled_during_the_sweep_only(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.iterate(1)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == 1)
+    assert rank.helper.polling == []
+    rank.iterate(TABLE.sweep_end - 1)
+    rank.fetch(estimate_key(0, 1))
+    assert rank.helper.polling == [0.005, None]
+
+
+def test_a_rank_profiles_again_when_it_is_told_to(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.iterate(TABLE.sweep_end)
+    rank.fetch(estimate_key(0, 1))
+    publish_news(rank.exchange, sequence=1, switch=12, action="sweep", clocks_mhz=(1400, 800, 1410))
+    assert wait_until(lambda: rank.link.timetable.at(12) == Sweep(0, 1410, kept=False, round=1))
+    assert rank.link.timetable.sweep.clocks_mhz == (1410, 810, 1410), "the nearest clocks that this GPU has"
+    rank.iterate(rank.link.timetable.sweep_end - rank.number - 1)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == rank.number)
+    assert rank.exchange.fetch(estimate_key(1, 1)) is None
+    rank.iterate(1)
+    told = receive(RankEstimate, rank.fetch(estimate_key(1, 1)))
+    samples = {(row[0], row[1]): row[6] for row in told.estimate["instructions"]}
+    assert samples == {(kind, clock): n for kind in ("forward", "backward") for clock, n in ((1410, 8), (810, 4))}
+
+
+def test_with_a_profile_from_elsewhere_a_rank_tells_its_full_clock_times(ranks: Ranks) -> None:
+    table = Timetable(Round(1, (1410,)), 1, 2)
+    rank = ranks(table=table, has_profile=True)
+    rank.iterate(table.sweep_end)
+    told = receive(Recheck, rank.fetch(recheck_key(0, 1)))
+    assert told.stage == 1
+    assert told.time_s == pytest.approx({"forward": 0.010, "backward": 0.020})
+    assert rank.exchange.fetch(estimate_key(0, 1)) is None
+
+
+# The account.
+
+
+def test_a_clock_changed_from_outside_is_told_from_a_power_limit(ranks: Ranks, heard: pytest.LogCaptureFixture) -> None:
+    rank = ranks()
+    rank.helper.events += [
+        wire.Deviation(0.0, 900, 1410),
+        wire.Deviation(0.0, 900, 705),
+        wire.Deviation(0.0, 900, 1410),
+    ]
+    assert wait_until(lambda: stats_of(rank).deviations == 3)
+    lines = [r.getMessage() for r in heard.records if "were asked for" in r.getMessage()]
+    assert len(lines) == 2
+    assert "somebody else sets its clock, or the driver does not honour locks; asked again" in lines[0]
+    assert "Look for a power or thermal limit" in lines[1]
+
+
+def test_nothing_is_said_to_be_asked_again_where_we_give_way(ranks: Ranks, heard: pytest.LogCaptureFixture) -> None:
+    rank = ranks()
+    rank.worker._config = parse_config({"gpu": {"foreign_clock": "give_way"}})
+    rank.helper.events += [
+        wire.Deviation(0.0, 900, 1410),
+        wire.Trouble("gave_way", "the SM clock was changed from outside", 0.0),
+    ]
+    assert wait_until(lambda: bool(rank.session.failures))
+    assert "asked again" not in heard.text
+
+
+def test_iterations_whose_clock_never_reached_the_driver_count_for_no_clock(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.obeys = False
+    rank.iterate(TABLE.sweep_end)
+    estimate = rank.fetch(estimate_key(0, 1))["estimate"]
+    assert estimate["instructions"] == []
+    assert wait_until(lambda: rank.fetch(stats_key(1))["totals"]["profiling"]["iterations"] > 0)
+    assert "full_clock" not in rank.fetch(stats_key(1))["totals"]
+
+
+def test_iterations_are_counted_by_sort(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.iterate(TABLE.sweep_end)
+    rank.iterate(2, directive=FullClock("planning"))
+    rank.iterate(4, directive=Follow(1))
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == 16)
+    totals = stats_of(rank).totals
+    assert {sort: total.iterations for sort, total in totals.items()} == {"profiling": 9, "full_clock": 4, "plan": 4}
+    for total in totals.values():
+        assert total.time_s == pytest.approx(0.036 * total.iterations)
+        assert total.energy_j == pytest.approx(9.0 * total.iterations)
+    assert stats_of(rank).instructions == 16 * 4
+
+
+def test_clock_changes_and_the_switch_latency_are_taken_from_the_helper(
+    ranks: Ranks, heard: pytest.LogCaptureFixture
+) -> None:
+    rank = ranks()
+    rank.helper.events += [wire.SwitchLatency(0.01, 0.02, 8, 0), *[wire.Applied(1, 810, 0.0, 0.0, 0.0, 0.0)] * 3]
+    assert wait_until(lambda: rank.link.rise_lead_s == 0.02)
+    assert wait_until(lambda: stats_of(rank).requests == 3)
+    assert stats_of(rank).switch_latency_s == (0.01, 0.02)
+    assert not [told for told in heard.records if told.levelno >= logging.WARNING]
+    rank.helper.events.append(wire.SwitchLatency(float("nan"), float("nan"), 0, 0))
+    rank.helper.events.append(wire.SwitchLatency(float("nan"), float("nan"), 3, 3))
+    assert wait_until(lambda: bool(rank.session.failures))
+    (failure,) = rank.session.failures
+    assert "the driver takes locks but the clock does not follow (none of 3 changes was seen)" in str(failure)
+    assert rank.link.rise_lead_s == 0.02, "no change ever showed"
+
+
+def test_a_clock_that_deviates_is_told_once(ranks: Ranks, heard: pytest.LogCaptureFixture) -> None:
+    rank = ranks()
+    rank.helper.events += [wire.Deviation(0.0, 1410, 1200)] * 3
+    assert wait_until(lambda: "1200 MHz where 1410 MHz were asked for" in heard.text)
+    assert wait_until(lambda: not rank.helper.events)
+    assert heard.text.count("1200 MHz") == 1
+    assert not rank.session.failures
+
+
+def test_a_counter_that_cannot_be_read_any_more_is_told_and_the_plan_goes_on(
+    ranks: Ranks, heard: pytest.LogCaptureFixture
+) -> None:
+    rank = ranks()
+    rank.helper.events.append(wire.Trouble("read_failed", "the counter is gone", 0.0))
+    assert wait_until(lambda: "energy is not measured any more: the counter is gone" in heard.text)
+    assert not rank.session.failures
+    assert rank.exchange.fetch(TROUBLE) is None
+
+
+# Trouble.
+
+
+def test_trouble_of_the_helper_ends_the_session_and_rank_0_hears_of_it(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.helper.events.append(wire.Trouble("lock_failed", "no permission", 0.0))
+    assert receive(Trouble, rank.fetch(TROUBLE)) == Trouble(rank=1, reason="no permission")
+    assert [str(error) for error in rank.session.failures] == ["no permission"]
+
+
+def test_trouble_on_the_training_thread_is_told_once(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = ranks()
+    told: list[str] = []
+    publish = rank.exchange.publish
+    monkeypatch.setattr(rank.exchange, "publish", lambda key, value: (told.append(key), publish(key, value)))
+    rank.link.trouble("the hook failed")
+    rank.fetch(TROUBLE)
+    rank.iterate(3)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == 3)
+    assert told.count(TROUBLE) == 1
+
+
+def test_a_store_that_fails_ends_the_session_and_not_the_job(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = ranks()
+
+    def gone(*_: object) -> None:
+        raise ExchangeError("the store is gone")
+
+    monkeypatch.setattr(rank.exchange, "fetch", gone)
+    monkeypatch.setattr(rank.exchange, "publish", gone)
+    assert wait_until(lambda: bool(rank.session.failures))
+    assert isinstance(rank.session.failures[0], ExchangeError)
+    rank.close()
+
+
+@pytest.mark.parametrize("value", [{"sequence": "many"}, [], "text"])
+def test_news_that_cannot_be_understood_end_the_session(ranks: Ranks, value: Any) -> None:
+    rank = ranks()
+    rank.exchange.publish(NEWS, value)
+    assert wait_until(lambda: bool(rank.session.failures))
+    assert receive(Trouble, rank.fetch(TROUBLE)).rank == 1
+
+
+# News.
+
+
+def test_a_plan_is_taken_with_its_part_and_its_iteration(ranks: Ranks) -> None:
+    rank = ranks()
+    publish_news(rank.exchange, sequence=1, switch=7, action="follow", version=1)
+    assert wait_until(lambda: rank.link.timetable.at(7) == Follow(1))
+    assert rank.link.timetable.at(6) == TABLE.at(6)
+    assert {key: part.clocks_mhz for key, part in rank.link.parts.items()} == {(1, "1F1B"): (810, 1410)}
+    assert stats_of(rank).late == 0
+
+
+def test_a_plan_whose_part_is_missing_is_not_followed_until_it_is_there(ranks: Ranks) -> None:
+    rank = ranks()
+    publish_news(rank.exchange, stage=0, sequence=1, switch=7, action="follow", version=1)
+    rank.iterate(1)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == 1)
+    assert rank.link.timetable == TABLE
+    publish_news(rank.exchange, stage=1, sequence=1, switch=7, action="follow", version=1)
+    assert wait_until(lambda: rank.link.timetable.at(7) == Follow(1))
+
+
+def test_only_newer_news_counts(ranks: Ranks) -> None:
+    rank = ranks()
+    publish_news(rank.exchange, sequence=2, switch=7, action="follow", version=2)
+    assert wait_until(lambda: rank.link.timetable.at(7) == Follow(2))
+    for sequence in (1, 2):
+        publish_news(rank.exchange, sequence=sequence, switch=3, action="full", reason="old")
+        time.sleep(0.05)
+    assert rank.link.timetable.at(7) == Follow(2)
+    publish_news(rank.exchange, sequence=3, switch=9, action="full", reason="new")
+    assert wait_until(lambda: rank.link.timetable.at(9) == FullClock("new"))
+    assert rank.link.timetable.at(8) == Follow(2)
+
+
+def test_news_that_came_too_late_are_counted_and_hold_at_once(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.iterate(10)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == 10)
+    publish_news(rank.exchange, sequence=1, switch=7, action="follow", version=1)
+    assert wait_until(lambda: stats_of(rank).late == 1)
+    assert rank.link.timetable.at(10) == Follow(1)
+
+
+def test_a_new_plan_begins_its_sums_anew(ranks: Ranks) -> None:
+    rank = ranks()
+    publish_news(rank.exchange, sequence=1, switch=0, action="follow", version=1)
+    assert wait_until(lambda: rank.link.timetable.at(0) == Follow(1))
+    rank.iterate(3)
+    assert wait_until(lambda: "plan" in stats_of(rank).totals and stats_of(rank).totals["plan"].iterations == 3)
+    publish_news(rank.exchange, sequence=2, switch=3, action="follow", version=2, since=3)
+    assert wait_until(lambda: rank.link.timetable.at(3) == Follow(2, since=3))
+    rank.iterate(2)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == 5)
+    assert stats_of(rank).totals["plan"].iterations == 2
+
+
+def test_another_schedules_plan_begins_no_sum_anew(ranks: Ranks) -> None:
+    rank = ranks()
+    for version in (1, 2):
+        switch = rank.number
+        publish_news(rank.exchange, sequence=version, switch=switch, action="follow", version=version)
+        assert wait_until(lambda: rank.link.timetable.at(switch) == Follow(version))  # noqa: B023 - called at once
+        rank.iterate(3)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == 6)
+    assert stats_of(rank).totals["plan"].iterations == 6
+
+
+def test_references_are_counted_apart_and_told(ranks: Ranks) -> None:
+    share = 0.1
+    rank = ranks(table=replace(TABLE, reference_share=share), reference_share=share)
+    publish_news(rank.exchange, sequence=1, switch=0, action="follow", version=1)
+    assert wait_until(lambda: rank.link.timetable.at(0) == Follow(1))
+    rank.iterate(60)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == 60)
+    references = sum(is_reference(offset, share) for offset in range(60))
+    assert {sort: totals.iterations for sort, totals in stats_of(rank).totals.items()} == {
+        "plan": 60 - references,
+        "reference": references,
+    }
+    told = receive(RankWindows, rank.fetch(windows_key(1)))
+    assert told.replica == 0
+    assert [window.block for window in told.windows] == [0, 1, 2]
+    for window in told.windows:
+        assert {one.energy_j for one in window.seen} == {9.0}
+        assert {one.reference for one in window.seen} == {True, False}
+
+
+def test_iterations_still_under_the_old_plan_do_not_count_for_the_new_one(ranks: Ranks) -> None:
+    rank = ranks()
+    publish_news(rank.exchange, sequence=1, switch=0, action="follow", version=1)
+    assert wait_until(lambda: rank.link.timetable.at(0) == Follow(1))
+    rank.iterate(3)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == 3)
+    publish_news(rank.exchange, sequence=2, switch=5, action="follow", version=2, since=5)
+    assert wait_until(lambda: rank.link.timetable.at(5) == Follow(2, since=5))
+    rank.iterate(4)  # two still under the old plan
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == 7)
+    assert stats_of(rank).totals["plan"].iterations == 2
+
+
+def test_asked_to_recheck_a_rank_times_its_instructions_at_full_clocks(ranks: Ranks) -> None:
+    rank = ranks()
+    publish_news(rank.exchange, sequence=1, switch=2, action="full", reason="too slow", recheck=True)
+    assert wait_until(lambda: rank.link.timetable.at(2) == FullClock("too slow"))
+    rank.iterate(2, directive=Follow(1), factor=9.0)
+    rank.iterate(1, factor=7.0)  # the first one at full clocks settles
+    rank.iterate(PATIENCE - 1, factor=1.5)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == PATIENCE + 2)
+    assert rank.exchange.fetch(recheck_key(1, 1)) is None
+    rank.iterate(1, factor=4.0)
+    told = receive(Recheck, rank.fetch(recheck_key(1, 1)))
+    assert told.stage == 1
+    assert told.time_s == pytest.approx({"forward": 0.015, "backward": 0.030})
+    assert wait_until(
+        lambda: "recheck" in stats_of(rank).totals and stats_of(rank).totals["recheck"].iterations == PATIENCE
+    )
+    assert stats_of(rank).totals["recheck"].time_s == pytest.approx(0.036 * ((PATIENCE - 1) * 1.5 + 4.0))
+    rank.iterate(5, factor=9.0)
+    assert wait_until(lambda: stats_of(rank).hooked_iterations == PATIENCE + 8)
+    assert receive(Recheck, rank.fetch(recheck_key(1, 1))) == told
+
+
+# The end.
+
+
+def test_the_last_statistics_say_that_nothing_follows(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.iterate(2)
+    rank.close()
+    stats = stats_of(rank)
+    assert stats.final
+    assert stats.hooked_iterations == 2, "what had not been taken yet counts too"
+    assert not any(thread.name == "perseus" for thread in threading.enumerate())
+
+
+def test_rank_0_writes_the_summary_of_all_ranks(ranks: Ranks) -> None:
+    table = Timetable(Round(1, ()), 1, 2)
+    both = [ranks(rank, table, with_helper=False) for rank in (1, 0)]
+    for rank in both:
+        rank.iterate(5)
+        rank.close()
+    summary = json.loads((ranks.folder / "summary.json").read_text())
+    assert (summary["state"], summary["ranks"], summary["ranks_reporting"]) == ("finished", 2, 2)
+    assert summary["iteration_time_s"]["full_clock"] == pytest.approx(0.036)
+    assert summary["iterations"]["full_clock"] == 4, "warm-up does not count"
+    assert summary["energy_j"]["full_clock"] is None
+    assert FakePlanner.made == [], "without a sweep there is nothing to plan"
+    assert dict(both[1].link.take_events()[-1])["Perseus/iteration_time_s/full_clock"] == pytest.approx(0.036)
+
+
+def test_rank_0_does_not_wait_for_ever_for_a_rank_that_is_gone(ranks: Ranks) -> None:
+    rank = ranks(0, Timetable(Round(0, ()), 1, 2), with_helper=False)
+    rank.iterate(3)
+    rank.close()
+    summary = json.loads((ranks.folder / "summary.json").read_text())
+    assert (summary["ranks"], summary["ranks_reporting"]) == (2, 1)
+
+
+def test_rank_0_plans_from_all_estimates_and_ends_the_planner(ranks: Ranks) -> None:
+    both = [ranks(rank) for rank in (0, 1)]
+    for rank in both:
+        rank.link.use_schedule("1F1B", lambda stage: [])
+        rank.helper.events.append(wire.Tick(0.0, 0.001, 1.0, 1410, 0.0))
+        # A counter that moves every 10 ms at 200 W.
+        rank.helper.events += [
+            wire.Tick(0.01 * i - 0.001, 0.01 * i, 2.0 * i, 1410, 0.0) for i in range(1, int(100 * 0.036 * 10))
+        ]
+        rank.iterate(TABLE.sweep_end)
+        rank.fetch(estimate_key(0, rank.rank))
+    (planner,) = FakePlanner.made
+    assert wait_until(lambda: bool(planner.requests) or ranks.exchange.fetch(NEWS) is not None)
+    for rank in both:
+        rank.close()
+    assert planner.closed
+
+
+def test_a_summary_that_fails_does_not_keep_the_planner_alive(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = ranks(0)
+    rank.iterate(1)
+
+    def gone(*_: object) -> None:
+        raise ExchangeError("the store is gone")
+
+    assert wait_until(lambda: ranks.exchange.fetch(stats_key(0)) is not None)
+    monkeypatch.setattr(rank.exchange, "publish", gone)
+    rank.close()
+    assert FakePlanner.made[0].closed
+
+
+def test_iterations_of_a_schedule_that_is_not_followed_are_no_progress(
+    ranks: Ranks, heard: pytest.LogCaptureFixture
+) -> None:
+    """They run at full clocks, whatever the timetable says."""
+    rank = ranks(rank=0)
+    for number in range(TABLE.sweep_end):
+        seen = replace(record(number, begin_s=0.036 * number), schedule="", undisturbed=False)
+        rank.link.finished(FinishedIteration(TABLE.at(number), seen))
+    assert wait_until(lambda: rank.exchange.fetch(estimate_key(0, 0)) is not None)
+    assert "profiling clock" not in heard.text
+    assert "warming up" not in heard.text
+    rank.iterate(directive=Sweep(1, 810, kept=False))
+    assert wait_until(lambda: "profiling clock 2 of 3: 810 MHz" in heard.text)

@@ -1,19 +1,98 @@
 """perseus_plugin: less GPU energy at the same speed for pipeline-parallel training.
 
-Importing this package imports neither torch nor ortools; what needs them is loaded on first use.
+All names that a program may use are here; `docs/api.md` describes them. Importing this package imports neither torch
+nor ortools nor pydantic: a name is loaded from its module when it is first asked for.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
 from perseus_plugin._version import __version__
 
 if TYPE_CHECKING:
+    from perseus_plugin.cli.simulation.description import modelled_profile
+    from perseus_plugin.cli.simulation.scenarios import Figures, Pipeline, simulate
+    from perseus_plugin.config import load_config, parse_config
+    from perseus_plugin.iteration.graph import build_graph
+    from perseus_plugin.iteration.schedules import (
+        early_recomputation_1f1b,
+        gpipe,
+        interleaved_1f1b,
+        load_streams,
+        one_f_one_b,
+    )
+    from perseus_plugin.planning.frontier import make_frontier
+    from perseus_plugin.planning.plan import Plan, load_plan, save_plan
+    from perseus_plugin.planning.planner import Planner, make_plan
+    from perseus_plugin.planning.targets import ChangeLimits, Target
+    from perseus_plugin.profiling.profile import Measurement, Profile, load_profile, save_profile
     from perseus_plugin.session.session import Session
 
-__all__ = ["__version__", "enable", "report_straggler"]
+__all__ = [
+    "ChangeLimits",
+    "Figures",
+    "Measurement",
+    "Pipeline",
+    "Plan",
+    "Planner",
+    "Profile",
+    "Target",
+    "__version__",
+    "build_graph",
+    "early_recomputation_1f1b",
+    "enable",
+    "gpipe",
+    "interleaved_1f1b",
+    "load_config",
+    "load_plan",
+    "load_profile",
+    "load_streams",
+    "make_frontier",
+    "make_plan",
+    "modelled_profile",
+    "one_f_one_b",
+    "parse_config",
+    "report_straggler",
+    "save_plan",
+    "save_profile",
+    "simulate",
+]
+
+# The same as the imports above, for a running program; `tests/test_init.py` holds the two together.
+_HOME = {
+    "cli.simulation.description": ("modelled_profile",),
+    "cli.simulation.scenarios": ("Figures", "Pipeline", "simulate"),
+    "config": ("load_config", "parse_config"),
+    "iteration.graph": ("build_graph",),
+    "iteration.schedules": (
+        "early_recomputation_1f1b",
+        "gpipe",
+        "interleaved_1f1b",
+        "load_streams",
+        "one_f_one_b",
+    ),
+    "planning.frontier": ("make_frontier",),
+    "planning.plan": ("Plan", "load_plan", "save_plan"),
+    "planning.planner": ("Planner", "make_plan"),
+    "planning.targets": ("ChangeLimits", "Target"),
+    "profiling.profile": ("Measurement", "Profile", "load_profile", "save_profile"),
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(module), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def enable(engine: Any, config: Any = None) -> Session | None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def loaded_by(statement: str) -> set[str]:
     "statement",
     [
         "import perseus_plugin; perseus_plugin.__version__; perseus_plugin.enable",
-        "from perseus_plugin import *",
+        "import perseus_plugin; dir(perseus_plugin)",
         "from perseus_plugin.integrations.loading import install_import_hooks; install_import_hooks()",
     ],
 )
@@ -42,4 +44,28 @@ def test_only_the_standard_library_is_loaded(statement: str) -> None:
 def test_the_version_is_one() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+([a-z.]+\d+)?", perseus_plugin.__version__)
     assert version("perseus-plugin") == perseus_plugin.__version__
-    assert set(perseus_plugin.__all__) >= {"__version__", "enable"}
+
+
+def test_every_public_name_is_there_documented_and_known_to_type_checkers() -> None:
+    public = set(perseus_plugin.__all__) - {"__version__"}
+    documented = re.findall(r"^::: perseus_plugin\.(\S+)$", (REPOSITORY / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(documented) == sorted({*public, "errors"}), "each once"
+    for name in public:
+        assert callable(getattr(perseus_plugin, name)), name
+    assert public <= set(dir(perseus_plugin))
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        _ = perseus_plugin.no_such_name  # type: ignore[attr-defined]
+
+
+def test_type_checkers_see_what_a_running_program_gets() -> None:
+    tree = ast.parse(Path(perseus_plugin.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    seen = {
+        alias.name: getattr(import_module(str(node.module)), alias.name) for node in imports for alias in node.names
+    }
+    own = {name: function for name, function in vars(perseus_plugin).items() if name in ("enable", "report_straggler")}
+    assert {**seen, **own} == {
+        "Session": seen["Session"],  # in the signature of `enable`, and made by nobody else
+        **{name: getattr(perseus_plugin, name) for name in perseus_plugin.__all__ if name != "__version__"},
+    }

@@ -36,8 +36,8 @@ from perseus_plugin.exchange.messages import (
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.instructions import Compute, Constant, StreamOp
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
-from perseus_plugin.leader.coordinator import Coordinator, State
 from perseus_plugin.leader import rank_reports as reports_module
+from perseus_plugin.leader.coordinator import Coordinator, State
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.planning.process import PlanAnswer, PlanRequest, answer_to

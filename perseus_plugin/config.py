@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from perseus_plugin.control.requests import DWELL_LATENCIES
 from perseus_plugin.errors import ConfigError
+from perseus_plugin.gpus.registry import AUTO, OFF, choices, is_backend
 from perseus_plugin.iteration.references import LARGEST_SHARE
 
 BLOCK = "perseus"
@@ -104,12 +105,18 @@ class ProfilingConfig(_Strict):
     )
 
 
+def _known_backend(name: str) -> str:
+    if name not in (AUTO, OFF) and not is_backend(name):
+        raise ValueError(choices())
+    return name
+
+
 class GpuConfig(_Strict):
     """Who sets the clocks."""
 
-    backend: Literal["auto", "nvml", "zeusd", "emulated", "off"] = _setting(
-        "auto",
-        '"auto", "nvml", "zeusd", "emulated" or "off"',
+    backend: Annotated[str, AfterValidator(_known_backend)] = _setting(
+        AUTO,
+        choices(outside=False),
         "auto: NVML where allowed, else zeusd, else observe only; emulated where torch has no CUDA device. "
         "off: observe only, no clock is touched.",
     )
@@ -458,6 +465,8 @@ def _explain(error: ErrorDetails, source: str) -> str:
         if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             break  # what follows are indices and names of a union's members
         model = field.annotation
+    if error["type"] == "value_error":  # a check of ours, which says itself what is allowed here
+        allowed = str(error["ctx"]["error"])
     return f"{'.'.join([source, *names])}: got {_shown(error['input'])}; allowed: {allowed}"
 
 

@@ -23,7 +23,7 @@ from perseus_plugin.control.helper.takeover import restore_foreign, take_over
 from perseus_plugin.control.ownership import Ownership, describe, helper_elsewhere, holder_of, lock_path, read_record
 from perseus_plugin.errors import GpuError, PerseusError
 from perseus_plugin.gpus.base import Gpu
-from perseus_plugin.gpus.registry import open_gpu
+from perseus_plugin.gpus.registry import backend, names, open_gpu
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "ortools", "nvidia-ml-py")
 COUNTER_WATCH_S = 1.0
@@ -63,7 +63,8 @@ def doctor(
 
     Exit status 0 if plans would be made for all of them and clocks set, 3 if for some, 1 if for none.
     """
-    software = {"driver": driver_version(), **{package: version_of(package) for package in PACKAGES}}
+    software, services = _drivers(zeusd_socket)
+    software.update({package: version_of(package) for package in PACKAGES})
     findings: list[Findings] = []
     problem = ""
     try:
@@ -73,14 +74,13 @@ def doctor(
             problem = "no GPU here, or none that CUDA_VISIBLE_DEVICES leaves"
     except PerseusError as error:
         problem = str(error)
-    zeusd = zeusd_state(zeusd_socket)
     if as_json:
         typer.echo(
             json.dumps(
                 {
                     "schema": "perseus-doctor/1",
                     "software": software,
-                    "zeusd": zeusd,
+                    **services,
                     "problem": problem,
                     "gpus": [asdict(found) for found in findings],
                 },
@@ -88,7 +88,7 @@ def doctor(
             )
         )
     else:
-        _print(software, zeusd, findings, problem)
+        _print({**software, **services}, findings, problem)
     raise typer.Exit(exit_status(sum(found.controlled for found in findings), len(findings)))
 
 
@@ -186,34 +186,20 @@ def counter_period(
     return f"moves every {1e3 * statistics.median(gaps):.0f} ms" if gaps else "moves"
 
 
-def zeusd_state(socket_path: str) -> str:
-    """Whether a zeusd answers there."""
-    if not Path(socket_path).exists():
-        return f"no socket at {socket_path}"
-    from perseus_plugin.gpus.zeusd import Zeusd
-
-    try:
-        found = Zeusd(socket_path).discover()
-    except GpuError as error:
-        return str(error)
-    groups = found.get("enabled_api_groups")
-    return f"answers at {socket_path}" + (f", API groups {', '.join(groups)}" if groups else "")
-
-
-def driver_version() -> str:
-    """The NVIDIA driver's version, or why there is none."""
-    from perseus_plugin.gpus.nvml import load_nvml, text_of
-
-    try:
-        nvml = load_nvml()
-    except GpuError as error:
-        return str(error)
-    try:
-        return text_of(nvml.nvmlSystemGetDriverVersion())
-    except nvml.NVMLError as error:
-        return str(error)
-    finally:
-        nvml.nvmlShutdown()
+def _drivers(zeusd_socket: str) -> tuple[dict[str, str], dict[str, str]]:
+    """What backends say of the software they need, and of the daemons."""
+    software: dict[str, str] = {}
+    services: dict[str, str] = {}
+    for name in names():
+        try:
+            one = backend(name)
+        except GpuError as error:
+            software[f"backend {name}"] = str(error)
+            continue
+        software.update(one.software())
+        if state := one.service(zeusd_socket):
+            services[name] = state
+    return software, services
 
 
 def version_of(package: str) -> str:
@@ -224,10 +210,9 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def _print(software: dict[str, str], zeusd: str, findings: list[Findings], problem: str) -> None:
-    for name, version in software.items():
-        typer.echo(f"{name:16} {version}")
-    typer.echo(f"{'zeusd':16} {zeusd}")
+def _print(software: dict[str, str], findings: list[Findings], problem: str) -> None:
+    for name, state in software.items():
+        typer.echo(f"{name:16} {state}")
     for found in findings:
         typer.echo(f"\n{found.gpu}: {'would be controlled' if found.controlled else 'would NOT be controlled'}")
         for about, text in found.facts.items():

@@ -86,7 +86,7 @@ class ClockHelper:
         settle_s: float = 0.03,
         gives_way: bool = False,
     ) -> ClockHelper:
-        """Start the helper of the GPU that `spec` names (see `gpus.opening`); does not wait for it.
+        """Start the helper of the GPU that `spec` names (see `gpus.registry`); does not wait for it.
 
         Args:
             spec: which GPU.

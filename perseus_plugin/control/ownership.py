@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perseus_plugin.errors import GpuError
+from perseus_plugin.gpus.registry import lock_file
 
 LOCK_DIR_VARIABLE = "PERSEUS_LOCK_DIR"
 DEFAULT_LOCK_DIR = "/tmp/perseus-locks"
@@ -26,11 +27,8 @@ class GpuBusyError(GpuError):
 
 
 def lock_path(spec: str, uuid: str) -> Path:
-    """The lock file of a GPU: beside an emulated one's state file, else in the machine's lock folder."""
-    backend, _, rest = spec.partition(":")
-    if backend == "emulated":
-        return Path(rest + ".lock")
-    return Path(os.environ.get(LOCK_DIR_VARIABLE, DEFAULT_LOCK_DIR)) / f"{uuid}.lock"
+    """The lock file of a GPU: where its backend has it, else in the machine's lock folder."""
+    return lock_file(spec) or Path(os.environ.get(LOCK_DIR_VARIABLE, DEFAULT_LOCK_DIR)) / f"{uuid}.lock"
 
 
 class Ownership:

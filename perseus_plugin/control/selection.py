@@ -11,6 +11,7 @@ from perseus_plugin.control.wire import DeviceFacts
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
+from perseus_plugin.gpus.registry import AUTO, EMULATED, OFF, backend, backends, one_of, spec_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +24,8 @@ class Selection:
     """A rank's GPU.
 
     Attributes:
-        backend: who sets clocks: "nvml", "zeusd", "emulated" or "off".
-        spec: for the helper process (see `gpus.opening`); None: observe only.
+        backend: who sets clocks, by its name in `gpus.registry`; "off": nobody.
+        spec: for the helper process (see `gpus.registry`); None: observe only.
         name: for people.
         clocks_mhz: clocks that can be locked; empty when none can.
         poll_interval_s: how often to poll the energy counter while profiling.
@@ -52,7 +53,10 @@ class Selection:
 
 def emulates(config: PerseusConfig, placement: Placement) -> bool:
     """Whether this rank's work is stretched to an emulated GPU's: only work of the CPU ever is."""
-    return config.gpu.backend != "off" and placement.device.startswith("cpu")
+    chosen = config.gpu.backend
+    if chosen == OFF or not placement.device.startswith("cpu"):
+        return False
+    return chosen == AUTO or (found := backend(chosen)).emulated or "cpu" not in found.devices
 
 
 def select_gpu(config: PerseusConfig, placement: Placement, output_dir: Path) -> Selection:
@@ -60,29 +64,29 @@ def select_gpu(config: PerseusConfig, placement: Placement, output_dir: Path) ->
 
     Raises:
         ConfigError: what is configured is not there.
-        GpuError: the emulated GPU cannot be made or opened.
+        GpuError: the emulated GPU cannot be made or opened, or a backend cannot be loaded.
     """
-    on_cuda = placement.device.startswith("cuda")
-    backend = config.gpu.backend
-    if backend == "off":
-        return Selection("off", None, "GPU" if on_cuda else "CPU")
-    if backend == "emulated" and not placement.device.startswith("cpu"):
+    chosen = config.gpu.backend
+    if chosen == OFF:
+        return Selection(OFF, None, "GPU" if placement.device.startswith("cuda") else "CPU")
+    emulating = chosen != AUTO and backend(chosen).emulated
+    if emulating and not placement.device.startswith("cpu"):
+        real = [name for name, found in backends() if not found.emulated]
         raise ConfigError(
-            f'perseus.gpu.backend: got "emulated"; allowed: "auto", "nvml", "zeusd" or "off" for work on '
+            f'perseus.gpu.backend: got "{chosen}"; allowed: {one_of([AUTO, *real, OFF])} for work on '
             f"{placement.device}: only work of the CPU can be stretched to an emulated GPU's time"
         )
-    if on_cuda:
-        return _real(config, placement)
     if not emulates(config, placement):
-        why_not = f"only clocks of NVIDIA GPUs can be set, and {placement.device} is none; nothing needs to be done"
-        return Selection(backend, None, placement.device, why_not=why_not)
+        return _real(config, placement)
     if config.emulation.gpus is not None:
         return _given(config, placement, config.emulation.gpus)
-    if backend in ("nvml", "zeusd"):
+    if chosen != AUTO and not emulating:
+        emulators = [name for name, found in backends() if "cpu" in found.devices]
         raise ConfigError(
-            f'perseus.gpu.backend: got "{backend}"; allowed: "auto", "emulated" or "off" where torch has no CUDA device'
+            f'perseus.gpu.backend: got "{chosen}"; allowed: {one_of([AUTO, *emulators, OFF])} where torch has no CUDA '
+            "device"
         )
-    if backend == "auto" and placement.rank == 0:
+    if chosen == AUTO and placement.rank == 0:
         logger.warning(
             "no NVIDIA GPU here: an emulated %s stands in for it, and every instruction is stretched to its time "
             '("gpu": {"backend": "off"} turns that off)',
@@ -109,7 +113,7 @@ def _emulated(config: PerseusConfig, placement: Placement, output_dir: Path) -> 
         switch_latency_s=emulation.switch_latency_s,
         tick_period_s=emulation.counter_period_s,
     )
-    return _of_emulated(gpu, "emulated", f"emulated:{path}")
+    return _of_emulated(gpu, EMULATED, f"{EMULATED}:{path}")
 
 
 def _given(config: PerseusConfig, placement: Placement, paths: tuple[str, ...]) -> Selection:
@@ -118,11 +122,12 @@ def _given(config: PerseusConfig, placement: Placement, paths: tuple[str, ...]) 
             f"perseus.emulation.gpus: got {len(paths)} paths; allowed: one per local rank, and there is a local rank "
             f"{placement.local_rank}"
         )
-    path = paths[placement.local_rank]
+    path, chosen = paths[placement.local_rank], config.gpu.backend
     gpu = EmulatedGpu(path)
-    if config.gpu.backend == "emulated":
-        return _of_emulated(gpu, "emulated", f"emulated:{path}")
-    return _of_emulated(gpu, config.gpu.backend, _spec(config, gpu.uuid))
+    if chosen == EMULATED:
+        return _of_emulated(gpu, EMULATED, f"{EMULATED}:{path}")
+    # Behind a driver that is simulated.
+    return _of_emulated(gpu, chosen, spec_of(chosen, gpu.uuid, config.gpu.zeusd_socket))
 
 
 def _of_emulated(gpu: EmulatedGpu, backend: str, spec: str) -> Selection:
@@ -136,23 +141,30 @@ def _of_emulated(gpu: EmulatedGpu, backend: str, spec: str) -> Selection:
 
 
 def _real(config: PerseusConfig, placement: Placement) -> Selection:
+    """The GPU behind the rank's device, by the first of the backends in question that has it."""
+    chosen, device = config.gpu.backend, placement.device
+    asked = backends() if chosen == AUTO else [(chosen, backend(chosen))]
+    makers = []
+    for name, one in asked:
+        found = one.find(device) if device.partition(":")[0] in one.devices else None
+        if found is not None:
+            spec = spec_of(name, found.uuid, config.gpu.zeusd_socket, auto=chosen == AUTO)
+            return Selection(chosen, spec, found.name)
+        makers.append(one.maker)
+    can_be_set = f"only clocks of {' and '.join(dict.fromkeys(filter(None, makers)))} GPUs can be set"
+    name, maker = _described(device)
+    if maker:
+        why_not = f"{name} is an {maker}, and {can_be_set}; nothing needs to be done"
+    else:
+        why_not = f"{can_be_set}, and {name} is none; nothing needs to be done"
+    return Selection(chosen, None, name, why_not=why_not)
+
+
+def _described(device: str) -> tuple[str, str]:
+    """A device that no backend has: its name, and who made it where that is known."""
+    if not device.startswith("cuda"):
+        return device, ""
     import torch
 
-    index = torch.device(placement.device).index
-    if getattr(torch.version, "hip", None):  # torch calls AMD's GPUs cuda, too
-        name = torch.cuda.get_device_name(index)
-        return Selection(
-            config.gpu.backend,
-            None,
-            name,
-            why_not=f"{name} is an AMD GPU (ROCm {torch.version.hip}), and only clocks of NVIDIA GPUs can be set; "
-            "nothing needs to be done",
-        )
-    uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-    return Selection(config.gpu.backend, _spec(config, uuid), torch.cuda.get_device_name(index))
-
-
-def _spec(config: PerseusConfig, uuid: str) -> str:
-    """The spec of a GPU behind NVML or zeusd, see `gpus.opening`."""
-    socket = config.gpu.zeusd_socket
-    return {"nvml": f"nvml:{uuid}", "zeusd": f"zeusd:{socket}::{uuid}"}.get(config.gpu.backend, f"auto:{socket}:{uuid}")
+    name, hip = torch.cuda.get_device_name(torch.device(device).index), getattr(torch.version, "hip", None)
+    return name, f"AMD GPU (ROCm {hip})" if hip else ""  # torch calls AMD's GPUs cuda, too

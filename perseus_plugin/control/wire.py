@@ -101,7 +101,7 @@ class DeviceFacts:
         why_not: the reason and the remedy if not, else empty.
         leftover: what a dead run had left locked and was reset now, else empty.
         pid: of the helper.
-        backend: through which the clock is set: `"nvml"`, `"zeusd"` or `"emulated"`; empty if it cannot be.
+        backend: through which the clock is set, by its name in `gpus.registry`; empty if it cannot be.
         driver: version of the driver, empty if there is none.
         foreign: what is known or suspected of a lock that somebody else had made, with what becomes of it; else empty.
         counter: what is wrong with the energy counter, empty if it moves or was not looked at.

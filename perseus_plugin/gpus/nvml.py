@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from perseus_plugin.errors import GpuError
-from perseus_plugin.gpus.base import EnergyReading, GpuLostError, GpuPermissionError
+from perseus_plugin.errors import ConfigError, GpuError
+from perseus_plugin.gpus.base import (
+    EnergyReading,
+    FoundGpu,
+    GpuBackend,
+    GpuLostError,
+    GpuPermissionError,
+    ListedGpu,
+)
+from perseus_plugin.gpus.visible import ORDER_VARIABLE, VARIABLE, has_indices, visible_positions
 
 PERMISSION_REMEDY = (
     "run as root, or with CAP_SYS_ADMIN (containers: --cap-add SYS_ADMIN), or let a zeusd daemon on the host do it"
@@ -142,6 +151,74 @@ class NvmlGpu:
             yield
         except self._nvml.NVMLError as error:
             raise translate(error, f"{self.name} {self.uuid}: cannot {doing}") from error
+
+
+class NvmlBackend(GpuBackend):
+    """NVIDIA GPUs through the driver's own library."""
+
+    maker = "NVIDIA"
+
+    def open(self, rest: str) -> NvmlGpu:
+        """By UUID."""
+        return NvmlGpu(rest)
+
+    def find(self, device: str) -> FoundGpu | None:
+        """See `cuda_gpu`."""
+        return cuda_gpu(device)
+
+    def listed(self) -> list[ListedGpu]:
+        """One by one, so that a GPU that is lost does not hide the others."""
+        nvml = load_nvml()
+        try:
+            found: list[ListedGpu] = []
+            for index in range(nvml.nvmlDeviceGetCount()):
+                try:
+                    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+                    uuid = text_of(nvml.nvmlDeviceGetUUID(handle))
+                    found.append(ListedGpu(index, uuid, text_of(nvml.nvmlDeviceGetName(handle))))
+                except nvml.NVMLError as error:
+                    found.append(ListedGpu(index, problem=str(translate(error, f"GPU {index}"))))
+            return found
+        except nvml.NVMLError as error:
+            raise translate(error, "NVML: cannot list the GPUs") from error
+        finally:
+            nvml.nvmlShutdown()
+
+    def visible(self, listed: Sequence[ListedGpu]) -> list[ListedGpu]:
+        """Those that CUDA_VISIBLE_DEVICES leaves."""
+        value = os.environ.get(VARIABLE)
+        by_pci = os.environ.get(ORDER_VARIABLE) == "PCI_BUS_ID"
+        if has_indices(value) and not by_pci and len({gpu.model for gpu in listed if gpu.model}) > 1:
+            raise ConfigError(
+                f"{VARIABLE}: got {value!r}; allowed with GPUs of different models: UUIDs, or indices with "
+                f"{ORDER_VARIABLE}=PCI_BUS_ID (else CUDA counts the fastest first, which NVML does not know); or name "
+                "them with --gpu"
+            )
+        return [listed[position] for position in visible_positions(value, [gpu.uuid for gpu in listed])]
+
+    def software(self) -> dict[str, str]:
+        """The driver's version, or why there is none."""
+        try:
+            nvml = load_nvml()
+        except GpuError as error:
+            return {"driver": str(error)}
+        try:
+            return {"driver": text_of(nvml.nvmlSystemGetDriverVersion())}
+        except nvml.NVMLError as error:
+            return {"driver": str(error)}
+        finally:
+            nvml.nvmlShutdown()
+
+
+def cuda_gpu(device: str) -> FoundGpu | None:
+    """The NVIDIA GPU behind a torch device; None for one of AMD, which torch calls cuda, too."""
+    import torch
+
+    if getattr(torch.version, "hip", None):
+        return None
+    index = torch.device(device).index
+    uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+    return FoundGpu(uuid, torch.cuda.get_device_name(index))
 
 
 def load_nvml() -> Any:

@@ -11,12 +11,13 @@ import http.client
 import json
 import os
 import socket
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from perseus_plugin.errors import GpuError
-from perseus_plugin.gpus.base import EnergyReading, GpuLostError, GpuPermissionError
-from perseus_plugin.gpus.nvml import NvmlGpu
+from perseus_plugin.gpus.base import EnergyReading, FoundGpu, GpuBackend, GpuLostError, GpuPermissionError
+from perseus_plugin.gpus.nvml import NvmlGpu, cuda_gpu
 
 TIMEOUT_S = 10.0
 TOKEN_VARIABLE = "ZEUSD_TOKEN"
@@ -90,6 +91,39 @@ class ZeusdGpu:
             f"zeusd at {self._daemon.socket_path}: none of its {len(gpus)} GPUs is at PCI address {address}; "
             "a zeusd that tells PCI addresses (0.5 or later) on this host is needed"
         )
+
+
+class ZeusdBackend(GpuBackend):
+    """NVIDIA GPUs, whose clocks the daemon sets. NVML lists them."""
+
+    maker = "NVIDIA"
+    form = "SOCKET:[INDEX]:UUID"
+
+    def open(self, rest: str) -> ZeusdGpu:
+        """By UUID, on the daemon's socket, with its number of the GPU if that is known."""
+        socket_path, index, uuid = rest.rsplit(":", 2)
+        if not (socket_path and uuid and (index.isdigit() or not index)):
+            raise ValueError(rest)
+        return ZeusdGpu(socket_path, int(index) if index else None, uuid)
+
+    def rest_of(self, uuid: str, socket: str) -> str:
+        """Without its number: it is found by its PCI address."""
+        return f"{socket}::{uuid}"
+
+    def find(self, device: str) -> FoundGpu | None:
+        """As NVML."""
+        return cuda_gpu(device)
+
+    def service(self, socket: str) -> str:
+        """Whether a zeusd answers there."""
+        if not Path(socket).exists():
+            return f"no socket at {socket}"
+        try:
+            found = Zeusd(socket).discover()
+        except GpuError as error:
+            return str(error)
+        groups = found.get("enabled_api_groups")
+        return f"answers at {socket}" + (f", API groups {', '.join(groups)}" if groups else "")
 
 
 class Zeusd:

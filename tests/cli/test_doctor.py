@@ -165,6 +165,8 @@ def test_no_gpu_and_a_wrong_file_give_status_1(tmp_path: Path) -> None:
 
 
 def test_no_socket_and_no_daemon_are_told_apart(tmp_path: Path) -> None:
-    assert doctor_module.zeusd_state(str(tmp_path / "z.sock")) == f"no socket at {tmp_path / 'z.sock'}"
-    (tmp_path / "z.sock").touch()
-    assert "does not answer" in doctor_module.zeusd_state(str(tmp_path / "z.sock"))
+    socket = tmp_path / "z.sock"
+    assert f"zeusd            no socket at {socket}\n" in run("--zeusd-socket", str(socket)).output
+    socket.touch()
+    found = json.loads(run("--json", "--zeusd-socket", str(socket)).output)
+    assert "does not answer" in found["zeusd"]

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from perseus_plugin.errors import GpuError, os_problem
-from perseus_plugin.gpus.base import EnergyReading, GpuLostError, GpuPermissionError
+from perseus_plugin.gpus.base import EnergyReading, GpuBackend, GpuLostError, GpuPermissionError
 from perseus_plugin.gpus.emulated.dynamics import Dynamics, Tables
 from perseus_plugin.gpus.emulated.physics import A100, LOAD_CLASSES, GpuModel, load_class
 from perseus_plugin.gpus.emulated.state import (
@@ -258,6 +258,22 @@ class EmulatedGpu:
         if faults & NOT_SUPPORTED:
             return GpuError(f"{self.name}: setting clocks is not supported")
         return None
+
+
+class EmulatedBackend(GpuBackend):
+    """Emulated GPUs by their state files."""
+
+    devices = ("cpu",)
+    form = "PATH"
+    emulated = True
+
+    def open(self, rest: str) -> EmulatedGpu:
+        """By its path."""
+        return EmulatedGpu(rest)
+
+    def lock_file(self, rest: str) -> Path:
+        """Beside the state file: whoever sees the GPU sees its lock."""
+        return Path(rest + ".lock")
 
 
 def model_tables(model: GpuModel, tick_period_s: float, tick_window_s: float, tick_origin_s: float) -> Tables:

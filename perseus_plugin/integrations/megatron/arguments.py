@@ -42,7 +42,7 @@ _SETTINGS: Mapping[str, tuple[tuple[str, ...], bool, str, str]] = {
         ("gpu", "backend"),
         False,
         "NAME",
-        "Who sets the clocks: auto, nvml, zeusd, emulated, or off to observe only. Default: auto.",
+        "Who sets the clocks: auto, a backend such as nvml or zeusd, or off to observe only. Default: auto.",
     ),
     "--perseus-profile": (
         ("profiling", "load"),

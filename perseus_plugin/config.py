@@ -6,18 +6,15 @@ from one place.
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
 
 from perseus_plugin.control.requests import DWELL_LATENCIES
-from perseus_plugin.errors import ConfigError
+from perseus_plugin.errors import ConfigError, shown, validation_problem
 from perseus_plugin.gpus.registry import AUTO, OFF, choices, is_backend
 from perseus_plugin.iteration.references import LARGEST_SHARE
 
@@ -382,11 +379,11 @@ def parse_config(block: object, *, source: str = BLOCK) -> PerseusConfig:
         ConfigError: naming the first wrong key, the value given, what is allowed and the nearest known key.
     """
     if not isinstance(block, Mapping):
-        raise ConfigError(f'{source}: got {_shown(block)}; allowed: an object such as {{"enabled": true}}')
+        raise ConfigError(f'{source}: got {shown(block)}; allowed: an object such as {{"enabled": true}}')
     try:
         config = PerseusConfig.model_validate(dict(block))
     except ValidationError as error:
-        raise ConfigError(_explain(error.errors(include_url=False)[0], source)) from None
+        raise ConfigError(validation_problem(error, PerseusConfig, source)) from None
     _check_together(config, source)
     return config
 
@@ -436,44 +433,8 @@ def _check_together(config: PerseusConfig, source: str) -> None:
         raise ConfigError(
             f"{source}.emulation.{missing}: missing; give both forward_time_s and backward_time_s or none"
         )
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-
-def _shown(value: object) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
-        try:
-            text = repr(value)
-        except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists without end
-            text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _explain(error: ErrorDetails, source: str) -> str:
-    model: type[BaseModel] = PerseusConfig
-    names: list[str] = []
-    allowed = error["msg"]
-    for part in error["loc"]:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
-        if field is None:
-            return _explain_unknown(error, model, ".".join([source, *names]), str(part))
-        names.append(str(part))
-        if isinstance(field.json_schema_extra, dict):
-            allowed = str(field.json_schema_extra["allowed"])
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            break  # what follows are indices and names of a union's members
-        model = field.annotation
-    if error["type"] == "value_error":  # a check of ours, which says itself what is allowed here
-        allowed = str(error["ctx"]["error"])
-    return f"{'.'.join([source, *names])}: got {_shown(error['input'])}; allowed: {allowed}"
-
-
-def _explain_unknown(error: ErrorDetails, model: type[BaseModel], section: str, name: str) -> str:
-    known = sorted(model.model_fields)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    shown = name if name.isprintable() else json.dumps(name)
-    value = _shown(error["input"])
-    return f"{section}.{shown}: unknown key, given the value {value}; {hint}known keys: {', '.join(known)}"
+from perseus_plugin.control.requests import DWELL_LATENCIES
+from perseus_plugin.errors import ConfigError, shown, validation_problem
+from perseus_plugin.gpus.registry import AUTO, OFF, choices, is_backend

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
 
 _REMEDIES = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
@@ -28,6 +36,77 @@ def os_problem(error: OSError) -> str:
     file = "" if error.filename is None else f"{error.filename}: "
     remedy = _REMEDIES.get(error.errno or 0, "")
     return f"{file}{text}" + (f" ({remedy})" if remedy else "")
+
+
+def shown(value: object) -> str:
+    """A refused value for people: as JSON where it has a form there, in one line of at most 80 characters."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        try:
+            text = repr(value)
+        except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists without end
+            text = f"a value of type {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def validation_problem(error: ValidationError, model: type[BaseModel], source: str = "") -> str:
+    """The first thing that is wrong with data, in one line: where it is, what was given, what is allowed.
+
+    What is allowed is the `allowed` of the field's `json_schema_extra` where there is one, else as pydantic has it.
+
+    Args:
+        error: what `model` raised.
+        model: what the data was checked by.
+        source: how the whole of the data is called, put before the place; empty: not at all.
+    """
+    first = error.errors(include_url=False)[0]
+    fields: Mapping[str, Any] = _fields(model)
+    names = [source] if source else []
+    allowed = ""
+    for at, part in enumerate(first["loc"], 1):
+        field = fields.get(str(part))
+        if field is None and (fields or (first["type"] == "extra_forbidden" and at == len(first["loc"]))):
+            return _unknown_key(str(part), fields, ".".join(names), first["input"])
+        names.append(str(part))
+        fields = {} if field is None else _fields(field.annotation)
+        if field is not None and isinstance(field.json_schema_extra, dict):
+            allowed = str(field.json_schema_extra["allowed"])
+            if not fields:
+                break  # what follows are indices and names of a union's members
+    where = ".".join(names) + ": " if names else ""
+    if first["type"] == "missing":
+        return f"{where}missing; it must be given"
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        return f"{where}not valid JSON: {reason.removeprefix('Invalid JSON: ')}"
+    if reason.startswith("Input should be "):
+        allowed = allowed or reason.removeprefix("Input should be ")
+    return f"{where}got {shown(first['input'])}; " + (f"allowed: {allowed}" if allowed else _lowered(reason))
+
+
+def _fields(model: Any) -> Mapping[str, Any]:
+    """The fields of a pydantic model by the names they have in data; empty for anything else."""
+    if getattr(model, "__pydantic_root_model__", False):
+        return {}
+    return {field.alias or name: field for name, field in getattr(model, "model_fields", {}).items()}
+
+
+def _unknown_key(name: str, fields: Mapping[str, Any], section: str, value: object) -> str:
+    known = sorted(fields)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    where = f"{section}." if section else ""
+    said = name if name.isprintable() else json.dumps(name)
+    text = f"{where}{said}: unknown key, given the value {shown(value)}"
+    return f"{text}; {hint}known keys: {', '.join(known)}" if known else text
+
+
+def _lowered(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 class PerseusError(Exception):

@@ -8,10 +8,16 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from perseus_plugin.errors import PerseusError, os_problem
+from perseus_plugin.errors import PerseusError, os_problem, validation_problem
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", bound="BaseModel")
 
 
 def try_to_write(what: str, write: Callable[[], None]) -> None:
@@ -43,3 +49,19 @@ def write_atomically(path: Path, text: str) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def read_model(path: Path | str, model: type[ModelT], refusal: type[PerseusError]) -> ModelT:
+    """Read a JSON file of this package's, or one that is to be like it.
+
+    Raises:
+        PerseusError: of the type `refusal`, in one line: the file, the place in it, what was found and what is allowed.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate_json(Path(path).read_bytes())
+    except ValidationError as error:
+        raise refusal(f"{path}: {validation_problem(error, model)}") from error
+    except OSError as error:
+        raise refusal(f"{path}: cannot be read: {error.strerror or error}") from error

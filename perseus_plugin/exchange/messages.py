@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from perseus_plugin.errors import validation_problem
 from perseus_plugin.exchange.store import ExchangeError
 
 NEWS = "news"
@@ -403,6 +404,5 @@ def receive(message_class: type[MessageT], value: Any) -> MessageT:
     try:
         return message_class.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ExchangeError(f"{message_class.__name__} from the job's store: {where}: {first['msg']}") from error
+        problem = validation_problem(error, message_class)
+        raise ExchangeError(f"{message_class.__name__} from the job's store: {problem}") from error

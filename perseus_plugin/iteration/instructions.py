@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from perseus_plugin.errors import ScheduleError
-
 FORWARD = "forward"
 BACKWARD = "backward"
 
@@ -79,40 +77,3 @@ class Receive:
 StreamOp: TypeAlias = Compute | Constant | Send | Receive
 StageStream: TypeAlias = Sequence[StreamOp]
 """The operations of one stage in program order."""
-
-
-def stream_to_rows(stream: StageStream) -> list[list[str | int]]:
-    """Plain JSON rows for a stream; see `stream_from_rows`."""
-    rows: list[list[str | int]] = []
-    for op in stream:
-        if isinstance(op, Compute):
-            rows.append(["compute", op.kind, op.microbatch, op.chunk])
-        elif isinstance(op, Constant):
-            rows.append(["constant", op.name, int(op.collective)])
-        elif isinstance(op, Send):
-            rows.append(["send", op.peer, int(op.blocking), op.channel])
-        else:
-            rows.append(["receive", op.peer, op.channel])
-    return rows
-
-
-def stream_from_rows(rows: Sequence[Sequence[str | int]]) -> list[StreamOp]:
-    """Inverse of `stream_to_rows`.
-
-    Raises:
-        ScheduleError: a row is none of the four kinds.
-    """
-    stream: list[StreamOp] = []
-    for row in rows:
-        match row:
-            case ["compute", str(kind), int(microbatch), int(chunk)]:
-                stream.append(Compute(kind, microbatch, chunk))
-            case ["constant", str(name), int(collective)]:
-                stream.append(Constant(name, bool(collective)))
-            case ["send", int(peer), int(blocking), str(channel)]:
-                stream.append(Send(peer, bool(blocking), channel))
-            case ["receive", int(peer), str(channel)]:
-                stream.append(Receive(peer, channel))
-            case _:
-                raise ScheduleError(f"stream row: got {list(row)!r}; allowed: compute, constant, send or receive")
-    return stream

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
-from perseus_plugin.errors import ScheduleError
-from perseus_plugin.files import write_atomically
+from perseus_plugin.errors import ScheduleError, validation_problem
+from perseus_plugin.files import read_model, write_atomically
 from perseus_plugin.iteration.instructions import (
     BACKWARD,
     FORWARD,
@@ -199,10 +199,31 @@ class _ReceiveOp(_Op):
     channel: str = ""
 
 
-class _ScheduleFile(_Op):
-    schema_name: Literal["perseus-schedule"] = Field(alias="schema")
-    version: Literal[1]
-    stages: list[list[_ComputeOp | _ConstantOp | _SendOp | _ReceiveOp]] = Field(min_length=1)
+_AnyOp = Annotated[_ComputeOp | _ConstantOp | _SendOp | _ReceiveOp, Field(discriminator="op")]
+
+
+class _Streams(RootModel[list[list[_AnyOp]]]):
+    pass
+
+
+class ScheduleFile(_Op):
+    """`schedule.json` and what is given to `--schedule`: the operations of every stage in program order."""
+
+    schema_name: Literal["perseus-schedule"] = Field(default="perseus-schedule", alias="schema")
+    version: Literal[1] = 1
+    stages: list[list[_AnyOp]] = Field(min_length=1)
+
+
+def streams_from_json(rows: Any) -> list[StageStream]:
+    """Inverse of `stream_to_json`, for all stages.
+
+    Raises:
+        ScheduleError: naming the first operation that is none.
+    """
+    try:
+        return _streams(_Streams.model_validate(rows).root)
+    except ValidationError as error:
+        raise ScheduleError(validation_problem(error, _Streams, "streams")) from error
 
 
 def load_streams(path: Path | str) -> list[StageStream]:
@@ -216,17 +237,7 @@ def load_streams(path: Path | str) -> list[StageStream]:
     Raises:
         ScheduleError: naming the file, the place and the reason.
     """
-    path = Path(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        parsed = _ScheduleFile.model_validate(data)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ScheduleError(f"{path}: cannot read the schedule: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "(file)"
-        raise ScheduleError(f"{path}: {where}: got {first['input']!r:.80}; {first['msg']}") from error
-    return [[_stream_op(op) for op in stage] for stage in parsed.stages]
+    return _streams(read_model(path, ScheduleFile, ScheduleError).stages)
 
 
 def save_streams(streams: Sequence[StageStream], path: Path | str) -> None:
@@ -238,12 +249,17 @@ def save_streams(streams: Sequence[StageStream], path: Path | str) -> None:
     content = {
         "schema": SCHEDULE_SCHEMA,
         "version": SCHEDULE_VERSION,
-        "stages": [[_op_row(op) for op in s] for s in streams],
+        "stages": [stream_to_json(stream) for stream in streams],
     }
     write_atomically(Path(path), json.dumps(content) + "\n")
 
 
-def _op_row(op: StreamOp) -> dict[str, str | int | bool]:
+def stream_to_json(stream: StageStream) -> list[dict[str, str | int | bool]]:
+    """The operations of one stage as plain JSON data."""
+    return [_op_to_json(op) for op in stream]
+
+
+def _op_to_json(op: StreamOp) -> dict[str, str | int | bool]:
     if isinstance(op, Compute):
         return {"op": "compute", "kind": op.kind, "microbatch": op.microbatch, "chunk": op.chunk}
     if isinstance(op, Constant):
@@ -251,6 +267,10 @@ def _op_row(op: StreamOp) -> dict[str, str | int | bool]:
     if isinstance(op, Send):
         return {"op": "send", "peer": op.peer, "blocking": op.blocking, "channel": op.channel}
     return {"op": "receive", "peer": op.peer, "channel": op.channel}
+
+
+def _streams(stages: Sequence[Sequence[_ComputeOp | _ConstantOp | _SendOp | _ReceiveOp]]) -> list[StageStream]:
+    return [[_stream_op(op) for op in stage] for stage in stages]
 
 
 def _stream_op(op: _ComputeOp | _ConstantOp | _SendOp | _ReceiveOp) -> StreamOp:

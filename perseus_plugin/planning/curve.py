@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from perseus_plugin.errors import PlanError
+from perseus_plugin.files import read_model
 
 FRONTIER_FILE = "frontier.json"
 FRONTIER_SCHEMA = "perseus-frontier"
@@ -74,14 +75,7 @@ def load_curve(path: Path | str) -> FrontierCurve:
     Raises:
         PlanError: it cannot be read, or is not such a file; the message says where.
     """
-    try:
-        content = _FrontierFile.model_validate_json(Path(path).read_text(encoding="utf-8"))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "(file)"
-        raise PlanError(f"{path}: {where}: {first['msg']}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: cannot be read: {error}") from error
+    content = read_model(path, _FrontierFile, PlanError)
     samples = tuple(
         CurveSample(p.deadline_s, p.energy_lower_bound_j, p.iteration_time_s, p.energy_j) for p in content.points
     )

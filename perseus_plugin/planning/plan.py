@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perseus_plugin.errors import PlanError
+from perseus_plugin.errors import PlanError, validation_problem
 from perseus_plugin.files import write_atomically
 from perseus_plugin.iteration.instructions import Instruction
 
@@ -186,9 +186,7 @@ def plan_from_json(text: str) -> Plan:
     try:
         file = _PlanFile.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "(file)"
-        raise PlanError(f"{where}: got {str(first['input'])[:80]}; {first['msg']}") from error
+        raise PlanError(validation_problem(error, _PlanFile)) from error
     if len(file.stages) != len(file.predicted_s):
         raise PlanError(f"predicted_s: {len(file.predicted_s)} stages; stages has {len(file.stages)}")
     stages = []

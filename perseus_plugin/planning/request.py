@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from perseus_plugin.iteration.instructions import StreamOp, stream_from_rows, stream_to_rows
+from perseus_plugin.iteration.instructions import StageStream
 from perseus_plugin.iteration.replayed import InForce, Replayed, Samples, StageCatchUp
+from perseus_plugin.iteration.schedules import stream_to_json, streams_from_json
 from perseus_plugin.planning.paced import Pace, pace_from_dict, pace_to_dict
 from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
 from perseus_plugin.profiling.profile import Measurement, Profile
@@ -64,7 +65,7 @@ class PlanRequest:
     """
 
     schedule: str
-    streams: Sequence[Sequence[StreamOp]]
+    streams: Sequence[StageStream]
     constant_time_s: dict[tuple[int, str], float]
     profile: Profile
     blocking_power_w: Sequence[float]
@@ -87,7 +88,7 @@ class PlanRequest:
         """Plain JSON data."""
         return {
             "schedule": self.schedule,
-            "streams": [stream_to_rows(stream) for stream in self.streams],
+            "streams": [stream_to_json(stream) for stream in self.streams],
             "constant_time_s": [[stage, name, t] for (stage, name), t in self.constant_time_s.items()],
             "profile": [[stage, kind, m.to_row()] for stage, kind, m in self.profile.rows()],
             "blocking_power_w": list(self.blocking_power_w),
@@ -109,9 +110,12 @@ class PlanRequest:
 
     def pieces(self) -> Iterator[str]:
         """`to_dict` as JSON, piece by piece: no other thread of the interpreter runs while one is being encoded."""
-        data = replace(self, samples=None).to_dict()
-        del data["samples"]
-        yield json.dumps(data)[:-1] + ', "samples": '
+        data = replace(self, samples=None, streams=()).to_dict()
+        del data["samples"], data["streams"]
+        yield json.dumps(data)[:-1] + ', "streams": ['
+        for number, stream in enumerate(self.streams):
+            yield (", " if number else "") + json.dumps(stream_to_json(stream))
+        yield '], "samples": '
         if self.samples is None:
             yield "null}"
             return
@@ -132,7 +136,7 @@ class PlanRequest:
         """Inverse of `to_dict`."""
         return cls(
             schedule=data["schedule"],
-            streams=[stream_from_rows(rows) for rows in data["streams"]],
+            streams=streams_from_json(data["streams"]),
             constant_time_s={(stage, name): t for stage, name, t in data["constant_time_s"]},
             profile=Profile.from_rows((stage, kind, Measurement.from_row(row)) for stage, kind, row in data["profile"]),
             blocking_power_w=data["blocking_power_w"],

@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from perseus_plugin.errors import ProfileError
-from perseus_plugin.files import write_atomically
+from perseus_plugin.files import read_model, write_atomically
 from perseus_plugin.profiling.kept import Fingerprint
 
 FILE = "profile-failed.json"
@@ -20,8 +21,8 @@ VERSION = 1
 class _FailedFile(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    schema_name: str
-    version: int
+    schema_name: Literal["perseus-failed-profile"]
+    version: Literal[1]
     fingerprint: Fingerprint
     reason: str
     date: str
@@ -57,11 +58,5 @@ def load_failure(fingerprint: Fingerprint, folder: Path) -> str:
     path = folder / FILE
     if not path.exists():
         return ""
-    try:
-        file = _FailedFile.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise ProfileError(f"{path}: cannot be read: {reason}") from error
-    if (file.schema_name, file.version) != (SCHEMA, VERSION):
-        raise ProfileError(f"{path}: is {file.schema_name} {file.version}; allowed: {SCHEMA} {VERSION}")
+    file = read_model(path, _FailedFile, ProfileError)
     return f"{file.reason} (found on {file.date})" if file.fingerprint == fingerprint else ""

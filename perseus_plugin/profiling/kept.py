@@ -9,11 +9,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from perseus_plugin.errors import ProfileError
-from perseus_plugin.files import write_atomically
+from perseus_plugin.files import read_model, write_atomically
 from perseus_plugin.profiling.profile import load_profile, save_profile
 from perseus_plugin.profiling.survey import Survey
 
@@ -27,8 +28,8 @@ Fingerprint = dict[str, str]
 class _ProfileFile(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    schema_name: str
-    version: int
+    schema_name: Literal["perseus-profile"]
+    version: Literal[1]
     fingerprint: Fingerprint
     blocking_power_w: float
     unresolved: list[tuple[int, str]]
@@ -76,13 +77,7 @@ def read_survey(folder: Path) -> tuple[Survey, Fingerprint] | None:
     path = folder / "profile.json"
     if not path.exists():
         return None
-    try:
-        file = _ProfileFile.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise ProfileError(f"{path}: cannot be read: {reason}") from error
-    if (file.schema_name, file.version) != (SCHEMA, VERSION):
-        raise ProfileError(f"{path}: is {file.schema_name} {file.version}; allowed: {SCHEMA} {VERSION}")
+    file = read_model(path, _ProfileFile, ProfileError)
     survey = Survey(
         load_profile(folder / "profile.csv"),
         file.blocking_power_w,

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perseus_plugin.errors import PerseusError
+from perseus_plugin.errors import PerseusError, validation_problem
 
 DETECTION = "detection"
 """Source of what the session sees itself; nobody else may use it."""
@@ -75,9 +75,7 @@ def check_report(value: Any, world_size: int, max_slowdown: float, now: float) -
     try:
         report = Report.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "report"
-        raise StragglerError(f"malformed report: {where}: got {first['input']!r:.60}; {first['msg']}") from None
+        raise StragglerError(f"malformed report: {validation_problem(error, Report)}") from None
     if not 0 <= report.rank < world_size:
         raise StragglerError(f"rank: got {report.rank}; allowed: 0 to {world_size - 1}, the ranks of this job")
     if (report.slowdown is None) == (report.iteration_time_s is None):

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from perseus_plugin.errors import ScheduleError
 from perseus_plugin.iteration.graph import build_graph
-from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StageStream
+from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StageStream, StreamOp
 from perseus_plugin.iteration.schedules import (
     SCHEDULES,
     early_recomputation_1f1b,
@@ -19,6 +21,8 @@ from perseus_plugin.iteration.schedules import (
     load_streams,
     one_f_one_b,
     save_streams,
+    stream_to_json,
+    streams_from_json,
 )
 
 
@@ -104,10 +108,13 @@ def test_written_streams_read_back_the_same(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot read the schedule"),
+        ("{", "schedule.json: not valid JSON: EOF"),
         ('{"schema": "other", "version": 1, "stages": [[]]}', "schema"),
         ('{"schema": "perseus-schedule", "version": 1, "stages": []}', "stages"),
-        ('{"schema": "perseus-schedule", "version": 1, "stages": [[{"op": "jump"}]]}', "stages.0.0"),
+        (
+            '{"schema": "perseus-schedule", "version": 1, "stages": [[{"op": "jump"}]]}',
+            r"stages\.0\.0: got .*jump",
+        ),
         (
             '{"schema": "perseus-schedule", "version": 1, '
             '"stages": [[{"op": "compute", "kind": "f", "microbatch": -1}]]}',
@@ -120,5 +127,37 @@ def test_bad_files_are_refused_with_the_place(tmp_path: Path, content: str, mess
     path.write_text(content)
     with pytest.raises(ScheduleError, match=message):
         load_streams(path)
-    with pytest.raises(ScheduleError, match="cannot read"):
+    with pytest.raises(ScheduleError, match="cannot be read: No such file"):
         load_streams(tmp_path / "missing.json")
+
+
+NUMBERS = st.integers(0, 1000)
+OPERATIONS: st.SearchStrategy[StreamOp] = st.one_of(
+    st.builds(Compute, st.text(min_size=1), NUMBERS, NUMBERS),
+    st.builds(Constant, st.text(min_size=1), st.booleans()),
+    st.builds(Send, NUMBERS, st.booleans(), st.text()),
+    st.builds(Receive, NUMBERS, st.text()),
+)
+
+
+@given(st.lists(OPERATIONS, max_size=8))
+def test_a_stream_passes_through_json(stream: list[StreamOp]) -> None:
+    assert streams_from_json(json.loads(json.dumps([stream_to_json(stream)]))) == [stream]
+
+
+@pytest.mark.parametrize(
+    ("row", "where"),
+    [
+        ({}, "0.1: "),
+        ({"op": "wait", "peer": 1}, "0.1: "),
+        ({"op": "compute", "kind": "forward"}, "0.1.compute.microbatch: missing"),
+        ({"op": "compute", "kind": "forward", "microbatch": "0"}, '0.1.compute.microbatch: got "0"; allowed: '),
+        ({"op": "send", "peer": 1, "blocking": 1}, "0.1.send.blocking: got 1; allowed: "),
+        ({"op": "receive", "peer": 1, "channel": "", "kind": ""}, "0.1.receive.kind: unknown key"),
+    ],
+)
+def test_a_row_of_no_known_kind_is_refused(row: dict[str, str | int], where: str) -> None:
+    with pytest.raises(ScheduleError) as caught:
+        streams_from_json([[*stream_to_json([Receive(1)]), row]])
+    assert str(caught.value).startswith(f"streams.{where}")
+    assert "\n" not in str(caught.value)

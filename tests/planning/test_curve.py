@@ -50,7 +50,7 @@ def test_a_wrong_file_is_refused_with_the_place(file: Path, change: dict[str, ob
 
 def test_a_file_that_is_not_there_or_cut_off_is_refused(file: Path) -> None:
     file.write_text(file.read_text()[:-40])
-    with pytest.raises(PlanError, match=r"frontier\.json: \(file\): "):
+    with pytest.raises(PlanError, match=r"frontier\.json: not valid JSON: "):
         load_curve(file)
     with pytest.raises(PlanError, match="cannot be read"):
         load_curve(file.parent / "gone.json")

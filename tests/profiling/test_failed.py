@@ -29,5 +29,5 @@ def test_another_version_is_named(tmp_path: Path) -> None:
     save_failure("x", FACTS, tmp_path)
     path = tmp_path / FILE
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(ProfileError, match="is perseus-failed-profile 2; allowed: perseus-failed-profile 1"):
+    with pytest.raises(ProfileError, match="version: got 2; allowed: 1"):
         load_failure(FACTS, tmp_path)

@@ -72,7 +72,7 @@ def test_the_order_of_ranks_does_not_matter() -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema_name": "perseus-profile"}', "null"])
 def test_a_damaged_description_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "profile.json").write_text(content)
-    with pytest.raises(ProfileError, match=r"profile\.json: cannot be read"):
+    with pytest.raises(ProfileError, match=r"profile\.json: (not valid|got .*; allowed: an object|version: missing)"):
         load_survey({}, tmp_path)
 
 
@@ -81,7 +81,7 @@ def test_a_description_of_another_version_is_refused(tmp_path: Path) -> None:
     save_survey(survey(), fingerprint, tmp_path)
     path = tmp_path / "profile.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
-    with pytest.raises(ProfileError, match="is perseus-profile 2; allowed: perseus-profile 1"):
+    with pytest.raises(ProfileError, match="version: got 2; allowed: 1"):
         load_survey(fingerprint, tmp_path)
 
 

@@ -45,7 +45,7 @@ def test_a_report_comes_back_as_it_went() -> None:
         ({"slowdown": 100.1}, "slowdown: got 100.1; allowed: 1 to 100"),
         ({"slowdown": float("nan")}, "malformed report: slowdown"),
         ({"slowdown": float("inf")}, "malformed report: slowdown"),
-        ({"slowdown": "1.25"}, "malformed report: slowdown: got '1.25'"),
+        ({"slowdown": "1.25"}, 'malformed report: slowdown: got "1.25"; allowed: a valid number'),
         ({"slowdown": None}, "either slowdown or iteration_time_s"),
         ({"iteration_time_s": 1.0}, "either slowdown or iteration_time_s"),
         ({"slowdown": None, "iteration_time_s": 0.0}, "iteration_time_s: got 0; allowed: above 0"),

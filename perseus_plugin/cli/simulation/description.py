@@ -7,14 +7,14 @@ comes from the emulated GPU (`gpus.emulated.physics`), which is fitted to publis
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perseus_plugin.errors import ConfigError
+from perseus_plugin.errors import ConfigError, validation_problem
 from perseus_plugin.gpus.emulated.physics import FORWARD_LIKE, MODELS, GpuModel, load_class
 from perseus_plugin.iteration.instructions import BACKWARD, FORWARD
 from perseus_plugin.iteration.schedules import RECOMPUTE
@@ -169,8 +169,7 @@ def load_description(path: Path) -> ModelDescription:
     try:
         description = ModelDescription.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ConfigError(f"{path}: {_explain(first['loc'], first['type'], first['input'], first['msg'])}") from None
+        raise ConfigError(f"{path}: {validation_problem(error, ModelDescription)}") from None
     if description.stages is not None and description.split is not None:
         raise ConfigError(f"{path}: stages: got {description.stages} beside split; allowed: one of the two")
     if description.own_split is not None:
@@ -179,12 +178,3 @@ def load_description(path: Path) -> ModelDescription:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
     return description
-
-
-def _explain(location: Sequence[int | str], error_type: str, value: object, message: str) -> str:
-    key = ".".join(str(part) for part in location)
-    if error_type == "missing":
-        return f"{key}: missing; it must be given"
-    if error_type == "extra_forbidden":
-        return f"{key}: unknown key; known keys: {', '.join(ModelDescription.model_fields)}"
-    return f"{key}: got {value!r:.60}; {message[:1].lower()}{message[1:]}"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perseus_plugin.errors import ReportError
+from perseus_plugin.errors import ReportError, validation_problem
 from perseus_plugin.exchange.messages import Placement
+from perseus_plugin.files import ModelT
 from perseus_plugin.iteration.graph import FloatArray
 from perseus_plugin.reporting.record.iterations import Sort, Stretch
 from perseus_plugin.reporting.record.recorder import record_path, samples_path
@@ -126,27 +126,14 @@ def load_record(output_dir: Path, rank: int) -> RankRecord:
 
 def _samples(output_dir: Path, rank: int) -> tuple[Sample, ...]:
     path = samples_path(output_dir, rank)
-    if not path.exists():
-        return ()
-    try:
-        return load_samples(path)
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: {_reason(error)}") from error
+    return load_samples(path) if path.exists() else ()
 
 
-def _parsed(model: type[Any], line: str, where: str) -> Any:
+def _parsed(model: type[ModelT], line: str, where: str) -> ModelT:
     try:
         return model.model_validate_json(line)
     except ValidationError as error:
-        raise ReportError(f"{where}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return f"cannot be read: {error}"
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where + ': ' if where else ''}got {json.dumps(first['input'], default=str)[:80]}; {first['msg']}"
+        raise ReportError(f"{where}: {validation_problem(error, model)}") from error
 
 
 @dataclass(frozen=True)

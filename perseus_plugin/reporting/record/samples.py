@@ -10,17 +10,16 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from perseus_plugin.errors import ReportError
+from perseus_plugin.files import read_model
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.timetable import Directive, Follow, Sweep, Timetable
 from perseus_plugin.reporting.record.iterations import FULL, PLAN, PROFILING, STRAGGLER, Sort
 from perseus_plugin.session.tap import IterationRecord
-
-SAMPLES_SCHEMA = "perseus-samples"
-SAMPLES_VERSION = 1
 
 _EVERY = 1024
 _MAX_READINGS = 1000
@@ -105,8 +104,8 @@ class Sample(_Strict):
 class SamplesFile(_Strict):
     """What stands in `records/rank-R.samples.json`."""
 
-    schema_name: Literal["perseus-samples"] = Field(alias="schema")
-    version: Literal[1]
+    schema_name: Literal["perseus-samples"] = Field(default="perseus-samples", alias="schema")
+    version: Literal[1] = 1
     rank: int
     samples: tuple[Sample, ...]
 
@@ -206,15 +205,14 @@ class Samples:
     def to_json(self, rank: int) -> str:
         """The content of the file."""
         samples = sorted((one for kept in self._kept.values() for one in kept), key=lambda one: one.number)
-        content: dict[str, Any] = {"schema": SAMPLES_SCHEMA, "version": SAMPLES_VERSION, "rank": rank}
-        content["samples"] = [one.model_dump(mode="json") for one in samples]
-        return json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n"
+        content = SamplesFile(rank=rank, samples=tuple(samples))
+        return json.dumps(content.model_dump(mode="json", by_alias=True), separators=(",", ":")) + "\n"
 
 
 def load_samples(path: Path) -> tuple[Sample, ...]:
     """Read what `Samples.to_json` made.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is something else.
+        ReportError: it cannot be read, or is something else.
     """
-    return SamplesFile.model_validate_json(path.read_text(encoding="utf-8")).samples
+    return read_model(path, SamplesFile, ReportError).samples

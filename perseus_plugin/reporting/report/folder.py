@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from perseus_plugin.errors import PerseusError, ReportError
+from perseus_plugin.files import read_model
 from perseus_plugin.iteration.graph import PipelineGraph, build_graph
 from perseus_plugin.iteration.instructions import StageStream
 from perseus_plugin.iteration.schedules import load_streams
@@ -287,14 +288,7 @@ def _read(folder: JobFolder, name: str, started_s: float, read: Callable[[Path],
 
 
 def _summary(path: Path) -> Summary:
-    try:
-        return Summary.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "(file)"
-        raise ReportError(f"{path}: {where}: {first['msg']}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(f"{path}: cannot be read: {error}") from error
+    return read_model(path, Summary, ReportError)
 
 
 def _events(path: Path) -> tuple[list[dict[str, Any]], int]:

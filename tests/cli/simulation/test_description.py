@@ -97,10 +97,10 @@ def test_recomputation_is_part_of_the_backward_or_an_instruction_of_its_own() ->
         ("layers: [", "not valid YAML"),
         ("- 1", "got list; allowed: an object with the keys layers, hidden"),
         ("layers: 6\nhidden: 64", "sequence_length: missing; it must be given"),
-        (f"{REST}\nlayers: '6'", "layers: got '6'; input should be a valid integer"),
-        (f"{REST}\nlayers: 6\nheads: 8", "heads: unknown key; known keys: layers"),
-        (f"{REST}\nlayers: 6\nefficiency: 1.5", "efficiency: got 1.5; input should be less than or equal to 1"),
-        (f"{REST}\nlayers: 0", "layers: got 0; input should be greater than or equal to 1"),
+        (f"{REST}\nlayers: '6'", 'layers: got "6"; allowed: a valid integer'),
+        (f"{REST}\nlayers: 6\nheads: 8", "heads: unknown key, given the value 8; known keys: efficiency, "),
+        (f"{REST}\nlayers: 6\nefficiency: 1.5", "efficiency: got 1.5; allowed: less than or equal to 1"),
+        (f"{REST}\nlayers: 0", "layers: got 0; allowed: greater than or equal to 1"),
     ],
 )
 def test_a_wrong_description_gives_one_error_with_file_key_and_value(tmp_path: Path, text: str, message: str) -> None:

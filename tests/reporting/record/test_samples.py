@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from perseus_plugin.errors import ReportError
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
 from perseus_plugin.reporting.record.iterations import Sort
 from perseus_plugin.reporting.record.samples import (
@@ -114,5 +115,5 @@ def test_only_the_newest_of_each_state_are_kept(tmp_path: Path) -> None:
 def test_something_else_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "samples.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"schema|version|JSON|Field"):
+    with pytest.raises(ReportError, match=r"samples\.json: (rank: missing|version: got 2; allowed: 1|not valid JSON)"):
         load_samples(path)

@@ -433,8 +433,3 @@ def _check_together(config: PerseusConfig, source: str) -> None:
         raise ConfigError(
             f"{source}.emulation.{missing}: missing; give both forward_time_s and backward_time_s or none"
         )
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-
-from perseus_plugin.control.requests import DWELL_LATENCIES
-from perseus_plugin.errors import ConfigError, shown, validation_problem
-from perseus_plugin.gpus.registry import AUTO, OFF, choices, is_backend

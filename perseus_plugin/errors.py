@@ -83,7 +83,9 @@ def validation_problem(error: ValidationError, model: type[BaseModel], source: s
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return f"{where}not valid JSON: {reason.removeprefix('Invalid JSON: ')}"
-    if reason.startswith("Input should be "):
+    if first["type"] == "value_error" and allowed:  # a check of ours, which says itself what is allowed here
+        allowed = reason
+    elif reason.startswith("Input should be "):
         allowed = allowed or reason.removeprefix("Input should be ")
     return f"{where}got {shown(first['input'])}; " + (f"allowed: {allowed}" if allowed else _lowered(reason))
 

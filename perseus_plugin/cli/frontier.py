@@ -41,6 +41,7 @@ def frontier(
     """Sample the least energy for every iteration time, each sample with its plan and its distance to the bound."""
     # Loads OR-Tools, which other subcommands do without.
     from perseus_plugin.planning.frontier import make_frontier, save_frontier
+    from perseus_plugin.planning.work import tell_cut_short
 
     spent = parse_effort(effort)
     planner = planner_from_options(profile, microbatches, blocking_power, schedule, scale, latency)
@@ -52,6 +53,8 @@ def frontier(
             effort=spent,
             progress=lambda count, error: status.update(f"{count} samples, curve known to within {error:.3%}"),
         )
+    if made.cut_short:
+        tell_cut_short()
     save_frontier(made, output)
     if plot is not None:
         draw(made, plot)

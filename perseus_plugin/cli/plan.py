@@ -23,6 +23,7 @@ from perseus_plugin.cli.job import (
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.planning.plan import Plan, save_plan
 from perseus_plugin.planning.targets import ChangeLimits, Target
+from perseus_plugin.planning.work import tell_cut_short
 from perseus_plugin.planning.zeus import save_zeus_plan
 from perseus_plugin.profiling.profile import load_profile
 
@@ -64,6 +65,8 @@ def plan(
         from perseus_plugin.planning.confidence import with_confidence
 
         made = with_confidence(made, planner, load_profile(profile).scaled(scale))
+    if made.cut_short:
+        tell_cut_short()
     save_plan(made, output)
     if zeus is not None:
         save_zeus_plan(made, zeus)

@@ -13,6 +13,7 @@ from perseus_plugin.iteration.replayed import InForce
 from perseus_plugin.leader.rank_reports import RankReports
 from perseus_plugin.leader.recent import RecentIterations
 from perseus_plugin.planning.request import PaceRequest, PlanAnswer, PlanRequest
+from perseus_plugin.planning.work import tell_cut_short
 from perseus_plugin.profiling.survey import Survey
 from perseus_plugin.stragglers.desk import Situation
 
@@ -62,6 +63,7 @@ class PlannerDesk:
         self._config, self._planner = config, planner
         self._recent, self._reports, self._stages = recent, reports, stages
         self._asked: Asked | None = None
+        self._told_cut_short = False
 
     @property
     def idle(self) -> bool:
@@ -134,4 +136,7 @@ class PlannerDesk:
         if answer is None or self._asked is None:
             return None
         asked, self._asked = self._asked, None
+        if answer.cut_short and not self._told_cut_short:
+            self._told_cut_short = True
+            tell_cut_short()
         return asked, answer

@@ -56,6 +56,11 @@ class Frontier:
     baseline_time_s: float
     baseline_energy_j: float
 
+    @property
+    def cut_short(self) -> bool:
+        """Whether the clock ended the search for one of its plans."""
+        return any(point.plan.cut_short for point in self.points)
+
     def curve(self) -> FrontierCurve:
         """What is drawn of it."""
         samples = tuple(

@@ -22,6 +22,7 @@ from pathlib import Path
 from perseus_plugin.errors import PerseusError, os_problem
 from perseus_plugin.planning.curve import FRONTIER_FILE
 from perseus_plugin.planning.process import PlanRequest, end_with, limits_of, planner_for
+from perseus_plugin.planning.work import tell_cut_short
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class FrontierProgress:
         elapsed_s: since the start.
         done: whether the file stands.
         failure: why there is none; empty without trouble.
+        cut_short: whether the clock ended the search for one of its plans.
     """
 
     samples: int
@@ -45,6 +47,7 @@ class FrontierProgress:
     elapsed_s: float
     done: bool = False
     failure: str = ""
+    cut_short: bool = False
 
 
 class FrontierProcess:
@@ -105,7 +108,11 @@ class FrontierProcess:
                 failure = told.get("failure", "")
                 now = self.progress
                 self.progress = FrontierProgress(
-                    told.get("samples", now.samples), told.get("error", now.error), elapsed_s, told.get("done", False)
+                    told.get("samples", now.samples),
+                    told.get("error", now.error),
+                    elapsed_s,
+                    told.get("done", False),
+                    cut_short=told.get("cut_short", False),
                 )
             except (ValueError, AttributeError):
                 failure = f"got {line[:80]!r} from its process"
@@ -143,6 +150,8 @@ class BackgroundFrontier:
         end = process.progress
         if end.done:
             logger.info("frontier: %d plans in %.1f s, in %s", end.samples, end.elapsed_s, self._path)
+            if end.cut_short:
+                tell_cut_short()
         else:
             logger.warning("%s: %s. Training and the plan go on without it.", FRONTIER_FILE, end.failure)
         self.close()
@@ -177,7 +186,7 @@ def main() -> None:
     except Exception as failure:
         say(failure=str(failure) if isinstance(failure, (PerseusError, OSError)) else repr(failure))
     else:
-        say(samples=len(frontier.points), done=True)
+        say(samples=len(frontier.points), done=True, cut_short=frontier.cut_short)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ be solved exactly. In the steady state all windows look alike, so what one windo
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +16,7 @@ from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.relaxation import Relaxed
 from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
 from perseus_plugin.planning.window import WindowLimits, regrets, solve_window
+from perseus_plugin.planning.work import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +60,9 @@ THOROUGH = _passes(
     (96, 0.25, 1.0, 0.02, False),
 )
 
+# Making what was found meet the deadline, per level of the graph.
+_TAKE_LEVEL = 20e-6
+
 # A job of at most so many instructions is also searched as a whole.
 SMALL = 64
 
@@ -70,7 +72,8 @@ def improve(
     relaxed: Relaxed,
     choice: IntArray,
     passes: tuple[SearchPass, ...],
-    time_limit_s: float,
+    work: Work,
+    most: float,
 ) -> IntArray:
     """Search for a better choice that meets the same deadline; never returns a worse one.
 
@@ -79,21 +82,23 @@ def improve(
         relaxed: the relaxation's optimum for the deadline.
         choice: shape (nodes,), meets the deadline.
         passes: what to do.
-        time_limit_s: stop after this many seconds of processor time, or half as many again by the wall clock.
+        work: what is done is added to it.
+        most: stop after so many units of work.
     """
-    stop_cpu, stop_wall = time.process_time() + time_limit_s, time.monotonic() + 1.5 * time_limit_s
-
-    def expired() -> bool:
-        return time.process_time() > stop_cpu or time.monotonic() > stop_wall
-
-    search = _Search(problem, relaxed, choice, expired)
+    search = _Search(problem, relaxed, choice, work, work.done + most)
     for one in passes:
         search.run(one)
     return search.choice
 
 
 def search_whole(
-    problem: PlanningProblem, relaxed: Relaxed, choice: IntArray, allowed_s: float, end_price_w: float, work: float
+    problem: PlanningProblem,
+    relaxed: Relaxed,
+    choice: IntArray,
+    allowed_s: float,
+    end_price_w: float,
+    work: Work,
+    most: float,
 ) -> IntArray:
     """Search a small job as one window, with every option that can be in a better plan; never returns a worse one.
 
@@ -107,7 +112,8 @@ def search_whole(
         choice: shape (nodes,), meets the deadline.
         allowed_s: the deadline.
         end_price_w: blocking power of all stages if they wait no longer than the iteration takes, else 0.
-        work: CP-SAT's deterministic time.
+        work: what is done is added to it.
+        most: CP-SAT's deterministic time.
     """
 
     def cost_j(candidate: IntArray) -> float:
@@ -118,9 +124,9 @@ def search_whole(
     waited_j = 0.0 if end_price_w else problem.total_blocking_w * relaxed.deadline_s
     gap = max(0.0, now_j + waited_j - relaxed.bound_j) / problem.mean_energy_j
     nodes = np.arange(len(problem.graph))
-    limits = WindowLimits(work, max(gap, NORMAL[0].limits.max_regret))
+    limits = WindowLimits(most, max(gap, NORMAL[0].limits.max_regret))
     regret_j = regrets(problem, relaxed.instruction_price_w)
-    found, _ = solve_window(problem, choice, allowed_s, nodes, regret_j, limits, end_price_w)
+    found, _ = solve_window(problem, choice, allowed_s, nodes, regret_j, limits, work, end_price_w)
     found = _repaired(problem, found, allowed_s)
     return found if cost_j(found) < now_j else choice
 
@@ -132,14 +138,12 @@ def _repaired(problem: PlanningProblem, found: IntArray, deadline_s: float) -> I
 
 
 class _Search:
-    def __init__(
-        self, problem: PlanningProblem, relaxed: Relaxed, choice: IntArray, expired: Callable[[], bool]
-    ) -> None:
+    def __init__(self, problem: PlanningProblem, relaxed: Relaxed, choice: IntArray, work: Work, until: float) -> None:
         self.problem = problem
         self.deadline_s = relaxed.deadline_s
         self.choice = choice
         self.energy_j = problem.effective_energy_j(choice)
-        self.expired = expired
+        self.work, self.until = work, until
         self.regret_j = regrets(problem, relaxed.instruction_price_w)
         self.when_s: FloatArray = (relaxed.earliest_finish_s + relaxed.latest_finish_s) / 2
 
@@ -151,7 +155,7 @@ class _Search:
         width = self._width(earlier, shift)
         begin = -one.offset * width
         gained, streak = 0.0, 0
-        while begin < self.deadline_s and not self.expired():
+        while begin < self.deadline_s and not self.work.over(self.until):
             inside = (self.when_s >= begin) & (self.when_s < begin + width) & (self.problem.class_of >= 0)
             nodes = np.flatnonzero(inside)
             begin += width
@@ -161,7 +165,9 @@ class _Search:
             streak = streak + 1 if carried > 0 and carried >= 0.7 * gained else 0
             if one.repeat and streak > 2:
                 continue
-            found, _ = solve_window(self.problem, self.choice, self.deadline_s, nodes, self.regret_j, one.limits)
+            found, _ = solve_window(
+                self.problem, self.choice, self.deadline_s, nodes, self.regret_j, one.limits, self.work
+            )
             improved = self._take(found)
             streak = 0 if improved > 0.1 * carried else streak
             gained = carried + improved
@@ -196,6 +202,7 @@ class _Search:
         """Make `found` meet the deadline and keep it if it is better; returns the energy gained."""
         if np.array_equal(found, self.choice):
             return 0.0
+        self.work.done += _TAKE_LEVEL * len(self.problem.graph.level_start)
         repaired = _repaired(self.problem, found, self.deadline_s)
         repaired = use_up_slack(self.problem, repaired, self.deadline_s)
         energy = self.problem.effective_energy_j(repaired)

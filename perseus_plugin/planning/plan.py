@@ -67,6 +67,7 @@ class Plan:
         baseline_time_s, baseline_energy_j: every instruction at the profile's highest clock.
         stages: per stage its instructions in execution order.
         confidence: None where the profile's errors are not known.
+        cut_short: whether the clock ended the search, so that another one may find another plan; see `planning.work`.
     """
 
     schedule: str
@@ -79,6 +80,7 @@ class Plan:
     baseline_energy_j: float
     stages: tuple[tuple[PlannedInstruction, ...], ...]
     confidence: Confidence | None = None
+    cut_short: bool = False
 
     @property
     def promise(self) -> str:
@@ -147,6 +149,7 @@ class _PlanFile(_Strict):
     stages: Annotated[list[list[list[str | int]]], Field(min_length=1)]
     predicted_s: list[list[Annotated[list[float], Field(min_length=2, max_length=2)]]]
     confidence: _Confidence | None = None
+    cut_short: bool = False
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -174,6 +177,8 @@ def plan_to_json(plan: Plan) -> str:
     }
     if plan.confidence is not None:
         content["confidence"] = asdict(plan.confidence)
+    if plan.cut_short:
+        content["cut_short"] = True
     return json.dumps(content, allow_nan=False) + "\n"
 
 
@@ -207,6 +212,7 @@ def plan_from_json(text: str) -> Plan:
         baseline_energy_j=file.baseline.energy_j,
         stages=tuple(stages),
         confidence=None if file.confidence is None else _confidence(file.confidence),
+        cut_short=file.cut_short,
     )
     if not math.isclose(plan.gap, file.gap, abs_tol=1e-9):
         raise PlanError(f"gap: got {file.gap}; energy_j and energy_lower_bound_j make it {plan.gap}")

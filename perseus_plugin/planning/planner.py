@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import PipelineGraph
@@ -14,11 +15,12 @@ from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.planning.relaxation import Relaxation, Relaxed
 from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
 from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
+from perseus_plugin.planning.work import BRAKE_S, Work
 from perseus_plugin.profiling.profile import Profile
 
 __all__ = ["ChangeLimits", "Effort", "Planner", "Solution", "Target", "make_plan"]
 
-_SEARCH_S = {"normal": 5.5, "thorough": 100.0}
+_WORK = {"normal": 5.5, "thorough": 100.0}
 _BUDGET_STEPS = 12
 
 
@@ -33,6 +35,7 @@ class Solution:
         energy_j: energy of the choice, blocking included.
         iteration_time_s: of the choice.
         waits_until_s: when something else ends the iteration; None: it ends with its last instruction.
+        cut_short: whether the clock ended the search; see `planning.work`.
     """
 
     assignment: Assignment
@@ -41,6 +44,7 @@ class Solution:
     energy_j: float
     iteration_time_s: float
     waits_until_s: float | None = None
+    cut_short: bool = False
 
 
 class Planner:
@@ -52,6 +56,7 @@ class Planner:
         blocking_power_w: power of a GPU that waits, for all stages or one each.
         full_clock_only: (stage, kind) pairs that stay at the profile's highest clock.
         schedule: name to put into plans.
+        clock: monotonic, seconds, for the last brake of searches.
 
     Raises:
         PlanError: the profile does not fit the graph.
@@ -65,8 +70,10 @@ class Planner:
         blocking_power_w: float | Sequence[float],
         full_clock_only: Collection[tuple[int, str]] = (),
         schedule: str = "custom",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.problem = build_problem(graph, profile, blocking_power_w, full_clock_only)
+        self._clock = clock
         self.schedule = schedule
         # Large jobs get coarser units: the bound loses about a part in 10,000 and the solver is several times faster.
         size = len(graph)
@@ -88,61 +95,62 @@ class Planner:
         """As `plan`, in the planner's own terms."""
         problem = self.problem
         limits = limits or ChangeLimits()
+        work = Work(BRAKE_S[effort], self._clock)
         match target.kind:
             case "slowdown":
-                return self._by_deadline(problem.full_clock_time_s * (1 + target.value), limits, effort)
+                return self._by_deadline(problem.full_clock_time_s * (1 + target.value), limits, effort, work)
             case "deadline":
-                return self._by_deadline(target.value, limits, effort)
+                return self._by_deadline(target.value, limits, effort, work)
             case "straggler":
                 relaxed = self.relaxation.solve(target.value)
-                return self.discretise(relaxed, target.value, limits, effort, waits_until_s=target.value)
+                return self.discretise(relaxed, target.value, limits, effort, work, waits_until_s=target.value)
             case "cheapest":
                 relaxed = self.relaxation.cheapest()
-                return self.discretise(relaxed, relaxed.deadline_s, limits, effort)
+                return self.discretise(relaxed, relaxed.deadline_s, limits, effort, work)
             case "energy_budget":
-                return self._by_budget(target.value, limits, effort)
+                return self._by_budget(target.value, limits, effort, work)
 
-    def _by_deadline(self, deadline_s: float, limits: ChangeLimits, effort: Effort) -> Solution:
+    def _by_deadline(self, deadline_s: float, limits: ChangeLimits, effort: Effort, work: Work) -> Solution:
         relaxed = self.relaxation.solve(deadline_s)
         if relaxed.price_w < self.problem.total_blocking_w:
             relaxed = self.relaxation.cheapest(at_most_s=deadline_s)
-        return self.discretise(relaxed, deadline_s, limits, effort)
+        return self.discretise(relaxed, deadline_s, limits, effort, work)
 
-    def _by_budget(self, budget_j: float, limits: ChangeLimits, effort: Effort) -> Solution:
+    def _by_budget(self, budget_j: float, limits: ChangeLimits, effort: Effort, work: Work) -> Solution:
         """Close in on the shortest deadline whose quick plan keeps the budget; then the effort that was asked for."""
         cheapest = self.relaxation.cheapest()
-        best = self.discretise(cheapest, cheapest.deadline_s, limits, "quick")
+        best = self.discretise(cheapest, cheapest.deadline_s, limits, "quick", work)
         if best.energy_j > budget_j and effort != "quick":
-            best = self.discretise(cheapest, cheapest.deadline_s, limits, effort)
+            best = self.discretise(cheapest, cheapest.deadline_s, limits, effort, work)
         if best.energy_j > budget_j:
             raise PlanError(
                 f"energy budget: got {budget_j:.3f} J; the cheapest plan found takes {best.energy_j:.3f} J "
                 f"(no plan takes less than {cheapest.bound_j:.3f} J)"
             )
         low, high = self.relaxation.shortest_s, best
-        at_low = self.discretise(self.relaxation.solve(low), low, limits, "quick")
+        at_low = self.discretise(self.relaxation.solve(low), low, limits, "quick", work)
         if at_low.energy_j <= budget_j:
-            return self._with_effort(at_low, limits, effort)
+            return self._with_effort(at_low, limits, effort, work)
         low_energy = at_low.energy_j
         for step in range(_BUDGET_STEPS):
             # Regula falsi on a convex curve creeps along one side; every other step halves the bracket instead.
             share = (low_energy - budget_j) / max(low_energy - high.energy_j, 1e-12) if step % 2 else 0.5
             middle = low + (high.relaxed.deadline_s - low) * min(max(share, 0.02), 0.98)
-            found = self.discretise(self.relaxation.solve(middle), middle, limits, "quick")
+            found = self.discretise(self.relaxation.solve(middle), middle, limits, "quick", work)
             if found.energy_j <= budget_j:
                 high = found
             else:
                 low, low_energy = middle, found.energy_j
             if high.relaxed.deadline_s - low < 1e-4 * low:
                 break
-        return self._with_effort(high, limits, effort)
+        return self._with_effort(high, limits, effort, work)
 
-    def _with_effort(self, quick: Solution, limits: ChangeLimits, effort: Effort) -> Solution:
+    def _with_effort(self, quick: Solution, limits: ChangeLimits, effort: Effort, work: Work) -> Solution:
         """The same deadline with more effort, if that is better."""
         if effort == "quick":
-            return quick
-        more = self.discretise(quick.relaxed, quick.allowed_s, limits, effort)
-        return min(quick, more, key=lambda solution: solution.energy_j)
+            return replace(quick, cut_short=work.cut_short)
+        more = self.discretise(quick.relaxed, quick.allowed_s, limits, effort, work)
+        return replace(min(quick, more, key=lambda solution: solution.energy_j), cut_short=work.cut_short)
 
     def discretise(
         self,
@@ -150,10 +158,12 @@ class Planner:
         allowed_s: float,
         limits: ChangeLimits,
         effort: Effort,
+        work: Work | None = None,
         waits_until_s: float | None = None,
     ) -> Solution:
-        """Clocks for a relaxation's optimum, as `plan` finds them."""
+        """Clocks for a relaxation's optimum, as `plan` finds them; what is done is added to `work`."""
         problem, deadline_s = self.problem, relaxed.deadline_s
+        work = work or Work(BRAKE_S[effort], self._clock)
         choices = []
         for share in (0.0, 0.5, 1.0):
             aim = relaxed.earliest_finish_s * (1 - share) + relaxed.latest_finish_s * share
@@ -162,23 +172,22 @@ class Planner:
         choice = min(choices, key=problem.effective_energy_j)
         if effort != "quick" and not violated(problem, problem.assignment(choice), limits):
             passes = NORMAL if effort == "normal" else THOROUGH
-            choice = improve(problem, relaxed, choice, passes, _SEARCH_S[effort])
+            choice = improve(problem, relaxed, choice, passes, work, _WORK[effort])
             if len(problem.instruction_nodes) <= SMALL:
                 end_price_w = problem.total_blocking_w if waits_until_s is None else 0.0
-                work = _SEARCH_S[effort] / 2
-                choice = search_whole(problem, relaxed, choice, allowed_s, end_price_w, work)
+                choice = search_whole(problem, relaxed, choice, allowed_s, end_price_w, work, _WORK[effort] / 2)
         assignment = problem.assignment(choice)
         try:
-            assignment = keep_limits(problem, relaxed, assignment, limits, effort, deadline_s)
+            assignment = keep_limits(problem, relaxed, assignment, limits, effort, deadline_s, work)
         except PlanError:
             if allowed_s <= deadline_s:
                 raise
             # The cheapest iteration may be too short for few changes where a longer one is not.
-            assignment = keep_limits(problem, relaxed, assignment, limits, effort, allowed_s)
+            assignment = keep_limits(problem, relaxed, assignment, limits, effort, allowed_s, work)
         iteration_time_s = problem.graph.iteration_time_s(assignment.duration_s)
         end = iteration_time_s if waits_until_s is None else waits_until_s
         energy_j = assignment.energy_j + problem.total_blocking_w * end
-        return Solution(assignment, relaxed, allowed_s, energy_j, iteration_time_s, waits_until_s)
+        return Solution(assignment, relaxed, allowed_s, energy_j, iteration_time_s, waits_until_s, work.cut_short)
 
     def to_plan(self, solution: Solution) -> Plan:
         """The plan of a solution; the baseline instead where that is allowed and no worse."""
@@ -201,6 +210,7 @@ class Planner:
             baseline_time_s=baseline_s,
             baseline_energy_j=baseline_j,
             stages=_stages(problem, assignment.frequency_mhz.tolist(), start.tolist(), finish.tolist()),
+            cut_short=solution.cut_short,
         )
 
 
@@ -226,7 +236,7 @@ def make_plan(
         blocking_power_w: power of a GPU that waits, for all stages or one each.
         target: slowdown, deadline, straggler, cheapest or energy budget.
         limits: on clock changes.
-        effort: how much time to spend on coming closer to the lower bound.
+        effort: how much work to spend on coming closer to the lower bound.
         full_clock_only: (stage, kind) pairs that stay at the profile's highest clock.
         schedule: name to put into the plan.
 

@@ -139,6 +139,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
             0.0,
             pace=pace,
             transfer_s=transfer_s,
+            cut_short=any(planned.plan is not None and planned.plan.cut_short for planned in pace.variants),
             paced_catch_up=tuple(
                 ()
                 if planned.plan is None
@@ -150,7 +151,9 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         )
     if request.samples is None:
         plan = _known(request, plan_for(request))
-        return PlanAnswer(plan, 0.0, catch_up=catches_up(problem, plan), transfer_s=transfer_s)
+        return PlanAnswer(
+            plan, 0.0, catch_up=catches_up(problem, plan), transfer_s=transfer_s, cut_short=plan.cut_short
+        )
     robust = _robust_plan(request, problem, request.samples)
     held: Replayed | None = None
     if request.in_force is not None:
@@ -165,7 +168,15 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         held = held_against(known, replay, promise, request.latency_s, delays_now_s - delays_s)
         if held.kept and not is_much_better(robust.replayed, held, promise):
             told_anew = with_delays(known, seen_from_it, delays_now_s) if request.samples.starts_s else ()
-            return PlanAnswer(None, 0.0, replayed=held, held=held, catch_up=told_anew, transfer_s=known.transfer_s)
+            return PlanAnswer(
+                None,
+                0.0,
+                replayed=held,
+                held=held,
+                catch_up=told_anew,
+                transfer_s=known.transfer_s,
+                cut_short=robust.plan.cut_short,
+            )
     way = robust.catch_up
     return PlanAnswer(
         _known(request, robust.plan),
@@ -174,6 +185,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         held=held,
         catch_up=() if way is None else catches_up(problem, robust.plan, way),
         transfer_s=transfer_s,
+        cut_short=robust.plan.cut_short,
     )
 
 

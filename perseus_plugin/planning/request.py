@@ -172,6 +172,7 @@ class PlanAnswer:
             been told of the plan in force still holds.
         paced_catch_up: the same for each of the pace's variants.
         transfer_s: how long a transfer between stages was taken to be.
+        cut_short: whether the clock ended a search that the answer depends on.
     """
 
     plan: Plan | None
@@ -183,6 +184,7 @@ class PlanAnswer:
     catch_up: tuple[StageCatchUp, ...] = ()
     paced_catch_up: tuple[tuple[StageCatchUp, ...], ...] = ()
     transfer_s: float = 0.0
+    cut_short: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -195,6 +197,7 @@ class PlanAnswer:
             "catch_up": [asdict(stage) for stage in self.catch_up],
             "paced_catch_up": [[asdict(stage) for stage in variant] for variant in self.paced_catch_up],
             "transfer_s": self.transfer_s,
+            "cut_short": self.cut_short,
         }
 
     @classmethod
@@ -212,4 +215,5 @@ class PlanAnswer:
                 tuple(StageCatchUp.from_dict(stage) for stage in variant) for variant in data["paced_catch_up"]
             ),
             transfer_s=data["transfer_s"],
+            cut_short=data["cut_short"],
         )

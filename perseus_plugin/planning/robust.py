@@ -53,7 +53,7 @@ class RobustPlan:
     """What was chosen.
 
     Attributes:
-        plan: the plan; full clocks where nothing keeps the promise.
+        plan: the plan; full clocks where nothing keeps the promise. It counts as cut short if one that was tried was.
         catch_up: what late ranks do under it; None: nothing.
         replayed: what the replay said of it.
     """
@@ -105,17 +105,20 @@ def choose(
         seen += _candidates(plan, margin, replay, promise, catches_up, latency_s)
     if not seen and failure is not None:
         raise failure
+    cut_short = any(one.plan.cut_short for one in seen)
     kept = [one for one in seen if one.replayed.kept and one.replayed.saving_mean > _LEAST_SAVING]
     if not kept:
         nearest = min(seen, key=lambda one: (one.replayed.kept, one.replayed.time_ratio_mean)).replayed
         at_full = judge(clocks_of(full_clocks, replay.graph), replay, promise, None, 0.0)
-        return RobustPlan(full_clocks, None, replace(at_full, obstacle=_obstacle(replay, promise, nearest)))
+        replayed = replace(at_full, obstacle=_obstacle(replay, promise, nearest))
+        return RobustPlan(replace(full_clocks, cut_short=cut_short), None, replayed)
     best = max(kept, key=lambda one: _worth(one.replayed, promise))
     if refined is not None:
         margin = best.replayed.margin
         more = _candidates(refined(margin), margin, replay, promise, catches_up, latency_s)
+        cut_short = cut_short or any(one.plan.cut_short for one in more)
         best = max([best, *(one for one in more if one.replayed.kept)], key=lambda one: _worth(one.replayed, promise))
-    return best
+    return replace(best, plan=replace(best.plan, cut_short=cut_short))
 
 
 def _candidates(

@@ -10,8 +10,10 @@ from ortools.sat.python import cp_model
 
 from perseus_plugin.iteration.graph import FloatArray, IntArray
 from perseus_plugin.planning.options import PlanningProblem
+from perseus_plugin.planning.work import CP_SAT, Work
 
 TIME_UNIT_S = 1e-7
+_BUILD, _BUILD_NODE = 1e-3, 8e-5  # units of work
 _ENERGY_STEPS = 100_000
 # An iteration's end is priced in watts times 0.1 us, far below a step of energy: such a model counts finer steps.
 _END_PRICE_STEPS = 100
@@ -51,6 +53,7 @@ def solve_window(
     nodes: IntArray,
     regret_j: FloatArray,
     limits: WindowLimits,
+    work: Work,
     end_price_w: float = 0.0,
 ) -> tuple[IntArray, bool]:
     """The best options found for `nodes`, the rest running as early (before them) or as late (after them) as they can.
@@ -64,6 +67,7 @@ def solve_window(
         nodes: ids of the nodes to choose anew, in topological order; constant-time nodes among them may move.
         regret_j: from `regrets`.
         limits: on the search.
+        work: what is done is added to it.
         end_price_w: what every second until the last of `nodes` ends costs; only for a window of all nodes.
 
     Returns:
@@ -75,8 +79,11 @@ def solve_window(
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.max_deterministic_time = limits.work
-    solver.parameters.max_time_in_seconds = 20 * limits.work
+    solver.parameters.max_time_in_seconds = work.solver_limit_s
     status = solver.solve(model.model)
+    work.done += _BUILD + _BUILD_NODE * len(nodes) + CP_SAT * solver.response_proto.deterministic_time
+    if status != cp_model.OPTIMAL:
+        work.brake_acts()
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return choice, False
     found = choice.copy()

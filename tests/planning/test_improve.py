@@ -14,6 +14,7 @@ from perseus_plugin.planning.options import build_problem
 from perseus_plugin.planning.relaxation import Relaxation
 from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
 from perseus_plugin.planning.window import WindowLimits, regrets, solve_window
+from perseus_plugin.planning.work import Work
 
 from .jobs import Job, brute_force, bundled_profile, jobs
 
@@ -33,6 +34,7 @@ def test_a_window_with_everything_finds_the_optimum(job: Job, share: float) -> N
         np.arange(len(problem.graph)),
         regrets(problem, relaxed.instruction_price_w),
         WindowLimits(1.0, np.inf),
+        Work(600.0),
     )
     assert proven
     end = problem.graph.iteration_time_s(problem.durations(found))
@@ -49,17 +51,19 @@ def test_never_worse_and_never_late(slowdown: float) -> None:
     deadline = problem.full_clock_time_s * (1 + slowdown)
     relaxed = Relaxation(problem).solve(deadline)
     first = round_to_deadline(problem, relaxed.earliest_finish_s, deadline)
-    better = improve(problem, relaxed, first, NORMAL, time_limit_s=3.0)
+    better = improve(problem, relaxed, first, NORMAL, Work(600.0), 3.0)
     assert problem.effective_energy_j(better) < problem.effective_energy_j(first)
     assert problem.graph.iteration_time_s(problem.durations(better)) <= deadline
     assert problem.effective_energy_j(better) + problem.total_blocking_w * deadline >= relaxed.bound_j
 
 
-def test_without_time_the_plan_stays() -> None:
+def test_without_work_the_plan_stays() -> None:
     problem = build_problem(build_graph(one_f_one_b(2, 4)), bundled_profile(2), 60.0)
     relaxed = Relaxation(problem).solve(problem.full_clock_time_s)
     first = round_to_deadline(problem, relaxed.latest_finish_s, problem.full_clock_time_s)
-    assert (improve(problem, relaxed, first, NORMAL, time_limit_s=-1.0) == first).all()
+    work = Work(600.0)
+    assert (improve(problem, relaxed, first, NORMAL, work, 0.0) == first).all()
+    assert not work.cut_short
 
 
 @settings(max_examples=30)

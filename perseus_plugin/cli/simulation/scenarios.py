@@ -10,6 +10,7 @@ from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Compute, StageStream
 from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
+from perseus_plugin.planning.work import tell_cut_short
 from perseus_plugin.profiling.profile import Profile
 
 
@@ -190,6 +191,8 @@ def _planner(
 
 def _figures(planner: Planner, scale: float, aim: Aim, limits: ChangeLimits | None, effort: Effort) -> Figures:
     plan = planner.plan(aim.target(planner.problem.full_clock_time_s), limits, effort)
+    if plan.cut_short:
+        tell_cut_short()
     return Figures(
         scale=scale,
         deadline_s=plan.deadline_s,

@@ -7,8 +7,6 @@ single phases, pairs of phases and cuts. The linear program's own prices cut aga
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 
 from perseus_plugin.errors import PlanError
@@ -19,11 +17,14 @@ from perseus_plugin.planning.few_changes.segmentation import Segments, segment
 from perseus_plugin.planning.options import Assignment, PlanningProblem
 from perseus_plugin.planning.relaxation import Relaxed
 from perseus_plugin.planning.targets import ChangeLimits, Effort
+from perseus_plugin.planning.work import Work
 
 _ROUNDS = 20
 _TRIED = 3
 _SCALINGS = 16
-_SEARCH_S = {"quick": 2.0, "normal": 15.0, "thorough": 90.0}
+_WORK: dict[Effort, float] = {"quick": 2.0, "normal": 15.0, "thorough": 90.0}
+# Cutting, per instruction: a part that is always there, and one per level and pair of clocks.
+_CUT, _CUT_PAIR = 20e-6, 3.5e-9
 
 
 def keep_limits(
@@ -33,6 +34,7 @@ def keep_limits(
     limits: ChangeLimits,
     effort: Effort,
     deadline_s: float,
+    work: Work,
 ) -> Assignment:
     """`free` if it keeps the limits, else the best assignment found that does.
 
@@ -41,19 +43,21 @@ def keep_limits(
         relaxed: the relaxation's optimum, for its prices.
         free: an assignment made without the limits.
         limits: to keep.
-        effort: how long to search.
+        effort: how much to search.
         deadline_s: to meet.
+        work: what is done is added to it.
 
     Raises:
         PlanError: no assignment that keeps the limits was found to meet the deadline.
     """
     if not violated(problem, free, limits):
         return free
-    found = _search(problem, relaxed, free, limits, effort, deadline_s)
+    found = _search(problem, relaxed, free, limits, effort, deadline_s, work)
     if found is None:
         raise PlanError(
             f"clock-change limits: with at most {limits.max_changes} changes and a dwell of {limits.min_dwell_s} s "
             f"no plan was found that ends by {deadline_s:.6f} s"
+            + ("; the search was cut short by the clock" if work.cut_short else "")
         )
     return found
 
@@ -89,27 +93,33 @@ def _search(
     limits: ChangeLimits,
     effort: Effort,
     deadline_s: float,
+    work: Work,
 ) -> Assignment | None:
     stages = stage_clocks(problem)
-    stop = time.monotonic() + _SEARCH_S[effort]
+    stop = work.done + _WORK[effort]
     best = problem.full_clocks if problem.full_clock_time_s <= deadline_s else None
     start_s = problem.graph.times(free.duration_s)[0]
-    candidates = _mixed(problem, stages, relaxed, start_s, limits, deadline_s, stop - _SEARCH_S[effort] / 2) or _scaled(
-        problem, stages, relaxed, start_s, limits, deadline_s
-    )
-    # A short search from every candidate, then a long one from the best.
-    short = 0.4 * max(0.0, stop - time.monotonic()) / max(1, len(candidates))
-    tried = []
-    for at, phases in enumerate(candidates):
-        searched = PhaseSearch(problem, stages, deadline_s, time.monotonic() + short).run(phases)
-        tried.append((assign(problem, stages, searched).energy_j, at, searched))
-    for left, (_, _, phases) in zip(range(_TRIED, 0, -1), sorted(tried, key=lambda one: one[:2]), strict=False):
-        until = time.monotonic() + max(0.0, stop - time.monotonic()) / left
-        searched = PhaseSearch(problem, stages, deadline_s, until).run(phases)
+    candidates = _mixed(
+        problem, stages, relaxed, start_s, limits, deadline_s, work, stop - _WORK[effort] / 2
+    ) or _scaled(problem, stages, relaxed, start_s, limits, deadline_s, work)
+    tried: list[tuple[float, int, Phases]] = []
+
+    def search(phases: Phases, most: float) -> None:
+        nonlocal best
+        searched = PhaseSearch(problem, stages, deadline_s, work, work.done + most).run(phases)
+        tried.append((assign(problem, stages, searched).energy_j, len(tried), searched))
         found = assign(problem, stages, _keep_dwell(problem, stages, searched, limits))
         in_time = problem.graph.iteration_time_s(found.duration_s) <= deadline_s
         if in_time and not violated(problem, found, limits) and (best is None or found.energy_j < best.energy_j):
             best = found
+
+    # A short search from every candidate, then a long one from the best. Both count: what a search gains can be lost
+    # again where the dwell has to be restored.
+    short = 0.4 * max(0.0, stop - work.done) / max(1, len(candidates))
+    for phases in candidates:
+        search(phases, short)
+    for left, (_, _, phases) in zip(range(_TRIED, 0, -1), sorted(tried, key=lambda one: one[:2]), strict=False):
+        search(phases, max(0.0, stop - work.done) / left)
     return best
 
 
@@ -120,22 +130,23 @@ def _mixed(
     start_s: FloatArray,
     limits: ChangeLimits,
     deadline_s: float,
+    work: Work,
     stop: float,
 ) -> list[Phases]:
     """Phases cut at the relaxation's prices, then again and again at the running mean of their programs' prices.
 
-    Those whose program takes the least energy come first; none if the programs are too large for the time.
+    Those whose program takes the least energy come first; none if the programs are too large for the work.
     """
     price = relaxed.instruction_price_w
     mixes: list[PhaseMix] = []
     for done in range(1, _ROUNDS + 1):
-        phases = _cut(stages, price, start_s, limits)
-        mix = solve_phases(problem, stages, phases, deadline_s, stop - time.monotonic())
+        phases = _cut(stages, price, start_s, limits, work)
+        mix = solve_phases(problem, stages, phases, deadline_s, work, stop)
         if mix is None:
             break
         mixes.append(mix)
         price = (done * price + mix.price_w) / (done + 1)
-        if time.monotonic() > stop:
+        if work.over(stop):
             break
     return [mix.phases for mix in sorted(mixes, key=lambda mix: mix.energy_j)]
 
@@ -147,12 +158,13 @@ def _scaled(
     start_s: FloatArray,
     limits: ChangeLimits,
     deadline_s: float,
+    work: Work,
 ) -> list[Phases]:
     """Phases and clocks at the relaxation's prices times the smallest factor that meets the deadline."""
     low, high, found = 0.0, 1.0, list[Phases]()
     for _ in range(_SCALINGS):
         factor = (low + high) / 2 if found else high
-        phases = _cut(stages, relaxed.instruction_price_w * factor, start_s, limits)
+        phases = _cut(stages, relaxed.instruction_price_w * factor, start_s, limits, work)
         duration = assign(problem, stages, phases).duration_s
         if problem.graph.iteration_time_s(duration) <= deadline_s:
             found, high = [phases], factor
@@ -161,13 +173,17 @@ def _scaled(
     return found
 
 
-def _cut(stages: tuple[StageClocks, ...], price_w: FloatArray, start_s: FloatArray, limits: ChangeLimits) -> Phases:
+def _cut(
+    stages: tuple[StageClocks, ...], price_w: FloatArray, start_s: FloatArray, limits: ChangeLimits, work: Work
+) -> Phases:
     """The best phases of every stage at given prices of its instructions' time."""
     begins, clocks = [], []
+    levels = 1 if limits.max_changes is None else limits.max_changes + 1
     for stage in stages:
         found = Segments((0,), (0,))
         if len(stage.nodes):
             cost = stage.energy_j + price_w[stage.nodes, None] * stage.time_s
+            work.done += len(cost) * (_CUT + _CUT_PAIR * levels * cost.shape[1] ** 2)
             found = segment(cost, start_s[stage.nodes], limits.max_changes, limits.min_dwell_s)
         begins.append(found.begins)
         clocks.append(found.clocks)

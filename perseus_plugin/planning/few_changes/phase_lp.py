@@ -10,6 +10,11 @@ from ortools.linear_solver import pywraplp
 from perseus_plugin.iteration.graph import FloatArray
 from perseus_plugin.planning.few_changes.phases import Phases, StageClocks
 from perseus_plugin.planning.options import PlanningProblem
+from perseus_plugin.planning.work import Work
+
+# Building, per precedence; a step of the simplex method, by itself and per row.
+_PRECEDENCE = 2e-5
+_STEP, _STEP_ROW = 1e-5, 2e-8
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +37,17 @@ def solve_phases(
     stages: tuple[StageClocks, ...],
     phases: Phases,
     deadline_s: float,
-    time_limit_s: float,
+    work: Work,
+    until: float,
 ) -> PhaseMix | None:
-    """Mixtures of clocks for the phases with the least energy by the deadline; None if there are none in time."""
-    return _PhaseProgram(problem, stages, phases, deadline_s).solve(time_limit_s)
+    """Mixtures of clocks for the phases with the least energy by the deadline; None if none are found.
+
+    Args:
+        problem, stages, phases, deadline_s: what to solve.
+        work: what is done is added to it.
+        until: when to stop, in units of work.
+    """
+    return _PhaseProgram(problem, stages, phases, deadline_s).solve(work, until)
 
 
 class _PhaseProgram:
@@ -114,10 +126,17 @@ class _PhaseProgram:
             for f, share in self.shares[stage][phase].items():
                 row.SetCoefficient(share, -float(self.stages[stage].time_s[position, f]) / self.unit_s)
 
-    def solve(self, time_limit_s: float) -> PhaseMix | None:
-        """The optimum, with all phases rounded to clocks that are fast enough."""
-        self.solver.SetTimeLimit(max(1, int(1000 * time_limit_s)))
-        if self.solver.Solve() != pywraplp.Solver.OPTIMAL:
+    def solve(self, work: Work, until: float) -> PhaseMix | None:
+        """The optimum, with all phases rounded to clocks that are fast enough; None if it is not found by `until`."""
+        work.done += _PRECEDENCE * len(self.rows)
+        step = _STEP + _STEP_ROW * self.solver.NumConstraints()
+        most = max(1, int((until - work.done) / step))
+        self.solver.SetSolverSpecificParametersAsString(f"max_number_of_iterations: {most}")
+        self.solver.SetTimeLimit(int(1000 * work.solver_limit_s))
+        status = self.solver.Solve()
+        work.done += step * self.solver.iterations()
+        if status != pywraplp.Solver.OPTIMAL:
+            work.brake_acts()
             return None
         clocks = []
         for stage, shares in enumerate(self.shares):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -11,8 +10,14 @@ import numpy as np
 
 from perseus_plugin.iteration.graph import FloatArray, IntArray
 from perseus_plugin.planning.options import Assignment, PlanningProblem
+from perseus_plugin.planning.work import Work
 
 _CUT_SHIFTS = (-8, -5, -3, -2, -1, 1, 2, 3, 5, 8)
+# Timing an iteration: by itself, per stage, per level and per node of the graph. A gain: by itself and per phase of its
+# stages. Looking at a pair of moves.
+_TIMING, _TIMING_STAGE, _TIMING_LEVEL, _TIMING_NODE = 15e-6, 5e-6, 2.2e-6, 5e-8
+_GAIN, _GAIN_PHASE = 6e-6, 5e-7
+_PAIR = 2e-7
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +123,8 @@ class PhaseSearch:
 
     Args:
         deadline_s: to meet.
-        until: when to stop, on the monotonic clock.
+        work: what is done is added to it.
+        until: when to stop, in units of work.
     """
 
     def __init__(
@@ -126,12 +132,16 @@ class PhaseSearch:
         problem: PlanningProblem,
         stages: tuple[StageClocks, ...],
         deadline_s: float,
+        work: Work,
         until: float,
     ) -> None:
         self.problem = problem
         self.stages = stages
         self.deadline_s = deadline_s
-        self.until = until
+        self.work, self.until = work, until
+        graph = problem.graph
+        levels = len(graph.level_start)
+        self.timing = _TIMING + _TIMING_STAGE * len(stages) + _TIMING_LEVEL * levels + _TIMING_NODE * len(graph)
         self.prefix_j = [np.vstack([np.zeros(s.energy_j.shape[1]), np.cumsum(s.energy_j, axis=0)]) for s in stages]
 
     def run(self, phases: Phases) -> Phases:
@@ -151,8 +161,8 @@ class PhaseSearch:
         return phases
 
     def expired(self) -> bool:
-        """Whether the time is up."""
-        return time.monotonic() > self.until
+        """Whether enough is done."""
+        return self.work.over(self.until)
 
     def energy_j(self, phases: Phases, stage: int) -> float:
         """Effective energy of one stage."""
@@ -162,10 +172,12 @@ class PhaseSearch:
 
     def in_time(self, phases: Phases) -> bool:
         """Whether the deadline is met."""
+        self.work.done += self.timing
         duration = assign(self.problem, self.stages, phases).duration_s
         return self.problem.graph.iteration_time_s(duration) <= self.deadline_s
 
     def _gain(self, before: Phases, after: Phases, stages: set[int]) -> float:
+        self.work.done += _GAIN + _GAIN_PHASE * sum(len(before.clocks[s]) for s in stages)
         return sum(self.energy_j(before, s) - self.energy_j(after, s) for s in stages)
 
     def _units(self, phases: Phases) -> Iterator[tuple[int, int]]:
@@ -258,6 +270,7 @@ class PhaseSearch:
             for down in range(clock + 1, min(clock + 4, len(self.stages[stage].frequency_mhz))):
                 moved = phases.with_clock(stage, phase, down)
                 slower.append((self._gain(phases, moved, {stage}), stage, phase, down))
+        self.work.done += _PAIR * len(faster) * len(slower)
         pairs = [
             (loss + gain, a, b)
             for a, (loss, *_) in enumerate(faster)

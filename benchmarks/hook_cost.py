@@ -24,7 +24,7 @@ from perseus_plugin.control.controller import ClockRequests, Controller
 from perseus_plugin.exchange.messages import CatchUpPart
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.physics import A100
-from perseus_plugin.integrations.deepspeed.engine import InstructionChain, _Hook
+from perseus_plugin.integrations.deepspeed.hooks import InstructionChain, _Hook
 from perseus_plugin.integrations.deepspeed.schedule import translate
 from perseus_plugin.session.tap import InstructionTap, IterationRecord, hooked_operations
 

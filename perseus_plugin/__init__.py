@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from perseus_plugin.cli.simulation.description import modelled_profile
     from perseus_plugin.cli.simulation.scenarios import Figures, Pipeline, simulate
     from perseus_plugin.config import load_config, parse_config
+    from perseus_plugin.integrations.base import PipelineSession
     from perseus_plugin.iteration.graph import build_graph
     from perseus_plugin.iteration.schedules import (
         early_recomputation_1f1b,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from perseus_plugin.planning.planner import Planner, make_plan
     from perseus_plugin.planning.targets import ChangeLimits, Target
     from perseus_plugin.profiling.profile import Measurement, Profile, load_profile, save_profile
-    from perseus_plugin.session.session import Session
 
 __all__ = [
     "ChangeLimits",
@@ -95,7 +95,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def enable(engine: Any, config: Any = None) -> Session | None:
+def enable(engine: Any, config: Any = None) -> PipelineSession | None:
     """Attach to a DeepSpeed `PipelineEngine`; for sites that turn `torch.backends` entry points off.
 
     Args:
@@ -109,7 +109,7 @@ def enable(engine: Any, config: Any = None) -> Session | None:
     Raises:
         ConfigError: the block is wrong, or the engine is no pipeline engine.
     """
-    from perseus_plugin.integrations.deepspeed.engine import enable as enable_on_engine
+    from perseus_plugin.integrations.deepspeed.adapter import enable as enable_on_engine
 
     return enable_on_engine(engine, config)
 

@@ -66,6 +66,6 @@ def test_type_checkers_see_what_a_running_program_gets() -> None:
     }
     own = {name: function for name, function in vars(perseus_plugin).items() if name in ("enable", "report_straggler")}
     assert {**seen, **own} == {
-        "Session": seen["Session"],  # in the signature of `enable`, and made by nobody else
+        "PipelineSession": seen["PipelineSession"],  # in the signature of `enable`, and made by nobody else
         **{name: getattr(perseus_plugin, name) for name in perseus_plugin.__all__ if name != "__version__"},
     }

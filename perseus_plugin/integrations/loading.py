@@ -15,24 +15,25 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 
-# Module of a framework -> what it is called in messages, and our module and function that patch it.
-_PATCHES = {
-    "deepspeed.runtime.engine": ("DeepSpeed", "perseus_plugin.integrations.deepspeed.engine", "patch_engine_module"),
-    "deepspeed.runtime.pipe.engine": (
+# A framework is one entry: what it is called in messages, its modules, and our function that patches each of them.
+_FRAMEWORKS = (
+    (
         "DeepSpeed",
-        "perseus_plugin.integrations.deepspeed.engine",
-        "patch_engine_module",
+        ("deepspeed.runtime.engine", "deepspeed.runtime.pipe.engine"),
+        "perseus_plugin.integrations.deepspeed.adapter:patch_engine_module",
     ),
-    **dict.fromkeys(
-        ("nvidia_resiliency_ext.straggler.straggler", "nvidia_resiliency_ext.attribution.straggler.straggler"),
-        ("nvidia-resiliency-ext", "perseus_plugin.integrations.resiliency", "patch_straggler_module"),
-    ),
-    "megatron.training.arguments": (
+    (
         "Megatron",
-        "perseus_plugin.integrations.megatron.arguments",
-        "patch_arguments_module",
+        ("megatron.training.arguments",),
+        "perseus_plugin.integrations.megatron.arguments:patch_arguments_module",
     ),
-}
+    (
+        "nvidia-resiliency-ext",
+        ("nvidia_resiliency_ext.straggler.straggler", "nvidia_resiliency_ext.attribution.straggler.straggler"),
+        "perseus_plugin.integrations.resiliency:patch_straggler_module",
+    ),
+)
+_PATCHES = {module: (name, patch) for name, modules, patch in _FRAMEWORKS for module in modules}
 
 
 def install_import_hooks() -> None:
@@ -108,7 +109,7 @@ class _PatchingLoader(Loader):
 
 
 def _patch(module: ModuleType, name: str) -> None:
-    _, where, function = _PATCHES[name]
+    where, _, function = _PATCHES[name][1].partition(":")
     getattr(importlib.import_module(where), function)(module)
 
 

@@ -1,27 +1,18 @@
 from __future__ import annotations
 
-import sys
-import types
+from collections.abc import Iterator
 
 import pytest
 
-from perseus_plugin.stragglers.external import ExternalFigures
-
-
-class FakeSession:
-    """Keeps what other straggler detectors tell it."""
-
-    def __init__(self) -> None:
-        self.closed = False
-        self.took: list[ExternalFigures] = []
-
-    def external_figures(self, figures: ExternalFigures) -> None:
-        self.took.append(figures)
+from perseus_plugin.config import PerseusConfig
+from perseus_plugin.integrations.base import start_session
+from perseus_plugin.integrations.in_memory import InMemorySession, sessions_in_memory
+from tests.factories import placement
 
 
 @pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
-    """The only session of this process."""
-    session = FakeSession()
-    monkeypatch.setitem(sys.modules, "perseus_plugin.session.session", types.SimpleNamespace(live_sessions={session}))  # type: ignore[arg-type]
-    return session
+def session() -> Iterator[InMemorySession]:
+    """The only session of this process; it keeps what other straggler detectors tell it."""
+    with sessions_in_memory() as sessions:
+        start_session(PerseusConfig(), placement())
+        yield sessions[0]

@@ -82,7 +82,7 @@ def test_engines_imported_later_are_patched_and_others_left_alone(packages: Path
         f"""
         {INSTALL}
         import sys
-        assert "perseus_plugin.integrations.deepspeed.engine" not in sys.modules
+        assert "perseus_plugin.integrations.deepspeed.adapter" not in sys.modules
         import deepspeed, deepspeed.runtime.other
         from {PIPE} import PipelineEngine
         from deepspeed.runtime.engine import DeepSpeedEngine, Config
@@ -200,7 +200,7 @@ def test_a_patch_that_fails_is_a_warning_and_deepspeed_is_as_ever(packages: Path
         f"""
         import sys
         {INSTALL}
-        sys.modules["perseus_plugin.integrations.deepspeed.engine"] = None  # importing it raises
+        sys.modules["perseus_plugin.integrations.deepspeed.adapter"] = None  # importing it raises
         from {PIPE} import PipelineEngine
         assert PipelineEngine().built
         """,
@@ -210,7 +210,7 @@ def test_a_patch_that_fails_is_a_warning_and_deepspeed_is_as_ever(packages: Path
 
 
 SABOTAGE = [
-    "sys.modules['perseus_plugin.integrations.deepspeed.engine'] = None",
+    "sys.modules['perseus_plugin.integrations.deepspeed.adapter'] = None",
     "sys.meta_path = None",
     f"sys.modules['{PIPE}'] = None",
     f"sys.modules['{PIPE}'] = 'no module'",
@@ -247,7 +247,7 @@ def test_deepspeed_imports_where_warnings_are_errors_and_the_patch_fails(package
         f"""
         import sys
         {INSTALL}
-        sys.modules["perseus_plugin.integrations.deepspeed.engine"] = None
+        sys.modules["perseus_plugin.integrations.deepspeed.adapter"] = None
         from {PIPE} import PipelineEngine
         print("alive")
         """,
@@ -295,6 +295,7 @@ def test_megatrons_parser_knows_the_flags_and_nothing_else_changes(packages: Pat
     loaded = [
         "errors",
         "integrations",
+        "integrations.base",
         "integrations.loading",
         "integrations.megatron",
         "integrations.megatron.arguments",

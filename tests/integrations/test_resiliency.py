@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from perseus_plugin.integrations.resiliency import SOURCE, patch_straggler_module, take_report
+from perseus_plugin.integrations.base import tell
+from perseus_plugin.integrations.in_memory import InMemorySession
+from perseus_plugin.integrations.resiliency import ResiliencyDetector, patch_straggler_module
 from perseus_plugin.stragglers.external import ExternalFigures
-
-from .conftest import FakeSession
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -61,24 +61,24 @@ def test_the_real_detectors_report_reaches_the_session() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(folder)])}
     done = subprocess.run([sys.executable, "-c", REAL], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{SOURCE} True {[(0, 1.0), (1, 1.25), (2, 2.0)]}\n"
+    assert done.stdout == f"nvidia-resiliency-ext True {[(0, 1.0), (1, 1.25), (2, 2.0)]}\n"
 
 
-def test_scores_become_relative_times(session: FakeSession) -> None:
-    assert take_report(report({0: 1.0, 1: 0.8, 2: 0.5}))
+def test_scores_become_relative_times(session: InMemorySession) -> None:
+    assert tell(ResiliencyDetector(), report({0: 1.0, 1: 0.8, 2: 0.5}))
     (figures,) = session.took
-    assert figures == ExternalFigures(SOURCE, {0: 1.0, 1: 1.25, 2: 2.0}, comparable=True)
+    assert figures == ExternalFigures("nvidia-resiliency-ext", {0: 1.0, 1: 1.25, 2: 2.0}, comparable=True)
 
 
-def test_a_report_without_scores_of_others_is_not_taken(session: FakeSession) -> None:
+def test_a_report_without_scores_of_others_is_not_taken(session: InMemorySession) -> None:
     for told in (None, report({}), report({3: 0.5})):
-        assert not take_report(told)
+        assert not tell(ResiliencyDetector(), told)
     session.closed = True
-    assert not take_report(report({0: 1.0, 1: 0.8}))
+    assert not tell(ResiliencyDetector(), report({0: 1.0, 1: 0.8}))
     assert not session.took
 
 
-def test_it_is_patched_once(session: FakeSession) -> None:
+def test_it_is_patched_once(session: InMemorySession) -> None:
     class Detector:
         @classmethod
         def generate_report(cls) -> Any:
@@ -92,7 +92,7 @@ def test_it_is_patched_once(session: FakeSession) -> None:
 
 
 def test_a_report_that_is_not_understood_costs_a_warning(
-    session: FakeSession, caplog: pytest.LogCaptureFixture
+    session: InMemorySession, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Detector:
         @classmethod

@@ -1,4 +1,4 @@
-"""Translation of a DeepSpeed pipeline schedule into instruction streams.
+"""Translation of a DeepSpeed pipeline schedule into instruction streams, and those that a job has seen.
 
 Works on the schedule's own instruction objects by class name, so it needs no DeepSpeed import and takes the classes of
 forks along: any instruction that is neither communication nor constant-time work counts as controllable compute.
@@ -6,11 +6,18 @@ forks along: any instruction that is neither communication nor constant-time wor
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from perseus_plugin.errors import ScheduleError
+from perseus_plugin.integrations.base import job_rank
+from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import BACKWARD, FORWARD, Compute, Constant, Receive, Send, StreamOp
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZER_STEP = "optimizer_step"
 _CONSTANT = {
@@ -99,3 +106,81 @@ def _kind(class_name: str) -> str:
         return _KINDS[class_name]
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name.removesuffix("Pass")).lower()
     return words or class_name.lower()
+
+
+StreamOfStage = Callable[[int], list[StreamOp]]
+
+
+class StreamCache:
+    """Streams of the schedules seen; a schedule is known by its class and shape.
+
+    A class that cannot be understood (a fork's, whose constructor wants more, or whose instructions make no pipeline)
+    is named once, and its iterations run at full clocks. All ranks build all stages' streams, so all find the same.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[type, Any, Any], tuple[str, StreamOfStage] | Exception] = {}
+        self._named: set[type] = set()
+
+    def get(self, schedule: Any) -> tuple[str, StreamOfStage] | None:
+        """Name and streams of a schedule; None for one that is not understood."""
+        known = self._look_up(schedule)
+        if isinstance(known, Exception):
+            self._say(type(schedule), known)
+            return None
+        return known
+
+    def trains(self, schedule: Any) -> bool:
+        """Whether a schedule is one of training: it has a step of the optimizer."""
+        known = self._look_up(schedule)
+        return not isinstance(known, Exception) and any(getattr(op, "name", "") == OPTIMIZER_STEP for op in known[1](0))
+
+    def refuse(self, schedule: Any, error: ScheduleError) -> None:
+        """A schedule that ran otherwise than its class says is not followed from now on; every rank names its own."""
+        self._known[_shape(schedule)] = error
+        self._say(type(schedule), error, everywhere=True)
+
+    def _look_up(self, schedule: Any) -> tuple[str, StreamOfStage] | Exception:
+        shape = _shape(schedule)
+        if shape not in self._known:
+            try:
+                self._known[shape] = _streams(*shape)
+            except Exception as error:
+                self._known[shape] = error
+        return self._known[shape]
+
+    def _say(self, schedule_class: type, error: Exception, everywhere: bool = False) -> None:
+        if schedule_class in self._named:
+            return
+        self._named.add(schedule_class)
+        if everywhere or job_rank() == 0:
+            logger.warning(
+                "the schedule %s.%s is not one that perseus can follow (%s): its iterations run at full clocks, and "
+                "training is not affected. A schedule is followed that can be made from micro_batches, stages and "
+                "stage_id alone, and then yields what it runs",
+                schedule_class.__module__,
+                schedule_class.__qualname__,
+                error,
+            )
+
+
+def _shape(schedule: Any) -> tuple[type, Any, Any]:
+    return type(schedule), getattr(schedule, "micro_batches", None), getattr(schedule, "stages", None)
+
+
+def _streams(schedule_class: type, microbatches: Any, stages: Any) -> tuple[str, StreamOfStage]:
+    """Name and streams of a shape of a schedule, checked for all stages.
+
+    Raises:
+        Exception: whatever a foreign class raises when it is made, or ours if its streams make no pipeline.
+    """
+    if not (isinstance(microbatches, int) and isinstance(stages, int)):
+        raise ScheduleError("it has no numbers of micro_batches and stages")
+
+    @functools.cache
+    def stream_of(stage: int) -> list[StreamOp]:
+        made = schedule_class(micro_batches=microbatches, stages=stages, stage_id=stage)
+        return translate(made.steps(), stage)
+
+    build_graph([stream_of(stage) for stage in range(stages)], {})
+    return f"{schedule_class.__name__}/{stages}x{microbatches}", stream_of

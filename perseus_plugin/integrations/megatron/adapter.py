@@ -1,15 +1,14 @@
 """Megatron: from `--perseus` on its command line to a session that follows its schedules.
 
-`megatron_arguments` has the flags, `megatron_hooks` what runs in Megatron's place, `megatron_schedule` the instruction
-streams, and `megatron_metrics` what goes to its writers. Here a job is looked at: what it is, where its ranks sit, and
-whether it can be controlled.
+`arguments.py` has the flags, `hooks.py` what runs in Megatron's place, `schedule.py` the instruction streams, and
+`metrics.py` what goes to its writers. Here a job is looked at: what it is, where its ranks sit, and whether it can be
+controlled.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import importlib
 import logging
 import os
@@ -18,23 +17,22 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from perseus_plugin.errors import ConfigError, PerseusError, os_problem
-from perseus_plugin.integrations.megatron.arguments import (
-    add_arguments,
+from perseus_plugin.exchange.messages import Placement
+from perseus_plugin.integrations.base import (
+    PipelineSession,
     is_first_of_machine,
-    patch_arguments_module,
+    model_digest,
     rank_in_front,
+    start_session,
+    started,
 )
 from perseus_plugin.integrations.megatron.hooks import BRACKETS, Hooks, Schedule
+from perseus_plugin.integrations.megatron.metrics import Metrics, metrics_of
 from perseus_plugin.integrations.megatron.schedule import Shape, supports_waiting_for_sends
 from perseus_plugin.integrations.megatron.stragglers import listen
 
 if TYPE_CHECKING:
     from perseus_plugin.config import PerseusConfig
-    from perseus_plugin.exchange.messages import Placement
-    from perseus_plugin.session.session import Session
-
-__all__ = ["add_arguments", "install", "patch_arguments_module"]
 
 logger = logging.getLogger(__name__)
 
@@ -166,9 +164,9 @@ class _Job:
     def __init__(self, config: PerseusConfig, arguments: argparse.Namespace) -> None:
         self._config, self._arguments = config, arguments
         self._schedules: dict[tuple[bool, int, int], Schedule] = {}
-        self._metrics: Any = None
+        self._metrics: Metrics | None = None
 
-    def start(self, model: list[Any], known: Mapping[str, Any]) -> Session | None:
+    def start(self, model: list[Any], known: Mapping[str, Any]) -> PipelineSession | None:
         """Start the session.
 
         Args:
@@ -179,31 +177,21 @@ class _Job:
             ConfigError: something in the configuration does not fit this job.
         """
         self._schedules.clear()  # with another model the pipeline may be another one, too
-        try:
-            from perseus_plugin.integrations.megatron.metrics import metrics_of
-            from perseus_plugin.session.session import start_session
+        return started(lambda: self._start(model, known))
 
-            reason = why_not(self._arguments) or why_not(_configuration_of(model))
-            if reason:
-                say_off(reason)
-                return None
-            where = placement(_device_of(model))
-            if where.stages < 2 and self._config.profiling.load is None:
-                say_off("it needs pipeline parallelism, and this job has one stage (--pipeline-model-parallel-size)")
-                return None
-            self._metrics = metrics_of(self._arguments, where)
-            settings = {**known, **vars(self._arguments)}
-            about = samples_per_iteration(settings)
-            return start_session(self._config, where, self._metrics, facts(model, settings), about)
-        except ConfigError:
-            raise
-        except (OSError, PerseusError) as error:
-            problem = os_problem(error) if isinstance(error, OSError) else error
-            logger.warning("perseus is off: it could not start: %s; training goes on at full clocks", problem)
+    def _start(self, model: list[Any], known: Mapping[str, Any]) -> PipelineSession | None:
+        reason = why_not(self._arguments) or why_not(_configuration_of(model))
+        if reason:
+            say_off(reason)
             return None
-        except Exception:
-            logger.exception("perseus is off: it could not start; training goes on at full clocks")
+        where = placement(_device_of(model))
+        if where.stages < 2 and self._config.profiling.load is None:
+            say_off("it needs pipeline parallelism, and this job has one stage (--pipeline-model-parallel-size)")
             return None
+        self._metrics = metrics_of(self._arguments, where)
+        settings = {**known, **vars(self._arguments)}
+        about = samples_per_iteration(settings)
+        return start_session(self._config, where, self._metrics, facts(model, settings), about)
 
     def schedule_of(self, interleaved: bool, model: list[Any], microbatches: int) -> Schedule:
         """The schedule of the iteration that begins now."""
@@ -260,8 +248,6 @@ def placement(device: str) -> Placement:
     import torch.distributed
     from megatron.core import parallel_state
 
-    from perseus_plugin.exchange.messages import Placement
-
     world_size = torch.distributed.get_world_size()
     stages = int(parallel_state.get_pipeline_model_parallel_world_size())
     dense = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
@@ -289,12 +275,9 @@ def facts(model: list[Any], settings: Mapping[str, Any]) -> dict[str, str]:
     import megatron.core
     import torch
 
-    digest = hashlib.sha256()
-    for number, chunk in enumerate(model):
-        for name, parameter in chunk.named_parameters():
-            digest.update(f"{number} {name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+    named = ((f"{number} {name}", p) for number, chunk in enumerate(model) for name, p in chunk.named_parameters())
     return {
-        "model": digest.hexdigest()[:16],
+        "model": model_digest(named),
         "torch": torch.__version__,
         "megatron-core": megatron.core.__version__,
         **{name.replace("_", " "): str(settings.get(name)) for name in _MODEL_FACTS},

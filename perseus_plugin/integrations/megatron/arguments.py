@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import argparse
 import functools
-import logging
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from perseus_plugin.errors import ConfigError
+from perseus_plugin.integrations.base import is_first_of_machine, rank_in_front, say_could_not_start, wrap_once
 
 if TYPE_CHECKING:
     from perseus_plugin.config import PerseusConfig
 
-logger = logging.getLogger(__name__)
-
 _FLAG = "--perseus"
-_PATCHED = "_perseus_patched"
 
 # Flag -> where it goes in the block, whether it is a number, and its help.
 _SETTINGS: Mapping[str, tuple[tuple[str, ...], bool, str, str]] = {
@@ -61,22 +57,17 @@ _SETTINGS: Mapping[str, tuple[tuple[str, ...], bool, str, str]] = {
 
 def patch_arguments_module(module: ModuleType) -> None:
     """Have a freshly imported `megatron.training.arguments` know the flags. Idempotent."""
-    stock = getattr(module, "add_megatron_arguments", None)
-    if stock is None or hasattr(stock, _PATCHED):
-        return
 
-    @functools.wraps(stock)
-    def add_megatron_arguments(*args: Any, **kwargs: Any) -> Any:
-        return add_arguments(stock(*args, **kwargs))
+    def around(stock: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: add_arguments(stock(*args, **kwargs))
 
-    setattr(add_megatron_arguments, _PATCHED, True)
-    vars(module)["add_megatron_arguments"] = add_megatron_arguments
+    wrap_once(module, "add_megatron_arguments", around)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags to a parser, and have it act on them once it has parsed.
 
-    With `--perseus` given and the settings in order, Megatron's schedules are hooked (see `megatron.install`). Settings
+    With `--perseus` given and the settings in order, Megatron's schedules are hooked (see `adapter.install`). Settings
     that are wrong end the program with one line, from the first rank of each machine. Idempotent.
     """
     if _FLAG in parser._option_string_actions:
@@ -155,8 +146,7 @@ def _act_on(arguments: argparse.Namespace, program: str) -> None:
         _leave(f"{program}: error: {error}")
     except Exception:
         if is_first_of_machine():
-            # A fault of ours, or an incomplete installation.
-            logger.exception("%sperseus is off: it could not start; training goes on at full clocks", rank_in_front())
+            say_could_not_start(rank_in_front())  # a fault of ours, or an incomplete installation
 
 
 def _leave(message: str) -> NoReturn:
@@ -169,15 +159,3 @@ def _leave(message: str) -> NoReturn:
     if is_first_of_machine():
         print(f"{rank_in_front()}{message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def is_first_of_machine() -> bool:
-    """Whether this is the rank that speaks for its machine; before the job has its process group."""
-    # Launchers that set no LOCAL_RANK leave rank 0 to speak for all.
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
-
-
-def rank_in_front() -> str:
-    """What to begin a line with that several ranks may say; nothing without a launcher."""
-    rank = os.environ.get("RANK", "")
-    return f"rank {rank}: " if rank else ""

@@ -19,9 +19,10 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from perseus_plugin.errors import ConfigError
+from perseus_plugin.integrations.base import Function, PipelineSession, iteration
 from perseus_plugin.integrations.megatron.schedule import (
     Id,
     Shape,
@@ -33,12 +34,7 @@ from perseus_plugin.integrations.megatron.schedule import (
 )
 from perseus_plugin.iteration.instructions import StreamOp
 
-if TYPE_CHECKING:
-    from perseus_plugin.session.session import Session
-
 logger = logging.getLogger(__name__)
-
-Function = Callable[..., Any]
 
 BRACKETS = {
     "forward_backward_no_pipelining": False,
@@ -161,7 +157,7 @@ class Hooks:
 
     def __init__(
         self,
-        start: Callable[[list[Any], Mapping[str, Any]], Session | None],
+        start: Callable[[list[Any], Mapping[str, Any]], PipelineSession | None],
         schedule_of: Callable[[bool, list[Any], int], Schedule],
         after_iteration: Callable[[], None] = lambda: None,
     ) -> None:
@@ -169,7 +165,7 @@ class Hooks:
         self.after_iteration = after_iteration
         self._lasting: list[_Place] = []
         self._within: list[_Place] = []
-        self._session: Session | None = None
+        self._session: PipelineSession | None = None
         self._model: Callable[[], Any] = lambda: None
         self._removed = self._said_other_model = False
         self._not_followed: set[str] = set()
@@ -256,7 +252,7 @@ class Hooks:
 
         return run_schedule
 
-    def _session_for(self, model: Any, known: Mapping[str, Any]) -> Session | None:
+    def _session_for(self, model: Any, known: Mapping[str, Any]) -> PipelineSession | None:
         """The session, made at the first training iteration of a model; None for others as long as that one lives."""
         first = _chunks(model)[0]
         if self._session is None and not self._removed:
@@ -290,35 +286,32 @@ class Hooks:
         except TypeError:  # what cannot be watched stays
             self._model = lambda: first
 
-    def _session_ended(self, session: Session) -> None:
+    def _session_ended(self, session: PipelineSession) -> None:
         if session is self._session:
             self.remove()
 
-    def _model_gone(self, session: Session) -> None:
+    def _model_gone(self, session: PipelineSession) -> None:
         """With its model a session ends: the GPU is free at once, and the next model is planned for."""
         if session is self._session and not self._removed:
             self._session, self._said_other_model = None, False
         session.close()
 
-    def _step(self, session: Session, run: Callable[[], Any]) -> Any:
-        session.begin_iteration()
+    def _step(self, session: PipelineSession, run: Callable[[], Any]) -> Any:
         self._in_step, self._ran, self._at_end = True, False, False
         try:
-            return run()
-        except BaseException:
-            # A script that catches it does not train on at the clock of the instruction that failed.
-            session.evaluation()
-            raise
+            with iteration(session):
+                try:
+                    return run()
+                finally:
+                    if self._at_end:
+                        session.tap.end()
+                    session.end_schedule()
         finally:
             self._in_step = False
-            if self._at_end:
-                session.tap.end()
-            session.end_schedule()
-            session.end_iteration()
             self.after_iteration()
 
     def _follow(
-        self, session: Session, interleaved: bool, model: list[Any], microbatches: int, run: Callable[[], Any]
+        self, session: PipelineSession, interleaved: bool, model: list[Any], microbatches: int, run: Callable[[], Any]
     ) -> Any:
         if self._ran:  # the same batch again, to validate results or after an overflow
             session.evaluation()

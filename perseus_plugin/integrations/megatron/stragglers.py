@@ -6,50 +6,29 @@ clocks and unequal stages look like stragglers there; the session knows both.
 
 from __future__ import annotations
 
-import functools
-import logging
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from perseus_plugin.session.running import running_sessions
+from perseus_plugin.integrations.base import StragglerSource, pass_on
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from perseus_plugin.stragglers.external import ExternalFigures
 
-SOURCE = "megatron"
 
-_PATCHED = "_perseus_patched"
+class MegatronDetector(StragglerSource):
+    """What the detector has gathered from all ranks; None on other ranks than 0."""
+
+    name, known_as = "megatron", "--log-straggler"
+
+    def figures(self, report: Any) -> ExternalFigures | None:
+        """From the throughputs."""
+        from perseus_plugin.stragglers.external import ExternalFigures
+
+        told = [throughput()[:2] for throughput in getattr(report, "aflops", None) or ()]
+        times = {int(rank): 1 / float(flops) for flops, rank in told if float(flops) > 0}
+        return ExternalFigures(self.name, times, kinds=("forward",)) if told else None
 
 
 def listen(utils: ModuleType) -> None:
     """Have the detector of `megatron.core.utils` pass on what it gathers on rank 0. Idempotent."""
-    detector = getattr(utils, "StragglerDetector", None)
-    stock = getattr(detector, "_min_max", None)
-    if stock is None or hasattr(stock, _PATCHED):
-        return
-
-    @functools.wraps(stock)
-    def min_max(self: Any, *args: Any, **kwargs: Any) -> Any:
-        gathered = stock(self, *args, **kwargs)
-        try:
-            take(gathered)
-        except Exception:
-            logger.warning("a report of --log-straggler was not understood; training goes on", exc_info=True)
-        return gathered
-
-    setattr(min_max, _PATCHED, True)
-    setattr(detector, "_min_max", min_max)  # noqa: B010 - mypy knows nothing of the class
-
-
-def take(gathered: Any) -> bool:
-    """Have this process's session look at what the detector has gathered from all ranks; None on other ranks."""
-    throughputs = getattr(gathered, "aflops", None)
-    sessions = running_sessions()
-    if not throughputs or not sessions:
-        return False
-    from perseus_plugin.stragglers.external import ExternalFigures
-
-    told = [throughput()[:2] for throughput in throughputs]
-    times = {int(rank): 1 / float(flops) for flops, rank in told if float(flops) > 0}
-    for session in sessions:
-        session.external_figures(ExternalFigures(SOURCE, times, kinds=("forward",)))
-    return True
+    pass_on(getattr(utils, "StragglerDetector", None), "_min_max", MegatronDetector())

@@ -19,7 +19,7 @@ from perseus_plugin.config import PerseusConfig
 from perseus_plugin.errors import ConfigError, GpuError
 from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.exchange.store import LocalExchange
-from perseus_plugin.integrations.deepspeed.engine import patch_engine_module
+from perseus_plugin.integrations.deepspeed.adapter import patch_engine_module
 from perseus_plugin.iteration.timetable import Round, Timetable
 from perseus_plugin.session import session as session_module
 from perseus_plugin.session.link import FinishedIteration, Link

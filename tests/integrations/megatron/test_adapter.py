@@ -12,9 +12,10 @@ import torch
 
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.exchange.messages import Placement
+from perseus_plugin.integrations.in_memory import sessions_in_memory
 from perseus_plugin.integrations.megatron import adapter as megatron
+from perseus_plugin.integrations.megatron.arguments import add_arguments
 from perseus_plugin.integrations.megatron.hooks import BRACKETS
-from perseus_plugin.session import session
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -219,7 +220,7 @@ def test_hooking_that_fails_leaves_megatron_and_the_parser_as_they_were(
     else:
         monkeypatch.setattr(megatron, "why_not", lambda settings: 1 / 0)
     stock = {**vars(schedules), **vars(training)}
-    parser = megatron.add_arguments(argparse.ArgumentParser())
+    parser = add_arguments(argparse.ArgumentParser())
     parser.add_argument("--log-straggler", action="store_true")
     assert parser.parse_args(["--perseus", "--log-straggler"]).perseus is True
     assert {**vars(schedules), **vars(training)} == stock
@@ -253,29 +254,29 @@ def test_a_session_that_cannot_start_leaves_training_as_it_was(
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     job = megatron._Job(PerseusConfig(), argparse.Namespace(micro_batch_size=2))
-    asked: list[Any] = []
+    model = [torch.nn.Linear(1, 1)]
+    with sessions_in_memory() as sessions:
+        session = job.start(model, {"micro_batch_size": 9, "seq_length": 32})
+        assert sessions == [session]
+        assert (sessions[0].placement.device, sessions[0].placement.stages) == ("cpu", 2)
+        facts = dict(sessions[0].facts or {})
+        assert (facts["micro batch size"], facts["seq length"]) == ("2", "32"), "Megatron's arguments go first"
+    with sessions_in_memory(OSError("no more processes")) as sessions:
+        assert job.start(model, {}) is None
+        assert "perseus is off: it could not start: no more processes; training goes on at full clocks" in caplog.text
+        caplog.clear()
+        core.utils.get_model_config = lambda chunk: SimpleNamespace(hybrid_context_parallel=True)
+        assert job.start(model, {}) is None
+        assert "every microbatch is another piece of work" in caplog.text, "what cannot be controlled is not tried"
 
-    def start(config: Any, where: Any, monitor: Any, facts: Any, about: Any) -> None:
-        asked.append((where, facts))
-        raise OSError("no more processes")
+        def broken(chunk: Any) -> None:
+            raise AttributeError("no config")
 
-    monkeypatch.setattr(session, "start_session", start)
-    assert job.start([torch.nn.Linear(1, 1)], {"micro_batch_size": 9, "seq_length": 32}) is None
-    ((where, facts),) = asked
-    assert (where.device, where.stages) == ("cpu", 2)
-    assert (facts["micro batch size"], facts["seq length"]) == ("2", "32"), "Megatron's arguments go first"
-    assert "perseus is off: it could not start: no more processes; training goes on at full clocks" in caplog.text
-    core.utils.get_model_config = lambda chunk: SimpleNamespace(hybrid_context_parallel=True)
-    assert job.start([torch.nn.Linear(1, 1)], {}) is None
-    assert len(asked) == 1, "what cannot be controlled is not tried"
-
-    def broken(chunk: Any) -> None:
-        raise AttributeError("no config")
-
-    caplog.clear()
-    core.utils.get_model_config = broken
-    assert job.start([torch.nn.Linear(1, 1)], {}) is None
-    assert caplog.messages == ["perseus is off: it could not start; training goes on at full clocks"]
+        caplog.clear()
+        core.utils.get_model_config = broken
+        assert job.start(model, {}) is None
+    (message,) = caplog.messages
+    assert message.startswith("perseus is off: it could not start; training goes on at full clocks. This is a fault of")
 
 
 def test_the_samples_of_an_iteration_are_no_part_of_what_a_job_is(core: ModuleType) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from perseus_plugin.integrations.megatron.stragglers import SOURCE, listen, take
-from tests.integrations.conftest import FakeSession
+from perseus_plugin.integrations.base import tell
+from perseus_plugin.integrations.in_memory import InMemorySession
+from perseus_plugin.integrations.megatron.stragglers import MegatronDetector, listen
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -50,18 +51,18 @@ def test_the_real_detectors_figures_reach_the_session() -> None:
         pytest.skip("megatron-core is not installed")
     done = subprocess.run([sys.executable, "-c", REAL], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{SOURCE} {[(0, 1 / 400), (1, 1 / 200), (2, 1 / 400)]}\n"
+    assert done.stdout == f"megatron {[(0, 1 / 400), (1, 1 / 200), (2, 1 / 400)]}\n"
 
 
-def test_other_ranks_and_closed_sessions_take_nothing(session: FakeSession) -> None:
-    assert not take(None)
-    assert not take(types.SimpleNamespace(aflops=None))
+def test_other_ranks_and_closed_sessions_take_nothing(session: InMemorySession) -> None:
+    assert not tell(MegatronDetector(), None)
+    assert not tell(MegatronDetector(), types.SimpleNamespace(aflops=None))
     session.closed = True
-    assert not take(types.SimpleNamespace(aflops=[lambda: (1.0, 0, "")]))
+    assert not tell(MegatronDetector(), types.SimpleNamespace(aflops=[lambda: (1.0, 0, "")]))
     assert not session.took
 
 
-def test_what_is_not_understood_costs_a_warning(session: FakeSession, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_understood_costs_a_warning(session: InMemorySession, caplog: pytest.LogCaptureFixture) -> None:
     class StragglerDetector:
         def _min_max(self) -> Any:
             return types.SimpleNamespace(aflops=["fast"])

@@ -1,4 +1,4 @@
-"""DeepSpeed: from `PipelineEngine`'s instruction stream to session calls.
+"""What stands in the place of a DeepSpeed engine's own functions while it trains under a session.
 
 `PipelineEngine._INSTRUCTION_MAP` holds the functions captured when the class was made, so overriding
 `_exec_forward_pass` would do nothing. While a training schedule runs under a session, the engine *instance* carries an
@@ -10,207 +10,24 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
-import logging
 import weakref
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from perseus_plugin.config import BLOCK, PerseusConfig, load_config, parse_config
-from perseus_plugin.errors import ConfigError, PerseusError, ScheduleError, os_problem
-from perseus_plugin.integrations.deepspeed.schedule import OPTIMIZER_STEP, operation_name, operation_of, translate
+from perseus_plugin.errors import ScheduleError
+from perseus_plugin.integrations.base import PipelineSession, iteration
+from perseus_plugin.integrations.deepspeed.schedule import StreamCache, operation_name, operation_of
 from perseus_plugin.iteration.instructions import Compute, Constant, StreamOp
 
-if TYPE_CHECKING:
-    from perseus_plugin.session.session import Session
-
-logger = logging.getLogger(__name__)
-
+SESSION = "_perseus_session"
+"""Attribute of an engine that has one."""
 _MAP = "_INSTRUCTION_MAP"
-_SESSION = "_perseus_session"
 _DETACH = "_perseus_detach"
-_PATCHED = "_perseus_patched"
 _STREAMS_KEPT = 15  # lists of names of schedules that take turns
 
 
-def patch_engine_module(module: ModuleType) -> None:
-    """Make the engine class of a freshly imported DeepSpeed module attach itself. Idempotent."""
-    name = "PipelineEngine" if hasattr(module, "PipelineEngine") else "DeepSpeedEngine"
-    engine_class = getattr(module, name, None)
-    if engine_class is None or _PATCHED in vars(engine_class):
-        return
-    stock_init = engine_class.__init__
-    after = _attach_if_enabled if name == "PipelineEngine" else _warn_without_pipeline
-
-    @functools.wraps(stock_init)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        # Checked before the engine is built: a wrong block should cost seconds, not a model's initialisation.
-        config = _config_of(kwargs.get("config_class"))
-        stock_init(self, *args, **kwargs)
-        after(self, config if config is not None else _config_of(getattr(self, "_config", None)))
-
-    engine_class.__init__ = init
-    setattr(engine_class, _PATCHED, True)
-
-
-def enable(engine: Any, config: Any = None) -> Session | None:
-    """See `perseus_plugin.enable`."""
-    existing: Session | None = vars(engine).get(_SESSION)
-    if existing is not None:
-        return existing
-    if not hasattr(type(engine), "_INSTRUCTION_MAP"):
-        raise ConfigError(f"enable: got a {type(engine).__name__}; allowed: a DeepSpeed PipelineEngine")
-    if config is None:
-        parsed = _config_of(getattr(engine, "_config", None))
-    elif isinstance(config, PerseusConfig):
-        parsed = config
-    elif isinstance(config, (str, Path)):
-        parsed = load_config(config)
-    else:
-        parsed = parse_config(config)
-    if parsed is None or not parsed.enabled:
-        return None
-    return _attach(engine, parsed)
-
-
-def _config_of(deepspeed_config: Any) -> PerseusConfig | None:
-    """The parsed block of a `DeepSpeedConfig`, None when it has none."""
-    block = getattr(deepspeed_config, "_param_dict", {}).get(BLOCK)
-    if block is None:
-        return None
-    try:
-        return parse_config(block)
-    except ConfigError:
-        if _rank() != 0:
-            raise SystemExit(1) from None  # rank 0 says it; the same traceback from every rank would bury it
-        raise
-
-
-def _rank() -> int:
-    import torch.distributed
-
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _attach_if_enabled(engine: Any, config: PerseusConfig | None) -> None:
-    if config is not None and config.enabled and _SESSION not in vars(engine):
-        _attach(engine, config)
-
-
-def _warn_without_pipeline(engine: Any, config: PerseusConfig | None) -> None:
-    if config is not None and config.enabled and not hasattr(type(engine), "_INSTRUCTION_MAP"):
-        _say_no_pipeline()
-
-
-def _say_no_pipeline() -> None:
-    if _rank() == 0:
-        logger.warning(
-            "perseus is off: it needs pipeline parallelism, and this engine has none. Give deepspeed.initialize a "
-            "PipelineModule with at least 2 stages, or remove the %r block.",
-            BLOCK,
-        )
-
-
-def _attach(engine: Any, config: PerseusConfig) -> Session | None:
-    """Start a session for this engine and bracket its training iterations.
-
-    Nothing here may stop the job: the configuration has been checked, everything else degrades to full clocks.
-    """
-    if int(engine.num_stages) < 2 and config.profiling.load is None:
-        _say_no_pipeline()  # with one stage nobody waits: there is nothing to measure
-        return None
-    from perseus_plugin.session.session import Session, start_session
-
-    try:
-        about = {"samples per iteration": str(engine.train_batch_size())}
-        monitor = _monitor_of(engine)
-        session = start_session(config, _placement(engine), monitor, _facts(engine), about)
-    except ConfigError:
-        raise
-    except (OSError, PerseusError) as error:
-        problem = os_problem(error) if isinstance(error, OSError) else error
-        logger.warning("perseus is off: it could not start: %s; training goes on at full clocks", problem)
-        return None
-    except Exception:
-        logger.exception(
-            "perseus is off: it could not start; training goes on at full clocks. This is a fault of perseus_plugin or "
-            "of the machine: `perseus doctor` tells the latter; else please report it with what follows"
-        )
-        return None
-    if not isinstance(session, Session):
-        return None
-    _bracket_iterations(engine, session, monitor)
-    vars(engine)[_SESSION] = session
-    return session
-
-
-def _placement(engine: Any) -> Any:
-    from perseus_plugin.exchange.messages import Placement
-
-    stages, world_size = int(engine.num_stages), int(engine.world_size)
-    replicas = int(getattr(engine.grid, "data_parallel_size", 0)) or world_size // stages
-    return Placement(
-        rank=int(engine.global_rank),
-        world_size=world_size,
-        stage=int(engine.stage_id),
-        stages=stages,
-        replica=int(engine.grid.get_data_parallel_id()),
-        shards=world_size // (stages * replicas),  # of model parallelism within a stage
-        local_rank=int(getattr(engine, "local_rank", 0) or 0),
-        device=str(engine.device),
-    )
-
-
-def _facts(engine: Any) -> dict[str, str]:
-    """What makes this rank's part of the job what it is."""
-    import deepspeed
-    import torch
-
-    digest = hashlib.sha256()
-    for name, parameter in engine.module.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-    return {
-        "model": digest.hexdigest()[:16],
-        "microbatch size": str(engine.train_micro_batch_size_per_gpu()),
-        "activation checkpointing": str(getattr(engine.module, "activation_checkpoint_interval", "unknown")),
-        "ZeRO stage": str(engine.zero_optimization_stage()),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-    }
-
-
-class _Monitor:
-    """Writes events to an engine's monitor, at its sample count.
-
-    The session must not keep the engine's memory, and its last figures come when the engine may be gone: then the
-    monitor and the count that were there last are used.
-    """
-
-    def __init__(self, engine: Any) -> None:
-        self._of_engine = weakref.ref(engine)
-        self.look()
-
-    def look(self) -> None:
-        """See what the engine has now."""
-        alive = self._of_engine()
-        if alive is not None:
-            self._monitor, self._samples = getattr(alive, "monitor", None), getattr(alive, "global_samples", 0)
-
-    def __call__(self, events: list[tuple[str, float]]) -> None:
-        self.look()
-        if self._monitor is not None:
-            self._monitor.write_events([(name, value, self._samples) for name, value in events])
-
-
-def _monitor_of(engine: Any) -> _Monitor | None:
-    """What writes events, where the engine has a monitor turned on."""
-    return _Monitor(engine) if getattr(getattr(engine, "monitor", None), "enabled", False) else None
-
-
-def _bracket_iterations(engine: Any, session: Session, monitor: _Monitor | None) -> None:
+def bracket_iterations(engine: Any, session: PipelineSession, look: Callable[[], None]) -> None:
     """Hook this engine's training iterations until the session ends.
 
     Whatever stands beneath our functions is looked up when it is called: on the instance what was there before us, else
@@ -221,24 +38,18 @@ def _bracket_iterations(engine: Any, session: Session, monitor: _Monitor | None)
     of_engine = weakref.ref(engine)
     hook = _Hook(session)
     stage = int(engine.stage_id)
-    streams = _StreamCache()
+    streams = StreamCache()
     in_batch = in_schedule = False
 
     def run_batch(run: Callable[[], Any]) -> Any:
         nonlocal in_batch
-        try:
-            in_batch = True
-            session.begin_iteration()
-            return run()
-        except BaseException:
-            # A script that catches it does not go on at the clock of the instruction that failed.
-            session.evaluation()
-            raise
-        finally:
-            in_batch = False
-            if monitor is not None:
-                monitor.look()
-            session.end_iteration()
+        with iteration(session):
+            try:
+                in_batch = True
+                return run()
+            finally:
+                in_batch = False
+                look()
 
     def run_schedule(schedule: Any, run: Callable[[], Any]) -> Any:
         nonlocal in_schedule
@@ -312,7 +123,7 @@ def _bracket_iterations(engine: Any, session: Session, monitor: _Monitor | None)
         chain = vars(alive).get(_MAP)
         if isinstance(chain, InstructionChain):
             chain.take_out()
-        for name in (_SESSION, _DETACH):
+        for name in (SESSION, _DETACH):
             vars(alive).pop(name, None)
 
     vars(engine)[_DETACH] = detach
@@ -381,7 +192,7 @@ def _detach(engine: Any) -> None:
 class _Hook:
     """Puts the session's tap around an instruction's function; one that runs within another one is not seen twice."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: PipelineSession) -> None:
         self._session = session
         self._inside = False
         self._streams: list[tuple[Sequence[StreamOp], list[str]]] = []
@@ -500,83 +311,3 @@ class InstructionChain(UserDict[type, Callable[..., Any]]):
             vars(self._engine).pop(_MAP, None)  # the worker's thread may take it out just now
             if self._had:
                 vars(self._engine)[_MAP] = self._instance_map
-
-
-StreamOfStage = Callable[[int], list[StreamOp]]
-
-
-class _StreamCache:
-    """Streams of the schedules seen; a schedule is known by its class and shape.
-
-    A class that cannot be understood (a fork's, whose constructor wants more, or whose instructions make no pipeline)
-    is named once, and its iterations run at full clocks. All ranks build all stages' streams, so all find the same.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[type, Any, Any], tuple[str, StreamOfStage] | Exception] = {}
-        self._named: set[type] = set()
-
-    def get(self, schedule: Any) -> tuple[str, StreamOfStage] | None:
-        """Name and streams of a schedule; None for one that is not understood."""
-        known = self._look_up(schedule)
-        if isinstance(known, Exception):
-            self._say(type(schedule), known)
-            return None
-        return known
-
-    def trains(self, schedule: Any) -> bool:
-        """Whether a schedule is one of training: it has a step of the optimizer."""
-        known = self._look_up(schedule)
-        return not isinstance(known, Exception) and any(getattr(op, "name", "") == OPTIMIZER_STEP for op in known[1](0))
-
-    def refuse(self, schedule: Any, error: ScheduleError) -> None:
-        """A schedule that ran otherwise than its class says is not followed from now on; every rank names its own."""
-        self._known[_shape(schedule)] = error
-        self._say(type(schedule), error, everywhere=True)
-
-    def _look_up(self, schedule: Any) -> tuple[str, StreamOfStage] | Exception:
-        shape = _shape(schedule)
-        if shape not in self._known:
-            try:
-                self._known[shape] = _streams(*shape)
-            except Exception as error:
-                self._known[shape] = error
-        return self._known[shape]
-
-    def _say(self, schedule_class: type, error: Exception, everywhere: bool = False) -> None:
-        if schedule_class in self._named:
-            return
-        self._named.add(schedule_class)
-        if everywhere or _rank() == 0:
-            logger.warning(
-                "the schedule %s.%s is not one that perseus can follow (%s): its iterations run at full clocks, and "
-                "training is not affected. A schedule is followed that can be made from micro_batches, stages and "
-                "stage_id alone, and then yields what it runs",
-                schedule_class.__module__,
-                schedule_class.__qualname__,
-                error,
-            )
-
-
-def _shape(schedule: Any) -> tuple[type, Any, Any]:
-    return type(schedule), getattr(schedule, "micro_batches", None), getattr(schedule, "stages", None)
-
-
-def _streams(schedule_class: type, microbatches: Any, stages: Any) -> tuple[str, StreamOfStage]:
-    """Name and streams of a shape of a schedule, checked for all stages.
-
-    Raises:
-        Exception: whatever a foreign class raises when it is made, or ours if its streams make no pipeline.
-    """
-    from perseus_plugin.iteration.graph import build_graph
-
-    if not (isinstance(microbatches, int) and isinstance(stages, int)):
-        raise ScheduleError("it has no numbers of micro_batches and stages")
-
-    @functools.cache
-    def stream_of(stage: int) -> list[StreamOp]:
-        made = schedule_class(micro_batches=microbatches, stages=stages, stage_id=stage)
-        return translate(made.steps(), stage)
-
-    build_graph([stream_of(stage) for stage in range(stages)], {})
-    return f"{schedule_class.__name__}/{stages}x{microbatches}", stream_of

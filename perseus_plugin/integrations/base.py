@@ -33,6 +33,7 @@ from perseus_plugin.errors import ConfigError, PerseusError, os_problem
 if TYPE_CHECKING:
     from perseus_plugin.config import PerseusConfig
     from perseus_plugin.exchange.messages import Placement
+    from perseus_plugin.exchange.store import Exchange
     from perseus_plugin.iteration.instructions import StreamOp
     from perseus_plugin.stragglers.external import ExternalFigures
 
@@ -133,6 +134,7 @@ def start_session(
     monitor: Monitor | None = None,
     facts: Mapping[str, str] | None = None,
     about: Mapping[str, str] | None = None,
+    exchange: Exchange | None = None,
 ) -> PipelineSession:
     """Start this rank's session, when its model is there and all ranks do; imports what it needs only here.
 
@@ -143,6 +145,7 @@ def start_session(
         facts: what makes this rank's part of the job what it is (model, microbatch size, versions): a profile kept from
             an earlier run is used only if they are the same.
         about: further facts for the records alone.
+        exchange: to the job's other ranks; None: through the default store of `torch.distributed`.
 
     Raises:
         ConfigError: a setting does not fit this job; on every rank alike, before training starts.
@@ -151,7 +154,7 @@ def start_session(
         return _stand_in[-1][0](config, placement, monitor, facts, about)
     from perseus_plugin.session.session import start_session as start
 
-    return start(config, placement, monitor, facts, about)
+    return start(config, placement, monitor, facts, about, exchange)
 
 
 def started(start: Callable[[], PipelineSession | None]) -> PipelineSession | None:

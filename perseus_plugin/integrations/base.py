@@ -151,7 +151,7 @@ def start_session(
         ConfigError: a setting does not fit this job; on every rank alike, before training starts.
     """
     if _stand_in:
-        return _stand_in[-1][0](config, placement, monitor, facts, about)
+        return _stand_in[-1][0](config, placement, monitor, facts, about, exchange)
     from perseus_plugin.session.session import start_session as start
 
     return start(config, placement, monitor, facts, about, exchange)

@@ -16,6 +16,7 @@ from typing import Any
 
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.exchange.messages import Placement
+from perseus_plugin.exchange.store import Exchange
 from perseus_plugin.integrations import base
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Compute, Constant, StreamOp
@@ -28,6 +29,7 @@ class Iteration:
 
     Attributes:
         schedule: key of the schedule; empty if none was begun.
+        stream_of: its operations by stage.
         operations: those that the tap is to be called for, in program order.
         begun, ended: how many of them have.
         undisturbed: nothing else has run in it.
@@ -35,6 +37,7 @@ class Iteration:
     """
 
     schedule: str = ""
+    stream_of: Callable[[int], Sequence[StreamOp]] = lambda stage: ()
     operations: Sequence[Compute | Constant] = ()
     begun: int = 0
     ended: int = 0
@@ -68,10 +71,11 @@ class InMemorySession:
     """Implements `base.PipelineSession`.
 
     Attributes:
-        config, placement, monitor, facts, about: what it was started with.
+        config, placement, monitor, facts, about, exchange: what it was started with.
         iterations: every training iteration, the running one last.
         full_clocks: how many times clocks were to be full for what is no training.
         took: figures of other straggler detectors.
+        events: figures for the monitor, to be put there by a test; written when an iteration or the session ends.
     """
 
     config: PerseusConfig
@@ -79,9 +83,11 @@ class InMemorySession:
     monitor: base.Monitor | None = None
     facts: Mapping[str, str] | None = None
     about: Mapping[str, str] | None = None
+    exchange: Exchange | None = None
     iterations: list[Iteration] = field(default_factory=list)
     full_clocks: int = 0
     took: list[ExternalFigures] = field(default_factory=list)
+    events: list[tuple[str, float]] = field(default_factory=list)
     closed: bool = False
     tap: _Tap = field(default_factory=_Tap)
     _on_close: list[Callable[[], None]] = field(default_factory=list)
@@ -103,7 +109,7 @@ class InMemorySession:
         assert not running.schedule, "a second schedule begins in an iteration"
         streams = [stream_of(stage) for stage in range(self.placement.stages)]
         build_graph(streams, {})
-        running.schedule = key
+        running.schedule, running.stream_of = key, stream_of
         running.operations = [op for op in streams[self.placement.stage] if isinstance(op, (Compute, Constant))]
         self.tap.iteration = running
         return True
@@ -115,6 +121,7 @@ class InMemorySession:
         running, self.tap.iteration = self._running, None
         if running is not None:
             running.over = True
+            self._write_events()
 
     def evaluation(self) -> None:
         if not self.closed:
@@ -130,6 +137,12 @@ class InMemorySession:
             self.closed, self.tap.iteration = True, None
             for callback in self._on_close:
                 callback()
+            self._write_events()
+
+    def _write_events(self) -> None:
+        events, self.events = self.events, []
+        if self.monitor is not None and events:
+            self.monitor(events)
 
     @property
     def _running(self) -> Iteration | None:

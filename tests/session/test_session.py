@@ -408,6 +408,15 @@ def test_closing_ends_everything_once(rank: Rank, failed: bool) -> None:
     assert rank.iterate() is None
 
 
+def test_whatever_fails_at_the_end_reaches_no_script(rank: Rank, heard: pytest.LogCaptureFixture) -> None:
+    def failing() -> None:
+        raise RuntimeError("the store is gone")
+
+    rank.link.close = failing
+    rank.session.close()
+    assert "the summary may be incomplete: RuntimeError('the store is gone')" in heard.text
+
+
 def test_closing_gives_the_clock_up_before_anything_that_may_take_long(rank: Rank) -> None:
     rank.follow(1, first=0)
     rank.iterate()

@@ -6,16 +6,13 @@ from typing import Any
 
 import pytest
 
+from perseus_plugin.config import PerseusConfig
 from perseus_plugin.errors import ConfigError, ScheduleError
-from perseus_plugin.exchange.store import LocalExchange
+from perseus_plugin.integrations.in_memory import InMemorySession, Iteration
 from perseus_plugin.integrations.megatron.adapter import put_around
 from perseus_plugin.integrations.megatron.hooks import Argument, Hooks, Schedule
 from perseus_plugin.integrations.megatron.schedule import Shape
-from perseus_plugin.iteration.timetable import Round, Timetable
-from perseus_plugin.session.link import FinishedIteration, Link
-from perseus_plugin.session.session import Session
 from tests.factories import placement
-from tests.session.test_session import FakeHelper
 
 SCHEDULE_FUNCTIONS = (
     "forward_backward_no_pipelining",
@@ -107,22 +104,19 @@ class Job:
     """Makes sessions for hooks."""
 
     def __init__(self) -> None:
-        self.sessions: list[Session] = []
-        self.link = Link(Timetable(Round(0, (1410, 810)), 1, 1))
-        self.helper = FakeHelper()
+        self.sessions: list[InMemorySession] = []
         self.error: Exception | None = None
         self.refuses = False
         self.iterations = 0
 
-    def start(self, model: list[Any], known: Mapping[str, Any]) -> Session | None:
+    def start(self, model: list[Any], known: Mapping[str, Any]) -> InMemorySession | None:
         self.known = dict(known)
         if self.error is not None:
             raise self.error
         if self.refuses:
             return None
-        session = Session(placement(0, 1, 1), self.link, self.helper, None, LocalExchange(), None)  # type: ignore[arg-type]
-        self.sessions.append(session)
-        return session
+        self.sessions.append(InMemorySession(PerseusConfig(), placement(0, 1, 1)))
+        return self.sessions[-1]
 
     def schedule_of(self, interleaved: bool, model: list[Any], microbatches: int) -> Schedule:
         return Schedule.of(Shape(1, microbatches), 0)
@@ -130,8 +124,13 @@ class Job:
     def after_iteration(self) -> None:
         self.iterations += 1
 
-    def finished(self) -> list[FinishedIteration]:
-        return self.link.take_finished()
+    def ran(self) -> list[Iteration]:
+        """All iterations, of one session after the other."""
+        return [one for session in self.sessions for one in session.iterations if one.over]
+
+    def seen(self) -> list[bool]:
+        """Which of them were seen whole."""
+        return [one.complete for one in self.ran()]
 
 
 def hooked(schedules: ModuleType, training: ModuleType | None, combined: ModuleType | None, job: Job) -> Hooks:
@@ -157,56 +156,54 @@ def test_training_runs_the_same_and_is_seen_whole(megatron: Megatron, job: Job) 
         assert megatron.train("x") == "losses of x"
     assert megatron.ran == 2 * TRAINED
     assert len(job.sessions) == 1, "a session starts once"
-    finished = job.finished()
-    assert [f.record.complete for f in finished] == [True, True]
-    assert finished[0].record.schedule == "no-pipelining/1x2"
-    names = [getattr(op, "kind", None) or op.name for op in finished[0].record.operations]  # type: ignore[union-attr]
+    assert job.seen() == [True, True]
+    first = job.ran()[0]
+    assert first.schedule == "no-pipelining/1x2"
+    names = [getattr(op, "kind", None) or op.name for op in first.operations]  # type: ignore[union-attr]
     assert names == ["forward", "backward", "forward", "backward", "end_of_batch"]
     assert job.iterations == 2
 
 
 def test_the_end_of_the_batch_reaches_to_the_end_of_the_step(megatron: Megatron, job: Job) -> None:
+    ended: list[int] = []
+    do = megatron._do
+
+    def noting(what: str) -> None:
+        do(what)
+        ended.append(job.sessions[0].iterations[-1].ended)
+
+    megatron._do = noting  # type: ignore[method-assign]
     megatron.train()
-    (finished,) = job.finished()
-    assert finished.record.ends_s[-1] >= finished.record.starts_s[-1] >= finished.record.ends_s[-2]
-    assert len(finished.record.starts_s) == 5
+    assert ended[-1] == 4, "while the optimizer steps it has not ended"
+    assert job.ran()[0].ended == 5
 
 
 def test_evaluation_is_left_alone_at_full_clocks(megatron: Megatron, job: Job) -> None:
     assert megatron.evaluate() == "losses", "before training there is no session yet"
     assert job.sessions == []
     megatron.train()
-    job.finished()
-    job.helper.take()
     megatron.evaluate()
-    assert job.helper.requests() == [None]
-    assert job.finished() == []
+    assert job.sessions[0].full_clocks == 1
+    assert job.seen() == [True]
     megatron.train()
-    (after,) = job.finished()
-    assert after.record.complete
-    assert not after.record.undisturbed
+    assert job.seen() == [True, True]
 
 
 def test_a_rerun_of_the_same_batch_is_no_part_of_any_measurement(megatron: Megatron, job: Job) -> None:
-    megatron.train()
-    job.finished()
-    job.helper.take()
     megatron.runs_per_step = 2
-    megatron.ran.clear()
     megatron.train()
     assert megatron.ran == [*TRAINED[:-1], *TRAINED]
-    (finished,) = job.finished()
-    assert finished.record.complete
-    assert not finished.record.undisturbed
+    (only,) = job.ran()
+    assert only.complete
+    assert not only.undisturbed
     assert not job.sessions[0].closed
-    assert None in job.helper.requests()
 
 
 def test_a_changed_number_of_microbatches_is_another_schedule(megatron: Megatron, job: Job) -> None:
     megatron.train()
     megatron.microbatches = 3
     megatron.train()
-    assert [f.record.schedule for f in job.finished()] == ["no-pipelining/1x2", "no-pipelining/1x3"]
+    assert [one.schedule for one in job.ran()] == ["no-pipelining/1x2", "no-pipelining/1x3"]
 
 
 def test_a_loop_without_train_step_is_bracketed_by_the_schedule(job: Job) -> None:
@@ -215,8 +212,7 @@ def test_a_loop_without_train_step_is_bracketed_by_the_schedule(job: Job) -> Non
     run = megatron.schedules.forward_backward_no_pipelining
     assert run(model=megatron.model, num_microbatches=2, seq_length=64) == "losses"
     assert job.known["seq_length"] == 64, "there may be no arguments to know it from"
-    (finished,) = job.finished()
-    assert finished.record.complete
+    assert job.seen() == [True]
     assert job.iterations == 1
 
 
@@ -227,31 +223,32 @@ def test_an_error_in_training_reaches_the_script_and_the_next_step_is_whole(
     megatron.fails_at = where
     with pytest.raises(RuntimeError, match="training failed"):
         megatron.train()
-    (failed,) = job.finished()
-    assert not failed.record.undisturbed
-    assert job.helper.requests()[-1] is None, "what a script does with the error, it does at full clocks"
+    (failed,) = job.ran()
+    assert not failed.undisturbed
+    assert job.sessions[0].full_clocks > 0, "what a script does with the error, it does at full clocks"
     megatron.fails_at = ""
     assert megatron.train("y") == "losses of y"
-    assert job.finished()[-1].record.complete
+    assert job.seen()[-1]
     assert not job.sessions[0].closed
 
 
 @pytest.mark.parametrize("bracketed", [True, False])
 def test_an_error_in_a_followed_iteration_leaves_full_clocks(job: Job, bracketed: bool) -> None:
-    job.link = Link(Timetable(Round(0, (810,)), 1, 9))
     megatron = Megatron()
     hooked(megatron.schedules, megatron.training if bracketed else None, None, job)
     run = megatron.train if bracketed else lambda: megatron.schedules.forward_backward_no_pipelining(**call)
     call = {"model": megatron.model, "num_microbatches": 2}
     run()
-    assert job.helper.requests()[-1] == 810
+    assert job.sessions[0].full_clocks == 0
     megatron.fails_at = "backward 1"
     with pytest.raises(RuntimeError, match="training failed"):
         run()
-    assert job.helper.requests()[-1] is None
+    full_clocks = job.sessions[0].full_clocks
+    assert full_clocks > 0
     megatron.fails_at = ""
     run()
-    assert job.helper.requests()[-1] == 810, "the next iteration goes on where it was"
+    assert job.sessions[0].full_clocks == full_clocks, "the next iteration goes on as ever"
+    assert job.seen() == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -274,12 +271,11 @@ def test_an_unknown_schedule_runs_at_full_clocks_and_is_said_once(
         assert megatron.train(data) == f"losses of {data}"
     (said,) = [text for text in caplog.messages if "not one that perseus can follow" in text]
     assert f"no-pipelining/1x2: {message}" in said
-    assert [(f.record.complete, f.record.undisturbed) for f in job.finished()] == [(False, False)] * 2
-    assert job.helper.requests()[-1] is None
+    assert [(one.complete, one.undisturbed) for one in job.ran()] == [(False, False)] * 2
     assert not job.sessions[0].closed
     megatron.order, megatron.microbatches = stock_order, 3
     megatron.train()
-    assert job.finished()[0].record.complete, "another schedule is followed"
+    assert job.seen()[-1], "another schedule is followed"
 
 
 def test_wrappers_taken_out_amid_a_schedule_cost_that_iteration(
@@ -296,7 +292,7 @@ def test_wrappers_taken_out_amid_a_schedule_cost_that_iteration(
     for _ in range(2):
         assert megatron.train() == "losses of x"
     assert megatron.ran == 2 * TRAINED
-    assert [f.record.complete for f in job.finished()] == [False, True]
+    assert job.seen() == [False, True]
     assert not caplog.records
 
 
@@ -323,8 +319,8 @@ def test_a_schedule_that_cannot_be_made_costs_its_iterations_only(
     megatron.microbatches = 2
     megatron.train()
     assert not job.sessions[0].closed
-    assert [f.record.complete for f in job.finished()] == [True, False, False, False, True]
-    assert job.helper.requests()[-1] != 810
+    assert job.seen() == [True, False, False, False, True]
+    assert [one.undisturbed for one in job.ran()] == [True, False, False, False, True]
 
 
 # Other people's functions.
@@ -381,8 +377,7 @@ def test_a_foreign_function_runs_as_often_as_without_us(job: Job, name: str, whe
     assert calls == per_step * (4 if when in ("before", "after") else 2) - missed
     assert megatron.ran == 6 * TRAINED
     if hooks:
-        finished = job.finished()
-        assert [f.record.complete for f in finished[-1:]] == [True], "taking it out has not taken us out for good"
+        assert job.seen()[-1], "taking it out has not taken us out for good"
         assert not job.sessions[0].closed
 
 
@@ -416,7 +411,7 @@ def test_a_second_model_runs_at_full_clocks_and_is_said_once(
     for model in (first, second, first, second):
         megatron.model = model
         assert megatron.train() == "losses of x"
-    assert len(job.finished()) == 2
+    assert len(job.ran()) == 2
     assert len(job.sessions) == 1
     assert [r.getMessage() for r in caplog.records if "a second model" in r.getMessage()] != []
     assert len(caplog.records) == 1
@@ -434,29 +429,27 @@ def test_with_its_model_a_session_ends_and_the_next_model_has_one(megatron: Mega
         assert megatron.train() == "losses of x"
     assert len(job.sessions) == 2
     assert not job.sessions[1].closed
-    assert [f.record.complete for f in job.finished()] == [True] * 3
+    assert job.seen() == [True] * 3
     job.sessions[1].close()
     assert megatron.is_stock
 
 
-@pytest.mark.parametrize("end", ["close", "fail", "refuse", "fail amid"])
+@pytest.mark.parametrize("end", ["after a step", "amid a step", "refuse"])
 def test_when_the_session_ends_megatron_is_the_stock_one(megatron: Megatron, job: Job, end: str) -> None:
     job.refuses = end == "refuse"
     step = megatron.training.train_step  # what a loop holds on to
-    if end == "fail amid":
+    if end == "amid a step":
         stock = megatron._do
 
         def failing(what: str) -> None:
             stock(what)
             if what == "forward 1":
-                job.sessions[0].fail(OSError("lost"))
+                job.sessions[0].close()
 
         megatron._do = failing  # type: ignore[method-assign]
     assert megatron.train("x") == "losses of x"
-    if end == "close":
+    if end == "after a step":
         job.sessions[0].close()
-    elif end == "fail":
-        job.sessions[0].fail(OSError("lost"))
     assert megatron.is_stock
     assert step(None, "y", megatron.model) == "losses of y"
     assert megatron.train("z") == "losses of z"
@@ -474,7 +467,7 @@ def test_what_another_tool_put_around_ours_is_kept(megatron: Megatron, job: Job)
 
     megatron.schedules.forward_step = profiled  # type: ignore[attr-defined]
     megatron.train()
-    job.sessions[0].fail(OSError("lost"))
+    job.sessions[0].close()
     assert megatron.schedules.forward_step is profiled
     megatron.train()
     assert len(calls) == 4
@@ -563,9 +556,9 @@ def test_a_forward_and_a_backward_as_one_are_one_instruction(job: Job, overlap: 
     megatron.schedules.forward_backward_no_pipelining = run_schedule  # type: ignore[attr-defined]
     hooked(megatron.schedules, None, module, job)
     megatron.schedules.forward_backward_no_pipelining(model=megatron.model, num_microbatches=3)
-    (finished,) = job.finished()
-    assert finished.record.complete
-    kinds = [op.kind for op in finished.record.operations[:-1]]  # type: ignore[union-attr]
+    (only,) = job.ran()
+    assert only.complete
+    kinds = [op.kind for op in only.operations[:-1]]  # type: ignore[union-attr]
     assert kinds == ["forward", "forward_backward", "forward_backward", "backward"]
     assert ran == [(True, False), (True, True), (True, True), (False, True)]
     assert len(waited) == (3 if overlap else 0)

@@ -157,3 +157,14 @@ def test_the_tests_that_hold_what_happens_in_the_field_are_there() -> None:
         path = ROOT / file
         assert path.is_file(), file
         assert not name or f"def {name}(" in path.read_text(), f"{file}::{name}"
+
+
+def test_the_tree_in_contributing_is_the_package() -> None:
+    """Every room with the question that it answers, as its `__init__` asks it."""
+    package = ROOT / "perseus_plugin"
+    rooms = {
+        path.parent.name: path.read_text().partition("?")[0].strip('"') + "?" for path in package.glob("*/__init__.py")
+    }
+    lines = re.findall(r"^      (\S+)(?: +(.*))?$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    assert {name.rstrip("/"): text for name, text in lines if name.endswith("/")} == rooms
+    assert {name for name, _ in lines if name.endswith(".py")} == {path.name for path in package.glob("*.py")}

@@ -6,9 +6,9 @@ For planning without a framework; an integration brings the streams of its own s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
@@ -28,6 +28,21 @@ from perseus_plugin.iteration.instructions import (
 RECOMPUTE = "recompute"
 SCHEDULE_SCHEMA = "perseus-schedule"
 SCHEDULE_VERSION = 1
+
+
+class TextbookSchedule(Protocol):
+    """A pipeline schedule without a framework: what every stage does in an iteration, in program order.
+
+    What a stage sends another one receives, by peer and channel, in the same order; a stage that is never sent what it
+    waits for is a `ScheduleError` of `build_graph`. Instructions of one kind take the same time in a stage; what does
+    not is another kind, and every kind needs rows in the profile. A microbatch is computed with one kind once.
+
+    Raises:
+        ScheduleError: there is no such schedule of so many stages and microbatches.
+    """
+
+    def __call__(self, stages: int, microbatches: int) -> list[StageStream]:
+        """One stream per stage."""
 
 
 def _check(stages: int, microbatches: int) -> None:
@@ -160,13 +175,13 @@ def interleaved_1f1b(stages: int, microbatches: int, chunks: int = 2) -> list[St
     return streams
 
 
-SCHEDULES: dict[str, Callable[[int, int], list[StageStream]]] = {
+SCHEDULES: dict[str, TextbookSchedule] = {
     "1f1b": one_f_one_b,
     "gpipe": gpipe,
     "early-recomputation-1f1b": early_recomputation_1f1b,
     "interleaved-1f1b": interleaved_1f1b,
 }
-"""Textbook schedules by the name the command line knows them by."""
+"""By the name that the command line knows them by; a new one is one line here."""
 
 
 class _Op(BaseModel):

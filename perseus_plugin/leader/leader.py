@@ -1,4 +1,4 @@
-"""What only rank 0 has: coordinator, planner, frontier, straggler socket, progress, metrics, and the job's summary."""
+"""What only rank 0 has: coordinator, planner, frontier, straggler socket, progress, publishers and summary."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from perseus_plugin.planning.process import PlannerProcess
 from perseus_plugin.profiling.known import Known
 from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.live.progress import Progress
-from perseus_plugin.reporting.live.prometheus import PrometheusPublisher
+from perseus_plugin.reporting.live.publishers import Publishers
 from perseus_plugin.reporting.live.relay import FigureRelay
 from perseus_plugin.reporting.live.reporter import Reporter, events_of
 from perseus_plugin.session.link import Link
@@ -72,8 +72,8 @@ class Leader:
         }
         self._reporter = Reporter(output_dir, facts)
         self._progress = Progress(link.timetable)
-        self._prometheus = PrometheusPublisher(config.prometheus, facts)
-        link.publish = self._prometheus
+        self._publishers = Publishers(config, facts)
+        link.publish = self._publishers
         self._heard: dict[int, RankStats] = {}
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
         self._plan_told: Plan | None = None
@@ -188,7 +188,7 @@ class Leader:
     def close(self) -> None:
         """End what was started."""
         self.stop_taking_reports()
-        for part in (self._planner, self._frontier, self._prometheus):
+        for part in (self._planner, self._frontier, self._publishers):
             if part is not None:
                 part.close()
 

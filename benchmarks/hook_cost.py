@@ -101,6 +101,7 @@ def main() -> None:
             engine._exec_schedule(schedule)
         else:
             tap.arm(IterationRecord(0, operations=operations, slots=slots))
+            hooks[tap].expect(stream)
             chain = InstructionChain(engine, hooks[tap])
             engine._exec_schedule(schedule)
             chain.take_out()

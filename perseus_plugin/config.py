@@ -115,7 +115,7 @@ class GpuConfig(_Strict):
         AUTO,
         choices(outside=False),
         "auto: NVML where allowed, else zeusd, else observe only; emulated where torch has no CUDA device. "
-        "off: observe only, no clock is touched.",
+        "off: observe only, no clock is touched. Other packages may bring more.",
     )
     foreign_clock: Literal["ask_again", "give_way"] = _setting(
         "ask_again",

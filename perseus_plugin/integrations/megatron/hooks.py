@@ -5,15 +5,14 @@ so putting wrappers there is enough. A wrapper calls what it has replaced with t
 version's signature; the few arguments that it reads are found by name with `inspect.signature`. Iterations are
 bracketed by `train_step` of `megatron.training`, or, in loops of one's own, by the schedule function.
 
-Other tools put functions into the same places. The wrappers of instructions are there only while a schedule of
-training runs, around whatever stands there then; those of `train_step` and of the schedule functions stay, and are put
-there again when somebody has put back what was there before them.
+Other tools put functions into the same places (`places.py`). The wrappers of instructions are there only while a
+schedule of training runs, around whatever stands there then; those of `train_step` and of the schedule functions stay,
+and are put there again when somebody has put back what was there before them.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.integrations.base import Function, PipelineSession, iteration
+from perseus_plugin.integrations.megatron.places import Argument, Place
 from perseus_plugin.integrations.megatron.schedule import (
     Id,
     Shape,
@@ -43,8 +43,6 @@ BRACKETS = {
 }
 """Megatron's schedule functions, and whether they have virtual stages."""
 
-
-_WRAPPERS_KEPT = 3
 
 CALL_FACTS = ("seq_length", "micro_batch_size")
 """What a call of a schedule function says of the job."""
@@ -74,76 +72,6 @@ class Schedule:
         return cls(shape.key, ids(stream(shape, stage)), functools.cache(lambda other: stream(shape, other)))
 
 
-class Argument:
-    """One argument of a function, by name, however it is passed.
-
-    Args:
-        function: whose signature counts.
-        name: of the argument.
-        usual: its position in Megatron's own function, for one that only passes on `*args`, as other tools' wrappers
-            do. None: it is passed by name.
-    """
-
-    def __init__(self, function: Function, name: str, usual: int | None = None) -> None:
-        try:
-            parameters = list(inspect.signature(function).parameters.values())
-        except (TypeError, ValueError):  # compiled functions need not tell theirs: then the place is Megatron's own
-            parameters = [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
-        positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        passes_on = not positional and any(p.kind is p.VAR_POSITIONAL for p in parameters)
-        self._name = name
-        self._position = positional.index(name) if name in positional else usual if passes_on else None
-
-    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Its value in a call, None where it was not passed."""
-        if self._name in kwargs:
-            return kwargs[self._name]
-        return args[self._position] if self._position is not None and self._position < len(args) else None
-
-
-class _Place:
-    """One name in a module, and the wrapper that stands there now and then.
-
-    Args:
-        module, name: the place.
-        wrap: makes the wrapper of a function.
-    """
-
-    def __init__(self, module: ModuleType, name: str, wrap: Callable[[Function], Function]) -> None:
-        self._module, self._name, self._wrap = module, name, wrap
-        self._made: list[tuple[Function, Function]] = []
-        # All that still live: another tool may keep an old one and put it back at any time.
-        self._beneath: weakref.WeakKeyDictionary[Function, Function] = weakref.WeakKeyDictionary()
-
-    def put(self) -> None:
-        """Put a wrapper around what stands there, unless it is one of ours; nothing where nothing stands."""
-        there = getattr(self._module, self._name, None)
-        if there is None or self._is_ours(there):
-            return
-        # What was wrapped before is known again: it is the same in every iteration, and its signature was looked at.
-        wrapper = next((wrapper for beneath, wrapper in self._made if beneath is there), None)
-        if wrapper is None:
-            wrapper = functools.wraps(there)(self._wrap(there))
-            self._made = [*self._made[-_WRAPPERS_KEPT:], (there, wrapper)]
-            self._beneath[wrapper] = there
-        setattr(self._module, self._name, wrapper)
-
-    @property
-    def displaced(self) -> bool:
-        """Whether somebody has put something else in the place of our wrapper."""
-        there = getattr(self._module, self._name, None)
-        return bool(self._made) and not self._is_ours(there)
-
-    def take_out(self) -> None:
-        """Put back what our wrapper has replaced, if the wrapper still stands there."""
-        there = getattr(self._module, self._name, None)
-        if there is not None and self._is_ours(there):
-            setattr(self._module, self._name, self._beneath[there])
-
-    def _is_ours(self, function: Any) -> bool:
-        return any(function is wrapper for wrapper in list(self._beneath))
-
-
 class Hooks:
     """Wrappers in module globals, and where in the iteration they are.
 
@@ -163,8 +91,8 @@ class Hooks:
     ) -> None:
         self._start, self._schedule_of = start, schedule_of
         self.after_iteration = after_iteration
-        self._lasting: list[_Place] = []
-        self._within: list[_Place] = []
+        self._lasting: list[Place] = []
+        self._within: list[Place] = []
         self._session: PipelineSession | None = None
         self._model: Callable[[], Any] = lambda: None
         self._removed = self._said_other_model = False
@@ -182,12 +110,12 @@ class Hooks:
 
     def put(self, module: ModuleType, name: str, wrap: Callable[[Function], Function]) -> None:
         """Put a wrapper in the place of a module's function, if it has one of this name, until `remove`."""
-        self._lasting.append(_Place(module, name, wrap))
+        self._lasting.append(Place(module, name, wrap))
         self._lasting[-1].put()
 
     def put_within(self, module: ModuleType, name: str, wrap: Callable[[Function], Function]) -> None:
         """As `put`, but only while a schedule of training is followed."""
-        self._within.append(_Place(module, name, wrap))
+        self._within.append(Place(module, name, wrap))
 
     def _put_again(self) -> None:
         """Somebody may have put back what was there before us."""

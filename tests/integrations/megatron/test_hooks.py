@@ -10,7 +10,8 @@ from perseus_plugin.config import PerseusConfig
 from perseus_plugin.errors import ConfigError, ScheduleError
 from perseus_plugin.integrations.in_memory import InMemorySession, Iteration
 from perseus_plugin.integrations.megatron.adapter import put_around
-from perseus_plugin.integrations.megatron.hooks import Argument, Hooks, Schedule
+from perseus_plugin.integrations.megatron.hooks import Hooks, Schedule
+from perseus_plugin.integrations.megatron.places import Argument
 from perseus_plugin.integrations.megatron.schedule import Shape
 from tests.factories import placement
 

@@ -86,7 +86,7 @@ def select_gpu(config: PerseusConfig, placement: Placement, output_dir: Path) ->
             f'perseus.gpu.backend: got "{chosen}"; allowed: {one_of([AUTO, *emulators, OFF])} where torch has no CUDA '
             "device"
         )
-    if chosen == AUTO and placement.rank == 0:
+    if chosen == AUTO and placement.leads:
         logger.warning(
             "no NVIDIA GPU here: an emulated %s stands in for it, and every instruction is stretched to its time "
             '("gpu": {"backend": "off"} turns that off)',

@@ -43,6 +43,11 @@ class Placement(_Message):
     device: str
 
     @property
+    def leads(self) -> bool:
+        """Whether this rank plans for all, writes the summary, publishes figures and takes reports."""
+        return self.rank == 0
+
+    @property
     def replicas(self) -> int:
         """How many replicas there are in the job."""
         return self.world_size // (self.stages * self.shards)

@@ -51,7 +51,7 @@ def given_profile(config: PerseusConfig, placement: Placement) -> Known | None:
     path = config.profiling.load
     if path is None:
         return None
-    if placement.rank != 0:
+    if not placement.leads:
         return Known(True)  # rank 0 reads it, and ends the job if it is of no use
     try:
         profile = load_profile(path, config.profiling.blocking_power_w)
@@ -93,7 +93,7 @@ def kept_profile(
         "controlled": str(bool(selection.clocks_mhz)),
     }
     exchange.publish(facts_key(placement.rank), RankFacts(stage=placement.stage, facts=mine).model_dump())
-    if placement.rank != 0:
+    if not placement.leads:
         told = wait_for(exchange, [REUSE], 2 * _START_TIMEOUT_S).get(REUSE)
         decision = Reuse() if told is None else receive(Reuse, told)
         return Known(decision.profile, failed=decision.failed)

@@ -22,7 +22,7 @@ _SAME_JOB = 0.1
 def iteration_time_s(stats: Sequence[RankStats], sort: str) -> float | None:
     """Mean iteration time of this sort of iteration, as rank 0 saw it."""
     for of_rank in stats:
-        if of_rank.placement.rank == 0:
+        if of_rank.placement.leads:
             totals = of_rank.totals.get(sort, Totals())
             return totals.time_s / totals.iterations if totals.iterations else None
     return None

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from perseus_plugin.cli.main import app
+from perseus_plugin.cli.targets import gpu_targets
 from perseus_plugin.config import parse_config
 from perseus_plugin.control.selection import select_gpu
 from perseus_plugin.errors import ConfigError, GpuError
@@ -34,10 +35,13 @@ def test_other_specs_are_refused_with_what_is_allowed(spec: str) -> None:
         open_gpu(spec)
 
 
-def test_importing_the_helper_imports_no_heavy_module() -> None:
+def test_a_helper_that_opens_a_gpu_imports_no_heavy_module(tmp_path: Path) -> None:
+    EmulatedGpu.create(tmp_path / "gpu")
     program = (
-        "import sys, perseus_plugin.control.helper.process, perseus_plugin.gpus.emulated.device;"
-        "print(*{'numpy', 'torch', 'pynvml', 'pydantic', 'ortools', 'http'} & set(sys.modules))"
+        "import sys, perseus_plugin.control.helper.process;"
+        f"perseus_plugin.gpus.registry.open_gpu({f'emulated:{tmp_path}/gpu'!r}).close();"
+        "heavy = {'numpy', 'torch', 'pynvml', 'pydantic', 'ortools', 'http', 'importlib.metadata'};"
+        "print(*heavy & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
@@ -60,11 +64,13 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     (folder / "other_gpus.py").write_text(
         textwrap.dedent("""
-            from perseus_plugin.gpus.base import FoundGpu, GpuBackend
+            from perseus_plugin.gpus.base import FoundGpu, GpuBackend, ListedGpu
             class Other(GpuBackend):
                 devices, maker = ("xpu",), "Other"
                 def open(self, rest):
                     return f"opened {rest}"
+                def listed(self):
+                    return [ListedGpu(0, "OTHER-1", "Other 9000"), ListedGpu(1, problem="GPU 1 is lost")]
                 def find(self, device):
                     return FoundGpu("OTHER-1", "Other 9000") if device == "xpu:1" else None
         """)
@@ -98,6 +104,17 @@ def test_a_backend_that_cannot_be_loaded_says_so_and_is_loaded_by_nobody_else(tm
     result = CliRunner().invoke(app, ["doctor", "--no-control", "--emulated", str(tmp_path / "gpu")])
     assert "backend broken   GPU backend 'broken': other_gpus:Missing cannot be loaded" in result.output
     assert "emulated A100" in result.output
+
+
+@pytest.mark.usefixtures("outside")
+def test_commands_are_about_its_gpus_too() -> None:
+    """Also where there is no NVIDIA driver."""
+    targets = gpu_targets([], [], "/s.sock")
+    assert [(target.name, target.spec, target.problem) for target in targets] == [
+        ("OTHER-1", "other:OTHER-1", ""),
+        ("GPU 1", None, "GPU 1 is lost"),
+    ]
+    assert [target.spec for target in gpu_targets(["OTHER"], [], "/s.sock")] == ["other:OTHER-1"]
 
 
 def test_every_backend_of_ours_says_what_its_specs_look_like() -> None:

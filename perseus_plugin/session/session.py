@@ -260,7 +260,7 @@ class Session:
 
     def external_figures(self, figures: ExternalFigures) -> None:
         """What another straggler detector has measured; of use on rank 0 only, which knows everybody's plan."""
-        if not self.closed and self._stragglers.enabled and self._placement.rank == 0:
+        if not self.closed and self._stragglers.enabled and self._placement.leads:
             self._link.add_external(figures)
 
     def fail(self, error: Exception) -> None:
@@ -351,9 +351,9 @@ def start_session(
     Raises:
         ConfigError: something in the block does not fit this job; raised on every rank, before training starts.
     """
-    set_up_logging(config.log_level, placement.rank)
+    set_up_logging(config.log_level, placement)
     output_dir = _own_folder(Path(config.output_dir), placement.rank)
-    if placement.rank == 0 or emulates(config, placement):
+    if placement.leads or emulates(config, placement):
         _make(output_dir)
     known = given_profile(config, placement)
     _check_emulation(config, placement)
@@ -502,7 +502,7 @@ def _check_emulation(config: PerseusConfig, placement: Placement) -> None:
 def _observe_only(selection: Selection, link: Link, placement: Placement) -> None:
     """No clock will be set on this rank: say why; the other ranks must not plan on it."""
     if selection.backend == "off":
-        if placement.rank == 0:
+        if placement.leads:
             logger.info("observing only, as the gpu backend is off")
         return
     # What is missing mostly is missing on a whole machine: one line each. Any other rank's reason is told by rank 0.

@@ -141,10 +141,10 @@ class SessionWorker:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="perseus", daemon=True)
         self._session: Session | None = None
-        self._relay = FigureRelay(exchange, link, placement.rank, writes_figures)
+        self._relay = FigureRelay(exchange, link, placement.leads, writes_figures)
         self._sensing = StragglerSensing(config.stragglers, placement, exchange)
         self._leader: Leader | None = None
-        if placement.rank == 0:
+        if placement.leads:
             self._leader = Leader(
                 config=config,
                 placement=placement,

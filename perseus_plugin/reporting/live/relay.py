@@ -21,13 +21,13 @@ class FigureRelay:
     Args:
         exchange: to the other end.
         link: to this rank's training thread, which writes.
-        rank: of this process.
+        leads: whether the figures are made on this rank.
         writes: whether this rank's framework can write figures.
     """
 
-    def __init__(self, exchange: Exchange, link: Link, rank: int, writes: bool) -> None:
+    def __init__(self, exchange: Exchange, link: Link, leads: bool, writes: bool) -> None:
         self._exchange, self._link = exchange, link
-        self._listens = writes and rank != 0
+        self._listens = writes and not leads
         self._announced = False
         self._due_s = 0.0
 

@@ -18,7 +18,8 @@ class Ranks:
         self.exchange = LocalExchange()
         self.links = [Link(Timetable(Round(0, ()), 1, 1)) for _ in range(world_size)]
         self.ends = [
-            FigureRelay(self.exchange, link, rank, writes=rank == writing_rank) for rank, link in enumerate(self.links)
+            FigureRelay(self.exchange, link, rank == 0, writes=rank == writing_rank)
+            for rank, link in enumerate(self.links)
         ]
 
     def look(self) -> None:

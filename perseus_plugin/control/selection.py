@@ -150,8 +150,9 @@ def _real(config: PerseusConfig, placement: Placement) -> Selection:
         if found is not None:
             spec = spec_of(name, found.uuid, config.gpu.zeusd_socket, auto=chosen == AUTO)
             return Selection(chosen, spec, found.name)
-        makers.append(one.maker)
-    can_be_set = f"only clocks of {' and '.join(dict.fromkeys(filter(None, makers)))} GPUs can be set"
+        if not one.emulated:
+            makers.append(one.maker or name)
+    can_be_set = f"only clocks of {' and '.join(dict.fromkeys(makers))} GPUs can be set"
     name, maker = _described(device)
     if maker:
         why_not = f"{name} is an {maker}, and {can_be_set}; nothing needs to be done"

@@ -127,7 +127,7 @@ class GpuBackend(Protocol):
 
     Attributes:
         devices: types of torch devices (`"cuda"`, `"xpu"`, `"cpu"`, ...) whose work runs on its GPUs.
-        maker: whose GPUs they are, for people.
+        maker: whose GPUs they are, for people; empty: the backend's name says it.
         form: what REST looks like, for error messages.
         emulated: whether its GPUs are models, to whose time the work of the CPU is stretched.
     """

@@ -21,7 +21,7 @@ from perseus_plugin.files import try_to_write
 from perseus_plugin.iteration.instructions import StreamOp
 from perseus_plugin.iteration.replayed import Replayed
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Sweep, Timetable
-from perseus_plugin.leader.expectations import Expectations, Predicted
+from perseus_plugin.leader.expectations import Expectations
 from perseus_plugin.leader.iteration_times import IterationTimes
 from perseus_plugin.leader.job_schedules import MAX_PLANNED, JobSchedules
 from perseus_plugin.leader.measuring import Measuring, UnusableProfileError
@@ -40,6 +40,7 @@ from perseus_plugin.profiling.known import profiled_as
 from perseus_plugin.profiling.survey import Survey, rescaled
 from perseus_plugin.reporting.live.comparison import Comparison
 from perseus_plugin.reporting.live.events import EventLog
+from perseus_plugin.reporting.live.summary import Predicted
 from perseus_plugin.session.tap import IterationRecord
 from perseus_plugin.stragglers.desk import Answer, Situation, StragglerDesk
 from perseus_plugin.stragglers.external import ExternalFigures

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from perseus_plugin.iteration.replayed import Replayed
 from perseus_plugin.leader.iteration_times import IterationTimes
 from perseus_plugin.leader.plan_shelf import PlanShelf
 from perseus_plugin.planning.plan import Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Predicted:
-    """What plans make of iterations at full clocks.
-
-    Attributes:
-        time_ratio, energy_ratio: under the plans over at full clocks.
-        saving: between what the share of energy saved lies, with 95 % confidence; None: not known.
-    """
-
-    time_ratio: float
-    energy_ratio: float
-    saving: tuple[float, float] | None = None
+from perseus_plugin.reporting.live.summary import Predicted
 
 
 class Expectations:

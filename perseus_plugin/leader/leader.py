@@ -170,8 +170,8 @@ class Leader:
             sleep(0.05)
             stats = self._all_stats(own)
         self._take_last_references()
-        state = "crashed" if _crashing() else "finished"
-        self._relay.tell(events_of(self._reporter.finish(stats, state, **self._plan_facts())))
+        summary = self._reporter.finish(stats, "crashed" if _crashing() else "finished", **self._plan_facts())
+        self._relay.tell(events_of(summary))
 
     def _take_last_references(self) -> None:
         if self._coordinator is not None:

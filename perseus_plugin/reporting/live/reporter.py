@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +14,7 @@ from perseus_plugin.errors import os_problem
 from perseus_plugin.exchange.messages import RankStats
 from perseus_plugin.files import write_atomically
 from perseus_plugin.reporting.live.summary import build_summary
+from perseus_plugin.reporting.record.summary import SUMMARY_FILE, Changed, Columns, Summary
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +33,19 @@ class Reporter:
         self._output_dir = output_dir
         self._facts = facts
 
-    def update(self, stats: Sequence[RankStats], state: str, **of_plan: Any) -> dict[str, Any]:
+    def update(
+        self, stats: Sequence[RankStats], state: Literal["running", "finished", "crashed"], **of_plan: Any
+    ) -> Summary:
         """Write summary.json anew and return its content.
 
         Args:
             stats: of all ranks heard of.
-            state: "running", "finished" or "crashed".
+            state: of the job.
             of_plan: `plan`, `planning_time_s` and `dropped_plans` of `build_summary`.
         """
         summary = build_summary(stats, state=state, **self._facts, **of_plan)
         try:
-            write_atomically(self._output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_atomically(self._output_dir / SUMMARY_FILE, summary.to_json())
         except OSError as error:
             logger.warning(
                 "cannot write summary.json: %s; training goes on. See to space and permissions of perseus.output_dir",
@@ -51,13 +53,15 @@ class Reporter:
             )
         return summary
 
-    def finish(self, stats: Sequence[RankStats], state: str = "finished", **of_plan: Any) -> dict[str, Any]:
+    def finish(
+        self, stats: Sequence[RankStats], state: Literal["finished", "crashed"] = "finished", **of_plan: Any
+    ) -> Summary:
         """Write the last summary, print it as a table, and return it."""
         summary = self.update(stats, state, **of_plan)
-        if summary["iteration_time_s"]["full_clock"] is not None:
+        if summary.iteration_time_s.full_clock is not None:
             print_summary(summary)
-        overhead = summary["overhead"]
-        overrun, count = overhead["emulated_instructions_overrun"], overhead["emulated_instructions"]
+        overhead = summary.overhead
+        overrun, count = overhead.emulated_instructions_overrun, overhead.emulated_instructions
         if overrun > _OVERRUN_WARNING * count:
             logger.warning(
                 "the CPU was too slow for %d of %d emulated instructions, so times and energies above are not the "
@@ -68,15 +72,22 @@ class Reporter:
         return summary
 
 
-def events_of(summary: dict[str, Any]) -> list[tuple[str, float]]:
+def events_of(summary: Summary) -> list[tuple[str, float]]:
     """The summary's main figures as (name, value) events for a framework's monitor."""
+    sections: dict[str, Columns | Changed] = {
+        "iteration_time_s": summary.iteration_time_s,
+        "energy_j": summary.energy_j,
+        "saving_percent": summary.saving_percent,
+        "slowdown_percent": summary.slowdown_percent,
+    }
     figures = [
         (f"Perseus/{name}/{column}", value)
-        for name in ("iteration_time_s", "energy_j", "saving_percent", "slowdown_percent")
-        for column, value in summary[name].items()
+        for name, section in sections.items()
+        for column, value in section
         if value is not None
     ]
-    intervals = [(name, summary["references"][name]) for name in ("saving_percent", "slowdown_percent")]
+    seen = summary.references
+    intervals = (("saving_percent", seen.saving_percent), ("slowdown_percent", seen.slowdown_percent))
     return figures + [
         (f"Perseus/{name}/{column}", value)
         for name, interval in intervals
@@ -85,69 +96,68 @@ def events_of(summary: dict[str, Any]) -> list[tuple[str, float]]:
     ]
 
 
-def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
+def print_summary(summary: Summary, console: Console | None = None) -> None:
     """Print the table of a summary."""
     console = console or Console(stderr=True)
-    kind = "emulated, no real GPU" if summary["emulated"] else summary["backend"]
-    console.print(f"perseus: {summary['ranks']} x {summary['gpu']} ({kind})", highlight=False, soft_wrap=True)
+    kind = "emulated, no real GPU" if summary.emulated else summary.backend
+    console.print(f"perseus: {summary.ranks} x {summary.gpu} ({kind})", highlight=False, soft_wrap=True)
     table = Table()
     for name in ("per iteration", "full clocks", "predicted", "as run"):
         table.add_column(name, justify="left" if name == "per iteration" else "right")
-    times, energies = summary["iteration_time_s"], summary["energy_j"]
-    table.add_row("time", *(_cell(times[column], "s", 4) for column in ("full_clock", "predicted", "measured")))
-    table.add_row("energy", *(_cell(energies[column], "J", 1) for column in ("full_clock", "predicted", "measured")))
-    slowdown, saving = summary["slowdown_percent"], summary["saving_percent"]
-    seen, said = summary["references"], summary["predicted_between"]
-    for name, figures, expected, interval in (
-        ("slowdown", slowdown, None, seen["slowdown_percent"]),
-        ("energy saved", saving, said["saving_percent"], seen["saving_percent"]),
+    for name, columns, unit, digits in (
+        ("time", summary.iteration_time_s, "s", 4),
+        ("energy", summary.energy_j, "J", 1),
     ):
-        as_run = _cell(figures["measured"], "%", 2) + _interval(interval)
-        table.add_row(name, "", _cell(figures["predicted"], "%", 2) + _interval(expected), as_run)
+        values = (columns.full_clock, columns.predicted, columns.measured)
+        table.add_row(name, *(_cell(value, unit, digits) for value in values))
+    seen, said = summary.references, summary.predicted_between
+    for name, changed, expected, interval in (
+        ("slowdown", summary.slowdown_percent, None, seen.slowdown_percent),
+        ("energy saved", summary.saving_percent, said.saving_percent, seen.saving_percent),
+    ):
+        as_run = _cell(changed.measured, "%", 2) + _interval(interval)
+        table.add_row(name, "", _cell(changed.predicted, "%", 2) + _interval(expected), as_run)
     console.print(table)
     console.print(_remarks(summary), highlight=False, soft_wrap=True)
 
 
-def _remarks(summary: dict[str, Any]) -> str:
+def _remarks(summary: Summary) -> str:
     remarks = []
-    counts = summary["iterations"]
+    counts = summary.iterations
     remarks.append(
-        f"{counts['full_clock']} iterations at full clocks, {counts['profiling']} while profiling, "
-        f"{counts['plan']} under the plan"
+        f"{counts.full_clock} iterations at full clocks, {counts.profiling} while profiling, "
+        f"{counts.plan} under the plan"
     )
-    references = summary["references"]
-    if references["iterations"] and references["energy_not_saved_j"] is not None:
+    references = summary.references
+    if references.iterations and references.energy_not_saved_j is not None:
         remarks.append(
-            f"{references['iterations']} at full clocks amid them to compare with, which saved "
-            f"{references['energy_not_saved_j']:.0f} J less for it"
+            f"{references.iterations} at full clocks amid them to compare with, which saved "
+            f"{references.energy_not_saved_j:.0f} J less for it"
         )
-    profiling = summary["profiling"]
-    if profiling["extra_time_s"] is not None:
-        remarks.append(f"profiling cost {profiling['extra_time_s']:.1f} s")
-    plan = summary["plan"]
+    if summary.profiling.extra_time_s is not None:
+        remarks.append(f"profiling cost {summary.profiling.extra_time_s:.1f} s")
+    plan = summary.plan
     if plan is not None:
-        known = plan["confidence"]
         above = (
-            f"{plan['gap_percent']:.2f} % above the optimum of a profile whose errors are not known"
-            if known is None
-            else f"{known['gap_at_most_percent']:.2f} % above the optimum"
+            f"{plan.gap_percent:.2f} % above the optimum of a profile whose errors are not known"
+            if plan.confidence is None
+            else f"{plan.confidence.gap_at_most_percent:.2f} % above the optimum"
         )
-        remarks.append(f"planned in {plan['planning_time_s']:.2f} s, at most {above}")
-    stragglers = summary["stragglers"]
-    if stragglers is not None and stragglers["iterations"]:
+        remarks.append(f"planned in {plan.planning_time_s:.2f} s, at most {above}")
+    stragglers = summary.stragglers
+    if stragglers is not None and stragglers.iterations:
         remarks.append(
-            f"{stragglers['iterations']} iterations at a straggler's pace, about "
-            f"{stragglers['energy_saved_j']:.0f} J saved by it"
+            f"{stragglers.iterations} iterations at a straggler's pace, about "
+            f"{stragglers.energy_saved_j:.0f} J saved by it"
         )
-    late = summary["catching_up"]
-    if late["raised_instructions"]:
+    late = summary.catching_up
+    if late.raised_instructions:
         remarks.append(
-            f"{late['raised_percent']:.1f} % of instructions began late and ran faster than planned to catch up, for "
-            f"about {late['extra_energy_per_iteration_j']:.1f} J per iteration"
+            f"{late.raised_percent or 0.0:.1f} % of instructions began late and ran faster than planned to catch up, "
+            f"for about {late.extra_energy_per_iteration_j or 0.0:.1f} J per iteration"
         )
-    overhead = summary["overhead"]["hook_time_percent"]
-    if overhead is not None:
-        remarks.append(f"hooks took {overhead:.3f} % of the time")
+    if summary.overhead.hook_time_percent is not None:
+        remarks.append(f"hooks took {summary.overhead.hook_time_percent:.3f} % of the time")
     return "; ".join(remarks) + "."
 
 

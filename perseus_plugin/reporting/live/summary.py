@@ -4,19 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from perseus_plugin.exchange.messages import RankStats, Totals
-from perseus_plugin.leader.expectations import Predicted
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.reporting.live.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, REFERENCES, STRAGGLER
 from perseus_plugin.reporting.live.comparison import Compared
-
-SUMMARY_SCHEMA = "perseus-summary"
-SUMMARY_VERSION = 1
+from perseus_plugin.reporting.record.summary import (
+    CatchingUpSection,
+    Changed,
+    Columns,
+    ConfidenceSection,
+    CountsSection,
+    MeasuredSection,
+    OverheadSection,
+    PlanSection,
+    PredictedSection,
+    ProfilingSection,
+    ReferenceSection,
+    StragglerSection,
+    Summary,
+)
 
 _SAME_JOB = 0.1
 """Share by which iterations at full clocks differ while the job is what it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What plans make of iterations at full clocks.
+
+    Attributes:
+        time_ratio, energy_ratio: under the plans over at full clocks.
+        saving: between what the share of energy saved lies, with 95 % confidence; None: not known.
+    """
+
+    time_ratio: float
+    energy_ratio: float
+    saving: tuple[float, float] | None = None
 
 
 def iteration_time_s(stats: Sequence[RankStats], sort: str) -> float | None:
@@ -44,7 +70,7 @@ def build_summary(
     gpu: str,
     emulated: bool,
     backend: str,
-    state: str,
+    state: Literal["running", "finished", "crashed"],
     planning_time_s: float,
     dropped_plans: int,
     stragglers: dict[str, Any] | None = None,
@@ -52,7 +78,7 @@ def build_summary(
     predicted: Predicted | None = None,
     compared: Compared | None = None,
     planned_schedules: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """The content of summary.json.
 
     The column predicted is the measured full-clock figure times what the plans change it by in the model (`predicted`,
@@ -87,38 +113,34 @@ def build_summary(
     predicted_time_s = _scaled(full_time_s, None if predicted is None else predicted.time_ratio)
     predicted_energy_j = _scaled(full_energy_j, None if predicted is None else predicted.energy_ratio)
     between = None if predicted is None else predicted.saving
-    return {
-        "schema": SUMMARY_SCHEMA,
-        "version": SUMMARY_VERSION,
-        "state": state,
-        "emulated": emulated,
-        "gpu": gpu,
-        "backend": backend,
-        "ranks": world_size,
-        "ranks_reporting": len(stats),
-        "stages": stages,
-        "iteration_time_s": {"full_clock": full_time_s, "predicted": predicted_time_s, "measured": time_s},
-        "energy_j": {"full_clock": full_energy_j, "predicted": predicted_energy_j, "measured": energy_j},
-        "saving_percent": {
-            "predicted": _saving(full_energy_j, predicted_energy_j),
-            "measured": None if changed else _saving(full_energy_j, energy_j),
-        },
-        "slowdown_percent": {
-            "predicted": _excess(full_time_s, predicted_time_s),
-            "measured": None if changed else _excess(full_time_s, time_s),
-        },
-        "predicted_between": {
-            "saving_percent": None if between is None else [100 * share for share in between],
-        },
-        "references": _references(stats, compared, full_energy_j, energy_j),
-        "planned_schedules": dict(planned_schedules or {}),
-        "plan": None if plan is None else _plan_figures(plan, planning_time_s, dropped_plans),
-        "stragglers": None if stragglers is None else _straggler_figures(stats, stragglers),
-        "profiling": _profiling_cost(stats, swept_time_s, swept_energy_j),
-        "iterations": {sort: _iterations(stats, sort) for sort in (FULL_CLOCK, PROFILING, PLAN)},
-        "catching_up": _catching_up(stats),
-        "overhead": _overhead(stats, time_s or full_time_s),
-    }
+    return Summary(
+        state=state,
+        emulated=emulated,
+        gpu=gpu,
+        backend=backend,
+        ranks=world_size,
+        ranks_reporting=len(stats),
+        stages=stages,
+        iteration_time_s=Columns(full_clock=full_time_s, predicted=predicted_time_s, measured=time_s),
+        energy_j=Columns(full_clock=full_energy_j, predicted=predicted_energy_j, measured=energy_j),
+        saving_percent=Changed(
+            predicted=_saving(full_energy_j, predicted_energy_j),
+            measured=None if changed else _saving(full_energy_j, energy_j),
+        ),
+        slowdown_percent=Changed(
+            predicted=_excess(full_time_s, predicted_time_s),
+            measured=None if changed else _excess(full_time_s, time_s),
+        ),
+        predicted_between=PredictedSection(saving_percent=None if between is None else _percent(between)),
+        references=_references(stats, compared, full_energy_j, energy_j),
+        planned_schedules=dict(planned_schedules or {}),
+        plan=None if plan is None else _plan_figures(plan, planning_time_s, dropped_plans),
+        stragglers=None if stragglers is None else _straggler_figures(stats, stragglers),
+        profiling=_profiling_cost(stats, swept_time_s, swept_energy_j),
+        iterations=CountsSection(**{sort: _iterations(stats, sort) for sort in (FULL_CLOCK, PROFILING, PLAN)}),
+        catching_up=_catching_up(stats),
+        overhead=_overhead(stats, time_s or full_time_s),
+    )
 
 
 def _differs(now_s: float | None, before_s: float | None) -> bool:
@@ -127,88 +149,93 @@ def _differs(now_s: float | None, before_s: float | None) -> bool:
 
 def _references(
     stats: Sequence[RankStats], compared: Compared, full_energy_j: float | None, energy_j: float | None
-) -> dict[str, Any]:
+) -> ReferenceSection:
     """What references amid iterations under the plan have shown, with 95 % intervals, and what they cost."""
     count = _iterations(stats, REFERENCES)
     saved_j = None if full_energy_j is None or energy_j is None else full_energy_j - energy_j
     saving, slowdown = compared.energy, compared.time
-    return {
-        "iterations": count,
-        "blocks": 0 if slowdown is None else slowdown.blocks,
-        "saving_percent": None if saving is None else [-100 * share for share in reversed(saving.interval)],
-        "slowdown_percent": None if slowdown is None else [100 * share for share in slowdown.interval],
-        "energy_not_saved_j": None if saved_j is None else count * saved_j,
-    }
+    return ReferenceSection(
+        iterations=count,
+        blocks=0 if slowdown is None else slowdown.blocks,
+        saving_percent=None if saving is None else (-100 * saving.interval[1], -100 * saving.interval[0]),
+        slowdown_percent=None if slowdown is None else _percent(slowdown.interval),
+        energy_not_saved_j=None if saved_j is None else count * saved_j,
+    )
 
 
-def _plan_figures(plan: Plan, planning_time_s: float, dropped_plans: int) -> dict[str, Any]:
-    return {
-        "schedule": plan.schedule,
-        "saving_percent": 100 * plan.saving,
-        "gap_percent": 100 * plan.gap,
-        "confidence": None
-        if plan.confidence is None
-        else {
-            "level_percent": 100 * plan.confidence.level,
-            "saving_percent": [100 * share for share in plan.confidence.saving],
-            "gap_at_most_percent": 100 * plan.confidence.gap_at_most,
-        },
-        "planning_time_s": planning_time_s,
-        "clock_changes_per_iteration": [plan.clock_changes(stage) for stage in range(len(plan.stages))],
-        "dropped_plans": dropped_plans,
-    }
+def _plan_figures(plan: Plan, planning_time_s: float, dropped_plans: int) -> PlanSection:
+    known = plan.confidence
+    return PlanSection(
+        schedule=plan.schedule,
+        saving_percent=100 * plan.saving,
+        gap_percent=100 * plan.gap,
+        confidence=None
+        if known is None
+        else ConfidenceSection(
+            level_percent=100 * known.level,
+            saving_percent=_percent(known.saving),
+            gap_at_most_percent=100 * known.gap_at_most,
+        ),
+        planning_time_s=planning_time_s,
+        clock_changes_per_iteration=[plan.clock_changes(stage) for stage in range(len(plan.stages))],
+        dropped_plans=dropped_plans,
+    )
 
 
-def _straggler_figures(stats: Sequence[RankStats], figures: dict[str, Any]) -> dict[str, Any]:
+def _straggler_figures(stats: Sequence[RankStats], figures: Mapping[str, Any]) -> StragglerSection:
     """What happened, and what was measured per iteration meanwhile; savings are estimated from the profile."""
-    measured = {
-        "iteration_time_s": iteration_time_s(stats, STRAGGLER),
-        "energy_j": energy_per_iteration_j(stats, STRAGGLER),
-    }
-    return {**figures, "measured": measured}
+    measured = MeasuredSection(
+        iteration_time_s=iteration_time_s(stats, STRAGGLER), energy_j=energy_per_iteration_j(stats, STRAGGLER)
+    )
+    return StragglerSection(**figures, measured=measured)
 
 
 def _profiling_cost(
     stats: Sequence[RankStats], full_time_s: float | None, full_energy_j: float | None
-) -> dict[str, float | None]:
+) -> ProfilingSection:
     """What the sweep cost against running the same iterations at full clocks."""
     count = _iterations(stats, PROFILING)
     time_s, energy_j = iteration_time_s(stats, PROFILING), energy_per_iteration_j(stats, PROFILING)
-    return {
-        "extra_time_s": None if time_s is None or full_time_s is None else count * (time_s - full_time_s),
-        "extra_energy_j": None if energy_j is None or full_energy_j is None else count * (energy_j - full_energy_j),
-    }
+    return ProfilingSection(
+        extra_time_s=None if time_s is None or full_time_s is None else count * (time_s - full_time_s),
+        extra_energy_j=None if energy_j is None or full_energy_j is None else count * (energy_j - full_energy_j),
+    )
 
 
-def _catching_up(stats: Sequence[RankStats]) -> dict[str, float | int | None]:
+def _catching_up(stats: Sequence[RankStats]) -> CatchingUpSection:
     """How often ranks were late and ran faster than planned, and what that took; all ranks together."""
     instructions = sum(s.caught_up.instructions for s in stats)
     iterations = max((s.caught_up.iterations for s in stats), default=0)
     extra_j = math.fsum(s.caught_up.extra_energy_j for s in stats)
-    return {
-        "late_iterations": max((s.caught_up.late_iterations for s in stats), default=0),
-        "iterations": iterations,
-        "raised_instructions": sum(s.caught_up.raised for s in stats),
-        "raised_percent": 100 * sum(s.caught_up.raised for s in stats) / instructions if instructions else None,
-        "extra_energy_per_iteration_j": extra_j / iterations if iterations else None,
-    }
+    raised = sum(s.caught_up.raised for s in stats)
+    return CatchingUpSection(
+        late_iterations=max((s.caught_up.late_iterations for s in stats), default=0),
+        iterations=iterations,
+        raised_instructions=raised,
+        raised_percent=100 * raised / instructions if instructions else None,
+        extra_energy_per_iteration_j=extra_j / iterations if iterations else None,
+    )
 
 
-def _overhead(stats: Sequence[RankStats], time_s: float | None) -> dict[str, float | int | None]:
+def _overhead(stats: Sequence[RankStats], time_s: float | None) -> OverheadSection:
     iterations = sum(s.hooked_iterations for s in stats)
     hook_s = sum(s.overhead_s for s in stats) / iterations if iterations else None
     latencies = [s.switch_latency_s for s in stats if s.switch_latency_s is not None]
-    return {
-        "hook_time_per_iteration_s": hook_s,
-        "hook_time_percent": None if hook_s is None or not time_s else 100 * hook_s / time_s,
+    return OverheadSection(
+        hook_time_per_iteration_s=hook_s,
+        hook_time_percent=None if hook_s is None or not time_s else 100 * hook_s / time_s,
         # Of the slowest GPU; None where no GPU's was measured.
-        "switch_latency_p50_s": max((p50_s for p50_s, _ in latencies), default=None),
-        "switch_latency_p95_s": max((p95_s for _, p95_s in latencies), default=None),
-        "clock_requests": sum(s.requests for s in stats),
-        "late_switches": sum(s.late for s in stats),
-        "emulated_instructions": sum(s.instructions for s in stats),
-        "emulated_instructions_overrun": sum(s.overran for s in stats),
-    }
+        switch_latency_p50_s=max((p50_s for p50_s, _ in latencies), default=None),
+        switch_latency_p95_s=max((p95_s for _, p95_s in latencies), default=None),
+        clock_requests=sum(s.requests for s in stats),
+        late_switches=sum(s.late for s in stats),
+        emulated_instructions=sum(s.instructions for s in stats),
+        emulated_instructions_overrun=sum(s.overran for s in stats),
+    )
+
+
+def _percent(shares: tuple[float, float]) -> tuple[float, float]:
+    return 100 * shares[0], 100 * shares[1]
 
 
 def _iterations(stats: Sequence[RankStats], sort: str) -> int:
@@ -220,13 +247,8 @@ def _scaled(value: float | None, factor: float | None) -> float | None:
 
 
 def _saving(reference: float | None, value: float | None) -> float | None:
-    return _finite(None if reference is None or reference <= 0 or value is None else 100 * (1 - value / reference))
+    return None if reference is None or reference <= 0 or value is None else 100 * (1 - value / reference)
 
 
 def _excess(reference: float | None, value: float | None) -> float | None:
-    return _finite(None if reference is None or reference <= 0 or value is None else 100 * (value / reference - 1))
-
-
-def _finite(percent: float | None) -> float | None:
-    """A reference next to nothing has no percentage, and JSON no infinity."""
-    return percent if percent is not None and math.isfinite(percent) else None
+    return None if reference is None or reference <= 0 or value is None else 100 * (value / reference - 1)

@@ -135,14 +135,14 @@ def per_iteration(folder: JobFolder) -> PerIteration | None:
     if folder.summary is None:
         return None
     summary = folder.summary
-    energy, time, seen, said = summary.energy_j, summary.iteration_time_s, summary.references, summary.predicted_between
+    energy, time = summary.energy_j, summary.iteration_time_s
     if energy.full_clock is None or time.full_clock is None:
         return None
     if energy.measured is not None and time.measured is not None:
-        between = None if seen is None else seen.saving_percent
+        between = summary.references.saving_percent
         return PerIteration(energy.full_clock, time.full_clock, energy.measured, time.measured, False, between)
     if energy.predicted is not None and time.predicted is not None:
-        between = None if said is None else said.saving_percent
+        between = summary.predicted_between.saving_percent
         return PerIteration(energy.full_clock, time.full_clock, energy.predicted, time.predicted, True, between)
     return None
 

@@ -7,13 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from perseus_plugin.errors import PerseusError, ReportError
-from perseus_plugin.files import read_model
 from perseus_plugin.iteration.graph import PipelineGraph, build_graph
 from perseus_plugin.iteration.instructions import StageStream
 from perseus_plugin.iteration.schedules import load_streams
@@ -25,109 +22,13 @@ from perseus_plugin.profiling.survey import Survey
 from perseus_plugin.reporting.record.recorder import FOLDER, SCHEDULES
 from perseus_plugin.reporting.record.records import RankRecord, Series, load_record, series
 from perseus_plugin.reporting.record.samples import Sample
+from perseus_plugin.reporting.record.summary import SUMMARY_FILE, Summary, load_summary
 from perseus_plugin.reporting.report.baseline import full_clocks, scale_to
 
-_KNOWN = ("summary.json", "plan.json", "profile.csv", "schedule.json", "events.jsonl", FOLDER)
+_KNOWN = (SUMMARY_FILE, "plan.json", "profile.csv", "schedule.json", "events.jsonl", FOLDER)
 _QUIET_S = 120.0  # a running job that has written nothing for so long has probably died
 
 ReadT = TypeVar("ReadT")
-
-
-class _Loose(BaseModel):
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False, frozen=True)
-
-
-class Columns(_Loose):
-    """A figure per iteration: at full clocks, as predicted, as run; None: not there (yet)."""
-
-    full_clock: float | None = None
-    predicted: float | None = None
-    measured: float | None = None
-
-
-class PlanFigures(_Loose):
-    """What the summary says of the plan."""
-
-    schedule: str = ""
-    planning_time_s: float
-    gap_percent: float
-    dropped_plans: int
-
-
-class ProfilingFigures(_Loose):
-    """What profiling took more than full clocks; None: not known (yet)."""
-
-    extra_time_s: float | None
-
-
-class StragglerFigures(_Loose):
-    """What stragglers were answered with."""
-
-    iterations: int
-    energy_saved_j: float
-
-
-class PredictedFigures(_Loose):
-    """Between what the predicted saving lies, with 95 % confidence; None: not known (yet)."""
-
-    saving_percent: tuple[float, float] | None
-
-
-class ReferenceFigures(_Loose):
-    """What references amid iterations under the plan have shown: 95 % intervals; None: not known (yet)."""
-
-    saving_percent: tuple[float, float] | None
-    slowdown_percent: tuple[float, float] | None
-
-
-class Counts(_Loose):
-    """Iterations by what they count for."""
-
-    full_clock: int
-    profiling: int
-    plan: int
-
-
-class CatchingUp(_Loose):
-    """How often ranks were late."""
-
-    late_iterations: int
-    iterations: int
-    raised_percent: float | None
-    extra_energy_per_iteration_j: float | None
-
-
-class Overhead(_Loose):
-    """What the hooks cost."""
-
-    hook_time_percent: float | None
-
-
-class Summary(_Loose):
-    """What a report takes from summary.json; see `reporting.summary.build_summary`."""
-
-    schema_name: Literal["perseus-summary"] = Field(alias="schema")
-    version: Literal[1]
-    state: Literal["running", "finished", "crashed"]
-    emulated: bool
-    gpu: str
-    backend: str
-    ranks: int
-    ranks_reporting: int
-    stages: int
-    iteration_time_s: Columns
-    energy_j: Columns
-    saving_percent: Columns
-    slowdown_percent: Columns
-    predicted_between: PredictedFigures | None = None
-    references: ReferenceFigures | None = None
-    planned_schedules: dict[str, int] = {}
-    plan: PlanFigures | None
-    profiling: ProfilingFigures
-    stragglers: StragglerFigures | None = None
-    iterations: Counts
-    overhead: Overhead
-    catching_up: CatchingUp | None = None
 
 
 @dataclass
@@ -248,7 +149,7 @@ def load_folder(path: Path, now_s: float | None = None) -> JobFolder:
     folder = JobFolder(path)
     _read_records(folder)
     started_s = max((record.header.started_s for record in folder.records.values()), default=0.0)
-    folder.summary = _read(folder, "summary.json", started_s, _summary, "figures of the whole job")
+    folder.summary = _read(folder, SUMMARY_FILE, started_s, load_summary, "figures of the whole job")
     folder.plan = _read(folder, "plan.json", started_s, load_plan, "there is no plan (yet): no timeline, no frontier")
     folder.streams = _read(folder, "schedule.json", started_s, load_streams, "the schedule's dependencies")
     # Of a plan made since; where it is missing, a report computes it.
@@ -285,10 +186,6 @@ def _read(folder: JobFolder, name: str, started_s: float, read: Callable[[Path],
     except PerseusError as error:
         text = str(error)
         raise ReportError(text if text.startswith(str(path)) else f"{path}: {text}") from error
-
-
-def _summary(path: Path) -> Summary:
-    return read_model(path, Summary, ReportError)
 
 
 def _events(path: Path) -> tuple[list[dict[str, Any]], int]:

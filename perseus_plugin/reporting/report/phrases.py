@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from perseus_plugin.reporting.report.findings import Findings
-from perseus_plugin.reporting.report.folder import Columns, JobFolder
+from perseus_plugin.reporting.report.folder import JobFolder
 from perseus_plugin.reporting.report.worth import (
     AVERAGE_PUE,
     HOURS_PER_YEAR,
@@ -69,8 +69,7 @@ def comparison(folder: JobFolder) -> Rows:
     if summary is None or summary.iteration_time_s.full_clock is None:
         return []
 
-    def row(name: str, columns: Columns, form: str) -> tuple[str, ...]:
-        values = (columns.full_clock, columns.predicted, columns.measured)
+    def row(name: str, form: str, *values: float | None) -> tuple[str, ...]:
         return (name, *("" if value is None else form.format(value) for value in values))
 
     def between(cells: tuple[str, ...], *intervals: tuple[float, float] | None) -> tuple[str, ...]:
@@ -84,16 +83,19 @@ def comparison(folder: JobFolder) -> Rows:
             ),
         )
 
-    seen, said = summary.references, summary.predicted_between
+    times, energies = summary.iteration_time_s, summary.energy_j
+    slower, saved = summary.slowdown_percent, summary.saving_percent
     return [
         ("per iteration", "full clocks", "predicted", "as run"),
-        row("time", summary.iteration_time_s, "{:.4f} s"),
-        row("energy", summary.energy_j, "{:,.1f} J"),
-        between(row("slowdown", summary.slowdown_percent, "{:.2f} %"), None if seen is None else seen.slowdown_percent),
+        row("time", "{:.4f} s", times.full_clock, times.predicted, times.measured),
+        row("energy", "{:,.1f} J", energies.full_clock, energies.predicted, energies.measured),
         between(
-            row("energy saved", summary.saving_percent, "{:.2f} %"),
-            None if said is None else said.saving_percent,
-            None if seen is None else seen.saving_percent,
+            row("slowdown", "{:.2f} %", None, slower.predicted, slower.measured), summary.references.slowdown_percent
+        ),
+        between(
+            row("energy saved", "{:.2f} %", None, saved.predicted, saved.measured),
+            summary.predicted_between.saving_percent,
+            summary.references.saving_percent,
         ),
     ]
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import math
 import re
@@ -12,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from perseus_plugin.exchange.messages import Totals
-from perseus_plugin.leader.expectations import Predicted
 from perseus_plugin.reporting.live import reporter as reporter_module
 from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.live.pairs import Effect
 from perseus_plugin.reporting.live.reporter import Reporter, events_of, print_summary
-from tests.reporting.live.test_summary import PLAN, RANKS, stats, summary
+from perseus_plugin.reporting.live.summary import Predicted
+from perseus_plugin.reporting.record.summary import Summary, load_summary
+from tests.reporting.live.test_summary import PLAN, RANKS, made, stats
 
 FACTS: dict[str, Any] = {"world_size": 2, "stages": 2, "gpu": "test GPU", "emulated": True, "backend": "emulated"}
 OF_PLAN: dict[str, Any] = {"plan": PLAN, "planning_time_s": 0.25, "dropped_plans": 0}
@@ -29,28 +29,28 @@ def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-def printed(made: dict[str, Any]) -> str:
+def printed(summary: Summary) -> str:
     out = io.StringIO()
-    print_summary(made, Console(file=out, width=200))
+    print_summary(summary, Console(file=out, width=200))
     return out.getvalue()
 
 
 def test_the_summary_is_written_and_returned(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, FACTS)
     first = reporter.update(RANKS, "running", **OF_PLAN)
-    assert json.loads((tmp_path / "summary.json").read_text()) == first
-    assert first["state"] == "running"
+    assert load_summary(tmp_path / "summary.json") == first
+    assert first.state == "running"
     last = reporter.finish(RANKS, **OF_PLAN)
-    assert json.loads((tmp_path / "summary.json").read_text()) == last
-    assert last["state"] == "finished"
+    assert load_summary(tmp_path / "summary.json") == last
+    assert last.state == "finished"
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_the_summary_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[Path, str]] = []
     monkeypatch.setattr(reporter_module, "write_atomically", lambda path, text: written.append((path, text)))
-    made = Reporter(tmp_path, FACTS).update(RANKS, "running", **OF_PLAN)
-    assert [(path, json.loads(text)) for path, text in written] == [(tmp_path / "summary.json", made)]
+    summary = Reporter(tmp_path, FACTS).update(RANKS, "running", **OF_PLAN)
+    assert written == [(tmp_path / "summary.json", summary.to_json())]
 
 
 @pytest.mark.parametrize("folder", ["missing", "file"])
@@ -58,8 +58,8 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
     tmp_path: Path, folder: str, heard: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    made = Reporter(tmp_path / folder, FACTS).finish(RANKS, **OF_PLAN)
-    assert made["energy_j"]["full_clock"] == pytest.approx(900)
+    summary = Reporter(tmp_path / folder, FACTS).finish(RANKS, **OF_PLAN)
+    assert summary.energy_j.full_clock == pytest.approx(900)
     assert "cannot write summary.json" in heard.text
     assert "training goes on" in heard.text
 
@@ -83,7 +83,7 @@ def test_without_figures_no_table_is_printed(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_table_shows_time_energy_and_saving() -> None:
-    lines = printed(summary(RANKS)).splitlines()
+    lines = printed(made(RANKS)).splitlines()
     assert "perseus: 2 x test GPU (emulated, no real GPU)" in lines[0]
     cells = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]] for line in lines if "│" in line}
     assert cells["time"] == ["1.1000 s", "1.0780 s", "1.1220 s"]
@@ -95,10 +95,10 @@ def test_the_table_shows_time_energy_and_saving() -> None:
 
 def test_what_is_known_of_a_figure_stands_beside_it() -> None:
     compared = Compared(Effect(0.001, 0.002, 10, 120), Effect(-0.2, 0.01, 10, 120))
-    made = summary(RANKS, compared=compared, predicted=Predicted(0.98, 0.8, (0.19, 0.21)))
+    summary = made(RANKS, compared=compared, predicted=Predicted(0.98, 0.8, (0.19, 0.21)))
     cells = {
         line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]]
-        for line in printed(made).splitlines()
+        for line in printed(summary).splitlines()
         if "│" in line
     }
     low, high = compared.energy.interval if compared.energy is not None else (0.0, 0.0)
@@ -109,7 +109,7 @@ def test_what_is_known_of_a_figure_stands_beside_it() -> None:
     ]
     assert cells["slowdown"][1] == "-2.00 %"
     assert re.fullmatch(r"0\.10 % \(-\d\.\d\d to \d\.\d\d\)", cells["slowdown"][2])
-    told = dict(events_of(made))
+    told = dict(events_of(summary))
     assert told["Perseus/saving_percent/measured_low"] == pytest.approx(-100 * high)
     assert told["Perseus/slowdown_percent/measured_high"] > 0.1
 
@@ -118,11 +118,11 @@ def test_what_references_cost_is_said() -> None:
     full = RANKS[0].totals["full_clock"]
     references = Totals(iterations=30, time_s=30 * full.time_s / full.iterations)
     ranks = [one.model_copy(update={"totals": {**one.totals, "reference": references}}) for one in RANKS]
-    assert "30 at full clocks amid them to compare with, which saved 5700 J less for it" in printed(summary(ranks))
+    assert "30 at full clocks amid them to compare with, which saved 5700 J less for it" in printed(made(ranks))
 
 
 def test_the_table_of_a_real_gpu_names_the_backend_and_what_is_unknown_is_a_dash() -> None:
-    text = printed(summary([stats(0, {"full_clock": (1, 2.0, None)})], None, emulated=False, backend="nvml"))
+    text = printed(made([stats(0, {"full_clock": (1, 2.0, None)})], None, emulated=False, backend="nvml"))
     assert "(nvml)" in text
     assert "emulated" not in text
     assert "2.0000 s" in text
@@ -130,7 +130,7 @@ def test_the_table_of_a_real_gpu_names_the_backend_and_what_is_unknown_is_a_dash
 
 
 def test_events_are_the_known_main_figures() -> None:
-    assert dict(events_of(summary(RANKS))) == pytest.approx(
+    assert dict(events_of(made(RANKS))) == pytest.approx(
         {
             "Perseus/iteration_time_s/full_clock": 1.1,
             "Perseus/iteration_time_s/predicted": 1.078,
@@ -144,12 +144,10 @@ def test_events_are_the_known_main_figures() -> None:
             "Perseus/slowdown_percent/measured": 2.0,
         }
     )
-    assert events_of(summary([], None)) == []
+    assert events_of(made([], None)) == []
 
 
 def test_what_stragglers_brought_is_said() -> None:
     figures = {"iterations": 29, "energy_saved_j": 1232.7}
-    assert "29 iterations at a straggler's pace, about 1233 J saved by it" in printed(
-        summary(RANKS, stragglers=figures)
-    )
-    assert "straggler" not in printed(summary(RANKS, stragglers={**figures, "iterations": 0}))
+    assert "29 iterations at a straggler's pace, about 1233 J saved by it" in printed(made(RANKS, stragglers=figures))
+    assert "straggler" not in printed(made(RANKS, stragglers={**figures, "iterations": 0}))

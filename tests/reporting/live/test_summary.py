@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -15,6 +15,7 @@ from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.live.pairs import Effect
 from perseus_plugin.reporting.live.summary import build_summary, energy_per_iteration_j, iteration_time_s
+from perseus_plugin.reporting.record.summary import Summary
 from tests.factories import placement
 
 PLAN = Plan(
@@ -42,6 +43,11 @@ def stats(rank: int, totals: Mapping[str, tuple[int, float, float | None]], **mo
 
 
 def summary(ranks: list[RankStats], plan: Plan | None = PLAN, **more: Any) -> dict[str, Any]:
+    """As it stands in the file."""
+    return cast("dict[str, Any]", json.loads(made(ranks, plan, **more).to_json()))
+
+
+def made(ranks: list[RankStats], plan: Plan | None = PLAN, **more: Any) -> Summary:
     facts = {
         "world_size": 2,
         "stages": 2,
@@ -52,7 +58,7 @@ def summary(ranks: list[RankStats], plan: Plan | None = PLAN, **more: Any) -> di
         "planning_time_s": 0.25,
         "dropped_plans": 1,
     }
-    return build_summary(ranks, plan, **{**facts, **more})  # type: ignore[arg-type]
+    return build_summary(ranks, plan, **{**facts, **more})
 
 
 RANKS = [
@@ -288,9 +294,15 @@ def test_figures_follow_from_the_totals(
 def test_figures_of_stragglers_stand_beside_what_was_measured_meanwhile() -> None:
     assert summary(RANKS)["stragglers"] is None
     ranks = [stats(rank, {"straggler": (4, 5.0, 1000.0)}) for rank in range(2)]
-    made = summary(ranks, stragglers={"iterations": 4, "energy_saved_j": 12.0})["stragglers"]
+    made = summary(ranks, stragglers={"iterations": 4, "energy_saved_j": 12.0, "switches": 2})["stragglers"]
     assert made == {
+        "reports": 0,
+        "detections": 0,
+        "refused": 0,
+        "replans": 0,
+        "switches": 2,
         "iterations": 4,
         "energy_saved_j": 12.0,
+        "time_saved_s": 0.0,
         "measured": {"iteration_time_s": 1.25, "energy_j": pytest.approx(500.0)},
     }

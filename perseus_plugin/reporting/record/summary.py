@@ -1,0 +1,188 @@
+"""`summary.json`: one model, from which the file is written, read, printed and described.
+
+What earlier runs did not write has a default, so that their files are read too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from perseus_plugin.errors import ReportError
+from perseus_plugin.files import read_model
+
+SUMMARY_FILE = "summary.json"
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Figure = Annotated[float | None, BeforeValidator(_finite)]
+"""A number; None: not known (yet)."""
+Interval = tuple[float, float] | None
+"""Between what a figure lies, with 95 % confidence; None: not known (yet)."""
+
+
+def _told(meaning: str, default: Any = ...) -> Any:
+    return Field(default=default, description=meaning)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, frozen=True, populate_by_name=True)
+
+
+class Columns(_Section):
+    """A figure per iteration."""
+
+    full_clock: Figure = _told("at full clocks, on the same work", None)
+    predicted: Figure = _told("by the plans", None)
+    measured: Figure = _told("as run under the plans", None)
+
+
+class Changed(_Section):
+    """A share against full clocks, in percent."""
+
+    predicted: Figure = _told("by the plans", None)
+    measured: Figure = _told("as run under the plans", None)
+
+
+class PredictedSection(_Section):
+    """How well predictions are known."""
+
+    saving_percent: Interval = _told("between what the predicted saving lies", None)
+
+
+class ReferenceSection(_Section):
+    """What references amid iterations under the plan have shown, and what they cost."""
+
+    iterations: int = _told("references so far", 0)
+    blocks: int = _told("blocks of them that the intervals rest on", 0)
+    saving_percent: Interval = _told("between what the measured saving lies", None)
+    slowdown_percent: Interval = _told("between what the measured slowdown lies", None)
+    energy_not_saved_j: Figure = _told("what the plan would have saved in them", None)
+
+
+class ConfidenceSection(_Section):
+    """What is known of the plan, given the errors of its profile."""
+
+    level_percent: float = _told("how sure the two below are")
+    saving_percent: tuple[float, float] = _told("between what the plan's saving lies, by the model")
+    gap_at_most_percent: float = _told("how far its energy is above the optimum at most")
+
+
+class PlanSection(_Section):
+    """The newest plan; its own figures are the model's, of one GPU per stage."""
+
+    schedule: str = _told("key of the schedule it is for", "")
+    saving_percent: Figure = _told("energy saved by the model", None)
+    gap_percent: float = _told("how far its energy is above its lower bound")
+    confidence: ConfidenceSection | None = _told("how well that is known; null: the profile carries no errors", None)
+    planning_time_s: float = _told("how long planning took")
+    clock_changes_per_iteration: list[int] = _told("per stage", [])
+    dropped_plans: int = _told("plans that did not hold so far")
+
+
+class MeasuredSection(_Section):
+    """Per iteration at a straggler's pace."""
+
+    iteration_time_s: Figure = _told("mean time", None)
+    energy_j: Figure = _told("mean energy, all GPUs", None)
+
+
+class StragglerSection(_Section):
+    """What stragglers were answered with; what was saved is estimated from the profile."""
+
+    reports: int = _told("reports of others that were taken", 0)
+    detections: int = _told("slow ranks that the session saw itself", 0)
+    refused: int = _told("reports refused", 0)
+    replans: int = _told("answers planned", 0)
+    switches: int = _told("switches from one answer to another", 0)
+    iterations: int = _told("iterations at a straggler's pace")
+    energy_saved_j: float = _told("saved by the answers, estimated")
+    time_saved_s: float = _told("saved by the answers, estimated", 0.0)
+    measured: MeasuredSection = _told("what was measured meanwhile", MeasuredSection())
+
+
+class ProfilingSection(_Section):
+    """What profiling took more than full clocks."""
+
+    extra_time_s: Figure = _told("time")
+    extra_energy_j: Figure = _told("energy, all GPUs", None)
+
+
+class CountsSection(_Section):
+    """Iterations by what they count for."""
+
+    full_clock: int = _told("at full clocks, in the sweep")
+    profiling: int = _told("while profiling")
+    plan: int = _told("under a plan")
+
+
+class CatchingUpSection(_Section):
+    """How often ranks were late and ran faster than planned."""
+
+    late_iterations: int = _told("of the rank that was late most often", 0)
+    iterations: int = _told("in which ranks could catch up", 0)
+    raised_instructions: int = _told("run faster than planned, all ranks together", 0)
+    raised_percent: Figure = _told("the same as a share of all instructions", None)
+    extra_energy_per_iteration_j: Figure = _told("what that took, all GPUs, by the profile", None)
+
+
+class OverheadSection(_Section):
+    """What the plugin itself takes."""
+
+    hook_time_per_iteration_s: Figure = _told("time on a training thread, mean over ranks", None)
+    hook_time_percent: Figure = _told("the same as a share of an iteration")
+    switch_latency_p50_s: Figure = _told("how long a clock change takes, median, of the slowest GPU", None)
+    switch_latency_p95_s: Figure = _told("the same, 95 % of changes", None)
+    clock_requests: int = _told("asked of the driver, all ranks together", 0)
+    late_switches: int = _told("switches to a plan that a rank heard of too late", 0)
+    emulated_instructions: int = _told("instructions run on emulated GPUs", 0)
+    emulated_instructions_overrun: int = _told("of them, those that the CPU was too slow for", 0)
+
+
+class Summary(_Section):
+    """The whole of summary.json. Times and energies are means per iteration, energies of all GPUs of the job."""
+
+    schema_name: Literal["perseus-summary"] = Field(
+        default="perseus-summary", alias="schema", description="what this is"
+    )
+    version: Literal[1] = _told("of the format", 1)
+    state: Literal["running", "finished", "crashed"] = _told("running is also what a killed job leaves")
+    emulated: bool = _told("whether the figures are those of emulated GPUs")
+    gpu: str = _told("name of the GPUs")
+    backend: str = _told("who sets the clocks")
+    ranks: int = _told("of the job")
+    ranks_reporting: int = _told("whose figures are in here")
+    stages: int = _told("of the pipeline")
+    iteration_time_s: Columns = _told("iteration time")
+    energy_j: Columns = _told("energy of an iteration")
+    saving_percent: Changed = _told("energy saved against full clocks")
+    slowdown_percent: Changed = _told("time beyond full clocks")
+    predicted_between: PredictedSection = _told("how well predictions are known", PredictedSection())
+    references: ReferenceSection = _told("full clocks amid iterations under the plan", ReferenceSection())
+    planned_schedules: dict[str, int] = _told("iterations under the plans, by key of the schedule", {})
+    plan: PlanSection | None = _told("the newest plan; null: none (yet)")
+    stragglers: StragglerSection | None = _told("what stragglers were answered with; null: not looked for", None)
+    profiling: ProfilingSection = _told("what profiling took more than full clocks")
+    iterations: CountsSection = _told("by what they count for")
+    catching_up: CatchingUpSection = _told("ranks that were late", CatchingUpSection())
+    overhead: OverheadSection = _told("what the plugin itself takes")
+
+    def to_json(self) -> str:
+        """The content of the file."""
+        return json.dumps(self.model_dump(by_alias=True), indent=2, allow_nan=False) + "\n"
+
+
+def load_summary(path: Path) -> Summary:
+    """Read summary.json.
+
+    Raises:
+        ReportError: it cannot be read, or is something else; the message names file, place and value.
+    """
+    return read_model(path, Summary, ReportError)

@@ -6,12 +6,13 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from perseus_plugin.errors import GpuError
+from perseus_plugin.errors import GpuError, os_problem
 from perseus_plugin.gpus.registry import lock_file
 
 LOCK_DIR_VARIABLE = "PERSEUS_LOCK_DIR"
@@ -52,6 +53,7 @@ class Ownership:
     def __init__(self, path: Path, owner_pid: int, *, wait_s: float = 0.0) -> None:
         self._path = path
         self._owner_pid = owner_pid
+        self._told = False  # that the record cannot be written
         try:
             self._fd = _open(path)
         except OSError as error:
@@ -121,9 +123,17 @@ class Ownership:
             "found_mhz": self.found_mhz,
         }
         content = json.dumps(record).encode()
-        with suppress(OSError):  # a full disk must not keep a clock from being set or reset
+        try:
             os.pwrite(self._fd, content, 0)
             os.ftruncate(self._fd, len(content))
+        except OSError as error:  # a full disk must not keep a clock from being set or reset
+            if not self._told:
+                self._told = True
+                sys.stderr.write(
+                    f"perseus: cannot write {self._path}: {os_problem(error)}. Clocks are set all the same; should "
+                    "this process be killed together with its trainer, the next job may not find that the clock is "
+                    "locked: run `perseus reset` then\n"
+                )
 
 
 def holder_of(path: Path) -> dict[str, Any] | None:

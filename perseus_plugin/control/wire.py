@@ -218,9 +218,9 @@ class Trouble:
     """Something went wrong.
 
     Attributes:
-        code: `"lock_failed"`, `"gave_way"` (no clock will be set any more), `"read_failed"`, `"reset_failed"` (the
-            GPU may be left locked), `"helper_failed"` (it never started, or could not open the GPU), `"helper_died"`,
-            `"helper_stuck"`, `"protocol"`.
+        code: `"lock_failed"`, `"gave_way"` (no clock will be set any more), `"read_failed"`, `"read_again"` (no
+            trouble any more), `"reset_failed"` (the GPU may be left locked), `"helper_failed"` (it never started, or
+            could not open the GPU), `"helper_died"`, `"helper_stuck"`, `"protocol"`.
         text: for people.
         time_s: when.
     """

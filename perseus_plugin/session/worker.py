@@ -317,6 +317,8 @@ class SessionWorker:
                     self._take_latency(event)
                 case wire.Trouble(code="read_failed"):
                     self._read_failure = (monotonic(), event.text)
+                case wire.Trouble(code="read_again"):
+                    logger.info("%s: energy is measured as before", event.text)
                 case wire.Trouble():
                     assert self._session is not None  # set before the thread starts
                     self._session.fail(GpuError(event.text))

@@ -391,6 +391,16 @@ def test_a_lost_gpu_is_reported(helper: ClockHelper, gpu: EmulatedGpu) -> None:
     gpu.set_faults(0)
 
 
+def test_a_counter_that_could_not_be_read_is_polled_again(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    helper.poll_energy(0.002)
+    wait_for_event(helper, Tick)
+    gpu.set_faults(GPU_LOST)
+    assert wait_for_event(helper, Trouble).code == "read_failed"
+    time_s = time.monotonic()
+    gpu.set_faults(0)
+    assert wait_for_event(helper, Tick).previous_poll_s > time_s, "no tick goes across the gap"
+
+
 def test_a_gpu_that_does_not_follow_is_reported(helper: ClockHelper, gpu: EmulatedGpu) -> None:
     gpu.set_faults(IGNORE_LOCKS)
     helper.request(900)

@@ -134,3 +134,21 @@ def test_a_helper_whose_files_are_hidden_is_told_by_its_own_age(tmp_path: Path, 
     assert (holder is not None) == found
     if holder is not None:
         assert holder["since"] <= time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - age_s + 5))
+
+
+def test_a_record_that_cannot_be_written_is_said_once_and_control_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    owner = Ownership(tmp_path / "gpu.lock", os.getpid())
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    owner.mark(locked=True)
+    owner.mark(locked=False)
+    told = capsys.readouterr().err
+    assert told.count("cannot write") == 1
+    assert f"{tmp_path / 'gpu.lock'}: No space left on device" in told
+    assert "Clocks are set all the same" in told
+    owner.release()

@@ -53,6 +53,9 @@ LOOKS_ABOVE = 2
 GIVE_UP_RESET_S = 0.5
 SHORTEST_PAUSE_S = 0.0005
 """Between two polls of the counter, however short an interval was asked for or however long a read takes."""
+POLL_AGAIN_S = 2.0
+"""From a counter that could not be read to the next try."""
+_SAY_AGAIN_S = 60.0  # a counter that comes and goes is not told of more often
 
 
 class Parent:
@@ -109,7 +112,7 @@ class HelperLoop:
         self._settle_s = settle_s
         self._buffer = bytearray()
         self._marks: deque[int] = deque(maxlen=MAX_MARKS)
-        self._read_failed = False
+        self._read_failed_s: float | None = None
         self._ended = ""
         self._poll_s = 0.0
         self._next_poll_s = float("inf")
@@ -266,13 +269,17 @@ class HelperLoop:
                 self._event(Tick(*seen, checked.epoch))
         except GpuError as error:
             self._say_read_failed(error)
-            self._next_poll_s = float("inf")
+            self._last_poll = None  # a tick across the gap would be as long as the gap
+            self._next_poll_s = time.monotonic() + max(self._poll_s, POLL_AGAIN_S)
             return
         self._last_poll, self._polled_epoch = reading, checked.epoch
         self._next_poll_s = max(self._next_poll_s + self._poll_s, time.monotonic() + SHORTEST_PAUSE_S)
 
     def _read_energy(self) -> tuple[EnergyReading, CheckedEnergy]:
         reading = self._gpu.read_energy()
+        if self._read_failed_s is not None and reading.time_s > self._read_failed_s + _SAY_AGAIN_S:
+            self._read_failed_s = None
+            self._event(Trouble("read_again", "the energy counter can be read again", time.monotonic()))
         return reading, self._energy.check(reading.time_s, reading.energy_j)
 
     def _mark(self, tag: int) -> None:
@@ -285,9 +292,9 @@ class HelperLoop:
         self._event(Mark(tag, reading.time_s, checked.energy_j, clock_mhz, reading.capped_s, checked.epoch))
 
     def _say_read_failed(self, error: GpuError) -> None:
-        if not self._read_failed:
-            self._read_failed = True
-            self._event(Trouble("read_failed", str(error), time.monotonic()))
+        if self._read_failed_s is None:
+            self._read_failed_s = time.monotonic()
+            self._event(Trouble("read_failed", str(error), self._read_failed_s))
 
     def _begin_timing(self, rounds: int) -> None:
         if self._ownership is None or not self._may_set:

@@ -101,13 +101,16 @@ def _leaves(gpu: Gpu, before_mhz: int) -> bool:
 
     A suspicion and no knowledge; none at all from a clock as idle GPUs have it, which wake up as their job starts.
     """
-    if before_mhz < _HIGHEST_IDLE * gpu.supported_clocks_mhz()[0]:
-        return False
-    end_s = time.monotonic() + READ_BACK_S
-    while time.monotonic() < end_s:
-        if gpu.read_clock_mhz() > before_mhz + DEVIATION_MHZ:
-            return True
-        time.sleep(0.01)
+    try:
+        if before_mhz < _HIGHEST_IDLE * gpu.supported_clocks_mhz()[0]:
+            return False
+        end_s = time.monotonic() + READ_BACK_S
+        while time.monotonic() < end_s:
+            if gpu.read_clock_mhz() > before_mhz + DEVIATION_MHZ:
+                return True
+            time.sleep(0.01)
+    except GpuError:  # the clock is reset already, and a suspicion is no reason to go without control
+        pass
     return False
 
 

@@ -115,10 +115,17 @@ class StateFile:
 
     @contextmanager
     def update(self) -> Iterator[Dynamics]:
-        """The changing state under the lock; it is written back when the block ends without an exception."""
+        """The changing state under the lock; it is written back when the block ends without an exception.
+
+        Raises:
+            GpuError: the file cannot be locked.
+        """
         with self._thread_lock:
             self._reopen_after_fork()
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+            except OSError as error:
+                raise GpuError(f"{self.path}: the emulated GPU's file cannot be locked: {os_problem(error)}") from error
             try:
                 dynamics = self.snapshot()
                 yield dynamics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,9 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from perseus_plugin.errors import PlanError, validation_problem
 from perseus_plugin.files import write_atomically
 from perseus_plugin.iteration.instructions import Instruction
-
-PLAN_SCHEMA = "perseus-plan"
-PLAN_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,32 +151,31 @@ class _PlanFile(_Strict):
 
 def plan_to_json(plan: Plan) -> str:
     """The content of `plan.json`; `stages` holds `[kind, microbatch, frequency_mhz]`, and the chunk where not 0."""
-    content = {
-        "schema": PLAN_SCHEMA,
-        "version": PLAN_VERSION,
-        "schedule": plan.schedule,
-        "microbatches": plan.microbatches,
-        "deadline_s": plan.deadline_s,
-        "iteration_time_s": plan.iteration_time_s,
-        "energy_j": plan.energy_j,
-        "energy_lower_bound_j": plan.energy_lower_bound_j,
-        "gap": plan.gap,
-        "baseline": {"iteration_time_s": plan.baseline_time_s, "energy_j": plan.baseline_energy_j},
-        "stages": [
-            [
-                [p.instruction.kind, p.instruction.microbatch, p.frequency_mhz]
-                + ([p.instruction.chunk] if p.instruction.chunk else [])
-                for p in stage
-            ]
-            for stage in plan.stages
-        ],
-        "predicted_s": [[[p.start_s, p.finish_s] for p in stage] for stage in plan.stages],
-    }
-    if plan.confidence is not None:
-        content["confidence"] = asdict(plan.confidence)
-    if plan.cut_short:
-        content["cut_short"] = True
-    return json.dumps(content, allow_nan=False) + "\n"
+    known = plan.confidence
+    content = _PlanFile(
+        schema="perseus-plan",
+        version=1,
+        schedule=plan.schedule,
+        microbatches=plan.microbatches,
+        deadline_s=plan.deadline_s,
+        iteration_time_s=plan.iteration_time_s,
+        energy_j=plan.energy_j,
+        energy_lower_bound_j=plan.energy_lower_bound_j,
+        gap=plan.gap,
+        baseline=_Baseline(iteration_time_s=plan.baseline_time_s, energy_j=plan.baseline_energy_j),
+        stages=[[_row(p) for p in stage] for stage in plan.stages],
+        predicted_s=[[[p.start_s, p.finish_s] for p in stage] for stage in plan.stages],
+        confidence=None
+        if known is None
+        else _Confidence(level=known.level, saving=list(known.saving), gap_at_most=known.gap_at_most),
+        cut_short=plan.cut_short,
+    )
+    return json.dumps(content.model_dump(by_alias=True, exclude_defaults=True), allow_nan=False) + "\n"
+
+
+def _row(planned: PlannedInstruction) -> list[str | int]:
+    one = planned.instruction
+    return [one.kind, one.microbatch, planned.frequency_mhz, *([one.chunk] if one.chunk else [])]
 
 
 def plan_from_json(text: str) -> Plan:

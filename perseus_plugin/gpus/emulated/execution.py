@@ -102,9 +102,3 @@ class EmulatedExecution:
         late_s = 0.0 if overran else max(0.0, self._returned_s - end_s)
         self._late_s = late_s if late_s <= CARRY_LIMIT_S else 0.0
         return Execution(self._start_s, end_s, overran, late_s)
-
-    def abandon(self) -> None:
-        """Give up the running instruction (its real work raised): the GPU waits from now on."""
-        with self._gpu.changing() as dynamics:
-            if dynamics.work_id == self._work_id and dynamics.work_s > 0.0:
-                dynamics.end_work(self._gpu.tables)

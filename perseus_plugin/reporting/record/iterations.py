@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from perseus_plugin.iteration.timetable import NOT_OURS, REFERENCE, Directive, Follow, Sweep
 
@@ -96,26 +95,6 @@ class Stretch:
             energy_j=sum(e * n for e, n in energies) / read if read else math.nan,
             read=read,
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it stands in the record; what is as usual is left out."""
-        row: dict[str, Any] = {
-            "first": self.first,
-            "count": self.count,
-            "begin_s": round(self.begin_s, 6),
-            "time_s": round(self.time_s, 7),
-            "longest_s": round(self.longest_s, 7),
-            "energy_j": round(self.energy_j, 4) if self.read else None,
-            "read": self.read,
-            "state": self.sort.state,
-            "plan": self.sort.plan,
-            "clock_mhz": self.sort.clock_mhz,
-            "reason": self.sort.reason,
-            "schedule": self.sort.schedule,
-        }
-        usual = {"count": 1, "read": self.count, "longest_s": row["time_s"], "plan": 0, "clock_mhz": 0}
-        usual |= {"reason": "", "schedule": ""}
-        return {name: value for name, value in row.items() if name not in usual or value != usual[name]}
 
 
 def _joins(last: Stretch, one: Stretch, size: int) -> bool:

@@ -8,7 +8,6 @@ Nothing here raises: a folder that cannot be written, or a fault, is said once, 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import socket
@@ -28,6 +27,7 @@ from perseus_plugin.iteration.instructions import StreamOp
 from perseus_plugin.iteration.schedules import save_streams
 from perseus_plugin.iteration.timetable import Directive, Follow, Timetable
 from perseus_plugin.reporting.record.iterations import FULL, IterationLog, Sort, Stretch
+from perseus_plugin.reporting.record.lines import Deviation, Header, Row
 from perseus_plugin.reporting.record.samples import (
     ClockRequest,
     Reading,
@@ -43,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "records"
 SCHEDULES = "schedules"
-RECORD_SCHEMA = "perseus-record"
-RECORD_VERSION = 1
 
 _MAX_STRETCHES = 2000
 MAX_DEVIATIONS = 200
@@ -121,14 +119,14 @@ class Recorder:
         self._on = enabled
         self._measures_energy = measures_energy
         self._offset_s = _unix_offset_s()
-        self._header = {
-            "schema": RECORD_SCHEMA,
-            "version": RECORD_VERSION,
-            "placement": placement.model_dump(),
-            "started_s": round(time.time(), 3),
-            "host": socket.gethostname(),
+        self._header = Header(
+            schema="perseus-record",
+            version=1,
+            placement=placement,
+            started_s=round(time.time(), 3),
+            host=socket.gethostname(),
             **about,
-        }
+        )
         self._log = IterationLog(_MAX_STRETCHES)
         self._written = -1  # stretches in the file; below 0: there is no file of this run yet
         self._waiting: dict[int, _Waiting] = {}
@@ -190,14 +188,12 @@ class Recorder:
                 self._readings.append(Reading(event.time_s, event.clock_mhz, event.energy_j))
             case wire.Deviation() if len(self._deviations) < MAX_DEVIATIONS:
                 self._deviations.append(
-                    _line(
-                        {
-                            "event": "deviation",
-                            "time_s": round(event.time_s + self._offset_s, 3),
-                            "asked_mhz": event.requested_mhz,
-                            "read_mhz": event.read_mhz,
-                        }
-                    )
+                    Deviation(
+                        event="deviation",
+                        time_s=round(event.time_s + self._offset_s, 3),
+                        asked_mhz=event.requested_mhz,
+                        read_mhz=event.read_mhz,
+                    ).to_line()
                 )
 
     def wants_readings(self, timetable: Timetable, iteration: int) -> bool:
@@ -264,11 +260,11 @@ class Recorder:
     def _write_record(self, path: Path, anew: bool, final: bool) -> None:
         stretches = self._log.stretches if final else self._log.closed
         if anew:
-            lines = [_line(self._header), *self._deviations, *(_line(one.to_dict()) for one in stretches)]
+            lines = [self._header.to_line(), *self._deviations, *(Row.of(one).to_line() for one in stretches)]
             self._begin_file(path, "".join(lines))
         else:
             lines = self._deviations[self._deviations_written :]
-            lines += [_line(one.to_dict()) for one in stretches[self._written :]]
+            lines += [Row.of(one).to_line() for one in stretches[self._written :]]
             if lines:
                 with path.open("a", encoding="utf-8") as file:
                     file.write("".join(lines))
@@ -314,10 +310,6 @@ def _sort_of(directive: Directive, record: IterationRecord, parts: Parts) -> Sor
 def _save_new(streams: list[list[StreamOp]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_streams(streams, path)
-
-
-def _line(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def _unix_offset_s() -> float:

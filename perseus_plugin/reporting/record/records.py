@@ -6,72 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from perseus_plugin.errors import ReportError, validation_problem
 from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.files import ModelT
 from perseus_plugin.iteration.graph import FloatArray
-from perseus_plugin.reporting.record.iterations import Sort, Stretch
+from perseus_plugin.reporting.record.iterations import Stretch
+from perseus_plugin.reporting.record.lines import Deviation, Header, Row
 from perseus_plugin.reporting.record.recorder import record_path, samples_path
 from perseus_plugin.reporting.record.samples import Sample, load_samples
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
-
-
-class Header(_Strict):
-    """First line of a record; see `recorder.Recorder`."""
-
-    schema_name: Literal["perseus-record"] = Field(alias="schema")
-    version: Literal[1]
-    placement: Placement
-    started_s: float
-    host: str
-    gpu: str
-    backend: str
-    emulated: bool
-    facts: dict[str, str]
-
-
-class Deviation(_Strict):
-    """The GPU was seen at another clock than the one asked for; `time_s` is Unix time."""
-
-    event: Literal["deviation"]
-    time_s: float
-    asked_mhz: int
-    read_mhz: int
-
-
-class _Row(_Strict):
-    first: Annotated[int, Field(ge=0, le=10**8)]
-    begin_s: float
-    time_s: Annotated[float, Field(gt=0)]
-    energy_j: float | None
-    state: Literal["warm-up", "full", "profiling", "plan", "straggler", "unknown"]
-    count: Annotated[int, Field(ge=1, le=10**8)] = 1
-    longest_s: float | None = None
-    read: int | None = None
-    plan: int = 0
-    clock_mhz: int = 0
-    reason: str = ""
-    schedule: str = ""
-
-    def stretch(self) -> Stretch:
-        return Stretch(
-            self.first,
-            self.count,
-            self.begin_s,
-            self.time_s,
-            self.time_s if self.longest_s is None else self.longest_s,
-            math.nan if self.energy_j is None else self.energy_j,
-            self.count if self.read is None else self.read,
-            Sort(self.state, self.plan, self.clock_mhz, self.reason, self.schedule),
-        )
 
 
 @dataclass(frozen=True)
@@ -118,7 +64,7 @@ def load_record(output_dir: Path, rank: int) -> RankRecord:
         if '"event"' in line:
             deviations.append(_parsed(Deviation, line, f"{path}: line {number}"))
         else:
-            stretches.append(_parsed(_Row, line, f"{path}: line {number}").stretch())
+            stretches.append(_parsed(Row, line, f"{path}: line {number}").stretch())
     if header.placement.rank != rank:
         raise ReportError(f"{path}: line 1: is of rank {header.placement.rank}")
     return RankRecord(header, tuple(stretches), tuple(deviations), _samples(output_dir, rank), cut=bool(rest))

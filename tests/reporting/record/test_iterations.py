@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,6 +23,7 @@ from perseus_plugin.reporting.record.iterations import (
     Sort,
     Stretch,
 )
+from perseus_plugin.reporting.record.lines import Row
 
 ON_PLAN = Sort(PLAN, plan=1)
 REFERENCES = Sort.of(REFERENCE)
@@ -130,8 +133,15 @@ def test_in_a_short_run_references_stand_apart() -> None:
     assert [s.first for s in log.stretches if s.sort.state == FULL] == [n for n in range(40) if is_reference(n, 0.02)]
 
 
+def written(stretch: Stretch) -> dict[str, Any]:
+    line = Row.of(stretch).to_line()
+    assert Row.model_validate_json(line).stretch() == stretch or math.isnan(stretch.energy_j)
+    content: dict[str, Any] = json.loads(line)
+    return content
+
+
 def test_what_is_usual_is_left_out_of_a_line() -> None:
-    assert one(7, 1.5, 2.5).to_dict() == {
+    assert written(one(7, 1.5, 2.5)) == {
         "first": 7,
         "begin_s": 107.0,
         "time_s": 1.5,
@@ -139,6 +149,6 @@ def test_what_is_usual_is_left_out_of_a_line() -> None:
         "state": "plan",
         "plan": 1,
     }
-    joined = one(7, 1.0, None).joined(one(8, 3.0, 2.0)).to_dict()
+    joined = written(one(7, 1.0, None).joined(one(8, 3.0, 2.0)))
     assert (joined["count"], joined["read"], joined["longest_s"], joined["energy_j"]) == (2, 1, 3.0, 2.0)
-    assert one(0, energy_j=None).to_dict()["energy_j"] is None
+    assert written(one(0, energy_j=None))["energy_j"] is None

@@ -26,7 +26,8 @@ from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.physics import A100
 from perseus_plugin.integrations.deepspeed.hooks import InstructionChain, _Hook
 from perseus_plugin.integrations.deepspeed.schedule import translate
-from perseus_plugin.session.tap import InstructionTap, IterationRecord, hooked_operations
+from perseus_plugin.iteration.record import IterationRecord, hooked_operations
+from perseus_plugin.session.tap import InstructionTap
 
 
 class BareEngine:

@@ -41,7 +41,8 @@ from perseus_plugin.control.controller import ClockRequests, Controller
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.integrations.megatron.adapter import put_around, shape_of
 from perseus_plugin.integrations.megatron.hooks import Hooks, Schedule
-from perseus_plugin.session.tap import InstructionTap, IterationRecord, hooked_operations
+from perseus_plugin.iteration.record import IterationRecord, hooked_operations
+from perseus_plugin.session.tap import InstructionTap
 
 STAGES, STAGE = 4, 1
 

@@ -27,7 +27,8 @@ from perseus_plugin.exchange.store import StoreExchange
 from perseus_plugin.gpus.emulated.physics import A100, load_class
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.iteration.timetable import Round, Timetable
-from perseus_plugin.leader.coordinator import Coordinator, State
+from perseus_plugin.leader.coordinator import Coordinator
+from perseus_plugin.leader.state import Phase
 from perseus_plugin.planning.process import PlanAnswer, PlanRequest, pace_for, plan_for
 from perseus_plugin.profiling.profile import Measurement, Profile
 from perseus_plugin.profiling.survey import Survey
@@ -138,14 +139,14 @@ class Job:
             timetable=Timetable(Round(0, (1410,)), 1, 2),
             output_dir=Path(tempfile.mkdtemp()),
         )
-        self.coordinator.survey = Survey(profile(), A100.blocking_w)
+        self.coordinator.state.survey = Survey(profile(), A100.blocking_w)
         self.coordinator._fits = lambda iteration, survey: True  # type: ignore[method-assign]  # not measured here
         self.coordinator.use_schedule("1f1b", lambda stage: streams[stage])
         for rank in range(ranks):
             stats = RankStats(placement=placement(rank, ranks), totals={})
             self.exchange.publish(stats_key(rank), stats.model_dump())
         self.iteration = 10
-        while self.coordinator.state is not State.FOLLOWING:
+        while self.coordinator.phase is not Phase.FOLLOWING:
             self.step()
 
     def step(self) -> None:
@@ -169,7 +170,7 @@ class Job:
         """Rank 0 hears of it, has it planned and tells everybody."""
         self.step()
         self.step()
-        assert self.coordinator.state is State.FOLLOWING
+        assert self.coordinator.phase is Phase.FOLLOWING
         assert self.coordinator.stragglers.situation is not None
 
     def hear(self) -> None:

@@ -18,16 +18,11 @@ if TYPE_CHECKING:
     from perseus_plugin.config import load_config, parse_config
     from perseus_plugin.integrations.base import PipelineSession
     from perseus_plugin.iteration.graph import build_graph
-    from perseus_plugin.iteration.schedules import (
-        early_recomputation_1f1b,
-        gpipe,
-        interleaved_1f1b,
-        load_streams,
-        one_f_one_b,
-    )
+    from perseus_plugin.iteration.schedules import early_recomputation_1f1b, gpipe, interleaved_1f1b, one_f_one_b
     from perseus_plugin.planning.frontier import make_frontier
     from perseus_plugin.planning.plan import Plan, load_plan, save_plan
     from perseus_plugin.planning.planner import Planner, make_plan
+    from perseus_plugin.planning.streams import load_streams
     from perseus_plugin.planning.targets import ChangeLimits, Target
     from perseus_plugin.profiling.profile import Measurement, Profile, load_profile, save_profile
 
@@ -71,12 +66,12 @@ _HOME = {
         "early_recomputation_1f1b",
         "gpipe",
         "interleaved_1f1b",
-        "load_streams",
         "one_f_one_b",
     ),
     "planning.frontier": ("make_frontier",),
     "planning.plan": ("Plan", "load_plan", "save_plan"),
     "planning.planner": ("Planner", "make_plan"),
+    "planning.streams": ("load_streams",),
     "planning.targets": ("ChangeLimits", "Target"),
     "profiling.profile": ("Measurement", "Profile", "load_profile", "save_profile"),
 }

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from perseus_plugin.control.requests import DWELL_LATENCIES
 from perseus_plugin.errors import ConfigError, shown, validation_problem
+from perseus_plugin.gpus.base import DWELL_LATENCIES
 from perseus_plugin.gpus.registry import AUTO, OFF, choices, is_backend
 from perseus_plugin.iteration.references import LARGEST_SHARE
 

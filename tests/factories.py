@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from perseus_plugin.config import PerseusConfig
+from perseus_plugin.control.selection import Selection
 from perseus_plugin.exchange.messages import Placement, RankEstimate
+from perseus_plugin.exchange.store import Exchange, LocalExchange
 from perseus_plugin.iteration.instructions import Compute, Constant, StreamOp
+from perseus_plugin.iteration.record import IterationRecord, hooked_operations
 from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.iteration.timetable import Round, Timetable
+from perseus_plugin.leader.job import Job
+from perseus_plugin.profiling.known import Known
 from perseus_plugin.profiling.observations import InstructionEstimate, StageEstimate
 from perseus_plugin.profiling.profile import Measurement, Profile
-from perseus_plugin.session.tap import IterationRecord, hooked_operations
+from perseus_plugin.profiling.survey import Survey
+from perseus_plugin.session.lifetime import Lifetime
+from perseus_plugin.session.link import Link
+from perseus_plugin.session.session import Session
 
 CLOCKS_MHZ = (1410, 1110, 810)
 BLOCKING_W = 80.0
@@ -128,3 +140,37 @@ def record(
         made.ends_s.append(now_s)
     made.end_s = now_s
     return made
+
+
+def job_of(
+    config: PerseusConfig,
+    exchange: Exchange,
+    folder: Path,
+    timetable: Timetable,
+    *,
+    rank: int = 0,
+    world_size: int = 2,
+    shards: int = 1,
+    survey: Survey | None = None,
+    selection: Selection | None = None,
+    has_profile: bool = False,
+) -> Job:
+    """What a session is about: two stages on GPUs that can be set to 1410 or 810 MHz."""
+    return Job(
+        config=config,
+        placement=placement(rank, world_size).model_copy(update={"shards": shards}),
+        exchange=exchange,
+        output_dir=folder,
+        selection=selection or Selection("nvml", "nvml:GPU-0", "test GPU", (1410, 810), poll_interval_s=0.005),
+        known=Known(has_profile or survey is not None, survey),
+        timetable=timetable,
+    )
+
+
+def session_of(link: Link | None = None, helper: Any = None, where: Placement | None = None, **more: Any) -> Session:
+    """A session without a worker, of a job that is never planned for."""
+    link = link or Link(Timetable(Round(1, ()), 1, 2))
+    lifetime = Lifetime(helper)
+    lifetime.on_end(link.ended)
+    more.setdefault("exchange", LocalExchange())
+    return Session(where or placement(), lifetime=lifetime, link=link, helper=helper, **more)

@@ -25,7 +25,8 @@ from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Se
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.reporting.record.records import load_record
 from perseus_plugin.session.emulation import EmulatedStage
-from perseus_plugin.session.session import Session, start_session
+from perseus_plugin.session.session import Session
+from perseus_plugin.session.start import start_session
 
 _TIMEOUT_S = 60.0
 

@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 VALUE = "\0"
 LOGGED = {"warning": 0, "error": 0, "exception": 0}
 # Other calls whose argument at this place is shown to the user.
-TOLD = {"_give_up": 1, "_lose": 1, "Trouble": 1}
+TOLD = {"_give_up": 0, "_lose": 1, "Trouble": 1, "_warn": 0}
 SHORTEST = 12
 
 
@@ -69,6 +69,8 @@ def messages() -> Iterator[Message]:
             name = name_of(node.func)
             is_ours = name in ours or name in TOLD or (name in LOGGED and name_of(node.func.value) == "logger")  # type: ignore[attr-defined]
             at = TOLD.get(name, 0)
+            if name == "Say" and text_of(node.args[0]) == "warning":
+                is_ours, at = True, 1
             if is_ours and len(node.args) > at:
                 yield Message(f"{path.relative_to(ROOT)}:{node.lineno}", text_of(node.args[at]))
 

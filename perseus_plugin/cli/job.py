@@ -10,7 +10,8 @@ import typer
 from perseus_plugin.errors import ConfigError, PlanError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Compute, StageStream
-from perseus_plugin.iteration.schedules import SCHEDULES, load_streams
+from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.planning.targets import Effort
 from perseus_plugin.profiling.profile import load_profile
 

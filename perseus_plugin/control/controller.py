@@ -28,12 +28,11 @@ class Controller:
 
     Args:
         requests: where requests go.
-        rise_lead_s: how early a rise is asked for (the measured switch latency).
     """
 
-    def __init__(self, requests: ClockRequests, rise_lead_s: float = 0.0) -> None:
+    def __init__(self, requests: ClockRequests) -> None:
         self._requests = requests
-        self.rise_lead_s = rise_lead_s
+        self._rise_lead_s = 0.0
         self._now: list[int | None] = []
         self._next: list[tuple[int | None, float] | None] = []
         self._lateness: Lateness | None = None
@@ -43,22 +42,31 @@ class Controller:
         self._now, self._next, self._lateness = [], [], None
         self._requests.request(frequency_mhz)
 
-    def follow(self, clocks_mhz: Sequence[int], times_s: Sequence[float], catch_up: CatchUpPart | None = None) -> None:
+    def follow(
+        self,
+        clocks_mhz: Sequence[int],
+        times_s: Sequence[float],
+        catch_up: CatchUpPart | None = None,
+        *,
+        rise_lead_s: float = 0.0,
+    ) -> None:
         """Follow a plan from the next iteration on, every iteration again.
 
         Args:
             clocks_mhz: one clock per controllable instruction of this stage, in program order.
             times_s: how long each of them takes at its clock.
             catch_up: when an instruction is late; None: never.
+            rise_lead_s: how early a rise is asked for (the measured switch latency).
 
         Raises:
             ValueError: these do not fit each other.
         """
+        self._rise_lead_s = rise_lead_s
         self._now = list(clocks_mhz)
         # After the last instruction comes the end of the batch (gradient reduction, optimizer): full clock.
         following: list[int | None] = [*clocks_mhz[1:], None]
         self._next = [
-            (after, max(0.0, time_s - self.rise_lead_s)) if after is None or after > now else None
+            (after, max(0.0, time_s - self._rise_lead_s)) if after is None or after > now else None
             for now, after, time_s in zip(clocks_mhz, following, times_s, strict=True)
         ]
 
@@ -87,7 +95,7 @@ class Controller:
         clock, time_s = faster
         self._requests.request(clock)
         if rise is not None and (rise[0] is None or rise[0] > clock):
-            self._requests.request(rise[0], now_s + max(0.0, time_s - self.rise_lead_s))
+            self._requests.request(rise[0], now_s + max(0.0, time_s - self._rise_lead_s))
         return clock
 
     def end(self, now_s: float) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-DWELL_LATENCIES = 2.0
-"""Shortest time between two changes, in switch latencies: below that a GPU is between clocks half of the time."""
-
 
 class Request(NamedTuple):
     """One request.

@@ -14,6 +14,9 @@ from typing import Protocol
 
 from perseus_plugin.errors import GpuError
 
+DWELL_LATENCIES = 2.0
+"""Shortest time between two changes, in switch latencies: below that a GPU is between clocks half of the time."""
+
 
 class GpuPermissionError(GpuError):
     """This process may not do that to the GPU; the message says how to be allowed to."""

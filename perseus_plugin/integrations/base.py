@@ -152,7 +152,7 @@ def start_session(
     """
     if _stand_in:
         return _stand_in[-1][0](config, placement, monitor, facts, about, exchange)
-    from perseus_plugin.session.session import start_session as start
+    from perseus_plugin.session.start import start_session as start
 
     return start(config, placement, monitor, facts, about, exchange)
 

@@ -1,12 +1,12 @@
 """Instructions and the per-stage instruction stream, in the words of no particular framework.
 
 An integration translates its framework's schedule into one *stream* per stage: the list of operations that
-stage executes in program order. `pipeline.py` derives the dependency graph from the streams of all stages.
+stage executes in program order. `graph.py` derives the dependency graph from the streams of all stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -76,4 +76,6 @@ class Receive:
 
 StreamOp: TypeAlias = Compute | Constant | Send | Receive
 StageStream: TypeAlias = Sequence[StreamOp]
+StreamOf: TypeAlias = Callable[[int], Sequence[StreamOp]]
+"""The stream of a stage, asked for by its number."""
 """The operations of one stage in program order."""

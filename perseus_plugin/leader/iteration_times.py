@@ -28,6 +28,15 @@ class IterationTimes:
         self._planned_s: deque[float] = deque(maxlen=patience)
         self._again_s: dict[str, list[float]] = {}
 
+    def copy(self) -> IterationTimes:
+        """One that changes by itself."""
+        made = IterationTimes(self._patience)
+        made._full_s = {schedule: list(times) for schedule, times in self._full_s.items()}
+        made._again_s = {schedule: list(times) for schedule, times in self._again_s.items()}
+        made.planned = self.planned.copy()
+        made._overruns, made._planned_s = self._overruns.copy(), self._planned_s.copy()
+        return made
+
     # At full clocks.
 
     def add_full(self, schedule: str, time_s: float) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
-from perseus_plugin.iteration.instructions import StreamOp
+from perseus_plugin.iteration.instructions import StreamOf
 
 MAX_PLANNED = 16
 """Schedules that have a plan at one time."""
@@ -14,10 +14,8 @@ MAX_PLANNED = 16
 _RECENT = 32  # iterations that say which schedule is usual
 _FORGOTTEN_AFTER = 256  # iterations without a schedule, after which another one may take its place
 
-StreamOf = Callable[[int], Sequence[StreamOp]]
 
-
-@dataclass
+@dataclass(frozen=True)
 class _Seen:
     stream_of: StreamOf
     last: int
@@ -38,6 +36,13 @@ class JobSchedules:
         self._iteration = 0
         self._refused: set[str] = set()
 
+    def copy(self) -> JobSchedules:
+        """One that changes by itself."""
+        made = JobSchedules(self._at_most)
+        made._seen, made._recent, made._refused = dict(self._seen), self._recent.copy(), set(self._refused)
+        made._newest, made._iteration = self._newest, self._iteration
+        return made
+
     def __len__(self) -> int:
         return len(self._seen)
 
@@ -46,14 +51,15 @@ class JobSchedules:
         if key not in self._seen:
             self._seen[key] = _Seen(stream_of, self._iteration)
         if key != self._newest:
-            self._seen[key].last, self._newest = self._iteration, key
+            self._seen[key] = replace(self._seen[key], last=self._iteration)
+            self._newest = key
 
     def ran(self, key: str, iteration: int) -> None:
         """An iteration has run this schedule."""
         self._iteration = max(self._iteration, iteration)
         self._recent.append(key)
         if key in self._seen:
-            self._seen[key].last = self._iteration
+            self._seen[key] = replace(self._seen[key], last=self._iteration)
 
     def stream_of(self, key: str) -> StreamOf:
         """The instruction stream of every stage, of a schedule that was used."""

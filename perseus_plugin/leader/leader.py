@@ -4,45 +4,56 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, Protocol
 
-from perseus_plugin.config import PerseusConfig
-from perseus_plugin.control.selection import Selection
 from perseus_plugin.errors import os_problem
-from perseus_plugin.exchange.messages import Placement, RankStats, receive, stats_key
-from perseus_plugin.exchange.store import Exchange, ExchangeError
-from perseus_plugin.iteration.timetable import Directive
+from perseus_plugin.exchange.messages import RankStats, receive, stats_key
+from perseus_plugin.exchange.store import ExchangeError
+from perseus_plugin.iteration.instructions import StreamOf
+from perseus_plugin.iteration.record import IterationRecord
+from perseus_plugin.iteration.timetable import Directive, Timetable
 from perseus_plugin.leader.coordinator import Coordinator
+from perseus_plugin.leader.job import Job
+from perseus_plugin.leader.planner_desk import Planner
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.process import PlannerProcess
-from perseus_plugin.profiling.known import Known
 from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.live.progress import Progress
 from perseus_plugin.reporting.live.publishers import Publishers
-from perseus_plugin.reporting.live.relay import FigureRelay
 from perseus_plugin.reporting.live.reporter import Reporter, events_of
-from perseus_plugin.session.link import Link
-from perseus_plugin.session.tap import IterationRecord
 from perseus_plugin.stragglers.desk import StragglerDesk
+from perseus_plugin.stragglers.external import ExternalFigures
 from perseus_plugin.stragglers.socket import StragglerSocket
 
 logger = logging.getLogger(__name__)
 
+Tell = Callable[[list[tuple[str, float]]], None]
+
 _SUMMARY_EVERY_S = 30.0
-_FINAL_STATS_TIMEOUT_S = 5.0
 _CRASH_TIMEOUT_S = 0.5
+
+
+class ClosablePlanner(Planner, Protocol):
+    """A planner that ends with the job."""
+
+    def close(self) -> None:
+        """End it."""
+        ...
 
 
 class Leader:
     """Rank 0's share of the session's thread.
 
     Args:
-        config, placement, link, exchange, output_dir, selection, known, full_sweep_mhz: as for `SessionWorker`.
-        relay: where figures for the framework's monitor go.
+        job: what the session is about.
+        tell: takes (name, value) figures, for the framework's monitor and others.
+        wake: called when there is something to be done, from any thread.
+        publishers: closed with the leader.
+        planner: who plans; closed with the leader. None: a process that is started for it.
+        final_stats_timeout_s: how long a job that ends waits for what its ranks tell last.
 
     Attributes:
         coordinates: whether plans will be made; not where no clock can be set.
@@ -50,73 +61,36 @@ class Leader:
 
     def __init__(
         self,
+        job: Job,
+        tell: Tell,
         *,
-        config: PerseusConfig,
-        placement: Placement,
-        link: Link,
-        exchange: Exchange,
-        output_dir: Path,
-        selection: Selection,
-        known: Known,
-        full_sweep_mhz: tuple[int, ...],
-        relay: FigureRelay,
+        wake: Callable[[], None],
+        publishers: Publishers | None = None,
+        planner: ClosablePlanner | None = None,
+        final_stats_timeout_s: float = 5.0,
     ) -> None:
-        self._config, self._placement = config, placement
-        self._link, self._exchange, self._relay = link, exchange, relay
-        facts = {
-            "world_size": placement.world_size,
-            "stages": placement.stages,
-            "gpu": selection.name,
-            "emulated": selection.emulated,
-            "backend": selection.backend,
-        }
-        self._reporter = Reporter(output_dir, facts)
-        self._progress = Progress(link.timetable)
-        self._publishers = Publishers(config, facts)
-        link.publish = self._publishers
+        self._placement, self._exchange, self._tell = job.placement, job.exchange, tell
+        self._reporter = Reporter(job.output_dir, job.summary_facts)
+        self._progress = Progress(job.timetable)
+        self._publishers = publishers
         self._heard: dict[int, RankStats] = {}
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
         self._plan_told: Plan | None = None
-        self._planner: PlannerProcess | None = None
+        self._planner = planner
+        self._final_stats_timeout_s = final_stats_timeout_s
         self._frontier: BackgroundFrontier | None = None
         self._coordinator: Coordinator | None = None
         self._socket: StragglerSocket | None = None
-        if link.timetable.sweep.clocks_mhz:
-            self._planner = PlannerProcess()
-            self._frontier = BackgroundFrontier(output_dir) if config.frontier else None
-            self._coordinator = Coordinator(
-                config,
-                exchange,
-                self._planner,
-                world_size=placement.world_size,
-                stages=placement.stages,
-                shards=placement.shards,
-                timetable=link.timetable,
-                output_dir=output_dir,
-                survey=known.survey,
-                fingerprint=known.fingerprint,
-                full_sweep_mhz=full_sweep_mhz,
-                frontier=self._frontier,
-            )
-            self._take_reports(self._coordinator.stragglers, output_dir)
+        if job.plans:
+            self._planner = planner or PlannerProcess()
+            self._frontier = BackgroundFrontier(job.output_dir) if job.config.frontier else None
+            self._coordinator = Coordinator(job, self._planner, frontier=self._frontier, tell=tell, wake=wake)
+            self._socket = _socket(job, self._coordinator.stragglers)
 
     @property
     def coordinates(self) -> bool:
         """See the class."""
         return self._coordinator is not None
-
-    def _take_reports(self, desk: StragglerDesk, output_dir: Path) -> None:
-        desk.monitor, desk.wake = self._relay.tell, self._link.wake.set
-        if not (self._config.stragglers.enabled and self._config.stragglers.socket):
-            return
-        try:
-            self._socket = StragglerSocket(output_dir, desk.request)
-        except OSError as error:
-            logger.warning(
-                "`perseus straggler` cannot reach this job: %s; all else goes on. Give the job a perseus.output_dir of "
-                "its own with a short path, or set perseus.stragglers.socket to false",
-                os_problem(error),
-            )
 
     def saw(self, directive: Directive, record: IterationRecord, size: float) -> None:
         """An iteration has ended on this rank; see `Coordinator.saw`."""
@@ -125,27 +99,38 @@ class Leader:
         if self._coordinator is not None:
             self._coordinator.saw(directive, record, size)
 
-    def swept_again(self) -> None:
+    def swept_again(self, timetable: Timetable) -> None:
         """The timetable has another sweep."""
-        self._progress.timetable = self._link.timetable
+        self._progress.swept_again(timetable)
 
-    def step(self) -> None:
+    def step(
+        self,
+        iteration: int,
+        schedules: Mapping[str, StreamOf],
+        newest: tuple[str, StreamOf] | None,
+        external: Sequence[ExternalFigures] = (),
+    ) -> None:
         """Do what can be done now.
+
+        Args:
+            iteration: the one that runs.
+            schedules: all that have run.
+            newest: the one that runs.
+            external: figures of other straggler detectors that have come.
 
         Raises:
             ExchangeError: the store fails.
         """
         if self._coordinator is None:
             return
-        newest = self._link.schedule
-        for key, stream_of in self._link.schedules.items():
+        for key, stream_of in schedules.items():
             if newest is not None and key != newest[0]:
                 self._coordinator.use_schedule(key, stream_of)
         if newest is not None:
             self._coordinator.use_schedule(*newest)
-        for figures in self._link.take_external():
+        for figures in external:
             self._coordinator.judge_external(figures)
-        self._coordinator.step(self._link.iteration)
+        self._coordinator.step(iteration)
 
     def update_summary(self, own: RankStats) -> None:
         """Now and then: a job that dies leaves a summary of how far it came."""
@@ -154,7 +139,7 @@ class Leader:
         self._plan_told = self._plan
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
         summary = self._reporter.update(self._all_stats(own), "running", **self._plan_facts())
-        self._relay.tell(events_of(summary))
+        self._tell(events_of(summary))
 
     def finish(self, own: RankStats) -> None:
         """Write the last summary, once all ranks have told their last figures or have had time to.
@@ -162,7 +147,7 @@ class Leader:
         Raises:
             OSError: the output folder cannot be written.
         """
-        deadline_s = monotonic() + (_CRASH_TIMEOUT_S if _crashing() else _FINAL_STATS_TIMEOUT_S)
+        deadline_s = monotonic() + (_CRASH_TIMEOUT_S if _crashing() else self._final_stats_timeout_s)
         stats = self._all_stats(own)
         while not (len(stats) == self._placement.world_size and all(s.final for s in stats)):
             if monotonic() > deadline_s:
@@ -171,7 +156,7 @@ class Leader:
             stats = self._all_stats(own)
         self._take_last_references()
         summary = self._reporter.finish(stats, "crashed" if _crashing() else "finished", **self._plan_facts())
-        self._relay.tell(events_of(summary))
+        self._tell(events_of(summary))
 
     def _take_last_references(self) -> None:
         if self._coordinator is not None:
@@ -212,14 +197,30 @@ class Leader:
         coordinator = self._coordinator
         return {
             "plan": self._plan,
-            "planning_time_s": 0.0 if coordinator is None else coordinator.planning_time_s,
+            "planning_time_s": 0.0 if coordinator is None else coordinator.state.planning_time_s,
             "full_clock_scale": (1.0, 1.0) if coordinator is None else coordinator.full_clock_scale(),
             "predicted": None if coordinator is None else coordinator.predicted(),
             "planned_schedules": {} if coordinator is None else coordinator.planned_schedules,
             "compared": Compared() if coordinator is None else coordinator.comparison.compared,
-            "dropped_plans": 0 if coordinator is None else coordinator.dropped,
-            "stragglers": None if coordinator is None else asdict(coordinator.stragglers.figures),
+            "dropped_plans": 0 if coordinator is None else coordinator.state.dropped,
+            "stragglers": None if coordinator is None else coordinator.straggler_figures(),
         }
+
+
+def _socket(job: Job, desk: StragglerDesk) -> StragglerSocket | None:
+    """Where `perseus straggler` reaches the job; None if it cannot, or is not wanted."""
+    config = job.config.stragglers
+    if not (config.enabled and config.socket):
+        return None
+    try:
+        return StragglerSocket(job.output_dir, desk.request)
+    except OSError as error:
+        logger.warning(
+            "`perseus straggler` cannot reach this job: %s; all else goes on. Give the job a perseus.output_dir of "
+            "its own with a short path, or set perseus.stragglers.socket to false",
+            os_problem(error),
+        )
+        return None
 
 
 def _crashing() -> bool:

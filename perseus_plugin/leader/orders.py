@@ -1,28 +1,23 @@
-"""Orders of rank 0 to all ranks: what to do from which iteration on."""
+"""Orders to all ranks: what to do from which iteration on, and when that may be. Pure."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
-from perseus_plugin.exchange.messages import NEWS, News
-from perseus_plugin.exchange.store import Exchange
+from perseus_plugin.exchange.messages import News
 
 _SWITCH_AHEAD = 2
 _NEWS_TAKE_S = 0.2  # until the slowest rank has heard of something
 
 
+@dataclass(frozen=True)
 class Orders:
-    """Publishes `News`; the newest holds.
+    """The newest order, which holds, and the one before it."""
 
-    Args:
-        exchange: to all ranks.
-    """
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self.latest: News | None = None
-        self._before: News | None = None
+    latest: News | None = None
+    before: News | None = None
 
     @property
     def sequence(self) -> int:
@@ -32,27 +27,21 @@ class Orders:
     @property
     def versions(self) -> list[int]:
         """Sets of plans that ranks follow, or followed until the newest order holds."""
-        told = [news for news in (self._before, self.latest) if news is not None]
+        told = [news for news in (self.before, self.latest) if news is not None]
         return [version for news in told for version in (news.version, *news.variants.values())]
 
-    def give(self, iteration: int, iteration_time_s: float | None, *, anew: bool = False, **what: Any) -> News:
-        """Tell all ranks.
+    def given(self, iteration: int, iteration_time_s: float | None, *, anew: bool = False, **what: Any) -> Orders:
+        """With one more order.
 
         Args:
             iteration: the one running on rank 0.
             iteration_time_s: how long iterations take at full clocks, None if that is not known.
             anew: plans are followed that were made on new measurements.
             what: the other fields of `News`.
-
-        Raises:
-            ExchangeError: the store fails.
         """
         switch = iteration + ahead(iteration_time_s)
         since = switch if anew or self.latest is None else self.latest.since
-        self._before = self.latest
-        self.latest = News(sequence=self.sequence + 1, switch=switch, since=since, **what)
-        self._exchange.publish(NEWS, self.latest.model_dump())
-        return self.latest
+        return Orders(News(sequence=self.sequence + 1, switch=switch, since=since, **what), self.latest)
 
 
 def ahead(iteration_time_s: float | None) -> int:

@@ -1,12 +1,11 @@
-"""The job's plans on rank 0: one per schedule, further ones for the pace of stragglers, published in sets."""
+"""The job's plans on rank 0: one per schedule, further ones for the pace of stragglers, told in sets. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from perseus_plugin.exchange.messages import CatchUpPart, PlanPart, PlanParts, part_key
-from perseus_plugin.exchange.store import Exchange
+from perseus_plugin.exchange.messages import CatchUpPart, PlanPart, PlanParts
 from perseus_plugin.iteration.replayed import StageCatchUp
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Profile
@@ -23,23 +22,43 @@ class _Kept:
     work: PlannedWork
 
 
+@dataclass(frozen=True)
+class PlanSet:
+    """A set of plans.
+
+    Attributes:
+        version: its number.
+        parts: per stage, to be published; empty for a set that has been made before.
+    """
+
+    version: int
+    parts: tuple[PlanParts, ...]
+
+
 class PlanShelf:
-    """Numbers plans, publishes sets of them, every stage its parts, and keeps what is asked of them later.
+    """Numbers plans and sets of them, and keeps what is asked of them later.
 
     Ranks are told of sets only: which plan of a set holds is the schedule's to say, when it begins.
 
     Args:
-        exchange: to all ranks.
         stages: of the pipeline.
     """
 
-    def __init__(self, exchange: Exchange, stages: int) -> None:
-        self._exchange, self._stages = exchange, stages
+    def __init__(self, stages: int) -> None:
+        self._stages = stages
         self._kept: dict[int, _Kept] = {}
         self._of_schedule: dict[str, int] = {}
         self._sets: dict[frozenset[int], int] = {}
         self._replaced: set[int] = set()
         self._number = self._version = 0
+
+    def copy(self) -> PlanShelf:
+        """One that changes by itself."""
+        made = PlanShelf(self._stages)
+        made._kept, made._of_schedule, made._sets = dict(self._kept), dict(self._of_schedule), dict(self._sets)
+        made._replaced = set(self._replaced)
+        made._number, made._version = self._number, self._version
+        return made
 
     def put(
         self,
@@ -110,46 +129,45 @@ class PlanShelf:
 
     # Sets.
 
-    def set_with(self, number: int | None = None) -> int:
-        """Version of the set of all schedules' plans, this one in the place of its schedule's; published if it is new.
-
-        Raises:
-            ExchangeError: the store fails.
-        """
+    def set_with(self, number: int | None = None) -> PlanSet:
+        """The set of all schedules' plans, this one in the place of its schedule's."""
         chosen = dict(self._of_schedule)
         if number is not None:
             chosen[self._kept[number].schedule] = number
         members = frozenset(chosen.values())
-        if members not in self._sets:
-            self._version += 1
-            self._sets[members] = self._version
-            kept = [self._kept[one] for one in sorted(members)]
-            for stage in range(self._stages):
-                parts = PlanParts(version=self._version, parts=tuple(one.parts[stage] for one in kept))
-                self._exchange.publish(part_key(self._version, stage), parts.model_dump())
-        return self._sets[members]
+        if members in self._sets:
+            return PlanSet(self._sets[members], ())
+        self._version += 1
+        self._sets[members] = self._version
+        kept = [self._kept[one] for one in sorted(members)]
+        parts = [
+            PlanParts(version=self._version, parts=tuple(one.parts[stage] for one in kept))
+            for stage in range(self._stages)
+        ]
+        return PlanSet(self._version, tuple(parts))
 
-    def tidy(self, in_force: Sequence[int]) -> None:
-        """Drop plans and sets that nobody will follow any more; the store shall not grow with every set.
+    def tidy(self, in_force: Sequence[int]) -> list[int]:
+        """Drop plans and sets that nobody will follow any more.
 
         Args:
             in_force: versions that ranks follow, or followed until just now.
 
-        Raises:
-            ExchangeError: the store fails.
+        Returns:
+            Versions of the sets dropped.
         """
         own = set(self._of_schedule.values())
         followed = {one for members, version in self._sets.items() if version in in_force for one in members}
         for number in self._replaced - followed:
             self.discard(number)
         self._replaced &= followed
-        for members, version in list(self._sets.items()):
-            # One plan may be another's stand-in (for a pace); all others must be the job's as they are now.
-            stale = len(members - own) > 1 or len(members) != len(own) or not members <= self._kept.keys()
-            if stale and version not in in_force:
-                del self._sets[members]
-                for stage in range(self._stages):
-                    self._exchange.publish(part_key(version, stage), None)
+        # One plan may be another's stand-in (for a pace); all others must be the job's as they are now.
+        stale = [
+            members
+            for members, version in self._sets.items()
+            if version not in in_force
+            if len(members - own) > 1 or len(members) != len(own) or not members <= self._kept.keys()
+        ]
+        return [self._sets.pop(members) for members in stale]
 
     # What is asked of them.
 

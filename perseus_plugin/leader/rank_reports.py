@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from perseus_plugin.control.requests import DWELL_LATENCIES
 from perseus_plugin.exchange.messages import RankEstimate, Recheck, estimate_key, receive, recheck_key
 from perseus_plugin.exchange.store import Exchange
+from perseus_plugin.gpus.base import DWELL_LATENCIES
 
 TIMEOUT_S = 120.0
 
@@ -34,6 +34,10 @@ class RankReports:
         """The sweep is made again."""
         self.round += 1
         self._estimates, self._due_s = {}, None
+
+    def recheck_again(self) -> None:
+        """What ranks have rechecked so far does not hold any more."""
+        self.rechecks = {}
 
     def all_estimates(self) -> list[RankEstimate] | None:
         """This round's, by rank; None while some are missing.

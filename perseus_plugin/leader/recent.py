@@ -51,10 +51,13 @@ class RecentIterations:
             tuple(one.starts_s[0] for one in chosen),
         )
 
-    def leave_out(self, schedule: str) -> None:
-        """This schedule has no plan any more; what is still told of it is enough for another one."""
-        self._kept.pop(schedule, None)
+    def forget(self, schedule: str | None = None) -> None:
+        """What was told of a schedule, or of all, does not hold any more.
 
-    def forget(self) -> None:
-        """The profile has changed: what was brought to full clocks by the old one does not hold."""
-        self._kept.clear()
+        A schedule without a plan needs none; and with another profile, what was brought to full clocks by the old one
+        is something else.
+        """
+        if schedule is None:
+            self._kept.clear()
+        else:
+            self._kept.pop(schedule, None)

@@ -1,22 +1,20 @@
-"""What a replay said of the plans in force, and when they are held against newer iterations."""
+"""What a replay said of the plans in force, and when they are held against newer iterations. Pure."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perseus_plugin.iteration.replayed import InForce, Replayed
+from perseus_plugin.leader.effects import Say
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PlanAnswer
-
-logger = logging.getLogger(__name__)
 
 EVERY = 100
 """Iterations from one look at a plan to the next."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Followed:
     in_force: InForce | None
     looked: int
@@ -27,6 +25,12 @@ class Reviews:
 
     def __init__(self) -> None:
         self._followed: dict[str, _Followed] = {}
+
+    def copy(self) -> Reviews:
+        """One that changes by itself."""
+        made = Reviews()
+        made._followed = dict(self._followed)
+        return made
 
     def follow(self, schedule: str, in_force: InForce | None, iteration: int) -> None:
         """A plan comes into force.
@@ -44,7 +48,7 @@ class Reviews:
         if not due:
             return None
         chosen = min(due, key=lambda one: self._followed[one].looked)
-        self._followed[chosen].looked = iteration
+        self._followed[chosen] = replace(self._followed[chosen], looked=iteration)
         return chosen
 
     def in_force(self, schedule: str) -> InForce | None:
@@ -81,28 +85,30 @@ def in_force(plan: Plan, answer: PlanAnswer, margin: float) -> InForce | None:
     return InForce(clocks_of(plan), answer.catch_up, margin, answer.transfer_s)
 
 
-def tell_replayed(number: int, schedule: str, replayed: Replayed, quantile: float) -> None:
-    """Say what a replay of measured iterations promises."""
+def said_of_replay(number: int, schedule: str, replayed: Replayed, quantile: float) -> Say:
+    """What a replay of measured iterations promises of plan `number`."""
     if replayed.obstacle:
-        logger.warning(
+        return Say(
+            "warning",
             "nothing can be saved for %s while iterations keep to their time: %s. They run at full clocks; nothing "
             "needs to be done (perseus.slowdown allows some time)",
-            schedule,
-            replayed.obstacle,
+            (schedule, replayed.obstacle),
         )
-        return
     low, high = replayed.saving_interval
-    logger.info(
+    return Say(
+        "info",
         "plan %d replayed over %d measured iterations: %.1f %% less energy (%.1f to %.1f), %+.2f %% time "
         "(%+.2f %% at quantile %g); margin %.3g %%, %s",
-        number,
-        replayed.iterations,
-        100 * replayed.saving_mean,
-        100 * low,
-        100 * high,
-        100 * (replayed.time_ratio_mean - 1),
-        100 * (replayed.time_ratio_quantile - 1),
-        quantile,
-        100 * replayed.margin,
-        f"{100 * replayed.raised:.1f} % of instructions catch up" if replayed.catch_up else "no catching up needed",
+        (
+            number,
+            replayed.iterations,
+            100 * replayed.saving_mean,
+            100 * low,
+            100 * high,
+            100 * (replayed.time_ratio_mean - 1),
+            100 * (replayed.time_ratio_quantile - 1),
+            quantile,
+            100 * replayed.margin,
+            f"{100 * replayed.raised:.1f} % of instructions catch up" if replayed.catch_up else "no catching up needed",
+        ),
     )

@@ -9,9 +9,9 @@ from typing import Any
 
 from perseus_plugin.iteration.instructions import StageStream
 from perseus_plugin.iteration.replayed import InForce, Replayed, Samples, StageCatchUp
-from perseus_plugin.iteration.schedules import stream_to_json, streams_from_json
 from perseus_plugin.planning.paced import Pace, pace_from_dict, pace_to_dict
 from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
+from perseus_plugin.planning.streams import stream_to_json, streams_from_json
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 

@@ -7,8 +7,8 @@ search goes, and need not be right for the machine at hand.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
+from time import monotonic
 
 from perseus_plugin.planning.targets import Effort
 
@@ -32,7 +32,7 @@ class Work:
         cut_short: whether the brake has acted: the result is valid, but depends on how fast the machine was.
     """
 
-    def __init__(self, brake_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, brake_s: float, clock: Callable[[], float] = monotonic) -> None:
         self.done = 0.0
         self.cut_short = False
         self._clock, self._end_s = clock, clock() + brake_s

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from perseus_plugin.iteration.instructions import Compute, Constant
+from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import Sweep
 from perseus_plugin.profiling.observations import Activity, ClockRun, Tick
-from perseus_plugin.session.tap import IterationRecord
 
 _PAUSE_SHARE = 0.1  # of an iteration's time between two, above which they are two runs
 _CAPPED_SHARE = 0.01  # of a run's time below the clock asked for, above which it does not count for that clock

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from perseus_plugin.exchange.messages import IterationDurations, Placement, PlanPart, RankDurations
 from perseus_plugin.iteration.instructions import Compute, StreamOp
+from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.replayed import Samples
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Sweep
 from perseus_plugin.profiling.profile import Profile
-from perseus_plugin.session.tap import IterationRecord
 
 KEPT = 12
 _RECENT = 300  # iterations; what lies further back may have been another job

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from perseus_plugin.exchange.messages import PlanPart
-from perseus_plugin.iteration.instructions import StreamOp
-from perseus_plugin.iteration.timetable import Directive, Follow, Timetable
-from perseus_plugin.session.tap import IterationRecord
+from perseus_plugin.exchange.parts import Parts
+from perseus_plugin.iteration.instructions import StreamOf
+from perseus_plugin.iteration.record import IterationRecord
+from perseus_plugin.iteration.timetable import Directive, Timetable
 from perseus_plugin.stragglers.book import Report
 from perseus_plugin.stragglers.external import ExternalFigures
 
-StreamOf = Callable[[int], Sequence[StreamOp]]
-Parts = Mapping[tuple[int, str], PlanPart]
 ItemT = TypeVar("ItemT")
 
 
@@ -33,41 +31,66 @@ class FinishedIteration:
     record: IterationRecord
 
 
-def part_for(parts: Parts, directive: Directive, record: IterationRecord) -> PlanPart | None:
-    """The part that an iteration follows; None where there is none (yet), or it follows no plan."""
-    return parts.get((directive.version, record.schedule)) if isinstance(directive, Follow) else None
-
-
 class Link:
-    """What the training thread and the worker share; single attributes, replaced whole.
+    """What the training thread and the worker share. Each value is replaced whole, by the one thread that may.
+
+    Args:
+        timetable: with the first round of the sweep.
+        writes_events: whether this rank's training thread takes events.
 
     Attributes:
-        timetable: what each iteration runs as; the worker replaces it.
-        parts: this stage's parts of the newest plans, by version of the set and schedule.
-        schedule: the newest one.
+        iteration: the one that runs.
+        schedule: key and streams of the newest one; None before the first.
         schedules: all that have run, by key.
-        rise_lead_s: how early a rising clock is asked for.
-        close: set by the worker; ends it.
-        writes_events: whether this rank's training thread takes events; set by the session.
-        publish: what else is told of events, on the thread that adds them.
+        trouble_reason: why this rank controls its GPU no more; None while it does.
+        wake: set when there is something for the worker.
     """
 
-    def __init__(self, timetable: Timetable) -> None:
-        self.timetable = timetable
-        self.parts: Parts = {}
-        self.rise_lead_s = 0.0
-        self.close: Callable[[], None] = lambda: None
-        self.publish: Callable[[list[tuple[str, float]]], None] = lambda events: None
+    def __init__(self, timetable: Timetable, *, writes_events: bool = True) -> None:
         self.iteration = 0
         self.schedule: tuple[str, StreamOf] | None = None
         self.schedules: Mapping[str, StreamOf] = {}
         self.trouble_reason: str | None = None
+        self.wake = threading.Event()
+        self._timetable = timetable
+        self._parts: Parts = {}
+        self._rise_lead_s = 0.0
+        self._writes_events = writes_events
         self._finished: queue.SimpleQueue[FinishedIteration] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[list[tuple[str, float]]] = queue.SimpleQueue()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._external: queue.SimpleQueue[ExternalFigures] = queue.SimpleQueue()
-        self.wake = threading.Event()
-        self.writes_events = True
+
+    # What the worker decides and the training thread does.
+
+    @property
+    def timetable(self) -> Timetable:
+        """What each iteration runs as."""
+        return self._timetable
+
+    def run_by(self, timetable: Timetable) -> None:
+        """Iterations run as this says from now on."""
+        self._timetable = timetable
+
+    @property
+    def parts(self) -> Parts:
+        """This stage's parts of the newest plans."""
+        return self._parts
+
+    def use_parts(self, parts: Parts) -> None:
+        """There are newer plans."""
+        self._parts = parts
+
+    @property
+    def rise_lead_s(self) -> float:
+        """How early a rising clock is asked for."""
+        return self._rise_lead_s
+
+    def rise_early(self, lead_s: float) -> None:
+        """Ask for rising clocks so much earlier, from the next plan on."""
+        self._rise_lead_s = lead_s
+
+    # What the training thread has to tell.
 
     def use_schedule(self, key: str, stream_of: StreamOf) -> None:
         """Iterations run this schedule from now on."""
@@ -85,6 +108,12 @@ class Link:
         """This rank controls its GPU no more."""
         self.trouble_reason = reason
         self.wake.set()
+
+    def ended(self, reason: str) -> None:
+        """The session has ended: by failing, if there is a reason, and then nothing more is written."""
+        if reason:
+            self.trouble(reason)
+            self._writes_events = False
 
     def take_finished(self) -> list[FinishedIteration]:
         """Iterations handed over since the last call."""
@@ -110,9 +139,8 @@ class Link:
 
     def add_events(self, events: list[tuple[str, float]]) -> None:
         """Events for the framework's monitor, which only the training thread may touch; dropped if there is none."""
-        if self.writes_events:
+        if self._writes_events:
             self._events.put(events)
-        self.publish(events)
 
     def take_events(self) -> list[list[tuple[str, float]]]:
         """Events to be written now."""

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import sys
+import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from perseus_plugin.session.session import Session
 
+_live: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def runs(session: Session) -> None:
+    """A session has started; forgotten when nobody keeps it any more."""
+    _live.add(session)
+
+
+def kept_sessions() -> list[Session]:
+    """All that anybody keeps, whether they have ended or not."""
+    return list(_live)
+
 
 def running_sessions() -> list[Session]:
     """Those that have not ended; empty where no session was ever started."""
-    module = sys.modules.get("perseus_plugin.session.session")
-    return [] if module is None else [session for session in module.live_sessions if not session.closed]
+    return [session for session in _live if not session.closed]

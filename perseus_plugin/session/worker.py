@@ -10,26 +10,20 @@ import logging
 import math
 import statistics
 import threading
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from time import monotonic
-from typing import TYPE_CHECKING
 
-from perseus_plugin.config import PerseusConfig
 from perseus_plugin.control import wire
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.clock_log import ClockLog
 from perseus_plugin.control.examination import why_not_obeyed
 from perseus_plugin.control.lateness import extra_energy_j
-from perseus_plugin.control.selection import Selection
 from perseus_plugin.errors import GpuError, PerseusError
 from perseus_plugin.exchange.messages import (
     NEWS,
     TROUBLE,
     CaughtUp,
     News,
-    Placement,
     PlanParts,
     RankEstimate,
     RankStats,
@@ -42,8 +36,10 @@ from perseus_plugin.exchange.messages import (
     recheck_key,
     stats_key,
 )
-from perseus_plugin.exchange.store import Exchange, ExchangeError
+from perseus_plugin.exchange.parts import part_for, with_newest
+from perseus_plugin.exchange.store import ExchangeError
 from perseus_plugin.iteration.instructions import Compute
+from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import (
     NOT_OURS,
     REFERENCE,
@@ -54,33 +50,45 @@ from perseus_plugin.iteration.timetable import (
     nearest_clocks,
     paired_clocks,
 )
+from perseus_plugin.leader.job import Job
 from perseus_plugin.leader.leader import Leader
 from perseus_plugin.profiling.collector import SweepCollector
 from perseus_plugin.profiling.durations import KEPT as NEW_DURATIONS
 from perseus_plugin.profiling.durations import DurationsLog
 from perseus_plugin.profiling.estimator import estimate_stage
-from perseus_plugin.profiling.known import Known
 from perseus_plugin.profiling.observations import Tick
 from perseus_plugin.reporting.live.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, REFERENCES, STRAGGLER, Account
 from perseus_plugin.reporting.live.relay import FigureRelay
 from perseus_plugin.reporting.live.windows import Windows, step_size
 from perseus_plugin.reporting.record.recorder import Recorder
-from perseus_plugin.session.link import FinishedIteration, Link, Parts, part_for
-from perseus_plugin.session.tap import IterationRecord
+from perseus_plugin.session.lifetime import Lifetime
+from perseus_plugin.session.link import FinishedIteration, Link
 from perseus_plugin.stragglers.sensing import StragglerSensing
-
-if TYPE_CHECKING:
-    from perseus_plugin.session.session import Session
 
 logger = logging.getLogger(__name__)
 
-_IDLE_S = 0.25
-_RANK_0_IDLE_S = 0.1  # what ranks tell shall not wait for the iteration's end
-_REST_S = 0.1
-_TICKS_AFTER_SWEEP_S = 0.4  # the counter's last tick of the sweep shows up to a period and a lag later
-_READ_FAILURE_PATIENCE_S = 2.0
-_STATS_EVERY_S = 5.0
-_DURATIONS_EVERY_S = 20.0
+
+@dataclass(frozen=True)
+class Timing:
+    """How often, and how long, the worker waits.
+
+    Attributes:
+        idle_s: at most, until it looks around.
+        rank_0_idle_s: the same on rank 0: what ranks tell shall not wait for the iteration's end.
+        rest_s: from one look to the next. Where iterations are short, several are looked at together: this thread takes
+            the interpreter from the training thread.
+        ticks_after_sweep_s: the counter's last tick of the sweep shows up to a period and a lag later.
+        read_failure_patience_s: what broke reading may be about to end the session with a message of its own.
+        stats_every_s, durations_every_s: from one message to the next.
+    """
+
+    idle_s: float = 0.25
+    rank_0_idle_s: float = 0.1
+    rest_s: float = 0.1
+    ticks_after_sweep_s: float = 0.4
+    read_failure_patience_s: float = 2.0
+    stats_every_s: float = 5.0
+    durations_every_s: float = 20.0
 
 
 class SessionWorker:
@@ -88,42 +96,32 @@ class SessionWorker:
 
     def __init__(
         self,
+        job: Job,
         *,
-        config: PerseusConfig,
-        placement: Placement,
         link: Link,
+        lifetime: Lifetime,
         helper: ClockHelper | None,
-        exchange: Exchange,
-        output_dir: Path,
-        selection: Selection,
-        known: Known,
-        full_sweep_mhz: tuple[int, ...] = (),
-        writes_figures: bool = False,
-        facts: Mapping[str, str] | None = None,
+        relay: FigureRelay,
+        leader: Leader | None = None,
+        timing: Timing | None = None,
     ) -> None:
-        self._config = config
-        self._placement = placement
-        self._link = link
-        self._helper = helper
-        self._exchange = exchange
-        self._selection = selection
-        sweep_mhz = link.timetable.sweep.clocks_mhz
-        self._top_mhz = max(sweep_mhz, default=0)
+        self._timing = timing or Timing()
+        config, placement, exchange = job.config, job.placement, job.exchange
+        self._config, self._placement, self._exchange = config, placement, exchange
+        self._link, self._lifetime, self._helper = link, lifetime, helper
+        self._relay, self._leader = relay, leader
+        self._selection, self._known = job.selection, job.known
+        self._top_mhz = job.top_mhz
         self._clocks = ClockLog(self._top_mhz)
         self._collector = SweepCollector(self._top_mhz)
         self._durations = DurationsLog(self._top_mhz)
         self._durations_due_s = 0.0
-        about = {
-            "gpu": selection.name,
-            "backend": selection.backend,
-            "emulated": selection.emulated,
-            "facts": dict(facts or {}),
-        }
-        self._recorder = Recorder(output_dir, placement, about, helper is not None, config.record)
+        about = {**job.gpu_facts, "facts": dict(job.facts or {})}
+        self._recorder = Recorder(job.output_dir, placement, about, helper is not None, config.record)
         self._account = Account(helper is not None, self._take_energy)
         self._windows = Windows(exchange, placement, config.watch.reference_share, self._top_mhz)
-        self._known = known
-        self._estimated = not sweep_mhz
+        self._sensing = StragglerSensing(config.stragglers, placement, exchange)
+        self._estimated = not job.plans
         self._polling = False
         self._sweep_ended_s: float | None = None
         self._news = News(sequence=0, switch=0, action="full")
@@ -140,43 +138,23 @@ class SessionWorker:
         self._stats_due_s = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="perseus", daemon=True)
-        self._session: Session | None = None
-        self._relay = FigureRelay(exchange, link, placement.leads, writes_figures)
-        self._sensing = StragglerSensing(config.stragglers, placement, exchange)
-        self._leader: Leader | None = None
-        if placement.leads:
-            self._leader = Leader(
-                config=config,
-                placement=placement,
-                link=link,
-                exchange=exchange,
-                output_dir=output_dir,
-                selection=selection,
-                known=known,
-                full_sweep_mhz=full_sweep_mhz,
-                relay=self._relay,
-            )
 
-    def start(self, session: Session) -> None:
+    def start(self) -> None:
         """Start the thread."""
-        self._session = session
-        self._link.close = self._close
         self._thread.start()
 
     # The thread.
 
     def _run(self) -> None:
         try:
+            timing = self._timing
             while not self._stop.is_set():
-                self._link.wake.wait(_IDLE_S if self._leader is None else _RANK_0_IDLE_S)
+                self._link.wake.wait(timing.idle_s if self._leader is None else timing.rank_0_idle_s)
                 self._link.wake.clear()
                 self._step()
-                # Where iterations are short, several are looked at together: this thread takes the interpreter from
-                # the training thread.
-                self._stop.wait(_REST_S)
+                self._stop.wait(timing.rest_s)
         except Exception as error:
-            assert self._session is not None  # set before the thread starts
-            self._session.fail(error)
+            self._lifetime.fail(error)
             self._tell_trouble()
             if self._leader is not None:
                 self._leader.stop_taking_reports()
@@ -192,7 +170,8 @@ class SessionWorker:
         self._look_for_trouble()
         self._look_for_news()
         if self._leader is not None:
-            self._leader.step()
+            link = self._link
+            self._leader.step(link.iteration, link.schedules, link.schedule, link.take_external())
         self._record()
         if (
             self._plans_since is not None
@@ -320,8 +299,7 @@ class SessionWorker:
                 case wire.Trouble(code="read_again"):
                     logger.info("%s: energy is measured as before", event.text)
                 case wire.Trouble():
-                    assert self._session is not None  # set before the thread starts
-                    self._session.fail(GpuError(event.text))
+                    self._lifetime.fail(GpuError(event.text))
                 case wire.Deviation():
                     self._take_deviation(event)
 
@@ -329,10 +307,9 @@ class SessionWorker:
 
     def _say_read_failure(self) -> None:
         """Said a little later, as what broke reading may be about to end the session with a message of its own."""
-        if self._read_failure is None or monotonic() < self._read_failure[0] + _READ_FAILURE_PATIENCE_S:
+        if self._read_failure is None or monotonic() < self._read_failure[0] + self._timing.read_failure_patience_s:
             return
-        assert self._session is not None  # set before the thread starts
-        if not self._session.closed:
+        if not self._lifetime.ended:
             logger.warning(
                 "energy is not measured any more: %s. Clocks are set as before; run `perseus doctor` on this machine",
                 self._read_failure[1],
@@ -364,11 +341,10 @@ class SessionWorker:
     def _take_latency(self, latency: wire.SwitchLatency) -> None:
         why_not = why_not_obeyed(latency)
         if why_not:
-            assert self._session is not None  # set before the thread starts
-            self._session.fail(GpuError(why_not))
+            self._lifetime.fail(GpuError(why_not))
         if not latency.p95_s > 0:  # NaN when no change showed
             return
-        self._link.rise_lead_s = latency.p95_s
+        self._link.rise_early(latency.p95_s)
         self._stats = self._stats.model_copy(update={"switch_latency_s": (latency.p50_s, latency.p95_s)})
         logger.debug("clock changes take %.1f ms (95 %%: %.1f ms)", 1e3 * latency.p50_s, 1e3 * latency.p95_s)
 
@@ -390,7 +366,7 @@ class SessionWorker:
         now_s = monotonic()
         if self._sweep_ended_s is None:
             self._sweep_ended_s = now_s
-        if now_s - self._sweep_ended_s < _TICKS_AFTER_SWEEP_S:
+        if now_s - self._sweep_ended_s < self._timing.ticks_after_sweep_s:
             return
         self._poll_energy(False)
         self._estimated = True
@@ -416,7 +392,7 @@ class SessionWorker:
 
     def _publish_durations(self) -> None:
         """For the replay of plans."""
-        self._durations_due_s = monotonic() + _DURATIONS_EVERY_S
+        self._durations_due_s = monotonic() + self._timing.durations_every_s
         message = self._durations.message(self._placement)
         self._exchange.publish(durations_key(self._placement.rank), message.model_dump())
 
@@ -429,7 +405,7 @@ class SessionWorker:
             self._in_trouble = True
             told = receive(Trouble, value)
             directive = FullClock(f"rank {told.rank}: {told.reason}")
-            self._link.timetable = self._link.timetable.switched(self._link.iteration + 1, directive)
+            self._link.run_by(self._link.timetable.switched(self._link.iteration + 1, directive))
 
     def _look_for_news(self) -> None:
         value = None if self._in_trouble else self._exchange.fetch(NEWS)
@@ -446,7 +422,7 @@ class SessionWorker:
             parts = self._exchange.fetch(part_key(version, self._placement.stage))
             if parts is None:
                 return  # published before the news; if the store lost it, the next look finds it or newer news
-            self._link.parts = _with_newest(self._link.parts, receive(PlanParts, parts))
+            self._link.use_parts(with_newest(self._link.parts, receive(PlanParts, parts)))
             directive: Directive = Follow(version, news.straggler, news.since)
         else:
             directive = FullClock(news.reason)
@@ -457,7 +433,7 @@ class SessionWorker:
         self._recheck_left = self._config.watch.patience
         late = self._link.iteration >= news.switch
         self._stats = self._stats.model_copy(update={"late": self._stats.late + late})
-        self._link.timetable = self._link.timetable.switched(news.switch, directive)
+        self._link.run_by(self._link.timetable.switched(news.switch, directive))
 
     def _sweep_again(self, news: News) -> None:
         self._news = news
@@ -465,10 +441,10 @@ class SessionWorker:
         if news.paired:
             order = paired_clocks(order[1:], order[0], self._placement.stage)
         order = nearest_clocks(self._selection.clocks_mhz, order)
-        self._link.timetable = self._link.timetable.swept_again(news.switch, order, news.paired)
+        self._link.run_by(self._link.timetable.swept_again(news.switch, order, news.paired))
         self._estimated, self._sweep_ended_s = False, None
         if self._leader is not None:
-            self._leader.swept_again()
+            self._leader.swept_again(self._link.timetable)
 
     def _rechecks(self, record: IterationRecord) -> bool:
         """Whether this iteration, at full clocks, is one of those that are measured again."""
@@ -507,7 +483,7 @@ class SessionWorker:
     def _publish_stats(self, final: bool = False) -> None:
         if not final and monotonic() < self._stats_due_s:
             return
-        self._stats_due_s = monotonic() + _STATS_EVERY_S
+        self._stats_due_s = monotonic() + self._timing.stats_every_s
         self._stats = self._stats.model_copy(
             update={
                 "totals": self._account.totals,
@@ -518,7 +494,7 @@ class SessionWorker:
         )
         self._exchange.publish(stats_key(self._placement.rank), self._stats.model_dump())
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """End the thread, then settle accounts; called on the thread that ends the session."""
         self._stop.set()
         self._link.wake.set()
@@ -543,10 +519,3 @@ class SessionWorker:
             logger.debug("the last statistics did not reach rank 0: %s", error)
         if self._leader is not None:
             self._leader.finish(self._stats)
-
-
-def _with_newest(parts: Parts, newest: PlanParts) -> Parts:
-    """Those that the running iteration and switches yet to come may need."""
-    others = list(dict.fromkeys(version for version, _ in parts if version != newest.version))[-3:]
-    kept = {key: part for key, part in parts.items() if key[0] in others}
-    return {**kept, **{(newest.version, part.schedule): part for part in newest.parts}}

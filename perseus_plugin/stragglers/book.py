@@ -116,18 +116,19 @@ class StragglerBook:
     Args:
         world_size: ranks of the job.
         max_slowdown: more is refused as absurd.
-
-    Attributes:
-        full_clock_s: of an iteration, once it is known; an `iteration_time_s` is judged by it.
     """
 
     def __init__(self, world_size: int, max_slowdown: float) -> None:
-        self.full_clock_s: float | None = None
+        self._full_clock_s: float | None = None
         self._world_size = world_size
         self._max_slowdown = max_slowdown
         self._lock = threading.Lock()
         self._live: dict[tuple[int, str], Report] = {}
         self._seen: OrderedDict[str, float] = OrderedDict()
+
+    def judge_by(self, full_clock_s: float | None) -> None:
+        """An `iteration_time_s` is judged by this time of an iteration at full clocks; None: it is not known."""
+        self._full_clock_s = full_clock_s
 
     def take(self, value: Any, now: float) -> Report:
         """Enter a report.
@@ -154,7 +155,7 @@ class StragglerBook:
         return report
 
     def _check_iteration_time(self, report: Report) -> None:
-        time_s, full_s = report.iteration_time_s, self.full_clock_s
+        time_s, full_s = report.iteration_time_s, self._full_clock_s
         if time_s is not None and full_s is not None and not full_s <= time_s <= self._max_slowdown * full_s:
             raise StragglerError(
                 f"iteration_time_s: got {time_s:g}; allowed: {full_s:.4g} (an iteration at full clocks) to "

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from perseus_plugin.exchange.messages import PlanPart
 from perseus_plugin.iteration.instructions import Compute
-from perseus_plugin.session.tap import IterationRecord
+from perseus_plugin.iteration.record import IterationRecord
 
 _SIGMAS = 6.0  # how far beyond the noise: at 10,000 ranks and 10,000 iterations still no false alarm is expected
 _MEDIAN_EFFICIENCY = 1.2533  # standard error of a median against that of a mean

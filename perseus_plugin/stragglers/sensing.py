@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from perseus_plugin.config import StragglersConfig
 from perseus_plugin.exchange.messages import STRAGGLERS, PaceOf, Placement, pace_key, receive
+from perseus_plugin.exchange.parts import Parts, part_for
 from perseus_plugin.exchange.store import Exchange
+from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import Directive, Follow
-from perseus_plugin.session.link import Parts, part_for
-from perseus_plugin.session.tap import IterationRecord
 from perseus_plugin.stragglers.book import DETECTION, Report
 from perseus_plugin.stragglers.detection import (
     OwnPast,

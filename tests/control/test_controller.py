@@ -80,8 +80,8 @@ def test_no_instruction_ever_runs_slower_than_planned(
 ) -> None:
     clocks, times_s, seen = job
     gpu = SimulatedGpu(LEAD_S)
-    controller = Controller(gpu, LEAD_S)
-    controller.follow(clocks, times_s)
+    controller = Controller(gpu)
+    controller.follow(clocks, times_s, rise_lead_s=LEAD_S)
     spans: list[tuple[int, float, float, float]] = []
     for iteration in seen:
         for position, (wait_s, time_s) in enumerate(iteration):
@@ -110,8 +110,8 @@ def test_long_instructions_run_at_their_clock_from_the_switch_latency_on(
 ) -> None:
     clocks, times_s, _ = job
     gpu = SimulatedGpu(LEAD_S)
-    controller = Controller(gpu, LEAD_S)
-    controller.follow(clocks, [time_s + 3 * LEAD_S for time_s in times_s])
+    controller = Controller(gpu)
+    controller.follow(clocks, [time_s + 3 * LEAD_S for time_s in times_s], rise_lead_s=LEAD_S)
     for position, (clock, time_s) in enumerate(zip(clocks, times_s, strict=True)):
         start_s = gpu.now_s
         controller.begin(position, start_s)
@@ -121,8 +121,8 @@ def test_long_instructions_run_at_their_clock_from_the_switch_latency_on(
 
 def test_a_rise_is_asked_for_early_and_a_drop_at_the_start() -> None:
     noted = Noted()
-    controller = Controller(noted, rise_lead_s=0.25)
-    controller.follow([705, 1410, 1005], [1.0, 2.0, 4.0])
+    controller = Controller(noted)
+    controller.follow([705, 1410, 1005], [1.0, 2.0, 4.0], rise_lead_s=0.25)
     assert noted.made == [], "the plan holds from the next iteration on"
     controller.begin(0, 10.0)
     assert noted.made == [(705, 0.0), (1410, 10.75)]
@@ -134,21 +134,21 @@ def test_a_rise_is_asked_for_early_and_a_drop_at_the_start() -> None:
 
 def test_equal_clocks_need_no_request_ahead() -> None:
     noted = Noted()
-    controller = Controller(noted, 0.1)
-    controller.follow([900, 900], [1.0, 1.0])
+    controller = Controller(noted)
+    controller.follow([900, 900], [1.0, 1.0], rise_lead_s=0.1)
     controller.begin(0, 0.0)
     assert noted.made == [(900, 0.0)]
 
 
 def test_a_rise_after_an_instruction_shorter_than_the_lead_is_asked_for_at_once() -> None:
     noted = Noted()
-    controller = Controller(noted, 0.1)
-    controller.follow([705, 1410], [0.03, 1.0])
+    controller = Controller(noted)
+    controller.follow([705, 1410], [0.03, 1.0], rise_lead_s=0.1)
     controller.begin(0, 5.0)
     assert noted.made == [(705, 0.0), (1410, 5.0)]
     gpu = SimulatedGpu(0.1)
-    controller = Controller(gpu, 0.1)
-    controller.follow([705, 1410], [0.03, 1.0])
+    controller = Controller(gpu)
+    controller.follow([705, 1410], [0.03, 1.0], rise_lead_s=0.1)
     gpu.run_until(5.0)
     controller.begin(0, 5.0)
     gpu.run_until(6.0)
@@ -158,8 +158,8 @@ def test_a_rise_after_an_instruction_shorter_than_the_lead_is_asked_for_at_once(
 @pytest.mark.parametrize("clock", [705, None])
 def test_hold_asks_once_and_boundaries_ask_no_more(clock: int | None) -> None:
     noted = Noted()
-    controller = Controller(noted, 0.1)
-    controller.follow([705, 1410], [1.0, 1.0])
+    controller = Controller(noted)
+    controller.follow([705, 1410], [1.0, 1.0], rise_lead_s=0.1)
     controller.hold(clock)
     controller.begin(0, 1.0)
     assert noted.made == [(clock, 0.0)]
@@ -167,10 +167,9 @@ def test_hold_asks_once_and_boundaries_ask_no_more(clock: int | None) -> None:
 
 def test_a_new_plan_replaces_the_old_one_and_the_new_lead_holds() -> None:
     noted = Noted()
-    controller = Controller(noted, 0.1)
-    controller.follow([705, 1410], [1.0, 1.0])
-    controller.rise_lead_s = 0.5
-    controller.follow([1005], [2.0])
+    controller = Controller(noted)
+    controller.follow([705, 1410], [1.0, 1.0], rise_lead_s=0.1)
+    controller.follow([1005], [2.0], rise_lead_s=0.5)
     controller.begin(0, 0.0)
     controller.begin(1, 2.0)
     assert noted.made == [(1005, 0.0), (None, 1.5)]

@@ -48,8 +48,8 @@ def part(**changes: Any) -> CatchUpPart:
 
 def following(lead_s: float = 0.0, **changes: Any) -> tuple[Controller, Noted]:
     noted = Noted()
-    controller = Controller(noted, lead_s)
-    controller.follow(CLOCKS_MHZ, TIMES_S, part(**changes))
+    controller = Controller(noted)
+    controller.follow(CLOCKS_MHZ, TIMES_S, part(**changes), rise_lead_s=lead_s)
     controller.start(100.0)
     return controller, noted
 

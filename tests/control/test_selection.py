@@ -166,11 +166,11 @@ def test_pynvml_is_imported_only_where_nvidia_gpus_are(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.modules["pynvml"] = None  # what importing it then meets is an ImportError
-import perseus_plugin, perseus_plugin.session.session, perseus_plugin.integrations.loading
+import perseus_plugin, perseus_plugin.session.start, perseus_plugin.integrations.loading
 import perseus_plugin.cli.main, perseus_plugin.control.helper.process
 from perseus_plugin.config import parse_config
 from perseus_plugin.exchange.messages import Placement
-from perseus_plugin.session.session import start_session
+from perseus_plugin.session.start import start_session
 for backend in ("off", "emulated"):
     place = Placement(rank=0, world_size=1, stage=0, stages=2, replica=0, local_rank=0, device="cpu")
     session = start_session(parse_config({{"output_dir": {str(tmp_path)!r}, "gpu": {{"backend": backend}}}}), place)

@@ -26,8 +26,14 @@ def report(scores: dict[int, float]) -> Any:
 REAL = """
 import sys, types
 took = []
-session = types.SimpleNamespace(closed=False, external_figures=took.append)
-sys.modules["perseus_plugin.session.session"] = types.SimpleNamespace(live_sessions=[session])
+from perseus_plugin.session.running import runs
+
+class Session:
+    closed = False
+    external_figures = took.append
+
+session = Session()
+runs(session)
 
 import torch
 from perseus_plugin.integrations.loading import install_import_hooks

@@ -13,17 +13,8 @@ from hypothesis import strategies as st
 from perseus_plugin.errors import ScheduleError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StageStream, StreamOp
-from perseus_plugin.iteration.schedules import (
-    SCHEDULES,
-    early_recomputation_1f1b,
-    gpipe,
-    interleaved_1f1b,
-    load_streams,
-    one_f_one_b,
-    save_streams,
-    stream_to_json,
-    streams_from_json,
-)
+from perseus_plugin.iteration.schedules import SCHEDULES, early_recomputation_1f1b, gpipe, interleaved_1f1b, one_f_one_b
+from perseus_plugin.planning.streams import load_streams, save_streams, stream_to_json, streams_from_json
 
 
 def computes(stream: StageStream) -> list[tuple[str, int, int]]:

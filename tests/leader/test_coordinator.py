@@ -37,14 +37,15 @@ from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.instructions import Compute, Constant, StreamOp
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
 from perseus_plugin.leader import rank_reports as reports_module
-from perseus_plugin.leader.coordinator import Coordinator, State
+from perseus_plugin.leader.coordinator import Coordinator
+from perseus_plugin.leader.state import Phase
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.planning.process import PlanAnswer, PlanRequest, answer_to
 from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.profiling.survey import Survey
 from perseus_plugin.reporting.live import comparison as comparison_module
-from tests.factories import BLOCKING_W, CLOCKS_MHZ, placement, profile, rank_estimate, record, stream_of
+from tests.factories import BLOCKING_W, CLOCKS_MHZ, job_of, placement, profile, rank_estimate, record, stream_of
 
 TABLE = Timetable(Round(4, (1410, 810, 1110, 1410)), settle_steps=1, steps_per_clock=3)
 SWEEP_END = TABLE.sweep_end
@@ -118,17 +119,8 @@ class Job:
                 "watch": {"patience": PATIENCE, "tolerance": 0.05, "max_replans": 2, "reference_share": 0, **watch},
             }
         )
-        self.coordinator = Coordinator(
-            self.config,
-            self.exchange,
-            self.planner,
-            world_size=world_size,
-            stages=2,
-            timetable=TABLE,
-            output_dir=folder,
-            survey=survey,
-            frontier=frontier,
-        )
+        about = job_of(self.config, self.exchange, folder, TABLE, world_size=world_size, survey=survey)
+        self.coordinator = Coordinator(about, self.planner, frontier=frontier)
         self.schedule = "A"
 
     @property
@@ -165,7 +157,7 @@ class Job:
             self.run(Sweep(0, CLOCKS_MHZ[0], kept=True), FULL_S)
         self.publish_estimates(0, 1)
         self.step()
-        assert self.coordinator.state is State.PLANNING
+        assert self.coordinator.phase is Phase.PLANNING
         return self
 
     def following(self) -> Job:
@@ -173,7 +165,7 @@ class Job:
         self.measured()
         self.planner.finish()
         self.step()
-        assert self.coordinator.state is State.FOLLOWING
+        assert self.coordinator.phase is Phase.FOLLOWING
         return self
 
     def following_b(self) -> Job:
@@ -191,7 +183,7 @@ class Job:
         expected_s = self.coordinator.expected_time_s()
         assert expected_s is not None
         self.run(Follow(1), (1 + excess) * expected_s, PATIENCE)
-        assert self.coordinator.state is State.RECHECKING
+        assert self.coordinator.phase is Phase.RECHECKING
         return self
 
     def rechecked(self, factor: float, sequence: int = 2) -> None:
@@ -333,7 +325,7 @@ def test_a_profile_of_another_job_is_refused(tmp_path: Path, heard: pytest.LogCa
     assert "the kept profile does not fit: stage 0 forward takes" in heard.text
     news = job.told()
     assert (news.action, news.clocks_mhz) == ("sweep", TABLE.sweep.clocks_mhz), "a full sweep instead"
-    assert job.coordinator.survey is None
+    assert job.coordinator.state.survey is None
 
 
 def test_a_profile_of_another_job_that_was_asked_for_is_refused(
@@ -413,7 +405,7 @@ def test_times_known_badly_are_measured_in_a_round_in_pairs(job: Job) -> None:
 
 def test_an_iteration_in_pairs_is_no_iteration_at_full_clocks(job: Job) -> None:
     job.run(Sweep(0, CLOCKS_MHZ[0], kept=True, round=1, paired=True), 3 * FULL_S)
-    assert job.coordinator.full_clock_time_s is None
+    assert job.coordinator.state.times.full_s is None
 
 
 def test_a_clock_whose_time_stays_uncertain_is_not_planned_with(job: Job, heard: pytest.LogCaptureFixture) -> None:
@@ -496,7 +488,7 @@ def test_a_plan_reaches_every_rank_before_the_iteration_it_begins_at(job: Job) -
             true[op.kind, clock] for op, clock in zip(computations, part.clocks_mhz, strict=True)
         ]
     assert load_plan(job.folder / "plan.json") == plan
-    assert job.coordinator.planning_time_s == 0.1
+    assert job.coordinator.state.planning_time_s == 0.1
 
 
 class FakeFrontier(BackgroundFrontier):
@@ -547,11 +539,11 @@ def expect_full_clocks(job: Job, reason: str, heard: pytest.LogCaptureFixture) -
     assert reason in news.reason
     assert heard.text.count("Training stays at full clocks.") == 1
     assert reason in heard.text
-    assert job.coordinator.state is State.GIVEN_UP
+    assert job.coordinator.phase is Phase.GIVEN_UP
     job.planner.finish()
     job.run(FullClock(""), 100.0, 10)
     assert job.told() == news
-    assert job.coordinator.state is State.GIVEN_UP
+    assert job.coordinator.phase is Phase.GIVEN_UP
 
 
 def test_a_rank_that_never_tells_is_named(
@@ -591,7 +583,7 @@ def test_a_profile_that_cannot_be_saved_is_planned_on_all_the_same(job: Job, hea
     job.publish_estimates(0, 1)
     job.step()
     assert "profile.csv" in heard.text
-    assert job.coordinator.state is State.PLANNING
+    assert job.coordinator.phase is Phase.PLANNING
 
 
 def test_a_plan_that_does_not_exist(job: Job, heard: pytest.LogCaptureFixture) -> None:
@@ -622,7 +614,7 @@ def test_iterations_as_long_as_expected_keep_the_plan(job: Job) -> None:
     assert expected_s is not None
     assert expected_s == pytest.approx(FULL_S), "no slowdown was asked for"
     job.run(Follow(1), 1.04 * expected_s, 20)
-    assert job.coordinator.state is State.FOLLOWING
+    assert job.coordinator.phase is Phase.FOLLOWING
     assert job.told().sequence == 1
 
 
@@ -636,7 +628,7 @@ def test_single_slow_iterations_keep_the_plan(job: Job) -> None:
     for _ in range(10):
         job.run(Follow(1), FULL_S, 2)
         job.run(Follow(1), 5 * FULL_S, 1)
-    assert job.coordinator.state is State.FOLLOWING
+    assert job.coordinator.phase is Phase.FOLLOWING
 
 
 @pytest.mark.parametrize("why", ["disturbed", "incomplete", "another plan", "full clocks"])
@@ -650,7 +642,7 @@ def test_iterations_that_say_nothing_of_the_plan_keep_it(job: Job, why: str) -> 
         directive = {"another plan": Follow(7), "full clocks": FullClock("")}.get(why, Follow(1))
         job.coordinator.saw(directive, seen)
         job.step()
-    assert job.coordinator.state is State.FOLLOWING
+    assert job.coordinator.phase is Phase.FOLLOWING
 
 
 def test_iterations_too_long_drop_the_plan_and_measure_anew(job: Job, heard: pytest.LogCaptureFixture) -> None:
@@ -660,14 +652,14 @@ def test_iterations_too_long_drop_the_plan_and_measure_anew(job: Job, heard: pyt
     assert news.switch == job.iteration + 2
     assert "instead of" in news.reason
     assert "back to full clocks" in heard.text
-    assert job.coordinator.dropped == 1
+    assert job.coordinator.state.dropped == 1
 
 
 def test_a_plan_that_does_not_hold_is_made_anew_with_more_margin(job: Job) -> None:
     job.dropped(excess=0.2)
     job.rechecked(1.0)
     job.run(FullClock(""), FULL_S, PATIENCE)
-    assert job.coordinator.state is State.PLANNING
+    assert job.coordinator.phase is Phase.PLANNING
     first, second = job.planner.requests
     assert first.margin == 0.01
     assert second.margin == pytest.approx(0.01 + 0.2)
@@ -693,24 +685,24 @@ def test_a_job_that_became_slower_is_planned_for_as_it_is_now(job: Job, heard: p
     job.step()
     assert job.coordinator.expected_time_s() == pytest.approx(1.5 * FULL_S)
     job.run(Follow(2), 1.5 * FULL_S, 10)
-    assert job.coordinator.state is State.FOLLOWING
+    assert job.coordinator.phase is Phase.FOLLOWING
 
 
 def test_iterations_still_under_the_plan_are_no_recheck(job: Job) -> None:
     job.dropped()
     job.rechecked(1.0)
     job.run(Follow(1), 5 * FULL_S, PATIENCE)
-    assert job.coordinator.state is State.RECHECKING
+    assert job.coordinator.phase is Phase.RECHECKING
     job.run(FullClock(""), 5 * FULL_S, PATIENCE, undisturbed=False)
-    assert job.coordinator.state is State.RECHECKING
+    assert job.coordinator.phase is Phase.RECHECKING
 
 
 def test_a_rank_that_rechecks_late_is_waited_for_a_while(job: Job) -> None:
     job.dropped()
     job.run(FullClock(""), FULL_S, 4 * PATIENCE - 1)
-    assert job.coordinator.state is State.RECHECKING
+    assert job.coordinator.phase is Phase.RECHECKING
     job.run(FullClock(""), FULL_S)
-    assert job.coordinator.state is State.PLANNING
+    assert job.coordinator.phase is Phase.PLANNING
     assert job.planner.requests[1].profile == job.planner.requests[0].profile
 
 
@@ -720,7 +712,7 @@ def test_after_so_many_dropped_plans_the_job_stays_at_full_clocks(job: Job, hear
         expected_s = job.coordinator.expected_time_s()
         assert expected_s is not None
         job.run(Follow(dropped), 1.2 * expected_s, PATIENCE)
-        assert job.coordinator.dropped == dropped
+        assert job.coordinator.state.dropped == dropped
         if dropped < 3:
             job.rechecked(1.0, sequence=2 * dropped)
             job.run(FullClock(""), FULL_S, PATIENCE)
@@ -766,7 +758,7 @@ def test_a_plan_that_references_show_to_be_slow_is_made_anew_with_that_much_more
     job = referring
     publish_windows(job, job.told().since, slower=0.2)
     job.step()
-    assert job.coordinator.state is State.RECHECKING
+    assert job.coordinator.phase is Phase.RECHECKING
     news = job.told()
     assert (news.action, news.recheck) == ("full", True)
     assert "longer than at full clocks on the same work: back to full clocks" in heard.text
@@ -780,7 +772,7 @@ def test_a_plan_that_references_show_to_be_slow_is_made_anew_with_that_much_more
     assert (again.action, again.since) == ("follow", again.switch), "references count anew"
     publish_windows(job, news.since, slower=0.2)
     job.step()
-    assert job.coordinator.state is State.FOLLOWING, "what was seen of the plans before says nothing of these"
+    assert job.coordinator.phase is Phase.FOLLOWING, "what was seen of the plans before says nothing of these"
 
 
 @pytest.mark.parametrize("slower", [-0.1, 0.0, 0.005])
@@ -791,7 +783,7 @@ def test_a_plan_that_references_show_to_hold_is_kept_however_long_iterations_bec
     publish_windows(job, job.told().since, slower=slower)
     for number in range(100):
         job.run(Follow(1, since=job.told().since), FULL_S * (1 + number / 50))
-    assert (job.coordinator.state, job.coordinator.dropped) == (State.FOLLOWING, 0)
+    assert (job.coordinator.phase, job.coordinator.state.dropped) == (Phase.FOLLOWING, 0)
     assert job.coordinator.comparison.compared.time is not None
 
 
@@ -804,13 +796,13 @@ def test_a_slow_plan_of_larger_steps_is_dropped_and_larger_steps_are_not(job: Jo
         job.coordinator.saw(Follow(1), seen, size)
         job.iteration += 1
         job.step()
-    assert job.coordinator.dropped == 0
+    assert job.coordinator.state.dropped == 0
     for _ in range(PATIENCE):
         seen = record(job.iteration, schedule="A")
         seen.end_s = seen.begin_s + 1.2 * 1.6 * FULL_S
         job.coordinator.saw(Follow(1), seen, 1.6)
         job.step()
-    assert job.coordinator.dropped == 1
+    assert job.coordinator.state.dropped == 1
 
 
 # Schedules that change.
@@ -851,7 +843,7 @@ def test_a_plan_for_another_schedule_is_judged_by_that_schedules_time(job: Job) 
     assert ratio > 1.5
     assert job.coordinator.expected_time_s() == pytest.approx(ratio * FULL_S)
     job.run(Follow(2), ratio * FULL_S, 10)
-    assert job.coordinator.state is State.FOLLOWING
+    assert job.coordinator.phase is Phase.FOLLOWING
 
 
 def test_each_iteration_is_judged_by_its_own_schedule(job: Job) -> None:
@@ -863,9 +855,9 @@ def test_each_iteration_is_judged_by_its_own_schedule(job: Job) -> None:
         job.run(Follow(2), longer_s, PATIENCE)
         job.schedule = "A"
         job.run(Follow(2), FULL_S, PATIENCE - 1)
-    assert job.coordinator.dropped == 0
+    assert job.coordinator.state.dropped == 0
     job.run(Follow(2), longer_s, PATIENCE)
-    assert job.coordinator.dropped == 1, "for this schedule it is too long"
+    assert job.coordinator.state.dropped == 1, "for this schedule it is too long"
 
 
 def test_a_schedule_that_changes_while_planning_is_planned_next(job: Job) -> None:
@@ -914,7 +906,7 @@ def test_microbatch_counts_that_take_turns_are_all_planned_for(job: Job) -> None
         count = counts[number * 3 % len(counts)]
         job.schedule = str(count)
         job.run(Follow(news.version, since=news.since), 1.02 * mixed_s(count))
-    assert (job.coordinator.dropped, job.told()) == (0, news)
+    assert (job.coordinator.state.dropped, job.told()) == (0, news)
     scale = job.coordinator.full_clock_scale()
     assert scale is not None
     assert scale[0] == pytest.approx(1.0, rel=0.1), "the same counts, about as often"
@@ -935,7 +927,7 @@ def test_plans_that_do_not_hold_are_dropped_though_every_iteration_has_another_s
     for count in (2, 5, 3, 4):
         job.schedule = str(count)
         job.run(Follow(news.version, since=news.since), 1.2 * mixed_s(count))
-    assert job.coordinator.dropped == 1
+    assert job.coordinator.state.dropped == 1
 
 
 def test_more_schedules_than_are_planned_for_are_said_once(job: Job, heard: pytest.LogCaptureFixture) -> None:
@@ -956,7 +948,7 @@ def test_a_schedule_without_a_plan_leaves_the_others_theirs(job: Job, heard: pyt
     job.step()
     job.planner.finish()
     job.step()
-    assert job.coordinator.state is State.FOLLOWING
+    assert job.coordinator.phase is Phase.FOLLOWING
     assert (job.told().action, job.told().version) == ("follow", 1)
     assert heard.text.count("there is no plan for B: limits: too tight. Its iterations run at full clocks") == 1
     job.run(Follow(1), FULL_S, 5, undisturbed=False)
@@ -971,7 +963,7 @@ def test_an_answer_to_what_does_not_hold_any_more_is_thrown_away(job: Job) -> No
     job.step()
     job.schedule = "A"
     job.run(Follow(1), 1.3 * expected_s, PATIENCE)
-    assert job.coordinator.state is State.RECHECKING
+    assert job.coordinator.phase is Phase.RECHECKING
     job.planner.finish()  # for B, on the old measurements
     job.step()
     assert job.told().action == "full"
@@ -1014,7 +1006,7 @@ def test_a_schedule_that_changed_right_after_the_sweep_is_not_judged_by_the_old_
     job.planner.finish()
     job.step()
     job.run(Follow(1), 1.8 * FULL_S, 10)  # twice the microbatches
-    assert job.coordinator.dropped == 0
+    assert job.coordinator.state.dropped == 0
 
 
 def test_a_schedule_that_changes_during_a_recheck_is_not_mixed_up(job: Job) -> None:
@@ -1037,7 +1029,7 @@ def test_a_plan_is_replayed_over_the_iterations_that_ranks_have_published(
     assert job.planner.requests[0].samples is not None
     assert job.planner.requests[0].quantile == 0.9
     assert "replayed over 12 measured iterations" in heard.text
-    replayed = job.coordinator.replayed["A"]
+    replayed = job.coordinator.state.replayed["A"]
     assert replayed is not None
     assert replayed.saving_mean > 0.02
 
@@ -1051,7 +1043,7 @@ def test_where_nothing_holds_the_job_stays_at_full_clocks_and_says_why(
     assert "varies by" in heard.text
     for stage in range(2):
         assert set(parts_of(job.exchange, 1, stage)["A"].clocks_mhz) == {CLOCKS_MHZ[0]}
-    assert job.coordinator.state is State.FOLLOWING
+    assert job.coordinator.phase is Phase.FOLLOWING
 
 
 def test_what_ranks_need_to_catch_up_travels_with_the_plan(tmp_path: Path) -> None:
@@ -1109,7 +1101,7 @@ def test_a_plan_that_does_not_hold_over_newer_iterations_is_tightened(
     assert after is not before
     assert after.energy_j > before.energy_j
     assert job.told().version == 2
-    assert job.coordinator.dropped == 0
+    assert job.coordinator.state.dropped == 0
 
 
 def test_the_same_clocks_with_another_way_to_catch_up_come_into_force(job: Job) -> None:
@@ -1153,7 +1145,7 @@ def test_a_plan_made_from_iterations_that_varied_more_makes_room_for_a_bolder_on
     assert after is not None
     assert after.energy_j < before.energy_j - 0.005 * before.baseline_energy_j
     assert ("there is a better one" in heard.text) == (spread < 0.5)
-    replayed = job.coordinator.replayed["A"]
+    replayed = job.coordinator.state.replayed["A"]
     assert replayed is not None
     assert replayed.margin == 0.01
 

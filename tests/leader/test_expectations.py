@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.replayed import Replayed
 from perseus_plugin.leader.expectations import MODEL_ERROR, Expectations
 from perseus_plugin.leader.iteration_times import IterationTimes
@@ -32,7 +31,7 @@ class Job:
     def __init__(self, plans: dict[str, Plan]) -> None:
         self.plans = plans
         self.times = IterationTimes(3)
-        self.shelf = PlanShelf(LocalExchange(), 2)
+        self.shelf = PlanShelf(2)
         self.expectations = Expectations(self.shelf, self.times)
 
     def planned(self) -> Job:

@@ -37,6 +37,6 @@ def test_of_a_schedule_without_a_plan_nothing_is_kept() -> None:
     assert iterations() == 4
     told(exchange, 4)
     assert iterations() == 8
-    recent.leave_out("A")
+    recent.forget("A")
     told(exchange, 8)
     assert iterations() == 4

@@ -16,6 +16,7 @@ from perseus_plugin.control import wire
 from perseus_plugin.exchange.messages import Placement, PlanPart, RankStats
 from perseus_plugin.iteration.graph import PipelineGraph, build_graph
 from perseus_plugin.iteration.instructions import Compute, Constant, StreamOp
+from perseus_plugin.iteration.record import IterationRecord, hooked_operations
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
 from perseus_plugin.planning.plan import Plan, save_plan
@@ -27,7 +28,6 @@ from perseus_plugin.reporting.live.account import FULL_CLOCK, PLAN, PROFILING, A
 from perseus_plugin.reporting.live.reporter import Reporter
 from perseus_plugin.reporting.record.recorder import Recorder
 from perseus_plugin.reporting.record.samples import is_sampled
-from perseus_plugin.session.tap import IterationRecord, hooked_operations
 from tests.factories import BLOCKING_W, CLOCKS_MHZ, energy_j, placement, time_s
 
 STEP_S = 0.005

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from perseus_plugin.iteration.timetable import FullClock, Round, Timetable
 from perseus_plugin.session.link import FinishedIteration, Link
 from tests.factories import record, stream_of
@@ -52,13 +54,21 @@ def test_events_are_taken_in_batches_once() -> None:
     assert shared.take_events() == []
 
 
-def test_events_that_nobody_writes_are_published_and_not_kept() -> None:
-    shared = link()
-    heard: list[tuple[str, float]] = []
-    shared.publish, shared.writes_events = heard.extend, False
+@pytest.mark.parametrize("failed", [False, True])
+def test_events_that_nobody_writes_are_not_kept(failed: bool) -> None:
+    shared = Link(Timetable(Round(1, ()), 1, 2), writes_events=failed)
+    if failed:
+        shared.ended("it failed")
     shared.add_events([("a", 1.0)])
-    assert heard == [("a", 1.0)]
     assert shared.take_events() == []
+
+
+def test_after_an_end_without_a_reason_last_events_are_written() -> None:
+    shared = link()
+    shared.ended("")
+    shared.add_events([("a", 1.0)])
+    assert shared.take_events() == [[("a", 1.0)]]
+    assert shared.trouble_reason is None
 
 
 def test_the_schedule_is_key_and_streams_in_one() -> None:
@@ -78,12 +88,3 @@ def test_nothing_is_lost_between_threads() -> None:
         taken += [iteration.record.number for iteration in shared.take_finished()]
     taken += [iteration.record.number for iteration in shared.take_finished()]
     assert taken == list(range(500))
-
-
-def test_whoever_publishes_hears_of_events_when_they_are_added() -> None:
-    shared = link()
-    heard: list[tuple[str, float]] = []
-    shared.publish = heard.extend
-    shared.add_events([("Perseus/energy_j/measured", 1.0)])
-    assert heard == [("Perseus/energy_j/measured", 1.0)]
-    assert shared.take_events() == [heard]

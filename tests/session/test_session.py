@@ -4,8 +4,8 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,15 @@ from perseus_plugin.exchange.messages import Placement, PlanPart
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StreamOp
 from perseus_plugin.iteration.timetable import Follow, FullClock, Round, Sweep, Timetable
+from perseus_plugin.leader.job import Job
 from perseus_plugin.profiling.failed import save_failure
 from perseus_plugin.profiling.kept import save_survey
 from perseus_plugin.profiling.known import profiled_as
 from perseus_plugin.profiling.profile import Profile, save_profile
 from perseus_plugin.profiling.survey import Survey
-from perseus_plugin.session import session as session_module
 from perseus_plugin.session.link import FinishedIteration, Link
-from perseus_plugin.session.session import Session, start_session
-from tests.factories import placement, profile
+from perseus_plugin.session.start import link_for, prepare
+from tests.factories import placement, profile, session_of
 
 TABLE = Timetable(Round(1, (1410, 810)), settle_steps=1, steps_per_clock=2)
 STREAM: list[StreamOp] = [
@@ -50,6 +50,7 @@ class FakeHelper:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
+        self.early_s: list[float] = []
         self.fails_at = ""
 
     def _note(self, what: str, value: Any) -> None:
@@ -59,6 +60,7 @@ class FakeHelper:
 
     def request(self, frequency_mhz: int | None, apply_at_s: float = 0.0) -> None:
         self._note("early" if apply_at_s else "request", frequency_mhz)
+        self.early_s += [apply_at_s] if apply_at_s else []
 
     def retire(self) -> None:
         self._note("request", None)
@@ -80,6 +82,16 @@ class FakeHelper:
         return [value for what, value in self.take() if what == "request"]
 
 
+class AtClose:
+    """A worker that does what it is told when the session ends."""
+
+    def __init__(self) -> None:
+        self.does: Callable[[], object] = lambda: None
+
+    def close(self) -> None:
+        self.does()
+
+
 class Rank:
     """A session, and the training that it is hooked into."""
 
@@ -87,14 +99,9 @@ class Rank:
         self.link = Link(table)
         self.helper = FakeHelper()
         self.events: list[list[tuple[str, float]]] = []
-        self.session = Session(
-            where or placement(),
-            self.link,
-            self.helper if with_helper else None,  # type: ignore[arg-type]
-            None,
-            LocalExchange(),
-            self.events.append,
-        )
+        self.worker = AtClose()
+        helper = self.helper if with_helper else None
+        self.session = session_of(self.link, helper, where, monitor=self.events.append, worker=self.worker)
 
     def iterate(self, key: str = "A") -> FinishedIteration | None:
         """One training iteration as an integration brackets it."""
@@ -114,8 +121,8 @@ class Rank:
     def follow(self, version: int, first: int, key: str = "A") -> None:
         """News has come: follow a plan."""
         part = PlanPart(version=version, schedule=key, clocks_mhz=(810, 1410), times_s=(0.1, 0.2))
-        self.link.parts = {(version, key): part}
-        self.link.timetable = self.link.timetable.switched(first, Follow(version))
+        self.link.use_parts({(version, key): part})
+        self.link.run_by(self.link.timetable.switched(first, Follow(version)))
 
 
 @pytest.fixture
@@ -195,23 +202,26 @@ def test_a_plan_is_followed_from_its_iteration_on(rank: Rank) -> None:
     ]
 
 
-def test_rises_are_asked_for_by_the_measured_lead(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
-    rank.link.rise_lead_s = 0.025
+def test_rises_are_asked_for_by_the_measured_lead(rank: Rank) -> None:
+    rank.link.rise_early(0.025)
     rank.follow(1, first=0)
-    rank.iterate()
-    assert rank.session.controller is not None
-    assert rank.session.controller.rise_lead_s == 0.025
+    finished = rank.iterate()
+    assert finished is not None
+    begin_s = finished.record.starts_s[
+        1
+    ]  # of the first of two instructions, of 0.1 s; work that is constant comes first
+    assert rank.helper.early_s[0] - begin_s == pytest.approx(0.1 - 0.025)
 
 
 @pytest.mark.parametrize("why", ["no part", "another version", "another schedule", "another length"])
 def test_a_plan_that_does_not_fit_is_not_followed(rank: Rank, why: str) -> None:
     rank.follow(1, first=0, key="B" if why == "another schedule" else "A")
     if why == "no part":
-        rank.link.parts = {}
+        rank.link.use_parts({})
     elif why == "another version":
-        rank.link.parts = {(2, "A"): rank.link.parts[1, "A"]}
+        rank.link.use_parts({(2, "A"): rank.link.parts[1, "A"]})
     elif why == "another length":
-        rank.link.parts = {(1, "A"): rank.link.parts[1, "A"].model_copy(update={"clocks_mhz": (810,) * 3})}
+        rank.link.use_parts({(1, "A"): rank.link.parts[1, "A"].model_copy(update={"clocks_mhz": (810,) * 3})})
     for _ in range(2):
         finished = rank.iterate()
         assert finished is not None
@@ -395,7 +405,7 @@ def test_more_operations_than_the_schedule_has_end_the_session_only(rank: Rank) 
 def test_closing_ends_everything_once(rank: Rank, failed: bool) -> None:
     order: list[str] = []
     rank.session.on_close(lambda: order.append("framework"))
-    rank.link.close = lambda: order.append("worker")
+    rank.worker.does = lambda: order.append("worker")
     rank.iterate()
     if failed:
         rank.session.fail(GpuError("lost"))
@@ -412,7 +422,7 @@ def test_whatever_fails_at_the_end_reaches_no_script(rank: Rank, heard: pytest.L
     def failing() -> None:
         raise RuntimeError("the store is gone")
 
-    rank.link.close = failing
+    rank.worker.does = failing
     rank.session.close()
     assert "the summary may be incomplete: RuntimeError('the store is gone')" in heard.text
 
@@ -422,17 +432,17 @@ def test_closing_gives_the_clock_up_before_anything_that_may_take_long(rank: Ran
     rank.iterate()
     rank.helper.take()
     seen: list[list[int | None]] = []
-    rank.link.close = lambda: seen.append(rank.helper.requests())
+    rank.worker.does = lambda: seen.append(rank.helper.requests())
     rank.session.close()
     assert seen == [[None]]
 
 
 def test_the_last_events_are_written_and_a_monitor_that_is_gone_is_no_error(rank: Rank) -> None:
-    rank.link.close = lambda: rank.link.add_events([("Perseus/energy_j/measured", 1.0)])
+    rank.worker.does = lambda: rank.link.add_events([("Perseus/energy_j/measured", 1.0)])
     rank.session.close()
     assert rank.events == [[("Perseus/energy_j/measured", 1.0)]]
     other = Rank()
-    other.link.close = lambda: other.link.add_events([("x", 1.0)])
+    other.worker.does = lambda: other.link.add_events([("x", 1.0)])
 
     def gone(_: object) -> None:
         raise RuntimeError("the writer is closed")
@@ -464,30 +474,13 @@ class FakeClockHelper(FakeHelper):
         self._note("measure", None)
 
 
-class FakeWorker:
-    """Notes what it was made with."""
-
-    made: list[dict[str, Any]]
-
-    def __init__(self, **arguments: Any) -> None:
-        self.made.append(arguments)
-
-    def start(self, session: Session) -> None:
-        self.made[-1]["session"] = session
-
-
 FACTS = DeviceFacts("test GPU", "GPU-0", False, (1410, 1110, 810, 600), True, "", "", 1, "nvml")
 
 
 @pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> type[FakeClockHelper]:
+def fakes() -> type[FakeClockHelper]:
     FakeClockHelper.started = []
     FakeClockHelper.facts = FACTS
-    FakeWorker.made = []
-    monkeypatch.setattr(session_module, "ClockHelper", FakeClockHelper)
-    monkeypatch.setattr(session_module, "SessionWorker", FakeWorker)
-    monkeypatch.setattr(session_module, "open_exchange", lambda prefix: LocalExchange())
-    monkeypatch.setattr(session_module.atexit, "register", lambda _: None)
     logging.getLogger("perseus_plugin").addHandler(logging.NullHandler())  # as a program that has set its own up
     return FakeClockHelper
 
@@ -498,17 +491,26 @@ def block(folder: Path, **more: Any) -> dict[str, Any]:
     return made | more
 
 
-def start(folder: Path, **more: Any) -> dict[str, Any]:
-    """Start a session with these settings; returns what its worker was made with."""
-    session = start_session(parse_config(block(folder, **more)), placement(world_size=1))
-    made = FakeWorker.made[-1]
-    assert made["session"] is session
-    return made
+@dataclass
+class Started:
+    """What a session is about, and what its threads would share."""
+
+    job: Job
+    helper: Any
+    link: Link
+
+
+def start(folder: Path, **more: Any) -> Started:
+    """Find out what a session with these settings is about."""
+    config = parse_config(block(folder, **more))
+    where, start_helper = placement(world_size=1), FakeClockHelper.start
+    job, helper = prepare(config, where, exchange=LocalExchange(), start_helper=start_helper)  # type: ignore[arg-type]
+    return Started(job, helper, link_for(job, helper))
 
 
 def test_a_session_starts_with_a_sweep_of_the_gpus_clocks(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
     made = start(tmp_path, limits={"min_dwell_s": 0.5})
-    table = made["link"].timetable
+    table = made.link.timetable
     assert (tmp_path / "out").is_dir()
     assert set(table.sweep.clocks_mhz) == {1410, 1110, 600} or set(table.sweep.clocks_mhz) == {1410, 1110, 810}
     assert table.sweep.clocks_mhz[0] == table.sweep.clocks_mhz[-1] == 1410
@@ -518,26 +520,32 @@ def test_a_session_starts_with_a_sweep_of_the_gpus_clocks(tmp_path: Path, fakes:
     spec, dwell_s = helper.calls[0][1]
     assert spec.startswith(f"emulated:{tmp_path}")
     assert dwell_s == 0.5
-    assert made["known"].profile is False
-    assert made["known"].fingerprint["stage 0: gpu"] == "test GPU"
+    assert made.job.known.profile is False
+    assert made.job.known.fingerprint["stage 0: gpu"] == "test GPU"
 
 
 def test_what_is_only_recorded_is_no_part_of_what_a_job_is(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
     config = parse_config(block(tmp_path))
-    start_session(config, placement(world_size=1), facts={"model": "m"}, about={"samples per iteration": "8"})
-    made = FakeWorker.made[-1]
-    assert made["facts"] == {"model": "m", "samples per iteration": "8"}
-    assert "stage 0: model" in made["known"].fingerprint
-    assert "stage 0: samples per iteration" not in made["known"].fingerprint
+    job, _ = prepare(
+        config,
+        placement(world_size=1),
+        facts={"model": "m"},
+        about={"samples per iteration": "8"},
+        exchange=LocalExchange(),
+        start_helper=fakes.start,  # type: ignore[arg-type]
+    )
+    assert job.facts == {"model": "m", "samples per iteration": "8"}
+    assert "stage 0: model" in job.known.fingerprint
+    assert "stage 0: samples per iteration" not in job.known.fingerprint
 
 
 def test_clocks_can_be_given(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
-    table = start(tmp_path, profiling={"clocks_mhz": [1400, 620]})["link"].timetable
+    table = start(tmp_path, profiling={"clocks_mhz": [1400, 620]}).link.timetable
     assert table.sweep.clocks_mhz == (1410, 600, 1410)
 
 
 def test_a_given_switch_latency_is_not_measured(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
-    link = start(tmp_path, limits={"switch_latency_s": 0.03})["link"]
+    link = start(tmp_path, limits={"switch_latency_s": 0.03}).link
     assert link.rise_lead_s == 0.03
     assert "measure" not in [call[0] for call in fakes.started[0].calls]
     _, (_, dwell_s) = fakes.started[0].calls[0]
@@ -547,33 +555,31 @@ def test_a_given_switch_latency_is_not_measured(tmp_path: Path, fakes: type[Fake
 def test_a_loaded_profile_leaves_only_the_top_clock_to_measure(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
     save_profile(profile(2), tmp_path / "profile.csv")
     made = start(tmp_path, profiling={"load": str(tmp_path / "profile.csv"), "blocking_power_w": 83.0})
-    assert made["link"].timetable.sweep.clocks_mhz == (1410,)
-    assert made["known"].survey.blocking_power_w == 83.0
-    assert made["known"].survey.profile.stages == 2
+    assert made.link.timetable.sweep.clocks_mhz == (1410,)
+    assert made.job.known.survey.blocking_power_w == 83.0
+    assert made.job.known.survey.profile.stages == 2
 
 
 def test_a_kept_profile_of_the_same_job_is_used_again(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
     first = start(tmp_path)
     survey = Survey(profile(2), 83.0, frozenset(), {(0, "load"): 0.1})
-    save_survey(survey, first["known"].fingerprint, tmp_path / "out")
-    for session in list(session_module.live_sessions):
-        session.close()
+    save_survey(survey, first.job.known.fingerprint, tmp_path / "out")
     again = start(tmp_path)
-    assert again["known"].profile
-    assert again["known"].survey.unresolved == survey.unresolved
-    assert again["known"].survey.constant_time_s == survey.constant_time_s
-    assert again["link"].timetable.sweep.clocks_mhz == (1410,)
-    assert not start(tmp_path, profiling={"reuse": False})["known"].profile
+    assert again.job.known.profile
+    assert again.job.known.survey.unresolved == survey.unresolved
+    assert again.job.known.survey.constant_time_s == survey.constant_time_s
+    assert again.link.timetable.sweep.clocks_mhz == (1410,)
+    assert not start(tmp_path, profiling={"reuse": False}).job.known.profile
     vague = replace(survey, unresolved=frozenset({(1, "forward")}))
-    save_survey(vague, first["known"].fingerprint, tmp_path / "out")
-    assert not start(tmp_path)["known"].profile, "what is not known well enough is measured again"
+    save_survey(vague, first.job.known.fingerprint, tmp_path / "out")
+    assert not start(tmp_path).job.known.profile, "what is not known well enough is measured again"
     rows = [(s, k, replace(m, time_se_s=0.05 * m.time_s)) for s, k, m in survey.profile.rows()]
-    save_survey(replace(survey, profile=Profile.from_rows(rows)), first["known"].fingerprint, tmp_path / "out")
-    assert not start(tmp_path)["known"].profile, "neither energies nor times"
+    save_survey(replace(survey, profile=Profile.from_rows(rows)), first.job.known.fingerprint, tmp_path / "out")
+    assert not start(tmp_path).job.known.profile, "neither energies nor times"
     fakes.facts = replace(FACTS, name="another GPU")
     other = start(tmp_path)
-    assert not other["known"].profile
-    assert len(other["link"].timetable.sweep.clocks_mhz) > 1
+    assert not other.job.known.profile
+    assert len(other.link.timetable.sweep.clocks_mhz) > 1
 
 
 @pytest.mark.parametrize("facts", [None, DeviceFacts("test GPU", "GPU-0", False, (), False, "no permission", "", 1)])
@@ -584,9 +590,9 @@ def test_a_gpu_that_cannot_be_controlled_is_observed_and_the_others_are_told(
     made = start(tmp_path)
     reason = with_facts(Selection("nvml", "nvml:GPU-0", "test GPU"), facts).why_not
     assert reason
-    assert made["helper"] is None
-    assert made["link"].timetable.sweep.clocks_mhz == ()
-    assert made["link"].trouble_reason == reason
+    assert made.helper is None
+    assert made.link.timetable.sweep.clocks_mhz == ()
+    assert made.link.trouble_reason == reason
     assert f"observing only, no clock will be set: {reason}" in heard.text
     assert fakes.started[0].calls[-1][0] == "close"
 
@@ -596,19 +602,9 @@ def test_with_the_backend_off_nothing_is_started_and_nobody_is_alarmed(
 ) -> None:
     made = start(tmp_path, gpu={"backend": "off"})
     assert fakes.started == []
-    assert made["helper"] is None
-    assert made["link"].trouble_reason is None
-    assert made["link"].timetable.sweep.clocks_mhz == ()
-
-
-def test_every_session_of_a_process_has_keys_of_its_own(
-    tmp_path: Path, fakes: type[FakeClockHelper], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prefixes: list[str] = []
-    monkeypatch.setattr(session_module, "open_exchange", lambda prefix: prefixes.append(prefix) or LocalExchange())
-    for _ in range(3):
-        start(tmp_path)
-    assert len(set(prefixes)) == 3
+    assert made.helper is None
+    assert made.link.trouble_reason is None
+    assert made.link.timetable.sweep.clocks_mhz == ()
 
 
 @pytest.mark.parametrize(
@@ -634,7 +630,6 @@ def test_what_does_not_fit_the_job_stops_it_before_it_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         start(tmp_path, **more)
-    assert FakeWorker.made == []
 
 
 def test_a_profile_of_another_number_of_stages_is_refused(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
@@ -676,8 +671,8 @@ def test_what_cannot_be_planned_for_is_said_before_any_sweep(
 ) -> None:
     fakes.facts = replace(FACTS, **facts)
     made = start(tmp_path, profiling=profiling)
-    assert made["link"].timetable.sweep.clocks_mhz == ()
-    assert made["helper"] is None
+    assert made.link.timetable.sweep.clocks_mhz == ()
+    assert made.helper is None
     assert [call[0] for call in fakes.started[0].calls] == ["start", "close"]
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert line.startswith("observing only, no clock will be set: ")
@@ -689,26 +684,22 @@ def test_a_sweep_that_came_to_nothing_is_not_repeated(
 ) -> None:
     first = start(tmp_path)
     profiling = parse_config(block(tmp_path)).profiling
-    save_failure("no energy was measured", profiled_as(profiling, first["known"].fingerprint), tmp_path / "out")
-    first["session"].close()
+    save_failure("no energy was measured", profiled_as(profiling, first.job.known.fingerprint), tmp_path / "out")
     again = start(tmp_path)
-    assert again["helper"] is None
-    assert again["link"].timetable.sweep.clocks_mhz == ()
+    assert again.helper is None
+    assert again.link.timetable.sweep.clocks_mhz == ()
     assert (
         "observing only, no clock will be set: an earlier sweep of this job came to nothing: no energy" in caplog.text
     )
     assert "profile-failed.json to try again" in caplog.text
-    again["session"].close()
-    assert start(tmp_path, profiling={"steps_per_clock": 9})["helper"] is not None, (
-        "profiled another way it may succeed"
-    )
+    assert start(tmp_path, profiling={"steps_per_clock": 9}).helper is not None, "profiled another way it may succeed"
 
 
 def test_with_a_profile_no_energy_need_be_measured(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
     save_profile(profile(2), tmp_path / "p.csv")
     fakes.facts = replace(FACTS, counter="the energy counter cannot be read (not supported)")
     made = start(tmp_path, profiling={"load": str(tmp_path / "p.csv"), "blocking_power_w": 80.0})
-    assert made["helper"] is not None
+    assert made.helper is not None
 
 
 # Schedules that change with every iteration.
@@ -728,7 +719,7 @@ def test_under_a_set_of_plans_each_schedule_follows_its_own(rank: Rank) -> None:
     rank.follow(1, first=0)
     (part,) = rank.link.parts.values()
     other = part.model_copy(update={"version": 2, "schedule": "B", "clocks_mhz": (1410, 1110)})
-    rank.link.parts = {(1, "A"): part, (1, "B"): other}
+    rank.link.use_parts({(1, "A"): part, (1, "B"): other})
     asked, undisturbed = [], []
     for key in "ABBAC":
         finished = rank.iterate(key)
@@ -749,7 +740,7 @@ import sys
 from pathlib import Path
 from perseus_plugin.config import parse_config
 from perseus_plugin.exchange.messages import Placement
-from perseus_plugin.session.session import start_session
+from perseus_plugin.session.start import start_session
 
 out = Path(sys.argv[1])
 block = {

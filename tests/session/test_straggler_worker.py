@@ -99,4 +99,4 @@ def test_a_folder_that_cannot_have_a_socket_costs_only_the_command_line(
     assert caplog.text.count("`perseus straggler` cannot reach this job") == 1
     rank.iterate(3)
     assert wait_until(lambda: stats_of(rank).hooked_iterations == 3)
-    assert not rank.session.failures
+    assert not rank.failures

@@ -9,7 +9,8 @@ from perseus_plugin.control.boundaries import Action, HostBoundaries
 from perseus_plugin.control.controller import Controller
 from perseus_plugin.errors import ScheduleError
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send
-from perseus_plugin.session.tap import Execution, InstructionTap, IterationRecord, hooked_operations
+from perseus_plugin.iteration.record import IterationRecord, hooked_operations
+from perseus_plugin.session.tap import Execution, InstructionTap
 
 FORWARD, BACKWARD, STEP = Compute("forward", 0), Compute("backward", 0), Constant("optimizer_step")
 OPERATIONS = (FORWARD, BACKWARD, STEP)
@@ -99,11 +100,11 @@ def test_the_controller_hears_of_controllable_instructions_only(errors: list[Exc
 
 
 def test_an_emulated_gpu_stretches_controllable_instructions_only(errors: list[Exception]) -> None:
-    tap = InstructionTap(HostBoundaries(), None, errors.append)
-    tap.execution = Stretching()
+    execution = Stretching()
+    tap = InstructionTap(HostBoundaries(), None, errors.append, execution)
     record = armed(tap)
     run(tap)
-    assert tap.execution.calls == [FORWARD, "finish", BACKWARD, "finish"]
+    assert execution.calls == [FORWARD, "finish", BACKWARD, "finish"]
     assert record.overran == 1
     assert record.complete
     assert not errors
@@ -117,8 +118,8 @@ def test_an_end_is_taken_after_the_emulated_gpu_is_done(errors: list[Exception])
             finished_s.append(time.monotonic())
             return False
 
-    tap = InstructionTap(HostBoundaries(), None, errors.append)
-    tap.execution = Slow()
+    execution = Slow()
+    tap = InstructionTap(HostBoundaries(), None, errors.append, execution)
     record = armed(tap)
     run(tap, 1)
     assert record.starts_s[0] <= finished_s[0] <= record.ends_s[0]
@@ -126,13 +127,13 @@ def test_an_end_is_taken_after_the_emulated_gpu_is_done(errors: list[Exception])
 
 def test_without_arm_nothing_happens(errors: list[Exception]) -> None:
     noting = Noting()
-    tap = InstructionTap(HostBoundaries(), noting, errors.append)
-    tap.execution = Stretching()
+    execution = Stretching()
+    tap = InstructionTap(HostBoundaries(), noting, errors.append, execution)
     run(tap)
     record = armed(tap)
     tap.disarm()
     run(tap)
-    assert [*noting.seen, *tap.execution.calls, *record.starts_s, *record.ends_s, *errors] == []
+    assert [*noting.seen, *execution.calls, *record.starts_s, *record.ends_s, *errors] == []
 
 
 def test_a_tap_serves_one_iteration_after_the_other(errors: list[Exception]) -> None:
@@ -199,8 +200,8 @@ def test_an_error_at_an_end_ends_the_tap_and_goes_no_further(errors: list[Except
         def finish(self) -> bool:
             raise OSError("the state file is gone")
 
-    tap = InstructionTap(HostBoundaries(), None, errors.append)
-    tap.execution = Failing()
+    execution = Failing()
+    tap = InstructionTap(HostBoundaries(), None, errors.append, execution)
     record = armed(tap)
     run(tap)
     assert [str(error) for error in errors] == ["the state file is gone"]

@@ -38,13 +38,13 @@ from perseus_plugin.exchange.messages import (
 from perseus_plugin.exchange.store import ExchangeError, LocalExchange
 from perseus_plugin.iteration.references import is_reference
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
-from perseus_plugin.leader import leader as leader_module
-from perseus_plugin.profiling.known import Known
+from perseus_plugin.leader.leader import Leader
 from perseus_plugin.reporting.live.account import begin_tag, end_tag
-from perseus_plugin.session import worker as worker_module
+from perseus_plugin.reporting.live.relay import FigureRelay
+from perseus_plugin.session.lifetime import Lifetime
 from perseus_plugin.session.link import FinishedIteration, Link
-from perseus_plugin.session.worker import SessionWorker
-from tests.factories import placement, record
+from perseus_plugin.session.worker import SessionWorker, Timing
+from tests.factories import job_of, placement, record
 
 TABLE = Timetable(Round(1, (1410, 810, 1410)), settle_steps=1, steps_per_clock=2)
 PATIENCE = 3
@@ -56,38 +56,26 @@ class FakeHelper:
     def __init__(self) -> None:
         self.events: list[wire.Event] = []
         self.polling: list[float | None] = []
+        self.retired = False
 
     def drain(self) -> list[wire.Event]:
         events, self.events = self.events, []
         return events
 
+    def retire(self) -> None:
+        self.retired = True
+
     def poll_energy(self, interval_s: float | None) -> None:
         self.polling.append(interval_s)
 
 
-class FakeSession:
-    """Notes failures, as `Session.fail` does."""
-
-    def __init__(self, link: Link) -> None:
-        self.failures: list[Exception] = []
-        self._link = link
-
-    @property
-    def closed(self) -> bool:
-        return bool(self.failures)
-
-    def fail(self, error: Exception) -> None:
-        self.failures.append(error)
-        self._link.trouble(str(error))
+FAST = Timing(0.01, 0.01, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class FakePlanner:
     """A planner that never answers."""
 
-    made: list[FakePlanner]
-
     def __init__(self) -> None:
-        self.made.append(self)
         self.closed = False
         self.requests: list[Any] = []
 
@@ -122,25 +110,43 @@ class Rank:
         self.exchange = exchange
         self.link = Link(table)
         self.helper = FakeHelper()
-        self.session = FakeSession(self.link)
+        self.planner = FakePlanner()
         self.number = 0
         self.obeys, self.read_mhz = True, 1410
-        self.worker = SessionWorker(
-            config=parse_config(
-                {
-                    "watch": {"patience": PATIENCE, "reference_share": reference_share},
-                    "profiling": {"max_relative_error": 1.0},
-                }
-            ),
-            placement=placement(rank, world_size),
-            link=self.link,
-            helper=self.helper if with_helper else None,  # type: ignore[arg-type]
-            exchange=exchange,
-            output_dir=folder,
-            selection=Selection("nvml", "nvml:GPU-0", "test GPU", (1410, 810), poll_interval_s=0.005, busy=busy),
-            known=Known(profile=has_profile),
+        block: dict[str, Any] = {
+            "watch": {"patience": PATIENCE, "reference_share": reference_share},
+            "profiling": {"max_relative_error": 1.0},
+        }
+        selection = Selection("nvml", "nvml:GPU-0", "test GPU", (1410, 810), poll_interval_s=0.005, busy=busy)
+        job = job_of(
+            parse_config(block),
+            exchange,
+            folder,
+            table,
+            rank=rank,
+            world_size=world_size,
+            selection=selection,
+            has_profile=has_profile,
         )
-        self.worker.start(self.session)  # type: ignore[arg-type]
+        self.lifetime = Lifetime(self.helper)
+        self.lifetime.on_end(self.link.ended)
+        self.failures: list[str] = []
+        self.lifetime.on_end(self.failures.append)
+        relay = FigureRelay(exchange, [self.link.add_events], rank == 0, writes=False)
+        leader = None
+        if rank == 0:
+            wake = self.link.wake.set
+            leader = Leader(job, relay.tell, wake=wake, planner=self.planner, final_stats_timeout_s=0.2)
+        self.worker = SessionWorker(
+            job,
+            link=self.link,
+            lifetime=self.lifetime,
+            helper=self.helper if with_helper else None,  # type: ignore[arg-type]
+            relay=relay,
+            leader=leader,
+            timing=FAST,
+        )
+        self.worker.start()
 
     def iterate(
         self,
@@ -176,7 +182,7 @@ class Rank:
         return self.exchange.fetch(key)
 
     def close(self) -> None:
-        self.link.close()
+        self.worker.close()
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
@@ -214,15 +220,7 @@ class Ranks:
 
 
 @pytest.fixture
-def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
-    FakePlanner.made = []
-    monkeypatch.setattr(leader_module, "PlannerProcess", FakePlanner)
-    monkeypatch.setattr(worker_module, "_IDLE_S", 0.01)
-    monkeypatch.setattr(worker_module, "_REST_S", 0.0)
-    monkeypatch.setattr(worker_module, "_TICKS_AFTER_SWEEP_S", 0.0)
-    monkeypatch.setattr(worker_module, "_STATS_EVERY_S", 0.0)
-    monkeypatch.setattr(leader_module, "_FINAL_STATS_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(worker_module, "_READ_FAILURE_PATIENCE_S", 0.0)
+def ranks(tmp_path: Path) -> Iterator[Ranks]:
     made = Ranks(tmp_path)
     yield made
     for rank in made.made:
@@ -253,10 +251,7 @@ def stats_of(rank: Rank) -> RankStats:
 # What plans are replayed over, and how a rank catches up.
 
 
-def test_a_rank_publishes_its_iterations_after_the_sweep_and_while_it_follows_a_plan(
-    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker_module, "_DURATIONS_EVERY_S", 0.0)
+def test_a_rank_publishes_its_iterations_after_the_sweep_and_while_it_follows_a_plan(ranks: Ranks) -> None:
     rank = ranks()
     rank.iterate(TABLE.sweep_end)
     first = receive(RankDurations, rank.fetch(durations_key(1)))
@@ -382,7 +377,7 @@ def test_nothing_is_said_to_be_asked_again_where_we_give_way(ranks: Ranks, heard
         wire.Deviation(0.0, 900, 1410),
         wire.Trouble("gave_way", "the SM clock was changed from outside", 0.0),
     ]
-    assert wait_until(lambda: bool(rank.session.failures))
+    assert wait_until(lambda: bool(rank.failures))
     assert "asked again" not in heard.text
 
 
@@ -421,8 +416,8 @@ def test_clock_changes_and_the_switch_latency_are_taken_from_the_helper(
     assert not [told for told in heard.records if told.levelno >= logging.WARNING]
     rank.helper.events.append(wire.SwitchLatency(float("nan"), float("nan"), 0, 0))
     rank.helper.events.append(wire.SwitchLatency(float("nan"), float("nan"), 3, 3))
-    assert wait_until(lambda: bool(rank.session.failures))
-    (failure,) = rank.session.failures
+    assert wait_until(lambda: bool(rank.failures))
+    (failure,) = rank.failures
     assert "the driver takes locks but the clock does not follow (none of 3 changes was seen)" in str(failure)
     assert rank.link.rise_lead_s == 0.02, "no change ever showed"
 
@@ -433,7 +428,7 @@ def test_a_clock_that_deviates_is_told_once(ranks: Ranks, heard: pytest.LogCaptu
     assert wait_until(lambda: "1200 MHz where 1410 MHz were asked for" in heard.text)
     assert wait_until(lambda: not rank.helper.events)
     assert heard.text.count("1200 MHz") == 1
-    assert not rank.session.failures
+    assert not rank.failures
 
 
 def test_a_counter_that_cannot_be_read_any_more_is_told_and_the_plan_goes_on(
@@ -442,7 +437,7 @@ def test_a_counter_that_cannot_be_read_any_more_is_told_and_the_plan_goes_on(
     rank = ranks()
     rank.helper.events.append(wire.Trouble("read_failed", "the counter is gone", 0.0))
     assert wait_until(lambda: "energy is not measured any more: the counter is gone" in heard.text)
-    assert not rank.session.failures
+    assert not rank.failures
     assert rank.exchange.fetch(TROUBLE) is None
     rank.helper.events.append(wire.Trouble("read_again", "the energy counter can be read again", 0.0))
     assert wait_until(lambda: "the energy counter can be read again: energy is measured as before" in heard.text)
@@ -456,7 +451,7 @@ def test_trouble_of_the_helper_ends_the_session_and_rank_0_hears_of_it(ranks: Ra
     rank = ranks()
     rank.helper.events.append(wire.Trouble("lock_failed", "no permission", 0.0))
     assert receive(Trouble, rank.fetch(TROUBLE)) == Trouble(rank=1, reason="no permission")
-    assert [str(error) for error in rank.session.failures] == ["no permission"]
+    assert rank.failures == ["no permission"]
 
 
 def test_trouble_on_the_training_thread_is_told_once(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,8 +474,8 @@ def test_a_store_that_fails_ends_the_session_and_not_the_job(ranks: Ranks, monke
 
     monkeypatch.setattr(rank.exchange, "fetch", gone)
     monkeypatch.setattr(rank.exchange, "publish", gone)
-    assert wait_until(lambda: bool(rank.session.failures))
-    assert isinstance(rank.session.failures[0], ExchangeError)
+    assert wait_until(lambda: bool(rank.failures))
+    assert rank.failures == ["the store is gone"]
     rank.close()
 
 
@@ -488,7 +483,7 @@ def test_a_store_that_fails_ends_the_session_and_not_the_job(ranks: Ranks, monke
 def test_news_that_cannot_be_understood_end_the_session(ranks: Ranks, value: Any) -> None:
     rank = ranks()
     rank.exchange.publish(NEWS, value)
-    assert wait_until(lambda: bool(rank.session.failures))
+    assert wait_until(lambda: bool(rank.failures))
     assert receive(Trouble, rank.fetch(TROUBLE)).rank == 1
 
 
@@ -639,7 +634,7 @@ def test_rank_0_writes_the_summary_of_all_ranks(ranks: Ranks) -> None:
     assert summary["iteration_time_s"]["full_clock"] == pytest.approx(0.036)
     assert summary["iterations"]["full_clock"] == 4, "warm-up does not count"
     assert summary["energy_j"]["full_clock"] is None
-    assert FakePlanner.made == [], "without a sweep there is nothing to plan"
+    assert not both[0].planner.requests, "without a sweep there is nothing to plan"
     assert dict(both[1].link.take_events()[-1])["Perseus/iteration_time_s/full_clock"] == pytest.approx(0.036)
 
 
@@ -662,7 +657,7 @@ def test_rank_0_plans_from_all_estimates_and_ends_the_planner(ranks: Ranks) -> N
         ]
         rank.iterate(TABLE.sweep_end)
         rank.fetch(estimate_key(0, rank.rank))
-    (planner,) = FakePlanner.made
+    planner = both[0].planner
     assert wait_until(lambda: bool(planner.requests) or ranks.exchange.fetch(NEWS) is not None)
     for rank in both:
         rank.close()
@@ -679,7 +674,7 @@ def test_a_summary_that_fails_does_not_keep_the_planner_alive(ranks: Ranks, monk
     assert wait_until(lambda: ranks.exchange.fetch(stats_key(0)) is not None)
     monkeypatch.setattr(rank.exchange, "publish", gone)
     rank.close()
-    assert FakePlanner.made[0].closed
+    assert rank.planner.closed
 
 
 def test_iterations_of_a_schedule_that_is_not_followed_are_no_progress(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from perseus_plugin.iteration.schedules import load_streams
 from perseus_plugin.iteration.timetable import Follow, FullClock
+from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.reporting.record.recorder import record_path
 from perseus_plugin.reporting.record.records import RankRecord, load_record
 from tests.factories import stream_of
@@ -83,4 +83,4 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_session(ranks: Ranks) 
     rank = ranks()
     rank.iterate(TABLE.sweep_end)
     rank.fetch("estimate/0/1")
-    assert rank.session.failures == []
+    assert rank.failures == []

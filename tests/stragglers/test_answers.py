@@ -28,11 +28,13 @@ from perseus_plugin.exchange.messages import (
 )
 from perseus_plugin.exchange.store import ExchangeError, LocalExchange
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Sweep
-from perseus_plugin.leader.coordinator import Coordinator, State
+from perseus_plugin.leader.coordinator import Coordinator
+from perseus_plugin.leader.state import Phase
 from perseus_plugin.planning.process import PlanAnswer, pace_for, plan_for
 from perseus_plugin.stragglers.book import DETECTION, Report, StragglerError
 from perseus_plugin.stragglers.external import ExternalFigures
-from tests.factories import CLOCKS_MHZ, placement, profile, rank_estimate, record
+from perseus_plugin.stragglers.situation import Answers
+from tests.factories import CLOCKS_MHZ, job_of, placement, profile, rank_estimate, record
 from tests.leader.test_coordinator import FULL_S, PATIENCE, SCHEDULES, SWEEP_END, TABLE, FakePlanner, parts_of
 
 INTERVAL_S = 10.0
@@ -70,18 +72,17 @@ class Job:
                 "stragglers": {"min_interval_s": INTERVAL_S, "window": WINDOW, **stragglers},
             }
         )
+        about = job_of(self.config, self.exchange, folder, TABLE, world_size=self.world_size, shards=shards)
+        self.told: list[list[tuple[str, float]]] = []
+        self.woken: list[bool] = []
         self.coordinator = Coordinator(
-            self.config,
-            self.exchange,
+            about,
             self.planner,
-            world_size=self.world_size,
-            stages=2,
-            shards=shards,
-            timetable=TABLE,
-            output_dir=folder,
+            tell=self.told.append,
+            wake=lambda: self.woken.append(True),
+            monotonic=lambda: self.now_s,
         )
         self.desk = self.coordinator.stragglers
-        self.desk._monotonic = lambda: self.now_s
         self.schedule = "A"
         for rank in range(self.world_size):
             where = placement(rank // shards, self.world_size).model_copy(update={"rank": rank, "shards": shards})
@@ -95,7 +96,7 @@ class Job:
             self.exchange.publish(estimate_key(0, rank), rank_estimate(rank, self.world_size).model_dump())
         self.step()
         self.answer()
-        assert self.coordinator.state is State.FOLLOWING
+        assert self.coordinator.phase is Phase.FOLLOWING
         return self
 
     def step(self) -> None:
@@ -134,6 +135,10 @@ class Job:
     def later(self, seconds: float = INTERVAL_S) -> None:
         self.now_s += seconds
         self.step()
+
+    @property
+    def answers(self) -> Answers:
+        return self.coordinator.state.answers
 
     @property
     def news(self) -> News:
@@ -216,7 +221,7 @@ def test_recovery_goes_back_to_the_plan_there_was(job: Job) -> None:
     news = job.news
     assert (news.version, news.variants, news.straggler) == (1, {}, False)
     assert len(job.planner.requests) == requests, "it is known already"
-    assert job.coordinator.state is State.FOLLOWING
+    assert job.coordinator.phase is Phase.FOLLOWING
 
 
 def test_a_pace_that_was_planned_before_is_found_again_even_for_another_replica(job: Job) -> None:
@@ -315,7 +320,7 @@ def test_a_bad_report_is_refused_with_its_reason_and_changes_nothing(
     job.exchange.append(STRAGGLERS, value)
     job.step()
     assert job.news == before
-    assert job.coordinator.state is State.FOLLOWING
+    assert job.coordinator.phase is Phase.FOLLOWING
     assert heard.text.count("a straggler report was refused: ") == 1
     events = job.events()
     assert [event["event"] for event in events] == ["refusal"]
@@ -344,7 +349,7 @@ def test_an_answer_that_cannot_be_planned_leaves_the_plan(job: Job, heard: pytes
     job.tell(3, 1.25)
     job.step()
     job.answer()
-    assert job.coordinator.state is State.FOLLOWING
+    assert job.coordinator.phase is Phase.FOLLOWING
     assert [job.news.version_for(replica) for replica in range(2)] == [1, 1]
     assert heard.text.count("no such plan") == 1
     job.run(Follow(1), FULL_S, 20)
@@ -379,7 +384,7 @@ def test_a_job_that_has_given_up_refuses_reports(job: Job) -> None:
         job.desk.request({"do": "report", "report": Report(rank=3, slowdown=1.25).model_dump()})
     job.tell(3, 1.25)
     job.step()
-    assert job.coordinator.state is State.GIVEN_UP
+    assert job.coordinator.phase is Phase.GIVEN_UP
 
 
 # The command line's requests.
@@ -387,11 +392,9 @@ def test_a_job_that_has_given_up_refuses_reports(job: Job) -> None:
 
 def test_requests_of_the_command_line(job: Job) -> None:
     job.following()
-    woken: list[bool] = []
-    job.desk.wake = lambda: woken.append(True)
     value = Report(rank=3, slowdown=1.25, source="cli").model_dump()
     assert job.desk.request({"do": "report", "report": value}) == {}
-    assert woken == [True]
+    assert job.woken == [True]
     assert job.desk.request({"do": "list"}) == {"reports": [value]}
     job.step()
     job.answer()
@@ -416,8 +419,8 @@ def test_the_watch_knows_the_new_pace(job: Job) -> None:
     assert expected_s is not None
     assert expected_s > 1.15 * FULL_S
     job.run(Follow(2, True), expected_s, 20)
-    assert job.coordinator.dropped == 0
-    assert job.desk.figures.iterations == 20
+    assert job.coordinator.state.dropped == 0
+    assert job.answers.figures.iterations == 20
 
 
 def test_a_pace_that_is_not_kept_is_dropped_after_all(job: Job) -> None:
@@ -425,7 +428,7 @@ def test_a_pace_that_is_not_kept_is_dropped_after_all(job: Job) -> None:
     expected_s = job.coordinator.expected_time_s()
     assert expected_s is not None
     job.run(Follow(2, True), 1.5 * expected_s, PATIENCE + WINDOW + DETECTION_TAKES)
-    assert job.coordinator.state is State.RECHECKING
+    assert job.coordinator.phase is Phase.RECHECKING
     # What is known to be a straggler's does not get into the profile.
     sequence = job.news.sequence
     for rank in range(4):
@@ -444,19 +447,19 @@ def test_a_pace_that_is_not_kept_is_dropped_after_all(job: Job) -> None:
 def test_the_watch_waits_for_detection_to_speak(job: Job) -> None:
     job.following()
     job.run(Follow(1), 1.25 * FULL_S, PATIENCE + WINDOW - 1)
-    assert job.coordinator.dropped == 0
+    assert job.coordinator.state.dropped == 0
     job.seen(3, 1.25)
     job.step()
     job.answer()
     assert job.news.straggler
-    assert job.coordinator.dropped == 0
+    assert job.coordinator.state.dropped == 0
 
 
 def test_the_watch_waits_while_an_answer_is_not_allowed_yet(job: Job) -> None:
     job.answered(3, 1.1)
     job.seen(1, 1.5)
     job.run(Follow(2, True), 1.5 * FULL_S, PATIENCE + WINDOW + 5)
-    assert job.coordinator.dropped == 0
+    assert job.coordinator.state.dropped == 0
     job.later()
     job.answer()
     assert job.news.variants
@@ -467,7 +470,7 @@ def test_when_the_whole_job_is_slower_it_is_left_to_the_watch(job: Job, heard: p
     for rank in range(3):
         job.seen(rank, 1.3)
     job.run(Follow(1), 1.3 * FULL_S, PATIENCE + WINDOW + DETECTION_TAKES)
-    assert job.coordinator.state is State.RECHECKING
+    assert job.coordinator.phase is Phase.RECHECKING
     assert heard.text.count("more than half of all ranks are slower than they were") == 1
     assert len(job.planner.requests) == 1
 
@@ -493,8 +496,6 @@ def test_another_schedule_is_answered_for_itself(job: Job) -> None:
 
 
 def test_everything_is_recorded(job: Job) -> None:
-    told: list[list[tuple[str, float]]] = []
-    job.desk.monitor = told.append
     job.following()
     job.seen(3, 1.25)
     job.step()
@@ -510,14 +511,14 @@ def test_everything_is_recorded(job: Job) -> None:
     assert (switch["event"], switch["slow"]) == ("switch", [[1, [1.0, 1.25]]])
     assert (recovery["event"], recovery["slowdown"]) == ("detection", 1.0)
     assert (back["event"], back["slow"], back["pace_s"]) == ("switch", [], None)
-    figures = job.desk.figures
-    assert (figures.detections, figures.reports, figures.replans, figures.switches) == (1, 0, 1, 2)
+    reported, figures = job.desk.figures, job.answers.figures
+    assert (reported.detections, reported.reports, figures.replans, figures.switches) == (1, 0, 1, 2)
     assert figures.iterations == 10
     saved_j = sum(v["without_j"] - v["energy_j"] for v in replan["variants"])
     assert figures.energy_saved_j == pytest.approx(10 * saved_j)
-    assert dict(told[0])["Perseus/straggler/slow_replicas"] == 1
-    assert dict(told[1])["Perseus/straggler/slow_replicas"] == 0
-    assert dict(told[1])["Perseus/straggler/energy_saved_j"] > 0
+    assert dict(job.told[0])["Perseus/straggler/slow_replicas"] == 1
+    assert dict(job.told[1])["Perseus/straggler/slow_replicas"] == 0
+    assert dict(job.told[1])["Perseus/straggler/energy_saved_j"] > 0
 
 
 def test_all_gpus_of_a_stage_count_for_the_energy_saved(tmp_path: Path) -> None:
@@ -527,11 +528,11 @@ def test_all_gpus_of_a_stage_count_for_the_energy_saved(tmp_path: Path) -> None:
         job.seen(3 * shards, 1.25)
         job.step()
         job.answer()
-        assert job.desk.situation is not None
-        assert job.desk.situation.slow == ((1, (1.0, 1.25)),)
-        assert job.desk.situation.others
+        assert job.answers.situation is not None
+        assert job.answers.situation.slow == ((1, (1.0, 1.25)),)
+        assert job.answers.situation.others
         job.run(Follow(2, True), 1.2 * FULL_S, 10)
-        saved_j.append(job.desk.figures.energy_saved_j)
+        saved_j.append(job.answers.figures.energy_saved_j)
     assert saved_j[1] == pytest.approx(2 * saved_j[0])
     assert saved_j[0] > 0
 

@@ -135,7 +135,7 @@ def test_clearing_leaves_what_is_seen(book: StragglerBook) -> None:
 
 
 def test_an_iteration_time_is_judged_by_that_at_full_clocks(book: StragglerBook) -> None:
-    book.full_clock_s = 0.5
+    book.judge_by(0.5)
     with pytest.raises(
         StragglerError, match=r"iteration_time_s: got 0.4; allowed: 0.5 \(an iteration at full clocks\)"
     ):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from perseus_plugin.exchange.messages import CatchUpPart, PlanPart
 from perseus_plugin.iteration.instructions import Compute, Constant
-from perseus_plugin.session.tap import IterationRecord
+from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.stragglers.detection import OwnPast, StragglerDetector, iteration_slowdown
 from tests.factories import record
 

@@ -16,12 +16,11 @@ from perseus_plugin.config import StragglersConfig
 from perseus_plugin.exchange.messages import STRAGGLERS, PaceOf, PlanPart, pace_key
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Timetable
-from perseus_plugin.session import session as session_module
 from perseus_plugin.session.link import Link
-from perseus_plugin.session.session import Session
+from perseus_plugin.session.running import running_sessions, runs
 from perseus_plugin.stragglers.book import DETECTION, check_report
 from perseus_plugin.stragglers.sensing import StragglerSensing
-from tests.factories import placement, record
+from tests.factories import placement, record, session_of
 
 PART = PlanPart(version=1, schedule="1F1B", clocks_mhz=(810, 1410), times_s=(0.010, 0.020))
 
@@ -37,10 +36,10 @@ def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 @pytest.fixture
-def link(monkeypatch: pytest.MonkeyPatch) -> Iterator[Link]:
+def link() -> Iterator[Link]:
     link = Link(Timetable(Round(1, ()), 1, 2))
-    session = Session(placement(1, 4), link, None, None, LocalExchange(), None)
-    monkeypatch.setattr(session_module, "live_sessions", {session})
+    session = session_of(link, where=placement(1, 4))
+    runs(session)
     yield link
     session.close()
 
@@ -75,14 +74,14 @@ def test_what_is_wrong_is_logged_and_never_raised(
 
 
 def test_turned_off_it_refuses(link: Link, heard: pytest.LogCaptureFixture) -> None:
-    (session,) = session_module.live_sessions
+    (session,) = running_sessions()
     session._stragglers = StragglersConfig(enabled=False)
     assert not perseus_plugin.report_straggler(rank=1, slowdown=1.25)
     assert "perseus.stragglers.enabled is false" in heard.text
 
 
 def test_a_session_that_has_ended_takes_no_reports(link: Link, heard: pytest.LogCaptureFixture) -> None:
-    (session,) = session_module.live_sessions
+    (session,) = running_sessions()
     session.close()
     assert not perseus_plugin.report_straggler(rank=1, slowdown=1.25)
     assert "no session runs in this process" in heard.text

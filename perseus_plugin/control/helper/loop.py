@@ -18,7 +18,7 @@ from perseus_plugin.control.helper.latency import LatencyMeasurement, advance
 from perseus_plugin.control.helper.resetting import ClockReset, ResetOutcome, reset_until_confirmed
 from perseus_plugin.control.ownership import Ownership
 from perseus_plugin.control.readings import CheckedEnergy, EnergyCheck
-from perseus_plugin.control.requests import DWELL_LATENCIES, PendingRequests, Request
+from perseus_plugin.control.requests import PendingRequests, Request
 from perseus_plugin.control.wire import (
     AT_ONCE_AND_LAST,
     CLOSE,
@@ -40,7 +40,7 @@ from perseus_plugin.control.wire import (
     split_commands,
 )
 from perseus_plugin.errors import GpuError
-from perseus_plugin.gpus.base import EnergyReading, Gpu
+from perseus_plugin.gpus.base import DWELL_LATENCIES, EnergyReading, Gpu
 
 MAX_MARKS = 64
 """Readings that wait; beyond that the oldest are dropped."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from time import monotonic
 
 from perseus_plugin.exchange.messages import Figures, receive
 from perseus_plugin.exchange.store import Exchange
-from perseus_plugin.session.link import Link
 
 _FIGURES = "figures"  # list of rank 0's, for the one rank that listens
 _LISTENER = "listener"
@@ -20,13 +20,15 @@ class FigureRelay:
 
     Args:
         exchange: to the other end.
-        link: to this rank's training thread, which writes.
+        takers: who takes figures on this rank.
         leads: whether the figures are made on this rank.
         writes: whether this rank's framework can write figures.
     """
 
-    def __init__(self, exchange: Exchange, link: Link, leads: bool, writes: bool) -> None:
-        self._exchange, self._link = exchange, link
+    def __init__(
+        self, exchange: Exchange, takers: Sequence[Callable[[Events], None]], leads: bool, writes: bool
+    ) -> None:
+        self._exchange, self._takers = exchange, takers
         self._listens = writes and not leads
         self._announced = False
         self._due_s = 0.0
@@ -37,7 +39,7 @@ class FigureRelay:
         Raises:
             ExchangeError: the store fails.
         """
-        self._link.add_events(events)
+        self._hand_over(events)
         if not self._announced:
             self._announced = self._exchange.fetch(_LISTENER) is not None
         if self._announced:
@@ -56,4 +58,8 @@ class FigureRelay:
             self._exchange.publish(_LISTENER, True)
             self._announced = True
         for value in self._exchange.take_new(_FIGURES):
-            self._link.add_events(list(receive(Figures, value).events))
+            self._hand_over(list(receive(Figures, value).events))
+
+    def _hand_over(self, events: Events) -> None:
+        for take in self._takers:
+            take(events)

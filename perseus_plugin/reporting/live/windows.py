@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perseus_plugin.exchange.messages import Placement, PlanPart, RankWindow, RankWindows, Seen, windows_key
+from perseus_plugin.exchange.parts import Parts
 from perseus_plugin.exchange.store import Exchange
 from perseus_plugin.iteration.instructions import Compute
+from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.references import Block, block_near
 from perseus_plugin.iteration.timetable import REFERENCE, Directive, Follow
-from perseus_plugin.session.link import Parts
-from perseus_plugin.session.tap import IterationRecord
 
 _KEPT = 6  # windows that rank 0 may still have to fetch
 ENERGY_TAKES = 16  # iterations until an energy that has not come will not come any more
@@ -50,7 +50,7 @@ class Windows:
         Args:
             directive: what it ran as.
             record: what was seen.
-            parts: see `Link.parts`.
+            parts: of the newest plans.
 
         Raises:
             ExchangeError: the store fails.

@@ -22,10 +22,12 @@ from urllib.parse import quote
 from perseus_plugin.control import wire
 from perseus_plugin.errors import os_problem
 from perseus_plugin.exchange.messages import Placement
+from perseus_plugin.exchange.parts import Parts, part_for
 from perseus_plugin.files import write_atomically
-from perseus_plugin.iteration.instructions import StreamOp
-from perseus_plugin.iteration.schedules import save_streams
+from perseus_plugin.iteration.instructions import StreamOf, StreamOp
+from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import Directive, Follow, Timetable
+from perseus_plugin.planning.streams import save_streams
 from perseus_plugin.reporting.record.iterations import FULL, IterationLog, Sort, Stretch
 from perseus_plugin.reporting.record.lines import Deviation, Header, Row
 from perseus_plugin.reporting.record.samples import (
@@ -36,8 +38,6 @@ from perseus_plugin.reporting.record.samples import (
     is_sampled,
     sample_of,
 )
-from perseus_plugin.session.link import Parts, StreamOf, part_for
-from perseus_plugin.session.tap import IterationRecord
 
 logger = logging.getLogger(__name__)
 

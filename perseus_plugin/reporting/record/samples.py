@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from perseus_plugin.errors import ReportError
 from perseus_plugin.files import read_model
 from perseus_plugin.iteration.instructions import Compute
+from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import Directive, Follow, Sweep, Timetable
 from perseus_plugin.reporting.record.iterations import FULL, PLAN, PROFILING, STRAGGLER, Sort
-from perseus_plugin.session.tap import IterationRecord
 
 _EVERY = 1024
 _MAX_READINGS = 1000

@@ -13,9 +13,9 @@ from urllib.parse import unquote
 from perseus_plugin.errors import PerseusError, ReportError
 from perseus_plugin.iteration.graph import PipelineGraph, build_graph
 from perseus_plugin.iteration.instructions import StageStream
-from perseus_plugin.iteration.schedules import load_streams
 from perseus_plugin.planning.curve import FRONTIER_FILE, FrontierCurve, load_curve
 from perseus_plugin.planning.plan import Plan, load_plan
+from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.profiling.kept import read_survey
 from perseus_plugin.profiling.profile import Profile, load_profile
 from perseus_plugin.profiling.survey import Survey

@@ -27,8 +27,14 @@ from megatron.core import utils
 from perseus_plugin.integrations.megatron.stragglers import listen
 
 took = []
-session = types.SimpleNamespace(closed=False, external_figures=took.append)
-sys.modules["perseus_plugin.session.session"] = types.SimpleNamespace(live_sessions=[session])
+from perseus_plugin.session.running import runs
+
+class Session:
+    closed = False
+    external_figures = took.append
+
+session = Session()
+runs(session)
 listen(utils)
 listen(utils)
 detector = utils.StragglerDetector()

@@ -18,7 +18,7 @@ class Ranks:
         self.exchange = LocalExchange()
         self.links = [Link(Timetable(Round(0, ()), 1, 1)) for _ in range(world_size)]
         self.ends = [
-            FigureRelay(self.exchange, link, rank == 0, writes=rank == writing_rank)
+            FigureRelay(self.exchange, [link.add_events], rank == 0, writes=rank == writing_rank)
             for rank, link in enumerate(self.links)
         ]
 
@@ -59,3 +59,10 @@ def test_what_is_no_figures_is_an_error_of_the_exchange() -> None:
     ranks.exchange.append("figures", {"events": [["name", "much"]]})
     with pytest.raises(ExchangeError, match="Figures from the job's store"):
         ranks.look()
+
+
+def test_whoever_takes_figures_on_this_rank_hears_of_them_at_once() -> None:
+    first: list[tuple[str, float]] = []
+    second: list[tuple[str, float]] = []
+    FigureRelay(LocalExchange(), [first.extend, second.extend], True, writes=False).tell(FIGURES)
+    assert first == second == FIGURES

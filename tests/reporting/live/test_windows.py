@@ -8,10 +8,10 @@ import pytest
 from perseus_plugin.exchange.messages import PlanPart, RankWindow, RankWindows, Seen, receive, windows_key
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.instructions import Compute, Constant
+from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.references import block_near
 from perseus_plugin.iteration.timetable import REFERENCE, Directive, Follow, FullClock
 from perseus_plugin.reporting.live.windows import Windows, by_iteration, step_size, work_seen
-from perseus_plugin.session.tap import IterationRecord
 from tests.factories import placement, record
 
 SHARE = 0.02

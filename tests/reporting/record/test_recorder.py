@@ -9,8 +9,8 @@ import pytest
 
 from perseus_plugin.control import wire
 from perseus_plugin.exchange.messages import PlanPart
-from perseus_plugin.iteration.schedules import load_streams
 from perseus_plugin.iteration.timetable import Follow, FullClock, Round, Timetable
+from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.reporting.record import recorder as recorder_module
 from perseus_plugin.reporting.record.iterations import FULL, PLAN, Sort
 from perseus_plugin.reporting.record.recorder import Recorder, record_path, samples_path, schedule_path

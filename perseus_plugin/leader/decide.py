@@ -1,0 +1,635 @@
+"""What rank 0 decides for all ranks: (state, observed) -> (state, effects). Pure.
+
+Everything that can happen to a job while it trains is an observation below, and what follows from it is on this page:
+
+    Runs, Ended      iterations begin and end on rank 0
+    Troubled         a rank cannot control its GPU any more                 -> GIVEN_UP
+    Measured         all ranks have told what the sweep said                -> PLANNING, or another round
+    NotMeasured      some have not, for too long                            -> GIVEN_UP
+    Checked          all ranks have timed a profile's top clock             -> PLANNING, or a sweep
+    Answered         the planner has answered                               -> FOLLOWING
+    Turned, Due      time passes
+    Situated         who is slow, as far as is known                        (FOLLOWING) plans for their pace
+    Watched          what references have shown                             (FOLLOWING) -> RECHECKING
+    Rechecked        ranks have timed their instructions at full clocks     (RECHECKING) -> PLANNING
+
+The caller does what is asked for (`effects`), in its order, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from perseus_plugin.exchange.messages import RankEstimate, Recheck
+from perseus_plugin.iteration.instructions import StreamOf
+from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Sweep
+from perseus_plugin.leader.effects import (
+    Ask,
+    Effect,
+    ForgetIterations,
+    Order,
+    PublishSet,
+    Record,
+    RefuseReports,
+    SaveFailure,
+    SaveProfile,
+    Say,
+    Show,
+    ShowPlan,
+    WithdrawSet,
+)
+from perseus_plugin.leader.job_schedules import MAX_PLANNED
+from perseus_plugin.leader.measuring import (
+    SweepInForce,
+    UnusableProfileError,
+    another_round,
+    estimated,
+    plannable,
+    said_of_unresolved,
+)
+from perseus_plugin.leader.reviews import catches_up_otherwise, clocks_of, in_force, said_of_replay
+from perseus_plugin.leader.state import JobState, Phase, Rules
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.request import PlanAnswer, PlanRequest
+from perseus_plugin.profiling.failed import FILE
+from perseus_plugin.profiling.survey import Survey, misfit, rescaled
+from perseus_plugin.stragglers.situation import Answer, Situation
+
+_FORGIVEN_AFTER = 1000  # iterations under plans that hold, after which dropped ones do not count any more
+_DETECTION_TAKES_S = 3.0  # ranks tell each other of their paces once a second
+ValueT = TypeVar("ValueT")
+
+
+# What is observed.
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Iterations run this schedule from now on."""
+
+    schedule: str
+    stream_of: StreamOf
+
+
+@dataclass(frozen=True)
+class Ended:
+    """An iteration has ended on rank 0.
+
+    Attributes:
+        number: of the iteration.
+        directive: what it ran as.
+        schedule: key of the one that ran; empty for one that is not followed.
+        time_s: it took.
+        counts: it was undisturbed, and seen from beginning to end.
+        size: how much work it had, as a multiple of the profile's; NaN: not known.
+    """
+
+    number: int
+    directive: Directive
+    schedule: str
+    time_s: float
+    counts: bool = True
+    size: float = math.nan
+
+
+@dataclass(frozen=True)
+class Troubled:
+    """A rank cannot control its GPU any more."""
+
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What all ranks have measured in the sweep, by rank."""
+
+    estimates: Sequence[RankEstimate]
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """Some ranks have not told what they measured, for too long."""
+
+    missing: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What ranks measured at full clocks, where a profile is known."""
+
+    rechecks: Sequence[Recheck]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The planner has answered what it was asked.
+
+    Attributes:
+        asked: what was asked.
+        request: as it was submitted.
+        answer: of the planner.
+        now_s: by a clock that never goes back.
+    """
+
+    asked: Ask
+    request: PlanRequest
+    answer: PlanAnswer
+    now_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Turned:
+    """This iteration runs on rank 0."""
+
+    iteration: int
+
+
+@dataclass(frozen=True)
+class Due:
+    """All that came has been told of: what is to be done next may be done."""
+
+
+@dataclass(frozen=True)
+class Situated:
+    """Who is slow, None: nobody; for the schedule of the plan that a person looks at.
+
+    Attributes:
+        now_s: by a clock that never goes back.
+    """
+
+    situation: Situation | None
+    now_s: float
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What references amid iterations under the plan have shown since the last time.
+
+    Attributes:
+        slowed: share by which iterations are too long beyond doubt, None: they are not.
+        said: that, for people.
+        planner_idle: whether the planner works on nothing.
+    """
+
+    slowed: float | None = None
+    said: str = ""
+    planner_idle: bool = True
+
+
+@dataclass(frozen=True)
+class Rechecked:
+    """What ranks measured at full clocks after a plan was dropped, without what is known to be a straggler's.
+
+    Attributes:
+        complete: whether all have told.
+    """
+
+    rechecks: Sequence[Recheck]
+    complete: bool
+
+
+Observed: TypeAlias = (
+    Runs
+    | Ended
+    | Troubled
+    | Measured
+    | NotMeasured
+    | Checked
+    | Answered
+    | Turned
+    | Due
+    | Situated
+    | Watched
+    | Rechecked
+)
+
+
+def decide(state: JobState, observed: Observed, rules: Rules) -> tuple[JobState, tuple[Effect, ...]]:
+    """What is known from now on, and what is to be done; `state` stays as it is."""
+    deciding = _Deciding(state.copy(), rules)
+    deciding.see(observed)
+    return deciding.state, tuple(deciding.effects)
+
+
+class _Deciding:
+    """One decision: a state that changes, and the effects so far."""
+
+    def __init__(self, state: JobState, rules: Rules) -> None:
+        self.state, self.effects = state, list[Effect]()
+        self._rules, self._config = rules, rules.config
+
+    def see(self, observed: Observed) -> None:
+        phase = self.state.phase
+        match observed:
+            case Runs():
+                self.state.schedules.use(observed.schedule, observed.stream_of)
+            case Ended():
+                self._ended(observed)
+            case _ if phase is Phase.GIVEN_UP:
+                pass
+            case Troubled():
+                self._give_up(f"rank {observed.rank}: {observed.reason}")
+            case Turned():
+                self.state.iteration = observed.iteration
+            case Due() if phase is Phase.PLANNING:
+                self._ask_for_plan()
+            case Due() if phase is Phase.FOLLOWING:
+                self._show_usual()
+            case Answered():
+                self._answered(observed)
+            case Measured() if phase is Phase.MEASURING:
+                self._or_give_up(lambda: self._measured(observed.estimates))
+            case NotMeasured() if phase is Phase.MEASURING:
+                self._give_up(observed.missing)
+            case Checked() if phase is Phase.MEASURING:
+                self._or_give_up(lambda: self._checked(observed.rechecks))
+            case Situated() if phase is Phase.FOLLOWING:
+                self._situated(observed.situation, observed.now_s)
+            case Watched() if phase is Phase.FOLLOWING and not self.state.unanswered:
+                self._watched(observed)
+            case Rechecked() if phase is Phase.RECHECKING:
+                self._rechecked(observed)
+
+    # Iterations.
+
+    def _ended(self, seen: Ended) -> None:
+        state, directive = self.state, seen.directive
+        if seen.schedule:
+            state.schedules.ran(seen.schedule, seen.number)
+        if not seen.counts:
+            return
+        if isinstance(directive, Sweep) and directive.kept and directive.is_full(self._rules.top_mhz):
+            state.times.add_full(seen.schedule, seen.time_s)
+        elif isinstance(directive, FullClock) and state.phase is Phase.RECHECKING:
+            state.times.add_again(seen.schedule, seen.time_s)
+        elif isinstance(directive, Follow) and self._is_current(directive):
+            # References say how plans do, where there are any.
+            referred = self._config.watch.reference_share > 0 and not directive.straggler
+            expected_s = None if referred else state.expected_s(seen.schedule)
+            if expected_s is not None and math.isfinite(seen.size):
+                expected_s *= seen.size
+            state.times.add_planned(seen.schedule, seen.time_s, expected_s)
+            situation = state.answers.situation
+            if directive.straggler and situation is not None and seen.schedule == situation.schedule:
+                state.answers.count_iteration()
+            state.held += 1
+            if state.held >= _FORGIVEN_AFTER:
+                state.strikes = 0
+
+    def _is_current(self, directive: Follow) -> bool:
+        return self.state.phase is Phase.FOLLOWING and directive.version == self.state.followed
+
+    # Measuring.
+
+    def _measured(self, estimates: Sequence[RankEstimate]) -> None:
+        profiling = self._config.profiling
+        survey, of_stages = estimated(estimates, self._rules.stages, profiling)
+        another = another_round(of_stages, self.state.sweep, self._rules.top_mhz, profiling)
+        if another is not None:
+            self.effects.append(another.why)
+            self._sweep_over(another.clocks_mhz, another.paired)
+            return
+        self.effects += [SaveProfile(survey), *said_of_unresolved(survey, profiling)]
+        self._plan_on(survey)
+
+    def _checked(self, rechecks: Sequence[Recheck]) -> None:
+        """A profile from elsewhere: is it this job's, by what all ranks measured at full clocks?"""
+        known = self.state.known
+        if known is None:
+            return
+        why_not = misfit(known, rechecks)
+        if why_not and self._config.profiling.load is not None:
+            reason = f"the profile of perseus.profiling.load is not of this job: {why_not}"
+            raise UnusableProfileError(reason, lasting=False)
+        if why_not:
+            self._warn("profiling anew, as the kept profile does not fit: %s. Nothing needs to be done", why_not)
+            self.state.known = None
+            self._sweep_over(self._rules.full_sweep_mhz)
+            return
+        self._plan_on(rescaled(known, rechecks))
+
+    def _sweep_over(self, clocks_mhz: tuple[int, ...], paired: bool = False) -> None:
+        begins = self._order("sweep", clocks_mhz=clocks_mhz, paired=paired)
+        blocks = 2 * (len(clocks_mhz) - 1) if paired else len(clocks_mhz)
+        end = begins + self._rules.steps_per_block * blocks
+        self.state.sweep = SweepInForce(clocks_mhz, end, self.state.sweep.round + 1)
+
+    def _plan_on(self, survey: Survey) -> None:
+        self.state.survey, said = plannable(survey, self._config.profiling)
+        self.effects += [] if said is None else [said]
+        self.state.phase = Phase.PLANNING
+        self._ask_for_plan()
+
+    def _or_give_up(self, measure: Callable[[], None]) -> None:
+        try:
+            measure()
+        except UnusableProfileError as error:
+            if error.lasting:
+                self.effects.append(SaveFailure(str(error)))
+            self._give_up(str(error), kept_in=FILE if error.lasting else "")
+
+    # Planning.
+
+    def _ask_for_plan(self) -> bool:
+        """Have the planner work on the next schedule that wants a plan; whether there is one."""
+        state = self.state
+        following = state.schedules.next_to_plan(state.plans.schedules)
+        if following is not None:
+            schedule, instead_of = following
+            self._ask(schedule, instead_of=instead_of)
+            return True
+        if state.schedules.too_many and not state.said_too_many:
+            state.said_too_many = True
+            text = "more than %d schedules take turns: those beyond run at full clocks. Nothing needs to be done"
+            self._inform(text, MAX_PLANNED)
+        return False
+
+    def _ask(self, schedule: str, **more: Any) -> None:
+        state = self.state
+        assert state.survey is not None  # only asked for once there is one
+        stream_of = state.schedules.stream_of(schedule)
+        self.effects.append(Ask(schedule, stream_of, state.survey, state.margin, **more))
+
+    def _answered(self, seen: Answered) -> None:
+        asked, answer = seen.asked, seen.answer
+        if asked.survey is not self.state.survey or self.state.phase not in (Phase.PLANNING, Phase.FOLLOWING):
+            return  # what it was made on does not hold any more
+        if asked.situation is not None:
+            self._take_pace(seen, asked.situation)
+        elif asked.review:
+            self._take_review(seen)
+        elif answer.plan is None:
+            self._go_without(asked.schedule, answer.error)
+        else:
+            self._take_plan(seen, answer.plan)
+
+    def _go_without(self, schedule: str, why: str) -> None:
+        state = self.state
+        state.schedules.refuse(schedule)
+        if not state.plans.schedules and state.schedules.next_to_plan(()) is None:
+            self._give_up(f"there is no plan: {why} (try looser perseus.limits)")
+            return
+        self._warn(
+            "there is no plan for %s: %s. Its iterations run at full clocks; try looser perseus.limits", schedule, why
+        )
+
+    def _take_plan(self, seen: Answered, plan: Plan) -> None:
+        state, schedule, answer = self.state, seen.asked.schedule, seen.answer
+        state.planning_time_s = answer.planning_time_s
+        instead_of = seen.asked.instead_of
+        if instead_of is not None:
+            state.plans.take_out(instead_of)
+            state.requests = _without(state.requests, instead_of)
+            state.replayed = _without(state.replayed, instead_of)
+            self.effects.append(ForgetIterations(instead_of))
+        number = self._put(seen, plan)
+        request = replace(seen.request, samples=None, in_force=None, transfer_s=answer.transfer_s)
+        state.requests = {**state.requests, schedule: request}
+        self._inform("plan %d for %s ready in %.2f s: %s", number, schedule, answer.planning_time_s, plan.promise)
+        if answer.replayed is not None:
+            self.effects.append(said_of_replay(number, schedule, answer.replayed, self._config.quantile))
+        self._show_usual()
+        self._follow()
+        state.phase = Phase.FOLLOWING
+
+    def _put(self, seen: Answered, plan: Plan) -> int:
+        """Put a plan onto the shelf, to be held against newer iterations from now on."""
+        state, schedule, answer = self.state, seen.asked.schedule, seen.answer
+        state.reviews.follow(schedule, in_force(plan, answer, state.margin), state.iteration)
+        state.replayed = {**state.replayed, schedule: answer.replayed}
+        return state.plans.put(schedule, plan, seen.asked.survey.profile, answer.catch_up, seen.request.min_dwell_s)
+
+    def _review(self) -> None:
+        """Hold a plan in force against newer iterations, now and then."""
+        state = self.state
+        if state.answers.situation is not None:
+            return
+        due = state.reviews.due(state.plans.schedules, state.iteration)
+        if due is not None:
+            self._ask(due, review=True, in_force=state.reviews.in_force(due))
+
+    def _take_review(self, seen: Answered) -> None:
+        """The plan in force stays, perhaps with other usual delays; or another one holds better."""
+        state, schedule, answer = self.state, seen.asked.schedule, seen.answer
+        if answer.error or schedule not in state.plans or state.answers.situation is not None:
+            return
+        before = state.plans.of(schedule)
+        if answer.plan is None:
+            state.replayed = {**state.replayed, schedule: answer.replayed}
+            if answer.catch_up:
+                self._put(seen, before)
+                self._follow()
+        elif clocks_of(answer.plan) != clocks_of(before) or catches_up_otherwise(seen.request.in_force, answer):
+            if answer.held is not None:
+                kept = "there is a better one" if answer.held.kept else "it would not have kept to its time"
+                self._inform("plan for %s: over the last iterations %s", schedule, kept)
+            state.made_anew |= before is state.plan  # what was measured under the usual plan says nothing of this one
+            self._take_plan(seen, answer.plan)
+
+    def _show_usual(self) -> None:
+        """What a person looks at is the plan of the schedule that runs most."""
+        state = self.state
+        before = None if state.plan is None else state.plan.schedule
+        usual = state.schedules.usual(state.plans.schedules, before)
+        if usual is None or state.plans.of(usual) is state.plan:
+            return
+        state.plan = state.plans.of(usual)
+        self.effects.append(ShowPlan(state.plan, state.requests[usual]))
+
+    # Following, and who is slow.
+
+    def _follow(self) -> int:
+        """All ranks follow the plans there are, and what answers the stragglers there are; returns from when on."""
+        answers = self.state.answers
+        if answers.situation is None or answers.answer is None:
+            begins = self._order("follow", version=self._set_with())
+        else:
+            version, variants = answers.answer.versions_in(answers.situation, self._set_with)
+            begins = self._order("follow", version=version, variants=variants, straggler=True)
+        self.effects += [WithdrawSet(version) for version in self.state.plans.tidy(self.state.orders.versions)]
+        return begins
+
+    def _set_with(self, number: int | None = None) -> int:
+        made = self.state.plans.set_with(number)
+        if made.parts:
+            self.effects.append(PublishSet(made.version, made.parts))
+        return made.version
+
+    def _situated(self, situation: Situation | None, now_s: float) -> None:
+        """Answer a new situation."""
+        state = self.state
+        state.unanswered = situation != state.answers.situation
+        if not state.unanswered or not state.answers.may_answer(now_s):
+            return
+        answer = None if situation is None else state.answers.known(situation)
+        if situation is None or answer is not None:
+            self._switch(situation, answer, now_s)
+            return
+        assert state.plan is not None  # it is followed
+        schedule = state.plan.schedule
+        pace = situation.request(state.plan, state.expectations.seconds_per_planned(schedule))
+        self._ask(schedule, situation=situation, pace=pace)
+
+    def _take_pace(self, seen: Answered, situation: Situation) -> None:
+        """The planner has answered; the job's plan stays if it found nothing."""
+        state, answer = self.state, seen.answer
+        versions = {}
+        paced = answer.pace.variants if answer.pace else ()
+        catch_ups = answer.paced_catch_up or ((),) * len(paced)
+        for slowdowns, planned, catch_up in zip(situation.variants, paced, catch_ups, strict=False):
+            if planned.plan is not None:
+                profile, dwell_s = seen.asked.survey.profile, seen.request.min_dwell_s
+                number = state.plans.keep(situation.schedule, planned.plan, profile, slowdowns, catch_up, dwell_s)
+                versions[slowdowns] = number
+        if answer.pace is None:
+            self._warn(
+                "stragglers are not planned for: %s. The plan stays as it is; nothing needs to be done", answer.error
+            )
+        made = Answer(answer.pace, versions)
+        facts = {"error": answer.error} if answer.pace is None else state.answers.facts(situation, made)
+        for number in state.answers.learn(situation, made):
+            state.plans.discard(number)
+        self.effects.append(Record("replan", {"planning_time_s": answer.planning_time_s, **facts}))
+        if state.plan is not None and state.plan.schedule == situation.schedule:
+            self._switch(situation, made, seen.now_s)
+
+    def _switch(self, situation: Situation | None, answer: Answer | None, now_s: float) -> None:
+        """All ranks go over to what this situation asks for."""
+        answers = self.state.answers
+        answers.put_in_force(situation, answer, now_s)
+        begins = self._follow()
+        if situation is None:
+            self._inform("no rank is slow any more: back to the job's plan")
+        else:
+            self._inform("planned for %d slow replica(s)", answers.slow_replicas)
+        slow = [] if situation is None else [[replica, list(stages)] for replica, stages in situation.slow]
+        pace_s = None if answer is None or answer.pace is None else answer.pace.pace_s
+        facts = {"iteration": begins, "version": self.state.followed, "slow": slow, "pace_s": pace_s}
+        figures = (
+            ("Perseus/straggler/slow_replicas", float(answers.slow_replicas)),
+            ("Perseus/straggler/switches", float(answers.figures.switches)),
+            ("Perseus/straggler/energy_saved_j", answers.figures.energy_saved_j),
+        )
+        self.effects += [Record("switch", facts), Show(figures)]
+
+    # Whether the plan holds.
+
+    def _watched(self, seen: Watched) -> None:
+        state = self.state
+        if not self._ask_for_plan() and seen.planner_idle:
+            self._review()
+        if seen.slowed is not None:
+            self._drop(seen.said, seen.slowed, by_references=True)
+            return
+        overrun, seen_s = state.times.overrun, state.times.planned_s
+        if overrun is None or seen_s is None:
+            return
+        if overrun <= 1 + self._config.watch.tolerance_or_default:
+            state.slow_since = None
+        elif not self._may_be_a_straggler(seen_s):
+            text = f"iterations take {seen_s:.4g} s instead of {seen_s / overrun:.4g} s under the plan"
+            self._drop(text, overrun - 1)
+
+    def _may_be_a_straggler(self, iteration_time_s: float) -> bool:
+        """Whether to wait for what detection says of iterations that run long."""
+        state, config = self.state, self._config.stragglers
+        patience = config.window + _DETECTION_TAKES_S / iteration_time_s
+        if state.slow_since is None:
+            state.slow_since = state.iteration
+        return config.enabled and config.detect and state.iteration - state.slow_since < patience
+
+    def _drop(self, text: str, excess: float, *, by_references: bool = False) -> None:
+        state = self.state
+        state.dropped += 1
+        state.strikes += 1
+        state.held = 0
+        state.excess, state.found_by_references = excess, by_references
+        if state.strikes > self._config.watch.max_replans:
+            self._give_up(
+                f"{text}; plan number {state.strikes} that does not hold: raise perseus.watch.tolerance or margin"
+            )
+            return
+        self._warn(
+            "%s: back to full clocks, measuring and planning again. If this comes back, raise perseus.watch.tolerance "
+            "or perseus.margin",
+            text,
+        )
+        state.answers.leave()
+        state.times.measure_again()
+        self._order("full", reason=text, recheck=True)
+        state.recheck_sequence = state.orders.sequence
+        state.phase = Phase.RECHECKING
+
+    def _rechecked(self, seen: Rechecked) -> None:
+        state = self.state
+        if state.times.again is None:
+            return
+        schedule, full_s, long_enough = state.times.again
+        if not seen.complete and not long_enough:
+            return
+        assert state.survey is not None  # it was planned on
+        state.survey = rescaled(state.survey, seen.rechecks)
+        before_s = state.expectations.full_s(schedule)
+        is_slower = before_s is not None and full_s > before_s * (1 + self._config.watch.tolerance_or_default)
+        if is_slower and not state.found_by_references:
+            self._warn(
+                "at full clocks an iteration takes %.4g s, it took %.4g s before: the job itself is slower, not the "
+                "plan; planning for that. If its batches have not grown, look at data loading and at what else runs on "
+                "the nodes",
+                full_s,
+                before_s,
+            )
+        else:
+            state.margin += state.excess
+        state.times.use_again()
+        state.plans.clear()
+        state.reviews.clear()
+        state.schedules.forget_refusals()
+        self.effects.append(ForgetIterations())
+        state.answers.forget()
+        state.made_anew, state.phase = True, Phase.PLANNING
+        self._ask_for_plan()
+
+    # What all ranks are told.
+
+    def _give_up(self, why: str, kept_in: str = "") -> None:
+        if kept_in:
+            self._warn(
+                "%s. Training stays at full clocks. A restarted job of the same sort does not profile again; remove %s "
+                "from the output folder to have it do so",
+                why,
+                kept_in,
+            )
+        else:
+            self._warn("%s. Training stays at full clocks. A restart of the job tries again", why)
+        self.effects.append(RefuseReports(f"the job stays at full clocks: {why}"))
+        self._order("full", reason=why)
+        self.state.phase = Phase.GIVEN_UP
+
+    def _order(self, action: Literal["follow", "full", "sweep"], **what: Any) -> int:
+        """Order all ranks; returns the iteration from which that holds."""
+        state = self.state
+        state.times.forget_planned()
+        state.slow_since = None
+        anew = action == "follow" and state.made_anew
+        state.made_anew &= action != "follow"
+        state.orders = state.orders.given(state.iteration, state.times.full_s, anew=anew, action=action, **what)
+        news = state.orders.latest
+        assert news is not None  # it has just been given
+        state.followed = news.version_for(0)  # rank 0 is in replica 0
+        self.effects.append(Order(news))
+        return news.switch
+
+    def _inform(self, text: str, *values: Any) -> None:
+        self.effects.append(Say("info", text, values))
+
+    def _warn(self, text: str, *values: Any) -> None:
+        self.effects.append(Say("warning", text, values))
+
+
+def _without(values: Mapping[str, ValueT], key: str) -> dict[str, ValueT]:
+    return {name: value for name, value in values.items() if name != key}

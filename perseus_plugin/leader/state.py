@@ -1,0 +1,137 @@
+"""All that rank 0 knows of a job while it decides for all ranks: the whole of what changes. Pure."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from perseus_plugin.config import PerseusConfig
+from perseus_plugin.iteration.replayed import Replayed
+from perseus_plugin.leader.expectations import Expectations
+from perseus_plugin.leader.iteration_times import IterationTimes
+from perseus_plugin.leader.job_schedules import JobSchedules
+from perseus_plugin.leader.measuring import SweepInForce
+from perseus_plugin.leader.orders import Orders
+from perseus_plugin.leader.plan_shelf import PlanShelf
+from perseus_plugin.leader.reviews import Reviews
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.request import PlanRequest
+from perseus_plugin.profiling.survey import Survey
+from perseus_plugin.stragglers.situation import Answers
+
+
+class Phase(enum.Enum):
+    """What is waited for.
+
+    MEASURING -> PLANNING -> FOLLOWING <-> RECHECKING (-> PLANNING); from each of them to GIVEN_UP, which stays.
+    """
+
+    MEASURING = "measuring"
+    PLANNING = "planning"
+    FOLLOWING = "following"
+    RECHECKING = "rechecking"
+    GIVEN_UP = "given up"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What does not change.
+
+    Attributes:
+        config: the `perseus` block.
+        stages: of the pipeline.
+        steps_per_block: iterations of the sweep at each clock, settling included.
+        top_mhz: the highest clock.
+        full_sweep_mhz: the sweep to make if a kept profile turns out not to fit.
+    """
+
+    config: PerseusConfig
+    stages: int
+    steps_per_block: int
+    top_mhz: int
+    full_sweep_mhz: tuple[int, ...]
+
+
+@dataclass
+class JobState:
+    """See the module's docstring; `decide` alone makes new ones.
+
+    Attributes:
+        times, plans, answers, sweep: what each says of itself.
+        margin: the least one that plans are made with.
+        phase: what is waited for.
+        iteration: the one that runs on rank 0.
+        known: a loaded or kept profile that is still to be checked; None to wait for the ranks' estimates.
+        survey: what plans are made on; None before it is known.
+        schedules: that the job runs.
+        reviews: when plans in force are looked at.
+        orders: what all ranks have been told.
+        requests: by schedule, what its plan was made for.
+        replayed: by schedule, what measured iterations made of its plan.
+        plan: of the schedule that runs most; None before the first.
+        planning_time_s: how long the newest plan took.
+        made_anew: plans since the last order were made on new measurements.
+        said_too_many: that there are more schedules than plans are made for.
+        followed: the set that rank 0's replica follows, 0 for full clocks.
+        unanswered: who is slow has changed, and the plan in force was not made for it.
+        slow_since: iteration since which iterations run long, None while they do not.
+        dropped: plans that did not hold.
+        strikes: those of them that are not forgiven yet.
+        held: iterations under plans that hold.
+        excess: by what share the plan that was dropped last overran.
+        found_by_references: iterations at full clocks on the same work have shown that.
+        recheck_sequence: number of the order that ranks answer with a recheck.
+    """
+
+    times: IterationTimes
+    plans: PlanShelf
+    answers: Answers
+    sweep: SweepInForce
+    margin: float
+    phase: Phase = Phase.MEASURING
+    iteration: int = 0
+    known: Survey | None = None
+    survey: Survey | None = None
+    schedules: JobSchedules = field(default_factory=JobSchedules)
+    reviews: Reviews = field(default_factory=Reviews)
+    orders: Orders = field(default_factory=Orders)
+    requests: Mapping[str, PlanRequest] = field(default_factory=dict)
+    replayed: Mapping[str, Replayed | None] = field(default_factory=dict)
+    plan: Plan | None = None
+    planning_time_s: float = 0.0
+    made_anew: bool = True
+    said_too_many: bool = False
+    followed: int = 0
+    unanswered: bool = False
+    slow_since: int | None = None
+    dropped: int = 0
+    strikes: int = 0
+    held: int = 0
+    excess: float = 0.0
+    found_by_references: bool = False
+    recheck_sequence: int = 0
+
+    def copy(self) -> JobState:
+        """One that changes by itself."""
+        return replace(
+            self,
+            times=self.times.copy(),
+            plans=self.plans.copy(),
+            answers=self.answers.copy(),
+            schedules=self.schedules.copy(),
+            reviews=self.reviews.copy(),
+        )
+
+    @property
+    def expectations(self) -> Expectations:
+        """What iterations take and are to take."""
+        return Expectations(self.plans, self.times)
+
+    def expected_s(self, schedule: str) -> float | None:
+        """How long an iteration of a schedule may take under the plans in force; None: not known."""
+        situation, answer = self.answers.situation, self.answers.answer
+        if situation is not None and situation.schedule != schedule:
+            return None  # whoever is slow makes these iterations longer too, by how much is not known
+        pace_s = 0.0 if answer is None or answer.pace is None else answer.pace.pace_s
+        return self.expectations.planned_s(schedule, pace_s)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from perseus_plugin.errors import GpuError
+from perseus_plugin.exchange.store import ExchangeError
+from perseus_plugin.session.lifetime import Lifetime
+
+
+class Clock:
+    """Counts how often it was given up, and whether anybody had been told by then."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.told, self.seen = told, list[int]()
+
+    def retire(self) -> None:
+        self.seen.append(len(self.told))
+
+
+def test_the_clock_is_given_up_before_anybody_is_told_and_once() -> None:
+    told: list[str] = []
+    clock = Clock(told)
+    lifetime = Lifetime(clock)
+    lifetime.on_end(told.append)
+    assert not lifetime.ended
+    assert lifetime.end()
+    assert lifetime.ended
+    assert not lifetime.end()
+    lifetime.fail(RuntimeError("too late"))
+    assert (clock.seen, told) == ([0], [""])
+
+
+@pytest.mark.parametrize(
+    ("error", "level", "text"),
+    [
+        (GpuError("the GPU is lost"), logging.WARNING, "run `perseus doctor`"),
+        (ExchangeError("the store is gone"), logging.WARNING, "a restart of the job tries again"),
+        (ZeroDivisionError(), logging.ERROR, "This is a fault of perseus_plugin"),
+    ],
+)
+def test_a_failure_is_said_once_with_what_to_do(
+    error: Exception, level: int, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[str] = []
+    lifetime = Lifetime(None)
+    lifetime.on_end(told.append)
+    lifetime.fail(error)
+    lifetime.fail(GpuError("another"))
+    (line,) = caplog.records
+    assert line.levelno == level
+    assert text in line.getMessage()
+    assert told == [str(error) or repr(error)]
+
+
+def test_who_comes_too_late_is_told_at_once() -> None:
+    told: list[str] = []
+    lifetime = Lifetime(None)
+    lifetime.fail(GpuError("it is lost"))
+    lifetime.on_end(told.append)
+    assert told == ["it is lost"]

@@ -14,7 +14,7 @@ from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.planning.relaxation import Relaxation, Relaxed
 from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
 from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
-from perseus_plugin.planning.work import BRAKE_S, Work, monotonic
+from perseus_plugin.planning.work import BRAKE_S, Work
 from perseus_plugin.profiling.profile import Profile
 
 __all__ = ["ChangeLimits", "Effort", "Planner", "Solution", "Target", "make_plan"]
@@ -69,7 +69,7 @@ class Planner:
         blocking_power_w: float | Sequence[float],
         full_clock_only: Collection[tuple[int, str]] = (),
         schedule: str = "custom",
-        clock: Callable[[], float] = monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.problem = build_problem(graph, profile, blocking_power_w, full_clock_only)
         self._clock = clock

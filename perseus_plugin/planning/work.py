@@ -25,17 +25,18 @@ class Work:
 
     Args:
         brake_s: seconds from now after which the clock ends the search.
-        clock: monotonic, seconds.
+        clock: in seconds, never goes back; None: the system's.
 
     Attributes:
         done: units so far; searches add what they do.
         cut_short: whether the brake has acted: the result is valid, but depends on how fast the machine was.
     """
 
-    def __init__(self, brake_s: float, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(self, brake_s: float, clock: Callable[[], float] | None = None) -> None:
         self.done = 0.0
         self.cut_short = False
-        self._clock, self._end_s = clock, clock() + brake_s
+        self._clock = clock or monotonic
+        self._end_s = self._clock() + brake_s
 
     def over(self, until: float) -> bool:
         """Whether `until` units are done, or the brake acts; to be asked where there is something left to do."""

@@ -441,7 +441,7 @@ def test_a_counter_that_cannot_be_read_any_more_is_told_and_the_plan_goes_on(
     assert rank.exchange.fetch(TROUBLE) is None
     rank.helper.events.append(wire.Trouble("read_again", "the energy counter can be read again", 0.0))
     assert wait_until(lambda: "the energy counter can be read again: energy is measured as before" in heard.text)
-    assert not rank.session.failures
+    assert not rank.failures
 
 
 # Trouble.

@@ -1,4 +1,7 @@
-"""`events.jsonl`: one JSON line per thing that happened, with its time; may be written from any thread."""
+"""`events.jsonl`: one JSON line per thing that happened, with its time; may be written from any thread.
+
+A line is an object with `time` (Unix seconds), `event` (what happened), and what else is known of it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from perseus_plugin.errors import os_problem
+from perseus_plugin.errors import ReportError, os_problem
 
 logger = logging.getLogger(__name__)
 
+EVENTS_FILE = "events.jsonl"
 _MAX_BYTES = 16 * 2**20
 
 
@@ -25,7 +29,7 @@ class EventLog:
     """
 
     def __init__(self, output_dir: Path) -> None:
-        self.path = output_dir / "events.jsonl"
+        self.path = output_dir / EVENTS_FILE
         self._lock = threading.Lock()
         self._left_bytes = _MAX_BYTES
         self._begun = False
@@ -70,3 +74,28 @@ def _ends_in_a_line(path: Path) -> bool:
             return file.read() != b"\n"
     except FileNotFoundError:
         return False
+
+
+def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The events, and how many lines are none; what follows the last line end was cut off and is not counted.
+
+    Raises:
+        ReportError: the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read: {error}") from error
+    lines = [line for line in lines if line]
+    events = [event for line in lines if (event := _event(line)) is not None]
+    return events, len(lines) - len(events)
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    return event if isinstance(event.get("time"), (int, float)) else None

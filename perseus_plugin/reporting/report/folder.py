@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,13 +18,14 @@ from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.profiling.kept import read_survey
 from perseus_plugin.profiling.profile import Profile, load_profile
 from perseus_plugin.profiling.survey import Survey
+from perseus_plugin.reporting.live.events import EVENTS_FILE, read_events
 from perseus_plugin.reporting.record.recorder import FOLDER, SCHEDULES
 from perseus_plugin.reporting.record.records import RankRecord, Series, load_record, series
 from perseus_plugin.reporting.record.samples import Sample
 from perseus_plugin.reporting.record.summary import SUMMARY_FILE, Summary, load_summary
 from perseus_plugin.reporting.report.baseline import full_clocks, scale_to
 
-_KNOWN = (SUMMARY_FILE, "plan.json", "profile.csv", "schedule.json", "events.jsonl", FOLDER)
+_KNOWN = (SUMMARY_FILE, "plan.json", "profile.csv", "schedule.json", EVENTS_FILE, FOLDER)
 _QUIET_S = 120.0  # a running job that has written nothing for so long has probably died
 
 ReadT = TypeVar("ReadT")
@@ -159,7 +159,7 @@ def load_folder(path: Path, now_s: float | None = None) -> JobFolder:
     kept = _read(folder, "profile.json", 0.0, lambda file: read_survey(file.parent), "the frontier")
     folder.survey = None if kept is None else kept[0]
     _read_schedules(folder, started_s)
-    events, torn = _read(folder, "events.jsonl", 0.0, _events, "") or ([], 0)
+    events, torn = _read(folder, EVENTS_FILE, 0.0, read_events, "") or ([], 0)
     folder.events = [event for event in events if event["time"] >= started_s]
     if torn:
         folder.missing.append(
@@ -186,27 +186,6 @@ def _read(folder: JobFolder, name: str, started_s: float, read: Callable[[Path],
     except PerseusError as error:
         text = str(error)
         raise ReportError(text if text.startswith(str(path)) else f"{path}: {text}") from error
-
-
-def _events(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The events, and how many lines are none; what follows the last line end was cut off and is not counted."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be read: {error}") from error
-    lines = [line for line in lines if line]
-    events = [event for line in lines if (event := _event(line)) is not None]
-    return events, len(lines) - len(events)
-
-
-def _event(line: str) -> dict[str, Any] | None:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-        return None
-    return event if isinstance(event.get("time"), (int, float)) else None
 
 
 def _read_schedules(folder: JobFolder, started_s: float) -> None:

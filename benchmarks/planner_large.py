@@ -12,7 +12,6 @@ import argparse
 import random
 import resource
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from perseus_plugin.iteration.graph import build_graph
@@ -30,7 +29,7 @@ def widened(profile: Profile, stages: int) -> Profile:
         factor = 1.0 if stage == stages - 1 else chance.uniform(0.9, 1.0)
         for kind in profile.kinds:
             rows = profile.table[last if stage == stages - 1 else 0, kind]
-            table[stage, kind] = tuple(replace(m, time_s=m.time_s * factor, energy_j=m.energy_j * factor) for m in rows)
+            table[stage, kind] = tuple(m.scaled(factor) for m in rows)
     return Profile(table)
 
 

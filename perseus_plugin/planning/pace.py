@@ -11,7 +11,6 @@ Source: Chung et al., "Reducing Energy Bloat in Large Model Training", SOSP 2024
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -101,14 +100,7 @@ def plan_pace(
 
 def slowed(profile: Profile, slowdowns: Slowdowns) -> Profile:
     """The profile with times and energies of slow stages scaled: a slow GPU draws its power for longer."""
-    return Profile(
-        {
-            (stage, kind): tuple(
-                replace(m, time_s=m.time_s * slowdowns[stage], energy_j=m.energy_j * slowdowns[stage]) for m in rows
-            )
-            for (stage, kind), rows in profile.table.items()
-        }
-    )
+    return profile.scaled({(stage, kind): slowdowns[stage] for stage, kind in profile.table})
 
 
 def _clocks(plan: Plan) -> list[list[int]]:

@@ -22,7 +22,7 @@ from perseus_plugin.iteration.replayed import Replayed, Samples, StageCatchUp
 from perseus_plugin.planning.paced import Pace
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PaceRequest, PlanAnswer, PlanRequest
-from perseus_plugin.profiling.profile import Measurement, Profile
+from perseus_plugin.profiling.profile import Profile
 
 if TYPE_CHECKING:
     from perseus_plugin.iteration.graph import PipelineGraph
@@ -268,21 +268,7 @@ def _with_margin(profile: Profile, margin: float, blocking_power_w: Sequence[flo
     full clocks are as fast as ever. In the time between the GPU waits, so the energy is that of the instruction and of
     blocking for that long.
     """
-    if margin <= 0:
-        return profile
-
-    def later(stage: int, m: Measurement) -> Measurement:
-        # A list that is too short is the planner's to refuse.
-        watts = blocking_power_w[stage] if stage < len(blocking_power_w) else 0.0
-        extra_s = m.time_s * margin
-        return replace(m, time_s=m.time_s + extra_s, energy_j=m.energy_j + watts * extra_s)
-
-    return Profile(
-        {
-            (stage, kind): (rows[0], *(later(stage, m) for m in rows[1:]))
-            for (stage, kind), rows in profile.table.items()
-        }
-    )
+    return profile.scaled(1 + margin, below_top=True, added_w=blocking_power_w)
 
 
 class PlannerProcess:

@@ -52,12 +52,20 @@ class Measurement:
     spread_between: float = math.nan
     spread_between_se: float = math.nan
 
-    def scaled(self, factor: float) -> Measurement:
-        """Longer by a factor, with as much more energy; relative errors and spread stay."""
+    def scaled(self, factor: float, added_w: float | None = None) -> Measurement:
+        """Longer by a factor; relative errors of times and spread stay.
+
+        Args:
+            factor: above 0.
+            added_w: power in the time that is added; None: the same as in the rest.
+        """
+        longer_j = self.energy_j * factor
+        if added_w is not None:
+            longer_j = self.energy_j + added_w * self.time_s * (factor - 1)
         return replace(
             self,
             time_s=self.time_s * factor,
-            energy_j=self.energy_j * factor,
+            energy_j=longer_j,
             time_se_s=self.time_se_s * factor,
             energy_se_j=self.energy_se_j * factor,
         )
@@ -108,11 +116,35 @@ class Profile:
             for measurement in measurements:
                 yield stage, kind, measurement
 
-    def scaled(self, factor: float) -> Profile:
-        """The same profile with every time and energy multiplied by `factor`."""
-        if not (math.isfinite(factor) and factor > 0):
-            raise ProfileError(f"scale: got {factor}; allowed: a finite number above 0")
-        return Profile({key: tuple(m.scaled(factor) for m in measurements) for key, measurements in self.table.items()})
+    def scaled(
+        self,
+        factor: float | Mapping[tuple[int, str], float],
+        *,
+        below_top: bool = False,
+        added_w: Sequence[float] | None = None,
+    ) -> Profile:
+        """The same profile with times multiplied by a factor, and energies with them.
+
+        Args:
+            factor: for all instructions, or by (stage, kind).
+            below_top: leave the highest clock's rows as they are.
+            added_w: power in the time that is added, by stage (0 W where the list ends); None: that of the instruction.
+
+        Raises:
+            ProfileError: a factor is no finite number above 0, or a figure becomes none.
+        """
+        factors = factor if isinstance(factor, Mapping) else dict.fromkeys(self.table, factor)
+        for one in factors.values():
+            if not (math.isfinite(one) and one > 0):
+                raise ProfileError(f"scale: got {one}; allowed: a finite number above 0")
+
+        def rows(key: tuple[int, str], measured: tuple[Measurement, ...]) -> tuple[Measurement, ...]:
+            if factors[key] == 1.0:
+                return measured
+            watts = None if added_w is None else added_w[key[0]] if key[0] < len(added_w) else 0.0
+            return (*measured[:below_top], *(m.scaled(factors[key], watts) for m in measured[below_top:]))
+
+        return Profile({key: rows(key, measured) for key, measured in self.table.items()})
 
     @classmethod
     def from_rows(cls, rows: Iterable[tuple[int, str, Measurement]]) -> Profile:

@@ -155,11 +155,7 @@ def rescaled(survey: Survey, rechecks: Sequence[Recheck]) -> Survey:
     for key, factor in seen.items():
         own = factor / size
         factors[key] = grown * (own if abs(own - 1) > _SAME else 1.0)
-    table = {
-        key: tuple(m.scaled(factors[key]) for m in rows) if factors[key] != 1.0 else rows
-        for key, rows in survey.profile.table.items()
-    }
-    return replace(survey, profile=Profile(table))
+    return replace(survey, profile=survey.profile.scaled(factors))
 
 
 def _by_chance(survey: Survey, steps: int) -> float:

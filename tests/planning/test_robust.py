@@ -13,7 +13,6 @@ from perseus_plugin.planning.options import build_problem
 from perseus_plugin.planning.process import answer_to
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.planning.robust import margins_from, replay_of, usual_delays
-from perseus_plugin.profiling.profile import Profile
 from tests.factories import BLOCKING_W
 
 from .jobs import bundled_profile
@@ -111,13 +110,7 @@ def test_variation_within_the_iteration_takes_a_larger_margin_and_is_kept_to_on_
 def test_catching_up_saves_where_a_static_plan_cannot() -> None:
     """Microbatches of very different lengths, each as long in both stages, of which one is much the longer."""
     long = bundled_profile(2)
-    profile = Profile(
-        {
-            key: tuple(replace(m, time_s=m.time_s * size, energy_j=m.energy_j * size) for m in rows)
-            for key, rows in long.table.items()
-            for size in (1.0 if key[0] else 0.6,)
-        }
-    )
+    profile = long.scaled({key: 1.0 if key[0] else 0.6 for key in long.table})
     streams = one_f_one_b(2, MICROBATCHES)
     length = np.exp(0.12 * np.random.default_rng(3).standard_normal((12, 8, MICROBATCHES)))
     durations = tuple(

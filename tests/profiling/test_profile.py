@@ -313,6 +313,26 @@ def test_a_scaled_profile_has_all_times_and_energies_scaled(plain: Profile, fact
         assert (new.time_s, new.energy_j) == (old.time_s * factor, old.energy_j * factor)
 
 
+def test_instructions_are_scaled_each_by_its_own_factor_and_those_of_one_stay_as_they_are() -> None:
+    plain = profile()
+    keys = list(plain.table)
+    scaled = plain.scaled({key: 2.0 if key == keys[0] else 1.0 for key in keys})
+    assert [m.time_s for m in scaled.table[keys[0]]] == [2 * m.time_s for m in plain.table[keys[0]]]
+    assert all(scaled.table[key] == plain.table[key] for key in keys[1:])
+
+
+def test_added_time_may_be_at_another_power_and_the_top_clock_left_alone() -> None:
+    plain = profile()
+    scaled = plain.scaled(1.5, below_top=True, added_w=[50.0])
+    for (stage, kind), rows in plain.table.items():
+        top, *others = scaled.table[stage, kind]
+        assert top == rows[0]
+        for new, old in zip(others, rows[1:], strict=True):
+            assert new.time_s == 1.5 * old.time_s
+            added_w = 0.0 if stage else 50.0  # the list has one stage only
+            assert new.energy_j == pytest.approx(old.energy_j + added_w * 0.5 * old.time_s)
+
+
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])
 def test_a_scale_must_be_a_number_above_zero(factor: float) -> None:
     with pytest.raises(ProfileError, match=r"scale: got .*; allowed: a finite number above 0"):

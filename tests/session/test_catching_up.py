@@ -31,9 +31,7 @@ def profile() -> Profile:
     even = bundled_profile(STAGES)
     return Profile(
         {
-            (stage, kind): tuple(
-                replace(m, time_s=m.time_s * size, energy_j=m.energy_j * size) for m in even.table[0, kind]
-            )
+            (stage, kind): tuple(m.scaled(size) for m in even.table[0, kind])
             for stage, size in enumerate((1.0, 1.5))
             for kind in ("forward", "backward")
         }

@@ -182,7 +182,7 @@ def _planner(
     profile = pipeline.profile_for({op.kind for op in computes})
     planner = Planner(
         build_graph(streams, latency_s=latency_s),
-        profile if scale == 1.0 else profile.scaled(scale),
+        profile.scaled(scale),
         blocking_power_w=pipeline.blocking_power_w,
         schedule=schedule.name,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -23,18 +22,6 @@ _LARGEST_SCALE = 2.0
 def covers(profile: Profile, graph: PipelineGraph) -> bool:
     """Whether the profile has every instruction of the graph."""
     return {(i.stage, i.kind) for i in graph.instructions if i is not None} <= set(profile.table)
-
-
-def scaled(profile: Profile, factor: float) -> Profile:
-    """The profile with all times and energies times a factor."""
-    if factor == 1.0:
-        return profile
-    return Profile(
-        {
-            key: tuple(replace(m, time_s=m.time_s * factor, energy_j=m.energy_j * factor) for m in rows)
-            for key, rows in profile.table.items()
-        }
-    )
 
 
 def full_clocks(graph: PipelineGraph, profile: Profile, blocking_power_w: float) -> FullClocks:
@@ -67,7 +54,7 @@ def scale_to(plan: Plan, graph: PipelineGraph, survey: Survey) -> float | None:
         factor *= plan.baseline_time_s / made.time_s
         if not 1 / _LARGEST_SCALE <= factor <= _LARGEST_SCALE:
             return None
-        made = full_clocks(graph, scaled(survey.profile, factor), power_w)
+        made = full_clocks(graph, survey.profile.scaled(factor), power_w)
         if abs(made.time_s / plan.baseline_time_s - 1) < 1e-6:
             break
     # A scale can always be found; only with the right profile it explains the energy too.
@@ -96,7 +83,7 @@ def by_schedule(
     known = {plan.schedule: measured}
     if survey is None:
         return known
-    profile = scaled(survey.profile, scale)
+    profile = survey.profile.scaled(scale)
     for key, streams in schedules.items():
         graph = build_graph(list(streams), survey.constants_for(streams))
         if key not in known and len(streams) == len(plan.stages) and covers(profile, graph):

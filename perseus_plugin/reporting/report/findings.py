@@ -13,7 +13,7 @@ from perseus_plugin.reporting.record.iterations import FULL, PLAN, PROFILING, ST
 from perseus_plugin.reporting.record.recorder import MAX_DEVIATIONS
 from perseus_plugin.reporting.record.records import RankRecord, Series
 from perseus_plugin.reporting.record.samples import Sample
-from perseus_plugin.reporting.report.baseline import by_schedule, scaled
+from perseus_plugin.reporting.report.baseline import by_schedule
 from perseus_plugin.reporting.report.folder import JobFolder
 from perseus_plugin.reporting.report.lanes import Lanes, full_clock_lanes, planned_lanes, recorded_lanes
 from perseus_plugin.reporting.report.worth import (
@@ -178,7 +178,7 @@ def _as_often(full: dict[str, FullClocks], measured: FullClocks, planned: Mappin
 
 def _lanes(folder: JobFolder) -> list[Lanes]:
     plan, graph = folder.plan, folder.graph()
-    profile = None if folder.profile is None else scaled(folder.profile, folder.profile_scale)
+    profile = None if folder.profile is None else folder.profile.scaled(folder.profile_scale)
     made = []
     if profile is not None and graph is not None:
         title = "Full clocks, by the profile"
@@ -212,7 +212,7 @@ def _frontier(folder: JobFolder) -> FrontierCurve | None:
     try:
         planner = Planner(
             graph,
-            scaled(survey.profile, folder.profile_scale),
+            survey.profile.scaled(folder.profile_scale),
             blocking_power_w=survey.blocking_power_w,
             full_clock_only=survey.unresolved,
             schedule=plan.schedule,

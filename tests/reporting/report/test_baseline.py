@@ -7,7 +7,7 @@ import pytest
 
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.planning.planner import Target, make_plan
-from perseus_plugin.reporting.report.baseline import by_schedule, covers, full_clocks, scale_to, scaled
+from perseus_plugin.reporting.report.baseline import by_schedule, covers, full_clocks, scale_to
 from perseus_plugin.reporting.report.worth import FullClocks
 from tests.factories import BLOCKING_W, profile
 from tests.reporting.job import Job
@@ -44,7 +44,7 @@ def test_what_the_profile_does_not_have_is_not_told(tmp_path: Path, job: Job) ->
 
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.01, 1.3])
 def test_the_scale_of_a_profile_is_found(job: Job, factor: float) -> None:
-    survey = replace(job.survey, profile=scaled(job.profile, factor))
+    survey = replace(job.survey, profile=job.profile.scaled(factor))
     plan = make_plan(
         build_graph(job.streams, job.survey.constant_time_s),
         survey.profile,

@@ -10,7 +10,6 @@ import pytest
 from perseus_plugin.control import wire
 from perseus_plugin.iteration.timetable import REFERENCE, Follow, FullClock
 from perseus_plugin.profiling.kept import save_survey
-from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.report.findings import Options, find, full_clock_figures, marks
 from perseus_plugin.reporting.report.folder import ReportError, load_folder
 from perseus_plugin.reporting.report.page import page
@@ -265,11 +264,7 @@ def test_what_was_saved_at_a_stragglers_pace_stands_beside(job: Job) -> None:
 
 
 def test_full_clocks_are_scaled_where_instructions_were_timed_again(job: Job) -> None:
-    table = {
-        key: tuple(replace(m, time_s=m.time_s / 1.25, energy_j=m.energy_j / 1.25) for m in rows)
-        for key, rows in job.profile.table.items()
-    }
-    save_survey(replace(job.survey, profile=Profile(table)), {}, job.folder)
+    save_survey(replace(job.survey, profile=job.profile.scaled(1 / 1.25)), {}, job.folder)
     found = find(load_folder(job.folder))
     assert found.lanes[0].title == "Full clocks, by the profile times 1.25"
     assert found.lanes[0].end_s == pytest.approx(job.plan.baseline_time_s - STEP_S, rel=1e-4)

@@ -223,10 +223,7 @@ def test_lines_that_are_no_events_are_counted_and_left_out(job: Job) -> None:
 def _times(job: Job, factor: float, kinds: dict[str, str] | None = None) -> None:
     """Another profile.csv: all times and energies times a factor, or other names of kinds."""
     table = {
-        (stage, (kinds or {}).get(kind, kind)): tuple(
-            replace(m, time_s=m.time_s * factor, energy_j=m.energy_j * factor) for m in rows
-        )
-        for (stage, kind), rows in job.profile.table.items()
+        (stage, (kinds or {}).get(kind, kind)): rows for (stage, kind), rows in job.profile.scaled(factor).table.items()
     }
     save_survey(replace(job.survey, profile=Profile(table)), {}, job.folder)
 

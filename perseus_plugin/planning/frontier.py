@@ -69,18 +69,6 @@ class Frontier:
         )
         return FrontierCurve(samples, self.baseline_time_s, self.baseline_energy_j)
 
-    def plan_for(self, deadline_s: float) -> Plan:
-        """The sampled plan with the least energy among those that meet `deadline_s`.
-
-        Raises:
-            PlanError: none does.
-        """
-        fitting = [point.plan for point in self.points if point.plan.iteration_time_s <= deadline_s]
-        if not fitting:
-            shortest = self.points[0].deadline_s
-            raise PlanError(f"deadline: got {deadline_s:.6f} s; the shortest possible iteration takes {shortest:.6f} s")
-        return min(fitting, key=lambda plan: plan.energy_j)
-
 
 def make_frontier(
     planner: Planner,

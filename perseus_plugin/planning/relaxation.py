@@ -98,26 +98,18 @@ class Relaxation:
 
     Args:
         problem: graph and options.
-        fixed_s: shape (nodes,), durations to hold fixed, NaN where free; None: all free.
-        fixed_energy_j: effective energy of the fixed nodes together.
         coarser_time, coarser_power: units are this many times larger than usual.
     """
 
     def __init__(
         self,
         problem: PlanningProblem,
-        fixed_s: FloatArray | None = None,
-        fixed_energy_j: float = 0.0,
         coarser_time: float = 1.0,
         coarser_power: float = 1.0,
     ) -> None:
         self.problem = problem
-        self.fixed_energy_j = fixed_energy_j
         self.free = problem.class_of >= 0
         self.least_s = problem.fastest_s
-        if fixed_s is not None:
-            self.free = self.free & np.isnan(fixed_s)
-            self.least_s = np.where(np.isnan(fixed_s), self.least_s, fixed_s)
         self.free_of_class = [np.flatnonzero(self.free & (problem.class_of == k)) for k in range(len(problem.classes))]
         mean_s = float(self.least_s.mean())
         self.time_unit_s = coarser_time * _TIME_RESOLUTION * mean_s
@@ -310,7 +302,7 @@ class Relaxation:
 
     def _least_priced_energy(self, price: FloatArray) -> float:
         """Sum over all nodes of the least energy plus price times duration."""
-        value = self.fixed_energy_j + float((price * np.where(self.free, 0.0, self.least_s)).sum())
+        value = float((price * np.where(self.free, 0.0, self.least_s)).sum())
         for options, nodes in zip(self.problem.classes, self.free_of_class, strict=True):
             chosen = options.hull[np.searchsorted(-options.slope_w, -price[nodes], side="left")]
             value += float((options.energy_j[chosen] + price[nodes] * options.time_s[chosen]).sum())

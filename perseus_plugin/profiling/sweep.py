@@ -58,12 +58,6 @@ def sweep_order(clocks_mhz: Sequence[int], seed: int, revisits: int = 2) -> tupl
     return tuple(order + rest[done:])
 
 
-def sweep_seconds(order: Sequence[int], iteration_s: float, iterations: int) -> float:
-    """How long a sweep takes at most, given the iteration time at its top clock: nothing slows more than the clock."""
-    top = max(order)
-    return sum(iterations * iteration_s * top / clock for clock in order)
-
-
 def is_pareto_candidate(
     stage: StageEstimate, kind: str, frequency_mhz: int, *, blocking_power_w: float | None = None
 ) -> bool:

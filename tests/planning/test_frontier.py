@@ -64,16 +64,6 @@ def test_a_finer_tolerance_takes_more_samples_and_progress_is_told() -> None:
     assert told[-1][1] <= 0.001 < told[0][1]
 
 
-def test_the_plan_for_a_deadline_meets_it() -> None:
-    frontier = make_frontier(small())
-    middle = frontier.points[len(frontier.points) // 2]
-    assert frontier.plan_for(middle.deadline_s).energy_j <= middle.plan.energy_j
-    assert frontier.plan_for(middle.deadline_s).iteration_time_s <= middle.deadline_s
-    assert frontier.plan_for(1e9).energy_j == min(p.plan.energy_j for p in frontier.points)
-    with pytest.raises(PlanError, match="shortest possible"):
-        frontier.plan_for(0.01)
-
-
 def test_the_file_holds_every_sample() -> None:
     frontier = make_frontier(small(), tolerance=0.01)
     content = json.loads(frontier_to_json(frontier))

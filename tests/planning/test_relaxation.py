@@ -135,17 +135,6 @@ def test_far_deadlines_can_be_solved(deadline_s: float) -> None:
     assert Relaxation(problem).solve(deadline_s).price_w == 0
 
 
-def test_held_durations_are_kept_and_counted() -> None:
-    problem = build_problem(build_graph(one_f_one_b(2, 3)), bundled_profile(2), 60.0)
-    free = Relaxation(problem).solve(problem.full_clock_time_s * 1.1)
-    nodes = problem.graph.stage_nodes[0]
-    fixed = np.full(len(problem.graph), np.nan)
-    fixed[nodes] = problem.fastest_s[nodes]
-    energy = float(sum(problem.classes[problem.class_of[node]].energy_j[0] for node in nodes))
-    held = Relaxation(problem, fixed, energy).solve(problem.full_clock_time_s * 1.1)
-    assert held.bound_j > free.bound_j
-
-
 def test_a_deadline_that_cannot_be_met_is_refused_with_the_shortest_one() -> None:
     problem = build_problem(build_graph(one_f_one_b(2, 3)), bundled_profile(2), 60.0)
     with pytest.raises(PlanError, match=rf"got 0\.100000 s; the shortest.*{problem.shortest_s:.6f} s"):

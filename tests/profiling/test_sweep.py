@@ -14,7 +14,6 @@ from perseus_plugin.profiling.sweep import (
     is_pareto_candidate,
     next_clock,
     sweep_order,
-    sweep_seconds,
     worth_trying,
 )
 
@@ -69,10 +68,6 @@ def test_order_visits_all_and_the_top_first_and_last(count: int, seed: int, revi
 
 def test_order_depends_on_the_seed() -> None:
     assert len({sweep_order(CLOCKS, seed) for seed in range(20)}) > 10
-
-
-def test_duration_of_a_sweep() -> None:
-    assert sweep_seconds((1410, 705, 1410), 2.0, 10) == pytest.approx(2 * 20 + 40)
 
 
 def test_pareto_candidates() -> None:

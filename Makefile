@@ -11,13 +11,21 @@ MEGATRON := -m pip install --quiet --no-deps --ignore-requires-python --only-bin
 # Beside the newest, which is in the environment. Where an older one has no wheel for this Python, its tests are left out.
 MEGATRON_VERSIONS := 0.12.3 0.14.0 0.16.1 0.17.1 0.18.0
 
-.PHONY: quickstart test lint types docs unit e2e megatron setup clean
+# Tests run by so many processes side by side: emulated time is mostly sleep.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup
+
+.PHONY: quickstart test test-all lint types docs unit e2e matrix megatron setup clean
 
 quickstart: setup
 	DS_ACCELERATOR=cpu $(BIN)/torchrun --standalone --nproc-per-node 4 examples/deepspeed_gpt/train.py \
 	    --deepspeed_config examples/deepspeed_gpt/quickstart.json --steps $(STEPS)
 
+# Every promise (tests/README.md), with the oldest and the newest Megatron.
 test: lint types docs unit e2e
+
+# Every version of Megatron in jobs of its own too.
+test-all: test matrix
 
 setup: $(VENV)/.installed
 
@@ -59,10 +67,13 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: setup megatron
-	$(BIN)/pytest -m "not e2e"
+	$(PYTEST) -m "not e2e"
 
 e2e: setup megatron
-	$(BIN)/pytest -m e2e
+	$(PYTEST) -m "e2e and not matrix"
+
+matrix: setup megatron
+	$(PYTEST) -m matrix
 
 clean:
 	rm -rf $(VENV) .megatron .resiliency out build dist *.egg-info

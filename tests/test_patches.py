@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.launching import BASE_CONFIG, PROBE, perseus_block, run_job
+from tests.e2e.launching import Probe, perseus_block
 from tests.megatron_support.flags import flags
 from tests.megatron_support.versions import REPOSITORY, python_path, versions
 
@@ -85,10 +85,9 @@ def test_deepspeed_job_where_entry_points_are_off(is_patched: bool, tmp_path: Pa
     if is_patched:
         path = python_path(patched_copy("deepspeed.patch", package_folder("deepspeed"), DEEPSPEED, tmp_path / "copy"))
     folder = tmp_path / "job"
-    config = {**BASE_CONFIG, "perseus": perseus_block(folder / "out", stages=2)}
-    run_job(PROBE, 2, config, folder, "--steps", "3", PYTHONPATH=path, TORCH_DEVICE_BACKEND_AUTOLOAD="0").check()
-    for rank in range(2):
-        facts = json.loads((folder / f"facts{rank}.json").read_text())
+    job = Probe(folder, perseus_block(folder / "out", stages=2), arguments=("--steps", "3"))
+    job.run(torchrun=True, PYTHONPATH=path, TORCH_DEVICE_BACKEND_AUTOLOAD="0").check()
+    for facts in job.facts():
         assert ("_perseus_session" in facts["at_start"]["on_engine"]) == is_patched
 
 
@@ -116,7 +115,8 @@ def test_megatron_job_through_the_patched_parser(tmp_path: Path) -> None:
     (tmp_path / "perseus.json").write_text(json.dumps(block))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT))
     switches = ("--perseus", "--perseus-config", "perseus.json", "--results", "results.json")
-    done = run_megatron(tmp_path, python_path(copy), *torchrun, *flags(2, train_iters=40), *switches)
+    until = ("--until-said", "plan 1 for")
+    done = run_megatron(tmp_path, python_path(copy), *torchrun, *flags(2, train_iters=300), *switches, *until)
     assert done.returncode == 0, done.stdout[-6000:]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["iterations"]["plan"] > 0
     assert json.loads((tmp_path / "results.json").read_text())["ranks"][1]["losses"][39]

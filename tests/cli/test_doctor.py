@@ -15,6 +15,9 @@ from perseus_plugin.control.ownership import LOCK_DIR_VARIABLE, Ownership, lock_
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, IGNORE_LOCKS, MIG_ENABLED, NO_COUNTER, NO_FIELDS, NO_PERMISSION
 
+# Who holds a GPU is looked for on the whole machine: no two of these at once.
+pytestmark = pytest.mark.xdist_group("nvml helpers")
+
 UUIDS = ["GPU-00000000-1111-2222-3333-444444444444", "GPU-55555555-1111-2222-3333-444444444444"]
 
 

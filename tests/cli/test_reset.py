@@ -20,6 +20,10 @@ from tests.nvml_simulator.building import simulated_nvml
 __all__ = ["simulated_nvml"]
 
 
+# Who holds a GPU is looked for on the whole machine: no two of these at once.
+pytestmark = pytest.mark.xdist_group("nvml helpers")
+
+
 def run(*arguments: str) -> Result:
     app = typer.Typer()
     app.command()(reset)

@@ -19,6 +19,9 @@ from tests.gpus.fake_zeusd import FakeZeusd
 
 from .harness import free_and_unowned, other_events, start_trainer, wait_for_event, wait_until
 
+# Who holds a GPU is looked for on the whole machine: no two of these at once.
+pytestmark = pytest.mark.xdist_group("nvml helpers")
+
 UUID = "GPU-5e50aaaa-0000-1111-2222-333344445555"
 
 

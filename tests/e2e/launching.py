@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import random
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
-TRAIN = REPOSITORY / "examples" / "deepspeed_gpt" / "train.py"
 PROBE = Path(__file__).with_name("probe.py")
+FORK_SERVER = Path(__file__).with_name("fork_server.py")
+READ_AT_START = ("PYTHONPATH", "LD_LIBRARY_PATH", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+# Our script, with all that it imports; and what DeepSpeed imports as late as in `initialize`.
+DEEPSPEED = ("probe", "torch._dynamo", "deepspeed.module_inject")
+SLOWDOWN = 0.15
+JOB_TIMEOUT_S = 240.0
+ENDING_S = 40.0
+ENDED_S = 10.0
+"""Long enough for what takes a moment on a quiet machine."""
 
 BASE_CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
@@ -26,7 +38,6 @@ BASE_CONFIG: dict[str, Any] = {
     "optimizer": {"type": "Adam", "params": {"lr": 0.001, "torch_adam": True}},
     "pipeline": {"use_reentrant": False},
 }
-SMALL = ("--blocks", "4", "--width", "32", "--heads", "2", "--length", "32")
 
 
 def perseus_block(output_dir: Path, stages: int, **changes: Any) -> dict[str, Any]:
@@ -34,6 +45,8 @@ def perseus_block(output_dir: Path, stages: int, **changes: Any) -> dict[str, An
     block: dict[str, Any] = {
         "enabled": True,
         "output_dir": str(output_dir),
+        # On a busy machine times are noisy: with room for that there is always something to save.
+        "slowdown": SLOWDOWN,
         "profiling": {
             "warmup_steps": 2,
             "clocks_mhz": [1410, 1110, 810],
@@ -49,6 +62,8 @@ def perseus_block(output_dir: Path, stages: int, **changes: Any) -> dict[str, An
         },
         "watch": {"tolerance": 1.0},
         "stragglers": {"detect": False},
+        # Seconds of a core beside every job, and only the report looks at it.
+        "frontier": False,
     }
     block.update(changes)
     return block
@@ -67,79 +82,222 @@ class Finished:
         return self
 
 
-def run_job(
-    script: Path, ranks: int, config: dict[str, Any], folder: Path, *arguments: str, **environment: str
-) -> Finished:
-    """Run `script` on `ranks` processes with this DeepSpeed config and wait for it."""
+class Output(threading.Thread):
+    """Collects what is written into `inlet`: a pipe, which is never full, and takes it on a full disk too."""
 
-    def once() -> Finished:
-        with started_job(script, ranks, config, folder, *arguments, **environment) as job:
-            output, _ = job.communicate(timeout=240)
-            return Finished(job.returncode, output)
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._outlet, self.inlet = os.pipe()
+        self._said = bytearray()
 
-    enabled = config.get("perseus", {}).get("enabled", True) and "perseus" in config
-    return once() if enabled else _again_if_torch_aborts(once)
+    def run(self) -> None:
+        with os.fdopen(self._outlet, "rb", buffering=0) as said:
+            while part := said.read(1 << 16):
+                self._said += part
+
+    def text(self) -> str:
+        """What has been said by now."""
+        return bytes(self._said).decode(errors="replace")
+
+
+class Job:
+    """A job that has been started: an agent process, whose children the ranks are.
+
+    Attributes:
+        pid: the agent's, which is also the id of the process group of all.
+    """
+
+    def __init__(self, pid: int, status: Callable[[float], int | None], said: Output) -> None:
+        self.pid, self._status, self._said = pid, status, said
+
+    def poll(self) -> int | None:
+        """Its status; None while it runs."""
+        return self._status(0.0)
+
+    def wait(self, timeout_s: float = JOB_TIMEOUT_S) -> Finished:
+        """How it ended."""
+        status = self._status(timeout_s)
+        assert status is not None, f"still running after {timeout_s} s:\n{self._said.text()[-6000:]}"
+        self._said.join(ENDED_S)
+        return Finished(status, self._said.text())
+
+    def ranks(self) -> list[int]:
+        """Process ids of its ranks, rank by rank."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
 
 @contextmanager
-def started_job(
-    script: Path, ranks: int, config: dict[str, Any], folder: Path, *arguments: str, **environment: str
-) -> Iterator[subprocess.Popen[str]]:
-    """Start `script` under torchrun in a process group of its own, which is ended with the block."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "deepspeed.json"
-    path.write_text(json.dumps(config))
-    words = (str(script), "--deepspeed_config", str(path), *arguments)
-    with started_ranks(ranks, folder, *words, DS_ACCELERATOR="cpu", **environment) as job:
-        yield job
+def started_ranks(
+    ranks: int, folder: Path, *words: str, torchrun: bool = False, imports: Sequence[str] = (), **environment: str
+) -> Iterator[Job]:
+    """Run a command line on every rank, in `folder`, as a process group that ends with the block.
 
-
-@contextmanager
-def started_ranks(ranks: int, folder: Path, *words: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a command line under torchrun, in `folder`, as a process group that ends with the block."""
+    Args:
+        ranks: how many.
+        folder: their current folder.
+        words: a script, or `-m` and a module, with arguments.
+        torchrun: start them as a user would; else they are forks of a process that has made its `imports` already,
+            which is several seconds of both cores less.
+        imports: modules, of the folders of our scripts too.
+        environment: added to this process's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    command += [f"--master-port={_free_port()}", *words]
-    job = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=folder,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+    said = Output()
+    said.start()
+    start = _torchrun if torchrun else _forked
     try:
-        yield job
+        pid, status = start(ranks, folder, words, imports, {"OMP_NUM_THREADS": "1", **environment}, said.inlet)
+    finally:
+        os.close(said.inlet)
+    try:
+        yield Job(pid, status, said)
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
+            os.killpg(pid, signal.SIGKILL)
+        status(ENDING_S)
 
 
-def run_ranks(ranks: int, folder: Path, *words: str, **environment: str) -> Finished:
-    """Run a command line under torchrun in `folder` and wait for it."""
+_Started = tuple[int, Callable[[float], "int | None"]]
+
+
+def _torchrun(
+    ranks: int, folder: Path, words: Sequence[str], imports: Sequence[str], environment: dict[str, str], output: int
+) -> _Started:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *words]
+    job = subprocess.Popen(
+        command,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        cwd=folder,
+        start_new_session=True,
+        env={**os.environ, **environment},
+    )
+
+    def status(timeout_s: float) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            return job.wait(timeout_s)
+        return None
+
+    return job.pid, status
+
+
+def _forked(
+    ranks: int, folder: Path, words: Sequence[str], imports: Sequence[str], environment: dict[str, str], output: int
+) -> _Started:
+    at_start = {name: environment[name] for name in sorted(environment) if name in READ_AT_START}
+    server = _server(tuple(imports), tuple(at_start.items()))
+    environment = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    job = {"ranks": ranks, "folder": str(folder), "words": words, "environment": environment}
+    ours, agents = os.pipe()
+    socket.send_fds(server, [json.dumps(job).encode()], [output, agents])
+    os.close(agents)
+    said = os.fdopen(ours, "rb", buffering=0)
+    pid = int(said.readline())
+    ended: list[int] = []
+
+    def status(timeout_s: float) -> int | None:
+        if not ended and select.select([said], [], [], timeout_s)[0]:
+            ended.append(int(said.readline() or -signal.SIGKILL))
+            said.close()
+        return ended[0] if ended else None
+
+    return pid, status
+
+
+@functools.cache
+def _server(imports: tuple[str, ...], environment: tuple[tuple[str, str], ...]) -> socket.socket:
+    """The server whose processes have made these imports in this environment. It ends with this process."""
+    ours, servers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    added = dict(environment)
+    folders = (REPOSITORY, FORK_SERVER.parent, REPOSITORY / "tests" / "megatron_support")
+    path = os.pathsep.join([added.pop("PYTHONPATH", ""), *map(str, folders)]).lstrip(os.pathsep)
+    with servers:
+        subprocess.Popen(
+            [sys.executable, str(FORK_SERVER), str(servers.fileno()), *imports],
+            pass_fds=[servers.fileno()],
+            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **added, "PYTHONPATH": path},
+        )
+    return ours
+
+
+def run_ranks(ranks: int, folder: Path, *words: str, **options: Any) -> Finished:
+    """Run a command line on every rank and wait for it; see `started_ranks`."""
 
     def once() -> Finished:
-        with started_ranks(ranks, folder, *words, **environment) as job:
-            output, _ = job.communicate(timeout=240)
-            return Finished(job.returncode, output)
+        with started_ranks(ranks, folder, *words, **options) as job:
+            return job.wait()
 
-    return once() if "--perseus" in words else _again_if_torch_aborts(once)
+    return once() if "--perseus" in words else again_if_torch_aborts(once)
 
 
-def _again_if_torch_aborts(run: Callable[[], Finished]) -> Finished:
+def again_if_torch_aborts(run: Callable[[], Finished]) -> Finished:
     """Run a job without the plugin; a second time if torch aborts at its end, as its threads sometimes make it do."""
     done = run()
     return run() if done.status and "terminate called without an active exception" in done.output else done
 
 
-def train(ranks: int, config: dict[str, Any], folder: Path, *arguments: str) -> dict[str, Any]:
-    """Run the example; returns its losses and the hash of its final parameters."""
-    losses = folder / "losses.json"
-    run_job(TRAIN, ranks, config, folder, *SMALL, *arguments, "--losses", str(losses)).check()
-    content: dict[str, Any] = json.loads(losses.read_text())
-    return content
+@dataclass(frozen=True)
+class Probe:
+    """A job of `probe.py`.
+
+    Attributes:
+        folder: its current folder; its output folder is `out` in there.
+        block: of the plugin; None: it runs without.
+        do: what is done when, see `Script` there.
+        arguments: of the script.
+        ranks: how many.
+        config: what DeepSpeed's config has beside `BASE_CONFIG`.
+    """
+
+    folder: Path
+    block: dict[str, Any] | None
+    do: Sequence[tuple[str, str]] = ()
+    arguments: Sequence[str] = ()
+    ranks: int = 2
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def started(self, *, torchrun: bool = False, **environment: str) -> Iterator[Job]:
+        """Start it; see `started_ranks`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "deepspeed.json"
+        plugin = {} if self.block is None else {"perseus": self.block}
+        path.write_text(json.dumps({**BASE_CONFIG, **self.config, **plugin}))
+        do = [word for what, when in self.do for word in ("--do", what, when)]
+        words = (str(PROBE), "--deepspeed_config", str(path), *self.arguments, *do)
+        environment = {"DS_ACCELERATOR": "cpu", **environment}
+        with started_ranks(self.ranks, self.folder, *words, torchrun=torchrun, imports=DEEPSPEED, **environment) as job:
+            yield job
+
+    def run(self, *, torchrun: bool = False, **environment: str) -> Finished:
+        """Run it to its end."""
+
+        def once() -> Finished:
+            with self.started(torchrun=torchrun, **environment) as job:
+                return job.wait()
+
+        return once() if self.block is not None else again_if_torch_aborts(once)
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What every rank wrote."""
+        return [json.loads((self.folder / f"facts{rank}.json").read_text()) for rank in range(self.ranks)]
+
+    def summary(self) -> dict[str, Any]:
+        """Its summary.json."""
+        found: dict[str, Any] = json.loads((self.folder / "out" / "summary.json").read_text())
+        return found
+
+    def check_identical(self) -> None:
+        """Run the same training without the plugin: losses and parameters are the same, bit by bit."""
+        facts = self.facts()
+        did = [(what, when) for what, when in facts[0]["did"] if what in ("more-batches", "end")]
+        arguments = [*self.arguments, "--steps", str(facts[0]["steps"])]
+        without = replace(self, folder=self.folder / "without", block=None, do=did, arguments=arguments)
+        without.run().check()
+        kept = ("steps", "losses", "parameters")
+        assert [[rank[name] for name in kept] for rank in without.facts()] == [
+            [rank[name] for name in kept] for rank in facts
+        ]
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, interval_s: float = 0.05) -> bool:
@@ -165,7 +323,9 @@ def processes_naming(word: str, among: Sequence[str] = ("perseus_plugin.control.
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Below those that the system gives to whoever asks for any: nobody gets it before the job has it."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port

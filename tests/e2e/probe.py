@@ -6,12 +6,14 @@ Every rank writes `facts<rank>.json` into the current folder.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from torch import nn
 from torch.nn import functional
 
 from perseus_plugin.gpus.emulated import state
+from perseus_plugin.gpus.emulated.device import EmulatedGpu
 
 VOCABULARY, WIDTH, LENGTH = 64, 32, 16
 MODULES = ("ortools", "pydantic", "perseus_plugin.session.session")
@@ -57,17 +60,11 @@ def loss(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(output.flatten(0, 1), labels.flatten())
 
 
-def batches(batch: int) -> Any:
-    generator = torch.Generator().manual_seed(3)
+def batches(batch: int, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
     while True:
         tokens = torch.randint(VOCABULARY, (batch, LENGTH + 1), generator=generator)
         yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def gpu_of_rank_1() -> Any:
-    from perseus_plugin.gpus.emulated.device import EmulatedGpu
-
-    return EmulatedGpu("gpus/1")
 
 
 def kill_helper() -> None:
@@ -82,32 +79,113 @@ def fill_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 
-FAULTS: dict[str, Callable[[], None]] = {
-    "helper-killed": kill_helper,
-    "gpu-lost": lambda: gpu_of_rank_1().set_faults(state.GPU_LOST),
-    "no-permission": lambda: gpu_of_rank_1().set_faults(state.NO_PERMISSION),
-    "slow-calls": lambda: gpu_of_rank_1().set_faults(0, call_s=2.0),
-    "locks-ignored": lambda: gpu_of_rank_1().set_faults(state.IGNORE_LOCKS),
-}
+def fail() -> None:
+    raise RuntimeError("the training script failed on purpose")
 
 
-class Said(logging.Handler):
-    """Whether the plugin has said these words; all ranks ask at the same step and hear what rank 0 knows."""
+class Training:
+    """One rank's engine and GPU, and what can be done to them."""
 
-    def __init__(self, words: str | None) -> None:
-        super().__init__()
-        self._words, self._heard = words, False
-        logging.getLogger("perseus_plugin").addHandler(self)
+    def __init__(self, engine: Any, rank: int, gpu: EmulatedGpu | None, at: int, slowdown: float) -> None:
+        self.engine, self.rank, self.gpu = engine, rank, gpu
+        self._at, self._slowdown = at, slowdown
+        self.over = False
+        self.actions: dict[str, Callable[[], object]] = {
+            "nothing": lambda: None,
+            "end": self._end,
+            "raise": fail,
+            "fill-disk": fill_disk,
+            "more-batches": self._more_batches,
+            "break-tap": self._break_tap,
+            # Of the GPU of one rank.
+            "kill-helper": self._here(kill_helper),
+            "lose-gpu": self._here(lambda: self._faults(state.GPU_LOST)),
+            "take-permission": self._here(lambda: self._faults(state.NO_PERMISSION)),
+            "slow-calls": self._here(lambda: self._faults(0, call_s=2.0)),
+            "ignore-locks": self._here(lambda: self._faults(state.IGNORE_LOCKS)),
+            "slow": self._here(lambda: self._slow(slowdown)),
+            "recover": self._here(lambda: self._slow(1.0)),
+            # Without a GPU of ours the job runs without the plugin, and there is nobody to be told.
+            "report": self._report,
+            "take-back": self._take_back,
+        }
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self._heard = self._heard or (self._words is not None and self._words in record.getMessage())
+    def _here(self, action: Callable[[], object]) -> Callable[[], object]:
+        return action if self.rank == self._at and self.gpu is not None else lambda: None
 
-    def everywhere(self) -> bool:
-        if self._words is None:
-            return False
-        heard = torch.tensor([int(self._heard)])
-        torch.distributed.broadcast(heard, 0)
-        return bool(heard)
+    def _end(self) -> None:
+        self.over = True
+
+    def _more_batches(self) -> None:
+        engine = self.engine
+        engine.set_train_batch_size(engine.train_batch_size() + 2 * engine.train_micro_batch_size_per_gpu())
+
+    def _break_tap(self) -> None:
+        session = vars(self.engine).get("_perseus_session")
+        if session is not None:
+            session.tap._controller = object()
+
+    def _faults(self, faults: int, call_s: float = 0.0) -> None:
+        assert self.gpu is not None
+        self.gpu.set_faults(faults, call_s=call_s)
+
+    def _slow(self, slowdown: float) -> None:
+        assert self.gpu is not None
+        self.gpu.set_slowdown(slowdown)
+
+    def _report(self) -> None:
+        """On the command line, from the last rank."""
+        if self.gpu is not None and self.rank == torch.distributed.get_world_size() - 1:
+            command = [sys.executable, "-m", "perseus_plugin.cli.main", "straggler", "report", "--job", "out"]
+            subprocess.run([*command, "--rank", str(self._at), "--slowdown", str(self._slowdown)], check=True)
+
+    def _take_back(self) -> None:
+        """From Python, as the command line's reports are taken back."""
+        if self.gpu is not None and self.rank == torch.distributed.get_world_size() - 1:
+            import perseus_plugin
+
+            assert perseus_plugin.report_straggler(rank=self._at, slowdown=1.0, source="cli")
+
+
+class Script:
+    """What is done to the training and when: each action after the one before it.
+
+    All ranks act before the same step: a step's number, so many steps after the action before (`+3`), when a file is
+    there (`/its/path`), or after the plugin has said some words on any rank.
+    """
+
+    def __init__(self, lines: list[tuple[str, str]], training: Training) -> None:
+        self._lines, self._training = list(lines), training
+        self._heard: list[str] = []
+        self._last = 0
+        self.done: list[tuple[str, str]] = []
+        """What has been done, with the number of the step: the script of a run that is to do the same."""
+        handler = logging.Handler()
+        handler.emit = lambda record: self._heard.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("perseus_plugin").addHandler(handler)
+
+    def before(self, step: int) -> None:
+        """Do what is due before this step."""
+        while self._lines and self._due(self._lines[0][1], step):
+            action, _ = self._lines.pop(0)
+            self.done.append((action, str(step)))
+            self._last = step
+            self._training.actions[action]()
+
+    def _due(self, when: str, step: int) -> bool:
+        if when.startswith("+"):
+            return step >= self._last + int(when)
+        if when.isdigit():
+            return step >= int(when)
+        if when.startswith("/"):
+            seen = Path(when).exists()
+        else:
+            at = next((at for at, said in enumerate(self._heard) if when in said), None)
+            seen = at is not None
+            del self._heard[: 0 if at is None else at + 1]  # what was said before is not what is waited for next
+        anywhere = torch.tensor([int(seen)])
+        torch.distributed.all_reduce(anywhere)
+        return bool(anywhere)
 
 
 def look(engine: Any) -> dict[str, Any]:
@@ -122,62 +200,64 @@ def look(engine: Any) -> dict[str, Any]:
     }
 
 
+def parameters_of(engine: Any) -> str:
+    """A hash of this rank's parameters, bit by bit."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(engine.module.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank", type=int, default=-1)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--change-batch-at", type=int, default=-1, help="step from which on there are 2 more")
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=400, help="at most")
+    parser.add_argument("--do", nargs=2, action="append", default=[], metavar=("WHAT", "WHEN"), help="see Script")
+    parser.add_argument("--at", type=int, default=1, help="the rank that actions on a GPU are about")
+    parser.add_argument("--gpus", default="out/emulated_gpus/rank{}", help="path of a rank's emulated GPU")
+    parser.add_argument("--slowdown", type=float, default=1.5)
     parser.add_argument("--batches-from", help="numbers of microbatches, one of which every step draws: LOW,HIGH")
+    parser.add_argument("--evaluate-every", type=int, default=0, help="steps between evaluations; 0: none")
     parser.add_argument("--enable", help="call perseus_plugin.enable with the block in this JSON file")
-    parser.add_argument("--break-tap-at", type=int, default=-1, help="step at which the plugin's tap is sabotaged")
-    parser.add_argument("--slow-gpu-at", type=int, default=-1, help="step from which on rank 1's GPU is slower")
-    parser.add_argument("--fault", choices=sorted(FAULTS), help="what goes wrong on rank 1 at --fault-at")
-    parser.add_argument("--full-disk-at", type=int, default=-1, help="step from which on no file can be written")
-    parser.add_argument("--fault-at", type=int, default=30)
-    parser.add_argument("--until-said", help="end once the plugin has said this on rank 0, at --steps at the latest")
-    parser.add_argument("--raise-at", type=int, default=-1, help="step at which the script itself fails")
     arguments = deepspeed.add_config_arguments(parser).parse_args()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    module = PipelineModule(layers=layers(), num_stages=2, loss_fn=loss, activation_checkpoint_interval=1)
+    module = PipelineModule(
+        layers=layers(), num_stages=arguments.stages, loss_fn=loss, activation_checkpoint_interval=1
+    )
     engine, _, _, _ = deepspeed.initialize(args=arguments, model=module, model_parameters=module.parameters())
     if arguments.enable:
         import perseus_plugin
 
         perseus_plugin.enable(engine, arguments.enable)
-    data = batches(engine.train_micro_batch_size_per_gpu())
-    losses = []
-    facts = {"at_start": look(engine)}
-    said = Said(arguments.until_said)
+    rank = torch.distributed.get_rank()
+    path = Path(arguments.gpus.format(rank))
+    gpu = EmulatedGpu(path) if path.exists() else None
+    training = Training(engine, rank, gpu, arguments.at, arguments.slowdown)
+    script = Script(arguments.do, training)
+    data, held_out = (batches(engine.train_micro_batch_size_per_gpu(), seed) for seed in (3, 4))
+    losses, energy_j = [], []
+    at_start = look(engine)
     for step in range(arguments.steps):
+        script.before(step)
+        if training.over:
+            break
         if arguments.batches_from:
             low, high = map(int, arguments.batches_from.split(","))
             count = random.Random(step).randint(low, high)
             engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu())
-        if step == arguments.change_batch_at:
-            engine.set_train_batch_size(engine.train_batch_size() + 2 * engine.train_micro_batch_size_per_gpu())
-        if step == arguments.slow_gpu_at and torch.distributed.get_rank() == 1:
-            from perseus_plugin.gpus.emulated.device import EmulatedGpu
-
-            EmulatedGpu("out/emulated_gpus/rank1").set_slowdown(1.5)
-        if step == arguments.full_disk_at:
-            fill_disk()
-        if step == arguments.raise_at:
-            raise RuntimeError("the training script failed on purpose")
-        if arguments.fault and step == arguments.fault_at and torch.distributed.get_rank() == 1:
-            FAULTS[arguments.fault]()
-        if step == arguments.break_tap_at:
-            vars(engine)["_perseus_session"].tap._controller = object()
+        energy_j.append(0.0 if gpu is None else gpu.exact_energy_j())
         losses.append(engine.train_batch(data).item())
-        if said.everywhere():
-            break
+        if arguments.evaluate_every and (step + 1) % arguments.evaluate_every == 0:
+            losses.append(engine.eval_batch(held_out).item())
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    facts["at_end"] = look(engine)
-    facts["losses"] = losses
-    Path(f"facts{torch.distributed.get_rank()}.json").write_text(json.dumps(facts))
-    torch.distributed.destroy_process_group()
+    facts = {"at_start": at_start, "at_end": look(engine), "did": script.done, "energy_j": energy_j}
+    facts |= {"steps": len(energy_j), "losses": losses, "parameters": parameters_of(engine)}
+    Path(f"facts{rank}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.launching import BASE_CONFIG, perseus_block, train
+from tests.e2e.launching import Probe, perseus_block
 
 pytestmark = pytest.mark.e2e
 
@@ -19,23 +19,27 @@ CASES: dict[str, tuple[int, int, dict[str, Any], tuple[str, ...]]] = {
         2,
         2,
         {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "gradient_clipping": 1.0},
-        ("--checkpoint-activations",),
+        (),
     ),
 }
+# As users start it, with nothing that is there before the job.
+UNDER_TORCHRUN = "pp2-bf16-zero1-clipping"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_is_bit_identical(case: str, tmp_path: Path) -> None:
-    ranks, stages, changes, arguments = CASES[case]
-    config = {**BASE_CONFIG, **changes}
-    options = ("--stages", str(stages), "--steps", "40" if stages == 4 else "80", *arguments)
-    without = train(ranks, config, tmp_path / "off", *options)
-    block = perseus_block(tmp_path / "out", stages)
+    ranks, stages, config, arguments = CASES[case]
     monitor = {"enabled": True, "output_path": str(tmp_path / "monitor"), "job_name": "job"}
-    with_plugin = train(ranks, {**config, "perseus": block, "csv_monitor": monitor}, tmp_path / "on", *options)
-    assert with_plugin == without
-
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    job = Probe(
+        tmp_path,
+        perseus_block(tmp_path / "out", stages),
+        do=[("nothing", "plan 1 for"), ("end", "+20")],
+        arguments=("--stages", str(stages), *arguments),
+        ranks=ranks,
+        config={**config, "csv_monitor": monitor},
+    )
+    job.run(torchrun=case == UNDER_TORCHRUN).check()
+    summary = job.summary()
     assert summary["state"] == "finished"
     assert summary["emulated"] is True
     assert summary["ranks_reporting"] == ranks
@@ -49,3 +53,4 @@ def test_training_is_bit_identical(case: str, tmp_path: Path) -> None:
     assert len({clock for stage in plan["stages"] for _, _, clock in stage}) > 1, "the plan slows nothing"
     header = (tmp_path / "out" / "profile.csv").read_text().splitlines()[0]
     assert header.startswith("stage,instruction,frequency,time,energy")
+    job.check_identical()

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ import pytest
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from tests.e2e.launching import (
     REPOSITORY,
-    Finished,
+    SLOWDOWN,
     perseus_block,
     processes_naming,
     run_ranks,
-    started_ranks,
     wait_until,
 )
 from tests.megatron_support.flags import flags
@@ -33,6 +31,11 @@ from tests.megatron_support.versions import python_path, versions
 SUPPORT = REPOSITORY / "tests" / "megatron_support"
 SCRIPT = SUPPORT / "pretrain_gpt.py"
 CORE_JOB = SUPPORT / "core_job.py"
+PATH = python_path(REPOSITORY)
+# Iterations after a plan has been announced: some until all ranks follow it, some under it, references among them.
+MORE = 12
+AT_MOST = 300
+PLANNED = "plan 1 for"
 
 pytestmark = [
     pytest.mark.e2e,
@@ -43,7 +46,7 @@ pytestmark = [
 ]
 
 
-def uneven(folder: Path, stages: int, forward_s: float = 0.02) -> list[str]:
+def uneven(folder: Path, stages: int, forward_s: float = 0.012) -> list[str]:
     """Flags of a job whose last stage takes 1.4 times as long as the others."""
     file = folder / "perseus.yaml"
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,51 +56,64 @@ def uneven(folder: Path, stages: int, forward_s: float = 0.02) -> list[str]:
     return ["--perseus", "--perseus-config", str(file)]
 
 
-def run_megatron(ranks: int, folder: Path, words: list[str], *, launcher: bool = True) -> tuple[dict[str, Any], str]:
-    """Run the script; returns its losses and parameter hashes, and what it said."""
+def run_megatron(
+    ranks: int, folder: Path, words: list[str], *, launcher: bool = False, script: Path = SCRIPT, path: str = PATH
+) -> tuple[dict[str, Any], str]:
+    """Run a script; returns its losses and parameter hashes, and what it said.
+
+    With the launcher as a user starts it, under torchrun, and without the entry point: the launcher alone must do.
+    """
     start = ["-m", "perseus_plugin.megatron"] if launcher else []
-    # Without the entry point the launcher alone must do.
     environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} if launcher else {}
     results = folder / "results.json"
     done = run_ranks(
         ranks,
         folder,
-        *(*start, str(SCRIPT), *words, "--results", str(results)),
-        PYTHONPATH=python_path(REPOSITORY),
+        *(*start, str(script), *words, "--results", str(results)),
+        torchrun=launcher,
+        imports=(script.stem,),
+        PYTHONPATH=path,
         **environment,
     ).check()
     content: dict[str, Any] = json.loads(results.read_text())
     return content, done.output
 
 
-def check_followed(out: Path, ranks: int) -> dict[str, Any]:
-    """The plan was made and followed, keeps to the full-clock time, and saves energy.
+def check_identical(
+    ranks: int, folder: Path, words: list[str], plugin: list[str], until: str, **how: Any
+) -> tuple[dict[str, Any], str]:
+    """Train with the plugin until it has said something and for `MORE` iterations, then as far without it.
 
-    Times are asserted as predicted only: what a busy machine adds to an iteration, or a plan that is made anew because
-    of it, is not the plugin's doing.
+    Returns:
+        The results, which are the same bit by bit, and what was said.
+    """
+    ending = ["--until-said", until, "--more", str(MORE)]
+    with_plugin, said = run_megatron(ranks, folder, [*words, *plugin, *ending], **how)
+    iterations = max(len(rank["losses"]) for rank in with_plugin["ranks"])
+    without, _ = run_megatron(
+        ranks, folder / "off", [*words, "--end-after", str(iterations)], **{**how, "launcher": False}
+    )
+    assert with_plugin == without
+    return with_plugin, said
+
+
+def check_followed(out: Path, ranks: int) -> dict[str, Any]:
+    """The plan was made and followed, keeps to the time that is allowed, and saves energy.
+
+    As predicted: what a busy machine adds to an iteration, or a plan that is made anew because of it, is not the
+    plugin's doing. How much is saved, `benchmarks/` measures.
     """
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     assert summary["state"] == "finished"
     assert summary["ranks_reporting"] == summary["ranks"] == ranks
     assert summary["iterations"]["plan"] >= 2, "the plan was never followed"
     assert summary["plan"]["saving_percent"] > 0
-    assert summary["slowdown_percent"]["predicted"] <= 0.5, "what a replay may be longer"
-    instructions = summary["overhead"]["emulated_instructions"]
-    assert instructions > 0
-    overrun_percent = 100 * summary["overhead"]["emulated_instructions_overrun"] / instructions
-    saved_percent = {"predicted": summary["plan"]["saving_percent"], "measured": summary["saving_percent"]["measured"]}
-    what = f"energy saved: {saved_percent} %, with {overrun_percent:.1f} % of the emulated instructions too slow"
-    if overrun_percent > MOST_OVERRUN_PERCENT:
-        warnings.warn(f"not asserted: {what}", stacklevel=2)
-    else:
-        # On a quiet machine 9 to 12; where times vary, plans leave more room, and save less for it.
-        assert min(saved for saved in saved_percent.values() if saved is not None) >= 3, what
+    assert summary["slowdown_percent"]["predicted"] <= 100 * SLOWDOWN + 0.5, "what a replay may be longer"
+    assert summary["overhead"]["emulated_instructions"] > 0
     return summary
 
 
-MICROBATCHES = 6
-# Beyond that the profile, and all energies with it, are the busy machine's and not the emulated GPU's.
-MOST_OVERRUN_PERCENT = 3
+MICROBATCHES = 4
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pp2": (2, 2, {}),
     "pp4": (4, 4, {}),
@@ -105,60 +121,56 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pp2-vp2": (2, 2, {"num_layers_per_virtual_pipeline_stage": 1}),
     "pp2-tp2": (4, 2, {"tensor_model_parallel_size": 2}),
 }
-# Two chunks are twice as many instructions; tensor parallel ranks wait for each other's CPU within each of them.
-FORWARD_S = {"pp2-vp2": 0.012, "pp2-tp2": 0.04}
-SCHEDULES = {"pp4": "1F1B/4x6", "pp2-vp2": "interleaved-1F1B-overlap-waits/2x6x2g2"}
+# Tensor parallel ranks wait for each other's CPU within each instruction.
+FORWARD_S = {"pp2-tp2": 0.02}
+SCHEDULES = {"pp4": "1F1B/4x4", "pp2-vp2": "interleaved-1F1B-overlap-waits/2x4x2g2"}
+
+
+# As users start it: under torchrun, by the launcher. The others come in through the entry point.
+BY_LAUNCHER = "pp2"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_is_bit_identical_and_saves_energy(case: str, tmp_path: Path) -> None:
     ranks, stages, changes = CASES[case]
-    words = flags(stages, MICROBATCHES, train_iters=32, log_interval=4, **changes)
-    without, _ = run_megatron(ranks, tmp_path / "off", words, launcher=False)
-    with_plugin, said = run_megatron(ranks, tmp_path, [*words, *uneven(tmp_path, stages, FORWARD_S.get(case, 0.02))])
-    assert with_plugin == without
+    words = flags(stages, MICROBATCHES, train_iters=AT_MOST, log_interval=4, **changes)
+    plugin = uneven(tmp_path, stages, FORWARD_S.get(case, 0.012))
+    _, said = check_identical(ranks, tmp_path, words, plugin, PLANNED, launcher=case == BY_LAUNCHER)
     check_followed(tmp_path / "out", ranks)
-    assert SCHEDULES.get(case, "1F1B/2x6") in said
+    assert SCHEDULES.get(case, "1F1B/2x4") in said
     # In Megatron's own log, from the rank that prints it.
     assert re.search(r"perseus at iteration \d+: .* per iteration", said)
 
 
 def test_evaluation_and_a_changing_batch_size(tmp_path: Path) -> None:
-    """In through the entry point alone; each number of microbatches has a plan of its own."""
+    """Each number of microbatches has a plan of its own."""
     changes: dict[str, Any] = {"train_iters": None, "global_batch_size": None, "eval_iters": 1, "eval_interval": 7}
-    words = flags(2, train_samples=190, step_batch_size_schedule="0:2 2240:4", **changes)
-    without, _ = run_megatron(2, tmp_path / "off", words, launcher=False)
-    with_plugin, said = run_megatron(2, tmp_path, [*words, *uneven(tmp_path, 2)], launcher=False)
-    assert with_plugin == without
+    # 60 iterations of 2 microbatches, more than it takes to profile and to plan, then 4.
+    words = flags(2, train_samples=4 * AT_MOST, step_batch_size_schedule="0:2 3840:4", **changes)
+    _, said = check_identical(2, tmp_path, words, uneven(tmp_path, 2), "for 1F1B/2x4 ready")
     for schedule in ("1F1B/2x2", "1F1B/2x4"):
         assert len(re.findall(rf"plan \d+ for {schedule} ready", said)) == 1, said[-3000:]
-    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert plan["microbatches"] == 4
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["iterations"]["plan"] >= 2
 
 
 def test_training_goes_on_when_a_helper_dies(tmp_path: Path) -> None:
-    words = flags(2, train_iters=40)
-    without, _ = run_megatron(2, tmp_path / "off", words, launcher=False)
-    out, results = tmp_path / "out", tmp_path / "results.json"
+    out = tmp_path / "out"
     gpus = [out / "emulated_gpus" / f"rank{rank}" for rank in range(2)]
 
     def lowered() -> bool:
         return gpus[1].exists() and EmulatedGpu(gpus[1]).locked_mhz() not in (None, 1410)
 
-    command = ("-m", "perseus_plugin.megatron", str(SCRIPT), *words, *uneven(tmp_path, 2), "--results", str(results))
-    output: list[str] = []
-    with started_ranks(2, tmp_path, *command, PYTHONPATH=python_path(REPOSITORY)) as job:
-        # Megatron says more than a pipe holds.
-        reader = threading.Thread(target=lambda: output.append(job.communicate(timeout=240)[0]))
-        reader.start()
-        assert wait_until(lowered, 120, 0.002), "no clock was ever lowered"
-        (helper,) = processes_naming(str(gpus[1]))
-        os.kill(helper, signal.SIGKILL)
-        reader.join()
-        done = Finished(job.returncode, output[0]).check()
-    assert json.loads(results.read_text()) == without
-    said = [line for line in done.output.splitlines() if "perseus is off from here on" in line]
+    def kill() -> None:
+        if wait_until(lowered, 120, 0.002):
+            for helper in processes_naming(str(gpus[1])):
+                os.kill(helper, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    off = "perseus is off from here on"
+    _, output = check_identical(2, tmp_path, flags(2, train_iters=AT_MOST), uneven(tmp_path, 2), off)
+    killer.join()
+    said = [line for line in output.splitlines() if f"{off}: " in line]
     assert len(said) == 1
     assert "the clock helper ended" in said[0]
     assert [EmulatedGpu(gpu).locked_mhz() for gpu in gpus] == [None, None]
@@ -173,37 +185,31 @@ def test_training_goes_on_when_a_helper_dies(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_flag_ends_the_job_at_once_with_one_line(words: list[str], message: str, tmp_path: Path) -> None:
-    done = run_ranks(
-        2, tmp_path, "-m", "perseus_plugin.megatron", str(SCRIPT), *flags(2), *words, PYTHONPATH=python_path(REPOSITORY)
-    )
+    command = ("-m", "perseus_plugin.megatron", str(SCRIPT), *flags(2), *words)
+    done = run_ranks(2, tmp_path, *command, imports=(SCRIPT.stem,), PYTHONPATH=PATH)
     assert done.status != 0
     assert len([line for line in done.output.splitlines() if message in line]) == 1
     assert "iteration" not in done.output
 
 
-@pytest.mark.parametrize("version", [v for v in versions() if v not in versions(with_training=True)])
-def test_older_versions_without_a_training_loop(version: str, tmp_path: Path) -> None:
-    """The schedules of megatron-core alone, in a loop that is not Megatron's, with virtual stages and evaluation."""
-    words = [str(CORE_JOB), "--train-iters", "30", "--evaluate-every", "8", "--chunks", "2"]
-    words += ["--microbatches", str(MICROBATCHES)]
-    path = python_path(versions()[version], REPOSITORY)
-    for folder, added in ((tmp_path / "off", []), (tmp_path, uneven(tmp_path, 2))):
-        results = folder / "results.json"
-        run_ranks(2, folder, *words, *added, "--results", str(results), PYTHONPATH=path).check()
-    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(
-        (tmp_path / "off/results.json").read_text()
-    )
-    check_followed(tmp_path / "out", 2)
+WITH_TRAINING = list(versions(with_training=True))
+WITHOUT_TRAINING = [version for version in versions() if version not in WITH_TRAINING]
+# Between the oldest and the newest; their schedules are in `test_megatron_schedules.py` too.
+BETWEEN = [*WITHOUT_TRAINING[1:], *WITH_TRAINING[:-1]]
+OTHERS = [*WITHOUT_TRAINING, *WITH_TRAINING[:-1]]
 
 
-@pytest.mark.parametrize("version", list(versions(with_training=True))[:-1])
-def test_other_versions_with_their_training_loop(version: str, tmp_path: Path) -> None:
-    words = [str(SCRIPT), *flags(2, MICROBATCHES, train_iters=30)]
+@pytest.mark.parametrize(
+    "version",
+    [pytest.param(v, marks=[pytest.mark.matrix] if v in BETWEEN else []) for v in OTHERS],
+)
+def test_other_versions(version: str, tmp_path: Path) -> None:
+    """With their training loop; where there is none the schedules alone, with virtual stages and evaluation."""
     path = python_path(versions()[version], REPOSITORY)
-    for folder, added in ((tmp_path / "off", []), (tmp_path, uneven(tmp_path, 2))):
-        results = folder / "results.json"
-        run_ranks(2, folder, *words, *added, "--results", str(results), PYTHONPATH=path).check()
-    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(
-        (tmp_path / "off/results.json").read_text()
-    )
+    if version in WITH_TRAINING:
+        script, words = SCRIPT, flags(2, MICROBATCHES, train_iters=AT_MOST)
+    else:
+        script, words = CORE_JOB, ["--train-iters", str(AT_MOST), "--evaluate-every", "8", "--chunks", "2"]
+        words += ["--microbatches", str(MICROBATCHES)]
+    check_identical(2, tmp_path, words, uneven(tmp_path, 2), PLANNED, script=script, path=path)
     check_followed(tmp_path / "out", 2)

@@ -5,29 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import signal
-from collections.abc import Sequence
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from tests.e2e.launching import (
-    BASE_CONFIG,
-    PROBE,
-    SMALL,
-    TRAIN,
-    perseus_block,
-    processes_naming,
-    run_job,
-    started_job,
-    wait_until,
-)
+from tests.e2e.launching import ENDED_S, Probe, perseus_block, processes_naming, wait_until
 from tests.nvml_simulator.building import environment
 
 pytestmark = pytest.mark.e2e
+
+PLANNED = ("nothing", "plan 1 for")
 
 
 class Simulation:
@@ -35,7 +26,9 @@ class Simulation:
 
     def __init__(self, library: Path, folder: Path, count: int) -> None:
         self.paths = [folder / "gpus" / str(index) for index in range(count)]
-        self.gpus = [EmulatedGpu.create(path, uuid=f"GPU-{index}") for index, path in enumerate(self.paths)]
+        # Who holds a GPU is looked for on the whole machine, where other tests run beside.
+        self.uuids = [f"GPU-{uuid.uuid4()}" for _ in self.paths]
+        self.gpus = [EmulatedGpu.create(path, uuid=name) for path, name in zip(self.paths, self.uuids, strict=True)]
         added = environment(library, self.paths)
         self.environment = {name: added[name] for name in ("LD_LIBRARY_PATH", "PERSEUS_SIMULATED_GPUS")}
         self.environment["PERSEUS_LOCK_DIR"] = str(folder / "locks")
@@ -45,15 +38,25 @@ class Simulation:
         block["emulation"]["gpus"] = [str(path) for path in self.paths]
         return block
 
+    def job(self, folder: Path, *do: tuple[str, str], stages: int = 2, steps: int = 400) -> Probe:
+        arguments = ("--stages", str(stages), "--steps", str(steps), "--gpus", str(self.paths[0].parent / "{}"))
+        return Probe(folder, self.block(folder / "out"), do, arguments, stages)
+
     def locked(self) -> list[int | None]:
         return [gpu.locked_mhz() for gpu in self.gpus]
+
+    def lowered(self) -> bool:
+        return any(mhz not in (None, 1410) for mhz in self.locked())
+
+    def free(self) -> bool:
+        return all(mhz is None for mhz in self.locked())
 
 
 def test_planned_clocks_reach_nvml_in_order(simulated_nvml: Path, tmp_path: Path) -> None:
     machine = Simulation(simulated_nvml, tmp_path, 4)
-    config = {**BASE_CONFIG, "perseus": machine.block(tmp_path / "out")}
-    run_job(TRAIN, 4, config, tmp_path, *SMALL, "--stages", "4", "--steps", "40", **machine.environment).check()
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    job = machine.job(tmp_path, PLANNED, ("end", "+20"), stages=4)
+    job.run(**machine.environment).check()
+    summary = job.summary()
     assert summary["backend"] == "nvml"
     followed = summary["iterations"]["plan"]
     assert followed >= 2
@@ -67,100 +70,74 @@ def test_planned_clocks_reach_nvml_in_order(simulated_nvml: Path, tmp_path: Path
         seen = [mhz for mhz, _ in itertools.groupby(event.mhz for event in events)]
         iterations = [list(group) for is_reset, group in itertools.groupby(seen, lambda mhz: mhz == 0) if not is_reset]
         planned = [clock for clock, _ in itertools.groupby(clock for _, _, clock in stage)]
-        assert iterations.count(planned) >= followed / 2, (planned, iterations[-4:])
+        assert iterations.count(planned) >= 2, (planned, iterations[-4:])
 
 
+# What is done to rank 1's GPU or helper, when, and what is said of it.
 FAULTS = {
-    "helper-killed": r"the clock helper ended with status -9",
-    "gpu-lost": r"lost",
-    "no-permission": r"permission",
-    "slow-calls": None,
-    "locks-ignored": r"MHz were asked for",
+    "kill-helper": (PLANNED, "the clock helper ended with status -9"),
+    "lose-gpu": (PLANNED, "lost"),
+    "take-permission": (PLANNED, "permission"),
+    "slow-calls": (PLANNED, None),
+    # They show where clocks are lowered on both ranks: in the sweep.
+    "ignore-locks": (("nothing", "1"), "MHz were asked for"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_training_goes_on_through_a_fault(fault: str, simulated_nvml: Path, tmp_path: Path) -> None:
     machine = Simulation(simulated_nvml, tmp_path, 2)
-    config = {**BASE_CONFIG, "perseus": machine.block(tmp_path / "out")}
-    # Locks that are ignored show where clocks are lowered on both ranks: in the sweep.
-    moment = "4" if fault == "locks-ignored" else "30"
-    arguments = ("--steps", "60", "--fault", fault, "--fault-at", moment)
-    done = run_job(PROBE, 2, config, tmp_path, *arguments, **machine.environment).check()
-    message = FAULTS[fault]
+    moment, message = FAULTS[fault]
+    told = () if message is None else (("nothing", message),)
+    job = machine.job(tmp_path, moment, (fault, "+3"), *told, ("end", "+12"))
+    done = job.run(**machine.environment).check()
     if message is not None:
-        complaints = [line for line in done.output.splitlines() if "(rank 1)" in line and re.search(message, line)]
+        complaints = [line for line in done.output.splitlines() if "(rank 1)" in line and message in line]
         assert len(complaints) == 1, done.output[-3000:]
-    if fault not in ("gpu-lost", "no-permission"):  # there the driver takes no reset either
-        # The job has ended; a helper whose driver calls take 2 s may still be at it.
-        assert wait_until(lambda: machine.locked() == [None, None], 10.0 if fault == "slow-calls" else 1.0)
-    else:
+    if fault in ("lose-gpu", "take-permission"):  # the driver takes no reset either
         machine.gpus[1].set_faults(0)
-        assert wait_until(lambda: machine.locked() == [None, None], 10.0), "the helper gave up too early"
-    assert losses_of(tmp_path) == reference_losses(tmp_path, 60)
+    # The job has ended; a helper whose driver calls take 2 s may still be at it, one that was refused tries again.
+    assert wait_until(machine.free, ENDED_S), "the helper gave up too early"
+    job.check_identical()
 
 
 def test_an_exception_in_the_script_resets_the_clocks(simulated_nvml: Path, tmp_path: Path) -> None:
     machine = Simulation(simulated_nvml, tmp_path, 2)
-    config = {**BASE_CONFIG, "perseus": machine.block(tmp_path / "out")}
-    done = run_job(PROBE, 2, config, tmp_path, "--steps", "60", "--raise-at", "40", **machine.environment)
+    job = machine.job(tmp_path, PLANNED, ("raise", "+12"))
+    done = job.run(**machine.environment)
     assert done.status != 0
     assert "the training script failed on purpose" in done.output
-    assert wait_until(lambda: machine.locked() == [None, None], 1.0)
-    assert not processes_naming("GPU-0")
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["iterations"]["profiling"] > 0
+    assert wait_until(machine.free, ENDED_S)
+    assert wait_until(lambda: not processes_naming(machine.uuids[0]), ENDED_S)
+    assert job.summary()["iterations"]["profiling"] > 0
 
 
 def test_sigterm_resets_the_clocks(simulated_nvml: Path, tmp_path: Path) -> None:
     machine = Simulation(simulated_nvml, tmp_path, 2)
-    config = {**BASE_CONFIG, "perseus": machine.block(tmp_path / "out")}
-    arguments = (*SMALL, "--stages", "2", "--steps", "10000")
-    with started_job(TRAIN, 2, config, tmp_path, *arguments, **machine.environment) as job:
-        assert wait_until(lambda: any(mhz not in (None, 1410) for mhz in machine.locked()), 90, 0.002)
-        for pid in processes_naming(str(tmp_path), among=(TRAIN.name,)):
+    with machine.job(tmp_path, steps=10_000).started(**machine.environment) as job:
+        assert wait_until(machine.lowered, 90, 0.002)
+        for pid in job.ranks():
             os.kill(pid, signal.SIGTERM)
-        assert wait_until(lambda: machine.locked() == [None, None], 1.0)
-        job.wait(timeout=60)
+        assert wait_until(machine.free, ENDED_S)
+        job.wait()
 
 
 def test_two_jobs_on_one_gpu(simulated_nvml: Path, tmp_path: Path) -> None:
     machine = Simulation(simulated_nvml, tmp_path, 2)
-    config = {**BASE_CONFIG, "perseus": machine.block(tmp_path / "out")}
-    arguments = (*SMALL, "--stages", "2", "--steps", "10000")
-    with started_job(TRAIN, 2, config, tmp_path / "first", *arguments, **machine.environment) as first:
-        assert wait_until(lambda: any(mhz not in (None, 1410) for mhz in machine.locked()), 90, 0.002)
-        second_config = {**BASE_CONFIG, "perseus": machine.block(tmp_path / "second_out")}
-        second = run_job(PROBE, 2, second_config, tmp_path / "second", "--steps", "4", **machine.environment).check()
+    with machine.job(tmp_path / "first", steps=10_000).started(**machine.environment) as first:
+        assert wait_until(machine.lowered, 90, 0.002)
+        second = machine.job(tmp_path / "second", steps=4).run(**machine.environment).check()
         assert "observing only" in second.output
-        holders = processes_naming(str(tmp_path / "first"), among=(TRAIN.name,))
-        assert any(str(pid) in second.output for pid in holders), "the message names the holder"
+        assert any(str(pid) in second.output for pid in first.ranks()), "the message names the holder"
         assert first.poll() is None
 
 
 def test_a_full_disk(simulated_nvml: Path, tmp_path: Path) -> None:
     machine = Simulation(simulated_nvml, tmp_path, 2)
-    config = {**BASE_CONFIG, "perseus": machine.block(tmp_path / "out")}
-    arguments = ("--steps", "400", "--full-disk-at", "4", "--until-said", "plan 1 for")
-    done = run_job(PROBE, 2, config, tmp_path, *arguments, **machine.environment).check()
+    job = machine.job(tmp_path, ("fill-disk", "4"), PLANNED, ("end", "+1"))
+    done = job.run(**machine.environment).check()
     for words in ("cannot write the profile", "cannot write plan.json", "cannot write summary.json", "plan 1 for"):
         assert words in done.output, f"not said: {words}\n{done.output}"
     assert machine.locked() == [None, None]
-    losses = losses_of(tmp_path)
-    assert losses == reference_losses(tmp_path, len(losses))
     assert not (tmp_path / "out" / "plan.json").exists()
-
-
-def losses_of(folder: Path) -> Sequence[float]:
-    losses: list[float] = json.loads((folder / "facts0.json").read_text())["losses"]
-    return losses
-
-
-_references: dict[int, Sequence[float]] = {}
-
-
-def reference_losses(folder: Path, steps: int) -> Sequence[float]:
-    """Losses of the probe without the plugin."""
-    if steps not in _references:
-        run_job(PROBE, 2, BASE_CONFIG, folder / "reference", "--steps", str(steps)).check()
-        _references[steps] = losses_of(folder / "reference")
-    return _references[steps]
+    job.check_identical()

@@ -1,25 +1,25 @@
-"""A report on a real job: while it runs, and after it was killed."""
+"""A job that is looked at while it runs, by Prometheus and `perseus report`, and after it was killed."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from perseus_plugin.reporting.report.findings import Options, find
 from perseus_plugin.reporting.report.folder import load_folder
-
-from .launching import BASE_CONFIG, SMALL, TRAIN, perseus_block, started_job, wait_until
+from tests.e2e.launching import Probe, perseus_block, wait_until
 
 pytestmark = pytest.mark.e2e
-
-STAGES = 2
 
 
 def report(folder: Path, *options: str) -> str:
@@ -38,10 +38,25 @@ def has_figures(folder: Path) -> bool:
     return summary is not None and None not in (summary.energy_j.full_clock, summary.energy_j.predicted)
 
 
+def scraped(port: int) -> str:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as response:
+            return str(response.read().decode())
+    except (urllib.error.URLError, OSError):
+        return ""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def test_a_job_is_reported_on_while_it_runs_and_after_it_was_killed(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    config = {**BASE_CONFIG, "perseus": perseus_block(out, STAGES)}
-    with started_job(TRAIN, STAGES, config, tmp_path, *SMALL, "--stages", str(STAGES), "--steps", "100000") as job:
+    probe = Probe(tmp_path, perseus_block(out, 2), arguments=("--steps", "100000"))
+    with probe.started() as job:
         assert wait_until(lambda: kept_whole(out), timeout_s=180, interval_s=0.5)
         said = report(out, "--no-html")
         assert "plan 1" in said
@@ -61,3 +76,23 @@ def test_a_job_is_reported_on_while_it_runs_and_after_it_was_killed(tmp_path: Pa
     assert found.so_far.left_out == 0
     assert {"warm-up", "profiling", "plan"} <= {stretch.sort.state for stretch in found.series.stretches}
     assert found.lanes[-1].title.startswith("Plan, as iteration")
+
+
+def test_a_job_is_scraped_while_it_trains(tmp_path: Path) -> None:
+    """The port is gone when the job has ended."""
+    pytest.importorskip("prometheus_client")
+    port, seen = free_port(), ""
+    block = perseus_block(tmp_path / "out", 2, prometheus={"port": port})
+    probe = Probe(tmp_path, block, [("end", str(tmp_path / "scraped"))], ("--steps", "100000"))
+
+    def predicted() -> bool:
+        nonlocal seen
+        seen = scraped(port) or seen
+        return 'perseus_energy_joules{figure="predicted"}' in seen
+
+    with probe.started() as job:
+        assert wait_until(predicted, timeout_s=180, interval_s=0.1), seen
+        (tmp_path / "scraped").touch()
+        job.wait().check()
+    assert 'perseus_job_info{backend="emulated",emulated="true"' in seen
+    assert scraped(port) == ""

@@ -21,9 +21,10 @@ from perseus_plugin.reporting.report.folder import load_folder
 from perseus_plugin.reporting.report.lanes import waits
 from tests.reporting.job import Job
 
-from .launching import BASE_CONFIG, SMALL, TRAIN, perseus_block, run_job
+from .launching import Probe, perseus_block
 
-pytestmark = [pytest.mark.e2e, pytest.mark.browser]
+# One job and one browser for all of them.
+pytestmark = [pytest.mark.e2e, pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 STAGES, MICROBATCHES = 4, 8
 _FLAGS = (
@@ -108,12 +109,10 @@ def report(folder: Path, page: Path) -> None:
 def job(shown: Shown, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a real training run on emulated GPUs."""
     folder = tmp_path_factory.mktemp("job")
-    config = {
-        **BASE_CONFIG,
-        "gradient_accumulation_steps": MICROBATCHES,
-        "perseus": perseus_block(folder / "out", STAGES),
-    }
-    run_job(TRAIN, STAGES, config, folder, *SMALL, "--steps", "80").check()
+    block = perseus_block(folder / "out", STAGES, frontier=True, slowdown=0.0)
+    do = [("nothing", "plan 1 for"), ("nothing", "frontier: "), ("end", "+25")]
+    microbatches = {"gradient_accumulation_steps": MICROBATCHES}
+    Probe(folder, block, do, ("--stages", str(STAGES)), STAGES, microbatches).run().check()
     return folder / "out"
 
 

@@ -44,6 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train-iters", type=int, default=20)
     parser.add_argument("--evaluate-every", type=int, default=0, help="iterations between forward-only ones; 0: none")
     parser.add_argument("--results", required=True, help="write losses and parameter hashes to this JSON file")
+    results.Ending.add_arguments(parser)
     try:
         from perseus_plugin.integrations.megatron import add_arguments
     except ImportError:
@@ -147,7 +148,9 @@ def main() -> None:
         micro_batch_size=1,
     )
     losses = []
+    ending = results.Ending(arguments)
     for iteration in range(1, arguments.train_iters + 1):
+        last = ending.last(iteration)
         run(forward_only=False, data_iterator=data[0])
         optimizer.step()
         optimizer.zero_grad()
@@ -160,6 +163,8 @@ def main() -> None:
                 run(forward_only=True, data_iterator=data[1])
             for model in models:
                 model.train()
+        if iteration == last:
+            break
     results.write(arguments.results, losses, models)
     torch.distributed.destroy_process_group()
 

@@ -29,6 +29,8 @@ _CPU = torch.device("cpu")
 
 def install() -> None:
     """Put the stand-ins in place, for the rest of the process; `torch.cuda.is_available` goes on saying no."""
+    if torch.compile is _as_is:
+        return
     if importlib.util.find_spec("triton") is None:
         sys.meta_path.insert(0, _WithoutTriton())
     if not hasattr(typing, "override"):  # Python 3.11 and before

@@ -12,7 +12,7 @@ import argparse
 import inspect
 import sys
 from collections import defaultdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("test script")
     group.add_argument("--results", help="write losses and parameter hashes to this JSON file")
     group.add_argument("--same-weights", action="store_true", help="weights that do not depend on the parallel layout")
+    results.Ending.add_arguments(group)
     return parser
 
 
@@ -105,9 +106,18 @@ def measure_loss(mask: torch.Tensor, training: bool, output: torch.Tensor) -> An
 
 
 def step(data: Any, model: Any, *_: Any) -> Any:
+    arguments = get_args()
+    # Iterations count from 0 here. The training loop looks at what this leaves before every iteration.
+    if last := ending().last(arguments.curr_iteration + 1):
+        arguments.train_iters = last
     batch = next(data)
     output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
     return output, partial(measure_loss, batch["loss_mask"], model.training)
+
+
+@cache
+def ending() -> results.Ending:
+    return results.Ending(get_args())
 
 
 def train() -> None:

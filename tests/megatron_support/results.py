@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+
+
+class Ending:
+    """When a job ends before its last iteration, on all ranks after the same one.
+
+    It is never asked for a moment that a rank may have passed: whoever hears the plugin say the words sets an iteration
+    that is `--more` ahead, and pipelines keep their ranks within one of each other.
+    """
+
+    _KEY = "the tests' last iteration"
+
+    @staticmethod
+    def add_arguments(parser: Any) -> None:
+        """What decides."""
+        parser.add_argument("--end-after", type=int, default=0, help="this many iterations; 0: as many as there are")
+        parser.add_argument("--until-said", help="end some iterations after the plugin has said this on any rank")
+        parser.add_argument("--more", type=int, default=16, help="how many")
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._last, self._words, self._more = arguments.end_after, arguments.until_said, arguments.more
+        self._heard = False
+        if self._words is not None:
+            handler = logging.Handler()
+            handler.emit = self._hear  # type: ignore[method-assign]
+            logging.getLogger("perseus_plugin").addHandler(handler)
+
+    def _hear(self, record: logging.LogRecord) -> None:
+        self._heard = self._heard or self._words in record.getMessage()
+
+    def last(self, iteration: int) -> int:
+        """The last iteration, as far as that is known in this one; 0: not known."""
+        if self._words is not None and not self._last:
+            store = torch.distributed.distributed_c10d._get_default_store()
+            if self._heard:
+                store.compare_set(self._KEY, "", str(iteration + self._more))
+            if store.check([self._KEY]):
+                self._last = int(store.get(self._KEY))
+        return int(self._last)
 
 
 def set_weights_by_name(model: Any) -> None:

@@ -34,10 +34,14 @@ class PendingRequests:
     """
 
     def __init__(self, min_dwell_s: float = 0.0) -> None:
-        self.min_dwell_s = min_dwell_s
+        self._min_dwell_s = min_dwell_s
         self._waiting: list[Request] = []
         self._set: int | None = None
         self._changed_s = float("-inf")
+
+    def dwell(self, min_dwell_s: float) -> None:
+        """This is the shortest time between two changes from now on."""
+        self._min_dwell_s = min_dwell_s
 
     def push(self, request: Request) -> None:
         """Add a request."""
@@ -50,7 +54,7 @@ class PendingRequests:
         if not self._waiting:
             return None
         first = self._waiting[0]
-        return max(first.apply_at_s, self._changed_s + self.min_dwell_s) if self._lowers(first) else first.apply_at_s
+        return max(first.apply_at_s, self._changed_s + self._min_dwell_s) if self._lowers(first) else first.apply_at_s
 
     def take(self, now_s: float) -> Request | None:
         """The request to apply now, if there is one that changes the clock. The caller applies it and calls
@@ -59,7 +63,7 @@ class PendingRequests:
         if not due:
             return None
         newest = due[-1]
-        if self._lowers(newest) and now_s < self._changed_s + self.min_dwell_s:
+        if self._lowers(newest) and now_s < self._changed_s + self._min_dwell_s:
             del self._waiting[: len(due) - 1]
             return None
         del self._waiting[: len(due)]

@@ -6,6 +6,7 @@ there is a plan.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -15,11 +16,32 @@ from perseus_plugin.iteration.references import is_reference
 _SWITCHES_KEPT = 8  # the one in force, and those that have not begun yet: never more than a few
 
 
+class RanAs(str, enum.Enum):
+    """What an iteration runs, or ran, as: the one vocabulary for it. Files and messages have words of their own."""
+
+    WARM_UP = "warm-up"
+    PROFILING = "profiling"
+    FULL = "full"
+    PLAN = "plan"
+    STRAGGLER = "straggler"
+    """Under a plan for a straggler's pace."""
+    REFERENCE = "reference"
+    """At full clocks amid iterations under a plan."""
+    UNKNOWN = "unknown"
+    """At whatever clock somebody else has set."""
+
+
 @dataclass(frozen=True, slots=True)
 class FullClock:
-    """No lock: the iteration runs as without the plugin."""
+    """No lock: the iteration runs as without the plugin.
+
+    Attributes:
+        reason: why, for people.
+        ran_as: what it counts as.
+    """
 
     reason: str
+    ran_as: RanAs = RanAs.FULL
 
     @property
     def identity(self) -> object:
@@ -27,10 +49,16 @@ class FullClock:
         return None
 
 
-REFERENCE = FullClock("reference")
+WARM_UP = FullClock("warm-up", RanAs.WARM_UP)
+"""Before the first sweep."""
+
+PLANNING = FullClock("planning")
+"""After a sweep, until there is a plan."""
+
+REFERENCE = FullClock("reference", RanAs.REFERENCE)
 """Full clocks amid iterations under a plan, for the plan to be compared with."""
 
-NOT_OURS = FullClock("another session or job sets the clock of this GPU")
+NOT_OURS = FullClock("another session or job sets the clock of this GPU", RanAs.UNKNOWN)
 """Nothing is asked for; what the iteration runs at is not known here."""
 
 
@@ -57,6 +85,11 @@ class Sweep:
         """Equal for iterations that run alike."""
         return (self.round, self.block, self.frequency_mhz)
 
+    @property
+    def ran_as(self) -> RanAs:
+        """What it counts as."""
+        return RanAs.PROFILING
+
     def is_full(self, top_mhz: int) -> bool:
         """Whether the whole job runs at this clock, the highest."""
         return self.frequency_mhz == top_mhz and not self.paired
@@ -75,6 +108,11 @@ class Follow:
     version: int
     straggler: bool = False
     since: int = 0
+
+    @property
+    def ran_as(self) -> RanAs:
+        """What it counts as."""
+        return RanAs.STRAGGLER if self.straggler else RanAs.PLAN
 
     @property
     def identity(self) -> object:
@@ -136,12 +174,12 @@ class Timetable:
             if iteration >= first:
                 return REFERENCE if self._is_reference(directive, iteration) else directive
         if iteration < self.sweep.first:
-            return FullClock("warm-up" if self.sweep.number == 0 else "planning")
+            return WARM_UP if self.sweep.number == 0 else PLANNING
         if iteration < self.sweep_end:
             block, step = divmod(iteration - self.sweep.first, self.steps_per_block)
             round_ = self.sweep
             return Sweep(block, round_.clocks_mhz[block], step >= self.settle_steps, round_.number, round_.paired)
-        return FullClock("planning")
+        return PLANNING
 
     def _is_reference(self, directive: Directive, iteration: int) -> bool:
         # At a straggler's pace full clocks are no measure: the straggler is waited for either way.

@@ -13,7 +13,7 @@ from perseus_plugin.exchange.messages import IterationDurations, Placement, Plan
 from perseus_plugin.iteration.instructions import Compute, StreamOp
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.replayed import Samples
-from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Sweep
+from perseus_plugin.iteration.timetable import Directive, Follow, RanAs, Sweep
 from perseus_plugin.profiling.profile import Profile
 
 KEPT = 12
@@ -57,7 +57,7 @@ class DurationsLog:
             clocks = tuple(raised.get(position, clock) for position, clock in enumerate(part.clocks_mhz))
             if set(clocks) == {self._top_mhz}:
                 clocks = (0,)
-        elif isinstance(directive, FullClock) and directive.reason == "warm-up":
+        elif directive.ran_as is RanAs.WARM_UP:
             return
         rows = [
             (start_s, end_s)

@@ -42,10 +42,10 @@ from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import (
     NOT_OURS,
-    REFERENCE,
     Directive,
     Follow,
     FullClock,
+    RanAs,
     Sweep,
     nearest_clocks,
     paired_clocks,
@@ -57,7 +57,7 @@ from perseus_plugin.profiling.durations import KEPT as NEW_DURATIONS
 from perseus_plugin.profiling.durations import DurationsLog
 from perseus_plugin.profiling.estimator import estimate_stage
 from perseus_plugin.profiling.observations import Tick
-from perseus_plugin.reporting.live.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, REFERENCES, STRAGGLER, Account
+from perseus_plugin.reporting.live.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, REFERENCES, Account
 from perseus_plugin.reporting.live.relay import FigureRelay
 from perseus_plugin.reporting.live.windows import Windows, step_size
 from perseus_plugin.reporting.record.recorder import Recorder
@@ -209,11 +209,11 @@ class SessionWorker:
             if not directive.straggler and directive.since != self._plans_since:
                 self._plans_since = directive.since
                 self._account.clear(PLAN)
-            sorts.append(STRAGGLER if directive.straggler else PLAN)
+            sorts.append(directive.ran_as.value)
         elif isinstance(directive, FullClock):
-            if self._helper is None and directive.reason != "warm-up" and record.undisturbed:
+            if self._helper is None and directive.ran_as is not RanAs.WARM_UP and record.undisturbed:
                 sorts.append(FULL_CLOCK)
-            if directive == REFERENCE:
+            if directive.ran_as is RanAs.REFERENCE:
                 sorts.append(REFERENCES)
             if self._rechecks(record):
                 sorts.append(RECHECK)

@@ -18,13 +18,14 @@ from perseus_plugin.iteration.timetable import (
     nearest_clocks,
     paired_clocks,
 )
+from perseus_plugin.iteration.timetable import WARM_UP as WARMING_UP
 
 CLOCKS = st.lists(st.integers(1, 3000), min_size=1, max_size=30, unique=True)
 TABLE = Timetable(Round(3, (1410, 810, 1410)), settle_steps=1, steps_per_clock=2)
 
 
 def test_warm_up_then_the_sweep_then_full_clocks() -> None:
-    assert [TABLE.at(i) for i in range(3)] == [FullClock("warm-up")] * 3
+    assert [TABLE.at(i) for i in range(3)] == [WARMING_UP] * 3
     assert [TABLE.at(i) for i in range(3, 12)] == [
         Sweep(block, clock, kept) for block, clock in enumerate((1410, 810, 1410)) for kept in (False, True, True)
     ]
@@ -40,11 +41,11 @@ def test_revisits_of_a_clock_are_blocks_of_their_own() -> None:
 def test_without_a_sweep_there_is_only_full_clock() -> None:
     table = Timetable(Round(2, ()), 1, 5)
     assert table.sweep_end == 2
-    assert [table.at(i) for i in range(4)] == [FullClock("warm-up")] * 2 + [FullClock("planning")] * 2
+    assert [table.at(i) for i in range(4)] == [WARMING_UP] * 2 + [FullClock("planning")] * 2
 
 
 def test_full_clock_iterations_run_alike_whatever_the_reason() -> None:
-    assert FullClock("warm-up").identity == FullClock("planning").identity
+    assert WARMING_UP.identity == FullClock("planning").identity
     assert Follow(1).identity != Follow(2).identity
     assert Follow(1).identity != FullClock("").identity
     assert Sweep(0, 1410, False).identity == Sweep(0, 1410, True).identity

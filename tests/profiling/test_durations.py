@@ -7,6 +7,7 @@ import pytest
 from perseus_plugin.exchange.messages import CatchUpPart, IterationDurations, PlanPart, RankDurations, durations_key
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.iteration.timetable import WARM_UP as WARMING_UP
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Sweep
 from perseus_plugin.leader.recent import FEWEST, RecentIterations
 from perseus_plugin.profiling.durations import KEPT, DurationsLog, joined
@@ -74,7 +75,7 @@ def test_a_part_tells_what_instructions_took_as_they_ran() -> None:
 
 @pytest.mark.parametrize(
     "directive",
-    [FullClock("warm-up"), Sweep(0, 810, kept=False), Follow(1, straggler=True)],
+    [WARMING_UP, Sweep(0, 810, kept=False), Follow(1, straggler=True)],
 )
 def test_what_says_nothing_of_usual_iterations_is_not_kept(directive: Directive) -> None:
     assert logged(directive) == ()

@@ -18,6 +18,7 @@ from perseus_plugin.errors import ConfigError, GpuError
 from perseus_plugin.exchange.messages import Placement, PlanPart
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StreamOp
+from perseus_plugin.iteration.timetable import WARM_UP as WARMING_UP
 from perseus_plugin.iteration.timetable import Follow, FullClock, Round, Sweep, Timetable
 from perseus_plugin.leader.job import Job
 from perseus_plugin.profiling.failed import save_failure
@@ -142,7 +143,7 @@ def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 def test_an_iteration_is_timed_and_handed_over_whole(rank: Rank) -> None:
     finished = rank.iterate()
     assert finished is not None
-    assert finished.directive == FullClock("warm-up")
+    assert finished.directive == WARMING_UP
     seen = finished.record
     assert (seen.number, seen.schedule, seen.complete) == (0, "A", True)
     assert seen.operations == (Constant("load"), Compute("forward", 0), Compute("backward", 0), Constant("step"))

@@ -325,7 +325,7 @@ class HelperLoop:
             return
         event = timing.outcome()
         if self._measure_dwell and event.p95_s > 0:  # NaN when no change ever showed
-            self._requests.min_dwell_s = DWELL_LATENCIES * event.p95_s
+            self._requests.dwell(DWELL_LATENCIES * event.p95_s)
         if self._settle_s > 0 and event.p95_s > 0:  # what is still under way is no deviation
             self._settle_s = max(self._settle_s, DWELL_LATENCIES * event.p95_s)
         self._requests.set(None, time.monotonic())

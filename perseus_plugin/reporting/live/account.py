@@ -15,12 +15,11 @@ from typing import Any
 from perseus_plugin.control.readings import CheckedEnergy, energy_between_j
 from perseus_plugin.control.wire import Mark
 from perseus_plugin.exchange.messages import Totals
+from perseus_plugin.iteration.timetable import RanAs
 
 FULL_CLOCK = "full_clock"
-PROFILING = "profiling"
-PLAN = "plan"
-STRAGGLER = "straggler"
-REFERENCES = "reference"
+PROFILING, PLAN = RanAs.PROFILING.value, RanAs.PLAN.value
+STRAGGLER, REFERENCES = RanAs.STRAGGLER.value, RanAs.REFERENCE.value
 """Full clocks amid iterations under the plan, for it to be compared with."""
 RECHECK = "recheck"
 """Full clocks measured again after a plan was dropped: the reference from then on."""

@@ -9,11 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from perseus_plugin.iteration.timetable import NOT_OURS, REFERENCE, Directive, Follow, Sweep
+from perseus_plugin.iteration.timetable import REFERENCE, Directive, Follow, FullClock, RanAs, Sweep
 
-WARM_UP, FULL, PROFILING, PLAN, STRAGGLER = "warm-up", "full", "profiling", "plan", "straggler"
-UNKNOWN = "unknown"
+WARM_UP, FULL, PROFILING = RanAs.WARM_UP.value, RanAs.FULL.value, RanAs.PROFILING.value
+PLAN, STRAGGLER, UNKNOWN = RanAs.PLAN.value, RanAs.STRAGGLER.value, RanAs.UNKNOWN.value
 STATES = (WARM_UP, FULL, PROFILING, PLAN, STRAGGLER, UNKNOWN)
+"""The record's words for `RanAs`; a reference is one at full clocks, with that as its reason."""
 
 _MIXING = 64  # iterations in a stretch, from which on references and schedules are not kept apart
 
@@ -39,14 +40,16 @@ class Sort:
     @classmethod
     def of(cls, directive: Directive, schedule: str = "") -> Sort:
         """The sort of iterations that run this schedule as `directive` says."""
-        if isinstance(directive, Sweep):
-            return cls(PROFILING, clock_mhz=directive.frequency_mhz, schedule=schedule)
-        if isinstance(directive, Follow):
-            return cls(STRAGGLER if directive.straggler else PLAN, plan=directive.version, schedule=schedule)
-        if directive.reason == "warm-up":
-            return cls(WARM_UP, schedule=schedule)
-        state = UNKNOWN if directive == NOT_OURS else FULL
-        return cls(state, reason=directive.reason[:300], schedule=schedule)
+        ran_as = directive.ran_as
+        match directive:
+            case Sweep():
+                return cls(ran_as.value, clock_mhz=directive.frequency_mhz, schedule=schedule)
+            case Follow():
+                return cls(ran_as.value, plan=directive.version, schedule=schedule)
+            case FullClock():
+                reason = "" if ran_as is RanAs.WARM_UP else directive.reason[:300]
+                state = FULL if ran_as is RanAs.REFERENCE else ran_as.value
+                return cls(state, reason=reason, schedule=schedule)
 
 
 @dataclass(frozen=True, slots=True)

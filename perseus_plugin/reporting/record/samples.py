@@ -18,7 +18,7 @@ from perseus_plugin.errors import ReportError
 from perseus_plugin.files import read_model
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.record import IterationRecord
-from perseus_plugin.iteration.timetable import Directive, Follow, Sweep, Timetable
+from perseus_plugin.iteration.timetable import Directive, RanAs, Sweep, Timetable
 from perseus_plugin.reporting.record.iterations import FULL, PLAN, PROFILING, STRAGGLER, Sort
 
 _EVERY = 1024
@@ -120,7 +120,7 @@ def is_sampled(timetable: Timetable, number: int) -> bool:
     if isinstance(directive, Sweep):
         last = (number - timetable.sweep.first) % timetable.steps_per_block == timetable.steps_per_block - 1
         return last and directive.is_full(max(timetable.sweep.clocks_mhz))
-    if not isinstance(directive, Follow) and directive.reason == "warm-up":
+    if directive.ran_as is RanAs.WARM_UP:
         return False
     since = number - max([first for first, _ in timetable.switches if first <= number], default=timetable.sweep_end)
     return since >= 2 and (since % _EVERY == 0 or (since < _EVERY and since & (since - 1) == 0))

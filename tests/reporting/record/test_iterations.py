@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from perseus_plugin.iteration.references import is_reference
 from perseus_plugin.iteration.timetable import NOT_OURS, REFERENCE, Directive, Follow, FullClock, Sweep
+from perseus_plugin.iteration.timetable import WARM_UP as WARMING_UP
 from perseus_plugin.reporting.record.iterations import (
     FULL,
     PLAN,
@@ -36,7 +37,7 @@ def one(number: int, time_s: float = 1.0, energy_j: float | None = 10.0, sort: S
 @pytest.mark.parametrize(
     ("directive", "sort"),
     [
-        (FullClock("warm-up"), Sort(WARM_UP)),
+        (WARMING_UP, Sort(WARM_UP)),
         (FullClock("planning"), Sort(FULL, reason="planning")),
         (Sweep(0, 810, kept=False), Sort(PROFILING, clock_mhz=810)),
         (Follow(3), Sort(PLAN, plan=3)),

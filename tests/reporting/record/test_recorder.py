@@ -9,6 +9,7 @@ import pytest
 
 from perseus_plugin.control import wire
 from perseus_plugin.exchange.messages import PlanPart
+from perseus_plugin.iteration.timetable import WARM_UP as WARMING_UP
 from perseus_plugin.iteration.timetable import Follow, FullClock, Round, Timetable
 from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.reporting.record import recorder as recorder_module
@@ -260,6 +261,6 @@ def test_an_iteration_without_an_end_is_left_out(tmp_path: Path) -> None:
     made = recorder(tmp_path)
     seen = record(0)
     seen.end_s = float("nan")
-    made.iteration(FullClock("warm-up"), seen, TABLE, {})
+    made.iteration(WARMING_UP, seen, TABLE, {})
     made.step(final=True)
     assert len(lines(tmp_path)) == 1

@@ -1,0 +1,298 @@
+"""What follows from lists of observations, without a store, a planner, a file or a clock."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perseus_plugin.config import parse_config
+from perseus_plugin.exchange.messages import Recheck
+from perseus_plugin.iteration.timetable import Follow, FullClock, Sweep
+from perseus_plugin.leader.decide import (
+    Answered,
+    Checked,
+    Due,
+    Ended,
+    Measured,
+    NotMeasured,
+    Observed,
+    Rechecked,
+    Runs,
+    Situated,
+    Troubled,
+    Turned,
+    Watched,
+    decide,
+)
+from perseus_plugin.leader.effects import (
+    Ask,
+    Effect,
+    ForgetIterations,
+    Order,
+    PublishSet,
+    Record,
+    RefuseReports,
+    SaveFailure,
+    SaveProfile,
+    Say,
+    Show,
+    ShowPlan,
+    WithdrawSet,
+)
+from perseus_plugin.leader.iteration_times import IterationTimes
+from perseus_plugin.leader.measuring import SweepInForce
+from perseus_plugin.leader.plan_shelf import PlanShelf
+from perseus_plugin.leader.state import JobState, Phase, Rules
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.process import plan_for
+from perseus_plugin.planning.request import PlanAnswer, PlanRequest
+from perseus_plugin.profiling.survey import Survey
+from perseus_plugin.stragglers.situation import Answers, Situation
+from tests.factories import BLOCKING_W, CLOCKS_MHZ, profile, rank_estimate, stream_of
+
+TOP_MHZ = CLOCKS_MHZ[0]
+FULL_S, PATIENCE = 0.5, 3
+MEASURED = Measured([rank_estimate(0), rank_estimate(1)])
+SLOW = Situation("A", ((1, (1.0, 1.25)),), (), 0.0, True, 2)
+
+
+def rules(**block: Any) -> Rules:
+    block.setdefault("watch", {"patience": PATIENCE, "tolerance": 0.05, "max_replans": 1, "reference_share": 0})
+    block.setdefault("stragglers", {"detect": False})
+    return Rules(parse_config(block), stages=2, steps_per_block=3, top_mhz=TOP_MHZ, full_sweep_mhz=CLOCKS_MHZ)
+
+
+def fresh(known: Survey | None = None) -> JobState:
+    answers = Answers(stages=2, replicas=2, min_interval_s=10.0)
+    sweep = SweepInForce(CLOCKS_MHZ, 20)
+    return JobState(IterationTimes(PATIENCE), PlanShelf(2), answers, sweep, margin=0.01, known=known)
+
+
+def request(schedule: str = "A", microbatches: int = 4) -> PlanRequest:
+    streams = [stream_of(2, microbatches)(stage) for stage in range(2)]
+    return PlanRequest(schedule, streams, {}, profile(2), [BLOCKING_W] * 2, 0.0)
+
+
+PLAN = plan_for(request())
+
+
+class Story:
+    """A job told as a list of observations."""
+
+    def __init__(self, known: Survey | None = None, **block: Any) -> None:
+        self.state, self.rules = fresh(known), rules(**block)
+        self.effects: list[Effect] = []
+
+    def then(self, *seen: Observed) -> Story:
+        """These are observed; `effects` are what is asked for in all."""
+        self.effects = []
+        for one in seen:
+            self.state, effects = decide(self.state, one, self.rules)
+            self.effects += effects
+        return self
+
+    def of(self, kind: type) -> list[Any]:
+        return [effect for effect in self.effects if isinstance(effect, kind)]
+
+    @property
+    def orders(self) -> list[tuple[str, int]]:
+        return [(order.news.action, order.news.version) for order in self.of(Order)]
+
+    def answered(self, plan: Plan | None = PLAN, error: str = "", now_s: float = 0.0) -> Answered:
+        """The planner's answer to what was asked last."""
+        (ask,) = self.of(Ask)
+        return Answered(ask, request(ask.schedule), PlanAnswer(plan, 0.1, error), now_s)
+
+    def planned(self) -> Story:
+        """Up to the plan of schedule A in force."""
+        self.then(*full(4), Runs("A", stream_of(2, 4)), Turned(20), MEASURED)
+        return self.then(self.answered())
+
+
+def full(count: int, directive: Any = None, time_s: float = FULL_S, schedule: str = "A") -> Sequence[Observed]:
+    directive = directive or Sweep(0, TOP_MHZ, kept=True)
+    return [Ended(number, directive, schedule, time_s) for number in range(count)]
+
+
+def test_from_a_sweep_to_a_plan() -> None:
+    story = Story().then(Runs("A", stream_of(2, 4)), *full(4), Turned(20), MEASURED)
+    assert [type(effect) for effect in story.effects] == [SaveProfile, Ask]
+    assert story.state.phase is Phase.PLANNING
+    story.then(story.answered())
+    assert [type(e) for e in story.effects if not isinstance(e, Say)] == [ShowPlan, PublishSet, Order]
+    (order,) = story.of(Order)
+    assert (order.news.action, order.news.version, order.news.sequence) == ("follow", 1, 1)
+    assert order.news.switch == 22, "two iterations of half a second are time enough for all to hear of it"
+    assert story.state.phase is Phase.FOLLOWING
+
+
+def test_before_all_ranks_have_told_nothing_is_done_but_time_passes() -> None:
+    story = Story().then(Runs("A", stream_of(2, 4)), Turned(20), Due(), Turned(21), Due())
+    assert story.effects == []
+    assert story.state.phase is Phase.MEASURING
+
+
+@pytest.mark.parametrize(
+    ("seen", "why"),
+    [
+        (NotMeasured("1 of 2 ranks sent no measurements"), "1 of 2 ranks sent no measurements"),
+        (Troubled(1, "no permission"), "rank 1: no permission"),
+        (Measured([rank_estimate(0)]), "the profile cannot be used"),
+    ],
+)
+def test_giving_up_is_said_and_ordered_once_and_for_good(seen: Observed, why: str) -> None:
+    story = Story().then(Turned(20), seen)
+    assert story.state.phase is Phase.GIVEN_UP
+    assert story.orders == [("full", 0)]
+    (said,) = story.of(Say)
+    assert why in said.text % said.values
+    (refusal,) = story.of(RefuseReports)
+    assert why in refusal.reason
+    assert bool(story.of(SaveFailure)) == isinstance(seen, Measured), "what another sweep would meet again"
+    before = told(story.state)
+    story.then(Turned(30), seen, MEASURED, Situated(SLOW, 0.0), Watched(0.5, "slow"), Due())
+    assert story.effects == []
+    assert told(story.state) == before
+
+
+def test_a_kept_profile_that_does_not_fit_is_measured_anew() -> None:
+    known = Survey(profile(2), BLOCKING_W)
+    off = [Recheck(stage=stage, time_s={"forward": 1.0, "backward": 2.0}) for stage in range(2)]
+    story = Story(known).then(Runs("A", stream_of(2, 4)), Turned(20), Checked(off))
+    assert story.orders == [("sweep", 0)]
+    assert (story.state.known, story.state.phase) == (None, Phase.MEASURING)
+    assert story.state.sweep.round == 1
+    assert story.state.sweep.end == story.of(Order)[0].news.switch + 3 * len(CLOCKS_MHZ)
+    story.then(MEASURED)
+    assert [type(effect) for effect in story.effects] == [SaveProfile, Ask]
+
+
+def test_a_plan_that_does_not_hold_is_dropped_rechecked_and_made_again() -> None:
+    story = Story().planned()
+    expected_s = story.state.expected_s("A")
+    assert expected_s is not None
+    story.then(*full(PATIENCE, Follow(1), 1.2 * expected_s), Watched())
+    assert story.orders == [("full", 0)]
+    assert (story.state.phase, story.state.dropped) == (Phase.RECHECKING, 1)
+    unchanged = [
+        Recheck(stage=s, time_s={k: profile().table[s, k][0].time_s for k in ("forward", "backward")}) for s in range(2)
+    ]
+    story.then(Rechecked(unchanged, complete=True))
+    assert story.state.phase is Phase.RECHECKING, "rank 0 has not seen enough iterations"
+    story.then(*full(PATIENCE, FullClock("dropped")), Rechecked(unchanged, complete=True))
+    assert story.state.phase is Phase.PLANNING
+    assert ForgetIterations() in story.effects
+    assert story.state.margin == pytest.approx(0.21), "the plan itself was too slow"
+    story.then(story.answered())
+    assert story.orders == [("follow", 2)]
+    story.then(*full(PATIENCE, Follow(2), 2 * expected_s), Watched())
+    assert story.state.phase is Phase.GIVEN_UP, "one is enough here (max_replans)"
+
+
+def test_what_references_have_shown_drops_a_plan_beyond_doubt() -> None:
+    story = Story().planned().then(Watched(None), Watched(0.3, "iterations take 30 % longer"))
+    assert story.orders == [("full", 0)]
+    assert story.state.found_by_references
+
+
+def test_a_straggler_is_planned_for_and_left_when_it_is_back() -> None:
+    story = Story().planned().then(Situated(SLOW, 100.0))
+    (ask,) = story.of(Ask)
+    assert (ask.situation, ask.pace is not None) == (SLOW, True)
+    assert story.state.unanswered
+    story.then(Watched(0.3, "not asked while it is unanswered"))
+    assert story.effects == []
+    story.then(Situated(SLOW, 100.0))
+    story.then(story.answered(None, "no plan is better", 100.0))
+    assert [record.kind for record in story.of(Record)] == ["replan", "switch"]
+    assert story.orders == [("follow", 1)]
+    assert story.of(Show), "the monitor hears of it"
+    story.then(Situated(SLOW, 101.0))
+    assert (story.effects, story.state.unanswered) == ([], False)
+    story.then(Situated(None, 105.0))
+    assert story.effects == [], "not within min_interval_s of the last answer"
+    story.then(Situated(None, 111.0))
+    assert story.orders == [("follow", 1)]
+    story.then(Situated(SLOW, 130.0))
+    assert not story.of(Ask), "the answer is known"
+    assert story.orders == [("follow", 1)]
+
+
+def test_each_schedule_has_its_plan_and_sets_that_nobody_follows_are_withdrawn() -> None:
+    story = Story().planned().then(Runs("B", stream_of(2, 8)), Ended(30, Follow(1), "B", FULL_S), Turned(31), Watched())
+    story.then(story.answered(plan_for(request("B", 8))))
+    assert story.orders == [("follow", 2)]
+    assert [parts.version for made in story.of(PublishSet) for parts in made.parts] == [2, 2]
+    story.then(Runs("C", stream_of(2, 6)), Watched())
+    story.then(story.answered(plan_for(request("C", 6))))
+    assert [gone.version for gone in story.of(WithdrawSet)] == [1]
+
+
+def test_an_answer_to_what_does_not_hold_any_more_is_not_taken() -> None:
+    story = Story().planned().then(Runs("B", stream_of(2, 8)), Watched())
+    late = story.answered(plan_for(request("B", 8)))
+    story.then(Troubled(0, "lost"), late)
+    assert story.orders == [("full", 0)]
+    assert "B" not in story.state.plans
+
+
+OBSERVATIONS: list[Observed] = [
+    Runs("A", stream_of(2, 4)),
+    Runs("B", stream_of(2, 8)),
+    Turned(20),
+    Turned(40),
+    Due(),
+    MEASURED,
+    NotMeasured("missing"),
+    Troubled(1, "lost"),
+    Situated(SLOW, 100.0),
+    Situated(None, 200.0),
+    Watched(),
+    Watched(0.3, "slow"),
+    Rechecked([], complete=False),
+    *full(1),
+    *full(1, Follow(1)),
+    *full(1, FullClock("dropped")),
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(range(len(OBSERVATIONS) + 1)), max_size=25))
+def test_deciding_changes_no_state_but_makes_a_new_one_and_alike(numbers: list[int]) -> None:
+    """Whatever comes in whatever order; the last number answers what was asked last."""
+    state, the_rules = fresh(), rules()
+    asked: Ask | None = None
+    for number in numbers:
+        if number < len(OBSERVATIONS):
+            seen = OBSERVATIONS[number]
+        elif asked is None:
+            continue
+        else:
+            seen = Answered(asked, request(asked.schedule), PlanAnswer(PLAN, 0.1))
+        before = told(state)
+        first, effects = decide(state, seen, the_rules)
+        again, others = decide(state, seen, the_rules)
+        assert told(state) == before, "the state that was decided on stays as it was"
+        assert told(first) == told(again)
+        assert [type(effect) for effect in effects] == [type(effect) for effect in others]
+        orders = [effect.news.sequence for effect in effects if isinstance(effect, Order)]
+        assert orders == list(range(state.orders.sequence + 1, first.orders.sequence + 1)), "each is told, once"
+        if state.phase is Phase.GIVEN_UP:
+            assert (first.phase, effects) == (Phase.GIVEN_UP, ())
+        asked = next((effect for effect in effects if isinstance(effect, Ask)), asked)
+        state = first
+
+
+def told(state: JobState) -> dict[str, Any]:
+    """What a state holds, to be compared."""
+    inside = ("times", "plans", "answers", "schedules", "reviews")
+    values = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {
+        name: {key: repr(one) for key, one in vars(value).items()} if name in inside else repr(value)
+        for name, value in values.items()
+    }

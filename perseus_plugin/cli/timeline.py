@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from perseus_plugin.planning.plan import load_plan
-from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.reporting.report.timeline import draw_timeline
 
 
@@ -17,5 +15,5 @@ def timeline(
     output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path("timeline.png"),
 ) -> None:
     """Draw a job's plan beside full clocks: stages as rows, instructions coloured by clock (needs matplotlib)."""
-    draw_timeline(load_plan(folder / "plan.json"), load_profile(folder / "profile.csv"), output)
+    draw_timeline(folder, output)
     print(f"wrote {output}")

@@ -159,16 +159,6 @@ class PipelineGraph:
         """When the last node finishes, the first having started at 0."""
         return float(self.times(durations_s)[1].max())
 
-    def slack(self, durations_s: npt.ArrayLike, deadline_s: float | None = None) -> FloatArray:
-        """How much longer each node alone could take without the iteration ending after `deadline_s`.
-
-        Args:
-            durations_s: shape (nodes,), seconds.
-            deadline_s: by default the iteration time itself, so that critical nodes have slack 0.
-        """
-        finish = self.times(durations_s)[1]
-        return self.latest_finish(durations_s, finish.max() if deadline_s is None else deadline_s) - finish
-
     def critical_path(self, durations_s: npt.ArrayLike) -> list[int]:
         """Node ids of one longest path, first to last."""
         finish = self.times(durations_s)[1]

@@ -65,38 +65,6 @@ class ClockRun:
     capped: bool = False
     steps: tuple[tuple[int, float], ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data; activities and ticks become short lists, since there are thousands."""
-        return {
-            "frequency_mhz": self.frequency_mhz,
-            "begin_s": self.begin_s,
-            "end_s": self.end_s,
-            "activities": [[a.kind, a.start_s, a.end_s] for a in self.activities],
-            "ticks": [[t.previous_poll_s, t.time_s, t.energy_j] for t in self.ticks],
-            "capped": self.capped,
-            "steps": [list(step) for step in self.steps],
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ClockRun:
-        """Inverse of `to_dict`.
-
-        Raises:
-            ProfileError: a key is missing or a value has the wrong shape.
-        """
-        try:
-            return cls(
-                frequency_mhz=int(data["frequency_mhz"]),
-                begin_s=float(data["begin_s"]),
-                end_s=float(data["end_s"]),
-                activities=tuple(Activity(str(k), float(s), float(e)) for k, s, e in data["activities"]),
-                ticks=tuple(Tick(float(p), float(t), float(e)) for p, t, e in data["ticks"]),
-                capped=bool(data.get("capped", False)),
-                steps=tuple((int(number), float(end_s)) for number, end_s in data.get("steps", ())),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProfileError(f"clock run: cannot be read: {error!r}") from error
-
 
 @dataclass(frozen=True, slots=True)
 class StepMean:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Sequence
 
 from perseus_plugin.profiling.observations import BLOCKING, InstructionEstimate, StageEstimate
@@ -116,45 +115,6 @@ def times_known(stages: Sequence[StageEstimate], max_time_error: float) -> bool:
         for row in stage.instructions
         if row.frequency_mhz != stage.clocks_mhz[0]
     )
-
-
-def next_clock(
-    clocks_mhz: Sequence[int],
-    visited_mhz: Sequence[int],
-    stages: Sequence[StageEstimate],
-    *,
-    seed: int,
-    revisits: int = 2,
-    max_relative_error: float = 0.02,
-    rounds: int = 2,
-) -> int | None:
-    """The clock to profile next, or None when the sweep is over.
-
-    Every round goes through `sweep_order` and leaves out clocks that are not worth trying; a further round is made
-    only while the estimates are not good enough.
-
-    Args:
-        clocks_mhz: the clocks of the sweep.
-        visited_mhz: what was profiled so far, in order, as this function said.
-        stages: estimates from it, if any yet.
-        max_relative_error: see `good_enough`.
-        rounds: at most so many rounds.
-    """
-    left = Counter(visited_mhz)
-    top = max(clocks_mhz)
-    useful = {top, *worth_trying(stages, clocks_mhz)}
-    for turn in range(rounds):
-        if turn > 0 and good_enough(stages, max_relative_error):
-            return None
-        order = sweep_order(clocks_mhz, seed + turn, revisits)
-        for clock in order:
-            # A revisit of the top clock is only of use when something else was profiled since.
-            again = clock == top and visited_mhz and visited_mhz[-1] == top
-            if left[clock] > 0:
-                left[clock] -= 1
-            elif clock in useful and not again:
-                return clock
-    return None
 
 
 def _beats(other: InstructionEstimate, mine: InstructionEstimate, power_w: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import interleaved_1f1b, one_f_one_b
 from perseus_plugin.planning.plan import Plan, load_plan, plan_from_json, plan_to_json, save_plan
 from perseus_plugin.planning.planner import Planner, Target
-from perseus_plugin.planning.zeus import load_zeus_plan, save_zeus_plan
+from perseus_plugin.planning.zeus import save_zeus_plan
 
 from .jobs import bundled_profile
 
@@ -87,32 +88,7 @@ def test_clock_changes_count_the_way_back_to_the_first(plan: Plan) -> None:
     assert plan.clock_changes(0) == changes > 0
 
 
-def test_the_zeus_format_round_trips(plan: Plan, tmp_path: Path) -> None:
+def test_the_zeus_format_is_a_literal(plan: Plan, tmp_path: Path) -> None:
     save_zeus_plan(plan, tmp_path / "plan.py")
     expected = [[(p.instruction.kind, p.frequency_mhz) for p in stage] for stage in plan.stages]
-    assert load_zeus_plan(tmp_path / "plan.py") == expected
-
-
-def test_the_zeus_format_is_never_evaluated(tmp_path: Path) -> None:
-    path, trace = tmp_path / "plan.py", tmp_path / "trace"
-    path.write_text(f"open({str(trace)!r}, 'w')")
-    with pytest.raises(PlanError, match="cannot read the plan"):
-        load_zeus_plan(path)
-    assert not trace.exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{}", "allowed: a list"),
-        ("[]", "allowed: a list"),
-        ("[1]", "stage 0"),
-        ("[[('forward', 1400), ('forward', '1400')]]", "stage 0, entry 1"),
-        ("[[('forward', True)]]", "entry 0"),
-        ("[[('', 1400)]]", "entry 0"),
-    ],
-)
-def test_bad_zeus_plans_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "plan.py").write_text(text)
-    with pytest.raises(PlanError, match=message):
-        load_zeus_plan(tmp_path / "plan.py")
+    assert ast.literal_eval((tmp_path / "plan.py").read_text()) == expected

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,7 +11,6 @@ from perseus_plugin.profiling.sweep import (
     choose_clocks,
     good_enough,
     is_pareto_candidate,
-    next_clock,
     sweep_order,
     worth_trying,
 )
@@ -114,36 +112,3 @@ def test_good_enough() -> None:
     top, middle, low = stage.instructions
     wasteful = replace(low, energy_j=low.energy_j * 2, energy_se_j=1.0)
     assert good_enough([replace(stage, instructions=(top, middle, wasteful))], 0.02)
-
-
-def sweep(estimate: Callable[[tuple[int, ...]], list[StageEstimate]], rounds: int = 2) -> list[int]:
-    visited: list[int] = []
-    while (clock := next_clock(CLOCKS, visited, estimate(tuple(visited)), seed=3, rounds=rounds)) is not None:
-        visited.append(clock)
-        assert len(visited) < 100
-    return visited
-
-
-def seen(visited: tuple[int, ...], lowest_mhz: int, error_j: float) -> list[StageEstimate]:
-    clocks = tuple(sorted(set(visited), reverse=True))
-    return [bowl(clocks, lowest_mhz, error_j)] if visited else []
-
-
-def test_a_sweep_stops_after_one_round_when_good() -> None:
-    visited = sweep(lambda v: seen(v, 600, 0.001))
-    assert visited == list(sweep_order(CLOCKS, 3))
-
-
-def test_a_sweep_goes_round_again_when_not_good() -> None:
-    visited = sweep(lambda v: seen(v, 600, 5.0), rounds=3)
-    assert all(visited.count(clock) == 3 for clock in CLOCKS[1:])
-    assert visited[0] == visited[-1] == 1410
-
-
-@pytest.mark.parametrize("lowest_mhz", [1410, 1200, 1000])
-def test_a_sweep_skips_what_cannot_be_of_use(lowest_mhz: int) -> None:
-    visited = sweep(lambda v: seen(v, lowest_mhz, 0.001))
-    assert visited[0] == visited[-1] == 1410
-    assert {clock for clock in CLOCKS if clock >= lowest_mhz} <= set(visited)
-    if lowest_mhz == 1410:
-        assert len(set(visited)) < len(CLOCKS)

@@ -7,92 +7,91 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from perseus_plugin.errors import ConfigError
-from perseus_plugin.iteration.graph import build_graph
-from perseus_plugin.iteration.schedules import one_f_one_b
-from perseus_plugin.planning.plan import Plan, PlannedInstruction
-from perseus_plugin.profiling.profile import Profile
+from perseus_plugin.errors import ConfigError, PerseusError
+from perseus_plugin.iteration.graph import PipelineGraph, build_graph
+from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.planning.plan import Plan, load_plan
+from perseus_plugin.profiling.profile import load_profile
+from perseus_plugin.reporting.report.folder import load_folder
+from perseus_plugin.reporting.report.lanes import Lanes, full_clock_lanes, planned_lanes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import PatchCollection
     from matplotlib.colors import Normalize
 
-Row = tuple[PlannedInstruction, ...]
+
+def textbook_graph(plan: Plan) -> PipelineGraph | None:
+    """The graph of the textbook schedule that has the plan's instructions in the plan's order; None: of none."""
+    planned = [[one.instruction for one in stage] for stage in plan.stages]
+    for streams_of in SCHEDULES.values():
+        try:
+            graph = build_graph(streams_of(len(plan.stages), plan.microbatches))
+        except PerseusError:
+            continue  # there is none of this size
+        of_stages = [[graph.instructions[node] for node in nodes.tolist()] for nodes in graph.stage_nodes]
+        if [[one for one in stage if one is not None] for stage in of_stages] == planned:
+            return graph
+    return None
 
 
-def full_clock_rows(plan: Plan, profile: Profile) -> list[Row]:
-    """The plan's instructions as 1F1B runs them with every one at the profile's highest clock.
+def lanes_of(folder: Path) -> tuple[Plan, list[Lanes]]:
+    """A folder's plan, and it beside full clocks; alone where the dependencies of its schedule are not known.
 
     Raises:
-        ConfigError: the plan is of another schedule than 1F1B.
+        PerseusError: there is no plan or no profile, or they cannot be read.
     """
-    stages = len(plan.stages)
-    graph = build_graph(one_f_one_b(stages, plan.microbatches))
-    fastest = {key: rows[0] for key, rows in profile.table.items()}
-    order = [
-        [graph.instructions[node] for node in nodes if graph.instructions[node] is not None]
-        for nodes in graph.stage_nodes
-    ]
-    planned_order = [[planned.instruction for planned in row] for row in plan.stages]
-    if order != planned_order:
-        raise ConfigError(f"timeline: the plan's schedule is {plan.schedule!r}; allowed: one in the order of 1F1B")
-    durations = np.array([0.0 if i is None else fastest[i.stage, i.kind].time_s for i in graph.instructions])
-    start, finish = graph.times(durations)
-    rows: list[list[PlannedInstruction]] = [[] for _ in range(stages)]
-    for node, instruction in enumerate(graph.instructions):
-        if instruction is not None:
-            clock = fastest[instruction.stage, instruction.kind].frequency_mhz
-            rows[instruction.stage].append(PlannedInstruction(instruction, clock, start[node], finish[node]))
-    return [tuple(sorted(row, key=lambda p: p.start_s)) for row in rows]
+    plan, profile = load_plan(folder / "plan.json"), load_profile(folder / "profile.csv")
+    job = load_folder(folder)
+    graph = job.graph() or textbook_graph(plan)
+    made = [planned_lanes(f"plan: {plan.energy_j:.0f} J ({-100 * plan.saving:+.1f} %)", plan, profile, graph)]
+    if graph is not None:
+        title = f"every instruction at full clock: {plan.baseline_energy_j:.0f} J"
+        made.insert(0, full_clock_lanes(title, job.profile or profile, graph))
+    return plan, made
 
 
-def draw_timeline(plan: Plan, profile: Profile, path: Path) -> None:
-    """Draw full clocks above the plan; needs matplotlib.
+def draw_timeline(folder: Path, path: Path) -> None:
+    """Draw full clocks above the plan of a job's output folder; needs matplotlib.
 
     Raises:
-        ConfigError: matplotlib is missing, cannot write that kind of file, or the plan's schedule is not 1F1B.
+        ConfigError: matplotlib is missing, or cannot write that kind of file.
+        PerseusError: there is no plan or no profile, or they cannot be read.
     """
     try:
         from matplotlib.colors import Normalize
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("timeline: needs matplotlib, which is not installed (pip install matplotlib)") from None
-    above = full_clock_rows(plan, profile)
-    clocks = [m.frequency_mhz for _, _, m in profile.rows()]
+    _, lanes = lanes_of(folder)
+    clocks = [block.clock_mhz for one in lanes for block in one.blocks]
     scale = Normalize(min(clocks), max(clocks))
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    upper.set_title(f"every instruction at full clock: {plan.baseline_energy_j:.0f} J", loc="left", fontsize=10)
-    lower.set_title(
-        f"plan, same iteration time: {plan.energy_j:.0f} J ({-100 * plan.saving:+.1f} %)", loc="left", fontsize=10
-    )
-    for axes, rows in ((upper, above), (lower, plan.stages)):
-        mappable = _draw_rows(axes, rows, scale)
-    lower.set_xlabel("time within an iteration (s)")
-    figure.colorbar(mappable, ax=[upper, lower], label="SM clock (MHz)", aspect=30, pad=0.01)
+    figure = Figure(figsize=(11, 0.7 + 1.95 * len(lanes)), layout="constrained")
+    all_axes: list[Axes] = list(figure.subplots(len(lanes), 1, sharex=True, squeeze=False)[:, 0])
+    for axes, one in zip(all_axes, lanes, strict=True):
+        axes.set_title(one.title, loc="left", fontsize=10)
+        mappable = _draw_rows(axes, one, max(lane.end_s for lane in lanes), scale)
+    all_axes[-1].set_xlabel("time within an iteration (s)")
+    figure.colorbar(mappable, ax=all_axes, label="SM clock (MHz)", aspect=30, pad=0.01)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError(f"timeline: cannot write {path}: {error}") from error
 
 
-def _draw_rows(axes: Axes, rows: tuple[Row, ...] | list[Row], scale: Normalize) -> PatchCollection:
+def _draw_rows(axes: Axes, lanes: Lanes, end_s: float, scale: Normalize) -> PatchCollection:
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
     patches, clocks = [], []
-    for stage, row in enumerate(rows):
-        for planned in row:
-            backward = "backward" in planned.instruction.kind
-            patches.append(
-                Rectangle((planned.start_s, stage - 0.42), planned.finish_s - planned.start_s, 0.84, fill=True)
-            )
-            clocks.append(planned.frequency_mhz)
+    for stage, row in enumerate(lanes.rows):
+        for block in row:
+            patches.append(Rectangle((block.start_s, stage - 0.42), block.finish_s - block.start_s, 0.84, fill=True))
+            clocks.append(block.clock_mhz)
             axes.text(
-                (planned.start_s + planned.finish_s) / 2,
+                (block.start_s + block.finish_s) / 2,
                 stage,
-                f"{'B' if backward else 'F'}{planned.instruction.microbatch}",
+                f"{'B' if 'backward' in block.instruction.kind else 'F'}{block.instruction.microbatch}",
                 ha="center",
                 va="center",
                 fontsize=7,
@@ -101,8 +100,8 @@ def _draw_rows(axes: Axes, rows: tuple[Row, ...] | list[Row], scale: Normalize) 
     collection = PatchCollection(patches, cmap="RdYlBu_r", norm=scale, edgecolor="white", linewidth=0.6, alpha=0.9)
     collection.set_array(np.array(clocks, dtype=float))
     axes.add_collection(collection)
-    axes.set_xlim(0, max(planned.finish_s for row in rows for planned in row))
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), [f"stage {stage}" for stage in range(len(rows))])
+    axes.set_xlim(0, end_s)
+    axes.set_ylim(len(lanes.rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(lanes.rows)), [f"stage {stage}" for stage in range(len(lanes.rows))])
     axes.spines[["top", "right"]].set_visible(False)
     return collection

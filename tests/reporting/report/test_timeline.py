@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from perseus_plugin.errors import ConfigError, PerseusError
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.planning.plan import save_plan
+from perseus_plugin.planning.process import plan_for
+from perseus_plugin.planning.request import PlanRequest
+from perseus_plugin.profiling.profile import save_profile
+from perseus_plugin.reporting.report.timeline import draw_timeline, lanes_of, textbook_graph
+from tests.factories import BLOCKING_W, profile
+
+SCHEDULE_NAMES = ("1f1b", "gpipe", "interleaved-1f1b")
+
+
+def planned(folder: Path, schedule: str) -> Path:
+    """A folder with a plan and its profile, as `perseus plan` leaves it."""
+    streams = SCHEDULES[schedule](2, 4)
+    table = profile(2)
+    save_plan(plan_for(PlanRequest(schedule, streams, {}, table, [BLOCKING_W] * 2, 0.0)), folder / "plan.json")
+    save_profile(table, folder / "profile.csv")
+    return folder
+
+
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+def test_plans_of_every_schedule_are_drawn_beside_full_clocks(tmp_path: Path, schedule: str) -> None:
+    plan, (full, made) = lanes_of(planned(tmp_path, schedule))
+    graph = build_graph(SCHEDULES[schedule](2, 4))
+    assert {block.instruction for block in full.blocks} == set(graph.node_of)
+    assert {block.clock_mhz for block in full.blocks} == {1410}
+    assert full.end_s == pytest.approx(plan.baseline_time_s)
+    assert [block.clock_mhz for block in made.rows[0]] == plan.clocks_mhz(0)
+    draw_timeline(tmp_path, tmp_path / "timeline.png")
+    assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_schedule_of_nobodys_textbook_is_drawn_alone(tmp_path: Path) -> None:
+    streams = [list(stream) for stream in SCHEDULES["gpipe"](2, 4)]
+    backward = [number for number, op in enumerate(streams[0]) if getattr(op, "kind", "") == "backward"]
+    streams[0][backward[0] - 1 : backward[-1] + 1] = [
+        op for number in reversed(backward) for op in streams[0][number - 1 : number + 1]
+    ]
+    last = [number for number, op in enumerate(streams[1]) if getattr(op, "kind", "") == "backward"]
+    streams[1][last[0] : last[-1] + 2] = [op for number in reversed(last) for op in streams[1][number : number + 2]]
+    plan = plan_for(PlanRequest("reversed", streams, {}, profile(2), [BLOCKING_W] * 2, 0.0))
+    assert textbook_graph(plan) is None
+    save_plan(plan, tmp_path / "plan.json")
+    save_profile(profile(2), tmp_path / "profile.csv")
+    _, lanes = lanes_of(tmp_path)
+    assert [one.title.split(":")[0] for one in lanes] == ["plan"]
+    draw_timeline(tmp_path, tmp_path / "timeline.svg")
+    assert (tmp_path / "timeline.svg").read_text().startswith("<?xml")
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
+    with pytest.raises(PerseusError, match=r"plan\.json"):
+        draw_timeline(tmp_path, tmp_path / "timeline.png")
+    planned(tmp_path, "1f1b")
+    with pytest.raises(ConfigError, match="timeline: cannot write"):
+        draw_timeline(tmp_path, tmp_path / "timeline.nothing")

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,8 @@ from tests.gpus.fake_zeusd import FakeZeusd
 
 from .harness import free_and_unowned, other_events, start_trainer, wait_for_event, wait_until
 
-# Who holds a GPU is looked for on the whole machine: no two of these at once.
-pytestmark = pytest.mark.xdist_group("nvml helpers")
-
-UUID = "GPU-5e50aaaa-0000-1111-2222-333344445555"
+# Who holds a GPU is looked for on the whole machine, where other tests run beside.
+UUID = f"GPU-{uuid.uuid4()}"
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from perseus_plugin.exchange.messages import Placement, PlanPart
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StreamOp
 from perseus_plugin.iteration.timetable import WARM_UP as WARMING_UP
-from perseus_plugin.iteration.timetable import Follow, FullClock, Round, Sweep, Timetable
+from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
 from perseus_plugin.leader.job import Job
 from perseus_plugin.profiling.failed import save_failure
 from perseus_plugin.profiling.kept import save_survey
@@ -81,6 +81,13 @@ class FakeHelper:
     def requests(self) -> list[int | None]:
         """The clocks asked for since the last time."""
         return [value for what, value in self.take() if what == "request"]
+
+
+class Broken(Timetable):
+    """Fails when it is asked."""
+
+    def at(self, iteration: int) -> Directive:
+        raise ZeroDivisionError("the timetable is broken")
 
 
 class AtClose:
@@ -377,7 +384,7 @@ def test_an_error_of_ours_never_reaches_the_training(rank: Rank, monkeypatch: py
         rank.link.add_events([("x", 1.0)])
         monkeypatch.setattr(rank.session, "_monitor", broken)
     elif where == "timetable":
-        monkeypatch.setattr(type(rank.link.timetable), "at", broken)
+        rank.link.run_by(Broken(**{f.name: getattr(TABLE, f.name) for f in fields(TABLE)}))
     rank.session.begin_iteration()
     rank.session.begin_schedule("A", broken if where == "stream" else stream_of)
     for _ in range(4):

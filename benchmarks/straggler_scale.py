@@ -22,14 +22,28 @@ from typing import Any
 from torch.distributed import HashStore
 
 from perseus_plugin.config import parse_config
-from perseus_plugin.exchange.messages import NEWS, STRAGGLERS, News, Placement, RankStats, part_key, receive, stats_key
+from perseus_plugin.control.selection import Selection
+from perseus_plugin.exchange.messages import (
+    NEWS,
+    STRAGGLERS,
+    News,
+    Placement,
+    RankStats,
+    Recheck,
+    part_key,
+    receive,
+    recheck_key,
+    stats_key,
+)
 from perseus_plugin.exchange.store import StoreExchange
 from perseus_plugin.gpus.emulated.physics import A100, load_class
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.iteration.timetable import Round, Timetable
 from perseus_plugin.leader.coordinator import Coordinator
+from perseus_plugin.leader.job import Job as JobFacts
 from perseus_plugin.leader.state import Phase
 from perseus_plugin.planning.process import PlanAnswer, PlanRequest, pace_for, plan_for
+from perseus_plugin.profiling.known import Known
 from perseus_plugin.profiling.profile import Measurement, Profile
 from perseus_plugin.profiling.survey import Survey
 from perseus_plugin.stragglers.book import Report
@@ -130,21 +144,24 @@ class Job:
         self.exchange = StoreExchange(self.store, "perseus/1")
         self.planner = InProcessPlanner()
         streams = one_f_one_b(STAGES, microbatches)
-        self.coordinator = Coordinator(
-            parse_config({"stragglers": {"min_interval_s": 0.0}}),
-            self.exchange,
-            self.planner,
-            world_size=ranks,
-            stages=STAGES,
-            timetable=Timetable(Round(0, (1410,)), 1, 2),
+        table = profile()
+        about = JobFacts(
+            config=parse_config({"stragglers": {"min_interval_s": 0.0}, "watch": {"reference_share": 0}}),
+            placement=placement(0, ranks),
+            exchange=self.exchange,
             output_dir=Path(tempfile.mkdtemp()),
+            selection=Selection("nvml", "nvml:GPU-0", "A100"),
+            known=Known(True, Survey(table, A100.blocking_w)),
+            timetable=Timetable(Round(0, (1410,)), 1, 2),
         )
-        self.coordinator.state.survey = Survey(profile(), A100.blocking_w)
-        self.coordinator._fits = lambda iteration, survey: True  # type: ignore[method-assign]  # not measured here
+        self.coordinator = Coordinator(about, self.planner)
         self.coordinator.use_schedule("1f1b", lambda stage: streams[stage])
         for rank in range(ranks):
             stats = RankStats(placement=placement(rank, ranks), totals={})
             self.exchange.publish(stats_key(rank), stats.model_dump())
+            stage = placement(rank, ranks).stage
+            times_s = {kind: table.table[stage, kind][0].time_s for kind in ("forward", "backward")}
+            self.exchange.publish(recheck_key(0, rank), Recheck(stage=stage, time_s=times_s).model_dump())
         self.iteration = 10
         while self.coordinator.phase is not Phase.FOLLOWING:
             self.step()
@@ -171,7 +188,7 @@ class Job:
         self.step()
         self.step()
         assert self.coordinator.phase is Phase.FOLLOWING
-        assert self.coordinator.stragglers.situation is not None
+        assert self.coordinator.state.answers.situation is not None
 
     def hear(self) -> None:
         """What one rank does at the end of the iteration in which there are news."""

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,6 @@ from perseus_plugin.exchange.messages import (
     NEWS,
     TROUBLE,
     IterationDurations,
-    News,
-    PlanPart,
-    PlanParts,
     RankDurations,
     RankEstimate,
     RankWindow,
@@ -29,70 +25,25 @@ from perseus_plugin.exchange.messages import (
     durations_key,
     estimate_key,
     part_key,
-    receive,
     recheck_key,
     windows_key,
 )
-from perseus_plugin.exchange.store import LocalExchange
-from perseus_plugin.iteration.instructions import Compute, Constant, StreamOp
-from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
+from perseus_plugin.iteration.instructions import Compute, Constant
+from perseus_plugin.iteration.timetable import Follow, FullClock, Sweep
 from perseus_plugin.leader import rank_reports as reports_module
-from perseus_plugin.leader.coordinator import Coordinator
 from perseus_plugin.leader.state import Phase
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import load_plan
-from perseus_plugin.planning.process import PlanAnswer, PlanRequest, answer_to
+from perseus_plugin.planning.process import PlanRequest, answer_to
 from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.profiling.survey import Survey
 from perseus_plugin.reporting.live import comparison as comparison_module
-from tests.factories import BLOCKING_W, CLOCKS_MHZ, job_of, placement, profile, rank_estimate, record, stream_of
-
-TABLE = Timetable(Round(4, (1410, 810, 1110, 1410)), settle_steps=1, steps_per_clock=3)
-SWEEP_END = TABLE.sweep_end
-PATIENCE = 3
-FULL_S = 0.5  # of an iteration at full clocks, schedule A; what surrounds the schedule included
-SCHEDULES: dict[str, Callable[[int], Sequence[StreamOp]]] = {
-    "A": stream_of(2, 4),
-    "B": stream_of(2, 8),
-    **{str(microbatches): stream_of(2, microbatches) for microbatches in range(2, 30)},
-}
+from tests.factories import BLOCKING_W, CLOCKS_MHZ, placement, profile, rank_estimate, record
+from tests.leader.rank_zero import FULL_S, PATIENCE, SCHEDULES, SWEEP_END, TABLE, RankZero, parts_of
 
 
-class FakePlanner:
-    """Plans in this process, when told to."""
-
-    def __init__(self) -> None:
-        self.requests: list[PlanRequest] = []
-        self.error = ""
-        self.answer: PlanAnswer | None = None
-
-    @property
-    def busy(self) -> bool:
-        return False
-
-    def submit(self, request: PlanRequest) -> None:
-        # Through JSON, as to the real one.
-        self.requests.append(PlanRequest.from_dict(json.loads(json.dumps(request.to_dict()))))
-
-    def finish(self) -> None:
-        """The last request is answered."""
-        made = PlanAnswer(None, 0.0, self.error) if self.error else answer_to(self.requests[-1])
-        self.answer = dataclasses.replace(made, planning_time_s=0.1)
-
-    def poll(self) -> PlanAnswer | None:
-        answer, self.answer = self.answer, None
-        return answer
-
-
-def parts_of(exchange: LocalExchange, version: int, stage: int) -> dict[str, PlanPart]:
-    """What a stage is told of a set of plans, by schedule."""
-    told = receive(PlanParts, exchange.fetch(part_key(version, stage)))
-    assert told.version == version
-    return {part.schedule: part for part in told.parts}
-
-
-class Job:
-    """Rank 0's coordinator, and the ranks it talks to."""
+class Job(RankZero):
+    """As far as a test wants it to have come."""
 
     def __init__(
         self,
@@ -105,47 +56,15 @@ class Job:
         slowdown: float = 0.0,
         **watch: Any,
     ) -> None:
-        self.folder = folder
-        self.exchange = LocalExchange()
-        self.planner = FakePlanner()
-        self.iteration = SWEEP_END
-        self.config = parse_config(
-            {
-                "margin": 0.01,
-                "slowdown": slowdown,
-                "stragglers": {"detect": False},
-                "profiling": profiling or {},
-                "limits": limits or {},
-                "watch": {"patience": PATIENCE, "tolerance": 0.05, "max_replans": 2, "reference_share": 0, **watch},
-            }
-        )
-        about = job_of(self.config, self.exchange, folder, TABLE, world_size=world_size, survey=survey)
-        self.coordinator = Coordinator(about, self.planner, frontier=frontier)
-        self.schedule = "A"
-
-    @property
-    def news(self) -> News | None:
-        value = self.exchange.fetch(NEWS)
-        return None if value is None else receive(News, value)
-
-    def told(self) -> News:
-        """The newest news, which must exist."""
-        news = self.news
-        assert news is not None
-        return news
-
-    def step(self) -> None:
-        self.coordinator.use_schedule(self.schedule, SCHEDULES[self.schedule])
-        self.coordinator.step(self.iteration)
-
-    def run(self, directive: Directive, duration_s: float, count: int = 1, *, undisturbed: bool = True) -> None:
-        """Iterations end on rank 0."""
-        for _ in range(count):
-            seen = record(self.iteration, schedule=self.schedule, undisturbed=undisturbed)
-            seen.end_s = seen.begin_s + duration_s
-            self.coordinator.saw(directive, seen)
-            self.iteration += 1
-            self.step()
+        block = {
+            "margin": 0.01,
+            "slowdown": slowdown,
+            "stragglers": {"detect": False},
+            "profiling": profiling or {},
+            "limits": limits or {},
+            "watch": {"patience": PATIENCE, "tolerance": 0.05, "max_replans": 2, "reference_share": 0, **watch},
+        }
+        super().__init__(folder, block, world_size=world_size, survey=survey, frontier=frontier)
 
     def publish_estimates(self, *ranks: int, **more: Any) -> None:
         for rank in ranks:
@@ -323,7 +242,7 @@ def test_a_profile_of_another_job_is_refused(tmp_path: Path, heard: pytest.LogCa
     job.rechecked(1.5, sequence=0)
     job.step()
     assert "the kept profile does not fit: stage 0 forward takes" in heard.text
-    news = job.told()
+    news = job.newest()
     assert (news.action, news.clocks_mhz) == ("sweep", TABLE.sweep.clocks_mhz), "a full sweep instead"
     assert job.coordinator.state.survey is None
 
@@ -336,7 +255,7 @@ def test_a_profile_of_another_job_that_was_asked_for_is_refused(
     job.rechecked(1.5, sequence=0)
     job.step()
     assert "the profile of perseus.profiling.load is not of this job: stage 0 forward takes" in heard.text
-    assert job.told().action == "full"
+    assert job.newest().action == "full"
 
 
 def vague(rank: int, error: float = 0.5) -> RankEstimate:
@@ -354,7 +273,7 @@ def test_energies_known_badly_are_measured_in_another_round(job: Job) -> None:
         job.exchange.publish(estimate_key(0, rank), vague(rank).model_dump())
     job.step()
     assert job.planner.requests == []
-    news = job.told()
+    news = job.newest()
     assert (news.action, news.switch) == ("sweep", job.iteration + 2)
     assert set(news.clocks_mhz) == set(CLOCKS_MHZ)
     assert news.clocks_mhz[0] == news.clocks_mhz[-1] == CLOCKS_MHZ[0]
@@ -368,7 +287,7 @@ def test_energies_known_badly_are_measured_in_another_round(job: Job) -> None:
     job.step()
     (request,) = job.planner.requests
     assert request.full_clock_only == frozenset()
-    assert job.told() == news
+    assert job.newest() == news
 
 
 def uncertain(rank: int, errors: dict[int, float]) -> RankEstimate:
@@ -388,7 +307,7 @@ def publish_uncertain(job: Job, errors: dict[int, float], rounds: int = 1) -> No
 def test_times_known_badly_are_measured_in_a_round_in_pairs(job: Job) -> None:
     publish_uncertain(job, {CLOCKS_MHZ[1]: 0.03})
     job.step()
-    news = job.told()
+    news = job.newest()
     assert (news.action, news.paired) == ("sweep", True)
     assert news.clocks_mhz[0] == CLOCKS_MHZ[0]
     assert sorted(news.clocks_mhz, reverse=True) == list(CLOCKS_MHZ)
@@ -429,7 +348,7 @@ def test_where_no_clock_is_known_the_job_stays_at_full_clocks_and_says_why(
     job.step()
     job.iteration += 100
     job.step()
-    assert job.told().action == "full"
+    assert job.newest().action == "full"
     assert job.planner.requests == []
     assert "no clock's time is known to within 2.0 % (perseus.profiling.max_time_error), but to 3.0 %" in heard.text
 
@@ -453,7 +372,7 @@ def test_after_so_many_rounds_what_is_not_known_stays_at_full_clock(job: Job) ->
         for rank in range(2):
             job.exchange.publish(estimate_key(round_number, rank), vague(rank).model_dump())
     job.step()
-    assert job.told().action == "sweep"
+    assert job.newest().action == "sweep"
     job.iteration += 100
     job.step()
     assert job.planner.requests[0].full_clock_only == {
@@ -471,7 +390,7 @@ def test_nothing_happens_while_the_planner_works(job: Job) -> None:
 
 def test_a_plan_reaches_every_rank_before_the_iteration_it_begins_at(job: Job) -> None:
     job.following()
-    news = job.told()
+    news = job.newest()
     assert (news.sequence, news.action, news.version, news.recheck) == (1, "follow", 1, False)
     assert news.switch >= job.iteration + 2, "every rank looks for news once per iteration"
     plan = job.coordinator.plan
@@ -525,7 +444,7 @@ def test_a_plan_that_cannot_be_written_is_followed_all_the_same(job: Job, heard:
     job.planner.finish()
     (job.folder / "plan.json").mkdir()
     job.step()
-    assert job.told().action == "follow"
+    assert job.newest().action == "follow"
     assert "cannot write plan.json" in heard.text
 
 
@@ -534,7 +453,7 @@ def test_a_plan_that_cannot_be_written_is_followed_all_the_same(job: Job, heard:
 
 def expect_full_clocks(job: Job, reason: str, heard: pytest.LogCaptureFixture) -> None:
     """The coordinator has given up: all ranks are told, people too, once, and it stays so."""
-    news = job.told()
+    news = job.newest()
     assert (news.action, news.recheck) == ("full", False)
     assert reason in news.reason
     assert heard.text.count("Training stays at full clocks.") == 1
@@ -542,7 +461,7 @@ def expect_full_clocks(job: Job, reason: str, heard: pytest.LogCaptureFixture) -
     assert job.coordinator.phase is Phase.GIVEN_UP
     job.planner.finish()
     job.run(FullClock(""), 100.0, 10)
-    assert job.told() == news
+    assert job.newest() == news
     assert job.coordinator.phase is Phase.GIVEN_UP
 
 
@@ -599,7 +518,7 @@ def test_trouble_of_one_rank_sends_all_to_full_clocks(job: Job, state: str, hear
     {"measuring": lambda: job, "planning": job.measured, "following": job.following, "rechecking": job.dropped}[state]()
     job.exchange.publish(TROUBLE, Trouble(rank=1, reason="no permission").model_dump())
     job.step()
-    assert job.told().switch == job.iteration + 2
+    assert job.newest().switch == job.iteration + 2
     job.planner.requests.append(PlanRequest("A", [], {}, profile(), [], 0.0))
     job.planner.error = "unused"
     expect_full_clocks(job, "rank 1: no permission", heard)
@@ -615,7 +534,7 @@ def test_iterations_as_long_as_expected_keep_the_plan(job: Job) -> None:
     assert expected_s == pytest.approx(FULL_S), "no slowdown was asked for"
     job.run(Follow(1), 1.04 * expected_s, 20)
     assert job.coordinator.phase is Phase.FOLLOWING
-    assert job.told().sequence == 1
+    assert job.newest().sequence == 1
 
 
 def test_an_allowed_slowdown_is_expected(tmp_path: Path) -> None:
@@ -647,7 +566,7 @@ def test_iterations_that_say_nothing_of_the_plan_keep_it(job: Job, why: str) -> 
 
 def test_iterations_too_long_drop_the_plan_and_measure_anew(job: Job, heard: pytest.LogCaptureFixture) -> None:
     job.dropped()
-    news = job.told()
+    news = job.newest()
     assert (news.sequence, news.action, news.recheck) == (2, "full", True)
     assert news.switch == job.iteration + 2
     assert "instead of" in news.reason
@@ -666,7 +585,7 @@ def test_a_plan_that_does_not_hold_is_made_anew_with_more_margin(job: Job) -> No
     assert second.profile == first.profile
     job.planner.finish()
     job.step()
-    news = job.told()
+    news = job.newest()
     assert (news.sequence, news.action, news.version) == (3, "follow", 2)
     assert parts_of(job.exchange, 2, 1)["A"].version == 2
     assert (news.since, job.exchange.fetch(part_key(1, 0))) == (news.switch, None)
@@ -718,7 +637,7 @@ def test_after_so_many_dropped_plans_the_job_stays_at_full_clocks(job: Job, hear
             job.run(FullClock(""), FULL_S, PATIENCE)
             job.planner.finish()
             job.step()
-            assert job.told().version == dropped + 1
+            assert job.newest().version == dropped + 1
     expect_full_clocks(job, "under the plan", heard)
 
 
@@ -756,10 +675,10 @@ def test_a_plan_that_references_show_to_be_slow_is_made_anew_with_that_much_more
     referring: Job, heard: pytest.LogCaptureFixture
 ) -> None:
     job = referring
-    publish_windows(job, job.told().since, slower=0.2)
+    publish_windows(job, job.newest().since, slower=0.2)
     job.step()
     assert job.coordinator.phase is Phase.RECHECKING
-    news = job.told()
+    news = job.newest()
     assert (news.action, news.recheck) == ("full", True)
     assert "longer than at full clocks on the same work: back to full clocks" in heard.text
     job.rechecked(1.5)
@@ -768,7 +687,7 @@ def test_a_plan_that_references_show_to_be_slow_is_made_anew_with_that_much_more
     assert job.planner.requests[-1].margin == pytest.approx(0.01 + 0.2, abs=0.003)
     job.planner.finish()
     job.step()
-    again = job.told()
+    again = job.newest()
     assert (again.action, again.since) == ("follow", again.switch), "references count anew"
     publish_windows(job, news.since, slower=0.2)
     job.step()
@@ -780,9 +699,9 @@ def test_a_plan_that_references_show_to_hold_is_kept_however_long_iterations_bec
     referring: Job, slower: float
 ) -> None:
     job = referring
-    publish_windows(job, job.told().since, slower=slower)
+    publish_windows(job, job.newest().since, slower=slower)
     for number in range(100):
-        job.run(Follow(1, since=job.told().since), FULL_S * (1 + number / 50))
+        job.run(Follow(1, since=job.newest().since), FULL_S * (1 + number / 50))
     assert (job.coordinator.phase, job.coordinator.state.dropped) == (Phase.FOLLOWING, 0)
     assert job.coordinator.comparison.compared.time is not None
 
@@ -813,10 +732,10 @@ def test_a_changed_schedule_gets_a_plan_and_the_old_one_is_kept(job: Job) -> Non
     job.schedule = "B"
     job.step()
     assert [request.schedule for request in job.planner.requests] == ["A", "B"]
-    assert job.told().sequence == 1, "ranks themselves run what no plan fits at full clocks"
+    assert job.newest().sequence == 1, "ranks themselves run what no plan fits at full clocks"
     job.planner.finish()
     job.step()
-    news = job.told()
+    news = job.newest()
     assert (news.action, news.version) == ("follow", 2)
     assert {key: part.version for key, part in parts_of(job.exchange, 2, 0).items()} == {"A": 1, "B": 2}
     assert parts_of(job.exchange, 2, 0)["A"] == parts_of(job.exchange, 1, 0)["A"]
@@ -827,7 +746,7 @@ def test_a_changed_schedule_gets_a_plan_and_the_old_one_is_kept(job: Job) -> Non
     assert plan_b.microbatches == 8
     job.schedule = "A"
     job.run(Follow(2), FULL_S, 40)
-    assert job.told() == news, "ranks pick the plan by the schedule: nobody need be told"
+    assert job.newest() == news, "ranks pick the plan by the schedule: nobody need be told"
     assert len(job.planner.requests) == 2, "there is a plan for it already"
     assert load_plan(job.folder / "plan.json").microbatches == 4
 
@@ -869,7 +788,7 @@ def test_a_schedule_that_changes_while_planning_is_planned_next(job: Job) -> Non
     job.step()
     job.step()
     assert [request.schedule for request in job.planner.requests] == ["A", "B"]
-    assert job.told().version == 1
+    assert job.newest().version == 1
 
 
 def mixed(job: Job, microbatches: Sequence[int]) -> None:
@@ -890,14 +809,14 @@ def test_microbatch_counts_that_take_turns_are_all_planned_for(job: Job) -> None
     mixed(job, [*counts, *counts])
     job.planner.finish()
     job.step()
-    first = job.told()
+    first = job.newest()
     for _ in range(len(counts) + 1):
         job.planner.finish()
         job.step()
     asked = [request.schedule for request in job.planner.requests]
     assert sorted(asked) == [str(count) for count in counts], "each of them once"
     assert asked[0] == "8", "the newest first"
-    news = job.told()
+    news = job.newest()
     assert (news.action, news.since) == ("follow", first.switch), "plans that rest on one survey"
     assert sorted(parts_of(job.exchange, news.version, 0)) == sorted(asked)
     held = [v for v in range(1, 50) if job.exchange.fetch(part_key(v, 0)) is not None]
@@ -906,7 +825,7 @@ def test_microbatch_counts_that_take_turns_are_all_planned_for(job: Job) -> None
         count = counts[number * 3 % len(counts)]
         job.schedule = str(count)
         job.run(Follow(news.version, since=news.since), 1.02 * mixed_s(count))
-    assert (job.coordinator.state.dropped, job.told()) == (0, news)
+    assert (job.coordinator.state.dropped, job.newest()) == (0, news)
     scale = job.coordinator.full_clock_scale()
     assert scale is not None
     assert scale[0] == pytest.approx(1.0, rel=0.1), "the same counts, about as often"
@@ -923,7 +842,7 @@ def test_plans_that_do_not_hold_are_dropped_though_every_iteration_has_another_s
     for _ in range(6):
         job.planner.finish()
         job.step()
-    news = job.told()
+    news = job.newest()
     for count in (2, 5, 3, 4):
         job.schedule = str(count)
         job.run(Follow(news.version, since=news.since), 1.2 * mixed_s(count))
@@ -938,7 +857,7 @@ def test_more_schedules_than_are_planned_for_are_said_once(job: Job, heard: pyte
         job.step()
     assert len(job.planner.requests) == 16
     assert heard.text.count("more than 16 schedules take turns") == 1
-    assert len(parts_of(job.exchange, job.told().version, 1)) == 16
+    assert len(parts_of(job.exchange, job.newest().version, 1)) == 16
 
 
 def test_a_schedule_without_a_plan_leaves_the_others_theirs(job: Job, heard: pytest.LogCaptureFixture) -> None:
@@ -949,7 +868,7 @@ def test_a_schedule_without_a_plan_leaves_the_others_theirs(job: Job, heard: pyt
     job.planner.finish()
     job.step()
     assert job.coordinator.phase is Phase.FOLLOWING
-    assert (job.told().action, job.told().version) == ("follow", 1)
+    assert (job.newest().action, job.newest().version) == ("follow", 1)
     assert heard.text.count("there is no plan for B: limits: too tight. Its iterations run at full clocks") == 1
     job.run(Follow(1), FULL_S, 5, undisturbed=False)
     assert len(job.planner.requests) == 2, "it is not asked for again"
@@ -966,8 +885,8 @@ def test_an_answer_to_what_does_not_hold_any_more_is_thrown_away(job: Job) -> No
     assert job.coordinator.phase is Phase.RECHECKING
     job.planner.finish()  # for B, on the old measurements
     job.step()
-    assert job.told().action == "full"
-    job.rechecked(1.0, sequence=job.told().sequence)
+    assert job.newest().action == "full"
+    job.rechecked(1.0, sequence=job.newest().sequence)
     job.run(FullClock(""), FULL_S, PATIENCE)
     assert [request.schedule for request in job.planner.requests] == ["A", "B", "A"]
 
@@ -978,7 +897,7 @@ def test_after_a_replan_plans_of_other_schedules_are_made_anew(job: Job) -> None
     expected_s = job.coordinator.expected_time_s()
     assert expected_s is not None
     job.run(Follow(2), 1.2 * expected_s, PATIENCE)
-    job.rechecked(1.2, sequence=job.told().sequence)
+    job.rechecked(1.2, sequence=job.newest().sequence)
     job.run(FullClock(""), 1.2 * expected_s, PATIENCE)
     job.planner.finish()
     job.step()
@@ -992,7 +911,7 @@ def test_a_dropped_plan_of_a_longer_schedule_gets_margin_too(job: Job) -> None:
     full_b_s = job.coordinator.expected_time_s()
     assert full_b_s is not None
     job.run(Follow(2), 1.2 * full_b_s, PATIENCE)
-    job.rechecked(1.0, sequence=job.told().sequence)
+    job.rechecked(1.0, sequence=job.newest().sequence)
     job.run(FullClock(""), full_b_s, PATIENCE)  # at full clocks all is as it was
     assert job.planner.requests[-1].margin == pytest.approx(0.21)
 
@@ -1081,9 +1000,9 @@ def reviewed(job: Job, spread: float) -> None:
 def test_a_plan_that_holds_over_newer_iterations_stays(job: Job) -> None:
     job.publish_durations(0.002)
     job.following()
-    before = job.told()
+    before = job.newest()
     reviewed(job, 0.002)
-    assert job.told() == before
+    assert job.newest() == before
     assert len(job.planner.requests) == 2
 
 
@@ -1100,7 +1019,7 @@ def test_a_plan_that_does_not_hold_over_newer_iterations_is_tightened(
     assert after is not None
     assert after is not before
     assert after.energy_j > before.energy_j
-    assert job.told().version == 2
+    assert job.newest().version == 2
     assert job.coordinator.state.dropped == 0
 
 
@@ -1118,7 +1037,7 @@ def test_the_same_clocks_with_another_way_to_catch_up_come_into_force(job: Job) 
     assert late.catch_up
     job.planner.answer = dataclasses.replace(late, plan=before)
     job.step()
-    assert parts_of(job.exchange, job.told().version, 0)["A"].catch_up is not None
+    assert parts_of(job.exchange, job.newest().version, 0)["A"].catch_up is not None
 
 
 def looked_at(job: Job, first: int) -> None:

@@ -10,32 +10,28 @@ from typing import Any
 
 import pytest
 
-from perseus_plugin.config import parse_config
 from perseus_plugin.exchange.messages import (
     NEWS,
     STRAGGLERS,
     TROUBLE,
-    News,
     PlanPart,
     RankStats,
     Recheck,
     Trouble,
     estimate_key,
     part_key,
-    receive,
     recheck_key,
     stats_key,
 )
 from perseus_plugin.exchange.store import ExchangeError, LocalExchange
-from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Sweep
-from perseus_plugin.leader.coordinator import Coordinator
+from perseus_plugin.iteration.timetable import Follow, FullClock, Sweep
 from perseus_plugin.leader.state import Phase
 from perseus_plugin.planning.process import PlanAnswer, pace_for, plan_for
 from perseus_plugin.stragglers.book import DETECTION, Report, StragglerError
 from perseus_plugin.stragglers.external import ExternalFigures
 from perseus_plugin.stragglers.situation import Answers
-from tests.factories import CLOCKS_MHZ, job_of, placement, profile, rank_estimate, record
-from tests.leader.test_coordinator import FULL_S, PATIENCE, SCHEDULES, SWEEP_END, TABLE, FakePlanner, parts_of
+from tests.factories import CLOCKS_MHZ, placement, profile, rank_estimate
+from tests.leader.rank_zero import FULL_S, PATIENCE, FakePlanner, RankZero, parts_of
 
 INTERVAL_S = 10.0
 TOLERANCE = 0.05
@@ -68,7 +64,7 @@ class Planner(FakePlanner):
             self.answer = PlanAnswer(None, 0.2, "", pace_for(request))
 
 
-class Job:
+class Job(RankZero):
     """Two stages; rank r is stage r % 2 of replica r // 2, or with shards one of them."""
 
     def __init__(
@@ -79,30 +75,13 @@ class Job:
         exchange: LocalExchange | None = None,
         **stragglers: Any,
     ) -> None:
-        self.folder = folder
-        self.world_size = 2 * replicas * shards
-        self.exchange = exchange or LocalExchange()
-        self.planner = Planner()
-        self.iteration = SWEEP_END
-        self.now_s = 1000.0
-        self.config = parse_config(
-            {
-                "watch": {"patience": PATIENCE, "tolerance": TOLERANCE, "max_replans": 2, "reference_share": 0},
-                "stragglers": {"min_interval_s": INTERVAL_S, "window": WINDOW, **stragglers},
-            }
-        )
-        about = job_of(self.config, self.exchange, folder, TABLE, world_size=self.world_size, shards=shards)
-        self.told: list[list[tuple[str, float]]] = []
-        self.woken: list[bool] = []
-        self.coordinator = Coordinator(
-            about,
-            self.planner,
-            tell=self.told.append,
-            wake=lambda: self.woken.append(True),
-            monotonic=lambda: self.now_s,
-        )
+        block = {
+            "watch": {"patience": PATIENCE, "tolerance": TOLERANCE, "max_replans": 2, "reference_share": 0},
+            "stragglers": {"min_interval_s": INTERVAL_S, "window": WINDOW, **stragglers},
+        }
+        size = 2 * replicas * shards
+        super().__init__(folder, block, world_size=size, shards=shards, exchange=exchange, planner=Planner())
         self.desk = self.coordinator.stragglers
-        self.schedule = "A"
         for rank in range(self.world_size):
             where = placement(rank // shards, self.world_size).model_copy(update={"rank": rank, "shards": shards})
             stats = RankStats(placement=where, totals={})
@@ -118,22 +97,10 @@ class Job:
         assert self.coordinator.phase is Phase.FOLLOWING
         return self
 
-    def step(self) -> None:
-        self.coordinator.use_schedule(self.schedule, SCHEDULES[self.schedule])
-        self.coordinator.step(self.iteration)
-
     def answer(self) -> None:
         """The planner answers what it was asked."""
         self.planner.finish()
         self.step()
-
-    def run(self, directive: Directive, duration_s: float, count: int = 1) -> None:
-        for _ in range(count):
-            seen = record(self.iteration, schedule=self.schedule)
-            seen.end_s = seen.begin_s + duration_s
-            self.coordinator.saw(directive, seen)
-            self.iteration += 1
-            self.step()
 
     def tell(self, rank: int, slowdown: float | None = None, **more: Any) -> None:
         """A rank appends a report to the list."""
@@ -158,10 +125,6 @@ class Job:
     @property
     def answers(self) -> Answers:
         return self.coordinator.state.answers
-
-    @property
-    def news(self) -> News:
-        return receive(News, self.exchange.fetch(NEWS))
 
     def part(self, version: int, stage: int) -> PlanPart:
         """Of the schedule in force."""
@@ -196,9 +159,9 @@ def test_a_slow_replica_gets_a_plan_of_its_own_and_the_others_its_pace(job: Job)
     assert request.pace is not None
     assert request.pace.variants == ((1.0, 1.0), (1.0, 1.25))
     assert request.pace.clocks_mhz == tuple(tuple(own.clocks_mhz(stage)) for stage in range(2))
-    assert job.news.sequence == 1, "nothing changes while it is being planned for"
+    assert job.newest().sequence == 1, "nothing changes while it is being planned for"
     job.answer()
-    news = job.news
+    news = job.newest()
     assert (news.action, news.straggler, news.switch) == ("follow", True, job.iteration + 2)
     assert {replica: news.version_for(replica) for replica in range(3)} == {0: 2, 1: 3, 2: 2}
     fast, slow = job.part(2, 1), job.part(3, 1)
@@ -232,7 +195,7 @@ def test_recovery_goes_back_to_the_plan_there_was(job: Job) -> None:
     requests = len(job.planner.requests)
     job.tell(3, 1.0)
     job.later()
-    news = job.news
+    news = job.newest()
     assert (news.version, news.variants, news.straggler) == (1, {}, False)
     assert len(job.planner.requests) == requests, "it is known already"
     assert job.coordinator.phase is Phase.FOLLOWING
@@ -246,7 +209,7 @@ def test_a_pace_that_was_planned_before_is_found_again_even_for_another_replica(
     job.tell(1, 1.2549)  # a percent is not told apart
     job.later()
     assert len(job.planner.requests) == requests
-    assert {replica: job.news.version_for(replica) for replica in range(2)} == {0: 3, 1: 2}
+    assert {replica: job.newest().version_for(replica) for replica in range(2)} == {0: 3, 1: 2}
 
 
 def test_several_at_once(tmp_path: Path) -> None:
@@ -260,7 +223,7 @@ def test_several_at_once(tmp_path: Path) -> None:
     assert request.pace is not None
     assert request.pace.variants == ((1.0, 1.0), (1.0, 1.25), (1.4, 1.1))
     job.answer()
-    assert [job.news.version_for(replica) for replica in range(4)] == [2, 3, 3, 4]
+    assert [job.newest().version_for(replica) for replica in range(4)] == [2, 3, 3, 4]
 
 
 def test_a_slow_stage_of_the_only_pipeline(tmp_path: Path) -> None:
@@ -271,7 +234,7 @@ def test_a_slow_stage_of_the_only_pipeline(tmp_path: Path) -> None:
     assert request.pace is not None
     assert request.pace.variants == ((1.5, 1.0),), "there is nobody else to plan for"
     job.answer()
-    assert job.news.version_for(0) == 2
+    assert job.newest().version_for(0) == 2
     own = job.coordinator.plan
     assert own is not None
     assert sum(job.part(2, 1).clocks_mhz) < sum(own.clocks_mhz(1)), "its neighbour stops racing"
@@ -288,7 +251,7 @@ def test_a_reported_iteration_time_slows_the_others_and_leaves_that_pipeline_alo
     assert own is not None
     assert request.pace.at_least_s == pytest.approx(1.3 * own.baseline_time_s)
     job.answer()
-    assert [job.news.version_for(replica) for replica in range(2)] == [2, 1]
+    assert [job.newest().version_for(replica) for replica in range(2)] == [2, 1]
 
 
 def test_a_report_that_expires_is_over(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,11 +259,11 @@ def test_a_report_that_expires_is_over(job: Job, monkeypatch: pytest.MonkeyPatch
     job.tell(3, 1.25, until=time.time() + 100)
     job.step()
     job.answer()
-    assert job.news.straggler
+    assert job.newest().straggler
     later = time.time() + 101
     monkeypatch.setattr(job.desk, "_now", lambda: later)
     job.later()
-    assert not job.news.straggler
+    assert not job.newest().straggler
 
 
 def test_what_is_reported_before_there_is_a_plan_is_answered_after_it(job: Job) -> None:
@@ -309,7 +272,7 @@ def test_what_is_reported_before_there_is_a_plan_is_answered_after_it(job: Job) 
     job.following()
     job.step()
     job.answer()
-    assert job.news.straggler
+    assert job.newest().straggler
 
 
 # Faults.
@@ -330,10 +293,10 @@ def test_a_bad_report_is_refused_with_its_reason_and_changes_nothing(
     job: Job, value: Any, heard: pytest.LogCaptureFixture
 ) -> None:
     job.following()
-    before = job.news
+    before = job.newest()
     job.exchange.append(STRAGGLERS, value)
     job.step()
-    assert job.news == before
+    assert job.newest() == before
     assert job.coordinator.phase is Phase.FOLLOWING
     assert heard.text.count("a straggler report was refused: ") == 1
     events = job.events()
@@ -344,16 +307,16 @@ def test_a_bad_report_is_refused_with_its_reason_and_changes_nothing(
 
 def test_reports_that_flap_are_answered_once_per_interval(job: Job) -> None:
     job.answered()
-    sequence = job.news.sequence
+    sequence = job.newest().sequence
     for number in range(100):  # ten times a second
         job.now_s += 0.0999
         job.tell(3, 1.0 if number % 2 == 0 else 1.25)
         job.step()
-    assert job.news.sequence == sequence
+    assert job.newest().sequence == sequence
     job.tell(3, 1.0)
     job.later(0.1)
-    assert job.news.sequence == sequence + 1
-    assert not job.news.straggler
+    assert job.newest().sequence == sequence + 1
+    assert not job.newest().straggler
     assert len(job.planner.requests) == 2
 
 
@@ -364,7 +327,7 @@ def test_an_answer_that_cannot_be_planned_leaves_the_plan(job: Job, heard: pytes
     job.step()
     job.answer()
     assert job.coordinator.phase is Phase.FOLLOWING
-    assert [job.news.version_for(replica) for replica in range(2)] == [1, 1]
+    assert [job.newest().version_for(replica) for replica in range(2)] == [1, 1]
     assert heard.text.count("no such plan") == 1
     job.run(Follow(1), FULL_S, 20)
     assert len(job.planner.requests) == 2, "it is not asked again"
@@ -412,11 +375,11 @@ def test_requests_of_the_command_line(job: Job) -> None:
     assert job.desk.request({"do": "list"}) == {"reports": [value]}
     job.step()
     job.answer()
-    assert job.news.straggler
+    assert job.newest().straggler
     assert job.desk.request({"do": "clear", "rank": 1}) == {"cleared": 0}
     assert job.desk.request({"do": "clear", "rank": None}) == {"cleared": 1}
     job.later()
-    assert not job.news.straggler
+    assert not job.newest().straggler
     for request in ({}, {"do": "dance"}, {"do": "clear", "rank": "3"}, {"do": "report"}):
         with pytest.raises(StragglerError, match="malformed request"):
             job.desk.request(request)
@@ -444,7 +407,7 @@ def test_a_pace_that_is_not_kept_is_dropped_after_all(job: Job) -> None:
     job.run(Follow(2, True), 1.5 * expected_s, PATIENCE + WINDOW + DETECTION_TAKES)
     assert job.coordinator.phase is Phase.RECHECKING
     # What is known to be a straggler's does not get into the profile.
-    sequence = job.news.sequence
+    sequence = job.newest().sequence
     for rank in range(4):
         factor = 1.25 if rank == 3 else 1.0
         times = {kind: factor * profile().table[rank % 2, kind][0].time_s for kind in ("forward", "backward")}
@@ -455,7 +418,7 @@ def test_a_pace_that_is_not_kept_is_dropped_after_all(job: Job) -> None:
     job.answer()
     job.later()
     job.answer()
-    assert job.news.straggler, "and the straggler is planned for again"
+    assert job.newest().straggler, "and the straggler is planned for again"
 
 
 def test_the_watch_waits_for_detection_to_speak(job: Job) -> None:
@@ -465,7 +428,7 @@ def test_the_watch_waits_for_detection_to_speak(job: Job) -> None:
     job.seen(3, 1.25)
     job.step()
     job.answer()
-    assert job.news.straggler
+    assert job.newest().straggler
     assert job.coordinator.state.dropped == 0
 
 
@@ -476,7 +439,7 @@ def test_the_watch_waits_while_an_answer_is_not_allowed_yet(job: Job) -> None:
     assert job.coordinator.state.dropped == 0
     job.later()
     job.answer()
-    assert job.news.variants
+    assert job.newest().variants
 
 
 def test_when_the_whole_job_is_slower_it_is_left_to_the_watch(job: Job, heard: pytest.LogCaptureFixture) -> None:
@@ -491,19 +454,19 @@ def test_when_the_whole_job_is_slower_it_is_left_to_the_watch(job: Job, heard: p
 
 def test_another_schedule_is_answered_for_itself(job: Job) -> None:
     job.answered()
-    pace = job.part(job.news.version_for(0), 1)
+    pace = job.part(job.newest().version_for(0), 1)
     job.schedule = "B"
     job.step()
     job.answer()
-    assert parts_of(job.exchange, job.news.version_for(0), 1)["A"] == pace, "the other schedule's answer stays"
-    own = job.part(job.news.version_for(0), 1)
-    job.run(Follow(job.news.version_for(0), True), FULL_S, 40)  # nearly all iterations run it by then
+    assert parts_of(job.exchange, job.newest().version_for(0), 1)["A"] == pace, "the other schedule's answer stays"
+    own = job.part(job.newest().version_for(0), 1)
+    job.run(Follow(job.newest().version_for(0), True), FULL_S, 40)  # nearly all iterations run it by then
     job.later()
     assert job.planner.requests[-1].schedule == "B"
     assert job.planner.requests[-1].pace is not None
     job.answer()
-    assert job.news.straggler
-    assert sum(job.part(job.news.version_for(0), 1).clocks_mhz) < sum(own.clocks_mhz)
+    assert job.newest().straggler
+    assert sum(job.part(job.newest().version_for(0), 1).clocks_mhz) < sum(own.clocks_mhz)
 
 
 # The record.

@@ -149,7 +149,7 @@ class Timetable:
         settle_steps: iterations discarded at each of its clocks.
         steps_per_clock: iterations kept at each of them.
         switches: (first iteration, directive), by rising iteration; the last one that has begun holds.
-        reference_share: of iterations under a plan, see `following.references`.
+        reference_share: of iterations under a plan, see `iteration.references`.
     """
 
     sweep: Round

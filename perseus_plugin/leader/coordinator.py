@@ -144,7 +144,18 @@ class Coordinator:
 
     def use_schedule(self, key: str, stream_of: StreamOf) -> None:
         """The schedule that iterations run from now on."""
-        self._observe(Runs(key, stream_of))
+        if key != self._state.schedules.newest:
+            self._observe(Runs(key, stream_of))
+
+    def use_schedules(self, all_by_key: Mapping[str, StreamOf], newest: tuple[str, StreamOf]) -> None:
+        """The schedules that have run so far, and the one that iterations run from now on.
+
+        Several may have begun since the last time. One that is known has not run again for being among them.
+        """
+        for key, stream_of in all_by_key.items():
+            if key not in self._state.schedules:
+                self.use_schedule(key, stream_of)
+        self.use_schedule(*newest)
 
     def saw(self, directive: Directive, record: IterationRecord, size: float = math.nan) -> None:
         """An iteration has ended on rank 0.
@@ -198,7 +209,7 @@ class Coordinator:
         elif self.phase is Phase.FOLLOWING:
             self._look_for_stragglers()
             self._look_at_references()
-        elif self.phase is Phase.RECHECKING:
+        elif self.phase is Phase.RECHECKING and self._state.times.again is not None:  # as soon as ranks can have told
             complete = self._reports.all_rechecks(self._state.recheck_sequence)
             self._observe(Rechecked(self.stragglers.corrected(self._reports.rechecks), complete))
 

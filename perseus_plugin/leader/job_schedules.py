@@ -46,6 +46,14 @@ class JobSchedules:
     def __len__(self) -> int:
         return len(self._seen)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._seen
+
+    @property
+    def newest(self) -> str:
+        """The one that iterations run; empty before the first."""
+        return self._newest
+
     def use(self, key: str, stream_of: StreamOf) -> None:
         """Iterations run this schedule from now on."""
         if key not in self._seen:

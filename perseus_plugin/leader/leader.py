@@ -123,11 +123,8 @@ class Leader:
         """
         if self._coordinator is None:
             return
-        for key, stream_of in schedules.items():
-            if newest is not None and key != newest[0]:
-                self._coordinator.use_schedule(key, stream_of)
         if newest is not None:
-            self._coordinator.use_schedule(*newest)
+            self._coordinator.use_schedules(schedules, newest)
         for figures in external:
             self._coordinator.judge_external(figures)
         self._coordinator.step(iteration)

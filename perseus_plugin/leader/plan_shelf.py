@@ -184,7 +184,7 @@ class PlanShelf:
         return self._kept[self._of_schedule[schedule]].plan
 
     def slowed_by(self, version: int, stage: int, kinds: tuple[str, ...]) -> float | None:
-        """See `straggler_external.slowed_by`; of all plans of a set together."""
+        """See `stragglers.external.slowed_by`; of all plans of a set together."""
         members = next((members for members, of in self._sets.items() if of == version), frozenset[int]())
         total: dict[tuple[int, str], tuple[float, float]] = {}
         for one in members & self._kept.keys():

@@ -860,6 +860,23 @@ def test_more_schedules_than_are_planned_for_are_said_once(job: Job, heard: pyte
     assert len(parts_of(job.exchange, job.newest().version, 1)) == 16
 
 
+def test_a_schedule_that_has_not_run_for_long_does_not_take_a_turn(job: Job) -> None:
+    told = {str(microbatches): SCHEDULES[str(microbatches)] for microbatches in range(2, 19)}
+
+    def run(key: str) -> None:
+        job.coordinator.use_schedules(told, (key, told[key]))
+        job.coordinator.saw(FullClock("planning"), record(job.iteration, schedule=key))
+        job.iteration += 1
+
+    for key in told:
+        run(key)
+    assert job.coordinator.state.schedules.too_many, "17 of them"
+    for _ in range(300):
+        run("18")
+    assert job.coordinator.state.schedules.newest == "18"
+    assert not job.coordinator.state.schedules.too_many
+
+
 def test_a_schedule_without_a_plan_leaves_the_others_theirs(job: Job, heard: pytest.LogCaptureFixture) -> None:
     job.following()
     job.schedule = "B"

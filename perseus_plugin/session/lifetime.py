@@ -44,13 +44,16 @@ class Lifetime:
         return self._ended
 
     def on_end(self, callback: Callable[[str], None]) -> None:
-        """Call this when the session ends, with why it failed, or with nothing; at once if it has ended already."""
+        """Call this when the session ends, with why it failed, or with nothing; at once if it has ended already.
+
+        What it raises is said, and keeps nobody else from being told.
+        """
         with self._lock:
             reason = self._reason
             if reason is None:
                 self._told.append(callback)
                 return
-        callback(reason)
+        _call(callback, reason)
 
     def end(self) -> bool:
         """The job is over; False if the session had ended before."""
@@ -94,4 +97,15 @@ class Lifetime:
             self._reason = reason
             told, self._told = self._told, []
         for callback in told:
-            callback(reason)
+            _call(callback, reason)
+
+
+def _call(callback: Callable[[str], None], reason: str) -> None:
+    try:
+        callback(reason)
+    except Exception as error:  # whoever ends a session may be the training script
+        logger.error(
+            "not everything of perseus could be taken out of the job; training goes on at full clocks. This is a fault "
+            "of perseus_plugin: please report it with what follows",
+            exc_info=error,
+        )

@@ -60,3 +60,23 @@ def test_who_comes_too_late_is_told_at_once() -> None:
     lifetime.fail(GpuError("it is lost"))
     lifetime.on_end(told.append)
     assert told == ["it is lost"]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_what_cannot_be_put_back_is_said_and_reaches_nobody(failed: bool, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(reason: str) -> None:
+        raise KeyError("an engine's attribute")
+
+    told: list[str] = []
+    lifetime = Lifetime(None)
+    for callback in (broken, told.append):
+        lifetime.on_end(callback)
+    if failed:
+        lifetime.fail(GpuError("it is lost"))
+    else:
+        assert lifetime.end()
+    assert told == ["it is lost" if failed else ""], "whoever comes after it"
+    lifetime.on_end(broken)
+    said = [line for line in caplog.records if "not everything of perseus could be taken out" in line.getMessage()]
+    assert len(said) == 2
+    assert all(line.exc_info is not None and line.exc_info[0] is KeyError for line in said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -66,12 +67,11 @@ def start_session(
         ConfigError: something in the block does not fit this job; raised on every rank, before training starts.
     """
     job, helper = prepare(config, placement, facts=facts, about=about, exchange=exchange)
-    try:
-        session = _built(job, helper, monitor)
-    except BaseException:
+    with ExitStack() as undone:
         if helper is not None:
-            helper.close(timeout_s=1.0)
-        raise
+            undone.callback(helper.close, timeout_s=1.0)
+        session = _built(job, helper, monitor, undone)
+        undone.pop_all()
     runs(session)
     atexit.register(session.close)
     return session
@@ -143,17 +143,25 @@ def link_for(job: Job, helper: ClockHelper | None, *, writes_events: bool = Fals
     return link
 
 
-def _built(job: Job, helper: ClockHelper | None, monitor: Monitor | None) -> Session:
-    """All of a session, from the bottom up: nothing here makes, or knows, what uses it."""
+def _built(job: Job, helper: ClockHelper | None, monitor: Monitor | None, undone: ExitStack) -> Session:
+    """All of a session, from the bottom up: nothing here makes, or knows, what uses it.
+
+    What has to be ended goes into `undone`, in case that something after it cannot be made.
+    """
     config, placement, selection = job.config, job.placement, job.selection
     lifetime = Lifetime(helper)
+    undone.callback(lifetime.end)
     link = link_for(job, helper, writes_events=monitor is not None)
     lifetime.on_end(link.ended)
     leads = placement.leads
     publishers = Publishers(config, job.summary_facts) if leads else None
+    if publishers is not None:
+        undone.callback(publishers.close)
     takers: list[Monitor] = [link.add_events] if publishers is None else [link.add_events, publishers]
     relay = FigureRelay(job.exchange, takers, leads, writes=monitor is not None)
     leader = Leader(job, relay.tell, wake=link.wake.set, publishers=publishers) if leads else None
+    if leader is not None:
+        undone.callback(leader.close)
     worker = SessionWorker(job, link=link, lifetime=lifetime, helper=helper, relay=relay, leader=leader)
     emulated = None
     if selection.emulated_gpu is not None:

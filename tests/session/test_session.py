@@ -20,12 +20,16 @@ from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StreamOp
 from perseus_plugin.iteration.timetable import WARM_UP as WARMING_UP
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
+from perseus_plugin.leader import leader as leader_module
 from perseus_plugin.leader.job import Job
 from perseus_plugin.profiling.failed import save_failure
 from perseus_plugin.profiling.kept import save_survey
 from perseus_plugin.profiling.known import profiled_as
 from perseus_plugin.profiling.profile import Profile, save_profile
 from perseus_plugin.profiling.survey import Survey
+from perseus_plugin.reporting.live import publishers as publishers_module
+from perseus_plugin.reporting.live.publishers import InMemoryPublisher
+from perseus_plugin.session import start as start_module
 from perseus_plugin.session.link import FinishedIteration, Link
 from perseus_plugin.session.start import link_for, prepare
 from tests.factories import placement, profile, session_of
@@ -651,6 +655,31 @@ def test_a_wrong_setting_found_late_leaves_no_helper_behind(tmp_path: Path, fake
         start(tmp_path, profiling={"warmup_steps": 0})
     for helper in fakes.started:
         assert helper.calls[-1][0] == "close"
+
+
+def test_a_session_that_cannot_be_built_leaves_nothing_running(
+    tmp_path: Path, fakes: type[FakeClockHelper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+
+    class Planner:
+        def close(self) -> None:
+            ended.append("planner")
+
+    def broken(*_: object, **__: object) -> Any:
+        raise OSError("no event could be made")
+
+    publisher = InMemoryPublisher()
+    made = start(tmp_path, frontier=False)
+    monkeypatch.setattr(publishers_module, "PUBLISHERS", [lambda config, facts: publisher])
+    monkeypatch.setattr(leader_module, "PlannerProcess", Planner)
+    monkeypatch.setattr(start_module, "prepare", lambda *_, **__: (made.job, made.helper))
+    monkeypatch.setattr(start_module, "Session", broken)
+    with pytest.raises(OSError, match="no event could be made"):
+        start_module.start_session(made.job.config, made.job.placement)
+    assert ended == ["planner"]
+    assert publisher.closed
+    assert [what for what, _ in made.helper.calls][-2:] == ["request", "close"], "full clocks first"
 
 
 def test_a_kept_iteration_of_the_sweep_knows_its_clock(rank: Rank) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ class Publisher(Protocol):
     """Publishes a job's figures somewhere; only rank 0 has one.
 
     Called on a thread that does nothing else as urgent: it may take some milliseconds, and waits for nobody. What it
-    raises is said once, and it is not called again; training is not affected.
+    raises is said once, and it is told no more figures; training is not affected.
     """
 
     def __call__(self, events: Sequence[Event]) -> None:
@@ -73,6 +74,7 @@ class Publishers:
 
     def __init__(self, config: PerseusConfig, facts: Mapping[str, Any]) -> None:
         self._all: list[Publisher] = []
+        self._failed: list[Publisher] = []
         for make in PUBLISHERS:
             try:
                 made = make(config, facts)
@@ -84,19 +86,21 @@ class Publishers:
 
     def __call__(self, events: Sequence[Event]) -> None:
         """See `Publisher`."""
-        for one in list(self._all):
-            try:
-                one(events)
-            except Exception as error:
-                self._all.remove(one)
-                _off(one, error)
+        for one in self._all:
+            if one not in self._failed:
+                self._try(one, functools.partial(one, events))
 
     def close(self) -> None:
-        """See `Publisher`."""
+        """See `Publisher`; one that has failed is closed too, as it may have a port open."""
         for one in self._all:
-            try:
-                one.close()
-            except Exception as error:
+            self._try(one, one.close)
+
+    def _try(self, one: Publisher, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            if one not in self._failed:
+                self._failed.append(one)
                 _off(one, error)
 
 

@@ -50,6 +50,19 @@ def test_one_that_fails_is_said_once_and_the_others_go_on(
     )
 
 
+def test_one_that_fails_is_closed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deaf(InMemoryPublisher):
+        def __call__(self, events: Sequence[tuple[str, float]]) -> None:
+            raise RuntimeError("the network is gone")
+
+    deaf = Deaf()
+    monkeypatch.setattr("perseus_plugin.reporting.live.publishers.PUBLISHERS", [lambda config, facts: deaf])
+    publishers = Publishers(PerseusConfig(), {})
+    publishers([("Perseus/energy_j/measured", 2.0)])
+    publishers.close()
+    assert deaf.closed, "what it has opened is open still"
+
+
 @pytest.mark.usefixtures("kept")
 def test_one_that_cannot_be_closed_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     Publishers(PerseusConfig(), {}).close()

@@ -121,6 +121,7 @@ class Coordinator:
             timetable.steps_per_block,
             job.top_mhz,
             job.full_sweep_mhz or timetable.sweep.clocks_mhz,
+            placement.replica,
         )
         self._state = JobState(
             times=IterationTimes(config.watch.patience),

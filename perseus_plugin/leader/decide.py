@@ -620,7 +620,7 @@ class _Deciding:
         state.orders = state.orders.given(state.iteration, state.times.full_s, anew=anew, action=action, **what)
         news = state.orders.latest
         assert news is not None  # it has just been given
-        state.followed = news.version_for(0)  # rank 0 is in replica 0
+        state.followed = news.version_for(self._rules.replica)
         self.effects.append(Order(news))
         return news.switch
 

@@ -44,6 +44,7 @@ class Rules:
         steps_per_block: iterations of the sweep at each clock, settling included.
         top_mhz: the highest clock.
         full_sweep_mhz: the sweep to make if a kept profile turns out not to fit.
+        replica: of the rank that decides.
     """
 
     config: PerseusConfig
@@ -51,6 +52,7 @@ class Rules:
     steps_per_block: int
     top_mhz: int
     full_sweep_mhz: tuple[int, ...]
+    replica: int = 0
 
 
 @dataclass
@@ -73,7 +75,7 @@ class JobState:
         planning_time_s: how long the newest plan took.
         made_anew: plans since the last order were made on new measurements.
         said_too_many: that there are more schedules than plans are made for.
-        followed: the set that rank 0's replica follows, 0 for full clocks.
+        followed: the set that the replica of the rank that decides follows, 0 for full clocks.
         unanswered: who is slow has changed, and the plan in force was not made for it.
         slow_since: iteration since which iterations run long, None while they do not.
         dropped: plans that did not hold.

@@ -48,6 +48,7 @@ from perseus_plugin.leader.iteration_times import IterationTimes
 from perseus_plugin.leader.measuring import SweepInForce
 from perseus_plugin.leader.plan_shelf import PlanShelf
 from perseus_plugin.leader.state import JobState, Phase, Rules
+from perseus_plugin.planning.paced import Pace, PacedPlan
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.process import plan_for
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
@@ -221,6 +222,21 @@ def test_a_straggler_is_planned_for_and_left_when_it_is_back() -> None:
     story.then(Situated(SLOW, 130.0))
     assert not story.of(Ask), "the answer is known"
     assert story.orders == [("follow", 1)]
+
+
+@pytest.mark.parametrize(("replica", "followed"), [(0, 2), (1, 1)])
+def test_iterations_count_where_they_follow_the_plan_of_the_deciding_ranks_replica(replica: int, followed: int) -> None:
+    story = Story()
+    story.rules = dataclasses.replace(story.rules, replica=replica)
+    story.planned().then(Situated(SLOW, 100.0))
+    (ask,) = story.of(Ask)
+    # Those that are not slow have a plan for the pace; the slow one keeps the job's.
+    pace = Pace(0.5, 0.6, (PacedPlan(PLAN, 90.0, 100.0), PacedPlan(None, 100.0, 100.0)))
+    story.then(Answered(ask, request(), PlanAnswer(None, 0.1, pace=pace), 100.0))
+    assert (story.orders, story.state.followed) == ([("follow", 2)], followed)
+    for number, version in enumerate((1, 2, followed)):
+        story.then(Ended(30 + number, Follow(version, straggler=True), "A", FULL_S))
+    assert story.state.answers.figures.iterations == 2
 
 
 def test_each_schedule_has_its_plan_and_sets_that_nobody_follows_are_withdrawn() -> None:

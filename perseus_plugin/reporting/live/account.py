@@ -18,8 +18,8 @@ from perseus_plugin.exchange.messages import Totals
 from perseus_plugin.iteration.timetable import RanAs
 
 FULL_CLOCK = "full_clock"
-PROFILING, PLAN = RanAs.PROFILING.value, RanAs.PLAN.value
-STRAGGLER, REFERENCES = RanAs.STRAGGLER.value, RanAs.REFERENCE.value
+PROFILING, PLAN, STRAGGLER = RanAs.PROFILING.value, RanAs.PLAN.value, RanAs.STRAGGLER.value
+REFERENCES = RanAs.REFERENCE.value
 """Full clocks amid iterations under the plan, for it to be compared with."""
 RECHECK = "recheck"
 """Full clocks measured again after a plan was dropped: the reference from then on."""

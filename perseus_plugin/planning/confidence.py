@@ -27,7 +27,9 @@ _LOOSER = 1e-3  # share by which the deadline of the prices is above the shortes
 
 
 def with_confidence(plan: Plan, planner: Planner, profile: Profile, blocking_power_se_w: float | None = 0.0) -> Plan:
-    """The plan with how well it is known; unchanged where an error that matters is not known.
+    """The plan with how well it is known.
+
+    Unchanged where an error that matters is not known, or where errors are so large that no energy is a bound.
 
     Errors of times are taken to be shared by all instructions at a clock, as those were measured in the same
     iterations; errors of power to be each row's own.
@@ -47,6 +49,8 @@ def with_confidence(plan: Plan, planner: Planner, profile: Profile, blocking_pow
     rng = np.random.default_rng(0)
     count = _DRAWS if len(planner.problem.graph) <= _LARGE else _FEWER_DRAWS
     found = np.array([draws.draw(rng) for _ in range(count)])
+    if not np.isfinite(found).all():
+        return plan
     saving, gap = found[:, 0], found[:, 1]
     half = _SIGMAS * float(saving.std(ddof=1))
     middle = float(saving.mean())

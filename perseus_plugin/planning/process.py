@@ -356,11 +356,16 @@ def main() -> None:
     import perseus_plugin.planning.planner  # noqa: F401  (loads OR-Tools before the first request)
 
     for line in sys.stdin:
-        try:
-            answer = answer_to(PlanRequest.from_dict(json.loads(line)))
-        except Exception as failure:
-            answer = PlanAnswer(None, 0.0, str(failure) if isinstance(failure, PerseusError) else repr(failure))
-        print(json.dumps(answer.to_dict()), flush=True)
+        print(answered(line), flush=True)
+
+
+def answered(line: str) -> str:
+    """The answer to a line that holds a request, as a line; whatever is wrong with it is said in the answer."""
+    try:
+        return json.dumps(answer_to(PlanRequest.from_dict(json.loads(line))).to_dict())
+    except Exception as failure:
+        reason = str(failure) if isinstance(failure, PerseusError) else repr(failure)
+        return json.dumps(PlanAnswer(None, 0.0, reason).to_dict())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def ready(words: list[str]) -> list[str]:
     if words[0] == "perseus":
         return [sys.executable, "-m", "perseus_plugin.cli.main", *words[1:]]
     assert words == ["make", "quickstart"], words
-    dry = ["make", "--dry-run", "--old-file=setup", "--directory", str(REPOSITORY), "quickstart", "STEPS=110"]
+    dry = ["make", "--dry-run", "--old-file=setup", "--directory", str(REPOSITORY), "quickstart", "STEPS=150"]
     lines = subprocess.run(dry, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ").splitlines()
     (line,) = [line for line in lines if "torchrun" in line]
     assignment, program, *arguments = shlex.split(line)

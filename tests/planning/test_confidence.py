@@ -145,3 +145,9 @@ def test_it_is_said_and_survives_the_file() -> None:
         plan.promise
     )
     assert '"confidence"' not in plan_to_json(replace(plan, confidence=None))
+
+
+def test_errors_beyond_all_measure_say_nothing_and_break_nothing() -> None:
+    plan = planned(with_errors(bundled_profile(STAGES), 0.0, 3.0), blocking_se_w=300.0)
+    assert plan.confidence is None, "no energy is a bound in some of the profiles that may be the true one"
+    assert plan_from_json(plan_to_json(plan)) == plan

@@ -20,7 +20,7 @@ from perseus_plugin.iteration.instructions import Compute, Constant
 from perseus_plugin.iteration.replayed import Samples
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.plan import Plan, plan_from_json
-from perseus_plugin.planning.process import PlanAnswer, PlannerProcess, PlanRequest, plan_for
+from perseus_plugin.planning.process import PlanAnswer, PlannerProcess, PlanRequest, answered, plan_for
 from tests.factories import BLOCKING_W, CLOCKS_MHZ, profile
 
 
@@ -263,3 +263,17 @@ def test_any_margin_keeps_the_deadline(stages: int, microbatches: int, margin: f
     iteration_s, energy_j = replayed(plan, wanted)
     assert iteration_s <= plan.deadline_s * (1 + 1e-9)
     assert energy_j <= plan.baseline_energy_j * (1 + 1e-9) or slowdown > 0
+
+
+@pytest.mark.parametrize("line", ["", "nonsense", "[]", "{}", json.dumps({"schedule": 3})])
+def test_whatever_a_line_holds_its_answer_is_a_line(line: str) -> None:
+    said = answered(line)
+    assert "\n" not in said
+    assert PlanAnswer.from_dict(json.loads(said), 0.1).error
+
+
+def test_an_answer_that_cannot_be_written_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = PlanAnswer(None, math.nan, "", transfer_s=object())  # type: ignore[arg-type]
+    monkeypatch.setattr("perseus_plugin.planning.process.answer_to", lambda request: broken)
+    told = PlanAnswer.from_dict(json.loads(answered(json.dumps(request().to_dict()))), 0.1)
+    assert "not JSON serializable" in told.error

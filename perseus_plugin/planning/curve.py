@@ -1,4 +1,4 @@
-"""What is drawn of a time-energy frontier, and reading it back from `frontier.json`; needs no solver."""
+"""`frontier.json`, as `planning/frontier.py` writes it, and reading back what is drawn of it; needs no solver."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from perseus_plugin.errors import PlanError
 from perseus_plugin.files import read_model
 
 FRONTIER_FILE = "frontier.json"
-FRONTIER_SCHEMA = "perseus-frontier"
-FRONTIER_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,27 +44,44 @@ class FrontierCurve:
     baseline_energy_j: float
 
 
-class _SampleFile(BaseModel):
+class PointInFile(BaseModel):
+    """One sample; what is not drawn may be missing.
+
+    Attributes:
+        slope_w: None at the shortest iteration.
+        clocks_mhz: of its plan, per stage in execution order.
+    """
+
     model_config = ConfigDict(allow_inf_nan=False)
 
     deadline_s: float
     iteration_time_s: float
     energy_j: float
     energy_lower_bound_j: float
+    gap: float | None = None
+    slope_w: float | None = None
+    clocks_mhz: tuple[tuple[int, ...], ...] = ()
 
 
-class _BaselineFile(BaseModel):
+class BaselineInFile(BaseModel):
+    """Every instruction at the profile's highest clock."""
+
     model_config = ConfigDict(allow_inf_nan=False)
 
     iteration_time_s: float
     energy_j: float
 
 
-class _FrontierFile(BaseModel):
+class FrontierFile(BaseModel):
+    """The content of `frontier.json`, in the order in which it is written."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
     schema_name: Literal["perseus-frontier"] = Field(alias="schema")
     version: Literal[1]
-    baseline: _BaselineFile
-    points: Annotated[tuple[_SampleFile, ...], Field(min_length=1)]
+    tolerance: float | None = None
+    baseline: BaselineInFile
+    points: Annotated[tuple[PointInFile, ...], Field(min_length=1)]
 
 
 def load_curve(path: Path | str) -> FrontierCurve:
@@ -75,7 +90,7 @@ def load_curve(path: Path | str) -> FrontierCurve:
     Raises:
         PlanError: it cannot be read, or is not such a file; the message says where.
     """
-    content = read_model(path, _FrontierFile, PlanError)
+    content = read_model(path, FrontierFile, PlanError)
     samples = tuple(
         CurveSample(p.deadline_s, p.energy_lower_bound_j, p.iteration_time_s, p.energy_j) for p in content.points
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.files import write_atomically
-from perseus_plugin.planning.curve import FRONTIER_SCHEMA, FRONTIER_VERSION, CurveSample, FrontierCurve
+from perseus_plugin.planning.curve import BaselineInFile, CurveSample, FrontierCurve, FrontierFile, PointInFile
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.relaxation import Relaxed
@@ -157,25 +157,25 @@ class _Curve:
 
 def frontier_to_json(frontier: Frontier) -> str:
     """The content of `frontier.json`; each point's clocks are per stage in execution order."""
-    content = {
-        "schema": FRONTIER_SCHEMA,
-        "version": FRONTIER_VERSION,
-        "tolerance": frontier.tolerance,
-        "baseline": {"iteration_time_s": frontier.baseline_time_s, "energy_j": frontier.baseline_energy_j},
-        "points": [
-            {
-                "deadline_s": point.deadline_s,
-                "iteration_time_s": point.plan.iteration_time_s,
-                "energy_j": point.plan.energy_j,
-                "energy_lower_bound_j": point.bound_j,
-                "gap": point.plan.energy_j / point.bound_j - 1,
-                "slope_w": point.slope_w if math.isfinite(point.slope_w) else None,
-                "clocks_mhz": [point.plan.clocks_mhz(stage) for stage in range(len(point.plan.stages))],
-            }
+    content = FrontierFile(
+        schema="perseus-frontier",
+        version=1,
+        tolerance=frontier.tolerance,
+        baseline=BaselineInFile(iteration_time_s=frontier.baseline_time_s, energy_j=frontier.baseline_energy_j),
+        points=tuple(
+            PointInFile(
+                deadline_s=point.deadline_s,
+                iteration_time_s=point.plan.iteration_time_s,
+                energy_j=point.plan.energy_j,
+                energy_lower_bound_j=point.bound_j,
+                gap=point.plan.energy_j / point.bound_j - 1,
+                slope_w=point.slope_w if math.isfinite(point.slope_w) else None,
+                clocks_mhz=tuple(tuple(point.plan.clocks_mhz(stage)) for stage in range(len(point.plan.stages))),
+            )
             for point in frontier.points
-        ],
-    }
-    return json.dumps(content, allow_nan=False) + "\n"
+        ),
+    )
+    return json.dumps(content.model_dump(by_alias=True), allow_nan=False) + "\n"
 
 
 def save_frontier(frontier: Frontier, path: Path | str) -> None:

@@ -14,8 +14,6 @@ from perseus_plugin.files import read_model, write_atomically
 from perseus_plugin.profiling.kept import Fingerprint
 
 FILE = "profile-failed.json"
-SCHEMA = "perseus-failed-profile"
-VERSION = 1
 
 
 class _FailedFile(BaseModel):
@@ -39,14 +37,14 @@ def save_failure(reason: str, fingerprint: Fingerprint, folder: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    content = {
-        "schema_name": SCHEMA,
-        "version": VERSION,
-        "fingerprint": fingerprint,
-        "reason": reason,
-        "date": datetime.date.today().isoformat(),
-    }
-    write_atomically(folder / FILE, json.dumps(content, indent=2) + "\n")
+    content = _FailedFile(
+        schema_name="perseus-failed-profile",
+        version=1,
+        fingerprint=fingerprint,
+        reason=reason,
+        date=datetime.date.today().isoformat(),
+    )
+    write_atomically(folder / FILE, json.dumps(content.model_dump(), indent=2) + "\n")
 
 
 def load_failure(fingerprint: Fingerprint, folder: Path) -> str:

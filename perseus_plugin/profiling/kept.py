@@ -11,15 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from perseus_plugin.errors import ProfileError
+from perseus_plugin.errors import ProfileError, validation_problem
 from perseus_plugin.files import read_model, write_atomically
 from perseus_plugin.profiling.profile import load_profile, save_profile
 from perseus_plugin.profiling.survey import Survey
-
-SCHEMA = "perseus-profile"
-VERSION = 1
 
 Fingerprint = dict[str, str]
 """Facts by name, e.g. `"stage 0: gpu"`; two profiles with the same facts are of the same job."""
@@ -32,9 +29,9 @@ class _ProfileFile(BaseModel):
     version: Literal[1]
     fingerprint: Fingerprint
     blocking_power_w: float
+    blocking_power_se_w: float | None = None
     unresolved: list[tuple[int, str]]
     constant_time_s: list[tuple[int, str, float]]
-    blocking_power_se_w: float | None = None
 
 
 def job_fingerprint(ranks: Sequence[tuple[int, Mapping[str, str]]]) -> Fingerprint:
@@ -52,20 +49,24 @@ def save_survey(survey: Survey, fingerprint: Fingerprint, folder: Path) -> None:
 
     Raises:
         OSError: a file cannot be written; the old ones may then be there, never half of a new one.
+        ProfileError: a figure that the file cannot hold; the old files are untouched.
     """
-    content = {
-        "schema_name": SCHEMA,
-        "version": VERSION,
-        "fingerprint": fingerprint,
-        "blocking_power_w": survey.blocking_power_w,
-        "blocking_power_se_w": survey.blocking_power_se_w if math.isfinite(survey.blocking_power_se_w) else None,
-        "unresolved": sorted(survey.unresolved),
-        "constant_time_s": [[stage, name, t] for (stage, name), t in sorted(survey.constant_time_s.items())],
-    }
+    try:
+        content = _ProfileFile(
+            schema_name="perseus-profile",
+            version=1,
+            fingerprint=fingerprint,
+            blocking_power_w=survey.blocking_power_w,
+            blocking_power_se_w=survey.blocking_power_se_w if math.isfinite(survey.blocking_power_se_w) else None,
+            unresolved=sorted(survey.unresolved),
+            constant_time_s=[(stage, name, time_s) for (stage, name), time_s in sorted(survey.constant_time_s.items())],
+        )
+    except ValidationError as error:
+        raise ProfileError(f"profile.json: {validation_problem(error, _ProfileFile)}") from error
     # The old description goes first: it must never stand beside a CSV that it does not describe.
     (folder / "profile.json").unlink(missing_ok=True)
     save_profile(survey.profile, folder / "profile.csv")
-    write_atomically(folder / "profile.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(folder / "profile.json", json.dumps(content.model_dump(), indent=2) + "\n")
 
 
 def read_survey(folder: Path) -> tuple[Survey, Fingerprint] | None:

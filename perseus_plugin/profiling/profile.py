@@ -17,9 +17,16 @@ from perseus_plugin.errors import ProfileError
 from perseus_plugin.files import write_atomically
 
 REQUIRED_COLUMNS = ("stage", "instruction", "frequency", "time", "energy")
-ERROR_COLUMNS = ("time_se", "energy_se")
-SPREAD_COLUMNS = ("spread_within", "spread_within_se", "spread_between", "spread_between_se")
-OPTIONAL_COLUMNS = ("samples", *ERROR_COLUMNS, *SPREAD_COLUMNS)
+_UNCERTAIN_COLUMNS = (
+    "time_se",
+    "energy_se",
+    "spread_within",
+    "spread_within_se",
+    "spread_between",
+    "spread_between_se",
+)
+# After stage and instruction, the columns are the fields of `Measurement` in order.
+COLUMNS = (*REQUIRED_COLUMNS, "samples", *_UNCERTAIN_COLUMNS)
 
 _KIND_ALIASES = {"forwardpass": "forward", "fwd": "forward", "backwardpass": "backward", "bwd": "backward"}
 _MOST_W = 2000.0  # no GPU draws more: what does is not in joules and seconds
@@ -211,12 +218,8 @@ def save_profile(profile: Profile, path: Path | str) -> None:
     """Write the profile as CSV, through a temporary file and a rename."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(REQUIRED_COLUMNS + OPTIONAL_COLUMNS)
-    for stage, kind, m in profile.rows():
-        errors = (m.time_se_s, m.energy_se_j)
-        spreads = (m.spread_within, m.spread_within_se, m.spread_between, m.spread_between_se)
-        extras = ["" if math.isnan(value) else repr(value) for value in (*errors, *spreads)]
-        writer.writerow([stage, kind, m.frequency_mhz, repr(m.time_s), repr(m.energy_j), m.samples, *extras])
+    writer.writerow(COLUMNS)
+    writer.writerows([stage, kind, *measurement.to_row()] for stage, kind, measurement in profile.rows())
     write_atomically(Path(path), out.getvalue())
 
 
@@ -254,7 +257,7 @@ def _parse_record(record: Mapping[str, str | None], where: str) -> tuple[int, st
         number("time"),
         number("energy"),
         whole("samples", 0, 0.0),
-        *(uncertain(column) for column in (*ERROR_COLUMNS, *SPREAD_COLUMNS)),
+        *(uncertain(column) for column in _UNCERTAIN_COLUMNS),
     )
     for column, value in (("time", measurement.time_s), ("energy", measurement.energy_j)):
         if not (math.isfinite(value) and value > 0):

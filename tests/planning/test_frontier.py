@@ -67,7 +67,17 @@ def test_a_finer_tolerance_takes_more_samples_and_progress_is_told() -> None:
 def test_the_file_holds_every_sample() -> None:
     frontier = make_frontier(small(), tolerance=0.01)
     content = json.loads(frontier_to_json(frontier))
-    assert content["schema"] == "perseus-frontier"
+    assert list(content) == ["schema", "version", "tolerance", "baseline", "points"]
+    assert (content["schema"], content["version"]) == ("perseus-frontier", 1)
+    assert list(content["points"][0]) == [
+        "deadline_s",
+        "iteration_time_s",
+        "energy_j",
+        "energy_lower_bound_j",
+        "gap",
+        "slope_w",
+        "clocks_mhz",
+    ]
     assert len(content["points"]) == len(frontier.points)
     assert content["points"][0]["slope_w"] is None
     assert content["points"][-1]["slope_w"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,29 @@ def test_errors_and_spread_come_back(tmp_path: Path) -> None:
     kept = Survey(Profile({(0, "forward"): (row,)}), 83.5, blocking_power_se_w=0.7)
     save_survey(kept, {}, tmp_path)
     assert load_survey({}, tmp_path) == kept
+
+
+def test_every_key_of_the_description_keeps_its_place(tmp_path: Path) -> None:
+    save_survey(survey(), {"ranks": "2"}, tmp_path)
+    assert (tmp_path / "profile.json").read_text() == json.dumps(
+        {
+            "schema_name": "perseus-profile",
+            "version": 1,
+            "fingerprint": {"ranks": "2"},
+            "blocking_power_w": 83.5,
+            "blocking_power_se_w": None,
+            "unresolved": [[1, "backward"]],
+            "constant_time_s": [[0, "optimizer_step", 0.25]],
+        },
+        indent=2,
+    ) + "\n"
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+    save_survey(survey(), {}, tmp_path)
+    with pytest.raises(ProfileError, match=r"profile.json: blocking_power_w: got nan"):
+        save_survey(replace(survey(), blocking_power_w=float("nan")), {}, tmp_path)
+    assert load_survey({}, tmp_path) == survey()
 
 
 def test_a_report_reads_it_whatever_it_was_measured_on(tmp_path: Path) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from perseus_plugin.errors import ConfigError, GpuError
 from perseus_plugin.gpus.base import ListedGpu
@@ -17,13 +14,6 @@ from perseus_plugin.gpus.visible import matches
 DEFAULT_ZEUSD_SOCKET = "/run/zeusd/zeusd.sock"
 ALL, NONE, SOME = 0, 1, 3
 """Exit status of a command that did what it does for all GPUs, for none of them, or for some; 2 is wrong usage."""
-
-GpuOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="UUID of a GPU, or its beginning; may be repeated. Default: all that CUDA_VISIBLE_DEVICES leaves."
-    ),
-]
 
 
 @dataclass(frozen=True)

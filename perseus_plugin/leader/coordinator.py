@@ -301,10 +301,6 @@ class Coordinator:
         """What is known."""
         return self._state
 
-    def expected_time_s(self) -> float | None:
-        """How long an iteration of the usual schedule may take, in measured seconds; None before it is known."""
-        return None if self.plan is None else self._state.expected_s(self.plan.schedule)
-
     def full_clock_scale(self) -> tuple[float, float] | None:
         """See `Expectations`."""
         return self._state.expectations.full_clock_scale(self.plan)

@@ -20,7 +20,6 @@ from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.replay import CatchUp, Outcome, Replay, by_node, clocks_of, finishes, latest_starts
 
 MARGINS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
-FEWEST_ITERATIONS = 3
 _GRACES = (0.0, 0.01)  # how far behind a rank may fall before it catches up, as a share of the iteration
 _SIZE_WEIGHTS = (0.5, 2.0, 8.0)
 _USUAL_WEIGHT = 2.0

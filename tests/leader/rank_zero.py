@@ -112,6 +112,13 @@ class RankZero:
         assert news is not None
         return news
 
+    def expected_s(self) -> float:
+        """How long an iteration of the usual schedule may take under its plan, which must exist."""
+        assert self.coordinator.plan is not None
+        expected_s = self.coordinator.state.expected_s(self.coordinator.plan.schedule)
+        assert expected_s is not None
+        return expected_s
+
     def step(self) -> None:
         self.coordinator.use_schedule(self.schedule, SCHEDULES[self.schedule])
         self.coordinator.step(self.iteration)

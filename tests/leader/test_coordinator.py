@@ -99,8 +99,7 @@ class Job(RankZero):
     def dropped(self, excess: float = 0.2) -> Job:
         """Up to the drop of the first plan, as its iterations take too long."""
         self.following()
-        expected_s = self.coordinator.expected_time_s()
-        assert expected_s is not None
+        expected_s = self.expected_s()
         self.run(Follow(1), (1 + excess) * expected_s, PATIENCE)
         assert self.coordinator.phase is Phase.RECHECKING
         return self
@@ -529,8 +528,7 @@ def test_trouble_of_one_rank_sends_all_to_full_clocks(job: Job, state: str, hear
 
 def test_iterations_as_long_as_expected_keep_the_plan(job: Job) -> None:
     job.following()
-    expected_s = job.coordinator.expected_time_s()
-    assert expected_s is not None
+    expected_s = job.expected_s()
     assert expected_s == pytest.approx(FULL_S), "no slowdown was asked for"
     job.run(Follow(1), 1.04 * expected_s, 20)
     assert job.coordinator.phase is Phase.FOLLOWING
@@ -539,7 +537,7 @@ def test_iterations_as_long_as_expected_keep_the_plan(job: Job) -> None:
 
 def test_an_allowed_slowdown_is_expected(tmp_path: Path) -> None:
     job = Job(tmp_path, slowdown=0.5).following()
-    assert job.coordinator.expected_time_s() == pytest.approx(1.5 * FULL_S)
+    assert job.expected_s() == pytest.approx(1.5 * FULL_S)
 
 
 def test_single_slow_iterations_keep_the_plan(job: Job) -> None:
@@ -602,7 +600,7 @@ def test_a_job_that_became_slower_is_planned_for_as_it_is_now(job: Job, heard: p
         assert new.time_s == pytest.approx(1.5 * old.time_s)
     job.planner.finish()
     job.step()
-    assert job.coordinator.expected_time_s() == pytest.approx(1.5 * FULL_S)
+    assert job.expected_s() == pytest.approx(1.5 * FULL_S)
     job.run(Follow(2), 1.5 * FULL_S, 10)
     assert job.coordinator.phase is Phase.FOLLOWING
 
@@ -628,8 +626,7 @@ def test_a_rank_that_rechecks_late_is_waited_for_a_while(job: Job) -> None:
 def test_after_so_many_dropped_plans_the_job_stays_at_full_clocks(job: Job, heard: pytest.LogCaptureFixture) -> None:
     job.following()
     for dropped in range(1, 4):
-        expected_s = job.coordinator.expected_time_s()
-        assert expected_s is not None
+        expected_s = job.expected_s()
         job.run(Follow(dropped), 1.2 * expected_s, PATIENCE)
         assert job.coordinator.state.dropped == dropped
         if dropped < 3:
@@ -760,15 +757,14 @@ def test_a_plan_for_another_schedule_is_judged_by_that_schedules_time(job: Job) 
     assert plan_b is not None
     ratio = plan_b.baseline_time_s / plan_a.baseline_time_s
     assert ratio > 1.5
-    assert job.coordinator.expected_time_s() == pytest.approx(ratio * FULL_S)
+    assert job.expected_s() == pytest.approx(ratio * FULL_S)
     job.run(Follow(2), ratio * FULL_S, 10)
     assert job.coordinator.phase is Phase.FOLLOWING
 
 
 def test_each_iteration_is_judged_by_its_own_schedule(job: Job) -> None:
     job.following().following_b()
-    longer_s = job.coordinator.expected_time_s()
-    assert longer_s is not None
+    longer_s = job.expected_s()
     for _ in range(10):
         job.schedule = "B"
         job.run(Follow(2), longer_s, PATIENCE)
@@ -893,8 +889,7 @@ def test_a_schedule_without_a_plan_leaves_the_others_theirs(job: Job, heard: pyt
 
 def test_an_answer_to_what_does_not_hold_any_more_is_thrown_away(job: Job) -> None:
     job.following()
-    expected_s = job.coordinator.expected_time_s()
-    assert expected_s is not None
+    expected_s = job.expected_s()
     job.schedule = "B"
     job.step()
     job.schedule = "A"
@@ -911,8 +906,7 @@ def test_an_answer_to_what_does_not_hold_any_more_is_thrown_away(job: Job) -> No
 def test_after_a_replan_plans_of_other_schedules_are_made_anew(job: Job) -> None:
     """They rest on the survey that has been corrected since."""
     job.following().following_b()
-    expected_s = job.coordinator.expected_time_s()
-    assert expected_s is not None
+    expected_s = job.expected_s()
     job.run(Follow(2), 1.2 * expected_s, PATIENCE)
     job.rechecked(1.2, sequence=job.newest().sequence)
     job.run(FullClock(""), 1.2 * expected_s, PATIENCE)
@@ -925,8 +919,7 @@ def test_after_a_replan_plans_of_other_schedules_are_made_anew(job: Job) -> None
 
 def test_a_dropped_plan_of_a_longer_schedule_gets_margin_too(job: Job) -> None:
     job.following().following_b()
-    full_b_s = job.coordinator.expected_time_s()
-    assert full_b_s is not None
+    full_b_s = job.expected_s()
     job.run(Follow(2), 1.2 * full_b_s, PATIENCE)
     job.rechecked(1.0, sequence=job.newest().sequence)
     job.run(FullClock(""), full_b_s, PATIENCE)  # at full clocks all is as it was

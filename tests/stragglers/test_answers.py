@@ -392,8 +392,7 @@ def test_requests_of_the_command_line(job: Job) -> None:
 
 def test_the_watch_knows_the_new_pace(job: Job) -> None:
     job.answered()
-    expected_s = job.coordinator.expected_time_s()
-    assert expected_s is not None
+    expected_s = job.expected_s()
     assert expected_s > 1.15 * FULL_S
     job.run(Follow(2, True), expected_s, 20)
     assert job.coordinator.state.dropped == 0
@@ -402,8 +401,7 @@ def test_the_watch_knows_the_new_pace(job: Job) -> None:
 
 def test_a_pace_that_is_not_kept_is_dropped_after_all(job: Job) -> None:
     job.answered()
-    expected_s = job.coordinator.expected_time_s()
-    assert expected_s is not None
+    expected_s = job.expected_s()
     job.run(Follow(2, True), 1.5 * expected_s, PATIENCE + WINDOW + DETECTION_TAKES)
     assert job.coordinator.phase is Phase.RECHECKING
     # What is known to be a straggler's does not get into the profile.

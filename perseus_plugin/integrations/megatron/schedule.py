@@ -214,7 +214,7 @@ class _Interleaved:
                 "microbatches; allowed: from the number of stages to that of microbatches, with a remainder of 0 or at "
                 "least the number of stages"
             )
-        self._shape, self._stage, self._chunks = shape, stage, chunks
+        self._shape, self._chunks = shape, chunks
         self._order = [
             (microbatch, chunk)
             for first in range(0, shape.microbatches, size)

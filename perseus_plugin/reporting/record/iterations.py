@@ -13,7 +13,6 @@ from perseus_plugin.iteration.timetable import REFERENCE, Directive, Follow, Ful
 
 WARM_UP, FULL, PROFILING = RanAs.WARM_UP.value, RanAs.FULL.value, RanAs.PROFILING.value
 PLAN, STRAGGLER, UNKNOWN = RanAs.PLAN.value, RanAs.STRAGGLER.value, RanAs.UNKNOWN.value
-STATES = (WARM_UP, FULL, PROFILING, PLAN, STRAGGLER, UNKNOWN)
 """The record's words for `RanAs`; a reference is one at full clocks, with that as its reason."""
 
 _MIXING = 64  # iterations in a stretch, from which on references and schedules are not kept apart
@@ -24,7 +23,7 @@ class Sort:
     """What an iteration ran as.
 
     Attributes:
-        state: one of `STATES`.
+        state: the record's word for `RanAs`.
         plan: version of the plan, 0 without one.
         clock_mhz: of the profiling sweep, 0 otherwise.
         reason: why at full clocks, for people; else empty.

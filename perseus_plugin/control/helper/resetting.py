@@ -22,12 +22,10 @@ class ResetOutcome:
 
     Attributes:
         confirmed: the driver accepted it, and the clock no longer reads the locked value.
-        attempts: driver calls made.
         problem: what was wrong last, for people; empty if confirmed.
     """
 
     confirmed: bool
-    attempts: int
     problem: str
 
 
@@ -50,7 +48,6 @@ class ClockReset:
         self._locked_mhz = None if locked_mhz is None or locked_mhz >= top_mhz else locked_mhz
         self._end_s: float | None = None
         self._pause_s = FIRST_PAUSE_S
-        self._attempts = 0
         self._problem = ""
         self._must_leave_by_s: float | None = None
         self.next_s = 0.0
@@ -61,11 +58,10 @@ class ClockReset:
             self._end_s = now_s + self._limit_s
         try:
             if self._must_leave_by_s is None:
-                self._attempts += 1
                 self._gpu.reset_clock()
                 self._must_leave_by_s = now_s + READ_BACK_S
             if self._locked_mhz is None or self._gpu.read_clock_mhz() != self._locked_mhz:
-                return ResetOutcome(True, self._attempts, "")
+                return ResetOutcome(True, "")
             if now_s < self._must_leave_by_s:
                 self.next_s = now_s + _LOOK_S
                 return None
@@ -74,7 +70,7 @@ class ClockReset:
             self._problem = str(error)
         self._must_leave_by_s = None
         if now_s + self._pause_s > self._end_s:
-            return ResetOutcome(False, self._attempts, self._problem)
+            return ResetOutcome(False, self._problem)
         self.next_s = now_s + self._pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         return None

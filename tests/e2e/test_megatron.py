@@ -130,7 +130,9 @@ SCHEDULES = {"pp4": "1F1B/4x4", "pp2-vp2": "interleaved-1F1B-overlap-waits/2x4x2
 BY_LAUNCHER = "pp2"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(one, marks=[pytest.mark.matrix] if one == "pp4" else []) for one in CASES]
+)
 def test_training_is_bit_identical_and_saves_energy(case: str, tmp_path: Path) -> None:
     ranks, stages, changes = CASES[case]
     words = flags(stages, MICROBATCHES, train_iters=AT_MOST, log_interval=4, **changes)

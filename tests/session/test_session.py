@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import subprocess
@@ -31,7 +32,7 @@ from perseus_plugin.reporting.live import publishers as publishers_module
 from perseus_plugin.reporting.live.publishers import InMemoryPublisher
 from perseus_plugin.session import start as start_module
 from perseus_plugin.session.link import FinishedIteration, Link
-from perseus_plugin.session.start import link_for, prepare
+from perseus_plugin.session.start import link_for, prepare, start_session
 from tests.factories import placement, profile, session_of
 
 TABLE = Timetable(Round(1, (1410, 810)), settle_steps=1, steps_per_clock=2)
@@ -768,6 +769,30 @@ def test_under_a_set_of_plans_each_schedule_follows_its_own(rank: Rank) -> None:
     finished = rank.iterate("A")
     assert finished is not None
     assert finished.record.undisturbed, "the one before it has left the clock as one under a plan does"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_all_objects_are_looked_through_before_training_unless_the_job_has_turned_that_off(
+    tmp_path: Path, enabled: bool
+) -> None:
+    seen: list[int] = []
+
+    def note(phase: str, facts: dict[str, int]) -> None:
+        if phase == "stop" and facts["generation"] == 2:
+            seen.append(facts["collected"])
+
+    config = parse_config({"output_dir": str(tmp_path), "gpu": {"backend": "off"}})
+    gc.callbacks.append(note)
+    try:
+        if not enabled:
+            gc.disable()
+        session = start_session(config, placement(world_size=1), exchange=LocalExchange())
+        assert bool(seen) == enabled
+        assert gc.isenabled() == enabled
+        session.close()
+    finally:
+        gc.enable()
+        gc.callbacks.remove(note)
 
 
 # Several sessions in one process.

@@ -14,8 +14,8 @@ from perseus_plugin.control.ownership import LOCK_DIR_VARIABLE, Ownership, lock_
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, NO_PERMISSION
-from tests.control.harness import wait_until
 from tests.nvml_simulator.building import simulated_nvml
+from tests.waiting import wait_until
 
 __all__ = ["simulated_nvml"]
 

@@ -2,15 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 import weakref
-from collections.abc import Callable
 from typing import TypeVar
 
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.ownership import holder_of, lock_path
 from perseus_plugin.control.wire import Event
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
+from tests.waiting import wait_until
 
 E = TypeVar("E")
 
@@ -59,14 +58,6 @@ def free_and_unowned(gpu: EmulatedGpu, spec: str) -> bool:
 
 
 _backlogs: weakref.WeakKeyDictionary[ClockHelper, list[Event]] = weakref.WeakKeyDictionary()
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    """Wait until `condition` holds; the timeout only bounds a test that fails anyway."""
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end_s, "it never happened"
-        time.sleep(0.002)
 
 
 def wait_for_event(helper: ClockHelper, kind: type[E]) -> E:

@@ -18,8 +18,9 @@ from perseus_plugin.control.ownership import holder_of, lock_path
 from perseus_plugin.control.wire import Applied, Deviation, Mark, SwitchLatency, Tick, Trouble
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, IGNORE_LOCKS, NO_PERMISSION
+from tests.waiting import wait_until
 
-from .harness import free_and_unowned, other_events, start_trainer, wait_for_event, wait_until
+from .harness import free_and_unowned, other_events, start_trainer, wait_for_event
 
 
 def _cannot_spawn(*_: object) -> None:

@@ -17,8 +17,9 @@ from perseus_plugin.control.wire import Applied, Deviation, Mark, SwitchLatency,
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, IGNORE_LOCKS, NO_PERMISSION
 from tests.gpus.fake_zeusd import FakeZeusd
+from tests.waiting import wait_until
 
-from .harness import free_and_unowned, other_events, start_trainer, wait_for_event, wait_until
+from .harness import free_and_unowned, other_events, start_trainer, wait_for_event
 
 # Who holds a GPU is looked for on the whole machine, where other tests run beside.
 UUID = f"GPU-{uuid.uuid4()}"

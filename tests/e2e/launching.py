@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -298,16 +297,6 @@ class Probe:
         assert [[rank[name] for name in kept] for rank in without.facts()] == [
             [rank[name] for name in kept] for rank in facts
         ]
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float, interval_s: float = 0.05) -> bool:
-    """Whether the condition came true in time."""
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
-        if condition():
-            return True
-        time.sleep(interval_s)
-    return condition()
 
 
 def processes_naming(word: str, among: Sequence[str] = ("perseus_plugin.control.helper",)) -> list[int]:

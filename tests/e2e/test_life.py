@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from tests.e2e.launching import ENDED_S, Probe, perseus_block, processes_naming, wait_until
+from tests.e2e.launching import ENDED_S, Probe, perseus_block, processes_naming
+from tests.waiting import came_true
 
 pytestmark = pytest.mark.e2e
 
@@ -128,10 +129,10 @@ def test_sigkill_leaves_no_helper_and_no_locked_clock(tmp_path: Path) -> None:
         )
 
     with Probe(tmp_path, perseus_block(out, 2), arguments=("--steps", "10000")).started() as job:
-        assert wait_until(locked, 90, 0.002), "no clock was ever lowered"
+        assert came_true(locked, 90, 0.002), "no clock was ever lowered"
         assert len(processes_naming(str(out))) == 2
         for pid in job.ranks():
             os.kill(pid, signal.SIGKILL)
-        assert wait_until(lambda: not processes_naming(str(out)), ENDED_S), "a helper lives on"
+        assert came_true(lambda: not processes_naming(str(out)), ENDED_S), "a helper lives on"
         assert [EmulatedGpu(path).locked_mhz() for path in paths] == [None, None]
         assert job.wait(30).status != 0

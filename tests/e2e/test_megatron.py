@@ -23,10 +23,10 @@ from tests.e2e.launching import (
     perseus_block,
     processes_naming,
     run_ranks,
-    wait_until,
 )
 from tests.megatron_support.flags import flags
 from tests.megatron_support.versions import python_path, versions
+from tests.waiting import came_true
 
 SUPPORT = REPOSITORY / "tests" / "megatron_support"
 SCRIPT = SUPPORT / "pretrain_gpt.py"
@@ -163,7 +163,7 @@ def test_training_goes_on_when_a_helper_dies(tmp_path: Path) -> None:
         return gpus[1].exists() and EmulatedGpu(gpus[1]).locked_mhz() not in (None, 1410)
 
     def kill() -> None:
-        if wait_until(lowered, 120, 0.002):
+        if came_true(lowered, 120, 0.002):
             for helper in processes_naming(str(gpus[1])):
                 os.kill(helper, signal.SIGKILL)
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from tests.e2e.launching import ENDED_S, Probe, perseus_block, processes_naming, wait_until
+from tests.e2e.launching import ENDED_S, Probe, perseus_block, processes_naming
 from tests.nvml_simulator.building import environment
+from tests.waiting import came_true
 
 pytestmark = pytest.mark.e2e
 
@@ -97,7 +98,7 @@ def test_training_goes_on_through_a_fault(fault: str, simulated_nvml: Path, tmp_
     if fault in ("lose-gpu", "take-permission"):  # the driver takes no reset either
         machine.gpus[1].set_faults(0)
     # The job has ended; a helper whose driver calls take 2 s may still be at it, one that was refused tries again.
-    assert wait_until(machine.free, ENDED_S), "the helper gave up too early"
+    assert came_true(machine.free, ENDED_S), "the helper gave up too early"
     job.check_identical()
 
 
@@ -107,25 +108,25 @@ def test_an_exception_in_the_script_resets_the_clocks(simulated_nvml: Path, tmp_
     done = job.run(**machine.environment)
     assert done.status != 0
     assert "the training script failed on purpose" in done.output
-    assert wait_until(machine.free, ENDED_S)
-    assert wait_until(lambda: not processes_naming(machine.uuids[0]), ENDED_S)
+    assert came_true(machine.free, ENDED_S)
+    assert came_true(lambda: not processes_naming(machine.uuids[0]), ENDED_S)
     assert job.summary()["iterations"]["profiling"] > 0
 
 
 def test_sigterm_resets_the_clocks(simulated_nvml: Path, tmp_path: Path) -> None:
     machine = Simulation(simulated_nvml, tmp_path, 2)
     with machine.job(tmp_path, steps=10_000).started(**machine.environment) as job:
-        assert wait_until(machine.lowered, 90, 0.002)
+        assert came_true(machine.lowered, 90, 0.002)
         for pid in job.ranks():
             os.kill(pid, signal.SIGTERM)
-        assert wait_until(machine.free, ENDED_S)
+        assert came_true(machine.free, ENDED_S)
         job.wait()
 
 
 def test_two_jobs_on_one_gpu(simulated_nvml: Path, tmp_path: Path) -> None:
     machine = Simulation(simulated_nvml, tmp_path, 2)
     with machine.job(tmp_path / "first", steps=10_000).started(**machine.environment) as first:
-        assert wait_until(machine.lowered, 90, 0.002)
+        assert came_true(machine.lowered, 90, 0.002)
         second = machine.job(tmp_path / "second", steps=4).run(**machine.environment).check()
         assert "observing only" in second.output
         assert any(str(pid) in second.output for pid in first.ranks()), "the message names the holder"

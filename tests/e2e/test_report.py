@@ -17,7 +17,8 @@ import pytest
 
 from perseus_plugin.reporting.report.findings import Options, find
 from perseus_plugin.reporting.report.folder import load_folder
-from tests.e2e.launching import Probe, perseus_block, wait_until
+from tests.e2e.launching import Probe, perseus_block
+from tests.waiting import came_true
 
 pytestmark = pytest.mark.e2e
 
@@ -57,11 +58,11 @@ def test_a_job_is_reported_on_while_it_runs_and_after_it_was_killed(tmp_path: Pa
     out = tmp_path / "out"
     probe = Probe(tmp_path, perseus_block(out, 2), arguments=("--steps", "100000"))
     with probe.started() as job:
-        assert wait_until(lambda: kept_whole(out), timeout_s=180, interval_s=0.5)
+        assert came_true(lambda: kept_whole(out), timeout_s=180, interval_s=0.5)
         said = report(out, "--no-html")
         assert "plan 1" in said
         assert "report.html" not in {path.name for path in out.iterdir()}
-        assert wait_until(lambda: has_figures(out), timeout_s=120, interval_s=0.5)
+        assert came_true(lambda: has_figures(out), timeout_s=120, interval_s=0.5)
         os.killpg(job.pid, signal.SIGKILL)
         job.wait()
     said = report(out)
@@ -91,7 +92,7 @@ def test_a_job_is_scraped_while_it_trains(tmp_path: Path) -> None:
         return 'perseus_energy_joules{figure="predicted"}' in seen
 
     with probe.started() as job:
-        assert wait_until(predicted, timeout_s=180, interval_s=0.1), seen
+        assert came_true(predicted, timeout_s=180, interval_s=0.1), seen
         (tmp_path / "scraped").touch()
         job.wait().check()
     assert 'perseus_job_info{backend="emulated",emulated="true"' in seen

@@ -13,8 +13,7 @@ from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, MIG_ENABLED, NO_PERMISSION, NOT_SUPPORTED
 from perseus_plugin.gpus.nvml import NvmlGpu
 from tests.nvml_simulator.building import environment
-
-from .harness import wait_until
+from tests.waiting import wait_until
 
 UUID = "GPU-00000000-1111-2222-3333-444444444444"
 OTHER_UUID = "GPU-55555555-1111-2222-3333-444444444444"

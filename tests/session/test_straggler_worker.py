@@ -12,7 +12,8 @@ from perseus_plugin.exchange.messages import NEWS, STRAGGLERS, News, PaceOf, Pla
 from perseus_plugin.iteration.timetable import Follow
 from perseus_plugin.stragglers.book import DETECTION, Report
 from perseus_plugin.stragglers.socket import SOCKET_NAME, ask
-from tests.session.test_worker import Rank, Ranks, ranks, stats_of, wait_until
+from tests.session.test_worker import Rank, Ranks, ranks, stats_of
+from tests.waiting import came_true
 
 __all__ = ["ranks"]  # the fixture
 
@@ -34,11 +35,11 @@ def tell(rank: Rank, sequence: int, switch: int, version: int, variants: dict[in
 def test_all_ranks_switch_at_one_iteration_each_replica_to_its_own_plan(ranks: Ranks) -> None:
     job = [ranks(rank, world_size=6) for rank in range(1, 6)]
     tell(job[0], 1, 3, 1, {}, straggler=False)
-    assert wait_until(lambda: all(rank.link.timetable.at(3) == Follow(1) for rank in job))
+    assert came_true(lambda: all(rank.link.timetable.at(3) == Follow(1) for rank in job))
     tell(job[0], 2, 7, 2, {1: 3}, straggler=True)
     for rank in job:
         version = 3 if rank.rank in (2, 3) else 2
-        assert wait_until(lambda: rank.link.timetable.at(7) == Follow(version, True))  # noqa: B023 - called at once
+        assert came_true(lambda: rank.link.timetable.at(7) == Follow(version, True))  # noqa: B023 - called at once
         assert rank.link.timetable.at(6) == Follow(1), "not before the agreed iteration"
         assert rank.link.parts[version, "1F1B"].times_s[0] == pytest.approx(0.010 + 0.001 * version)
         assert (1, "1F1B") in rank.link.parts, "the plan it still follows is kept"
@@ -50,9 +51,9 @@ def test_a_stragglers_iterations_do_not_count_for_the_plan(ranks: Ranks) -> None
         switch = rank.number
         tell(rank, sequence, switch, version, {}, straggler)
         wanted = Follow(version, straggler)
-        assert wait_until(lambda: rank.link.timetable.at(switch) == wanted)  # noqa: B023 - called at once
+        assert came_true(lambda: rank.link.timetable.at(switch) == wanted)  # noqa: B023 - called at once
         rank.iterate(count)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == 9)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 9)
     assert {sort: totals.iterations for sort, totals in stats_of(rank).totals.items()} == {"plan": 5, "straggler": 4}
 
 
@@ -61,19 +62,19 @@ def test_what_is_reported_reaches_the_list(ranks: Ranks) -> None:
     report = Report(rank=1, slowdown=1.25)
     rank.link.report(report)
     told: list[object] = []
-    assert wait_until(lambda: bool(told.extend(rank.exchange.take_new(STRAGGLERS)) or told))
+    assert came_true(lambda: bool(told.extend(rank.exchange.take_new(STRAGGLERS)) or told))
     assert told == [report.model_dump()]
 
 
 def test_a_rank_that_becomes_slow_says_so_once(ranks: Ranks) -> None:
     rank = ranks()
     tell(rank, 1, 0, 1, {}, straggler=False)
-    assert wait_until(lambda: rank.link.timetable.at(0) == Follow(1))
+    assert came_true(lambda: rank.link.timetable.at(0) == Follow(1))
     rank.iterate(20)
     rank.exchange.publish(pace_key(0, 0), PaceOf(pace=dict.fromkeys(range(40), 1.0)).model_dump())
     rank.iterate(20, factor=1.5)
     said: list[Any] = []
-    assert wait_until(lambda: bool(said.extend(rank.exchange.take_new(STRAGGLERS)) or said))
+    assert came_true(lambda: bool(said.extend(rank.exchange.take_new(STRAGGLERS)) or said))
     (told,) = said
     assert (told["rank"], told["source"]) == (1, DETECTION)
     assert told["slowdown"] == pytest.approx(1.5, rel=0.01)
@@ -98,5 +99,5 @@ def test_a_folder_that_cannot_have_a_socket_costs_only_the_command_line(
     rank = ranks(0)
     assert caplog.text.count("`perseus straggler` cannot reach this job") == 1
     rank.iterate(3)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == 3)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 3)
     assert not rank.failures

@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from perseus_plugin.session.lifetime import Lifetime
 from perseus_plugin.session.link import FinishedIteration, Link
 from perseus_plugin.session.worker import SessionWorker, Timing
 from tests.factories import job_of, placement, record
+from tests.waiting import came_true
 
 TABLE = Timetable(Round(1, (1410, 810, 1410)), settle_steps=1, steps_per_clock=2)
 PATIENCE = 3
@@ -178,20 +179,11 @@ class Rank:
 
     def fetch(self, key: str) -> Any:
         """What the rank published, waited for."""
-        assert wait_until(lambda: self.exchange.fetch(key) is not None), f"nothing under {key}"
+        assert came_true(lambda: self.exchange.fetch(key) is not None), f"nothing under {key}"
         return self.exchange.fetch(key)
 
     def close(self) -> None:
         self.worker.close()
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 class Ranks:
@@ -258,14 +250,14 @@ def test_a_rank_publishes_its_iterations_after_the_sweep_and_while_it_follows_a_
     assert first.placement.rank == 1
     assert {one.clocks_mhz for one in first.iterations} == {(0,), (810,)}
     publish_news(ranks.exchange, sequence=1, switch=rank.number, action="follow", version=1)
-    assert wait_until(lambda: isinstance(rank.link.timetable.at(rank.number), Follow))
+    assert came_true(lambda: isinstance(rank.link.timetable.at(rank.number), Follow))
     twelfth = rank.number + 11
     rank.iterate(14)
 
     def published() -> RankDurations:
         return receive(RankDurations, rank.fetch(durations_key(1)))
 
-    assert wait_until(lambda: published().iterations[-1].number >= twelfth)
+    assert came_true(lambda: published().iterations[-1].number >= twelfth)
     assert published().iterations[-1].clocks_mhz == (810, 1410)
 
 
@@ -283,11 +275,11 @@ def test_catching_up_is_counted_with_what_it_takes(ranks: Ranks) -> None:
         size_weight=2.0,
     )
     publish_news(ranks.exchange, told, sequence=1, switch=rank.number, action="follow", version=1)
-    assert wait_until(lambda: isinstance(rank.link.timetable.at(rank.number), Follow))
+    assert came_true(lambda: isinstance(rank.link.timetable.at(rank.number), Follow))
     rank.iterate(2)
     rank.iterate(3, raised=[(0, 1410)])
     rank.iterate(1, raised=[(0, 1410)], undisturbed=False)
-    assert wait_until(lambda: stats_of(rank).caught_up.iterations == 5)
+    assert came_true(lambda: stats_of(rank).caught_up.iterations == 5)
     caught_up = stats_of(rank).caught_up
     assert (caught_up.instructions, caught_up.late_iterations, caught_up.raised) == (10, 3, 3)
     # 10 ms at 300 W instead of 15 ms at 150 W.
@@ -313,14 +305,14 @@ def test_after_the_sweep_a_rank_publishes_what_it_measured(ranks: Ranks) -> None
 def test_nothing_is_published_before_the_sweep_is_over(ranks: Ranks) -> None:
     rank = ranks()
     rank.iterate(TABLE.sweep_end - 1)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == TABLE.sweep_end - 1)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == TABLE.sweep_end - 1)
     assert rank.exchange.fetch(estimate_key(0, 1)) is None
 
 
 def test_the_counter_is_polled_during_the_sweep_only(ranks: Ranks) -> None:
     rank = ranks()
     rank.iterate(1)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == 1)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 1)
     assert rank.helper.polling == []
     rank.iterate(TABLE.sweep_end - 1)
     rank.fetch(estimate_key(0, 1))
@@ -332,10 +324,10 @@ def test_a_rank_profiles_again_when_it_is_told_to(ranks: Ranks) -> None:
     rank.iterate(TABLE.sweep_end)
     rank.fetch(estimate_key(0, 1))
     publish_news(rank.exchange, sequence=1, switch=12, action="sweep", clocks_mhz=(1400, 800, 1410))
-    assert wait_until(lambda: rank.link.timetable.at(12) == Sweep(0, 1410, kept=False, round=1))
+    assert came_true(lambda: rank.link.timetable.at(12) == Sweep(0, 1410, kept=False, round=1))
     assert rank.link.timetable.sweep.clocks_mhz == (1410, 810, 1410), "the nearest clocks that this GPU has"
     rank.iterate(rank.link.timetable.sweep_end - rank.number - 1)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == rank.number)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == rank.number)
     assert rank.exchange.fetch(estimate_key(1, 1)) is None
     rank.iterate(1)
     told = receive(RankEstimate, rank.fetch(estimate_key(1, 1)))
@@ -363,7 +355,7 @@ def test_a_clock_changed_from_outside_is_told_from_a_power_limit(ranks: Ranks, h
         wire.Deviation(0.0, 900, 705),
         wire.Deviation(0.0, 900, 1410),
     ]
-    assert wait_until(lambda: stats_of(rank).deviations == 3)
+    assert came_true(lambda: stats_of(rank).deviations == 3)
     lines = [r.getMessage() for r in heard.records if "were asked for" in r.getMessage()]
     assert len(lines) == 2
     assert "somebody else sets its clock, or the driver does not honour locks; asked again" in lines[0]
@@ -377,7 +369,7 @@ def test_nothing_is_said_to_be_asked_again_where_we_give_way(ranks: Ranks, heard
         wire.Deviation(0.0, 900, 1410),
         wire.Trouble("gave_way", "the SM clock was changed from outside", 0.0),
     ]
-    assert wait_until(lambda: bool(rank.failures))
+    assert came_true(lambda: bool(rank.failures))
     assert "asked again" not in heard.text
 
 
@@ -387,7 +379,7 @@ def test_iterations_whose_clock_never_reached_the_driver_count_for_no_clock(rank
     rank.iterate(TABLE.sweep_end)
     estimate = rank.fetch(estimate_key(0, 1))["estimate"]
     assert estimate["instructions"] == []
-    assert wait_until(lambda: rank.fetch(stats_key(1))["totals"]["profiling"]["iterations"] > 0)
+    assert came_true(lambda: rank.fetch(stats_key(1))["totals"]["profiling"]["iterations"] > 0)
     assert "full_clock" not in rank.fetch(stats_key(1))["totals"]
 
 
@@ -396,7 +388,7 @@ def test_iterations_are_counted_by_sort(ranks: Ranks) -> None:
     rank.iterate(TABLE.sweep_end)
     rank.iterate(2, directive=FullClock("planning"))
     rank.iterate(4, directive=Follow(1))
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == 16)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 16)
     totals = stats_of(rank).totals
     assert {sort: total.iterations for sort, total in totals.items()} == {"profiling": 9, "full_clock": 4, "plan": 4}
     for total in totals.values():
@@ -410,13 +402,13 @@ def test_clock_changes_and_the_switch_latency_are_taken_from_the_helper(
 ) -> None:
     rank = ranks()
     rank.helper.events += [wire.SwitchLatency(0.01, 0.02, 8, 0), *[wire.Applied(1, 810, 0.0, 0.0, 0.0, 0.0)] * 3]
-    assert wait_until(lambda: rank.link.rise_lead_s == 0.02)
-    assert wait_until(lambda: stats_of(rank).requests == 3)
+    assert came_true(lambda: rank.link.rise_lead_s == 0.02)
+    assert came_true(lambda: stats_of(rank).requests == 3)
     assert stats_of(rank).switch_latency_s == (0.01, 0.02)
     assert not [told for told in heard.records if told.levelno >= logging.WARNING]
     rank.helper.events.append(wire.SwitchLatency(float("nan"), float("nan"), 0, 0))
     rank.helper.events.append(wire.SwitchLatency(float("nan"), float("nan"), 3, 3))
-    assert wait_until(lambda: bool(rank.failures))
+    assert came_true(lambda: bool(rank.failures))
     (failure,) = rank.failures
     assert "the driver takes locks but the clock does not follow (none of 3 changes was seen)" in str(failure)
     assert rank.link.rise_lead_s == 0.02, "no change ever showed"
@@ -425,8 +417,8 @@ def test_clock_changes_and_the_switch_latency_are_taken_from_the_helper(
 def test_a_clock_that_deviates_is_told_once(ranks: Ranks, heard: pytest.LogCaptureFixture) -> None:
     rank = ranks()
     rank.helper.events += [wire.Deviation(0.0, 1410, 1200)] * 3
-    assert wait_until(lambda: "1200 MHz where 1410 MHz were asked for" in heard.text)
-    assert wait_until(lambda: not rank.helper.events)
+    assert came_true(lambda: "1200 MHz where 1410 MHz were asked for" in heard.text)
+    assert came_true(lambda: not rank.helper.events)
     assert heard.text.count("1200 MHz") == 1
     assert not rank.failures
 
@@ -436,11 +428,11 @@ def test_a_counter_that_cannot_be_read_any_more_is_told_and_the_plan_goes_on(
 ) -> None:
     rank = ranks()
     rank.helper.events.append(wire.Trouble("read_failed", "the counter is gone", 0.0))
-    assert wait_until(lambda: "energy is not measured any more: the counter is gone" in heard.text)
+    assert came_true(lambda: "energy is not measured any more: the counter is gone" in heard.text)
     assert not rank.failures
     assert rank.exchange.fetch(TROUBLE) is None
     rank.helper.events.append(wire.Trouble("read_again", "the energy counter can be read again", 0.0))
-    assert wait_until(lambda: "the energy counter can be read again: energy is measured as before" in heard.text)
+    assert came_true(lambda: "the energy counter can be read again: energy is measured as before" in heard.text)
     assert not rank.failures
 
 
@@ -462,7 +454,7 @@ def test_trouble_on_the_training_thread_is_told_once(ranks: Ranks, monkeypatch: 
     rank.link.trouble("the hook failed")
     rank.fetch(TROUBLE)
     rank.iterate(3)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == 3)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 3)
     assert told.count(TROUBLE) == 1
 
 
@@ -474,7 +466,7 @@ def test_a_store_that_fails_ends_the_session_and_not_the_job(ranks: Ranks, monke
 
     monkeypatch.setattr(rank.exchange, "fetch", gone)
     monkeypatch.setattr(rank.exchange, "publish", gone)
-    assert wait_until(lambda: bool(rank.failures))
+    assert came_true(lambda: bool(rank.failures))
     assert rank.failures == ["the store is gone"]
     rank.close()
 
@@ -483,7 +475,7 @@ def test_a_store_that_fails_ends_the_session_and_not_the_job(ranks: Ranks, monke
 def test_news_that_cannot_be_understood_end_the_session(ranks: Ranks, value: Any) -> None:
     rank = ranks()
     rank.exchange.publish(NEWS, value)
-    assert wait_until(lambda: bool(rank.failures))
+    assert came_true(lambda: bool(rank.failures))
     assert receive(Trouble, rank.fetch(TROUBLE)).rank == 1
 
 
@@ -493,7 +485,7 @@ def test_news_that_cannot_be_understood_end_the_session(ranks: Ranks, value: Any
 def test_a_plan_is_taken_with_its_part_and_its_iteration(ranks: Ranks) -> None:
     rank = ranks()
     publish_news(rank.exchange, sequence=1, switch=7, action="follow", version=1)
-    assert wait_until(lambda: rank.link.timetable.at(7) == Follow(1))
+    assert came_true(lambda: rank.link.timetable.at(7) == Follow(1))
     assert rank.link.timetable.at(6) == TABLE.at(6)
     assert {key: part.clocks_mhz for key, part in rank.link.parts.items()} == {(1, "1F1B"): (810, 1410)}
     assert stats_of(rank).late == 0
@@ -503,44 +495,44 @@ def test_a_plan_whose_part_is_missing_is_not_followed_until_it_is_there(ranks: R
     rank = ranks()
     publish_news(rank.exchange, stage=0, sequence=1, switch=7, action="follow", version=1)
     rank.iterate(1)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == 1)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 1)
     assert rank.link.timetable == TABLE
     publish_news(rank.exchange, stage=1, sequence=1, switch=7, action="follow", version=1)
-    assert wait_until(lambda: rank.link.timetable.at(7) == Follow(1))
+    assert came_true(lambda: rank.link.timetable.at(7) == Follow(1))
 
 
 def test_only_newer_news_counts(ranks: Ranks) -> None:
     rank = ranks()
     publish_news(rank.exchange, sequence=2, switch=7, action="follow", version=2)
-    assert wait_until(lambda: rank.link.timetable.at(7) == Follow(2))
+    assert came_true(lambda: rank.link.timetable.at(7) == Follow(2))
     for sequence in (1, 2):
         publish_news(rank.exchange, sequence=sequence, switch=3, action="full", reason="old")
         time.sleep(0.05)
     assert rank.link.timetable.at(7) == Follow(2)
     publish_news(rank.exchange, sequence=3, switch=9, action="full", reason="new")
-    assert wait_until(lambda: rank.link.timetable.at(9) == FullClock("new"))
+    assert came_true(lambda: rank.link.timetable.at(9) == FullClock("new"))
     assert rank.link.timetable.at(8) == Follow(2)
 
 
 def test_news_that_came_too_late_are_counted_and_hold_at_once(ranks: Ranks) -> None:
     rank = ranks()
     rank.iterate(10)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == 10)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 10)
     publish_news(rank.exchange, sequence=1, switch=7, action="follow", version=1)
-    assert wait_until(lambda: stats_of(rank).late == 1)
+    assert came_true(lambda: stats_of(rank).late == 1)
     assert rank.link.timetable.at(10) == Follow(1)
 
 
 def test_a_new_plan_begins_its_sums_anew(ranks: Ranks) -> None:
     rank = ranks()
     publish_news(rank.exchange, sequence=1, switch=0, action="follow", version=1)
-    assert wait_until(lambda: rank.link.timetable.at(0) == Follow(1))
+    assert came_true(lambda: rank.link.timetable.at(0) == Follow(1))
     rank.iterate(3)
-    assert wait_until(lambda: "plan" in stats_of(rank).totals and stats_of(rank).totals["plan"].iterations == 3)
+    assert came_true(lambda: "plan" in stats_of(rank).totals and stats_of(rank).totals["plan"].iterations == 3)
     publish_news(rank.exchange, sequence=2, switch=3, action="follow", version=2, since=3)
-    assert wait_until(lambda: rank.link.timetable.at(3) == Follow(2, since=3))
+    assert came_true(lambda: rank.link.timetable.at(3) == Follow(2, since=3))
     rank.iterate(2)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == 5)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 5)
     assert stats_of(rank).totals["plan"].iterations == 2
 
 
@@ -549,9 +541,9 @@ def test_another_schedules_plan_begins_no_sum_anew(ranks: Ranks) -> None:
     for version in (1, 2):
         switch = rank.number
         publish_news(rank.exchange, sequence=version, switch=switch, action="follow", version=version)
-        assert wait_until(lambda: rank.link.timetable.at(switch) == Follow(version))  # noqa: B023 - called at once
+        assert came_true(lambda: rank.link.timetable.at(switch) == Follow(version))  # noqa: B023 - called at once
         rank.iterate(3)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == 6)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 6)
     assert stats_of(rank).totals["plan"].iterations == 6
 
 
@@ -559,9 +551,9 @@ def test_references_are_counted_apart_and_told(ranks: Ranks) -> None:
     share = 0.1
     rank = ranks(table=replace(TABLE, reference_share=share), reference_share=share)
     publish_news(rank.exchange, sequence=1, switch=0, action="follow", version=1)
-    assert wait_until(lambda: rank.link.timetable.at(0) == Follow(1))
+    assert came_true(lambda: rank.link.timetable.at(0) == Follow(1))
     rank.iterate(60)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == 60)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 60)
     references = sum(is_reference(offset, share) for offset in range(60))
     assert {sort: totals.iterations for sort, totals in stats_of(rank).totals.items()} == {
         "plan": 60 - references,
@@ -578,35 +570,35 @@ def test_references_are_counted_apart_and_told(ranks: Ranks) -> None:
 def test_iterations_still_under_the_old_plan_do_not_count_for_the_new_one(ranks: Ranks) -> None:
     rank = ranks()
     publish_news(rank.exchange, sequence=1, switch=0, action="follow", version=1)
-    assert wait_until(lambda: rank.link.timetable.at(0) == Follow(1))
+    assert came_true(lambda: rank.link.timetable.at(0) == Follow(1))
     rank.iterate(3)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == 3)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 3)
     publish_news(rank.exchange, sequence=2, switch=5, action="follow", version=2, since=5)
-    assert wait_until(lambda: rank.link.timetable.at(5) == Follow(2, since=5))
+    assert came_true(lambda: rank.link.timetable.at(5) == Follow(2, since=5))
     rank.iterate(4)  # two still under the old plan
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == 7)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 7)
     assert stats_of(rank).totals["plan"].iterations == 2
 
 
 def test_asked_to_recheck_a_rank_times_its_instructions_at_full_clocks(ranks: Ranks) -> None:
     rank = ranks()
     publish_news(rank.exchange, sequence=1, switch=2, action="full", reason="too slow", recheck=True)
-    assert wait_until(lambda: rank.link.timetable.at(2) == FullClock("too slow"))
+    assert came_true(lambda: rank.link.timetable.at(2) == FullClock("too slow"))
     rank.iterate(2, directive=Follow(1), factor=9.0)
     rank.iterate(1, factor=7.0)  # the first one at full clocks settles
     rank.iterate(PATIENCE - 1, factor=1.5)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == PATIENCE + 2)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == PATIENCE + 2)
     assert rank.exchange.fetch(recheck_key(1, 1)) is None
     rank.iterate(1, factor=4.0)
     told = receive(Recheck, rank.fetch(recheck_key(1, 1)))
     assert told.stage == 1
     assert told.time_s == pytest.approx({"forward": 0.015, "backward": 0.030})
-    assert wait_until(
+    assert came_true(
         lambda: "recheck" in stats_of(rank).totals and stats_of(rank).totals["recheck"].iterations == PATIENCE
     )
     assert stats_of(rank).totals["recheck"].time_s == pytest.approx(0.036 * ((PATIENCE - 1) * 1.5 + 4.0))
     rank.iterate(5, factor=9.0)
-    assert wait_until(lambda: stats_of(rank).hooked_iterations == PATIENCE + 8)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == PATIENCE + 8)
     assert receive(Recheck, rank.fetch(recheck_key(1, 1))) == told
 
 
@@ -658,7 +650,7 @@ def test_rank_0_plans_from_all_estimates_and_ends_the_planner(ranks: Ranks) -> N
         rank.iterate(TABLE.sweep_end)
         rank.fetch(estimate_key(0, rank.rank))
     planner = both[0].planner
-    assert wait_until(lambda: bool(planner.requests) or ranks.exchange.fetch(NEWS) is not None)
+    assert came_true(lambda: bool(planner.requests) or ranks.exchange.fetch(NEWS) is not None)
     for rank in both:
         rank.close()
     assert planner.closed
@@ -671,7 +663,7 @@ def test_a_summary_that_fails_does_not_keep_the_planner_alive(ranks: Ranks, monk
     def gone(*_: object) -> None:
         raise ExchangeError("the store is gone")
 
-    assert wait_until(lambda: ranks.exchange.fetch(stats_key(0)) is not None)
+    assert came_true(lambda: ranks.exchange.fetch(stats_key(0)) is not None)
     monkeypatch.setattr(rank.exchange, "publish", gone)
     rank.close()
     assert rank.planner.closed
@@ -685,8 +677,8 @@ def test_iterations_of_a_schedule_that_is_not_followed_are_no_progress(
     for number in range(TABLE.sweep_end):
         seen = replace(record(number, begin_s=0.036 * number), schedule="", undisturbed=False)
         rank.link.finished(FinishedIteration(TABLE.at(number), seen))
-    assert wait_until(lambda: rank.exchange.fetch(estimate_key(0, 0)) is not None)
+    assert came_true(lambda: rank.exchange.fetch(estimate_key(0, 0)) is not None)
     assert "profiling clock" not in heard.text
     assert "warming up" not in heard.text
     rank.iterate(directive=Sweep(1, 810, kept=False))
-    assert wait_until(lambda: "profiling clock 2 of 3: 810 MHz" in heard.text)
+    assert came_true(lambda: "profiling clock 2 of 3: 810 MHz" in heard.text)

@@ -12,7 +12,8 @@ from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.reporting.record.recorder import record_path
 from perseus_plugin.reporting.record.records import RankRecord, load_record
 from tests.factories import stream_of
-from tests.session.test_worker import TABLE, Ranks, heard, publish_news, ranks, wait_until
+from tests.session.test_worker import TABLE, Ranks, heard, publish_news, ranks
+from tests.waiting import came_true
 
 __all__ = ["heard", "ranks"]  # fixtures
 
@@ -24,7 +25,7 @@ def read(folder: Path, rank: int = 1) -> RankRecord:
 def test_every_iteration_is_recorded_with_its_energy(ranks: Ranks) -> None:
     rank = ranks()
     rank.iterate(TABLE.sweep_end)
-    assert wait_until(lambda: record_path(ranks.folder, 1).exists() and len(read(ranks.folder).stretches) == 10)
+    assert came_true(lambda: record_path(ranks.folder, 1).exists() and len(read(ranks.folder).stretches) == 10)
     record = read(ranks.folder)
     assert [s.sort.state for s in record.stretches] == ["warm-up", *["profiling"] * 9]
     assert [s.sort.clock_mhz for s in record.stretches] == [0, *[1410] * 3, *[810] * 3, *[1410] * 3]
@@ -36,7 +37,7 @@ def test_every_iteration_is_recorded_with_its_energy(ranks: Ranks) -> None:
 def test_a_rank_without_control_records_times(ranks: Ranks) -> None:
     rank = ranks(with_helper=False)
     rank.iterate(3)
-    assert wait_until(lambda: record_path(ranks.folder, 1).exists() and len(read(ranks.folder).stretches) == 3)
+    assert came_true(lambda: record_path(ranks.folder, 1).exists() and len(read(ranks.folder).stretches) == 3)
     assert [s.read for s in read(ranks.folder).stretches] == [0, 0, 0]
 
 
@@ -56,11 +57,11 @@ def test_planned_iterations_are_kept_whole_with_the_clocks_of_the_plan(ranks: Ra
     rank = ranks()
     rank.iterate(TABLE.sweep_end)
     publish_news(rank.exchange, sequence=1, switch=12, action="follow", version=3)
-    assert wait_until(lambda: rank.link.timetable.at(12) == Follow(3))
+    assert came_true(lambda: rank.link.timetable.at(12) == Follow(3))
     rank.iterate(2)
-    assert wait_until(lambda: rank.helper.polling[-1] is None)
+    assert came_true(lambda: rank.helper.polling[-1] is None)
     rank.iterate(1)
-    assert wait_until(lambda: rank.helper.polling[-1] == 0.005), "the counter is polled for iteration 14"
+    assert came_true(lambda: rank.helper.polling[-1] == 0.005), "the counter is polled for iteration 14"
     rank.iterate(2)
     rank.close()
     full, planned = read(ranks.folder).samples
@@ -74,7 +75,7 @@ def test_rank_0_records_the_schedule(ranks: Ranks) -> None:
     rank = ranks(rank=0)
     rank.link.use_schedule("1F1B/2x3", stream_of(2, 3))
     rank.iterate(1)
-    assert wait_until((ranks.folder / "schedule.json").exists)
+    assert came_true((ranks.folder / "schedule.json").exists)
     assert load_streams(ranks.folder / "schedule.json") == [list(stream_of(2, 3)(stage)) for stage in range(2)]
 
 

@@ -1,0 +1,21 @@
+"""Waiting for what other threads and processes do; a limit only bounds a test that fails anyway."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+def came_true(condition: Callable[[], bool], timeout_s: float = 20.0, interval_s: float = 0.005) -> bool:
+    """Whether the condition came true in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        if condition():
+            return True
+        time.sleep(interval_s)
+    return condition()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Fail the test unless the condition comes true in time."""
+    assert came_true(condition, timeout_s, 0.001), "it never happened"

@@ -122,7 +122,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pp2-tp2": (4, 2, {"tensor_model_parallel_size": 2}),
 }
 # Tensor parallel ranks wait for each other's CPU within each instruction.
-FORWARD_S = {"pp2-tp2": 0.02}
+FORWARD_S = {"pp2-tp2": 0.04}
 SCHEDULES = {"pp4": "1F1B/4x4", "pp2-vp2": "interleaved-1F1B-overlap-waits/2x4x2g2"}
 
 

@@ -140,6 +140,20 @@ class Reuse(_Message):
     failed: str = ""
 
 
+class WaitPart(_Message):
+    """A wait with a clock of its own.
+
+    Attributes:
+        after: the controllable instruction that it follows, by position; -1: it comes before the first.
+        frequency_mhz: to wait at.
+        duration_s: how long the wait is, by the plan.
+    """
+
+    after: int
+    frequency_mhz: int
+    duration_s: float
+
+
 class PlanPart(_Message):
     """One stage's part of a plan.
 
@@ -150,6 +164,7 @@ class PlanPart(_Message):
         times_s: how long each takes at that clock.
         slowdown: how much longer than in the profile that is, as the stage is known to be slow.
         catch_up: what a rank that is late does; None: nothing.
+        waits: in order; all others are spent at the clock of the instruction before.
     """
 
     version: int
@@ -158,6 +173,7 @@ class PlanPart(_Message):
     times_s: tuple[float, ...]
     slowdown: float = 1.0
     catch_up: CatchUpPart | None = None
+    waits: tuple[WaitPart, ...] = ()
 
     def as_run(self, raised: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Clocks and times where some instructions ran faster than planned.

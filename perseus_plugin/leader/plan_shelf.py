@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from perseus_plugin.exchange.messages import CatchUpPart, PlanPart, PlanParts
+from perseus_plugin.exchange.messages import CatchUpPart, PlanPart, PlanParts, WaitPart
 from perseus_plugin.iteration.replayed import StageCatchUp
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Profile
@@ -108,6 +108,14 @@ class PlanShelf:
                     times_s=tuple(slowdown * time_s[stage, p.instruction.kind, p.frequency_mhz] for p in planned),
                     slowdown=slowdown,
                     catch_up=CatchUpPart(**asdict(catch_up[stage]), dwell_s=dwell_s) if catch_up else None,
+                    waits=tuple(
+                        WaitPart(
+                            after=wait.after,
+                            frequency_mhz=wait.frequency_mhz,
+                            duration_s=wait.finish_s - wait.start_s,
+                        )
+                        for wait in plan.waits_of(stage)
+                    ),
                 )
             )
         self._kept[self._number] = _Kept(schedule, plan, tuple(parts), planned_work(plan, time_s))

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,6 +26,23 @@ class PlannedInstruction:
     """
 
     instruction: Instruction
+    frequency_mhz: int
+    start_s: float
+    finish_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedWait:
+    """A wait of one stage that is spent at a clock of its own.
+
+    Attributes:
+        after: position, in the stage's execution order, of the instruction that it follows; -1: it comes before the
+            first.
+        frequency_mhz: SM clock to wait at.
+        start_s, finish_s: predicted, from the start of the iteration.
+    """
+
+    after: int
     frequency_mhz: int
     start_s: float
     finish_s: float
@@ -65,6 +82,8 @@ class Plan:
         stages: per stage its instructions in execution order.
         confidence: None where the profile's errors are not known.
         cut_short: whether the clock ended the search, so that another one may find another plan; see `planning.work`.
+        waits: per stage, in order, the waits with a clock of their own; all others are spent at the clock of the
+            instruction before. Empty: there are none in any stage.
     """
 
     schedule: str
@@ -78,6 +97,7 @@ class Plan:
     stages: tuple[tuple[PlannedInstruction, ...], ...]
     confidence: Confidence | None = None
     cut_short: bool = False
+    waits: tuple[tuple[PlannedWait, ...], ...] = ()
 
     @property
     def promise(self) -> str:
@@ -111,6 +131,10 @@ class Plan:
         """The clocks of one stage's instructions in execution order."""
         return [planned.frequency_mhz for planned in self.stages[stage]]
 
+    def waits_of(self, stage: int) -> tuple[PlannedWait, ...]:
+        """One stage's waits with a clock of their own."""
+        return self.waits[stage] if self.waits else ()
+
     def clock_changes(self, stage: int) -> int:
         """How often the clock changes in one stage per iteration, from the last instruction to the first included."""
         clocks = self.clocks_mhz(stage)
@@ -132,6 +156,14 @@ class _Confidence(_Strict):
     gap_at_most: Annotated[float, Field(ge=0)]
 
 
+_Wait: TypeAlias = tuple[
+    Annotated[int, Field(ge=-1)],
+    Annotated[int, Field(gt=0)],
+    Annotated[float, Field(ge=0)],
+    Annotated[float, Field(ge=0)],
+]
+
+
 class _PlanFile(_Strict):
     schema_name: Literal["perseus-plan"] = Field(alias="schema")
     version: Literal[1]
@@ -147,10 +179,15 @@ class _PlanFile(_Strict):
     predicted_s: list[list[Annotated[list[float], Field(min_length=2, max_length=2)]]]
     confidence: _Confidence | None = None
     cut_short: bool = False
+    waits: list[list[_Wait]] = []
 
 
 def plan_to_json(plan: Plan) -> str:
-    """The content of `plan.json`; `stages` holds `[kind, microbatch, frequency_mhz]`, and the chunk where not 0."""
+    """The content of `plan.json`.
+
+    `stages` holds `[kind, microbatch, frequency_mhz]`, and the chunk where not 0; `waits` holds
+    `[after, frequency_mhz, start_s, finish_s]`.
+    """
     known = plan.confidence
     content = _PlanFile(
         schema="perseus-plan",
@@ -169,6 +206,7 @@ def plan_to_json(plan: Plan) -> str:
         if known is None
         else _Confidence(level=known.level, saving=list(known.saving), gap_at_most=known.gap_at_most),
         cut_short=plan.cut_short,
+        waits=[[(w.after, w.frequency_mhz, w.start_s, w.finish_s) for w in stage] for stage in plan.waits],
     )
     return json.dumps(content.model_dump(by_alias=True, exclude_defaults=True), allow_nan=False) + "\n"
 
@@ -190,6 +228,12 @@ def plan_from_json(text: str) -> Plan:
         raise PlanError(validation_problem(error, _PlanFile)) from error
     if len(file.stages) != len(file.predicted_s):
         raise PlanError(f"predicted_s: {len(file.predicted_s)} stages; stages has {len(file.stages)}")
+    if file.waits and len(file.waits) != len(file.stages):
+        raise PlanError(f"waits: {len(file.waits)} stages; stages has {len(file.stages)}")
+    for stage, waits in enumerate(file.waits):
+        order = [after for after, *_ in waits]
+        if order != sorted(set(order)) or (order and order[-1] >= len(file.stages[stage])):
+            raise PlanError(f"waits.{stage}: after {order}; allowed: rising, below {len(file.stages[stage])}")
     stages = []
     for stage, (rows, times) in enumerate(zip(file.stages, file.predicted_s, strict=True)):
         if len(rows) != len(times):
@@ -209,6 +253,7 @@ def plan_from_json(text: str) -> Plan:
         stages=tuple(stages),
         confidence=None if file.confidence is None else _confidence(file.confidence),
         cut_short=file.cut_short,
+        waits=tuple(tuple(PlannedWait(*wait) for wait in stage) for stage in file.waits),
     )
     if not math.isclose(plan.gap, file.gap, abs_tol=1e-9):
         raise PlanError(f"gap: got {file.gap}; energy_j and energy_lower_bound_j make it {plan.gap}")

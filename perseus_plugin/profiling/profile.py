@@ -15,6 +15,7 @@ from pathlib import Path
 
 from perseus_plugin.errors import ProfileError
 from perseus_plugin.files import write_atomically
+from perseus_plugin.profiling.waiting import WaitingPower
 
 REQUIRED_COLUMNS = ("stage", "instruction", "frequency", "time", "energy")
 _UNCERTAIN_COLUMNS = (
@@ -24,6 +25,8 @@ _UNCERTAIN_COLUMNS = (
     "spread_within_se",
     "spread_between",
     "spread_between_se",
+    "blocking_power",
+    "blocking_power_se",
 )
 # After stage and instruction, the columns are the fields of `Measurement` in order.
 COLUMNS = (*REQUIRED_COLUMNS, "samples", *_UNCERTAIN_COLUMNS)
@@ -46,6 +49,8 @@ class Measurement:
         spread_within, spread_within_se: standard deviation of the duration over the microbatches of one step about
             the step's mean, relative to it, and its standard error (NaN: unknown).
         spread_between, spread_between_se: the same of the steps' means about their mean.
+        blocking_power_w, blocking_power_se_w: of a GPU of this stage that waits at this clock, and its standard error
+            (NaN: unknown); of the stage and the clock, so that it is the same for all kinds of a stage.
     """
 
     frequency_mhz: int
@@ -58,6 +63,8 @@ class Measurement:
     spread_within_se: float = math.nan
     spread_between: float = math.nan
     spread_between_se: float = math.nan
+    blocking_power_w: float = math.nan
+    blocking_power_se_w: float = math.nan
 
     def scaled(self, factor: float, added_w: float | None = None) -> Measurement:
         """Longer by a factor; relative errors of times and spread stay.
@@ -122,6 +129,24 @@ class Profile:
         for (stage, kind), measurements in self.table.items():
             for measurement in measurements:
                 yield stage, kind, measurement
+
+    def waiting_power(self, stage: int, default_w: float) -> WaitingPower:
+        """What a waiting GPU of this stage draws, by clock.
+
+        Args:
+            stage: which.
+            default_w: where no row of the stage says.
+        """
+        known = {
+            m.frequency_mhz: m.blocking_power_w
+            for (its_stage, _), rows in self.table.items()
+            for m in rows
+            if its_stage == stage and math.isfinite(m.blocking_power_w)
+        }
+        if not known:
+            return WaitingPower.constant(default_w)
+        clocks = tuple(sorted(known))
+        return WaitingPower(clocks, tuple(known[clock] for clock in clocks))
 
     def scaled(
         self,

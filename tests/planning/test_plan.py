@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import interleaved_1f1b, one_f_one_b
-from perseus_plugin.planning.plan import Plan, load_plan, plan_from_json, plan_to_json, save_plan
+from perseus_plugin.planning.plan import Plan, PlannedWait, load_plan, plan_from_json, plan_to_json, save_plan
 from perseus_plugin.planning.planner import Planner, Target
 from perseus_plugin.planning.zeus import save_zeus_plan
 
@@ -38,6 +39,22 @@ def test_the_file_has_the_documented_keys(plan: Plan) -> None:
     assert content["gap"] == plan.gap
     assert content["stages"][0][0] == ["forward", 0, plan.clocks_mhz(0)[0]]
     assert [len(stage) for stage in content["stages"]] == [8, 8]
+
+
+def test_waits_survive_the_file(plan: Plan) -> None:
+    waits = (PlannedWait(-1, 800, 0.0, 0.02), PlannedWait(7, 900, 0.3, 0.4))
+    with_waits = replace(plan, waits=((), waits))
+    assert plan_from_json(plan_to_json(with_waits)) == with_waits
+    assert with_waits.waits_of(1) == waits
+    assert plan.waits_of(1) == ()
+    assert "waits" not in json.loads(plan_to_json(plan))
+
+
+@pytest.mark.parametrize("after", [[1, 1], [3, 2], [8], [-2]])
+def test_waits_stand_in_order_between_instructions(plan: Plan, after: list[int]) -> None:
+    content = json.loads(plan_to_json(plan)) | {"waits": [[], [[one, 800, 0.0, 0.02] for one in after]]}
+    with pytest.raises(PlanError, match="waits"):
+        plan_from_json(json.dumps(content))
 
 
 def test_chunks_survive_the_file() -> None:

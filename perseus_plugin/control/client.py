@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import select
-import site
 import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -18,6 +16,7 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
+from perseus_plugin import processes
 from perseus_plugin.control.ownership import HELPER_MODULE
 from perseus_plugin.control.wire import (
     AT_ONCE_AND_LAST,
@@ -289,8 +288,7 @@ os.register_at_fork(after_in_child=_forget_after_fork)
 
 def _spawn(spec: str, options: list[str], log_path: Path | str | None) -> subprocess.Popen[bytes]:
     """Start a helper process in a session of its own, so that signals to the job do not end it first."""
-    program = [sys.executable, "-m", HELPER_MODULE]
-    command = [*program, spec, "--parent", str(os.getpid()), *options]
+    command = processes.command(HELPER_MODULE, spec, "--parent", str(os.getpid()), *options)
     log = open(log_path, "ab") if log_path is not None else None  # noqa: PTH123, SIM115
     try:
         return subprocess.Popen(
@@ -298,20 +296,10 @@ def _spawn(spec: str, options: list[str], log_path: Path | str | None) -> subpro
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=_environment(),
+            env=processes.environment(),
             start_new_session=True,
             close_fds=True,
         )
     finally:
         if log is not None:
             log.close()
-
-
-def _environment() -> dict[str, str]:
-    """Ours, such that the helper finds this package and does not import from the job's working folder."""
-    environment = dict(os.environ, PYTHONSAFEPATH="1")
-    root = str(Path(__file__).parents[2])
-    if root not in site.getsitepackages():
-        paths = [environment.get("PYTHONPATH", ""), root]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    return environment

@@ -1,7 +1,7 @@
 """The time-energy frontier of a running job, in a process of its own that yields to everything else.
 
-`FrontierProcess` is the side of rank 0; `python -m perseus_plugin.planning.frontier_process PATH TOLERANCE
-PARENT` is the other: it reads one plan request from standard input, says after each sample how far the curve is known,
+`FrontierProcess` is the side of rank 0; this module run with PATH TOLERANCE PARENT (see `processes`) is the
+other: it reads one plan request from standard input, says after each sample how far the curve is known,
 and writes the file.
 """
 
@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from perseus_plugin import processes
 from perseus_plugin.errors import PerseusError, os_problem
 from perseus_plugin.planning.curve import FRONTIER_FILE
 from perseus_plugin.planning.process import PlanRequest, end_with, limits_of, planner_for
@@ -70,20 +71,15 @@ class FrontierProcess:
             json.dump(request.to_dict(), task)
             task.seek(0)
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "perseus_plugin.planning.frontier_process",
-                    str(path),
-                    repr(tolerance),
-                    str(os.getpid()),
-                ],
+                processes.command(
+                    "perseus_plugin.planning.frontier_process", str(path), repr(tolerance), str(os.getpid())
+                ),
                 stdin=task,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
                 start_new_session=True,
-                env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+                env=processes.environment(),
             )
         threading.Thread(target=self._read, name="perseus-frontier", daemon=True).start()
 

@@ -1,6 +1,6 @@
 """The planner in a process of its own, so that planning takes neither the interpreter nor the cores from training.
 
-`PlannerProcess` is the side of rank 0; `python -m perseus_plugin.planning.process PARENT` is the other. One JSON line
+`PlannerProcess` is the side of rank 0; this module run with PARENT (see `processes`) is the other. One JSON line
 per request and per answer; the process ends when its standard input does, so it cannot outlive the trainer.
 """
 
@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from perseus_plugin import processes
 from perseus_plugin.errors import PerseusError, PlanError
 from perseus_plugin.iteration.replayed import Replayed, Samples, StageCatchUp
 from perseus_plugin.planning.paced import Pace
@@ -279,12 +280,12 @@ class PlannerProcess:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "perseus_plugin.planning.process", str(os.getpid())],
+            processes.command("perseus_plugin.planning.process", str(os.getpid())),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+            env=processes.environment(),
         )
         self._answer: PlanAnswer | None = None
         self._busy = False

@@ -1,4 +1,4 @@
-"""`python -m perseus_plugin.control.helper`."""
+"""See `process`; run by `perseus_plugin.processes`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The process that owns a GPU's clock: `python -m perseus_plugin.control.helper SPEC --parent PID`.
+"""The process that owns a GPU's clock: `perseus_plugin.control.helper SPEC --parent PID`, run by `processes`.
 
 It takes commands on standard input and answers on standard output (`wire.py`). Whatever ends it (end of the
 pipe, a signal, an error, the death of the parent by any cause), it first resets the clock and makes sure

@@ -147,11 +147,15 @@ class WaitPart(_Message):
         after: the controllable instruction that it follows, by position; -1: it comes before the first.
         frequency_mhz: to wait at.
         duration_s: how long the wait is, by the plan.
+        work_before_s, work_after_s: constant-time work between that instruction and the wait, and between the wait and
+            the next instruction or the iteration's end.
     """
 
     after: int
     frequency_mhz: int
     duration_s: float
+    work_before_s: float = 0.0
+    work_after_s: float = 0.0
 
 
 class PlanPart(_Message):
@@ -338,6 +342,20 @@ class CaughtUp(_Message):
     extra_energy_j: float = 0.0
 
 
+class Waited(_Message):
+    """How a rank has waited, over undisturbed iterations under plans whose waits have clocks of their own.
+
+    Attributes:
+        iterations, planned: how many there were, and how many such waits.
+        lowered, woken_early: of those, how many were spent at the wait's clock, and ended before it was back.
+    """
+
+    iterations: int = 0
+    planned: int = 0
+    lowered: int = 0
+    woken_early: int = 0
+
+
 class RankStats(_Message):
     """One rank's running account.
 
@@ -350,6 +368,7 @@ class RankStats(_Message):
         late: iterations that began before their order had arrived.
         switch_latency_s: median and 95 % of how long a clock change takes; None where that was not measured.
         caught_up: how it has caught up with plans.
+        waited: at which clocks it has waited.
         final: nothing follows.
     """
 
@@ -364,6 +383,7 @@ class RankStats(_Message):
     late: int = 0
     switch_latency_s: tuple[float, float] | None = None
     caught_up: CaughtUp = CaughtUp()
+    waited: Waited = Waited()
     final: bool = False
 
 

@@ -28,6 +28,9 @@ class IterationRecord:
         overhead_s: time spent at the beginnings of controllable instructions, emulation not counted.
         directive: what it is to run as, settled when the GPU gets to it.
         raised: (position among the controllable ones, clock) of instructions that ran faster than planned, being late.
+        lowered: (position of the controllable instruction before, -1 for none; clock) of waits spent at a clock of
+            their own.
+        woken_early: how many of those ended before the clock was back.
         applied: whether that could be done; where not (yet), full clocks ran instead.
     """
 
@@ -44,6 +47,8 @@ class IterationRecord:
     overhead_s: float = 0.0
     directive: Directive = _UNSETTLED
     raised: list[tuple[int, int]] = field(default_factory=list)
+    lowered: list[tuple[int, int]] = field(default_factory=list)
+    woken_early: int = 0
     applied: bool = True
 
     @property

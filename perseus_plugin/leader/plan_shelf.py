@@ -108,14 +108,7 @@ class PlanShelf:
                     times_s=tuple(slowdown * time_s[stage, p.instruction.kind, p.frequency_mhz] for p in planned),
                     slowdown=slowdown,
                     catch_up=CatchUpPart(**asdict(catch_up[stage]), dwell_s=dwell_s) if catch_up else None,
-                    waits=tuple(
-                        WaitPart(
-                            after=wait.after,
-                            frequency_mhz=wait.frequency_mhz,
-                            duration_s=wait.finish_s - wait.start_s,
-                        )
-                        for wait in plan.waits_of(stage)
-                    ),
+                    waits=_waits(plan, stage),
                 )
             )
         self._kept[self._number] = _Kept(schedule, plan, tuple(parts), planned_work(plan, time_s))
@@ -200,3 +193,23 @@ class PlanShelf:
                 before = total.get(key, (0.0, 0.0))
                 total[key] = before[0] + planned_s, before[1] + full_s
         return slowed_by(total, stage, kinds)
+
+
+def _waits(plan: Plan, stage: int) -> tuple[WaitPart, ...]:
+    planned = plan.stages[stage]
+    parts = []
+    for wait in plan.waits_of(stage):
+        before_s = planned[wait.after].finish_s if wait.after >= 0 else 0.0
+        last = wait.after == len(planned) - 1
+        parts.append(
+            WaitPart(
+                after=wait.after,
+                frequency_mhz=wait.frequency_mhz,
+                duration_s=wait.finish_s - wait.start_s,
+                work_before_s=max(0.0, wait.start_s - before_s),
+                work_after_s=max(
+                    0.0, (plan.iteration_time_s if last else planned[wait.after + 1].start_s) - wait.finish_s
+                ),
+            )
+        )
+    return tuple(parts)

@@ -178,7 +178,9 @@ class Session:
         if wanted != self._followed:
             self._followed = wanted if self._control(record.directive, record) else None
         if self._controller is not None:
-            self._controller.start(record.begin_s)
+            lowered_mhz = self._controller.start(record.begin_s)
+            if lowered_mhz is not None:
+                record.lowered.append((-1, lowered_mhz))
         record.applied = self._followed is not None
         record.undisturbed = record.applied and held == self._held
 
@@ -192,7 +194,7 @@ class Session:
         part = part_for(self._link.parts, directive, record)
         if part is not None and len(part.clocks_mhz) == 1 + max(record.slots):
             lead_s = self._link.rise_lead_s
-            self._controller.follow(part.clocks_mhz, part.times_s, part.catch_up, rise_lead_s=lead_s)
+            self._controller.follow(part.clocks_mhz, part.times_s, part.catch_up, part.waits, rise_lead_s=lead_s)
             return True
         self._controller.hold(None)
         return isinstance(directive, FullClock)
@@ -215,6 +217,8 @@ class Session:
 
     def _ended(self, now_s: float, record: IterationRecord) -> None:
         record.end_s = now_s
+        if self._controller is not None:
+            record.woken_early = self._controller.finish(now_s)
         if self._helper is not None:
             self._helper.mark(end_tag(record.number))
         self._link.finished(FinishedIteration(record.directive, record))

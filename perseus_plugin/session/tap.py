@@ -99,8 +99,11 @@ class InstructionTap:
                 record.raised.append((slot, raised_mhz))
 
     def _ended(self, now_s: float, record: IterationRecord) -> None:
-        if record.slots[len(record.ends_s)] >= 0 and self._controller is not None:
-            self._controller.end(now_s)
+        slot = record.slots[len(record.ends_s)]
+        if slot >= 0 and self._controller is not None:
+            lowered_mhz = self._controller.end(now_s)
+            if lowered_mhz is not None:
+                record.lowered.append((slot, lowered_mhz))
         record.ends_s.append(now_s)
 
     def _fail(self, error: Exception) -> None:

@@ -29,6 +29,7 @@ from perseus_plugin.exchange.messages import (
     RankStats,
     Recheck,
     Trouble,
+    Waited,
     durations_key,
     estimate_key,
     part_key,
@@ -224,6 +225,7 @@ class SessionWorker:
         self._account.forget_before(record.number - 16)
         self._count(record)
         self._count_lateness(directive, record)
+        self._count_waits(directive, record)
         self._sensing.saw(directive, record, self._link.parts)
         self._windows.saw(directive, record, self._link.parts)
         if self._leader is not None:
@@ -262,6 +264,19 @@ class SessionWorker:
             extra_energy_j=before.extra_energy_j + extra_energy_j(part, record.raised, durations_s),
         )
         self._stats = self._stats.model_copy(update={"caught_up": caught_up})
+
+    def _count_waits(self, directive: Directive, record: IterationRecord) -> None:
+        part = part_for(self._link.parts, directive, record)
+        if part is None or not part.waits or not (record.undisturbed and record.complete):
+            return
+        before = self._stats.waited
+        waited = Waited(
+            iterations=before.iterations + 1,
+            planned=before.planned + len(part.waits),
+            lowered=before.lowered + len(record.lowered),
+            woken_early=before.woken_early + record.woken_early,
+        )
+        self._stats = self._stats.model_copy(update={"waited": waited})
 
     def _count(self, record: IterationRecord) -> None:
         stats = self._stats

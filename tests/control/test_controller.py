@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from perseus_plugin.control.controller import Controller
 from perseus_plugin.control.requests import PendingRequests, Request
+from perseus_plugin.exchange.messages import WaitPart
 
 TOP_MHZ = 1410
 LEAD_S = 0.005
@@ -178,3 +179,123 @@ def test_a_new_plan_replaces_the_old_one_and_the_new_lead_holds() -> None:
 def test_a_plan_with_a_time_missing_is_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         Controller(Noted()).follow([705, 1410], [1.0])
+
+
+# Waits with a clock of their own.
+
+WAIT_MHZ = 600
+
+
+def part(after: int, **work_s: float) -> WaitPart:
+    return WaitPart(after=after, frequency_mhz=WAIT_MHZ, duration_s=1.0, **work_s)
+
+
+def run(
+    gpu: SimulatedGpu,
+    controller: Controller,
+    waits_s: list[float],
+    times_s: list[float],
+) -> tuple[list[tuple[float, float]], int]:
+    """One iteration, waits around its instructions; what each instruction spans, and how many waits ended early."""
+    spans = []
+    controller.start(gpu.now_s)
+    for position, (wait_s, time_s) in enumerate(zip(waits_s[:-1], times_s, strict=True)):
+        gpu.run_until(gpu.now_s + wait_s)
+        controller.begin(position, gpu.now_s)
+        spans.append((gpu.now_s, gpu.now_s + time_s))
+        gpu.run_until(gpu.now_s + time_s)
+        controller.end(gpu.now_s)
+    gpu.run_until(gpu.now_s + waits_s[-1])
+    return spans, controller.finish(gpu.now_s)
+
+
+@given(
+    st.lists(st.sampled_from([1410, 1005, 705]), min_size=1, max_size=5),
+    st.data(),
+)
+def test_waits_at_a_lower_clock_slow_no_instruction_while_they_are_as_long_as_they_were(
+    clocks: list[int], data: st.DataObject
+) -> None:
+    times_s = [0.03] * len(clocks)
+    shortest_s = data.draw(st.lists(st.floats(0, 0.1), min_size=len(clocks) + 1, max_size=len(clocks) + 1))
+    longer = st.lists(st.floats(0, 0.05), min_size=len(clocks) + 1, max_size=len(clocks) + 1)
+    gpu = SimulatedGpu(LEAD_S)
+    controller = Controller(gpu)
+    parts = [part(after) for after in range(-1, len(clocks))]
+    controller.follow(clocks, times_s, None, parts, rise_lead_s=LEAD_S)
+    run(gpu, controller, shortest_s, times_s)
+    for _ in range(data.draw(st.integers(1, 4))):
+        waits_s = [a + b for a, b in zip(shortest_s, data.draw(longer), strict=True)]
+        spans, early = run(gpu, controller, waits_s, times_s)
+        assert early == 0
+        for clock, (start_s, end_s) in zip(clocks, spans, strict=True):
+            assert gpu.lowest_mhz(start_s, end_s) >= clock
+        assert gpu.effective[-1][1] == TOP_MHZ, "full clock at the end of the iteration"
+
+
+def test_a_wait_is_spent_at_its_clock_once_its_length_is_known() -> None:
+    gpu = SimulatedGpu(LEAD_S)
+    controller = Controller(gpu)
+    controller.follow([1410, 1410], [0.03, 0.03], None, [part(0)], rise_lead_s=LEAD_S)
+    for number in range(4):
+        begin_s = gpu.now_s
+        run(gpu, controller, [0.0, 0.06, 0.0], [0.03, 0.03])
+        lowest_mhz = gpu.lowest_mhz(begin_s + 0.03 + LEAD_S, begin_s + 0.09 - LEAD_S)
+        assert lowest_mhz == (TOP_MHZ if number < 2 else WAIT_MHZ), "the first iterations are watched"
+    assert [clock for _, clock in gpu.asked] == [1410, None] * 2 + [1410, WAIT_MHZ, 1410, None] * 2
+
+
+def test_a_wait_that_ends_early_costs_one_clock_change_and_is_counted_on() -> None:
+    gpu = SimulatedGpu(LEAD_S)
+    controller = Controller(gpu)
+    controller.follow([1410, 1410], [0.03, 0.03], None, [part(0)], rise_lead_s=LEAD_S)
+    for _ in range(3):
+        _, early = run(gpu, controller, [0.0, 0.06, 0.0], [0.03, 0.03])
+        assert early == 0
+    spans, early = run(gpu, controller, [0.0, 0.03, 0.0], [0.03, 0.03])
+    assert early == 1
+    start_s, end_s = spans[1]
+    assert gpu.lowest_mhz(start_s, start_s + LEAD_S) == WAIT_MHZ
+    assert gpu.lowest_mhz(start_s + LEAD_S, end_s) == TOP_MHZ
+    for _ in range(3):
+        spans, early = run(gpu, controller, [0.0, 0.03, 0.0], [0.03, 0.03])
+        assert early == 0, "the shortest of late is what it reckons with"
+        assert gpu.lowest_mhz(*spans[1]) == TOP_MHZ
+
+
+def test_work_around_a_wait_runs_at_the_clocks_of_before_and_after() -> None:
+    gpu = SimulatedGpu(LEAD_S)
+    controller = Controller(gpu)
+    parts = [part(1, work_before_s=0.02, work_after_s=0.03)]
+    controller.follow([1005, 1005], [0.03, 0.03], None, parts, rise_lead_s=LEAD_S)
+    for _ in range(3):
+        begin_s = gpu.now_s
+        run(gpu, controller, [0.0, 0.0, 0.1], [0.03, 0.03])
+    end_s = begin_s + 0.06
+    assert gpu.lowest_mhz(end_s, end_s + 0.02) == 1005
+    assert gpu.lowest_mhz(end_s + 0.02 + LEAD_S, end_s + 0.07 - LEAD_S) == WAIT_MHZ
+    assert gpu.lowest_mhz(end_s + 0.07, end_s + 0.1) == TOP_MHZ
+
+
+def test_without_a_known_latency_no_clock_is_lowered() -> None:
+    gpu = SimulatedGpu(0.0)
+    controller = Controller(gpu)
+    controller.follow([1410], [0.03], None, [part(-1), part(0)])
+    for _ in range(4):
+        run(gpu, controller, [0.5, 0.5], [0.03])
+    assert gpu.lowest_mhz(0.0, gpu.now_s) == TOP_MHZ
+
+
+def test_what_is_known_of_waits_outlives_iterations_at_full_clocks() -> None:
+    gpu = SimulatedGpu(LEAD_S)
+    controller = Controller(gpu)
+    follow = lambda: controller.follow([1410], [0.03], None, [part(-1)], rise_lead_s=LEAD_S)  # noqa: E731
+    follow()
+    for _ in range(2):
+        run(gpu, controller, [0.1, 0.0], [0.03])
+    controller.hold(None)
+    run(gpu, controller, [0.1, 0.0], [0.03])
+    assert WAIT_MHZ not in [clock for _, clock in gpu.asked]
+    follow()
+    run(gpu, controller, [0.1, 0.0], [0.03])
+    assert WAIT_MHZ in [clock for _, clock in gpu.asked]

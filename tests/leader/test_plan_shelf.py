@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 
 from perseus_plugin.leader.plan_shelf import PlanShelf
-from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.plan import Plan, PlannedWait
 from perseus_plugin.planning.process import plan_for
 from perseus_plugin.planning.request import PlanRequest
 from tests.factories import BLOCKING_W, profile, stream_of
@@ -31,6 +32,23 @@ def test_a_plan_that_takes_anothers_place_leaves_nothing_of_it_behind(plan: Plan
     gc.collect()
     kept = [one for one in gc.get_referrers(plan) if type(one).__name__ == "_Kept"]
     assert len(kept) == 2
+
+
+def test_ranks_are_told_where_in_the_gap_between_instructions_a_wait_lies(plan: Plan) -> None:
+    first, second = plan.stages[1][0], plan.stages[1][-1]
+    waits = (
+        PlannedWait(-1, 705, 0.001, first.start_s - 0.0005),
+        PlannedWait(len(plan.stages[1]) - 1, 810, second.finish_s, plan.iteration_time_s - 0.002),
+    )
+    shelf = PlanShelf(2)
+    shelf.put("A", replace(plan, waits=((), waits)), profile(2))
+    none, (before, after) = (parts.parts[0].waits for parts in shelf.set_with().parts)
+    assert none == ()
+    assert (before.after, before.frequency_mhz) == (-1, 705)
+    assert (before.work_before_s, before.work_after_s) == pytest.approx((0.001, 0.0005))
+    assert before.duration_s == pytest.approx(first.start_s - 0.0015)
+    assert (after.after, after.frequency_mhz, after.work_before_s) == (len(plan.stages[1]) - 1, 810, 0.0)
+    assert after.work_after_s == pytest.approx(0.002)
 
 
 def test_a_stand_in_for_a_plan_in_force_stays(plan: Plan) -> None:

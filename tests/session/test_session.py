@@ -16,7 +16,7 @@ from perseus_plugin.config import parse_config
 from perseus_plugin.control.selection import Selection, with_facts
 from perseus_plugin.control.wire import DeviceFacts
 from perseus_plugin.errors import ConfigError, GpuError
-from perseus_plugin.exchange.messages import Placement, PlanPart
+from perseus_plugin.exchange.messages import Placement, PlanPart, WaitPart
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StreamOp
 from perseus_plugin.iteration.timetable import WARM_UP as WARMING_UP
@@ -131,9 +131,9 @@ class Rank:
         assert len(finished) <= 1
         return finished[0] if finished else None
 
-    def follow(self, version: int, first: int, key: str = "A") -> None:
+    def follow(self, version: int, first: int, key: str = "A", waits: tuple[WaitPart, ...] = ()) -> None:
         """News has come: follow a plan."""
-        part = PlanPart(version=version, schedule=key, clocks_mhz=(810, 1410), times_s=(0.1, 0.2))
+        part = PlanPart(version=version, schedule=key, clocks_mhz=(810, 1410), times_s=(0.1, 0.2), waits=waits)
         self.link.use_parts({(version, key): part})
         self.link.run_by(self.link.timetable.switched(first, Follow(version)))
 
@@ -213,6 +213,19 @@ def test_a_plan_is_followed_from_its_iteration_on(rank: Rank) -> None:
         ("request", 1410),
         ("early", None),
     ]
+
+
+def test_waits_at_clocks_of_their_own_are_recorded(rank: Rank) -> None:
+    rank.link.rise_early(1e-6)
+    waits = tuple(WaitPart(after=after, frequency_mhz=705, duration_s=0.1) for after in (-1, 0, 1))
+    rank.follow(1, first=0, waits=waits)
+    watched = [rank.iterate() for _ in range(2)]
+    assert [finished.record.lowered for finished in watched if finished is not None] == [[], []]
+    finished = rank.iterate()
+    assert finished is not None
+    assert {clock for _, clock in finished.record.lowered} == {705}
+    assert (-1, 705) in finished.record.lowered
+    assert ("request", 705) in rank.helper.take()
 
 
 def test_rises_are_asked_for_by_the_measured_lead(rank: Rank) -> None:

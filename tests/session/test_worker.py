@@ -27,6 +27,8 @@ from perseus_plugin.exchange.messages import (
     RankWindows,
     Recheck,
     Trouble,
+    Waited,
+    WaitPart,
     durations_key,
     estimate_key,
     part_key,
@@ -157,6 +159,8 @@ class Rank:
         factor: float = 1.0,
         raised: Sequence[tuple[int, int]] = (),
         undisturbed: bool = True,
+        lowered: Sequence[tuple[int, int]] = (),
+        woken_early: int = 0,
     ) -> None:
         """Iterations end; the counter is read at both ends."""
         for _ in range(count):
@@ -165,7 +169,7 @@ class Rank:
             # On the same clock as ticks; back to back.
             begin_s = self.number * 0.036 * factor
             seen = record(self.number, begin_s=begin_s, durations_s=durations, undisturbed=undisturbed)
-            seen.raised = list(raised)
+            seen.raised, seen.lowered, seen.woken_early = list(raised), list(lowered), woken_early
             mhz = runs_as.frequency_mhz if isinstance(runs_as, Sweep) else None
             if self.obeys and not isinstance(runs_as, Follow):
                 self.helper.events.append(wire.Applied(1, mhz, 0.0, 0.0, seen.begin_s, seen.begin_s + 0.001))
@@ -225,11 +229,23 @@ def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-def publish_news(exchange: LocalExchange, catch_up: CatchUpPart | None = None, *, stage: int = 1, **news: Any) -> None:
+def publish_news(
+    exchange: LocalExchange,
+    catch_up: CatchUpPart | None = None,
+    *,
+    stage: int = 1,
+    waits: Sequence[WaitPart] = (),
+    **news: Any,
+) -> None:
     made = News(**news)
     if made.action == "follow":
         part = PlanPart(
-            version=made.version, schedule="1F1B", clocks_mhz=(810, 1410), times_s=(0.1, 0.2), catch_up=catch_up
+            version=made.version,
+            schedule="1F1B",
+            clocks_mhz=(810, 1410),
+            times_s=(0.1, 0.2),
+            catch_up=catch_up,
+            waits=tuple(waits),
         )
         parts = PlanParts(version=made.version, parts=(part,))
         exchange.publish(part_key(made.version, stage), parts.model_dump())
@@ -284,6 +300,20 @@ def test_catching_up_is_counted_with_what_it_takes(ranks: Ranks) -> None:
     assert (caught_up.instructions, caught_up.late_iterations, caught_up.raised) == (10, 3, 3)
     # 10 ms at 300 W instead of 15 ms at 150 W.
     assert caught_up.extra_energy_j == pytest.approx(3 * (3.0 - 2.25))
+
+
+def test_waits_are_counted_with_those_that_ended_early(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.iterate(TABLE.sweep_end)
+    waits = (WaitPart(after=1, frequency_mhz=810, duration_s=0.1),)
+    publish_news(ranks.exchange, waits=waits, sequence=1, switch=rank.number, action="follow", version=1)
+    assert came_true(lambda: isinstance(rank.link.timetable.at(rank.number), Follow))
+    rank.iterate(2)
+    rank.iterate(3, lowered=[(1, 810)])
+    rank.iterate(1, lowered=[(1, 810)], woken_early=1)
+    rank.iterate(1, lowered=[(1, 810)], undisturbed=False)
+    assert came_true(lambda: stats_of(rank).waited.iterations == 6)
+    assert stats_of(rank).waited == Waited(iterations=6, planned=6, lowered=4, woken_early=1)
 
 
 # The sweep.

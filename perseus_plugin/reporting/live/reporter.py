@@ -156,6 +156,12 @@ def _remarks(summary: Summary) -> str:
             f"{late.raised_percent or 0.0:.1f} % of instructions began late and ran faster than planned to catch up, "
             f"for about {late.extra_energy_per_iteration_j or 0.0:.1f} J per iteration"
         )
+    waiting = summary.waiting
+    if waiting.lowered_waits:
+        remarks.append(
+            f"{waiting.lowered_waits} waits were spent at a lower clock, {waiting.woken_early} of them ended before it "
+            "was back"
+        )
     if summary.overhead.hook_time_percent is not None:
         remarks.append(f"hooks took {summary.overhead.hook_time_percent:.3f} % of the time")
     return "; ".join(remarks) + "."

@@ -25,6 +25,7 @@ from perseus_plugin.reporting.record.summary import (
     ReferenceSection,
     StragglerSection,
     Summary,
+    WaitingSection,
 )
 
 _SAME_JOB = 0.1
@@ -139,6 +140,12 @@ def build_summary(
         profiling=_profiling_cost(stats, swept_time_s, swept_energy_j),
         iterations=CountsSection(**{sort: _iterations(stats, sort) for sort in (FULL_CLOCK, PROFILING, PLAN)}),
         catching_up=_catching_up(stats),
+        waiting=WaitingSection(
+            iterations=max((s.waited.iterations for s in stats), default=0),
+            planned_waits=sum(s.waited.planned for s in stats),
+            lowered_waits=sum(s.waited.lowered for s in stats),
+            woken_early=sum(s.waited.woken_early for s in stats),
+        ),
         overhead=_overhead(stats, time_s or full_time_s),
     )
 

@@ -133,6 +133,15 @@ class CatchingUpSection(_Section):
     extra_energy_per_iteration_j: Figure = _told("what that took, all GPUs, by the profile", None)
 
 
+class WaitingSection(_Section):
+    """At which clocks GPUs waited; all ranks together, over iterations under plans."""
+
+    iterations: int = _told("in which waits had clocks of their own", 0)
+    planned_waits: int = _told("waits that the plan gives a clock of their own", 0)
+    lowered_waits: int = _told("of them, those that were spent at it", 0)
+    woken_early: int = _told("of those, the ones that ended before the clock was back", 0)
+
+
 class OverheadSection(_Section):
     """What the plugin itself takes."""
 
@@ -172,6 +181,7 @@ class Summary(_Section):
     profiling: ProfilingSection = _told("what profiling took more than full clocks")
     iterations: CountsSection = _told("by what they count for")
     catching_up: CatchingUpSection = _told("ranks that were late", CatchingUpSection())
+    waiting: WaitingSection = _told("at which clocks GPUs waited", WaitingSection())
     overhead: OverheadSection = _told("what the plugin itself takes")
 
     def to_json(self) -> str:

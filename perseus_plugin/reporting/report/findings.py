@@ -340,6 +340,13 @@ def origin(folder: JobFolder) -> list[str]:
             f"in up to {late.late_iterations} of {late.iterations} iterations of a rank, for about "
             f"{late.extra_energy_per_iteration_j or 0.0:.1f} J per iteration of the job (by the profile)."
         )
+    waiting = None if folder.summary is None else folder.summary.waiting
+    if waiting is not None and waiting.lowered_waits:
+        said.append(
+            f"{waiting.lowered_waits} waits were spent at a clock of their own, out of {waiting.planned_waits} planned "
+            f"(the first iterations under a plan only watch how long waits are); {waiting.woken_early} ended before "
+            "the clock was back, which costs at most the time of a clock change each."
+        )
     if any(record.placement.replica for record in folder.records.values()):
         said.append("Timelines and clocks show the first data-parallel replica; `perseus trace` has all ranks.")
     hosts = {record.header.host for record in folder.records.values()}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perseus_plugin.exchange.messages import CaughtUp, RankStats, Totals
+from perseus_plugin.exchange.messages import CaughtUp, RankStats, Totals, Waited
 from perseus_plugin.iteration.instructions import Instruction
 from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.reporting.live.comparison import Compared
@@ -73,6 +73,7 @@ RANKS = [
         late=1,
         switch_latency_s=(0.012, 0.02),
         caught_up=CaughtUp(iterations=5, instructions=20, late_iterations=3, raised=6, extra_energy_j=3.0),
+        waited=Waited(iterations=5, planned=10, lowered=8, woken_early=1),
     ),
     stats(
         1,
@@ -83,6 +84,7 @@ RANKS = [
         instructions=400,
         requests=70,
         caught_up=CaughtUp(iterations=5, instructions=20, late_iterations=1, raised=1, extra_energy_j=1.0),
+        waited=Waited(iterations=4, planned=4, lowered=4),
     ),
 ]
 
@@ -117,6 +119,7 @@ def test_figures_of_a_whole_job() -> None:
             "extra_energy_per_iteration_j": 0.8,
         }
     )
+    assert made["waiting"] == {"iterations": 5, "planned_waits": 14, "lowered_waits": 12, "woken_early": 1}
     assert made["plan"] == {
         "schedule": "1F1B/2x1",
         "saving_percent": pytest.approx(20.0),

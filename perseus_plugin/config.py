@@ -342,7 +342,8 @@ class PerseusConfig(_Strict):
     output_dir: str = _setting(
         "perseus_out",
         "a path",
-        "Folder for summary.json, profile.csv, plan.json, frontier.json and records; made if missing.",
+        "Folder for summary.json, profile.csv, plan.json, frontier.json and records; made if missing. Relative paths, "
+        "here and below, begin where the script is when the session starts.",
         min_length=1,
     )
     frontier: bool = _setting(
@@ -412,6 +413,26 @@ def load_config(path: Path | str) -> PerseusConfig:
     if isinstance(content, Mapping) and BLOCK in content:
         return parse_config(content[BLOCK], source=f"{path}: {BLOCK}")
     return parse_config({} if content is None else content, source=f"{path}: {BLOCK}")
+
+
+def with_whole_paths(config: PerseusConfig) -> PerseusConfig:
+    """The same with its paths from the root on: a script may change its folder while the job runs."""
+
+    def whole(path: str) -> str:
+        return str(Path(path).absolute())
+
+    profiling, textfile, gpus = config.profiling, config.prometheus.textfile, config.emulation.gpus
+    changes: dict[str, Any] = {
+        "output_dir": whole(config.output_dir),
+        "gpu": config.gpu.model_copy(update={"zeusd_socket": whole(config.gpu.zeusd_socket)}),
+    }
+    if profiling.load is not None:
+        changes["profiling"] = profiling.model_copy(update={"load": whole(profiling.load)})
+    if textfile is not None:
+        changes["prometheus"] = config.prometheus.model_copy(update={"textfile": whole(textfile)})
+    if gpus is not None:
+        changes["emulation"] = config.emulation.model_copy(update={"gpus": tuple(map(whole, gpus))})
+    return config.model_copy(update=changes)
 
 
 def _check_together(config: PerseusConfig, source: str) -> None:

@@ -25,6 +25,8 @@ _REMEDIES = {
     errno.ENOMEM: "the machine has no memory left",
     errno.ENAMETOOLONG: "give a shorter path",
     errno.ENOTDIR: "a part of the path is a file: give another folder",
+    errno.ELOOP: "it is a link, and none is followed there: put a file or folder in its place",
+    errno.ENXIO: "it is a pipe or a device: remove it",
     errno.ESTALE: "the network file system has lost it: mount it again",
     errno.EIO: "the disk or the network file system fails: see the kernel log",
 }

@@ -1,12 +1,14 @@
-"""Writing files so that a reader sees the old content or the new, never half of it."""
+"""Files: written so that a reader sees the old content or the new, in folders where others may have put something."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-import threading
-from collections.abc import Callable
-from contextlib import suppress
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound="BaseModel")
+
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_MODE = 0o666  # less what the user's umask takes away
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def try_to_write(what: str, write: Callable[[], None]) -> None:
@@ -32,23 +38,144 @@ def try_to_write(what: str, write: Callable[[], None]) -> None:
         )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a temporary file beside `path` and rename it over `path`.
+def own_folder(folder: Path) -> Path:
+    """Where a job's output folder really is, wherever the script may go from here; see `follow_no_links`.
+
+    Raises:
+        OSError: the way there leads in a circle, or over a link that somebody else has put where others can write.
+    """
+    whole = folder.absolute()
+    for place in (whole, *whole.parents):
+        with suppress(FileNotFoundError):
+            link, around = place.lstat(), place.parent.stat()
+            foreign = link.st_uid not in (0, os.geteuid(), around.st_uid)
+            if stat.S_ISLNK(link.st_mode) and foreign and around.st_mode & _OTHERS_WRITE:
+                raise OSError(f"{place} is a link that user {link.st_uid} has made in a folder that others can write")
+    try:
+        real = whole.resolve()
+    except RuntimeError as error:  # a circle, before Python 3.13
+        raise OSError(str(error)) from error
+    follow_no_links(real)
+    return real
+
+
+def follow_no_links(folder: Path) -> None:
+    """From here on this process follows no link on the way to what it opens in a folder, which has none above it.
+
+    Others may be able to write there: no link of theirs shall lead us to write, read or remove something elsewhere, and
+    no pipe of theirs hold us up.
+    """
+    _without_links.add(folder)
+
+
+_without_links: set[Path] = set()
+
+
+@contextmanager
+def opened_folder(folder: Path, make: bool = False) -> Iterator[int]:
+    """A descriptor of a folder, for what takes a `dir_fd`.
+
+    Args:
+        folder: which; see `follow_no_links`.
+        make: make it, and those above it, where they are missing.
+
+    Raises:
+        OSError: it cannot be opened or made, or a link is on the way where none is followed.
+    """
+    strictly = _follows_none(folder)
+    if make and not strictly:
+        folder.mkdir(parents=True, exist_ok=True)
+    flags = _FOLDER | os.O_NOFOLLOW if strictly else _FOLDER
+    at = os.open(folder.anchor or ".", _FOLDER)
+    try:
+        for part in folder.parts[1:] if strictly else (folder,):
+            try:
+                below = os.open(part, flags, dir_fd=at)
+            except FileNotFoundError:
+                if not (make and strictly):
+                    raise
+                with suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=at)
+                below = os.open(part, flags, dir_fd=at)
+            except NotADirectoryError as error:
+                if strictly and stat.S_ISLNK(os.stat(part, dir_fd=at, follow_symlinks=False).st_mode):
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder)) from error
+                raise OSError(error.errno, error.strerror, str(folder)) from error
+            os.close(at)
+            at = below
+        yield at
+    finally:
+        os.close(at)
+
+
+def open_file(path: Path, flags: int) -> int:
+    """As `os.open`; in a folder in which no links are followed, of regular files only.
+
+    Raises:
+        OSError: it cannot be opened, or is a link, a pipe or a device where that is not allowed.
+    """
+    if not _follows_none(path):
+        return os.open(path, flags | os.O_CLOEXEC, _MODE)
+    with opened_folder(path.parent) as folder:
+        descriptor = os.open(path.name, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, _MODE, dir_fd=folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), str(path))
+    return descriptor
+
+
+def append(path: Path, text: str) -> None:
+    """Put `text` at the end of a file, on a line of its own: a writer that was killed may have left half of one.
+
+    Raises:
+        OSError: the file cannot be opened or written.
+    """
+    descriptor = open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+        size = os.fstat(descriptor).st_size
+        torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
+        file.write("\n" + text if torn else text)
+
+
+def write_atomically(path: Path, content: str | bytes, make: bool = False) -> None:
+    """Write `content` to a temporary file beside `path` and rename it over `path`.
+
+    Args:
+        path: of the file; a link there is replaced, not followed.
+        content: text is written as UTF-8.
+        make: make the folder where it is missing.
 
     Raises:
         OSError: the folder is missing or not writable, or the disk is full; `path` is then as it was before.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    temporary = f".{path.name}.{secrets.token_hex(8)}.tmp"  # which nobody can have put there before
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with opened_folder(path.parent, make) as folder:
+        descriptor = os.open(temporary, flags, _MODE, dir_fd=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content if isinstance(content, bytes) else content.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there; of a link the link.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    with suppress(FileNotFoundError), opened_folder(path.parent) as folder:
+        os.unlink(path.name, dir_fd=folder)
+
+
+def _follows_none(path: Path) -> bool:
+    return any(path.is_relative_to(folder) for folder in _without_links)
 
 
 def read_model(path: Path | str, model: type[ModelT], refusal: type[PerseusError]) -> ModelT:

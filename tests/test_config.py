@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from perseus_plugin.config import PerseusConfig, load_config, parse_config
+from perseus_plugin.config import PerseusConfig, load_config, parse_config, with_whole_paths
 from perseus_plugin.errors import ConfigError
 
 FULL: dict[str, Any] = {
@@ -391,3 +392,26 @@ def test_what_a_file_says_is_what_a_dict_says(tmp_path_factory: pytest.TempPathF
         except ConfigError as error:
             results.append(str(error).removeprefix(f"{path}: "))
     assert results[0] == results[1]
+
+
+def paths_of(config: BaseModel) -> dict[str, list[str]]:
+    """The settings that are paths, by what they say is allowed."""
+    found: dict[str, list[str]] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            found |= {f"{name}.{below}": paths for below, paths in paths_of(value).items()}
+        elif re.search(r"\bpaths?\b", str((field.json_schema_extra or {})["allowed"])):  # type: ignore[index]
+            found[name] = [value] if isinstance(value, str) else list(value)
+    return found
+
+
+def test_every_path_becomes_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {**FULL, "gpu": {"zeusd_socket": "zeusd.sock"}, "prometheus": {"textfile": "metrics.prom"}}
+    config = parse_config(given)
+    whole = with_whole_paths(config)
+    before, after = paths_of(config), paths_of(whole)
+    assert set(before) == {"output_dir", "profiling.load", "gpu.zeusd_socket", "emulation.gpus", "prometheus.textfile"}
+    assert after == {name: [f"{tmp_path}/{path}" for path in paths] for name, paths in before.items()}
+    assert with_whole_paths(whole) == whole

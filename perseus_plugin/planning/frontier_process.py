@@ -21,6 +21,7 @@ from pathlib import Path
 
 from perseus_plugin import processes
 from perseus_plugin.errors import PerseusError, os_problem
+from perseus_plugin.files import follow_no_links, remove
 from perseus_plugin.planning.curve import FRONTIER_FILE
 from perseus_plugin.planning.process import PlanRequest, end_with, limits_of, planner_for
 from perseus_plugin.planning.work import tell_cut_short
@@ -133,7 +134,7 @@ class BackgroundFrontier:
         """Begin the frontier of a plan that was made for this request; one of an older plan is not kept."""
         self.close()
         try:
-            self._path.unlink(missing_ok=True)
+            remove(self._path)
             self._process = FrontierProcess(request, self._path)
         except OSError as error:
             logger.warning("%s: %s. Training and the plan go on without it.", FRONTIER_FILE, os_problem(error))
@@ -165,6 +166,7 @@ def main() -> None:
     with suppress(OSError):
         os.nice(19)
     path, tolerance = Path(sys.argv[1]), float(sys.argv[2])
+    follow_no_links(path.parent)
     from perseus_plugin.planning.frontier import make_frontier, save_frontier
 
     def say(**what: object) -> None:

@@ -88,8 +88,8 @@ def load_streams(path: Path | str) -> list[StageStream]:
     return _streams(read_model(path, ScheduleFile, ScheduleError).stages)
 
 
-def save_streams(streams: Sequence[StageStream], path: Path | str) -> None:
-    """Write what `load_streams` reads, through a temporary file and a rename.
+def save_streams(streams: Sequence[StageStream], path: Path | str, make: bool = False) -> None:
+    """Write what `load_streams` reads, through a temporary file and a rename; `make`: in a folder that may be missing.
 
     Raises:
         OSError: the file cannot be written.
@@ -99,7 +99,7 @@ def save_streams(streams: Sequence[StageStream], path: Path | str) -> None:
         "version": SCHEDULE_VERSION,
         "stages": [stream_to_json(stream) for stream in streams],
     }
-    write_atomically(Path(path), json.dumps(content) + "\n")
+    write_atomically(Path(path), json.dumps(content) + "\n", make)
 
 
 def stream_to_json(stream: StageStream) -> list[dict[str, str | int | bool]]:

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from perseus_plugin.errors import ProfileError, validation_problem
-from perseus_plugin.files import read_model, write_atomically
+from perseus_plugin.files import read_model, remove, write_atomically
 from perseus_plugin.profiling.profile import load_profile, save_profile
 from perseus_plugin.profiling.survey import Survey
 
@@ -64,7 +64,7 @@ def save_survey(survey: Survey, fingerprint: Fingerprint, folder: Path) -> None:
     except ValidationError as error:
         raise ProfileError(f"profile.json: {validation_problem(error, _ProfileFile)}") from error
     # The old description goes first: it must never stand beside a CSV that it does not describe.
-    (folder / "profile.json").unlink(missing_ok=True)
+    remove(folder / "profile.json")
     save_profile(survey.profile, folder / "profile.csv")
     write_atomically(folder / "profile.json", json.dumps(content.model_dump(), indent=2) + "\n")
 

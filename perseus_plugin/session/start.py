@@ -5,13 +5,13 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from perseus_plugin.config import PerseusConfig
+from perseus_plugin.config import PerseusConfig, with_whole_paths
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.examination import why_not_planned
 from perseus_plugin.control.selection import Selection, emulates, select_gpu, with_facts
@@ -19,6 +19,7 @@ from perseus_plugin.control.wire import DeviceFacts
 from perseus_plugin.errors import ConfigError, os_problem
 from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.exchange.store import Exchange, open_exchange
+from perseus_plugin.files import opened_folder, own_folder
 from perseus_plugin.iteration.timetable import Round, Timetable, nearest_clocks
 from perseus_plugin.leader.job import Job
 from perseus_plugin.leader.leader import Leader
@@ -100,7 +101,9 @@ def prepare(
         ConfigError: something in the block does not fit this job.
     """
     set_up_logging(config.log_level, placement)
-    output_dir = _own_folder(Path(config.output_dir), placement.rank)
+    config = with_whole_paths(config)
+    configured = _used(Path(config.output_dir))
+    output_dir = _own_folder(configured, placement.rank)
     if placement.leads or emulates(config, placement):
         _make(output_dir)
     known = given_profile(config, placement)
@@ -108,7 +111,7 @@ def prepare(
     if exchange is None:
         exchange = open_exchange(_next_name())
     # Emulated GPUs lie in the configured folder: as real ones do, they outlive a session, and several may meet there.
-    selection, helper = _take_gpu(config, select_gpu(config, placement, Path(config.output_dir)), start_helper)
+    selection, helper = _take_gpu(config, select_gpu(config, placement, configured), start_helper)
     try:
         if known is None:
             known = kept_profile(config, placement, selection, facts or {}, exchange, output_dir)
@@ -259,9 +262,20 @@ def _own_folder(configured: Path, rank: int) -> Path:
     return folder
 
 
+def _used(configured: Path) -> Path:
+    with _refused(configured):
+        return own_folder(configured)
+
+
 def _make(folder: Path) -> None:
+    with _refused(folder), opened_folder(folder, make=True):
+        pass
+
+
+@contextmanager
+def _refused(folder: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise ConfigError(
             f"perseus.output_dir: got '{folder}'; allowed: a folder that can be written: {os_problem(error)}"

@@ -646,7 +646,7 @@ def test_with_the_backend_off_nothing_is_started_and_nobody_is_alarmed(
         ),
         (
             {"profiling": {"load": "missing.csv", "blocking_power_w": 1.0}},
-            r"perseus\.profiling\.load: missing\.csv: cannot read the profile",
+            r"perseus\.profiling\.load: /.*/missing\.csv: cannot read the profile",
         ),
         ({"output_dir": "/dev/null/out"}, r"perseus\.output_dir: got '/dev/null/out'; allowed: a folder that can"),
     ],
@@ -860,3 +860,47 @@ def test_sessions_of_one_process_have_folders_of_their_own_and_one_controls_a_gp
     assert json.loads((tmp_path / "session-2" / "summary.json").read_text())["state"] == "finished"
     state = json.loads((tmp_path / "summary.json").read_text())["state"]
     assert state == ("crashed" if end == "crash" else "finished")
+
+
+# A script that changes its folder.
+
+ELSEWHERE = """
+import os, sys
+from perseus_plugin.config import parse_config
+from perseus_plugin.exchange.messages import Placement
+from perseus_plugin.session.start import start_session
+
+block = {
+    "output_dir": "../job/out",
+    "gpu": {"backend": "emulated"},
+    "emulation": {"forward_time_s": [0.01], "backward_time_s": [0.02]},
+    "prometheus": {"textfile": "metrics.prom"},
+}
+place = Placement(rank=0, world_size=1, stage=0, stages=1, replica=0, local_rank=0, device="cpu")
+session = start_session(parse_config(block), place)
+os.chdir(sys.argv[1])
+for _ in range(3):
+    session.begin_iteration()
+    session.end_iteration()
+session.close()
+"""
+
+
+def test_all_files_are_where_the_job_began_wherever_the_script_goes(tmp_path: Path) -> None:
+    begun, gone = tmp_path / "job", tmp_path / "gone"
+    begun.mkdir()
+    gone.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(gone)],
+        cwd=begun,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cannot write" not in done.stderr
+    assert not list(gone.iterdir())
+    assert (begun / "out" / "records" / "rank-0.jsonl").is_file()
+    assert json.loads((begun / "out" / "summary.json").read_text())["state"] == "finished"
+    assert not (begun / "out" / "stragglers.sock").exists()

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from perseus_plugin.errors import GpuError, os_problem
+from perseus_plugin.files import open_file, write_atomically
 from perseus_plugin.gpus.base import EnergyReading, GpuBackend, GpuLostError, GpuPermissionError
 from perseus_plugin.gpus.emulated.dynamics import Dynamics, Tables
 from perseus_plugin.gpus.emulated.physics import A100, LOAD_CLASSES, GpuModel, load_class
@@ -111,7 +112,7 @@ class EmulatedGpu:
         uuid = uuid or f"EMULATED-{digest[:8]}-{digest[8:12]}-{digest[12:24]}"
         content = initial_bytes(uuid, model.name, tables, dynamics, settings)
         try:
-            _place(path, content)
+            _place(path, bytes(content))
         except OSError as error:
             raise GpuError(f"{path}: cannot make the emulated GPU: {os_problem(error)}") from error
         return cls(path, now=now, sleep=sleep)
@@ -292,19 +293,13 @@ def model_tables(model: GpuModel, tick_period_s: float, tick_window_s: float, ti
     )
 
 
-def _place(path: Path, content: bytearray) -> None:
+def _place(path: Path, content: bytes) -> None:
     """Put `content` at `path` whole, unless a file with the same description is there."""
     described = SETTINGS_OFFSET + 16  # header, switch latency and jitter
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        if file.read(described) == content[:described] and path.stat().st_size == len(content):
+    with suppress(FileNotFoundError), os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
+        if file.read(described) == content[:described] and os.fstat(file.fileno()).st_size == len(content):
             return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, content, make=True)
 
 
 assert HEADER.size <= SETTINGS_OFFSET

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perseus_plugin.errors import GpuError, os_problem
+from perseus_plugin.files import open_file
 from perseus_plugin.gpus.emulated.dynamics import MAX_PENDING, Dynamics, Tables
 from perseus_plugin.gpus.emulated.physics import LOAD_CLASSES
 
@@ -164,7 +165,7 @@ class StateFile:
 
     def _open(self) -> None:
         try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            self._fd = open_file(self.path, os.O_RDWR)
             if os.fstat(self._fd).st_size != FILE_BYTES:
                 raise OSError(f"its size is {os.fstat(self._fd).st_size} bytes instead of {FILE_BYTES}")
             self._map = mmap.mmap(self._fd, FILE_BYTES)
@@ -175,7 +176,7 @@ class StateFile:
 
     def _reopen_after_fork(self) -> None:
         if self._fd < 0:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            self._fd = open_file(self.path, os.O_RDWR)
 
     def _after_fork_in_child(self) -> None:
         # A forked child shares the open file and with it the lock: it must neither hold the parent's lock

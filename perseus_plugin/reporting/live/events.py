@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from perseus_plugin.errors import ReportError, os_problem
+from perseus_plugin.files import append
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ class EventLog:
         self.path = output_dir / EVENTS_FILE
         self._lock = threading.Lock()
         self._left_bytes = _MAX_BYTES
-        self._begun = False
 
     def write(self, event: str, **facts: Any) -> None:
         """Append one line: `time` (Unix seconds), `event` and the facts."""
@@ -42,11 +41,7 @@ class EventLog:
                 return
             self._left_bytes -= len(line)
             try:
-                # A run that was killed may have left half a line.
-                torn = not self._begun and _ends_in_a_line(self.path)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write("\n" + line if torn else line)
-                self._begun = True
+                append(self.path, line)
             except OSError as error:
                 self._left_bytes = 0
                 logger.warning(
@@ -62,18 +57,6 @@ class EventLog:
                     self.path.name,
                     _MAX_BYTES,
                 )
-
-
-def _ends_in_a_line(path: Path) -> bool:
-    """Whether the file's last line has no end."""
-    try:
-        with path.open("rb") as file:
-            if file.seek(0, os.SEEK_END) == 0:
-                return False
-            file.seek(-1, os.SEEK_END)
-            return file.read() != b"\n"
-    except FileNotFoundError:
-        return False
 
 
 def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:

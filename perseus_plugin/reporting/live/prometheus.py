@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perseus_plugin.config import PrometheusConfig
-from perseus_plugin.files import write_atomically
+from perseus_plugin.files import remove, write_atomically
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Gauge
@@ -82,7 +82,7 @@ class PrometheusPublisher:
             self._close_server()
             if self._textfile is not None:
                 with suppress(OSError):
-                    self._textfile.unlink(missing_ok=True)
+                    remove(self._textfile)
 
     def _open(self, facts: Mapping[str, Any]) -> None:
         from prometheus_client import CollectorRegistry, Gauge, start_http_server

@@ -23,7 +23,7 @@ from perseus_plugin.control import wire
 from perseus_plugin.errors import os_problem
 from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.exchange.parts import Parts, part_for
-from perseus_plugin.files import write_atomically
+from perseus_plugin.files import append, remove, write_atomically
 from perseus_plugin.iteration.instructions import StreamOf, StreamOp
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import Directive, Follow, Timetable
@@ -226,7 +226,7 @@ class Recorder:
         self._schedules.add(key)
         streams: list[list[StreamOp]] = [list(stream_of(stage)) for stage in range(stages)]
         kept = schedule_path(self._output_dir, key)
-        self._write(kept.name, lambda: _save_new(streams, kept))
+        self._write(kept.name, lambda: save_streams(streams, kept, make=True))
         return True
 
     # What goes out.
@@ -266,8 +266,7 @@ class Recorder:
             lines = self._deviations[self._deviations_written :]
             lines += [Row.of(one).to_line() for one in stretches[self._written :]]
             if lines:
-                with path.open("a", encoding="utf-8") as file:
-                    file.write("".join(lines))
+                append(path, "".join(lines))
         self._written, self._deviations_written = len(stretches), len(self._deviations)
 
     def _write_samples(self, path: Path, final: bool) -> None:
@@ -278,10 +277,9 @@ class Recorder:
         write_atomically(path, self._samples.to_json(self._rank))
 
     def _begin_file(self, path: Path, text: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if self._written < 0:  # what an earlier run kept whole is not of this one
-            samples_path(self._output_dir, self._rank).unlink(missing_ok=True)
-        write_atomically(path, text)
+            remove(samples_path(self._output_dir, self._rank))
+        write_atomically(path, text, make=True)
 
     def _write(self, name: str, write: Callable[[], None]) -> None:
         try:
@@ -305,11 +303,6 @@ def _sort_of(directive: Directive, record: IterationRecord, parts: Parts) -> Sor
     else:
         why = f"plan {directive.version} was not there yet"
     return Sort(FULL, reason=why, schedule=record.schedule)
-
-
-def _save_new(streams: list[list[StreamOp]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_streams(streams, path)
 
 
 def _unix_offset_s() -> float:

@@ -163,7 +163,13 @@ def _modelled(
         return modelled_profile(description, split, name, kinds).scaled(scale)
 
     return [
-        Pipeline(partial(profile_for, cut, name), gpu_named(name).blocking_w, len(cut), cut, gpu_named(name).name)
+        Pipeline(
+            partial(profile_for, cut, name),
+            description.waiting_power_of(gpu_named(name)).at_w(gpu_named(name).max_clock_mhz),
+            len(cut),
+            cut,
+            gpu_named(name).name,
+        )
         for name in gpus
         for cut in wanted
     ]

@@ -32,7 +32,7 @@ _UNCERTAIN_COLUMNS = (
 COLUMNS = (*REQUIRED_COLUMNS, "samples", *_UNCERTAIN_COLUMNS)
 
 _KIND_ALIASES = {"forwardpass": "forward", "fwd": "forward", "backwardpass": "backward", "bwd": "backward"}
-_MOST_W = 2000.0  # no GPU draws more: what does is not in joules and seconds
+MOST_W = 2000.0  # no GPU draws more: what does is not in joules and seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,8 +299,8 @@ def _power_of(stage: int, blocking_power_w: float | Sequence[float] | None) -> f
 def _check_power(row: Measurement, blocking_power_w: float | None, where: str) -> None:
     """Refuse a row that no GPU can have."""
     power_w = row.energy_j / row.time_s
-    if power_w > _MOST_W:
-        allowed = f"at most {_MOST_W:.0f} W, which no GPU exceeds"
+    if power_w > MOST_W:
+        allowed = f"at most {MOST_W:.0f} W, which no GPU exceeds"
     elif blocking_power_w is not None and power_w < blocking_power_w * (1 - 1e-9):
         allowed = f"at least the blocking power, {blocking_power_w:g} W, as no work draws less than waiting"
     else:

@@ -48,9 +48,9 @@ static void integrate(const struct state *s, struct dynamics *d, double end_s, d
 
 static void end_work(const struct state *s, struct dynamics *d) {
     d->finished_s = d->at_s;
-    d->work_s = d->done_s = d->dynamic_w = 0.0;
+    d->work_s = d->done_s = 0.0;
     d->load = 0;
-    d->static_w = s->header.blocking_w;
+    d->dynamic_w = s->header.dynamic_w[0];
 }
 
 void state_advance(const struct state *s, struct dynamics *d, double to_s) {

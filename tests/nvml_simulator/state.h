@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-enum { MAX_CLOCKS = 256, LOAD_CLASSES = 4, MAX_PENDING = 8, LOG_CAPACITY = 4096, STATE_VERSION = 1 };
+enum { MAX_CLOCKS = 256, LOAD_CLASSES = 4, MAX_PENDING = 8, LOG_CAPACITY = 4096, STATE_VERSION = 2 };
 enum { NO_PERMISSION = 1, NOT_SUPPORTED = 2, GPU_LOST = 4, IGNORE_LOCKS = 8, MIG_ENABLED = 16,
        NO_COUNTER = 32, NO_FIELDS = 64 };
 
@@ -13,7 +13,7 @@ struct header {
     char magic[8];
     uint32_t version, clocks, load_classes, log_capacity;
     char boot_id[40], uuid[64], name[96];
-    double tick_period_s, tick_window_s, tick_origin_s, dynamic_w[LOAD_CLASSES], blocking_w;
+    double tick_period_s, tick_window_s, tick_origin_s, dynamic_w[LOAD_CLASSES], static_w;
 };
 
 struct settings {

@@ -15,10 +15,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from perseus_plugin.errors import ConfigError, validation_problem
-from perseus_plugin.gpus.emulated.physics import FORWARD_LIKE, MODELS, GpuModel, load_class
+from perseus_plugin.gpus.emulated.physics import FORWARD_LIKE, MODELS, WAITING, GpuModel, load_class
 from perseus_plugin.iteration.instructions import BACKWARD, FORWARD
 from perseus_plugin.iteration.schedules import RECOMPUTE
-from perseus_plugin.profiling.profile import Measurement, Profile
+from perseus_plugin.profiling.profile import MOST_W, Measurement, Profile
+from perseus_plugin.profiling.waiting import WaitingPower
 
 PEAK_FLOPS = {"a100": 312e12, "a40": 149.7e12}
 """Dense bfloat16 tensor-core rate at the highest clock, from NVIDIA's data sheets, by the name in `MODELS`."""
@@ -50,6 +51,9 @@ class ModelDescription(BaseModel):
     efficiency: float = Field(
         default=0.5, gt=0, le=1, description="share of the GPU's peak rate that is reached; scales times, not savings"
     )
+    waiting_power: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0, le=MOST_W)]] | None = Field(
+        default=None, min_length=1, description="watts of a GPU that waits, by clock in MHz; as the emulated GPU"
+    )
 
     @property
     def own_split(self) -> Split | None:
@@ -57,6 +61,13 @@ class ModelDescription(BaseModel):
         if self.split is not None:
             return tuple(self.split)
         return None if self.stages is None else even_split(self.layers, self.stages)
+
+    def waiting_power_of(self, gpu: GpuModel) -> WaitingPower:
+        """What a GPU that waits draws: as described, or else as the emulated one."""
+        if self.waiting_power is not None:
+            return WaitingPower(*zip(*sorted(self.waiting_power.items()), strict=True))
+        clocks = gpu.clocks_mhz()[::-1]
+        return WaitingPower(clocks, tuple(gpu.power_w(WAITING, clock) for clock in clocks))
 
     def stage_flops(self, split: Split) -> list[float]:
         """Floating-point operations of one microbatch's forward in each stage, all its GPUs together.
@@ -121,7 +132,7 @@ def modelled_profile(description: ModelDescription, split: Split, gpu_name: str,
             again, as the schedule does.
 
     Raises:
-        ConfigError: the split does not fit, or there is no time for one of the kinds.
+        ConfigError: the split does not fit, one of the kinds has no time, or waiting would draw more than work.
     """
     gpu = gpu_named(gpu_name)
     unknown = sorted(set(kinds) - {FORWARD, BACKWARD, RECOMPUTE})
@@ -137,18 +148,30 @@ def modelled_profile(description: ModelDescription, split: Split, gpu_name: str,
     if description.recompute and RECOMPUTE not in kinds:
         forwards[BACKWARD] += 1.0
     clocks = [mhz for mhz in gpu.clocks_mhz() if mhz >= LOWEST_CLOCK_MHZ]
+    waiting = description.waiting_power_of(gpu)
     return Profile.from_rows(
-        (stage, kind, _measurement(gpu, kind, clock, forwards[kind] * forward_s))
+        (stage, kind, _measurement(gpu, kind, clock, forwards[kind] * forward_s, waiting.at_w(clock)))
         for stage, forward_s in enumerate(full_s)
         for kind in sorted(kinds)
         for clock in clocks
     )
 
 
-def _measurement(gpu: GpuModel, kind: str, clock_mhz: int, full_clock_s: float) -> Measurement:
+def _measurement(gpu: GpuModel, kind: str, clock_mhz: int, full_clock_s: float, waiting_w: float) -> Measurement:
     load = FORWARD_LIKE if kind == RECOMPUTE else load_class(kind)
+    power_w = gpu.power_w(load, clock_mhz)
+    if power_w < waiting_w:
+        raise ConfigError(
+            f"model: waiting_power: got {waiting_w:g} W at {clock_mhz} MHz; allowed: at most what {kind} draws there, "
+            f"{power_w:.4g} W on the {gpu.name}"
+        )
     time_s = full_clock_s * gpu.stretch(load, clock_mhz)
-    return Measurement(clock_mhz, time_s, gpu.power_w(load, clock_mhz) * time_s)
+    return Measurement(
+        clock_mhz,
+        time_s,
+        power_w * time_s,
+        blocking_power_w=waiting_w,
+    )
 
 
 def load_description(path: Path) -> ModelDescription:

@@ -105,7 +105,8 @@ class EmulatedGpu:
         dynamics = Dynamics(
             at_s=now_s,
             clock_mhz=model.max_clock_mhz,
-            static_w=model.blocking_w,
+            static_w=model.static_w,
+            dynamic_w=model.waiting.dynamic_w,
             ticks=int((now_s - tables.tick_origin_s) / tick_period_s),
         )
         settings = {"latency_s": switch_latency_s, "jitter_s": switch_jitter_s}
@@ -159,7 +160,7 @@ class EmulatedGpu:
         highest_w = [
             w * max(shares) for w, shares in zip(self.tables.dynamic_w, self.tables.relative_power, strict=True)
         ]
-        return self.tables.blocking_w + max(highest_w)
+        return self.tables.static_w + max(highest_w)
 
     def close(self) -> None:
         """Close the state file; does not reset the clock."""
@@ -286,7 +287,7 @@ def model_tables(model: GpuModel, tick_period_s: float, tick_window_s: float, ti
         stretch=tuple([model.stretch(load, clock) for clock in clocks] for load in loads),
         relative_power=tuple([model.relative_power(load, clock) for clock in clocks] for load in loads),
         dynamic_w=tuple(model.load(load).dynamic_w for load in loads),
-        blocking_w=model.blocking_w,
+        static_w=model.static_w,
         tick_period_s=tick_period_s,
         tick_window_s=tick_window_s,
         tick_origin_s=tick_origin_s,

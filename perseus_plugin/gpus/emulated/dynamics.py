@@ -24,8 +24,8 @@ class Tables:
         clocks_mhz: supported SM clocks, falling.
         stretch: per load class and clock, time over time at the highest clock.
         relative_power: per load class and clock, power above static power over the same at the highest clock.
-        dynamic_w: per load class, power above blocking power at the highest clock.
-        blocking_w: power while waiting.
+        dynamic_w: per load class, power above static power at the highest clock.
+        static_w: power of a GPU that switches nothing.
         tick_period_s, tick_window_s, tick_origin_s: the energy counter moves at `origin + k * period`, by
             `period` times the mean power of the last `window` before that moment (window == period: it
             misses nothing).
@@ -35,7 +35,7 @@ class Tables:
     stretch: tuple[Sequence[float], ...]
     relative_power: tuple[Sequence[float], ...]
     dynamic_w: tuple[float, ...]
-    blocking_w: float
+    static_w: float
     tick_period_s: float
     tick_window_s: float
     tick_origin_s: float
@@ -168,8 +168,8 @@ class Dynamics:
     def end_work(self, tables: Tables) -> None:
         """The running work is done (or given up) at `at_s`: from here on the GPU waits."""
         self.finished_s = self.at_s
-        self.work_s = self.done_s = self.dynamic_w = 0.0
-        self.load, self.static_w = WAITING, tables.blocking_w
+        self.work_s = self.done_s = 0.0
+        self.load, self.dynamic_w = WAITING, tables.dynamic_w[WAITING]
 
     def change_clock(self, mhz: int, locked_mhz: int, takes_effect_s: float) -> None:
         """Let the clock become `mhz` at `takes_effect_s`, or with the change before it if that is later."""

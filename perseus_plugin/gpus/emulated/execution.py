@@ -82,7 +82,7 @@ class EmulatedExecution:
         return self._start_s
 
     def finish(self) -> Execution:
-        """Wait until the emulated instruction is done. The GPU waits from then on (blocking power)."""
+        """Wait until the emulated instruction is done. The GPU waits from then on."""
         gpu = self._gpu
         entered_s = self._now()
         slice_s = max(SLICE_S, gpu.switch_latency_s())

@@ -32,13 +32,13 @@ from perseus_plugin.gpus.emulated.dynamics import MAX_PENDING, Dynamics, Tables
 from perseus_plugin.gpus.emulated.physics import LOAD_CLASSES
 
 MAGIC = b"PERSEUSG"
-VERSION = 1
+VERSION = 2
 MAX_CLOCKS = 256
 LOG_CAPACITY = 4096
 
 HEADER = struct.Struct(f"<8sIIII40s64s96sddd{LOAD_CLASSES}dd")
 """magic, version, clocks, load classes, log capacity, boot id, uuid, name, tick period, window and origin,
-dynamic_w per class, blocking_w."""
+dynamic_w per class, static_w."""
 SETTINGS_OFFSET = 512
 SETTINGS = ("latency_s", "jitter_s", "call_s", "faults")
 TABLES_OFFSET = 1024
@@ -225,7 +225,7 @@ def initial_bytes(uuid: str, name: str, tables: Tables, dynamics: Dynamics, sett
         tables.tick_window_s,
         tables.tick_origin_s,
         *tables.dynamic_w,
-        tables.blocking_w,
+        tables.static_w,
     )
     for index, key in enumerate(SETTINGS):
         struct.pack_into("<d", content, SETTINGS_OFFSET + 8 * index, settings.get(key, 0.0))
@@ -256,7 +256,7 @@ def _read_tables(source: mmap.mmap, header: tuple[object, ...]) -> Tables:
         stretch=tuple(curves[:LOAD_CLASSES]),
         relative_power=tuple(curves[LOAD_CLASSES:]),
         dynamic_w=tuple(numbers[3:-1]),
-        blocking_w=numbers[-1],
+        static_w=numbers[-1],
         tick_period_s=numbers[0],
         tick_window_s=numbers[1],
         tick_origin_s=numbers[2],

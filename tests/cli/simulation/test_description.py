@@ -17,7 +17,7 @@ from perseus_plugin.cli.simulation.description import (
     modelled_profile,
 )
 from perseus_plugin.errors import ConfigError
-from perseus_plugin.gpus.emulated.physics import A100, BACKWARD_LIKE, FORWARD_LIKE, MODELS
+from perseus_plugin.gpus.emulated.physics import A100, BACKWARD_LIKE, FORWARD_LIKE, MODELS, WAITING
 
 SMALL = {
     "layers": 6,
@@ -75,6 +75,21 @@ def test_a_profile_follows_the_gpu() -> None:
         for row in rows:
             assert row.time_s == pytest.approx(rows[0].time_s * A100.stretch(load, row.frequency_mhz))
             assert row.energy_j == pytest.approx(row.time_s * A100.power_w(load, row.frequency_mhz))
+            assert row.blocking_power_w == pytest.approx(A100.power_w(WAITING, row.frequency_mhz))
+
+
+def test_waiting_power_may_be_described(tmp_path: Path) -> None:
+    text = f"layers: 6\n{REST}\nwaiting_power: {{1000: 60, 1400: 100}}\n"
+    model = load_description(written(tmp_path, text))
+    profile = modelled_profile(model, (3, 3), "a100", {"forward", "backward"})
+    for stage in (0, 1):
+        power = profile.waiting_power(stage, 0.0)
+        assert [power.at_w(clock) for clock in (855, 1005, 1200, 1410)] == pytest.approx([60, 60.5, 80, 100])
+    greedy = load_description(written(tmp_path, text.replace("100}", "900}")))
+    with pytest.raises(ConfigError, match=r"waiting_power: got 900 W at 1410 MHz; allowed: at most what backward"):
+        modelled_profile(greedy, (3, 3), "a100", {"forward", "backward"})
+    with pytest.raises(ConfigError, match=r"waiting_power.*got 0; allowed: greater than 0"):
+        load_description(written(tmp_path, text.replace("60", "0")))
 
 
 def test_recomputation_is_part_of_the_backward_or_an_instruction_of_its_own() -> None:

@@ -16,7 +16,13 @@ CLOCKS = A100.clocks_mhz()
 
 
 def fresh(tables: Tables = TABLES) -> Dynamics:
-    return Dynamics(at_s=10.0, clock_mhz=CLOCKS[0], static_w=tables.blocking_w, ticks=int(10.0 / tables.tick_period_s))
+    return Dynamics(
+        at_s=10.0,
+        clock_mhz=CLOCKS[0],
+        static_w=tables.static_w,
+        dynamic_w=tables.dynamic_w[WAITING],
+        ticks=int(10.0 / tables.tick_period_s),
+    )
 
 
 def begin(d: Dynamics, load: int, work_s: float, backdated_s: float = 0.0, tables: Tables = TABLES) -> None:
@@ -46,8 +52,22 @@ def test_a_clock_change_within_work_is_integrated_exactly() -> None:
     assert d.energy_j == pytest.approx(
         0.04 * A100.power_w(BACKWARD_LIKE, 1410)
         + 0.06 * stretch * A100.power_w(BACKWARD_LIKE, 1005)
-        + (10.2 - expected_s) * A100.blocking_w
+        + (10.2 - expected_s) * A100.power_w(WAITING, 1005)
     )
+
+
+def test_waiting_draws_what_it_does_at_the_clock_in_effect() -> None:
+    d = fresh()
+    d.change_clock(705, 705, 10.04)
+    d.advance(TABLES, 10.1)
+    assert d.energy_j == pytest.approx(0.04 * A100.blocking_w + 0.06 * A100.power_w(WAITING, 705))
+    begin(d, FORWARD_LIKE, 0.01)
+    done_s = d.completes_s(TABLES)
+    d.advance(TABLES, done_s)
+    before_j = d.energy_j
+    d.change_clock(CLOCKS[0], 0, done_s + 0.02)
+    d.advance(TABLES, done_s + 0.05)
+    assert d.energy_j - before_j == pytest.approx(0.02 * A100.power_w(WAITING, 705) + 0.03 * A100.blocking_w)
 
 
 def test_slowdown_stretches_the_running_work_from_now_on() -> None:

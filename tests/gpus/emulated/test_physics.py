@@ -38,10 +38,10 @@ def test_lower_clocks_take_longer_and_draw_less(model: GpuModel, load: int) -> N
     stretches = [model.stretch(load, clock) for clock in clocks]
     powers = [model.power_w(load, clock) for clock in clocks]
     assert stretches[0] == 1.0
-    assert powers[0] == pytest.approx(model.blocking_w + model.load(load).dynamic_w)
+    assert powers[0] == pytest.approx(model.static_w + model.load(load).dynamic_w)
     assert stretches == sorted(stretches)
     assert powers == sorted(powers, reverse=True)
-    assert powers[-1] > model.blocking_w
+    assert powers[-1] > model.power_w(WAITING, clocks[-1])
 
 
 @pytest.mark.parametrize("model", MODEL_LIST, ids=lambda m: m.name)
@@ -53,8 +53,29 @@ def test_least_energy_lies_between_the_extreme_clocks(model: GpuModel, load: int
 
 
 @pytest.mark.parametrize("model", MODEL_LIST, ids=lambda m: m.name)
-def test_waiting_draws_blocking_power_at_every_clock(model: GpuModel) -> None:
-    assert {model.power_w(WAITING, clock) for clock in model.clocks_mhz()} == {model.blocking_w}
+def test_waiting_draws_more_at_higher_clocks_and_less_than_work_at_each(model: GpuModel) -> None:
+    clocks = model.clocks_mhz()
+    waiting = [model.power_w(WAITING, clock) for clock in clocks]
+    assert waiting[0] == model.blocking_w
+    assert waiting == sorted(set(waiting), reverse=True)
+    for load in (FORWARD_LIKE, BACKWARD_LIKE, OTHER):
+        assert all(model.power_w(load, clock) > w for clock, w in zip(clocks, waiting, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "clock", "power_w"),
+    [
+        ("a100", 1050, 67.6),
+        ("a100", 1140, 72.5),
+        ("a100", 1410, 87.5),
+        ("a40", 1155, 66.0),
+        ("a40", 1395, 72.0),
+        ("a40", 1605, 77.0),
+        ("a40", 1740, 92.0),
+    ],
+)
+def test_waiting_is_near_what_measured_runs_show(name: str, clock: int, power_w: float) -> None:
+    assert MODELS[name].power_w(WAITING, clock) == pytest.approx(power_w, rel=0.03)
 
 
 def test_a100_is_near_published_points() -> None:

@@ -336,6 +336,12 @@ class PerseusConfig(_Strict):
         "true or false",
         "Let a rank whose instruction begins later than the plan allows run faster until it is back in plan.",
     )
+    lower_while_waiting: bool = _setting(
+        True,
+        "true or false",
+        "Let a GPU that waits for longer than it takes to go down and up again wait at a lower clock; never where the "
+        "switch latency is unknown.",
+    )
     effort: Literal["quick", "normal", "thorough"] = _setting(
         "quick", '"quick", "normal" or "thorough"', "How hard the planner tries to come near the optimum."
     )

@@ -20,6 +20,7 @@ FULL: dict[str, Any] = {
     "margin": 0.02,
     "quantile": 0.95,
     "catch_up": False,
+    "lower_while_waiting": False,
     "effort": "normal",
     "output_dir": "somewhere",
     "frontier": False,

@@ -30,6 +30,7 @@ class PipelineGraph:
         instructions: per node its instruction, or None for a constant-time node.
         stage: shape (nodes,), the stage that executes the node.
         constant_s: shape (nodes,), the duration of constant-time nodes, 0 for instructions.
+        collective: shape (nodes,), true for constant-time nodes in which the stages wait for each other.
         stage_nodes: per stage its node ids in program order.
         edge_source, edge_target: shape (edges,), sorted by target: the target starts after the source has finished.
         edge_latency_s: shape (edges,), the least time between that finish and that start.
@@ -39,6 +40,7 @@ class PipelineGraph:
     instructions: tuple[Instruction | None, ...]
     stage: IntArray
     constant_s: FloatArray
+    collective: npt.NDArray[np.bool_]
     stage_nodes: tuple[IntArray, ...]
     edge_source: IntArray
     edge_target: IntArray
@@ -251,6 +253,7 @@ class _Execution:
         self.latency_s = latency_s
         self.instructions: list[Instruction | None] = []
         self.constants: list[float] = []
+        self.collective: list[bool] = []
         self.stage: list[int] = []
         self.level: list[int] = []
         self.sources: list[int] = []
@@ -288,7 +291,7 @@ class _Execution:
             if isinstance(op, Compute):
                 self._add_node(stage, Instruction(stage, op.kind, op.microbatch, op.chunk), 0.0)
             elif isinstance(op, Constant):
-                self._add_node(stage, None, self.constant_time_s.get((stage, op.name), 0.0))
+                self._add_node(stage, None, self.constant_time_s.get((stage, op.name), 0.0), op.collective)
             elif isinstance(op, Send) and not op.blocking:
                 self.in_flight.setdefault((stage, op.peer, op.channel), []).append(dict(self.front[stage]))
                 woken.append(op.peer)
@@ -337,11 +340,14 @@ class _Execution:
         self.front[stage] = _join(self.front[stage], sent, self.latency_s)
         return True
 
-    def _add_node(self, stage: int, instruction: Instruction | None, constant_s: float) -> None:
+    def _add_node(
+        self, stage: int, instruction: Instruction | None, constant_s: float, collective: bool = False
+    ) -> None:
         node = len(self.instructions)
         front = self.front[stage]
         self.instructions.append(instruction)
         self.constants.append(constant_s)
+        self.collective.append(collective)
         self.stage.append(stage)
         self.position.append(self.count[stage])
         self.count[stage] += 1
@@ -385,6 +391,7 @@ class _Execution:
             instructions=tuple(self.instructions[node] for node in order.tolist()),
             stage=stage[order],
             constant_s=np.array(self.constants)[order],
+            collective=np.array(self.collective, dtype=bool)[order],
             stage_nodes=tuple(nodes_of_stage),
             edge_source=sources[by_target],
             edge_target=targets[by_target],

@@ -108,12 +108,15 @@ class InForce:
         catch_up: per stage; empty where ranks do not catch up.
         margin: the plan's.
         transfer_s: what it took a transfer between stages to take.
+        wait_clocks_mhz: per stage its waits with a clock of their own: the position of the instruction before, -1 for
+            none, and the clock; empty: there are none.
     """
 
     clocks_mhz: tuple[tuple[int, ...], ...]
     catch_up: tuple[StageCatchUp, ...]
     margin: float
     transfer_s: float = 0.0
+    wait_clocks_mhz: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> InForce:
@@ -123,4 +126,5 @@ class InForce:
             tuple(StageCatchUp.from_dict(stage) for stage in data["catch_up"]),
             data["margin"],
             data["transfer_s"],
+            tuple(tuple((after, clock) for after, clock in stage) for stage in data["wait_clocks_mhz"]),
         )

@@ -60,6 +60,7 @@ class PlannerDesk:
         if ask.review and samples is None:
             return
         config, limits = self._config, self._config.limits
+        latency_s = self._reports.latency_s if limits.switch_latency_s is None else limits.switch_latency_s
         power_se_w = survey.blocking_power_se_w
         request = PlanRequest(
             schedule=ask.schedule,
@@ -79,7 +80,8 @@ class PlannerDesk:
             quantile=config.quantile,
             # Without measured starts a rank cannot know when it usually begins, and might always think itself late.
             catch_up=config.catch_up and samples is not None,
-            latency_s=self._reports.latency_s if limits.switch_latency_s is None else limits.switch_latency_s,
+            latency_s=latency_s or None,
+            lower_while_waiting=config.lower_while_waiting,
             in_force=ask.in_force,
         )
         self._planner.submit(request)

@@ -82,7 +82,7 @@ def in_force(plan: Plan, answer: PlanAnswer, margin: float) -> InForce | None:
     if replayed is not None and replayed.obstacle:
         return None
     margin = margin if replayed is None else replayed.margin
-    return InForce(clocks_of(plan), answer.catch_up, margin, answer.transfer_s)
+    return InForce(clocks_of(plan), answer.catch_up, margin, answer.transfer_s, plan.wait_clocks_mhz)
 
 
 def said_of_replay(number: int, schedule: str, replayed: Replayed, quantile: float) -> Say:

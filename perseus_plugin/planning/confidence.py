@@ -109,7 +109,10 @@ class _Draws:
         problem = planner.problem
         self._nodes = problem.instruction_nodes
         self._class = problem.class_of[self._nodes]
-        clocks = clocks_of(plan, problem.graph)[self._nodes]
+        self._mhz = clocks_of(plan, problem.graph)
+        self._waits_mhz = problem.waiting_costs.by_span(plan.wait_clocks_mhz)
+        self._latency_s = planner.switch_latency_s or 0.0
+        clocks = self._mhz[self._nodes]
         ids = np.array([errors.clocks.index(clock) for clock in clocks.tolist()])
         self._choice = (errors.clock[self._class] == ids[:, None]).argmax(axis=1)
         # Where the deadline is the shortest iteration, flow is kept at no event and there is no price of time.
@@ -130,8 +133,9 @@ class _Draws:
         time_s = errors.time_s * np.exp(shift)
         energy_j = errors.energy_j * np.exp(shift) * np.maximum(1 + own[1] * errors.power_se, 0.0)
         waiting_w = np.maximum(problem.blocking_power_w + self._blocking_se_w * rng.standard_normal(), 0.0)
-        planned_s, planned_j = self._run(self._choice, time_s, energy_j, waiting_w)
-        _, full_j = self._run(np.zeros_like(self._choice), time_s, energy_j, waiting_w)
+        planned_s, planned_j = self._run(self._choice, time_s, energy_j, waiting_w, self._mhz, self._waits_mhz)
+        full_mhz, none = problem.full_clocks.frequency_mhz, np.zeros_like(self._waits_mhz)
+        _, full_j = self._run(np.zeros_like(self._choice), time_s, energy_j, waiting_w, full_mhz, none)
         # A bound for plans as long as this one.
         bound_j = self._bound_j + self._least_priced_j(time_s, energy_j, waiting_w) - self._least_j
         bound_j -= self.price_w * (planned_s - self._deadline_s)
@@ -139,15 +143,24 @@ class _Draws:
         return 1 - planned_j / full_j, planned_j / bound_j - 1 if bound_j > 0 else math.inf
 
     def _run(
-        self, choice: IntArray, time_s: FloatArray, energy_j: FloatArray, waiting_w: FloatArray
+        self,
+        choice: IntArray,
+        time_s: FloatArray,
+        energy_j: FloatArray,
+        waiting_w: FloatArray,
+        mhz: IntArray,
+        waits_mhz: IntArray,
     ) -> tuple[float, float]:
-        """Time and energy of an iteration."""
+        """Time and energy of an iteration; what waiting takes above its least is known."""
         problem = self._problem
         duration_s = problem.graph.constant_s.copy()
         duration_s[self._nodes] = time_s[self._class, choice]
-        end_s = problem.graph.iteration_time_s(duration_s)
+        start_s, finish_s = problem.graph.times(duration_s)
+        end_s = float(finish_s.max())
+        spans = problem.waiting_costs.spans.times(start_s[:, None], finish_s[:, None], end_s)
+        extra_j = float(problem.waiting_costs.extra_j(mhz, waits_mhz, spans, self._latency_s)[0])
         effective_j = self._effective_j(time_s, energy_j, waiting_w)[self._class, choice].sum()
-        return end_s, float(effective_j) + float(waiting_w.sum()) * end_s
+        return end_s, float(effective_j) + float(waiting_w.sum()) * end_s + extra_j
 
     def _effective_j(self, time_s: FloatArray, energy_j: FloatArray, waiting_w: FloatArray) -> FloatArray:
         stage = np.array([stage for stage, _ in self._problem.keys])

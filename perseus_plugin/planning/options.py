@@ -11,15 +11,17 @@ import numpy.typing as npt
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import FloatArray, IntArray, PipelineGraph
+from perseus_plugin.planning.waiting import WaitingCosts
 from perseus_plugin.profiling.profile import Measurement, Profile
+from perseus_plugin.profiling.waiting import WaitingPower
 
 
 @dataclass(frozen=True, eq=False)
 class ClockOptions:
     """The clocks worth running one (stage, kind) at, fastest first.
 
-    Each instruction counts with its *effective* energy, its energy less the blocking power over its duration, since
-    the GPU would draw blocking power in that time anyway.
+    Each instruction counts with its *effective* energy, its energy less the least blocking power over its duration,
+    since the GPU would draw that much in that time anyway.
 
     Attributes:
         frequency_mhz: shape (options,).
@@ -67,7 +69,8 @@ class PlanningProblem:
         classes: the options of every (stage, kind) that occurs.
         keys: the (stage, kind) of every class.
         class_of: shape (nodes,), class of every instruction, -1 for constant-time nodes.
-        blocking_power_w: shape (stages,).
+        blocking_power_w: shape (stages,), the least that a waiting GPU draws, at whatever clock.
+        waiting: per stage, what it draws by its clock.
         full_clock: per class, time and effective energy at the profile's highest clock, shape (classes, 2).
         full_clock_mhz: per class, the profile's highest clock.
         measured: per class, time and effective energy at every clock that is allowed, by clock.
@@ -78,6 +81,7 @@ class PlanningProblem:
     keys: tuple[tuple[int, str], ...]
     class_of: IntArray
     blocking_power_w: FloatArray
+    waiting: tuple[WaitingPower, ...]
     full_clock: FloatArray
     full_clock_mhz: IntArray
     measured: tuple[dict[int, tuple[float, float]], ...]
@@ -89,8 +93,15 @@ class PlanningProblem:
 
     @cached_property
     def total_blocking_w(self) -> float:
-        """Blocking power of all stages together."""
+        """The least blocking power of all stages together."""
         return float(self.blocking_power_w.sum())
+
+    @cached_property
+    def waiting_costs(self) -> WaitingCosts:
+        """What waiting takes."""
+        full = np.zeros(self.graph.stages, dtype=np.int64)
+        np.maximum.at(full, [stage for stage, _ in self.keys], self.full_clock_mhz)
+        return WaitingCosts(self.graph, self.waiting, full)
 
     def per_node(self, per_class: npt.ArrayLike) -> FloatArray:
         """Shape (nodes,): every instruction's class value, 0 for constant-time nodes."""
@@ -130,7 +141,14 @@ class PlanningProblem:
     @cached_property
     def full_clock_energy_j(self) -> float:
         """Energy of that iteration, one GPU per stage, blocking included."""
-        return self.full_clocks.energy_j + self.total_blocking_w * self.full_clock_time_s
+        return self.full_clock_energy_until_j(self.full_clock_time_s)
+
+    def full_clock_energy_until_j(self, end_s: float) -> float:
+        """The same with blocking power until `end_s`; every wait is spent at full clocks."""
+        full = self.full_clocks
+        start_s, finish_s = self.graph.times(full.duration_s)
+        waits = self.waiting_costs.left_alone(full.frequency_mhz, start_s, finish_s, end_s)
+        return full.energy_j + self.total_blocking_w * end_s + waits.extra_j
 
     @cached_property
     def option_table(self) -> tuple[FloatArray, FloatArray]:
@@ -215,14 +233,17 @@ def build_problem(
     Args:
         graph: the precedence graph.
         profile: must have rows for every (stage, kind) of the graph.
-        blocking_power_w: what a GPU draws while it waits; one for all stages or one each.
+        blocking_power_w: what a GPU draws while it waits, where the profile's rows do not say; one for all stages or
+            one each.
         full_clock_only: (stage, kind) pairs that stay at the profile's highest clock.
 
     Raises:
         PlanError: the profile lacks a (stage, kind), the blocking power is not finite, is negative, or does not come
             once or once per stage.
     """
-    power = _blocking_power(blocking_power_w, graph.stages)
+    given_w = _blocking_power(blocking_power_w, graph.stages)
+    waiting = tuple(profile.waiting_power(stage, watts) for stage, watts in enumerate(given_w.tolist()))
+    power = np.array([one.lowest_w for one in waiting])
     ids: dict[tuple[int, str], int] = {}
     class_of = np.full(len(graph), -1, dtype=np.int64)
     for node, instruction in enumerate(graph.instructions):
@@ -245,6 +266,7 @@ def build_problem(
         keys=tuple(ids),
         class_of=class_of,
         blocking_power_w=power,
+        waiting=waiting,
         full_clock=full_clock,
         full_clock_mhz=np.array([profile.table[key][0].frequency_mhz for key in ids], dtype=np.int64),
         measured=tuple(measured),

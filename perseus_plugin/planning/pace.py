@@ -16,6 +16,7 @@ import numpy as np
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import PipelineGraph
+from perseus_plugin.planning.options import PlanningProblem, build_problem
 from perseus_plugin.planning.paced import Pace, PacedPlan, Slowdowns
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import Planner
@@ -39,6 +40,7 @@ def plan_pace(
     effort: Effort = "quick",
     full_clock_only: Collection[tuple[int, str]] = (),
     schedule: str = "custom",
+    switch_latency_s: float | None = None,
 ) -> Pace:
     """Plan every sort of pipeline for the pace of the slowest.
 
@@ -51,7 +53,7 @@ def plan_pace(
         slowdown: what the job's plan was allowed against full clocks, as a share.
         at_least_s: the pace is known to be at least this, whatever the profile says.
         planned_on: what the planner makes of a profile (a margin).
-        limits, effort, full_clock_only, schedule: as for `make_plan`.
+        limits, effort, full_clock_only, schedule, switch_latency_s: as for `make_plan`.
 
     Raises:
         PlanError: a variant does not name every stage, the clocks do not fit the graph, or there is no plan.
@@ -67,10 +69,12 @@ def plan_pace(
             blocking_power_w=blocking_power_w,
             full_clock_only=full_clock_only,
             schedule=schedule,
+            switch_latency_s=switch_latency_s,
         )
         for of_variant in seen
     ]
-    unslowed_s = Planner(graph, profile, blocking_power_w=blocking_power_w).problem.full_clock_time_s
+    problems = [build_problem(graph, of_variant, blocking_power_w) for of_variant in seen]
+    unslowed_s = build_problem(graph, profile, blocking_power_w).full_clock_time_s
     target_s = unslowed_s * (1 + slowdown)
     forced_s = max([at_least_s, *(planner.problem.full_clock_time_s for planner in planners)])
     pace_s = max(target_s, forced_s)
@@ -80,20 +84,20 @@ def plan_pace(
         planner.plan(target, limits, effort) if forced or max(variant) > 1 else None
         for planner, variant in zip(planners, variants, strict=True)
     ]
-    power_w = float(np.sum(blocking_power_w))
     ran = [
-        _run(graph, of_variant, blocking_power_w, clocks_mhz if plan is None else _clocks(plan))
-        for of_variant, plan in zip(seen, plans, strict=True)
+        _Run(problem, clocks_mhz if plan is None else _clocks(plan))
+        for problem, plan in zip(problems, plans, strict=True)
     ]
-    left = [_run(graph, of_variant, blocking_power_w, clocks_mhz) for of_variant in seen]
-    ends_s = max([pace_s if forced else 0.0, *(time_s for time_s, _ in ran)])
-    without_s = max([at_least_s, *(time_s for time_s, _ in left)])
+    left = [_Run(problem, clocks_mhz) for problem in problems]
+    ends_s = max([pace_s if forced else 0.0, *(run.time_s for run in ran)])
+    without_s = max([at_least_s, *(run.time_s for run in left)])
+    how = switch_latency_s, limits or ChangeLimits()
     return Pace(
         pace_s,
         without_s,
         tuple(
-            PacedPlan(plan, effective_j + power_w * ends_s, left_j + power_w * without_s)
-            for plan, (_, effective_j), (_, left_j) in zip(plans, ran, left, strict=True)
+            PacedPlan(plan, one.energy_until_j(ends_s, *how), before.energy_until_j(without_s, *how))
+            for plan, one, before in zip(plans, ran, left, strict=True)
         ),
     )
 
@@ -107,27 +111,32 @@ def _clocks(plan: Plan) -> list[list[int]]:
     return [plan.clocks_mhz(stage) for stage in range(len(plan.stages))]
 
 
-def _run(
-    graph: PipelineGraph, profile: Profile, blocking_power_w: Sequence[float], clocks_mhz: Sequence[Sequence[int]]
-) -> tuple[float, float]:
-    """Iteration time, and energy without that of waiting until its end, when instructions run at these clocks."""
-    measured = {(stage, kind, m.frequency_mhz): m for stage, kind, m in profile.rows()}
-    duration_s = np.array(graph.constant_s, dtype=np.float64)
-    energy_j = 0.0
-    for stage, nodes in enumerate(graph.stage_nodes):
-        instructions = [node for node in nodes.tolist() if graph.instructions[node] is not None]
-        if len(instructions) != len(clocks_mhz[stage]):
-            raise PlanError(
-                f"clocks: got {len(clocks_mhz[stage])} in stage {stage}; allowed: one for each of its "
-                f"{len(instructions)} instructions"
-            )
-        for node, clock in zip(instructions, clocks_mhz[stage], strict=True):
-            instruction = graph.instructions[node]
-            assert instruction is not None  # filtered above
-            try:
-                at_clock = measured[stage, instruction.kind, clock]
-            except KeyError:
-                raise PlanError(f"clocks: {clock} MHz in stage {stage} is not in the profile") from None
-            duration_s[node] = at_clock.time_s
-            energy_j += at_clock.energy_j - blocking_power_w[stage] * at_clock.time_s
-    return graph.iteration_time_s(duration_s), energy_j
+class _Run:
+    """One pipeline's iteration at given clocks, per stage.
+
+    Attributes:
+        time_s: what it takes, without waiting for others.
+    """
+
+    def __init__(self, problem: PlanningProblem, clocks_mhz: Sequence[Sequence[int]]) -> None:
+        self._problem, graph = problem, problem.graph
+        self._mhz = np.zeros(len(graph), dtype=np.int64)
+        for stage, nodes in enumerate(graph.stage_nodes):
+            own = nodes[~graph.is_constant[nodes]]
+            if len(own) != len(clocks_mhz[stage]):
+                raise PlanError(
+                    f"clocks: got {len(clocks_mhz[stage])} in stage {stage}; allowed: one for each of its "
+                    f"{len(own)} instructions"
+                )
+            self._mhz[own] = clocks_mhz[stage]
+        duration_s, watts = problem.at_clocks(self._mhz)
+        self._effective_j = float(duration_s @ watts)
+        self._start_s, self._finish_s = graph.times(duration_s)
+        self.time_s = float(self._finish_s.max())
+
+    def energy_until_j(self, end_s: float, switch_latency_s: float | None, limits: ChangeLimits) -> float:
+        """With the wait until `end_s`."""
+        waits = self._problem.waiting_costs.decide(
+            self._mhz, self._start_s, self._finish_s, end_s, switch_latency_s, limits
+        )
+        return self._effective_j + self._problem.total_blocking_w * end_s + waits.extra_j

@@ -82,8 +82,10 @@ class Plan:
         stages: per stage its instructions in execution order.
         confidence: None where the profile's errors are not known.
         cut_short: whether the clock ended the search, so that another one may find another plan; see `planning.work`.
-        waits: per stage, in order, the waits with a clock of their own; all others are spent at the clock of the
-            instruction before. Empty: there are none in any stage.
+        waits: per stage, in order, the waits with a clock of their own. All others are spent at the higher clock of
+            the two instructions beside them; before the first and after the last at full clocks. Empty: there are none
+            in any stage.
+        waits_until_s: when something else ends the iteration; None: it ends with its last instruction.
     """
 
     schedule: str
@@ -98,6 +100,7 @@ class Plan:
     confidence: Confidence | None = None
     cut_short: bool = False
     waits: tuple[tuple[PlannedWait, ...], ...] = ()
+    waits_until_s: float | None = None
 
     @property
     def promise(self) -> str:
@@ -135,10 +138,23 @@ class Plan:
         """One stage's waits with a clock of their own."""
         return self.waits[stage] if self.waits else ()
 
+    @property
+    def wait_clocks_mhz(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Per stage its waits with a clock of their own: the position of the instruction before, and the clock."""
+        return tuple(tuple((wait.after, wait.frequency_mhz) for wait in stage) for stage in self.waits)
+
     def clock_changes(self, stage: int) -> int:
-        """How often the clock changes in one stage per iteration, from the last instruction to the first included."""
+        """How often the clock changes in one stage per iteration, from the last instruction to the first included.
+
+        A wait counts with the changes that it adds. Before the first and after the last instruction there are full
+        clocks anyway, so that a clock of its own adds one there.
+        """
         clocks = self.clocks_mhz(stage)
-        return sum(a != b for a, b in zip(clocks, [*clocks[1:], *clocks[:1]], strict=True))
+        changes = sum(a != b for a, b in zip(clocks, [*clocks[1:], *clocks[:1]], strict=True))
+        for wait in self.waits_of(stage):
+            beside = clocks[max(wait.after, 0) : wait.after + 2]
+            changes += sum(wait.frequency_mhz != clock for clock in beside) - (len(set(beside)) - 1)
+        return changes
 
 
 class _Strict(BaseModel):
@@ -180,6 +196,7 @@ class _PlanFile(_Strict):
     confidence: _Confidence | None = None
     cut_short: bool = False
     waits: list[list[_Wait]] = []
+    waits_until_s: Annotated[float, Field(gt=0)] | None = None
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -207,6 +224,7 @@ def plan_to_json(plan: Plan) -> str:
         else _Confidence(level=known.level, saving=list(known.saving), gap_at_most=known.gap_at_most),
         cut_short=plan.cut_short,
         waits=[[(w.after, w.frequency_mhz, w.start_s, w.finish_s) for w in stage] for stage in plan.waits],
+        waits_until_s=plan.waits_until_s,
     )
     return json.dumps(content.model_dump(by_alias=True, exclude_defaults=True), allow_nan=False) + "\n"
 
@@ -254,6 +272,7 @@ def plan_from_json(text: str) -> Plan:
         confidence=None if file.confidence is None else _confidence(file.confidence),
         cut_short=file.cut_short,
         waits=tuple(tuple(PlannedWait(*wait) for wait in stage) for stage in file.waits),
+        waits_until_s=file.waits_until_s,
     )
     if not math.isclose(plan.gap, file.gap, abs_tol=1e-9):
         raise PlanError(f"gap: got {file.gap}; energy_j and energy_lower_bound_j make it {plan.gap}")

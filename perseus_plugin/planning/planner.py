@@ -14,6 +14,7 @@ from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.planning.relaxation import Relaxation, Relaxed
 from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
 from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
+from perseus_plugin.planning.waiting import Waits
 from perseus_plugin.planning.work import BRAKE_S, Work
 from perseus_plugin.profiling.profile import Profile
 
@@ -33,6 +34,8 @@ class Solution:
         allowed_s: the deadline that was asked for, at least `relaxed.deadline_s`.
         energy_j: energy of the choice, blocking included.
         iteration_time_s: of the choice.
+        limits: on clock changes, which it keeps.
+        waits: at which clock it waits.
         waits_until_s: when something else ends the iteration; None: it ends with its last instruction.
         cut_short: whether the clock ended the search; see `planning.work`.
     """
@@ -42,6 +45,8 @@ class Solution:
     allowed_s: float
     energy_j: float
     iteration_time_s: float
+    limits: ChangeLimits
+    waits: Waits
     waits_until_s: float | None = None
     cut_short: bool = False
 
@@ -52,9 +57,10 @@ class Planner:
     Args:
         graph: from `build_graph`.
         profile: must cover every (stage, kind) of the graph.
-        blocking_power_w: power of a GPU that waits, for all stages or one each.
+        blocking_power_w: power of a GPU that waits, for all stages or one each, where the profile's rows do not say.
         full_clock_only: (stage, kind) pairs that stay at the profile's highest clock.
         schedule: name to put into plans.
+        switch_latency_s: how long a clock change takes; None: unknown, and clocks are not lowered in waits.
         clock: monotonic, seconds, for the last brake of searches.
 
     Raises:
@@ -69,10 +75,12 @@ class Planner:
         blocking_power_w: float | Sequence[float],
         full_clock_only: Collection[tuple[int, str]] = (),
         schedule: str = "custom",
+        switch_latency_s: float | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.problem = build_problem(graph, profile, blocking_power_w, full_clock_only)
         self._clock = clock
+        self.switch_latency_s = switch_latency_s
         self.schedule = schedule
         # Large jobs get coarser units: the bound loses about a part in 10,000 and the solver is several times faster.
         size = len(graph)
@@ -163,53 +171,93 @@ class Planner:
         """Clocks for a relaxation's optimum, as `plan` finds them; what is done is added to `work`."""
         problem, deadline_s = self.problem, relaxed.deadline_s
         work = work or Work(BRAKE_S[effort], self._clock)
+
+        def priced(assignment: Assignment) -> Solution:
+            return self.priced(relaxed, assignment, allowed_s, limits, waits_until_s)
+
         choices = []
         for share in (0.0, 0.5, 1.0):
             aim = relaxed.earliest_finish_s * (1 - share) + relaxed.latest_finish_s * share
             rounded = round_to_deadline(problem, aim, deadline_s)
             choices.append(use_up_slack(problem, rounded, deadline_s))
-        choice = min(choices, key=problem.effective_energy_j)
-        if effort != "quick" and not violated(problem, problem.assignment(choice), limits):
+        found = [priced(problem.assignment(choice)) for choice in choices]
+        best = min(range(len(choices)), key=lambda k: found[k].energy_j)
+        choice, solution = choices[best], found[best]
+        if effort != "quick" and not violated(problem, solution.assignment, limits):
             passes = NORMAL if effort == "normal" else THOROUGH
             choice = improve(problem, relaxed, choice, passes, work, _WORK[effort])
             if len(problem.instruction_nodes) <= SMALL:
                 end_price_w = problem.total_blocking_w if waits_until_s is None else 0.0
                 choice = search_whole(problem, relaxed, choice, allowed_s, end_price_w, work, _WORK[effort] / 2)
-        assignment = problem.assignment(choice)
+            # The searches price all waits alike.
+            solution = min(solution, priced(problem.assignment(choice)), key=lambda one: one.energy_j)
         try:
-            assignment = keep_limits(problem, relaxed, assignment, limits, effort, deadline_s, work)
+            kept = keep_limits(problem, relaxed, solution.assignment, limits, effort, deadline_s, work)
         except PlanError:
             if allowed_s <= deadline_s:
                 raise
             # The cheapest iteration may be too short for few changes where a longer one is not.
-            assignment = keep_limits(problem, relaxed, assignment, limits, effort, allowed_s, work)
-        iteration_time_s = problem.graph.iteration_time_s(assignment.duration_s)
-        end = iteration_time_s if waits_until_s is None else waits_until_s
-        energy_j = assignment.energy_j + problem.total_blocking_w * end
-        return Solution(assignment, relaxed, allowed_s, energy_j, iteration_time_s, waits_until_s, work.cut_short)
+            kept = keep_limits(problem, relaxed, solution.assignment, limits, effort, allowed_s, work)
+        if kept is not solution.assignment:
+            solution = priced(kept)
+        return replace(solution, cut_short=work.cut_short)
+
+    def priced(
+        self,
+        relaxed: Relaxed,
+        assignment: Assignment,
+        allowed_s: float,
+        limits: ChangeLimits,
+        waits_until_s: float | None = None,
+    ) -> Solution:
+        """An assignment with the clocks of its waits and all that it takes."""
+        problem = self.problem
+        start_s, finish_s = problem.graph.times(assignment.duration_s)
+        iteration_time_s = float(finish_s.max())
+        end_s = iteration_time_s if waits_until_s is None else waits_until_s
+        waits = problem.waiting_costs.decide(
+            assignment.frequency_mhz, start_s, finish_s, end_s, self.switch_latency_s, limits
+        )
+        energy_j = assignment.energy_j + problem.total_blocking_w * end_s + waits.extra_j
+        return Solution(
+            assignment, relaxed, allowed_s, energy_j, iteration_time_s, limits, waits, waits_until_s=waits_until_s
+        )
 
     def to_plan(self, solution: Solution) -> Plan:
-        """The plan of a solution; the baseline instead where that is allowed and no worse."""
-        problem = self.problem
+        """The plan of a solution; the baseline, with its waits at lower clocks, instead where that is no worse."""
+        problem, until_s = self.problem, solution.waits_until_s
         baseline_s = problem.full_clock_time_s
-        baseline_end = baseline_s if solution.waits_until_s is None else solution.waits_until_s
-        baseline_j = problem.full_clock_energy_j + problem.total_blocking_w * (baseline_end - baseline_s)
-        assignment, energy_j = solution.assignment, solution.energy_j
-        if energy_j >= baseline_j and baseline_s <= solution.allowed_s:
-            assignment, energy_j = problem.full_clocks, baseline_j
-        start, finish = problem.graph.times(assignment.duration_s)
+        baseline_j = problem.full_clock_energy_until_j(baseline_s if until_s is None else until_s)
+        if solution.energy_j >= baseline_j and baseline_s <= solution.allowed_s:
+            solution = self.full_clocks(solution)
+        return self.plan_of(solution)
+
+    def full_clocks(self, solution: Solution) -> Solution:
+        """Every instruction at full clocks instead."""
+        full = self.priced(
+            solution.relaxed, self.problem.full_clocks, solution.allowed_s, solution.limits, solution.waits_until_s
+        )
+        return replace(full, cut_short=solution.cut_short)
+
+    def plan_of(self, solution: Solution) -> Plan:
+        """The plan of a solution, whatever it takes."""
+        problem, until_s = self.problem, solution.waits_until_s
+        baseline_s = problem.full_clock_time_s
+        start, finish = problem.graph.times(solution.assignment.duration_s)
         return Plan(
             schedule=self.schedule,
             microbatches=problem.graph.microbatches,
             deadline_s=solution.allowed_s,
             iteration_time_s=float(finish.max()),
-            energy_j=energy_j,
+            energy_j=solution.energy_j,
             # The bound is exact up to float rounding, which must not put it above what has been achieved.
-            energy_lower_bound_j=min(solution.relaxed.bound_j, energy_j),
+            energy_lower_bound_j=min(solution.relaxed.bound_j, solution.energy_j),
             baseline_time_s=baseline_s,
-            baseline_energy_j=baseline_j,
-            stages=_stages(problem, assignment.frequency_mhz.tolist(), start.tolist(), finish.tolist()),
+            baseline_energy_j=problem.full_clock_energy_until_j(baseline_s if until_s is None else until_s),
+            stages=_stages(problem, solution.assignment.frequency_mhz.tolist(), start.tolist(), finish.tolist()),
             cut_short=solution.cut_short,
+            waits=problem.waiting_costs.planned(solution.waits),
+            waits_until_s=until_s,
         )
 
 
@@ -223,6 +271,7 @@ def make_plan(
     effort: Effort = "quick",
     full_clock_only: Collection[tuple[int, str]] = (),
     schedule: str = "custom",
+    switch_latency_s: float | None = None,
 ) -> Plan:
     """Choose a clock for every instruction.
 
@@ -238,6 +287,7 @@ def make_plan(
         effort: how much work to spend on coming closer to the lower bound.
         full_clock_only: (stage, kind) pairs that stay at the profile's highest clock.
         schedule: name to put into the plan.
+        switch_latency_s: how long a clock change takes; None: unknown, and clocks are not lowered in waits.
 
     Raises:
         PlanError: the target cannot be met (the message says what can), or the profile does not fit the graph.
@@ -248,6 +298,7 @@ def make_plan(
         blocking_power_w=blocking_power_w,
         full_clock_only=full_clock_only,
         schedule=schedule,
+        switch_latency_s=switch_latency_s,
     )
     return planner.plan(target, limits, effort)
 

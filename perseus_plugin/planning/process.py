@@ -75,7 +75,13 @@ def planner_for(request: PlanRequest) -> Planner:
         blocking_power_w=request.blocking_power_w,
         full_clock_only=request.full_clock_only,
         schedule=request.schedule,
+        switch_latency_s=wait_latency_s(request),
     )
+
+
+def wait_latency_s(request: PlanRequest) -> float | None:
+    """How long a clock change takes for waits, None where those get no clock of their own."""
+    return request.latency_s if request.lower_while_waiting else None
 
 
 def graph_for(request: PlanRequest) -> PipelineGraph:
@@ -122,7 +128,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
     )
 
     request = with_transfers(request)
-    transfer_s = request.transfer_s or 0.0
+    transfer_s, latency_s = request.transfer_s or 0.0, request.latency_s or 0.0
     graph = graph_for(request)
     problem = build_problem(graph, request.profile, request.blocking_power_w)
     delays_s = usual_delays(problem, request.samples)
@@ -130,7 +136,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
     def catches_up(on: PlanningProblem, plan: Plan, way: CatchUp | None = None) -> tuple[StageCatchUp, ...]:
         if not request.catch_up:
             return ()
-        return catch_up_by_stage(on, way or usual_way_to_catch_up(on, plan, request.latency_s), delays_s)
+        return catch_up_by_stage(on, way or usual_way_to_catch_up(on, plan, latency_s), delays_s)
 
     if request.pace is not None:
         pace = pace_for(request)
@@ -165,8 +171,8 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
             older = graph_for(replace(request, transfer_s=known.transfer_s))
             seen_from_it = build_problem(older, request.profile, request.blocking_power_w)
         delays_now_s = usual_delays(seen_from_it, request.samples)
-        replay = replay_of(problem, request.samples, request.latency_s)
-        held = held_against(known, replay, promise, request.latency_s, delays_now_s - delays_s)
+        replay = replay_of(problem, request.samples, latency_s)
+        held = held_against(known, replay, promise, latency_s, delays_now_s - delays_s)
         if held.kept and not is_much_better(robust.replayed, held, promise):
             told_anew = with_delays(known, seen_from_it, delays_now_s) if request.samples.starts_s else ()
             return PlanAnswer(
@@ -203,14 +209,10 @@ def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Sample
     from perseus_plugin.planning.robust import Promise, choose, margins_from, replay_of
     from perseus_plugin.planning.targets import Target
 
-    target = Target.slowdown(request.slowdown)
+    target, latency_s = Target.slowdown(request.slowdown), request.latency_s or 0.0
     exact = planner_for(replace(request, margin=0.0))
-    fallback = replace(
-        exact.solve(target),
-        assignment=exact.problem.full_clocks,
-        energy_j=exact.problem.full_clock_energy_j,
-        iteration_time_s=exact.problem.full_clock_time_s,
-    )
+    at_full_clocks = planner_for(replace(request, margin=0.0, lower_while_waiting=False))
+    fallback = at_full_clocks.full_clocks(exact.solve(target))
 
     def plan_with(margin: float) -> Plan:
         return plan_for(replace(request, margin=margin, effort="quick"))
@@ -220,12 +222,12 @@ def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Sample
 
     return choose(
         plan_with,
-        exact.to_plan(fallback),
-        replay_of(problem, samples, request.latency_s),
+        at_full_clocks.plan_of(fallback),
+        replay_of(problem, samples, latency_s),
         Promise(slowdown=request.slowdown, quantile=request.quantile),
         margins_from(request.margin),
         catches_up=request.catch_up,
-        latency_s=request.latency_s,
+        latency_s=latency_s,
         refined=None if request.effort == "quick" else refined,
     )
 
@@ -259,6 +261,7 @@ def pace_for(request: PlanRequest) -> Pace:
         effort=request.effort,  # type: ignore[arg-type]
         full_clock_only=request.full_clock_only,
         schedule=request.schedule,
+        switch_latency_s=wait_latency_s(request),
     )
 
 

@@ -103,22 +103,34 @@ class Replay:
         """The same iterations with every instruction at the profile's highest clock."""
         return self.under(self.problem.full_clocks.frequency_mhz)
 
-    def under(self, frequency_mhz: IntArray, catch_up: CatchUp | None = None) -> Outcome:
+    def under(
+        self,
+        frequency_mhz: IntArray,
+        catch_up: CatchUp | None = None,
+        wait_clocks_mhz: Sequence[Sequence[tuple[int, int]]] = (),
+    ) -> Outcome:
         """The iterations under a plan.
 
         Args:
             frequency_mhz: shape (nodes,), the plan's clocks; see `clocks_of`.
             catch_up: what late ranks do; None: nothing.
+            wait_clocks_mhz: see `Plan.wait_clocks_mhz`. A rank that waits is back from such a clock by the end of the
+                shortest such wait.
 
         Raises:
             PlanError: a clock is not in the profile.
         """
         planned_s, watts = self.problem.at_clocks(frequency_mhz)
+        waits_mhz = self.problem.waiting_costs.by_span(wait_clocks_mhz)
         ratio = self._ratio(planned_s)
-        duration, power = self._stretched(frequency_mhz, ratio, watts)
+        duration, power = self._stretched(frequency_mhz, waits_mhz, ratio, watts)
         if catch_up is None:
-            return self._outcome(finishes(self.graph, duration), (duration * power).sum(axis=0), 0.0)
-        return self._event_driven(planned_s, ratio, watts, duration, power, catch_up)
+            finish, effective_j, raised = finishes(self.graph, duration), (duration * power).sum(axis=0), 0.0
+        else:
+            finish, duration, effective_j, raised = self._event_driven(
+                planned_s, ratio, watts, duration, power, catch_up
+            )
+        return self._outcome(frequency_mhz, waits_mhz, finish, duration, effective_j, raised)
 
     def _ratio(self, planned_s: FloatArray) -> FloatArray:
         """Time of every node at its clock over that at full clocks, 1 for constant-time nodes."""
@@ -126,11 +138,11 @@ class Replay:
         return np.where(self.graph.is_constant, 1.0, ratio)
 
     def _stretched(
-        self, frequency_mhz: IntArray, ratio: FloatArray, watts: FloatArray
+        self, frequency_mhz: IntArray, waits_mhz: IntArray, ratio: FloatArray, watts: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         """Durations at the plan's clocks and the mean power meanwhile, both of shape (nodes, samples)."""
         duration = self.full_s * ratio[:, None]
-        held_mhz = self._held_mhz(frequency_mhz)
+        held_mhz = self._held_mhz(frequency_mhz, waits_mhz)
         falls = np.flatnonzero(held_mhz != frequency_mhz) if self._latency_s > 0 else np.empty(0, dtype=np.int64)
         power = np.broadcast_to(watts[:, None], duration.shape)
         if not len(falls):
@@ -145,10 +157,14 @@ class Replay:
         power[falls] = joules / np.maximum(duration[falls], 1e-12)
         return duration, power
 
-    def _held_mhz(self, frequency_mhz: IntArray) -> IntArray:
-        """Shape (nodes,): the clock that an instruction begins at, that of the one before it where that is higher."""
-        problem, graph = self.problem, self.graph
+    def _held_mhz(self, frequency_mhz: IntArray, waits_mhz: IntArray) -> IntArray:
+        """Shape (nodes,): the clock that an instruction begins at, that of the one before it where that is higher.
+
+        After a wait with a clock of its own it begins at its own clock.
+        """
+        problem, graph, spans = self.problem, self.graph, self.problem.waiting_costs.spans
         held: IntArray = frequency_mhz.copy()
+        after_low = set(spans.after[np.flatnonzero(waits_mhz)].tolist())
         for nodes in graph.stage_nodes:
             before: int | None = None  # full clocks, from the end of the last iteration
             for node in nodes.tolist():
@@ -157,15 +173,29 @@ class Replay:
                 k, own = int(problem.class_of[node]), int(frequency_mhz[node])
                 top = int(problem.full_clock_mhz[k])
                 known = top if before is None else before
-                if known > own and (known == top or known in problem.measured[k]):
+                if known > own and node not in after_low and (known == top or known in problem.measured[k]):
                     held[node] = known
                 before = own
         return held
 
-    def _outcome(self, finish: FloatArray, effective_j: FloatArray, raised: float) -> Outcome:
+    def _outcome(
+        self,
+        frequency_mhz: IntArray,
+        waits_mhz: IntArray,
+        finish: FloatArray,
+        duration: FloatArray,
+        effective_j: FloatArray,
+        raised: float,
+    ) -> Outcome:
+        costs, replicas = self.problem.waiting_costs, self._shape[1]
         time_s = finish.max(axis=0).reshape(self._shape).max(axis=1)
+        if not costs.is_constant:
+            times = costs.spans.times(finish - duration, finish, np.repeat(time_s, replicas))
+            shortest_s = times.wait_s.reshape(-1, *self._shape).min(axis=1, keepdims=True)
+            shortest_s = np.broadcast_to(shortest_s, (len(shortest_s), *self._shape)).reshape(len(shortest_s), -1)
+            effective_j = effective_j + costs.extra_j(frequency_mhz, waits_mhz, times, self._latency_s, shortest_s)
         effective = effective_j.reshape(self._shape).sum(axis=1)
-        waiting_j = self.problem.total_blocking_w * time_s * self._shape[1]
+        waiting_j = self.problem.total_blocking_w * time_s * replicas
         return Outcome(time_s, effective + waiting_j, raised)
 
     def _event_driven(
@@ -176,8 +206,12 @@ class Replay:
         stretched_s: FloatArray,
         stretched_w: FloatArray,
         catch_up: CatchUp,
-    ) -> Outcome:
-        """Level by level, as what an instruction runs at depends on when it begins."""
+    ) -> tuple[FloatArray, FloatArray, FloatArray, float]:
+        """Level by level, as what an instruction runs at depends on when it begins.
+
+        Returns:
+            Finish and duration of every node, the instructions' energy, and the share of them that ran faster.
+        """
         graph, problem = self.graph, self.problem
         option_s, option_j = problem.option_table
         usable = np.isfinite(option_s) & (option_s > 0)
@@ -185,6 +219,7 @@ class Replay:
         samples = self.full_s.shape[1]
         # One more row, for "no instruction before".
         finish = np.zeros((len(graph) + 1, samples))
+        durations = np.empty((len(graph), samples))
         raised = np.zeros((len(graph) + 1, samples), dtype=bool)
         done_s = np.zeros((len(graph) + 1, samples))
         expected_s = np.zeros((len(graph) + 1, samples))
@@ -226,13 +261,14 @@ class Replay:
                 power[rows, columns] = joules / np.maximum(slow_s + fast_s, 1e-12)
                 raised[low + rows, columns] = True
             finish[low:high] = start + duration
+            durations[low:high] = duration
             effective_j += (duration * power).sum(axis=0)
             done_s[low:high] = done_s[before] + np.where(graph.is_constant[low:high, None], 0.0, full_s)
             expected_s[low:high] = (
                 expected_s[before] + np.where(graph.is_constant[low:high], 0.0, self._top_s[low:high])[:, None]
             )
         instructions = problem.instruction_nodes
-        return self._outcome(finish[:-1], effective_j, float(raised[instructions].mean()))
+        return finish[:-1], durations, effective_j, float(raised[instructions].mean())
 
 
 def finishes(graph: PipelineGraph, durations_s: FloatArray) -> FloatArray:

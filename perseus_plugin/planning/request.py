@@ -59,7 +59,8 @@ class PlanRequest:
         samples: measured iterations, over which the plan has to hold; None: the profile's means are all there is.
         quantile: share of those iterations that have to keep to their time.
         catch_up: whether late ranks may catch up.
-        latency_s: how long a clock change takes.
+        latency_s: how long a clock change takes; None: unknown.
+        lower_while_waiting: whether waits may be spent at clocks of their own, where the latency is known.
         in_force: the plan that is followed; if it holds over the samples, no other is made.
         transfer_s: how long a transfer between stages takes; None: as the samples tell.
     """
@@ -79,7 +80,8 @@ class PlanRequest:
     samples: Samples | None = None
     quantile: float = 0.9
     catch_up: bool = False
-    latency_s: float = 0.0
+    latency_s: float | None = None
+    lower_while_waiting: bool = True
     in_force: InForce | None = None
     transfer_s: float | None = None
     blocking_power_se_w: float | None = None
@@ -103,6 +105,7 @@ class PlanRequest:
             "quantile": self.quantile,
             "catch_up": self.catch_up,
             "latency_s": self.latency_s,
+            "lower_while_waiting": self.lower_while_waiting,
             "in_force": None if self.in_force is None else asdict(self.in_force),
             "transfer_s": self.transfer_s,
             "blocking_power_se_w": self.blocking_power_se_w,
@@ -151,6 +154,7 @@ class PlanRequest:
             quantile=data["quantile"],
             catch_up=data["catch_up"],
             latency_s=data["latency_s"],
+            lower_while_waiting=data["lower_while_waiting"],
             in_force=None if data["in_force"] is None else InForce.from_dict(data["in_force"]),
             transfer_s=data["transfer_s"],
             blocking_power_se_w=data["blocking_power_se_w"],

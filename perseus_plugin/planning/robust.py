@@ -7,7 +7,7 @@ iterations keep to their time, the best one is chosen; where none keeps to it, f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -108,7 +108,7 @@ def choose(
     kept = [one for one in seen if one.replayed.kept and one.replayed.saving_mean > _LEAST_SAVING]
     if not kept:
         nearest = min(seen, key=lambda one: (one.replayed.kept, one.replayed.time_ratio_mean)).replayed
-        at_full = judge(clocks_of(full_clocks, replay.graph), replay, promise, None, 0.0)
+        at_full = judge(clocks_of(full_clocks, replay.graph), (), replay, promise, None, 0.0)
         replayed = replace(at_full, obstacle=_obstacle(replay, promise, nearest))
         return RobustPlan(replace(full_clocks, cut_short=cut_short), None, replayed)
     best = max(kept, key=lambda one: _worth(one.replayed, promise))
@@ -125,8 +125,8 @@ def _candidates(
 ) -> list[RobustPlan]:
     """A plan without catching up and, if that is allowed, with each of the ways to do it."""
     ways = ways_to_catch_up(replay.problem, plan, latency_s) if catches_up else []
-    clocks = clocks_of(plan, replay.graph)
-    return [RobustPlan(plan, way, judge(clocks, replay, promise, way, margin)) for way in (None, *ways)]
+    clocks, waits = clocks_of(plan, replay.graph), plan.wait_clocks_mhz
+    return [RobustPlan(plan, way, judge(clocks, waits, replay, promise, way, margin)) for way in (None, *ways)]
 
 
 def ways_to_catch_up(problem: PlanningProblem, plan: Plan, latency_s: float) -> list[CatchUp]:
@@ -148,6 +148,7 @@ def usual_way_to_catch_up(problem: PlanningProblem, plan: Plan, latency_s: float
 
 def judge(
     clocks_mhz: IntArray,
+    wait_clocks_mhz: Sequence[Sequence[tuple[int, int]]],
     replay: Replay,
     promise: Promise,
     catch_up: CatchUp | None,
@@ -158,6 +159,7 @@ def judge(
 
     Args:
         clocks_mhz: the plan's, by node.
+        wait_clocks_mhz: of its waits; see `Plan.wait_clocks_mhz`.
         replay: of the iterations.
         promise: what has to be kept.
         catch_up: what late ranks do; None: nothing.
@@ -167,7 +169,7 @@ def judge(
     Raises:
         PlanError: the plan is not for the replay's profile.
     """
-    outcome = replay.under(clocks_mhz, catch_up)
+    outcome = replay.under(clocks_mhz, catch_up, wait_clocks_mhz)
     full = replay.at_full_clocks
     ratio = outcome.time_s / full.time_s
     mean = float(outcome.time_s.sum() / full.time_s.sum())
@@ -313,7 +315,7 @@ def held_against(
     if in_force.catch_up:
         latest = by_node(graph, [stage.latest_starts_s for stage in in_force.catch_up])
         catch_up = CatchUp(latest + later_s, latency_s, in_force.catch_up[0].size_weight)
-    return judge(clocks, replay, promise, catch_up, in_force.margin, errors=0.0)
+    return judge(clocks, in_force.wait_clocks_mhz, replay, promise, catch_up, in_force.margin, errors=0.0)
 
 
 def with_delays(in_force: InForce, problem: PlanningProblem, delays_s: FloatArray) -> tuple[StageCatchUp, ...]:

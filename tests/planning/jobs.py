@@ -27,8 +27,12 @@ def simulate(
     duration_s: Callable[[int, Compute], float],
     constant_s: Mapping[tuple[int, str], float] | None = None,
     latency_s: float = 0.0,
+    ran: list[tuple[int, Compute, float, float]] | None = None,
 ) -> float:
-    """Iteration time by stepping every stage's clock through its stream until nothing moves any more."""
+    """Iteration time by stepping every stage's clock through its stream until nothing moves any more.
+
+    Every instruction is added to `ran`: its stage, itself, when it started and when it ended.
+    """
     at, now = [0] * len(streams), [0.0] * len(streams)
     mail: dict[tuple[int, int, str], list[float]] = {}
     moved = True
@@ -38,7 +42,10 @@ def simulate(
             while at[stage] < len(stream):
                 op = stream[at[stage]]
                 if isinstance(op, Compute):
+                    begun = now[stage]
                     now[stage] += duration_s(stage, op)
+                    if ran is not None:
+                        ran.append((stage, op, begun, now[stage]))
                 elif isinstance(op, Constant):
                     now[stage] += (constant_s or {}).get((stage, op.name), 0.0)
                 elif isinstance(op, Send):

@@ -197,19 +197,17 @@ class PlanShelf:
 
 def _waits(plan: Plan, stage: int) -> tuple[WaitPart, ...]:
     planned = plan.stages[stage]
+    end_s = plan.iteration_time_s if plan.waits_until_s is None else plan.waits_until_s
+    starts_s, finishes_s = [*(p.start_s for p in planned), end_s], [*(p.finish_s for p in planned), 0.0]
     parts = []
     for wait in plan.waits_of(stage):
-        before_s = planned[wait.after].finish_s if wait.after >= 0 else 0.0
-        last = wait.after == len(planned) - 1
         parts.append(
             WaitPart(
                 after=wait.after,
                 frequency_mhz=wait.frequency_mhz,
                 duration_s=wait.finish_s - wait.start_s,
-                work_before_s=max(0.0, wait.start_s - before_s),
-                work_after_s=max(
-                    0.0, (plan.iteration_time_s if last else planned[wait.after + 1].start_s) - wait.finish_s
-                ),
+                work_before_s=max(0.0, wait.start_s - finishes_s[wait.after]),
+                work_after_s=max(0.0, starts_s[wait.after + 1] - wait.finish_s),
             )
         )
     return tuple(parts)

@@ -108,7 +108,7 @@ def make_frontier(
         except PlanError as error:
             failure = error  # so short an iteration may need more changes than are allowed
             continue
-        plan = planner.to_plan(solution)
+        plan = planner.to_plan(planner.best_known(solution))
         points.append(FrontierPoint(relaxed.deadline_s, min(relaxed.bound_j, plan.energy_j), slope_w, plan))
     if failure is not None and not points:
         raise failure

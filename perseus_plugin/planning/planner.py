@@ -22,6 +22,8 @@ __all__ = ["ChangeLimits", "Effort", "Planner", "Solution", "Target", "make_plan
 
 _WORK = {"normal": 5.5, "thorough": 100.0}
 _BUDGET_STEPS = 12
+_FAR = 0.005  # share above the bound from which a plan for less time may be the better one
+_SAME = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,7 @@ class Solution:
 
 
 class Planner:
-    """Plans one job for any number of targets.
+    """Plans one job for any number of targets; never worse for a longer deadline than before for a shorter one.
 
     Args:
         graph: from `build_graph`.
@@ -81,6 +83,7 @@ class Planner:
         self.problem = build_problem(graph, profile, blocking_power_w, full_clock_only)
         self._clock = clock
         self.switch_latency_s = switch_latency_s
+        self._found: list[Solution] = []
         self.schedule = schedule
         # Large jobs get coarser units: the bound loses about a part in 10,000 and the solver is several times faster.
         size = len(graph)
@@ -105,23 +108,54 @@ class Planner:
         work = Work(BRAKE_S[effort], self._clock)
         match target.kind:
             case "slowdown":
-                return self._by_deadline(problem.full_clock_time_s * (1 + target.value), limits, effort, work)
+                found = self._by_deadline(problem.full_clock_time_s * (1 + target.value), limits, effort, work)
             case "deadline":
-                return self._by_deadline(target.value, limits, effort, work)
+                found = self._by_deadline(target.value, limits, effort, work)
             case "straggler":
                 relaxed = self.relaxation.solve(target.value)
-                return self.discretise(relaxed, target.value, limits, effort, work, waits_until_s=target.value)
+                found = self.discretise(relaxed, target.value, limits, effort, work, waits_until_s=target.value)
+                found = self._at_full_clock_time(found, effort, work)
             case "cheapest":
                 relaxed = self.relaxation.cheapest()
-                return self.discretise(relaxed, relaxed.deadline_s, limits, effort, work)
+                found = self.discretise(relaxed, relaxed.deadline_s, limits, effort, work)
             case "energy_budget":
                 return self._by_budget(target.value, limits, effort, work)
+        return self.best_known(found)
+
+    def best_known(self, found: Solution) -> Solution:
+        """The cheapest for its deadline of it and of those that this planner has found for shorter ones.
+
+        Which clocks there are decides how near a plan comes to its bound, so that more time can end in a worse one.
+        """
+        known = [
+            self.priced(found.relaxed, one.assignment, found.allowed_s, found.limits, found.waits_until_s)
+            for one in self._found
+            if one.limits == found.limits and one.iteration_time_s <= found.allowed_s
+        ]
+        best = replace(min([found, *known], key=lambda one: one.energy_j), cut_short=found.cut_short)
+        if best.assignment is found.assignment:
+            self._found.append(found)
+        return best
+
+    def _at_full_clock_time(self, found: Solution, effort: Effort, work: Work) -> Solution:
+        """Where a plan is far above its bound, that for the time of full clocks, if it is better."""
+        shorter_s = self.problem.full_clock_time_s
+        if found.energy_j <= found.relaxed.bound_j * (1 + _FAR) or found.allowed_s <= shorter_s * (1 + _SAME):
+            return found
+        try:
+            relaxed = self.relaxation.solve(shorter_s)
+            shorter = self.discretise(relaxed, shorter_s, found.limits, effort, work)
+        except PlanError:  # so short an iteration may need more changes than are allowed
+            return replace(found, cut_short=work.cut_short)
+        shorter = self.priced(found.relaxed, shorter.assignment, found.allowed_s, found.limits, found.waits_until_s)
+        return replace(min(found, shorter, key=lambda one: one.energy_j), cut_short=work.cut_short)
 
     def _by_deadline(self, deadline_s: float, limits: ChangeLimits, effort: Effort, work: Work) -> Solution:
         relaxed = self.relaxation.solve(deadline_s)
         if relaxed.price_w < self.problem.total_blocking_w:
             relaxed = self.relaxation.cheapest(at_most_s=deadline_s)
-        return self.discretise(relaxed, deadline_s, limits, effort, work)
+        found = self.discretise(relaxed, deadline_s, limits, effort, work)
+        return self._at_full_clock_time(found, effort, work)
 
     def _by_budget(self, budget_j: float, limits: ChangeLimits, effort: Effort, work: Work) -> Solution:
         """Close in on the shortest deadline whose quick plan keeps the budget; then the effort that was asked for."""

@@ -71,11 +71,13 @@ class Measurement:
 
         Args:
             factor: above 0.
-            added_w: power in the time that is added; None: the same as in the rest.
+            added_w: power of waiting, as which the added time counts, where the measurement itself does not say; None:
+                it counts as more of the instruction.
         """
         longer_j = self.energy_j * factor
         if added_w is not None:
-            longer_j = self.energy_j + added_w * self.time_s * (factor - 1)
+            waiting_w = self.blocking_power_w if math.isfinite(self.blocking_power_w) else added_w
+            longer_j = self.energy_j + waiting_w * self.time_s * (factor - 1)
         return replace(
             self,
             time_s=self.time_s * factor,

@@ -51,6 +51,15 @@ def test_ranks_are_told_where_in_the_gap_between_instructions_a_wait_lies(plan: 
     assert after.work_after_s == pytest.approx(0.002)
 
 
+def test_the_work_behind_a_wait_for_a_straggler_is_known(plan: Plan) -> None:
+    until_s = 2 * plan.iteration_time_s
+    last = plan.stages[1][-1]
+    waits = (PlannedWait(len(plan.stages[1]) - 1, 810, last.finish_s, until_s - 0.002),)
+    shelf = PlanShelf(2)
+    shelf.put("A", replace(plan, waits=((), waits), waits_until_s=until_s), profile(2))
+    assert shelf.set_with().parts[1].parts[0].waits[0].work_after_s == pytest.approx(0.002)
+
+
 def test_a_stand_in_for_a_plan_in_force_stays(plan: Plan) -> None:
     shelf = PlanShelf(2)
     shelf.put("A", plan, profile(2))

@@ -13,7 +13,7 @@ from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Constant
 from perseus_plugin.iteration.schedules import SCHEDULES, one_f_one_b
-from perseus_plugin.planning.planner import Planner, Target, make_plan
+from perseus_plugin.planning.planner import ChangeLimits, Planner, Target, make_plan
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 from .jobs import Job, brute_force, bundled_profile, jobs, replay
@@ -82,6 +82,40 @@ def test_more_effort_is_never_worse() -> None:
     assert normal.energy_lower_bound_j == quick.energy_lower_bound_j
     assert normal.energy_j <= quick.energy_j
     assert normal.iteration_time_s <= normal.deadline_s
+
+
+@settings(max_examples=40)
+@given(
+    jobs(max_clocks=3),
+    st.lists(st.floats(0, 0.4), min_size=2, max_size=5),
+    st.one_of(st.none(), st.integers(0, 6)),
+    st.booleans(),
+)
+def test_more_time_never_makes_a_planners_next_plan_worse(
+    job: Job, slowdowns: list[float], most: int | None, straggler: bool
+) -> None:
+    planner, limits = planner_of(job), ChangeLimits(most)
+    full_s, before = planner.problem.full_clock_time_s, list[tuple[float, float]]()
+    for slowdown in slowdowns:
+        until_s = full_s * (1 + slowdown)
+        plan = planner.plan(Target.straggler(until_s) if straggler else Target.deadline(until_s), limits)
+        # Those that wait for a straggler all wait until the same moment here, as blocking power counts until then.
+        energy_j = plan.energy_j - (planner.problem.total_blocking_w * until_s if straggler else 0.0)
+        assert all(energy_j <= other_j * (1 + 1e-9) + 1e-9 for shorter_s, other_j in before if shorter_s <= until_s)
+        before.append((until_s, energy_j))
+
+
+def coarse(profile: Profile) -> Profile:
+    return Profile({key: rows[::2] for key, rows in profile.table.items()})
+
+
+@pytest.mark.parametrize("slowdown", [0.0005, 0.001, 0.01, 0.05])
+def test_a_little_more_time_is_no_worse_than_none(slowdown: float) -> None:
+    graph, profile = build_graph(one_f_one_b(4, 12)), coarse(bundled_profile(4))
+    at_once, later = (
+        Planner(graph, profile, blocking_power_w=60.0).plan(Target.slowdown(share)) for share in (0.0, slowdown)
+    )
+    assert later.energy_j <= max(at_once.energy_j, later.energy_lower_bound_j * 1.005)
 
 
 def test_zero_slowdown_saves_energy_at_the_time_of_full_clocks() -> None:

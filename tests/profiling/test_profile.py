@@ -331,6 +331,8 @@ def test_added_time_may_be_at_another_power_and_the_top_clock_left_alone() -> No
             assert new.time_s == 1.5 * old.time_s
             added_w = 0.0 if stage else 50.0  # the list has one stage only
             assert new.energy_j == pytest.approx(old.energy_j + added_w * 0.5 * old.time_s)
+    told = Measurement(900, 1.0, 200.0, blocking_power_w=70.0)
+    assert told.scaled(1.5, added_w=50.0).energy_j == pytest.approx(235.0), "as the clock waits"
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])

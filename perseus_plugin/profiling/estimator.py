@@ -90,6 +90,10 @@ def estimate_stage(
         lag_s=powers.lag_s,
         unresolved=frozenset(),
         steps=tuple(steps),
+        blocking_by_clock=tuple(
+            (clock, float(powers.blocking_at_w[i]), float(powers.blocking_at_se_w[i]))
+            for i, clock in reversed(list(enumerate(clocks)))
+        ),
     )
     unresolved = unresolved_kinds(estimate, max_relative_error) | never
     if not powers.waited:

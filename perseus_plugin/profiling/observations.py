@@ -141,13 +141,16 @@ class StageEstimate:
 
     Attributes:
         instructions: one entry per (kind, clock), sorted by kind and falling clock; every kind has the same clocks.
-        blocking_power_w, blocking_power_se_w: power while waiting for a peer (NaN without counter data).
+        blocking_power_w, blocking_power_se_w: power while waiting for a peer, the mean over clocks (NaN without counter
+            data).
         window_s: length of the stretch of time that one tick measures (NaN: unknown).
         lag_s: how long after the end of that stretch the tick shows (NaN: unknown).
         unresolved: kinds whose relative standard error of energy is above the threshold at some clock, or that
             were never seen at all clocks; and `BLOCKING` when the blocking power is assumed and not measured, or
             its relative standard error is above the threshold.
         steps: what the durations were estimated from; of one rank.
+        blocking_by_clock: clock, power while waiting at it and its standard error, by falling clock (empty: unknown).
+        gpu: name of the GPU it was measured on (empty: unknown).
     """
 
     instructions: tuple[InstructionEstimate, ...]
@@ -157,6 +160,8 @@ class StageEstimate:
     lag_s: float
     unresolved: frozenset[str]
     steps: tuple[StepMean, ...] = ()
+    blocking_by_clock: tuple[tuple[int, float, float], ...] = ()
+    gpu: str = ""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -187,6 +192,8 @@ class StageEstimate:
             "lag_s": _null(self.lag_s),
             "unresolved": sorted(self.unresolved),
             "steps": [[*astuple(step)[:-1], _null(step.spread)] for step in self.steps],
+            "blocking_by_clock": [[clock, _null(w), _null(se_w)] for clock, w, se_w in self.blocking_by_clock],
+            "gpu": self.gpu,
         }
 
     @classmethod
@@ -208,6 +215,10 @@ class StageEstimate:
                     StepMean(int(step), int(clock), str(kind), float(mean_s), int(count), _nan(spread))
                     for step, clock, kind, mean_s, count, spread in data["steps"]
                 ),
+                blocking_by_clock=tuple(
+                    (int(clock), _nan(w), _nan(se_w)) for clock, w, se_w in data["blocking_by_clock"]
+                ),
+                gpu=str(data["gpu"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"stage estimate: cannot be read: {error!r}") from error

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import astuple
+from collections.abc import Collection, Sequence
+from dataclasses import astuple, replace
 
 import numpy as np
 
 from perseus_plugin.errors import ProfileError
 from perseus_plugin.profiling.observations import BLOCKING, InstructionEstimate, Spread, StageEstimate
 from perseus_plugin.profiling.profile import Measurement, Profile
+from perseus_plugin.profiling.random_effects import mean_of
+from perseus_plugin.profiling.waiting_of_stages import waiting_by_clock
 
 
 def pool(estimates: Sequence[StageEstimate], *, max_relative_error: float = 0.05) -> StageEstimate:
@@ -46,16 +48,18 @@ def pool(estimates: Sequence[StageEstimate], *, max_relative_error: float = 0.05
         _median([e.window_s for e in filled]),
         _median([e.lag_s for e in filled]),
         frozenset(),
+        blocking_by_clock=_pooled_blocking_by_clock(filled, clocks),
+        gpu=" / ".join(sorted({e.gpu for e in estimates})),
     )
     unresolved = unresolved_kinds(joined, max_relative_error)
     unresolved |= set().union(*(e.unresolved for e in estimates)) - set(kinds) - {BLOCKING}
     if all(BLOCKING in e.unresolved for e in estimates):
         unresolved.add(BLOCKING)
-    return StageEstimate(joined.instructions, power_w, power_se_w, joined.window_s, joined.lag_s, frozenset(unresolved))
+    return replace(joined, unresolved=frozenset(unresolved))
 
 
 def blocking_power(stages: Sequence[StageEstimate]) -> tuple[float, float]:
-    """The job's blocking power in watts and its standard error: the mean over stages that measured it.
+    """The job's blocking power in watts and its standard error: the mean over clocks and stages that measured it.
 
     Stages that only assume it (they hardly wait) count only when no stage measured it. NaN without any data.
     """
@@ -67,14 +71,15 @@ def to_profile(stages: Sequence[StageEstimate]) -> tuple[Profile, frozenset[tupl
 
     An unresolved kind keeps its rows, since plans need its times. Where its energy is not known at all or not above
     zero, the row holds the stage's mean known power (or the blocking power) times its duration, with an unknown
-    standard error, so the rows can be planned with but must not be optimised over.
+    standard error, so the rows can be planned with but must not be optimised over. What a waiting GPU draws is that of
+    `waiting_by_clock`.
 
     Raises:
         ProfileError: naming the stage, when it has no measured instruction, or no power at all.
     """
     rows = []
     unresolved = set()
-    for stage, estimate in enumerate(stages):
+    for stage, (estimate, waiting) in enumerate(zip(stages, waiting_by_clock(stages), strict=True)):
         if not estimate.instructions:
             raise ProfileError(f"stage {stage}: no instruction was measured at any clock without power capping")
         known_w = [r.energy_j / r.time_s for r in estimate.instructions if r.energy_j > 0]
@@ -99,7 +104,7 @@ def to_profile(stages: Sequence[StageEstimate]) -> tuple[Profile, frozenset[tupl
                         row.samples,
                         row.time_se_s,
                         energy_se_j,
-                        *astuple(row.spread),
+                        *(*astuple(row.spread), *waiting.get(row.frequency_mhz, (math.nan, math.nan))),
                     ),
                 )
             )
@@ -121,8 +126,8 @@ def unresolved_kinds(estimate: StageEstimate, max_relative_error: float) -> set[
 
 
 def _pooled_instruction(rows: Sequence[InstructionEstimate]) -> InstructionEstimate:
-    time_s, time_se_s = _random_effects([(row.time_s, row.time_se_s) for row in rows])
-    energy_j, energy_se_j = _random_effects([(row.energy_j, row.energy_se_j) for row in rows])
+    time_s, time_se_s = mean_of([(row.time_s, row.time_se_s) for row in rows])
+    energy_j, energy_se_j = mean_of([(row.energy_j, row.energy_se_j) for row in rows])
     samples = sum(row.samples for row in rows)
     spread = Spread(
         *_root_mean_square([(row.spread.within, row.spread.within_se) for row in rows]),
@@ -143,24 +148,22 @@ def _root_mean_square(pairs: Sequence[tuple[float, float]]) -> tuple[float, floa
 
 
 def _pooled_blocking(estimates: Sequence[StageEstimate]) -> tuple[float, float]:
-    measured = [e for e in estimates if BLOCKING not in e.unresolved] or list(estimates)
-    return _random_effects([(e.blocking_power_w, e.blocking_power_se_w) for e in measured])
+    return mean_of([(e.blocking_power_w, e.blocking_power_se_w) for e in _that_waited(estimates)])
 
 
-def _random_effects(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Mean and standard error of figures that differ by more than their errors."""
-    known = [(value, error) for value, error in pairs if math.isfinite(value) and math.isfinite(error)]
-    if not known:
-        return math.nan, math.nan
-    values = np.array([value for value, _ in known])
-    errors = np.maximum([error for _, error in known], 1e-12 * np.abs(values).max() + 1e-300)
-    weights = errors**-2.0
-    mean = weights @ values / weights.sum()
-    excess = float(weights @ (values - mean) ** 2) - (len(values) - 1)
-    scale = weights.sum() - (weights**2).sum() / weights.sum()
-    between = max(0.0, excess / scale) if scale > 0 else 0.0
-    weights = 1 / (errors**2 + between)
-    return float(weights @ values / weights.sum()), float(weights.sum() ** -0.5)
+def _pooled_blocking_by_clock(
+    estimates: Sequence[StageEstimate], clocks: Collection[int]
+) -> tuple[tuple[int, float, float], ...]:
+    at: dict[int, list[tuple[float, float]]] = {}
+    for estimate in _that_waited(estimates):
+        for clock, power_w, power_se_w in estimate.blocking_by_clock:
+            if clock in clocks:
+                at.setdefault(clock, []).append((power_w, power_se_w))
+    return tuple((clock, *mean_of(at[clock])) for clock in sorted(at, reverse=True))
+
+
+def _that_waited(estimates: Sequence[StageEstimate]) -> list[StageEstimate]:
+    return [e for e in estimates if BLOCKING not in e.unresolved] or list(estimates)
 
 
 def _median(values: Sequence[float]) -> float:

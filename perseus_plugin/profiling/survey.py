@@ -26,7 +26,7 @@ class Survey:
 
     Attributes:
         profile: pooled over data-parallel replicas.
-        blocking_power_w: power of a GPU that waits.
+        blocking_power_w: power of a GPU that waits, the mean over clocks; counts where the profile has none by clock.
         unresolved: (stage, kind) whose energy is not known well enough to plan on.
         constant_time_s: constant-time work by (stage, name), as the stage saw it, waiting in collectives included.
         blocking_power_se_w: standard error of the blocking power (NaN: unknown).
@@ -64,7 +64,7 @@ def stage_estimates(
     grouped: dict[tuple[int, int], list[StageEstimate]] = {}
     for told in estimates:
         where = (told.placement.replica, told.placement.stage)
-        grouped.setdefault(where, []).append(StageEstimate.from_dict(told.estimate))
+        grouped.setdefault(where, []).append(replace(StageEstimate.from_dict(told.estimate), gpu=told.gpu))
     common = on_common_work(grouped, max_relative_error=max_relative_error)
     pooled: list[StageEstimate] = []
     for stage in range(stages):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from perseus_plugin.profiling.observations import BLOCKING, InstructionEstimate, StageEstimate
 from perseus_plugin.profiling.pooling import blocking_power
+from perseus_plugin.profiling.waiting import WaitingPower
+from perseus_plugin.profiling.waiting_of_stages import waiting_powers
 
 _SIGMAS = 2.0  # by this many standard errors a clock must be worse before it is given up
 
@@ -58,19 +60,22 @@ def sweep_order(clocks_mhz: Sequence[int], seed: int, revisits: int = 2) -> tupl
 
 
 def is_pareto_candidate(
-    stage: StageEstimate, kind: str, frequency_mhz: int, *, blocking_power_w: float | None = None
+    stage: StageEstimate, kind: str, frequency_mhz: int, *, waiting: WaitingPower | None = None
 ) -> bool:
     """Whether a measured clock may be the best choice for a kind at some deadline.
 
-    It may not when another clock is faster and clearly cheaper in effective energy (energy less what waiting would
-    draw in the same time). Unknown energies give the clock the benefit of the doubt.
+    It may not when another clock is faster and clearly cheaper, with waiting for the rest of the time at that clock.
+    Unknown energies give the clock the benefit of the doubt.
+
+    Args:
+        waiting: what a GPU of the stage draws while it waits; None: what the stage itself measured.
     """
-    power_w = stage.blocking_power_w if blocking_power_w is None else blocking_power_w
+    power = waiting or waiting_powers([stage])[0]
     rows = [row for row in stage.instructions if row.kind == kind]
     mine = next((row for row in rows if row.frequency_mhz == frequency_mhz), None)
     if mine is None:
         return True
-    return not any(_beats(other, mine, power_w) for other in rows if other.time_s < mine.time_s)
+    return not any(_beats(other, mine, power.at_w(other.frequency_mhz)) for other in rows if other.time_s < mine.time_s)
 
 
 def worth_trying(stages: Sequence[StageEstimate], candidates_mhz: Sequence[int]) -> tuple[int, ...]:
@@ -81,8 +86,11 @@ def worth_trying(stages: Sequence[StageEstimate], candidates_mhz: Sequence[int])
     """
     if not stages or any(not stage.instructions for stage in stages):
         return tuple(candidates_mhz)
-    power_w, _ = blocking_power(stages)
-    lowest_useful = min(_floor(stage, kind, power_w) for stage in stages for kind in stage.kinds)
+    lowest_useful = min(
+        _floor(stage, kind, waiting)
+        for stage, waiting in zip(stages, waiting_powers(stages), strict=True)
+        for kind in stage.kinds
+    )
     return tuple(clock for clock in candidates_mhz if clock > lowest_useful)
 
 
@@ -98,20 +106,18 @@ def good_enough(stages: Sequence[StageEstimate], max_relative_error: float) -> b
     if all(BLOCKING in stage.unresolved for stage in stages) or not power_se_w <= max_relative_error * power_w:
         return False
     return all(
-        _known(row, max_relative_error)
-        or not is_pareto_candidate(stage, row.kind, row.frequency_mhz, blocking_power_w=power_w)
-        for stage in stages
+        _known(row, max_relative_error) or not is_pareto_candidate(stage, row.kind, row.frequency_mhz, waiting=waiting)
+        for stage, waiting in zip(stages, waiting_powers(stages), strict=True)
         for row in stage.instructions
     ) and all(stage.instructions for stage in stages)
 
 
 def times_known(stages: Sequence[StageEstimate], max_time_error: float) -> bool:
     """Whether the time of every clock that may be of use is known, against the highest clock, to within this share."""
-    power_w, _ = blocking_power(stages)
     return all(
         row.time_se_s <= max_time_error * row.time_s
-        or not is_pareto_candidate(stage, row.kind, row.frequency_mhz, blocking_power_w=power_w)
-        for stage in stages
+        or not is_pareto_candidate(stage, row.kind, row.frequency_mhz, waiting=waiting)
+        for stage, waiting in zip(stages, waiting_powers(stages), strict=True)
         for row in stage.instructions
         if row.frequency_mhz != stage.clocks_mhz[0]
     )
@@ -123,13 +129,13 @@ def _beats(other: InstructionEstimate, mine: InstructionEstimate, power_w: float
     return gain_j > _SIGMAS * error_j  # False for NaN
 
 
-def _floor(stage: StageEstimate, kind: str, power_w: float) -> int:
+def _floor(stage: StageEstimate, kind: str, waiting: WaitingPower) -> int:
     """The highest clock below which (itself included) every measured clock is of no use to the kind; 0 if none."""
     floor = 0
     if kind in stage.unresolved:
         return floor
     for clock in reversed(stage.clocks_mhz):
-        if is_pareto_candidate(stage, kind, clock, blocking_power_w=power_w):
+        if is_pareto_candidate(stage, kind, clock, waiting=waiting):
             break
         floor = clock
     return floor

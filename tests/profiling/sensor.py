@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -103,11 +102,16 @@ def two_kinds(forward_s: float, **options: float) -> Job:
 
 @dataclass(frozen=True)
 class Truth:
-    """What was simulated: mean time and energy per (kind, clock), and the mean blocking power over clocks."""
+    """What was simulated: mean time and energy per (kind, clock), and blocking power by clock."""
 
     time_s: dict[tuple[str, int], float] = field(default_factory=dict)
     energy_j: dict[tuple[str, int], float] = field(default_factory=dict)
-    blocking_w: float = math.nan
+    waiting_w: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def blocking_w(self) -> float:
+        """The mean over clocks."""
+        return float(np.mean(list(self.waiting_w.values())))
 
 
 def simulate(
@@ -131,13 +135,13 @@ def simulate(
     truth = Truth(
         {(k, c): w.duration_s(c, top) for k, w in job.work.items() for c in clocks},
         {(k, c): w.duration_s(c, top) * w.watts(c, top) for k, w in job.work.items() for c in clocks},
-        float(np.mean([_waiting_w(job, c, top) for c in clocks])),
+        {c: _waiting_w(job, c, top) for c in clocks},
     )
     return runs, truth
 
 
 def _waiting_w(job: Job, clock: int, top: int) -> float:
-    return job.waiting_w * (1 - job.waiting_slope * (1 - clock / top))
+    return job.waiting_w * (1 - job.waiting_slope * (1 - _dynamic(clock) / _dynamic(top)))
 
 
 def _run(

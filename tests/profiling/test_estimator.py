@@ -297,6 +297,51 @@ def test_pool_keeps_the_clocks_all_replicas_held() -> None:
         pool([])
 
 
+@pytest.mark.parametrize(
+    ("counter", "iterations", "clocks"),
+    [(EXACT, 4, sensor.CLOCKS_MHZ), (A100, 10, (900, 1050, 1200, 1305, 1410)), (H100, 10, (900, 1200, 1410))],
+)
+def test_waiting_power_that_rises_with_the_clock_is_found_at_each(
+    counter: Counter, iterations: int, clocks: tuple[int, ...]
+) -> None:
+    """As measured on A100: 40 % of what waiting draws at the top goes with clock times voltage squared."""
+    stages = []
+    for place in (1, 3):
+        runs, truth = simulate(
+            two_kinds(0.030, stage=place, iterations=iterations, waiting_w=88.0, waiting_slope=0.4),
+            counter,
+            seed=16 + place,
+            clocks=clocks,
+        )
+        stages.append(estimate_stage(runs))
+        for clock, power_w, power_se_w in stages[-1].blocking_by_clock:
+            assert abs(power_w - truth.waiting_w[clock]) < max(3 * power_se_w, 0.3)
+            assert power_w == pytest.approx(truth.waiting_w[clock], rel=0.03)
+            assert power_se_w < 2.0
+    profile, _ = to_profile(stages)
+    for stage in (0, 1):
+        found = profile.waiting_power(stage, math.nan)
+        assert found.clocks_mhz == tuple(sorted(clocks))
+        assert found.power_w == pytest.approx([truth.waiting_w[clock] for clock in sorted(clocks)], rel=0.02)
+        assert sorted(found.power_w) == list(found.power_w)
+
+
+def test_a_stage_that_never_waits_takes_what_the_others_measured() -> None:
+    options, clocks = {"waiting_w": 88.0, "waiting_slope": 0.4}, (900, 1200, 1410)
+    waiting, truth = simulate(two_kinds(0.030, **options), EXACT, seed=17, clocks=clocks)
+    busy, _ = simulate(
+        two_kinds(0.030, stages=1, stage=0, gap_s=0.0, timing_s=0.0, **options),
+        EXACT,
+        seed=18,
+        clocks=clocks,
+    )
+    estimates = [estimate_stage(waiting), estimate_stage(busy)]
+    assert BLOCKING in estimates[1].unresolved
+    profile, _ = to_profile(estimates)
+    for clock, power_w in truth.waiting_w.items():
+        assert profile.waiting_power(1, 0.0).at_w(clock) == pytest.approx(power_w, rel=0.01)
+
+
 def test_pool_of_estimates_is_better_than_one() -> None:
     estimates = []
     for seed in range(4):
@@ -306,6 +351,10 @@ def test_pool_of_estimates_is_better_than_one() -> None:
     alone = [np.square(relative_errors(e, truth)).mean() for e in estimates]
     assert np.square(relative_errors(joined, truth)).mean() < 0.75 * np.mean(alone)
     assert joined.blocking_power_se_w < min(e.blocking_power_se_w for e in estimates)
+    assert [clock for clock, _, _ in joined.blocking_by_clock] == [1410, 900]
+    for i, (_, power_w, power_se_w) in enumerate(joined.blocking_by_clock):
+        assert power_se_w < min(e.blocking_by_clock[i][2] for e in estimates)
+        assert abs(power_w - truth.waiting_w[(1410, 900)[i]]) < 3 * power_se_w
 
 
 def test_blocking_power_of_the_job_comes_from_stages_that_measured_it() -> None:

@@ -14,6 +14,7 @@ from perseus_plugin.profiling.sweep import (
     sweep_order,
     worth_trying,
 )
+from perseus_plugin.profiling.waiting import WaitingPower
 
 CLOCKS = (1410, 1300, 1200, 1100, 1000, 900, 800, 700)
 
@@ -76,7 +77,7 @@ def test_pareto_candidates() -> None:
     vague = bowl(CLOCKS, lowest_mhz=1000, error_j=1.0)
     assert all(is_pareto_candidate(vague, "forward", clock) for clock in CLOCKS)
     # The less waiting draws, the less there is to gain from going slower.
-    assert not is_pareto_candidate(stage, "forward", 1000, blocking_power_w=10.0)
+    assert not is_pareto_candidate(stage, "forward", 1000, waiting=WaitingPower.constant(10.0))
 
 
 def test_the_highest_clock_may_be_dominated() -> None:

@@ -26,6 +26,7 @@ class Powers:
     Attributes:
         instruction_w, instruction_se_w: shape (clocks, kinds); NaN without counter data.
         blocking_w, blocking_se_w: while waiting; the mean over clocks.
+        blocking_at_w, blocking_at_se_w: the same at each clock, shape (clocks,).
         waited: whether `blocking_w` is measured, and not assumed.
         window_s, lag_s: what one tick measures.
     """
@@ -34,6 +35,8 @@ class Powers:
     instruction_se_w: Array
     blocking_w: float
     blocking_se_w: float
+    blocking_at_w: Array
+    blocking_at_se_w: Array
     waited: bool
     window_s: float
     lag_s: float
@@ -52,7 +55,7 @@ def fit_powers(runs: Sequence[ClockRun], clocks: Sequence[int], kinds: Sequence[
     of_run = regression.make_series(runs, clocks, kinds)
     series = [s for group in of_run for s in group]
     unknown = np.full((len(clocks), len(kinds)), math.nan)
-    nothing = Powers(unknown, unknown, math.nan, math.nan, False, math.nan, math.nan)
+    nothing = Powers(unknown, unknown, math.nan, math.nan, unknown[:, 0], unknown[:, 0], False, math.nan, math.nan)
     if not series:
         return nothing
     shortest_s = min(float(durations_s(r.activities, k).min(initial=1.0)) for r in runs for k in kinds)
@@ -105,15 +108,18 @@ def _powers(fitted: _Fitted, covariance: Array, period: float) -> Powers:
     se_w = np.sqrt(np.diag(covariance)).reshape(clocks, width)
     waiting = np.arange(clocks) * width
     kinds = slice(1, 1 + (width - 1) // 2)
-    # One number for the planner: the mean over clocks.
     blocking_w = float(power_w[:, 0].mean())
     blocking_se_w = float(math.sqrt(covariance[np.ix_(waiting, waiting)].mean()))
+    at_w, at_se_w = power_w[:, 0], se_w[:, 0]
     waited = blocking_w > 0 and blocking_se_w < 0.5 * blocking_w
     if not waited:
         blocking_w = blocking_se_w = _BLOCKING_SHARE * float(max(power_w[:, kinds].min(), 0.0))
+        at_w = at_se_w = np.full(clocks, blocking_w)
     sensor = fitted.sensor
     window_s = period if sensor.window_s is None else sensor.window_s
-    return Powers(power_w[:, kinds], se_w[:, kinds], blocking_w, blocking_se_w, waited, window_s, sensor.lag_s)
+    return Powers(
+        power_w[:, kinds], se_w[:, kinds], blocking_w, blocking_se_w, at_w, at_se_w, waited, window_s, sensor.lag_s
+    )
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,7 @@ class Run:
             transfer_s: how long a transfer takes.
             end_s: constant time at the end of the iteration.
         """
-        streams, constants = streams_of(self.stages)
-        ended = [[*stream, Constant("end")] for stream in streams]
-        return build_graph(ended, {**constants, **{(s, "end"): end_s for s in range(len(ended))}}, transfer_s)
+        return build_graph(*streams_of(self.stages), transfer_s, end_s)
 
     def durations_s(self, graph: PipelineGraph) -> FloatArray:
         """As they were measured, shape (nodes,)."""

@@ -63,6 +63,14 @@ class Ran:
     errors: list[BaseException] = field(default_factory=list)
 
 
+@dataclass
+class Sent:
+    """What is on its way from one stage to another."""
+
+    arrives_s: float
+    received: threading.Event = field(default_factory=threading.Event)
+
+
 class OneJob:
     """A pipeline of `stages` ranks, one replica.
 
@@ -72,6 +80,8 @@ class OneJob:
         forward_s, backward_s: usual full-clock times per stage.
         plugin: the `perseus` block without what the job says itself; None: run without the plugin.
         slow: how many times as long a rank takes in an iteration, by rank and iteration.
+        transfer_s: how long a transfer between stages takes.
+        end_s: what every rank does at the end of an iteration, which no hook sees.
         until: asked once after every iteration; the job ends when it says so, or with its last step.
     """
 
@@ -84,16 +94,19 @@ class OneJob:
         backward_s: Sequence[float] = (0.020, 0.028),
         plugin: dict[str, Any] | None = None,
         slow: Callable[[int, int], float] = lambda rank, iteration: 1.0,
+        transfer_s: float = 0.0,
+        end_s: float = 0.0,
         until: Callable[[], bool] = lambda: False,
     ) -> None:
         self._folder, self._steps, self._slow = folder, steps, slow
+        self._end_s, self.transfer_s = end_s, transfer_s
         self._stages = len(forward_s)
         self._with_plugin = plugin is not None
         block = {**(plugin or {}), "output_dir": str(folder), "gpu": {"backend": "emulated"}}
         block["emulation"] = {"forward_time_s": list(forward_s), "backward_time_s": list(backward_s)}
         self._config = parse_config(block)
         self._exchange = LocalExchange()
-        self._channels: dict[tuple[int, int, str], queue.SimpleQueue[threading.Event]] = {}
+        self._channels: dict[tuple[int, int, str], queue.SimpleQueue[Sent]] = {}
         self._lock = threading.Lock()
         self._until, self._over = until, False
         self._barrier = threading.Barrier(self._stages, timeout=_TIMEOUT_S)
@@ -173,7 +186,7 @@ class OneJob:
 
     # What ranks have of each other.
 
-    def channel(self, source: int, target: int, name: str) -> queue.SimpleQueue[threading.Event]:
+    def channel(self, source: int, target: int, name: str) -> queue.SimpleQueue[Sent]:
         """Where one stage's transfers to another go through."""
         with self._lock:
             return self._channels.setdefault((source, target, name), queue.SimpleQueue())
@@ -182,7 +195,8 @@ class OneJob:
         self._over = self._until()
 
     def wait_for_all(self) -> None:
-        """The loss is exchanged."""
+        """The optimizer's step, and the loss is exchanged."""
+        time.sleep(self._end_s)
         self._barrier.wait()
 
     def slowness(self, rank: int, iteration: int) -> float:
@@ -220,12 +234,14 @@ class _Stage:
     def _execute(self, op: StreamOp, step: Step, slowness: float) -> None:
         stage = self._place.stage
         if isinstance(op, Send):
-            arrived = threading.Event()
-            self._job.channel(stage, op.peer, op.channel).put(arrived)
-            if op.blocking and not arrived.wait(_TIMEOUT_S):
+            sent = Sent(time.monotonic() + self._job.transfer_s)
+            self._job.channel(stage, op.peer, op.channel).put(sent)
+            if op.blocking and not sent.received.wait(_TIMEOUT_S):
                 raise TimeoutError(f"stage {op.peer} never received")
         elif isinstance(op, Receive):
-            self._job.channel(op.peer, stage, op.channel).get(timeout=_TIMEOUT_S).set()
+            sent = self._job.channel(op.peer, stage, op.channel).get(timeout=_TIMEOUT_S)
+            time.sleep(max(0.0, sent.arrives_s - time.monotonic()))
+            sent.received.set()
         elif isinstance(op, Compute):
             self._gpu.set_slowdown(step.sizes[op.microbatch] * slowness)
             self._compute(op)

@@ -204,6 +204,7 @@ class IterationDurations(_Message):
         clocks_mhz: what they ran at: one clock for all of them or one each; 0: full clocks.
         durations_s: per controllable instruction in program order.
         starts_s: when each began, since the iteration's begin.
+        time_s: of the whole iteration.
     """
 
     number: int
@@ -211,6 +212,7 @@ class IterationDurations(_Message):
     clocks_mhz: tuple[int, ...]
     durations_s: tuple[float, ...]
     starts_s: tuple[float, ...]
+    time_s: float
 
 
 class RankDurations(_Message):

@@ -21,6 +21,8 @@ from perseus_plugin.iteration.instructions import Compute, Constant, Instruction
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+_END = Constant("(end)", collective=True)
+
 
 @dataclass(frozen=True, eq=False)
 class PipelineGraph:
@@ -178,6 +180,7 @@ def build_graph(
     streams: Sequence[StageStream],
     constant_time_s: Mapping[tuple[int, str], float] | None = None,
     latency_s: float = 0.0,
+    end_s: float = 0.0,
 ) -> PipelineGraph:
     """Derive the dependency graph from the streams of all stages.
 
@@ -189,16 +192,25 @@ def build_graph(
         streams: per stage its operations in program order.
         constant_time_s: durations of `Constant` operations by (stage, name); absent ones take 0 s.
         latency_s: time a transfer takes: on the way from sender to receiver, and for a blocking send on both ends.
+        end_s: what every stage does at the iteration's end, beside its operations.
 
     Raises:
         ScheduleError: no instruction at all, an instruction twice in a stage, an unknown peer, unmatched sends or
             receives, a deadlock, or a duration or latency that is negative or not finite.
     """
-    for name, value in [("latency_s", latency_s), *((str(k), v) for k, v in (constant_time_s or {}).items())]:
+    for name, value in [
+        ("latency_s", latency_s),
+        ("end_s", end_s),
+        *((str(k), v) for k, v in (constant_time_s or {}).items()),
+    ]:
         if not (math.isfinite(value) and value >= 0):
             raise ScheduleError(f"{name}: got {value}; allowed: a finite number from 0")
     _check_matching(streams)
-    run = _Execution(streams, constant_time_s or {}, latency_s)
+    constants = dict(constant_time_s or {})
+    if end_s > 0:
+        streams = [[*stream, _END] for stream in streams]
+        constants.update({(stage, _END.name): end_s for stage in range(len(streams))})
+    run = _Execution(streams, constants, latency_s)
     run.to_the_end()
     if all(instruction is None for instruction in run.instructions):
         raise ScheduleError("the schedule has no instruction")

@@ -21,11 +21,13 @@ class Samples:
         durations_s: per iteration and replica how long each instruction takes at full clocks.
         as_run_s: how long each took at the clock it ran at; may be left away together with `starts_s`.
         starts_s: when each began, since its own rank's begin of the iteration.
+        times_s: per iteration and replica how long it took; may be left away.
     """
 
     durations_s: tuple[tuple[PerStage, ...], ...]
     as_run_s: tuple[tuple[PerStage, ...], ...] = ()
     starts_s: tuple[tuple[PerStage, ...], ...] = ()
+    times_s: tuple[tuple[float, ...], ...] = ()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Samples:
@@ -36,7 +38,30 @@ class Samples:
                 tuple(tuple(tuple(stage) for stage in replica) for replica in iteration) for iteration in iterations
             )
 
-        return cls(frozen(data["durations_s"]), frozen(data["as_run_s"]), frozen(data["starts_s"]))
+        times_s = tuple(tuple(replicas) for replicas in data["times_s"])
+        return cls(frozen(data["durations_s"]), frozen(data["as_run_s"]), frozen(data["starts_s"]), times_s)
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """What iterations take beside the work that is known: instructions and constant-time work.
+
+    Attributes:
+        transfer_s: how long a transfer between stages takes.
+        end_s: what an iteration takes once, beside all else.
+        iteration_s: how long iterations took when that was measured; 0: they were not.
+        beside_s: of that, what is neither computing nor other work that is timed: transfers, and what is there once.
+    """
+
+    transfer_s: float = 0.0
+    end_s: float = 0.0
+    iteration_s: float = 0.0
+    beside_s: float = 0.0
+
+    @property
+    def share(self) -> float | None:
+        """`beside_s` as a share of the iteration; None: not measured."""
+        return self.beside_s / self.iteration_s if self.iteration_s > 0 else None
 
 
 @dataclass(frozen=True)

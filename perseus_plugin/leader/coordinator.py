@@ -16,6 +16,7 @@ from perseus_plugin.exchange.messages import NEWS, TROUBLE, Placement, Trouble, 
 from perseus_plugin.files import try_to_write
 from perseus_plugin.iteration.instructions import StreamOf
 from perseus_plugin.iteration.record import IterationRecord
+from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.iteration.timetable import Directive
 from perseus_plugin.leader.decide import (
     Answered,
@@ -308,6 +309,12 @@ class Coordinator:
     def predicted(self) -> Predicted | None:
         """See `Expectations`."""
         return self._state.expectations.predicted(self.plan, self._state.replayed)
+
+    @property
+    def overheads(self) -> Overheads | None:
+        """What iterations of the usual schedule take beside the work that is known; None before the first plan."""
+        request = None if self.plan is None else self._state.requests.get(self.plan.schedule)
+        return None if request is None else request.overheads
 
     @property
     def planned_schedules(self) -> Mapping[str, int]:

@@ -50,7 +50,7 @@ from perseus_plugin.leader.measuring import (
     plannable,
     said_of_unresolved,
 )
-from perseus_plugin.leader.reviews import catches_up_otherwise, clocks_of, in_force, said_of_replay
+from perseus_plugin.leader.reviews import catches_up_otherwise, clocks_of, in_force, said_of_overheads, said_of_replay
 from perseus_plugin.leader.state import JobState, Phase, Rules
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
@@ -387,7 +387,9 @@ class _Deciding:
             state.replayed = _without(state.replayed, instead_of)
             self.effects.append(ForgetIterations(instead_of))
         number = self._put(seen, plan)
-        request = replace(seen.request, samples=None, in_force=None, transfer_s=answer.transfer_s)
+        before = state.requests[schedule].overheads if schedule in state.requests else None
+        self.effects += said_of_overheads(schedule, answer.overheads, before)
+        request = replace(seen.request, samples=None, in_force=None, overheads=answer.overheads)
         state.requests = {**state.requests, schedule: request}
         self._inform("plan %d for %s ready in %.2f s: %s", number, schedule, answer.planning_time_s, plan.promise)
         if answer.replayed is not None:

@@ -197,6 +197,7 @@ class Leader:
             "planning_time_s": 0.0 if coordinator is None else coordinator.state.planning_time_s,
             "full_clock_scale": (1.0, 1.0) if coordinator is None else coordinator.full_clock_scale(),
             "predicted": None if coordinator is None else coordinator.predicted(),
+            "overheads": None if coordinator is None else coordinator.overheads,
             "planned_schedules": {} if coordinator is None else coordinator.planned_schedules,
             "compared": Compared() if coordinator is None else coordinator.comparison.compared,
             "dropped_plans": 0 if coordinator is None else coordinator.state.dropped,

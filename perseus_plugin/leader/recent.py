@@ -49,6 +49,7 @@ class RecentIterations:
             tuple(one.durations_s[0] for one in chosen),
             tuple(one.as_run_s[0] for one in chosen),
             tuple(one.starts_s[0] for one in chosen),
+            tuple(one.times_s[0] for one in chosen),
         )
 
     def forget(self, schedule: str | None = None) -> None:

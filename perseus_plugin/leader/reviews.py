@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from perseus_plugin.iteration.replayed import InForce, Replayed
+from perseus_plugin.iteration.replayed import InForce, Overheads, Replayed
 from perseus_plugin.leader.effects import Say
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PlanAnswer
 
 EVERY = 100
 """Iterations from one look at a plan to the next."""
+
+
+_LARGE = 0.2  # of an iteration, beside the work that is known: well above what iterations measured on GPUs have shown
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def in_force(plan: Plan, answer: PlanAnswer, margin: float) -> InForce | None:
     if replayed is not None and replayed.obstacle:
         return None
     margin = margin if replayed is None else replayed.margin
-    return InForce(clocks_of(plan), answer.catch_up, margin, answer.transfer_s, plan.wait_clocks_mhz)
+    transfer_s = answer.overheads.transfer_s
+    return InForce(clocks_of(plan), answer.catch_up, margin, transfer_s, plan.wait_clocks_mhz)
 
 
 def said_of_replay(number: int, schedule: str, replayed: Replayed, quantile: float) -> Say:
@@ -112,3 +116,28 @@ def said_of_replay(number: int, schedule: str, replayed: Replayed, quantile: flo
             f"{100 * replayed.raised:.1f} % of instructions catch up" if replayed.catch_up else "no catching up needed",
         ),
     )
+
+
+def said_of_overheads(schedule: str, now: Overheads, before: Overheads | None) -> list[Say]:
+    """What iterations take beside the work that is known, where that was measured; a warning once, where it is large.
+
+    Args:
+        schedule: of the iterations.
+        now: as measured.
+        before: what was said last; None: nothing yet.
+    """
+    if now.share is None:
+        return []
+    if now.share <= _LARGE:
+        text = "%.1f %% of an iteration of %s are neither computing nor loading (%.3g ms per transfer, %.3g s once)"
+        return [Say("info", text, (100 * now.share, schedule, 1e3 * now.transfer_s, now.end_s))]
+    if before is not None and (before.share or 0.0) > _LARGE:
+        return []
+    return [
+        Say(
+            "warning",
+            "%.3g s of %.3g s of an iteration of %s are neither computing nor loading: look at the network, and at "
+            "what surrounds the schedule (%.3g ms per transfer between stages, %.3g s once). Plans reckon with it",
+            (now.beside_s, now.iteration_s, schedule, 1e3 * now.transfer_s, now.end_s),
+        )
+    ]

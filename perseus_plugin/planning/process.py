@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from perseus_plugin import processes
 from perseus_plugin.errors import PerseusError, PlanError
-from perseus_plugin.iteration.replayed import Replayed, Samples, StageCatchUp
+from perseus_plugin.iteration.replayed import Overheads, Replayed, Samples, StageCatchUp
 from perseus_plugin.planning.paced import Pace
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PaceRequest, PlanAnswer, PlanRequest
@@ -85,27 +85,29 @@ def wait_latency_s(request: PlanRequest) -> float | None:
 
 
 def graph_for(request: PlanRequest) -> PipelineGraph:
-    """The graph of a request's schedule; transfers take no time in it where that is not known.
+    """The graph of a request's schedule, in which overheads that are not known take no time.
 
     Raises:
         PerseusError: the streams do not fit each other.
     """
     from perseus_plugin.iteration.graph import build_graph
 
-    return build_graph(request.streams, request.constant_time_s, request.transfer_s or 0.0)
+    known = request.overheads or Overheads()
+    return build_graph(request.streams, request.constant_time_s, known.transfer_s, known.end_s)
 
 
-def with_transfers(request: PlanRequest) -> PlanRequest:
-    """The request with the time that a transfer takes, as its samples tell it.
+def with_overheads(request: PlanRequest) -> PlanRequest:
+    """The request with what iterations take beside the work that is known, as its samples tell it.
 
     Raises:
         PerseusError: the streams or the samples do not fit.
     """
-    from perseus_plugin.planning.transfers import transfer_s
+    from perseus_plugin.planning.calibration import overheads
 
-    if request.transfer_s is not None:
+    if request.overheads is not None:
         return request
-    return replace(request, transfer_s=transfer_s(graph_for(replace(request, transfer_s=1.0)), request.samples))
+    with_unit = graph_for(replace(request, overheads=Overheads(transfer_s=1.0)))
+    return replace(request, overheads=overheads(with_unit, request.samples))
 
 
 def answer_to(request: PlanRequest) -> PlanAnswer:
@@ -127,8 +129,8 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         with_delays,
     )
 
-    request = with_transfers(request)
-    transfer_s, latency_s = request.transfer_s or 0.0, request.latency_s or 0.0
+    request = with_overheads(request)
+    overheads, latency_s = request.overheads or Overheads(), request.latency_s or 0.0
     graph = graph_for(request)
     problem = build_problem(graph, request.profile, request.blocking_power_w)
     delays_s = usual_delays(problem, request.samples)
@@ -145,7 +147,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
             None,
             0.0,
             pace=pace,
-            transfer_s=transfer_s,
+            overheads=overheads,
             cut_short=any(planned.plan is not None and planned.plan.cut_short for planned in pace.variants),
             paced_catch_up=tuple(
                 ()
@@ -158,17 +160,15 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         )
     if request.samples is None:
         plan = _known(request, plan_for(request))
-        return PlanAnswer(
-            plan, 0.0, catch_up=catches_up(problem, plan), transfer_s=transfer_s, cut_short=plan.cut_short
-        )
+        return PlanAnswer(plan, 0.0, catch_up=catches_up(problem, plan), overheads=overheads, cut_short=plan.cut_short)
     robust = _robust_plan(request, problem, request.samples)
     held: Replayed | None = None
     if request.in_force is not None:
         known, promise = request.in_force, Promise(slowdown=request.slowdown, quantile=request.quantile)
         # Its latest starts are those of the graph that it was made on.
         seen_from_it = problem
-        if known.transfer_s != transfer_s:
-            older = graph_for(replace(request, transfer_s=known.transfer_s))
+        if known.transfer_s != overheads.transfer_s:
+            older = graph_for(replace(request, overheads=replace(overheads, transfer_s=known.transfer_s)))
             seen_from_it = build_problem(older, request.profile, request.blocking_power_w)
         delays_now_s = usual_delays(seen_from_it, request.samples)
         replay = replay_of(problem, request.samples, latency_s)
@@ -181,7 +181,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
                 replayed=held,
                 held=held,
                 catch_up=told_anew,
-                transfer_s=known.transfer_s,
+                overheads=replace(overheads, transfer_s=known.transfer_s),
                 cut_short=robust.plan.cut_short,
             )
     way = robust.catch_up
@@ -191,7 +191,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         replayed=robust.replayed,
         held=held,
         catch_up=() if way is None else catches_up(problem, robust.plan, way),
-        transfer_s=transfer_s,
+        overheads=overheads,
         cut_short=robust.plan.cut_short,
     )
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from perseus_plugin.iteration.instructions import StageStream
-from perseus_plugin.iteration.replayed import InForce, Replayed, Samples, StageCatchUp
+from perseus_plugin.iteration.replayed import InForce, Overheads, Replayed, Samples, StageCatchUp
 from perseus_plugin.planning.paced import Pace, pace_from_dict, pace_to_dict
 from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
 from perseus_plugin.planning.streams import stream_to_json, streams_from_json
@@ -62,7 +62,7 @@ class PlanRequest:
         latency_s: how long a clock change takes; None: unknown.
         lower_while_waiting: whether waits may be spent at clocks of their own, where the latency is known.
         in_force: the plan that is followed; if it holds over the samples, no other is made.
-        transfer_s: how long a transfer between stages takes; None: as the samples tell.
+        overheads: what iterations take beside the work that is known; None: as the samples tell.
     """
 
     schedule: str
@@ -83,7 +83,7 @@ class PlanRequest:
     latency_s: float | None = None
     lower_while_waiting: bool = True
     in_force: InForce | None = None
-    transfer_s: float | None = None
+    overheads: Overheads | None = None
     blocking_power_se_w: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class PlanRequest:
             "latency_s": self.latency_s,
             "lower_while_waiting": self.lower_while_waiting,
             "in_force": None if self.in_force is None else asdict(self.in_force),
-            "transfer_s": self.transfer_s,
+            "overheads": None if self.overheads is None else asdict(self.overheads),
             "blocking_power_se_w": self.blocking_power_se_w,
         }
 
@@ -123,9 +123,9 @@ class PlanRequest:
             yield "null}"
             return
         between = "{"
-        for field in fields(self.samples):
-            yield f'{between}"{field.name}": ['
-            for number, iteration in enumerate(getattr(self.samples, field.name)):
+        for one in fields(self.samples):
+            yield f'{between}"{one.name}": ['
+            for number, iteration in enumerate(getattr(self.samples, one.name)):
                 yield ", [" if number else "["
                 for replica, stages in enumerate(iteration):
                     yield (", " if replica else "") + json.dumps(stages)
@@ -156,7 +156,7 @@ class PlanRequest:
             latency_s=data["latency_s"],
             lower_while_waiting=data["lower_while_waiting"],
             in_force=None if data["in_force"] is None else InForce.from_dict(data["in_force"]),
-            transfer_s=data["transfer_s"],
+            overheads=None if data["overheads"] is None else Overheads(**data["overheads"]),
             blocking_power_se_w=data["blocking_power_se_w"],
         )
 
@@ -175,7 +175,7 @@ class PlanAnswer:
         catch_up: per stage what its ranks need to know to catch up; empty where they do not, or where what they have
             been told of the plan in force still holds.
         paced_catch_up: the same for each of the pace's variants.
-        transfer_s: how long a transfer between stages was taken to be.
+        overheads: what iterations were taken to take beside the work that is known.
         cut_short: whether the clock ended a search that the answer depends on.
     """
 
@@ -187,7 +187,7 @@ class PlanAnswer:
     held: Replayed | None = None
     catch_up: tuple[StageCatchUp, ...] = ()
     paced_catch_up: tuple[tuple[StageCatchUp, ...], ...] = ()
-    transfer_s: float = 0.0
+    overheads: Overheads = field(default_factory=Overheads)
     cut_short: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class PlanAnswer:
             "held": None if self.held is None else asdict(self.held),
             "catch_up": [asdict(stage) for stage in self.catch_up],
             "paced_catch_up": [[asdict(stage) for stage in variant] for variant in self.paced_catch_up],
-            "transfer_s": self.transfer_s,
+            "overheads": asdict(self.overheads),
             "cut_short": self.cut_short,
         }
 
@@ -218,6 +218,6 @@ class PlanAnswer:
             paced_catch_up=tuple(
                 tuple(StageCatchUp.from_dict(stage) for stage in variant) for variant in data["paced_catch_up"]
             ),
-            transfer_s=data["transfer_s"],
+            overheads=Overheads(**data["overheads"]),
             cut_short=data["cut_short"],
         )

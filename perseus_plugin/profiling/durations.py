@@ -70,6 +70,7 @@ class DurationsLog:
             clocks_mhz=clocks,
             durations_s=tuple(round(end_s - start_s, _DIGITS) for start_s, end_s in rows),
             starts_s=tuple(round(start_s - record.begin_s, _DIGITS) for start_s, _ in rows),
+            time_s=round(record.end_s - record.begin_s, _DIGITS),
         )
         (self._full if clocks == (0,) else self._other).append(seen)
         self.new += 1
@@ -131,6 +132,7 @@ def joined(
             (tuple(tuple(stage[number] for stage in replica) for replica in at_full),),
             (tuple(tuple(stage[number].durations_s for stage in replica) for replica in seen),),
             (tuple(tuple(stage[number].starts_s for stage in replica) for replica in seen),),
+            (tuple(max(stage[number].time_s for stage in replica) for replica in seen),),
         )
     return found
 

@@ -28,6 +28,7 @@ from perseus_plugin.exchange.messages import (
     recheck_key,
     windows_key,
 )
+from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Compute, Constant
 from perseus_plugin.iteration.timetable import Follow, FullClock, Sweep
 from perseus_plugin.leader import rank_reports as reports_module
@@ -35,6 +36,7 @@ from perseus_plugin.leader.state import Phase
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.planning.process import PlanRequest, answer_to
+from perseus_plugin.planning.replay import by_node
 from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.profiling.survey import Survey
 from perseus_plugin.reporting.live import comparison as comparison_module
@@ -112,21 +114,26 @@ class Job(RankZero):
 
     def publish_durations(self, spread: float, first: int = 0, count: int = 12) -> None:
         """Every rank's instructions took their full-clock times, each times a factor of its own."""
-        streams = SCHEDULES[self.schedule]
+        streams = [SCHEDULES[self.schedule](stage) for stage in range(2)]
+        graph = build_graph(streams)
+        told = []
         for rank in range(2):
-            kinds = [op.kind for op in streams(rank) if isinstance(op, Compute)]
+            kinds = [op.kind for op in streams[rank] if isinstance(op, Compute)]
             rng = random.Random(rank + first)
+            full_s = [profile().table[rank, kind][0].time_s for kind in kinds]
+            told.append([[math.exp(rng.gauss(0, spread)) * one for one in full_s] for _ in range(count)])
+        times_s = [graph.iteration_time_s(by_node(graph, one)) for one in zip(*told, strict=True)]
+        for rank in range(2):
             iterations = tuple(
                 IterationDurations(
-                    number=number,
+                    number=first + at,
                     schedule=self.schedule,
                     clocks_mhz=(0,),
-                    durations_s=tuple(
-                        math.exp(rng.gauss(0, spread)) * profile().table[rank, kind][0].time_s for kind in kinds
-                    ),
-                    starts_s=(0.0,) * len(kinds),
+                    durations_s=tuple(durations_s),
+                    starts_s=(0.0,) * len(durations_s),
+                    time_s=times_s[at],
                 )
-                for number in range(first, first + count)
+                for at, durations_s in enumerate(told[rank])
             )
             message = RankDurations(placement=placement(rank), iterations=iterations)
             self.exchange.publish(durations_key(rank), message.model_dump())

@@ -18,6 +18,7 @@ def told(exchange: LocalExchange, first: int) -> None:
                 clocks_mhz=(0,),
                 durations_s=(0.01,) * count,
                 starts_s=(0.0,) * count,
+                time_s=0.2,
             )
             for number in range(first, first + 4)
         )

@@ -62,7 +62,7 @@ def test_a_request_passes_through_json(**changes: Any) -> None:
 def measured(iterations: int, replicas: int) -> Samples:
     stages = tuple(tuple(0.1 * (stage + 1) / (position + 3) for position in range(8)) for stage in range(2))
     every = tuple((stages,) * replicas for _ in range(iterations))
-    return Samples(every, every, every[:1])
+    return Samples(every, every, every[:1], ((0.5,) * replicas,) * iterations)
 
 
 @pytest.mark.parametrize("samples", [None, Samples(()), measured(1, 1), measured(5, 3)])
@@ -273,7 +273,7 @@ def test_whatever_a_line_holds_its_answer_is_a_line(line: str) -> None:
 
 
 def test_an_answer_that_cannot_be_written_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = PlanAnswer(None, math.nan, "", transfer_s=object())  # type: ignore[arg-type]
+    broken = PlanAnswer(None, math.nan, "", cut_short=object())  # type: ignore[arg-type]
     monkeypatch.setattr("perseus_plugin.planning.process.answer_to", lambda request: broken)
     told = PlanAnswer.from_dict(json.loads(answered(json.dumps(request().to_dict()))), 0.1)
     assert "not JSON serializable" in told.error

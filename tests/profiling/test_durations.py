@@ -103,6 +103,7 @@ def told(rank: int, numbers: Sequence[int], clock: int = 0, factor: float = 1.0,
         "clocks_mhz": (clock,),
         "durations_s": durations,
         "starts_s": (0.0, 0.1, 0.2, 0.3),
+        "time_s": 0.5,
         **more,
     }
     return RankDurations(

@@ -14,7 +14,7 @@ import pytest
 from perseus_plugin.control.controller import Controller
 from perseus_plugin.exchange.messages import CatchUpPart
 from perseus_plugin.iteration.graph import FloatArray, build_graph
-from perseus_plugin.iteration.replayed import InForce, Samples
+from perseus_plugin.iteration.replayed import InForce, Overheads, Samples
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.process import answer_to
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
@@ -67,10 +67,13 @@ class Pipeline:
     Args:
         transfer_s: how long a transfer takes.
         offsets_s: of each rank's begin of an iteration.
+        end_s: what an iteration takes after its last instruction.
     """
 
-    def __init__(self, transfer_s: float = 0.0, offsets_s: tuple[float, float] = (0.010, -0.020)) -> None:
-        self._offsets_s = offsets_s
+    def __init__(
+        self, transfer_s: float = 0.0, offsets_s: tuple[float, float] = (0.010, -0.020), end_s: float = 0.0
+    ) -> None:
+        self._offsets_s, self._end_s = offsets_s, end_s
         self.graph = build_graph(STREAMS, latency_s=transfer_s)
         self.controllers = [Controller(NoRequests()) for _ in range(STAGES)]
         self.clocks_mhz = [[TOP_MHZ] * 2 * MICROBATCHES for _ in range(STAGES)]
@@ -108,8 +111,9 @@ class Pipeline:
             finish[node] = start_s + as_run[known]
             self.controllers[one.stage].end(finish[node])
             positions[one.stage] += 1
-        self._now_s = float(finish.max()) + 0.1
-        return Ran(float(finish.max()) - zero_s, as_run, starts, raised)
+        end_s = float(finish.max()) + self._end_s
+        self._now_s = end_s + 0.1
+        return Ran(end_s - zero_s, as_run, starts, raised)
 
 
 def per_stage(by_node: FloatArray) -> tuple[tuple[float, ...], ...]:
@@ -130,6 +134,7 @@ def request(pipeline: Pipeline, iterations: list[FloatArray], in_force: InForce 
         tuple((per_stage(one),) for one in iterations),
         tuple((per_stage(one.as_run_s),) for one in ran),
         tuple((per_stage(one.starts_s),) for one in ran),
+        tuple((one.time_s,) for one in ran),
     )
     return PlanRequest(
         "1F1B",
@@ -210,7 +215,7 @@ def test_transfers_that_take_longer_than_they_did_are_planned_for() -> None:
 @pytest.mark.parametrize("spread", [0.0, 0.1])
 def test_the_time_of_transfers_is_known_from_measured_starts(transfer_s: float, spread: float) -> None:
     answer = answer_to(request(Pipeline(transfer_s), lengths(spread, 6, seed=5)))
-    assert answer.transfer_s == pytest.approx(transfer_s, abs=1e-4)
+    assert answer.overheads.transfer_s == pytest.approx(transfer_s, abs=1e-4)
 
 
 def test_where_starts_do_not_tell_transfers_take_no_time() -> None:
@@ -221,21 +226,35 @@ def test_where_starts_do_not_tell_transfers_take_no_time() -> None:
         tuple(tuple(tuple(rng.uniform(0, 2, len(stage)).tolist()) for stage in replica) for replica in one)
         for one in wanted.samples.starts_s
     )
-    assert answer_to(replace(wanted, samples=replace(wanted.samples, starts_s=scattered))).transfer_s == 0
-    assert answer_to(replace(wanted, samples=Samples(wanted.samples.durations_s))).transfer_s == 0
-    assert answer_to(replace(wanted, transfer_s=0.003)).transfer_s == 0.003
+    assert answer_to(replace(wanted, samples=replace(wanted.samples, starts_s=scattered))).overheads.transfer_s == 0
+    assert answer_to(replace(wanted, samples=Samples(wanted.samples.durations_s))).overheads.transfer_s == 0
+    given = Overheads(transfer_s=0.003)
+    assert answer_to(replace(wanted, overheads=given)).overheads == given
 
 
-def test_a_plan_slows_nothing_that_transfers_make_critical() -> None:
+@pytest.mark.parametrize("end_s", [0.0, 0.3])
+def test_a_plan_slows_nothing_that_transfers_make_critical(end_s: float) -> None:
     """With transfers in the graph, plan and replay are those of the real pipeline, to the digit."""
-    pipeline = Pipeline(0.02)
+    pipeline = Pipeline(0.02, end_s=end_s)
     answer = answer_to(request(pipeline, [FULL_S] * 4))
+    assert answer.overheads.end_s == pytest.approx(end_s, abs=2e-3)
     full_s, _ = total_s(pipeline, [FULL_S])
     pipeline.follow(answer)
     planned_s, _ = total_s(pipeline, [FULL_S])
     assert planned_s <= full_s * 1.0005
     assert answer.plan is not None
     assert answer.plan.baseline_time_s == pytest.approx(full_s, rel=1e-3)
+
+
+def test_a_slowdown_is_one_of_the_whole_iteration() -> None:
+    pipeline = Pipeline(0.004, end_s=0.3)
+    answer = answer_to(replace(request(pipeline, [FULL_S] * 4), slowdown=0.1))
+    full_s, _ = total_s(pipeline, [FULL_S])
+    pipeline.follow(answer)
+    planned_s, _ = total_s(pipeline, [FULL_S])
+    assert answer.plan is not None
+    assert answer.plan.deadline_s == pytest.approx(1.1 * full_s, rel=1e-3)
+    assert 1.08 * full_s < planned_s <= 1.1005 * full_s
 
 
 @pytest.mark.parametrize("transfer_s", [0.0, 0.004])

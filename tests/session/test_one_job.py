@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
+from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.reporting.record.records import load_record
 from tests.one_job import OneJob, Step
 
@@ -63,3 +66,27 @@ def test_on_gpus_that_never_reach_their_top_clock_plans_are_made_and_energies_kn
     assert ran.summary["overhead"]["switch_latency_p50_s"] is not None, "timed at clocks that they do reach"
     first = [stretch for stretch in load_record(folder, 0).stretches if stretch.first < 5]
     assert sum(stretch.read for stretch in first) >= 4, "a helper that times clock changes reads the counter meanwhile"
+
+
+def test_transfers_and_what_is_there_once_are_found_and_planned_with(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An iteration is 0.3 s, of which a third is neither computing nor loading."""
+    folder, left = tmp_path / "job", iter(range(10))
+
+    def planned_for_a_while() -> bool:
+        return (folder / "plan.json").exists() and next(left, None) is None
+
+    job = OneJob(folder, [Step()] * 500, plugin=SHORT, transfer_s=0.02, end_s=0.06, until=planned_for_a_while)
+    ran = job.run()
+    beside, plan = ran.summary["beside"], load_plan(folder / "plan.json")
+    # On a busy machine sleep is longer, never shorter.
+    assert 0.015 < beside["transfer_s"] < 0.06
+    assert beside["once_s"] > 0.04
+    assert beside["percent"] > 20
+    assert "are neither computing nor loading: look at the network" in capfd.readouterr().err
+    assert plan.baseline_time_s > 0.9 * beside["time_s"] / (beside["percent"] / 100), (
+        "the plan's own iterations have it"
+    )
+    assert max(stage[-1].finish_s for stage in plan.stages) < plan.iteration_time_s - 0.9 * beside["once_s"]
+    assert ran.summary["plan"]["dropped_plans"] == 0

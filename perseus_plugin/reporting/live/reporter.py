@@ -162,6 +162,8 @@ def _remarks(summary: Summary) -> str:
             f"{waiting.lowered_waits} waits were spent at a lower clock, {waiting.woken_early} of them ended before it "
             "was back"
         )
+    if summary.beside.percent is not None:
+        remarks.append(f"{summary.beside.percent:.1f} % of an iteration are neither computing nor loading")
     if summary.overhead.hook_time_percent is not None:
         remarks.append(f"hooks took {summary.overhead.hook_time_percent:.3f} % of the time")
     return "; ".join(remarks) + "."

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from perseus_plugin.exchange.messages import RankStats, Totals
+from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.reporting.live.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, REFERENCES, STRAGGLER
 from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.record.summary import (
+    BesideSection,
     CatchingUpSection,
     Changed,
     Columns,
@@ -79,6 +81,7 @@ def build_summary(
     predicted: Predicted | None = None,
     compared: Compared | None = None,
     planned_schedules: Mapping[str, int] | None = None,
+    overheads: Overheads | None = None,
 ) -> Summary:
     """The content of summary.json.
 
@@ -146,6 +149,7 @@ def build_summary(
             lowered_waits=sum(s.waited.lowered for s in stats),
             woken_early=sum(s.waited.woken_early for s in stats),
         ),
+        beside=_beside(overheads),
         overhead=_overhead(stats, time_s or full_time_s),
     )
 
@@ -221,6 +225,17 @@ def _catching_up(stats: Sequence[RankStats]) -> CatchingUpSection:
         raised_instructions=raised,
         raised_percent=100 * raised / instructions if instructions else None,
         extra_energy_per_iteration_j=extra_j / iterations if iterations else None,
+    )
+
+
+def _beside(overheads: Overheads | None) -> BesideSection:
+    if overheads is None or overheads.share is None:
+        return BesideSection()
+    return BesideSection(
+        time_s=overheads.beside_s,
+        percent=100 * overheads.share,
+        transfer_s=overheads.transfer_s,
+        once_s=overheads.end_s,
     )
 
 

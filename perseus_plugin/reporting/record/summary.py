@@ -142,6 +142,15 @@ class WaitingSection(_Section):
     woken_early: int = _told("of those, the ones that ended before the clock was back", 0)
 
 
+class BesideSection(_Section):
+    """What iterations took beside computing, loading and other work that is timed, when the plan was made."""
+
+    time_s: Figure = _told("in an iteration", None)
+    percent: Figure = _told("the same as a share of it", None)
+    transfer_s: Figure = _told("how long a transfer between stages takes", None)
+    once_s: Figure = _told("what an iteration takes once, transfers left away", None)
+
+
 class OverheadSection(_Section):
     """What the plugin itself takes."""
 
@@ -182,6 +191,9 @@ class Summary(_Section):
     iterations: CountsSection = _told("by what they count for")
     catching_up: CatchingUpSection = _told("ranks that were late", CatchingUpSection())
     waiting: WaitingSection = _told("at which clocks GPUs waited", WaitingSection())
+    beside: BesideSection = _told(
+        "in an iteration, neither computing nor loading nor other timed work", BesideSection()
+    )
     overhead: OverheadSection = _told("what the plugin itself takes")
 
     def to_json(self) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from perseus_plugin.iteration.graph import PipelineGraph, build_graph
 from perseus_plugin.iteration.instructions import StageStream
+from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.profiling.survey import Survey
@@ -67,6 +68,7 @@ def by_schedule(
     schedules: Mapping[str, Sequence[StageStream]],
     survey: Survey | None,
     scale: float = 1.0,
+    overheads: Overheads | None = None,
 ) -> dict[str, FullClocks]:
     """Full clocks of every schedule of which that can be told.
 
@@ -76,6 +78,7 @@ def by_schedule(
         schedules: the streams of those that ran, by key.
         survey: with the profile that the plan was made on but for `scale`; None: it is not there.
         scale: see `scale_to`.
+        overheads: what iterations take beside the work that is known, as the plan has it.
 
     Returns:
         By key; `measured` times what the model says of the schedule against the plan's.
@@ -83,9 +86,9 @@ def by_schedule(
     known = {plan.schedule: measured}
     if survey is None:
         return known
-    profile = survey.profile.scaled(scale)
+    profile, beside = survey.profile.scaled(scale), overheads or Overheads()
     for key, streams in schedules.items():
-        graph = build_graph(list(streams), survey.constants_for(streams))
+        graph = build_graph(list(streams), survey.constants_for(streams), beside.transfer_s, beside.end_s)
         if key not in known and len(streams) == len(plan.stages) and covers(profile, graph):
             made = full_clocks(graph, profile, survey.blocking_power_w)
             known[key] = FullClocks(

@@ -154,7 +154,9 @@ def full_clock_figures(folder: JobFolder, per: PerIteration | None, run: Series 
     measured = FullClocks(per.full_j, per.full_s)
     of_summary = folder.summary.plan.schedule if folder.summary is not None and folder.summary.plan is not None else ""
     if of_summary in ("", folder.plan.schedule):
-        full = by_schedule(measured, folder.plan, folder.schedules, folder.survey, folder.profile_scale)
+        full = by_schedule(
+            measured, folder.plan, folder.schedules, folder.survey, folder.profile_scale, folder.overheads
+        )
         full = _as_often(full, measured, {} if folder.summary is None else folder.summary.planned_schedules)
     else:  # the summary is a little older than the plan
         full = {of_summary: measured}
@@ -346,6 +348,13 @@ def origin(folder: JobFolder) -> list[str]:
             f"{waiting.lowered_waits} waits were spent at a clock of their own, out of {waiting.planned_waits} planned "
             f"(the first iterations under a plan only watch how long waits are); {waiting.woken_early} ended before "
             "the clock was back, which costs at most the time of a clock change each."
+        )
+    beside = None if folder.summary is None else folder.summary.beside
+    if beside is not None and beside.time_s is not None:
+        said.append(
+            f"{beside.time_s:.3g} s of an iteration ({beside.percent or 0.0:.1f} %) are neither computing nor loading: "
+            f"by the best fit {1e3 * (beside.transfer_s or 0.0):.3g} ms per transfer between stages, and "
+            f"{beside.once_s or 0.0:.3g} s once. The plan reckons with both."
         )
     if any(record.placement.replica for record in folder.records.values()):
         said.append("Timelines and clocks show the first data-parallel replica; `perseus trace` has all ranks.")

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 from perseus_plugin.errors import PerseusError, ReportError
 from perseus_plugin.iteration.graph import PipelineGraph, build_graph
 from perseus_plugin.iteration.instructions import StageStream
+from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.planning.curve import FRONTIER_FILE, FrontierCurve, load_curve
 from perseus_plugin.planning.plan import Plan, load_plan
 from perseus_plugin.planning.streams import load_streams
@@ -95,9 +96,18 @@ class JobFolder:
         if self.streams is None or self.plan is None:
             return None
         constants = {} if self.survey is None else self.survey.constants_for(self.streams)
-        graph = build_graph(self.streams, constants)
+        beside = self.overheads
+        graph = build_graph(self.streams, constants, beside.transfer_s, beside.end_s)
         planned = {one.instruction for row in self.plan.stages for one in row}
         return graph if planned == set(graph.node_of) else None
+
+    @property
+    def overheads(self) -> Overheads:
+        """What iterations take beside the work that is known, as the plan has it."""
+        if self.summary is None:
+            return Overheads()
+        beside = self.summary.beside
+        return Overheads(beside.transfer_s or 0.0, beside.once_s or 0.0)
 
     def series(self) -> Series | None:
         """The job's iterations."""

@@ -10,13 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 from perseus_plugin.cli.job import (
+    SWITCH_LATENCY_S,
     BlockingPower,
     EffortOption,
     Latency,
+    LowerWhileWaiting,
     Microbatches,
     ProfileArgument,
     Scale,
     Schedule,
+    SwitchLatency,
+    lowering,
     parse_effort,
     planner_from_options,
 )
@@ -34,6 +38,8 @@ def frontier(
     schedule: Schedule = "1f1b",
     scale: Scale = 1.0,
     latency: Latency = 0.0,
+    switch_latency: SwitchLatency = SWITCH_LATENCY_S,
+    lower_while_waiting: LowerWhileWaiting = True,
     tolerance: Annotated[float, typer.Option(help="Share to within which to know the bound.")] = 0.002,
     effort: EffortOption = "quick",
     plot: Annotated[Path | None, typer.Option(help="Also draw it (needs matplotlib).")] = None,
@@ -44,7 +50,9 @@ def frontier(
     from perseus_plugin.planning.work import tell_cut_short
 
     spent = parse_effort(effort)
-    planner = planner_from_options(profile, microbatches, blocking_power, schedule, scale, latency)
+    planner = planner_from_options(
+        profile, microbatches, blocking_power, schedule, scale, latency, lowering(lower_while_waiting, switch_latency)
+    )
     console = Console()
     with console.status("sampling") as status:
         made = make_frontier(

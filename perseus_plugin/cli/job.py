@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -38,6 +39,19 @@ Schedule = Annotated[
 Scale = Annotated[float, typer.Option(help="Multiply the profile's times and energies.")]
 EffortOption = Annotated[str, typer.Option(help=f"{', '.join(get_args(Effort))}.")]
 Latency = Annotated[float, typer.Option(help="Seconds a transfer between stages takes.")]
+SwitchLatency = Annotated[
+    float,
+    typer.Option(
+        help="Seconds a clock change takes at most, for waits at lower clocks (measured on A100 and A40: 3 to 9 ms)."
+    ),
+]
+LowerWhileWaiting = Annotated[
+    bool,
+    typer.Option(
+        help="Let a GPU that waits long enough wait at a lower clock, where the profile says what that takes."
+    ),
+]
+SWITCH_LATENCY_S = 0.01
 
 
 def planner_from_options(
@@ -47,8 +61,9 @@ def planner_from_options(
     schedule: str,
     scale: float,
     latency: float,
+    switch_latency_s: float | None,
 ) -> Planner:
-    """Read the files and set up the planner.
+    """Read the files and set up the planner; `switch_latency_s` is from `lowering`.
 
     Raises:
         PerseusError: an option, the profile or the schedule is wrong.
@@ -69,7 +84,19 @@ def planner_from_options(
         profile,
         blocking_power_w=power_w,
         schedule=schedule_name(schedule),
+        switch_latency_s=switch_latency_s,
     )
+
+
+def lowering(lower_while_waiting: bool, switch_latency_s: float) -> float | None:
+    """What the planner has to know of clock changes in waits: how long they take, None if there are to be none.
+
+    Raises:
+        ConfigError: no such time.
+    """
+    if not (math.isfinite(switch_latency_s) and switch_latency_s >= 0):
+        raise ConfigError(f"--switch-latency: got {switch_latency_s:g}; allowed: seconds, a finite number from 0")
+    return switch_latency_s if lower_while_waiting else None
 
 
 def schedule_name(schedule: str) -> str:

@@ -10,13 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 from perseus_plugin.cli.job import (
+    SWITCH_LATENCY_S,
     BlockingPower,
     EffortOption,
     Latency,
+    LowerWhileWaiting,
     Microbatches,
     ProfileArgument,
     Scale,
     Schedule,
+    SwitchLatency,
+    lowering,
     parse_effort,
     planner_from_options,
 )
@@ -36,6 +40,8 @@ def plan(
     schedule: Schedule = "1f1b",
     scale: Scale = 1.0,
     latency: Latency = 0.0,
+    switch_latency: SwitchLatency = SWITCH_LATENCY_S,
+    lower_while_waiting: LowerWhileWaiting = True,
     slowdown: Annotated[
         float | None, typer.Option(help="Allowed slowdown against full clocks, as a share (the default: 0).")
     ] = None,
@@ -54,7 +60,9 @@ def plan(
     spent = parse_effort(effort)
     target = pick_target(slowdown, deadline, straggler, cheapest, energy_budget)
     limits = ChangeLimits(max_changes, min_dwell)
-    planner = planner_from_options(profile, microbatches, blocking_power, schedule, scale, latency)
+    planner = planner_from_options(
+        profile, microbatches, blocking_power, schedule, scale, latency, lowering(lower_while_waiting, switch_latency)
+    )
     console = Console()
     free = None
     if limits != ChangeLimits():
@@ -124,6 +132,9 @@ def summary(made: Plan, free: Plan | None = None) -> Table:
         table.add_row("  known to within", "", "unknown: no errors in the profile")
     changes = [made.clock_changes(stage) for stage in range(len(made.stages))]
     table.add_row("clock changes per stage", "", f"{min(changes)} to {max(changes)}")
+    waits = sum(map(len, made.waits))
+    if waits:
+        table.add_row("waits at a lower clock", "", f"{waits} per iteration")
     if free is not None:
         table.add_row("cost of the limits", "", f"{made.energy_j - free.energy_j:.3f} J")
     return table

@@ -12,9 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from perseus_plugin.cli.job import (
+    SWITCH_LATENCY_S,
     EffortOption,
     Latency,
+    LowerWhileWaiting,
     Scale,
+    SwitchLatency,
+    lowering,
     parse_effort,
     parse_power,
     schedule_name,
@@ -71,6 +75,8 @@ def simulate(
     profile_chunks: Annotated[int, typer.Option(help="Model chunks per stage of which a profile row is one.")] = 1,
     scale: Scale = 1.0,
     latency: Latency = 0.0,
+    switch_latency: SwitchLatency = SWITCH_LATENCY_S,
+    lower_while_waiting: LowerWhileWaiting = True,
     max_changes: Annotated[int | None, typer.Option(help="Most clock changes per stage and iteration.")] = None,
     min_dwell: Annotated[float, typer.Option(help="Shortest time between clock changes, seconds.")] = 0.0,
     effort: EffortOption = "quick",
@@ -85,6 +91,7 @@ def simulate(
     from perseus_plugin.cli.simulation.scenarios import simulate as run
 
     spent, limits = parse_effort(effort), ChangeLimits(max_changes, min_dwell)
+    switch_latency_s = lowering(lower_while_waiting, switch_latency)
     for path in output or ():
         if path.suffix not in {".json", ".csv"}:
             raise ConfigError(f"--output: got {path}; allowed: a path that ends in .json or .csv")
@@ -112,7 +119,15 @@ def simulate(
     console = Console()
     outcomes: list[Outcome] = []
     with console.status("planning") as status:
-        for outcome in run(pipelines, schedules, aims, latency_s=latency, limits=limits, effort=spent):
+        for outcome in run(
+            pipelines,
+            schedules,
+            aims,
+            latency_s=latency,
+            switch_latency_s=switch_latency_s,
+            limits=limits,
+            effort=spent,
+        ):
             outcomes.append(outcome)
             status.update(f"{len(outcomes)} scenarios planned")
     if all(outcome.figures is None for outcome in outcomes):
@@ -219,7 +234,7 @@ def _print(console: Console, outcomes: Sequence[Outcome], modelled: bool) -> Non
 
     table = Table(
         "GPU", "stages", "schedule", "microbatches", "target", "full clocks", "plan", "saving", "slower", "gap",
-        box=None, pad_edge=False,
+        "waits left alone", box=None, pad_edge=False,
     )  # fmt: skip
     for outcome in outcomes:
         figures = outcome.figures
@@ -237,6 +252,7 @@ def _print(console: Console, outcomes: Sequence[Outcome], modelled: bool) -> Non
             f"{figures.saving:.3%}",
             f"{figures.slowdown:.3%}",
             f"{figures.gap:.3%}",
+            "" if figures.left_alone_j is None else f"{1 - figures.left_alone_j / figures.full_clock_j:.3%}",
         )
     for column in table.columns:
         column.no_wrap = True

@@ -7,12 +7,13 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from perseus_plugin.planning.plan import load_plan
-from perseus_plugin.profiling.profile import save_profile
+from perseus_plugin.profiling.profile import Profile, save_profile
 from tests.planning.jobs import bundled_profile
 
 
@@ -52,6 +53,22 @@ def test_the_other_targets_and_limits(profile: Path, tmp_path: Path) -> None:
     limited = load_plan(out)
     assert max(limited.clock_changes(stage) for stage in range(2)) <= 2
     assert cheapest.energy_j <= limited.energy_j
+
+
+def test_gpus_wait_at_lower_clocks_unless_told_not_to(tmp_path: Path) -> None:
+    path, out = tmp_path / "profile.csv", tmp_path / "plan.json"
+    rows = bundled_profile(2).rows()
+    save_profile(Profile.from_rows((s, k, replace(m, blocking_power_w=m.frequency_mhz / 20)) for s, k, m in rows), path)
+    plans = []
+    for options in ([], ["--switch-latency", 0.04], ["--no-lower-while-waiting"]):
+        done = perseus("plan", path, "--microbatches", 4, "--blocking-power", 60, "-o", out, *options)
+        assert done.returncode == 0, done.stderr
+        plans.append(load_plan(out))
+        assert ("waits at a lower clock" in done.stdout) == bool(plans[-1].waits)
+    quick, slow, never = plans
+    assert len(quick.waits_of(1)) > len(slow.waits_of(1)) > 0
+    assert never.waits == ()
+    assert quick.energy_j < slow.energy_j < never.energy_j
 
 
 def test_a_schedule_file_brings_its_own_microbatches(profile: Path, tmp_path: Path) -> None:
@@ -98,6 +115,7 @@ def test_a_frontier_is_drawn(profile: Path, tmp_path: Path) -> None:
         (("--blocking-power", "60", "--effort", "heroic"), "--effort: got 'heroic'; allowed: quick"),
         (("--blocking-power", "60", "--schedule", "early-recomputation-1f1b"), "no row for 'recompute' in stage 0"),
         (("--blocking-power", "60", "--scale", "0"), "scale: got 0"),
+        (("--blocking-power", "60", "--switch-latency", "-1"), "--switch-latency: got -1; allowed: seconds"),
     ],
 )
 def test_wrong_options_give_one_line_and_status_2(

@@ -30,7 +30,7 @@ def outcome_row(outcome: Outcome) -> dict[str, Any]:
         "straggler": outcome.aim.straggler,
     }
     names = ("scale", "deadline_s", "full_clock_s", "full_clock_j", "iteration_s", "energy_j", "bound_j", "saving")
-    for name in (*names, "slowdown", "gap", "most_changes"):
+    for name in (*names, "slowdown", "gap", "most_changes", "left_alone_j"):
         row[name] = None if figures is None else getattr(figures, name)
     return {**row, "error": outcome.error or None}
 

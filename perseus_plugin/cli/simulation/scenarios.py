@@ -86,6 +86,7 @@ class Figures:
         iteration_s, energy_j: under the plan.
         bound_j: no plan takes less.
         most_changes: clock changes per iteration in the stage that has most.
+        left_alone_j: under the plan that is made if no wait gets a lower clock; None if none does.
     """
 
     scale: float
@@ -96,6 +97,7 @@ class Figures:
     energy_j: float
     bound_j: float
     most_changes: int
+    left_alone_j: float | None = None
 
     @property
     def saving(self) -> float:
@@ -133,17 +135,26 @@ def simulate(
     aims: Sequence[Aim],
     *,
     latency_s: float = 0.0,
+    switch_latency_s: float | None = None,
     limits: ChangeLimits | None = None,
     effort: Effort = "quick",
 ) -> Iterator[Outcome]:
     """Plan every combination, one outcome after the other.
 
     A combination that cannot be planned (a schedule that needs a multiple of the stages, say) is an outcome too.
+
+    Args:
+        pipelines, schedules, aims: to combine.
+        latency_s: how long a transfer takes.
+        switch_latency_s: how long a clock change takes; None: waits get no lower clocks.
+        limits, effort: as for a plan.
     """
     for pipeline in pipelines:
         for schedule in schedules:
             for microbatches in schedule.microbatches:
-                yield from _of_one(pipeline, schedule, microbatches, aims, latency_s, limits, effort)
+                yield from _of_one(
+                    pipeline, schedule, microbatches, aims, (latency_s, switch_latency_s), limits, effort
+                )
 
 
 def _of_one(
@@ -151,14 +162,17 @@ def _of_one(
     schedule: Schedule,
     microbatches: int | None,
     aims: Sequence[Aim],
-    latency_s: float,
+    latencies_s: tuple[float, float | None],
     limits: ChangeLimits | None,
     effort: Effort,
 ) -> Iterator[Outcome]:
     planner: Planner | None = None
+    leaves_alone: Planner | None = None
     why_not, scale, count = "", 1.0, microbatches
     try:
-        planner, scale = _planner(pipeline, schedule, microbatches, latency_s)
+        planner, scale = _planner(pipeline, schedule, microbatches, *latencies_s)
+        if latencies_s[1] is not None and not planner.problem.waiting_costs.is_constant:
+            leaves_alone, _ = _planner(pipeline, schedule, microbatches, latencies_s[0], None)
         count = planner.problem.graph.microbatches
     except PerseusError as error:
         why_not = str(error)
@@ -166,14 +180,18 @@ def _of_one(
         figures, reason = None, why_not
         if planner is not None:
             try:
-                figures = _figures(planner, scale, aim, limits, effort)
+                figures = _figures(planner, leaves_alone, scale, aim, limits, effort)
             except PerseusError as error:
                 reason = str(error)
         yield Outcome(pipeline.gpu, pipeline.stages, pipeline.split, schedule.name, count, aim, figures, reason)
 
 
 def _planner(
-    pipeline: Pipeline, schedule: Schedule, microbatches: int | None, latency_s: float
+    pipeline: Pipeline,
+    schedule: Schedule,
+    microbatches: int | None,
+    latency_s: float,
+    switch_latency_s: float | None,
 ) -> tuple[Planner, float]:
     streams = schedule.streams_for(pipeline.stages, microbatches)
     computes = [op for stream in streams for op in stream if isinstance(op, Compute)]
@@ -185,13 +203,23 @@ def _planner(
         profile.scaled(scale),
         blocking_power_w=pipeline.blocking_power_w,
         schedule=schedule.name,
+        switch_latency_s=switch_latency_s,
     )
     return planner, scale
 
 
-def _figures(planner: Planner, scale: float, aim: Aim, limits: ChangeLimits | None, effort: Effort) -> Figures:
-    plan = planner.plan(aim.target(planner.problem.full_clock_time_s), limits, effort)
-    if plan.cut_short:
+def _figures(
+    planner: Planner,
+    leaves_alone: Planner | None,
+    scale: float,
+    aim: Aim,
+    limits: ChangeLimits | None,
+    effort: Effort,
+) -> Figures:
+    target = aim.target(planner.problem.full_clock_time_s)
+    plan = planner.plan(target, limits, effort)
+    alone = leaves_alone.plan(target, limits, effort) if plan.waits and leaves_alone is not None else None
+    if plan.cut_short or (alone is not None and alone.cut_short):
         tell_cut_short()
     return Figures(
         scale=scale,
@@ -202,4 +230,5 @@ def _figures(planner: Planner, scale: float, aim: Aim, limits: ChangeLimits | No
         energy_j=plan.energy_j,
         bound_j=plan.energy_lower_bound_j,
         most_changes=max(plan.clock_changes(stage) for stage in range(len(plan.stages))),
+        left_alone_j=None if alone is None else alone.energy_j,
     )

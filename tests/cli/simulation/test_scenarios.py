@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import SCHEDULES
 from perseus_plugin.planning.planner import make_plan
 from perseus_plugin.planning.targets import ChangeLimits, Target
-from perseus_plugin.profiling.profile import load_profile
+from perseus_plugin.profiling.profile import Profile, load_profile
 from tests import factories
 
 PUBLISHED = Path(os.environ.get("PERSEUS_PUBLISHED_PROFILES", "/work/shared/data/sosp24"))
@@ -67,6 +68,22 @@ def test_figures_are_the_planners(name: str, limits: ChangeLimits) -> None:
             assert figures.iteration_s <= plan.deadline_s
         assert (figures.saving, figures.slowdown, figures.gap) == (plan.saving, plan.slowdown, plan.gap)
         assert figures.full_clock_j == plan.baseline_energy_j
+
+
+def test_what_waiting_at_lower_clocks_saves_is_told_apart() -> None:
+    def told(kinds: object) -> Profile:
+        rows = factories.profile(4).rows()
+        return Profile.from_rows((s, k, replace(m, blocking_power_w=m.frequency_mhz / 20)) for s, k, m in rows)
+
+    several = [Pipeline(told, factories.BLOCKING_W, 4), pipeline()]
+    low, even = simulate(several, [named("1f1b", 6)], [Aim()], switch_latency_s=0.001)
+    (alone,) = simulate(several[:1], [named("1f1b", 6)], [Aim()])
+    assert low.figures is not None
+    assert alone.figures is not None
+    assert even.figures is not None
+    assert low.figures.energy_j < alone.figures.energy_j
+    assert (low.figures.left_alone_j, alone.figures.left_alone_j) == (alone.figures.energy_j, None)
+    assert even.figures.left_alone_j is None, "one blocking power at all clocks"
 
 
 def test_a_schedule_of_two_chunks_runs_halves_of_the_stages() -> None:

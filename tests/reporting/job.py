@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Job:
 
     Attributes:
         folder: output folder, made here.
+        switch_latency_s: of clock changes; given, the profile has waiting power by clock, and the plan waits with a
+            clock of their own.
         records: every `IterationRecord`, by rank and number.
     """
 
@@ -51,6 +53,7 @@ class Job:
     emulated: bool = True
     facts: dict[str, str] = field(default_factory=lambda: {"microbatch size": "3"})
     silent: Sequence[int] = ()
+    switch_latency_s: float | None = None
     records: dict[tuple[int, int], IterationRecord] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,11 +64,18 @@ class Job:
             for stream in one_f_one_b(self.stages, self.microbatches)
         ]
         self.profile = noisy_profile(self.stages)
+        if self.switch_latency_s is not None:
+            self.profile = with_waiting_power(self.profile)
         constants = {(stage, "optimizer_step"): STEP_S for stage in range(self.stages)}
         self.survey = Survey(self.profile, BLOCKING_W, frozenset(), constants)
         self.graph: PipelineGraph = build_graph(self.streams, constants)
         self.plan: Plan = make_plan(
-            self.graph, self.profile, blocking_power_w=BLOCKING_W, target=Target.slowdown(0.0), schedule="1F1B"
+            self.graph,
+            self.profile,
+            blocking_power_w=BLOCKING_W,
+            target=Target.slowdown(0.0),
+            schedule="1F1B",
+            switch_latency_s=self.switch_latency_s,
         )
         self.timetable = Timetable(Round(2, SWEEP), settle_steps=1, steps_per_clock=2)
         self.placements = [placement(rank, self.world_size, self.stages) for rank in range(self.world_size)]
@@ -237,4 +247,15 @@ def noisy_profile(stages: int) -> Profile:
         (stage, kind, Measurement(clock, t, e, samples=20, time_se_s=0.002 * t, energy_se_j=0.01 * e))
         for stage, kind, clock in itertools.product(range(stages), ("forward", "backward"), CLOCKS_MHZ)
         for t, e in [(time_s(kind, clock, stage), energy_j(kind, clock, stage))]
+    )
+
+
+WAITING_W = {clock: 50.0 + 40.0 * (clock / CLOCKS_MHZ[0]) ** 2 for clock in CLOCKS_MHZ}
+
+
+def with_waiting_power(profile: Profile) -> Profile:
+    """The same with what waiting draws by clock."""
+    return Profile.from_rows(
+        (stage, kind, replace(row, blocking_power_w=WAITING_W[row.frequency_mhz]))
+        for stage, kind, row in profile.rows()
     )

@@ -26,19 +26,23 @@ def covers(profile: Profile, graph: PipelineGraph) -> bool:
 
 
 def full_clocks(graph: PipelineGraph, profile: Profile, blocking_power_w: float) -> FullClocks:
-    """An iteration of one pipeline with every instruction at the profile's highest clock, as the planner reckons it.
+    """An iteration of one pipeline, all at the profile's highest clock, waits too, as the planner reckons it.
 
     Args:
         graph: of the schedule.
         profile: `covers` it.
-        blocking_power_w: of a GPU that waits.
+        blocking_power_w: of a GPU that waits, where the profile does not say it by clock.
     """
     top = [None if i is None else profile.table[i.stage, i.kind][0] for i in graph.instructions]
     durations_s = np.array([0.0 if m is None else m.time_s for m in top])
     time_s = graph.iteration_time_s(durations_s)
-    waiting_s = graph.stages * time_s - math.fsum(durations_s.tolist())
     energy_j = math.fsum(m.energy_j for m in top if m is not None)
-    return FullClocks(energy_j + blocking_power_w * waiting_s, time_s)
+    waiting_j = 0.0
+    for stage, nodes in enumerate(graph.stage_nodes):
+        clocks = [m.frequency_mhz for node in nodes.tolist() if (m := top[node]) is not None]
+        power_w = profile.waiting_power(stage, blocking_power_w).at_w(max(clocks, default=0))
+        waiting_j += power_w * (time_s - math.fsum(durations_s[nodes].tolist()))
+    return FullClocks(energy_j + waiting_j, time_s)
 
 
 def scale_to(plan: Plan, graph: PipelineGraph, survey: Survey) -> float | None:

@@ -17,7 +17,7 @@ from perseus_plugin.reporting.record.iterations import FULL, PLAN, PROFILING, ST
 from perseus_plugin.reporting.record.records import Series
 from perseus_plugin.reporting.record.samples import Sample
 from perseus_plugin.reporting.report.findings import Mark
-from perseus_plugin.reporting.report.lanes import Block, Lanes, waits
+from perseus_plugin.reporting.report.lanes import Block, Lanes, Wait
 from perseus_plugin.reporting.report.worth import PerIteration
 
 TEXT = "#1c2733"
@@ -48,9 +48,13 @@ _MAX_STAGES_OF_CURVES = 32
 
 
 def timeline(lanes: Sequence[Lanes]) -> go.Figure:
-    """Iterations above each other: stages as rows, blocks coloured by clock, waiting in grey."""
+    """Iterations above each other: stages as rows, blocks coloured by clock, waiting in grey.
+
+    Waits with a clock of their own are thin, in the colour of that clock.
+    """
     stages = max(len(one.rows) for one in lanes)
     clocks = [block.clock_mhz for one in lanes for block in one.blocks if block.clock_mhz]
+    clocks += [wait.clock_mhz for one in lanes for wait in one.waits if wait.own]
     low, high = min(clocks, default=0), max(clocks, default=1)
     figure = make_subplots(
         rows=len(lanes),
@@ -60,7 +64,7 @@ def timeline(lanes: Sequence[Lanes]) -> go.Figure:
         subplot_titles=[f"<b>{one.title}</b>   {one.end_s:.4f} s, {_waits(one)}" for one in lanes],
     )
     for row, one in enumerate(lanes, 1):
-        for trace in (_waiting_bars(one), _block_bars(one, low, high)):
+        for trace in (_waiting_bars(one, low, high), _block_bars(one, low, high)):
             figure.add_trace(trace, row=row, col=1)
         figure.update_yaxes(
             autorange="reversed", fixedrange=True, tickvals=list(range(stages)), row=row, col=1,
@@ -98,26 +102,35 @@ def _waits(one: Lanes) -> str:
     return f"GPUs wait {100 * share:.1f} % of it"
 
 
-def _waiting_bars(one: Lanes) -> go.Bar:
+def _waiting_bars(one: Lanes, low: int, high: int) -> go.Bar:
     # One bar per wait, not one behind a whole row: where bars lie on each other the pointer finds the wrong one.
-    gaps = waits(one)
+    waits = one.waits
+    colours = _colours([wait.clock_mhz for wait in waits if wait.own], low, high)
     return go.Bar(
         name="waiting",
         orientation="h",
-        y=[stage for stage, _, _ in gaps],
-        base=[round(since_s, 6) for _, since_s, _ in gaps],
-        x=[round(until_s - since_s, 6) for _, since_s, until_s in gaps],
-        width=0.86,
-        marker={"color": WAITING, "line": {"width": 0}},
-        customdata=[round(1e3 * (until_s - since_s), 3) for _, since_s, until_s in gaps],
-        hovertemplate="%{y} waits %{customdata:.1f} ms, from %{base:.4f} s on<extra></extra>",
+        y=[wait.stage for wait in waits],
+        base=[round(wait.start_s, 6) for wait in waits],
+        x=[round(wait.finish_s - wait.start_s, 6) for wait in waits],
+        width=[0.2 if wait.own else 0.86 for wait in waits],
+        marker={"color": [colours[wait.clock_mhz] if wait.own else WAITING for wait in waits], "line": {"width": 0}},
+        customdata=[_about_wait(wait) for wait in waits],
+        hovertemplate="%{y} waits %{customdata}, from %{base:.4f} s on<extra></extra>",
     )
+
+
+def _about_wait(wait: Wait) -> str:
+    said = f"{1e3 * (wait.finish_s - wait.start_s):.1f} ms"
+    if wait.clock_mhz:
+        said += f" at {wait.clock_mhz} MHz"
+    if not math.isnan(wait.energy_j):
+        said += f", {wait.energy_j:.2f} J by the profile"
+    return said
 
 
 def _block_bars(one: Lanes, low: int, high: int) -> go.Bar:
     blocks = one.blocks
-    shares = {block.clock_mhz: (block.clock_mhz - low) / (high - low) if high > low else 1.0 for block in blocks}
-    colours = {clock: sample_colorscale(CLOCKS, min(max(share, 0.0), 1.0))[0] for clock, share in shares.items()}
+    colours = _colours([block.clock_mhz for block in blocks], low, high)
     labelled = len(blocks) <= _LABELLED
     outline = 1.6 if labelled else 0.8
     return go.Bar(
@@ -144,6 +157,11 @@ def _block_bars(one: Lanes, low: int, high: int) -> go.Bar:
         hovertext=[_about(block) for block in blocks],
         hovertemplate="%{hovertext}<extra></extra>",
     )
+
+
+def _colours(clocks_mhz: Sequence[int], low: int, high: int) -> dict[int, str]:
+    shares = {clock: (clock - low) / (high - low) if high > low else 1.0 for clock in clocks_mhz}
+    return {clock: sample_colorscale(CLOCKS, min(max(share, 0.0), 1.0))[0] for clock, share in shares.items()}
 
 
 def _about(block: Block) -> str:

@@ -76,6 +76,7 @@ class Findings:
         so_far: the run.
         projections: to a day and to the hours asked for.
         waiting_j: energy of waiting GPUs per iteration, at full clocks and under the plan, one GPU per stage.
+        lowered_j: what the plan's waits save by clocks of their own, per iteration, one GPU per stage; None: nothing.
         samples: per iteration of the job.
         origin: where the figures come from, sentence by sentence.
     """
@@ -91,6 +92,7 @@ class Findings:
     so_far: SoFar | None
     projections: list[Projection]
     waiting_j: tuple[float, float] | None
+    lowered_j: float | None
     samples: int | None
     origin: list[str]
 
@@ -125,6 +127,7 @@ def find(folder: JobFolder, options: Options | None = None) -> Findings:
         so_far=None if run is None else so_far(run, full),
         projections=projections,
         waiting_j=_waiting(folder, lanes),
+        lowered_j=_lowered(lanes),
         samples=folder.samples_per_iteration(),
         origin=origin(folder),
     )
@@ -181,18 +184,19 @@ def _as_often(full: dict[str, FullClocks], measured: FullClocks, planned: Mappin
 def _lanes(folder: JobFolder) -> list[Lanes]:
     plan, graph = folder.plan, folder.graph()
     profile = None if folder.profile is None else folder.profile.scaled(folder.profile_scale)
+    power_w = math.nan if folder.survey is None else folder.survey.blocking_power_w
     made = []
     if profile is not None and graph is not None:
         title = "Full clocks, by the profile"
         if folder.profile_scale != 1:
             title += f" times {folder.profile_scale:.3g}"
-        made.append(full_clock_lanes(title, profile, graph))
+        made.append(full_clock_lanes(title, profile, graph, power_w))
     elif whole := folder.pipeline((FULL,)):
-        made.append(recorded_lanes(f"Full clocks, as iteration {whole[0].number} ran", whole, profile, graph))
+        made.append(recorded_lanes(f"Full clocks, as iteration {whole[0].number} ran", whole, profile, graph, power_w))
     if plan is not None:
-        made.append(planned_lanes("Plan, as predicted", plan, profile, graph))
+        made.append(planned_lanes("Plan, as predicted", plan, profile, graph, power_w))
     if ran := folder.pipeline((PLAN,)):
-        made.append(recorded_lanes(f"Plan, as iteration {ran[0].number} ran", ran, profile, graph))
+        made.append(recorded_lanes(f"Plan, as iteration {ran[0].number} ran", ran, profile, graph, power_w))
     elif plan is not None and folder.records:
         folder.missing.append("no iteration under the plan was kept whole (yet): what ran is not drawn")
     return made
@@ -228,8 +232,12 @@ def _frontier(folder: JobFolder) -> FrontierCurve | None:
 def _waiting(folder: JobFolder, lanes: Sequence[Lanes]) -> tuple[float, float] | None:
     if folder.survey is None or len(lanes) < 2:
         return None
-    power_w = folder.survey.blocking_power_w
-    return lanes[0].waiting_s * power_w, lanes[1].waiting_s * power_w
+    return lanes[0].waiting_j, lanes[1].waiting_j
+
+
+def _lowered(lanes: Sequence[Lanes]) -> float | None:
+    saved = [wait.saved_j for wait in lanes[1].waits if wait.own] if len(lanes) > 1 else []
+    return math.fsum(saved) if saved and not any(map(math.isnan, saved)) else None
 
 
 # What happened.

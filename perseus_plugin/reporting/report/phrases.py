@@ -120,6 +120,8 @@ def worth_rows(found: Findings) -> Rows:
         before, after = found.waiting_j
         rows.append(_worth("waiting per iteration, full clocks", amount(before, rates)))
         rows.append(_worth("waiting per iteration, plan", amount(after, rates)))
+    if found.lowered_j is not None:
+        rows.append(_worth("saved per iteration by lower clocks while waiting", amount(found.lowered_j, rates)))
     for projection in found.projections:
         what = f"{_span(projection.hours)} on {projection.gpus:,} GPUs"
         rows.append(_worth(f"{what}: full clocks", projection.full))

@@ -1,4 +1,7 @@
-"""The pipeline's timeline as a picture: stages as rows, instructions coloured by clock, waiting left blank."""
+"""The pipeline's timeline as a picture: stages as rows, instructions coloured by clock, waiting left blank.
+
+Waits with a clock of their own are thin bars in its colour.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,7 @@ def draw_timeline(folder: Path, path: Path) -> None:
         raise ConfigError("timeline: needs matplotlib, which is not installed (pip install matplotlib)") from None
     _, lanes = lanes_of(folder)
     clocks = [block.clock_mhz for one in lanes for block in one.blocks]
+    clocks += [wait.clock_mhz for one in lanes for wait in one.waits if wait.own]
     scale = Normalize(min(clocks), max(clocks))
     figure = Figure(figsize=(11, 0.7 + 1.95 * len(lanes)), layout="constrained")
     all_axes: list[Axes] = list(figure.subplots(len(lanes), 1, sharex=True, squeeze=False)[:, 0])
@@ -97,6 +101,10 @@ def _draw_rows(axes: Axes, lanes: Lanes, end_s: float, scale: Normalize) -> Patc
                 fontsize=7,
                 color="black",
             )
+    for wait in lanes.waits:
+        if wait.own:
+            patches.append(Rectangle((wait.start_s, wait.stage - 0.1), wait.finish_s - wait.start_s, 0.2, fill=True))
+            clocks.append(wait.clock_mhz)
     collection = PatchCollection(patches, cmap="RdYlBu_r", norm=scale, edgecolor="white", linewidth=0.6, alpha=0.9)
     collection.set_array(np.array(clocks, dtype=float))
     axes.add_collection(collection)

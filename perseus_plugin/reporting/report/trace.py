@@ -105,6 +105,9 @@ def _planned(rank: int, sample: Sample, plan: Plan, stage: int, origin_s: float)
         name = _label(one.instruction.kind, one.instruction.microbatch, one.instruction.chunk)
         args = {"iteration": sample.number, "clock_mhz": one.frequency_mhz}
         yield _span(rank, PLANNED, name, "plan", shift_s + one.start_s, one.finish_s - one.start_s, args)
+    for wait in plan.waits_of(stage):
+        args = {"iteration": sample.number, "clock_mhz": wait.frequency_mhz}
+        yield _span(rank, PLANNED, "wait", "wait", max(0.0, shift_s + wait.start_s), wait.finish_s - wait.start_s, args)
 
 
 def _origins(folder: JobFolder) -> dict[tuple[int, int], float]:

@@ -7,6 +7,7 @@ import pytest
 
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.planning.planner import Target, make_plan
+from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.report.baseline import by_schedule, covers, full_clocks, scale_to
 from perseus_plugin.reporting.report.worth import FullClocks
 from tests.factories import BLOCKING_W, profile
@@ -22,6 +23,24 @@ def test_full_clocks_are_the_planners(job: Job) -> None:
     made = full_clocks(job.graph, job.profile, BLOCKING_W)
     assert made.time_s == pytest.approx(job.plan.baseline_time_s)
     assert made.energy_j == pytest.approx(job.plan.baseline_energy_j)
+
+
+def test_full_clocks_wait_at_full_clocks(job: Job) -> None:
+    by_clock = Profile.from_rows(
+        (stage, kind, replace(row, blocking_power_w=60.0 + 10.0 * stage + (row is rows[0]) * 30.0))
+        for (stage, kind), rows in job.profile.table.items()
+        for row in rows
+    )
+    plan = make_plan(job.graph, by_clock, blocking_power_w=1.0, target=Target.slowdown(0.0))
+    made = full_clocks(job.graph, by_clock, 1.0)
+    assert made.energy_j == pytest.approx(plan.baseline_energy_j)
+    plain = full_clocks(job.graph, job.profile, 0.0)
+    busy_s = [
+        sum(by_clock.table[i.stage, i.kind][0].time_s for i in job.graph.instructions if i and i.stage == stage)
+        for stage in range(3)
+    ]
+    waiting_j = sum((90.0 + 10.0 * stage) * (made.time_s - busy_s[stage]) for stage in range(3))
+    assert made.energy_j == pytest.approx(plain.energy_j + waiting_j)
 
 
 def test_another_schedule_is_what_its_own_plan_would_be_compared_with(tmp_path: Path, job: Job) -> None:

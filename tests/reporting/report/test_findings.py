@@ -12,10 +12,11 @@ from perseus_plugin.iteration.timetable import REFERENCE, Follow, FullClock
 from perseus_plugin.profiling.kept import save_survey
 from perseus_plugin.reporting.report.findings import Options, find, full_clock_figures, marks
 from perseus_plugin.reporting.report.folder import ReportError, load_folder
+from perseus_plugin.reporting.report.lanes import planned_lanes
 from perseus_plugin.reporting.report.page import page
 from perseus_plugin.reporting.report.phrases import comparison, energy, headline, job_line, rates_line, worth_rows
 from perseus_plugin.reporting.report.worth import Rates
-from tests.reporting.job import STEP_S, Job
+from tests.reporting.job import STEP_S, WAITING_W, Job
 
 
 @pytest.fixture
@@ -59,6 +60,22 @@ def test_waiting_costs_blocking_power(job: Job) -> None:
     before, after = found.waiting_j
     assert before == pytest.approx(80.0 * found.lanes[0].waiting_s)
     assert after < before
+    assert found.lowered_j is None
+    assert not any("lower clocks while waiting" in row[0] for row in worth_rows(found))
+
+
+def test_what_lower_clocks_save_while_waiting_is_named(tmp_path: Path) -> None:
+    made = Job(tmp_path / "out", stages=3, switch_latency_s=1e-6).planned().finished()
+    assert made.plan.waits
+    found = find(load_folder(made.folder))
+    assert found.waiting_j is not None
+    assert found.lowered_j is not None
+    assert found.waiting_j[0] == pytest.approx(WAITING_W[1410] * found.lanes[0].waiting_s, rel=1e-3)
+    plain = Job(tmp_path / "plain", stages=3, switch_latency_s=1e-6)
+    alone = planned_lanes("", replace(made.plan, waits=()), plain.profile, plain.graph)
+    assert found.lowered_j == pytest.approx(alone.waiting_j - found.waiting_j[1], rel=1e-3)
+    (row,) = [row for row in worth_rows(found) if "lower clocks while waiting" in row[0]]
+    assert row[1] == energy(found.lowered_j)
 
 
 def test_before_the_plan_has_run_its_prediction_is_told_as_such(tmp_path: Path) -> None:

@@ -113,6 +113,19 @@ def test_every_rank_is_a_named_process_with_named_threads(trace: Trace, job: Job
     assert threads == {(rank, name) for rank in range(6) for name in ("as run", "plan", "iterations")}
 
 
+def test_planned_waits_with_a_clock_of_their_own_stand_beside_the_plan(tmp_path: Path) -> None:
+    made = Job(tmp_path / "out", stages=3, switch_latency_s=1e-6).planned().finished()
+    of_job = Trace.model_validate_json(json.dumps(trace_of(load_folder(made.folder)), allow_nan=False))
+    for rank in range(3):
+        seen = [e for e in spans(of_job, rank, PLANNED) if e.cat == "wait"]
+        planned = made.plan.waits_of(rank)
+        assert planned
+        assert [e.args["clock_mhz"] for e in seen[: len(planned)]] == [wait.frequency_mhz for wait in planned]
+        assert [e.dur for e in seen[: len(planned)]] == pytest.approx(
+            [1e6 * (wait.finish_s - wait.start_s) for wait in planned], abs=2
+        )
+
+
 def test_the_spans_are_the_recorded_operations(trace: Trace, job: Job) -> None:
     zero_s = float(trace.otherData["unix_time_of_zero_s"])
     for rank, record in load_folder(job.folder).records.items():

@@ -15,6 +15,7 @@ from perseus_plugin.cli.reset import reset
 from perseus_plugin.cli.simulate import simulate
 from perseus_plugin.cli.straggler import straggler
 from perseus_plugin.cli.timeline import timeline
+from perseus_plugin.cli.verify import verify
 from perseus_plugin.errors import PerseusError, os_problem
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.add_typer(straggler, name="straggler")
 app.command()(timeline)
 app.command()(report)
 app.command()(trace)
+app.command()(verify)
 
 
 def run() -> None:

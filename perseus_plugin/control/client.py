@@ -49,8 +49,16 @@ RESCUE_WAIT_S = 30.0
 class ClockHelper:
     """The helper process of one GPU, and the thread that reads its replies. Made by `start`."""
 
-    def __init__(self, spec: str, process: subprocess.Popen[bytes] | None, trouble: Trouble | None) -> None:
+    def __init__(
+        self,
+        spec: str,
+        process: subprocess.Popen[bytes] | None,
+        trouble: Trouble | None,
+        *,
+        read_only: bool = False,
+    ) -> None:
         self._spec = spec
+        self._read_only = read_only
         self._process = process
         self._owner_pid = os.getpid()
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
@@ -84,6 +92,7 @@ class ClockHelper:
         min_dwell_s: float | None = 0.0,
         settle_s: float = 0.03,
         gives_way: bool = False,
+        read_only: bool = False,
     ) -> ClockHelper:
         """Start the helper of the GPU that `spec` names (see `gpus.registry`); does not wait for it.
 
@@ -94,15 +103,17 @@ class ClockHelper:
                 that was measured.
             settle_s: time after a change until the clock is read back (0: never).
             gives_way: whether it stops setting clocks when the clock is changed from outside, and does not ask again.
+            read_only: whether it only reads: no call that sets or frees a clock is made, then or at the end.
         """
         dwell = [] if min_dwell_s is None else ["--min-dwell", repr(min_dwell_s)]
         options = [*dwell, "--settle", repr(settle_s), *(["--give-way"] if gives_way else [])]
+        options += ["--read-only"] if read_only else []
         try:
             process = _spawn(spec, options, log_path)
         except OSError as error:
             trouble = Trouble("helper_failed", f"cannot start the clock helper: {os_problem(error)}", time.monotonic())
             return cls(spec, None, trouble)
-        return cls(spec, process, None)
+        return cls(spec, process, None, read_only=read_only)
 
     @property
     def alive(self) -> bool:
@@ -253,7 +264,7 @@ class ClockHelper:
         with self._lock:
             self._close_inlet()
         self._ready.set()
-        if not self._said_bye and status not in (EXIT_NO_GPU, EXIT_RESET_FAILED):
+        if not self._said_bye and not self._read_only and status not in (EXIT_NO_GPU, EXIT_RESET_FAILED):
             with suppress(OSError, RuntimeError, subprocess.TimeoutExpired):
                 _spawn(self._spec, ["--reset-only"], None).wait(RESCUE_WAIT_S)
 

@@ -178,7 +178,7 @@ def helper_elsewhere(uuid: str, lock: Path, processes: Path = Path("/proc")) -> 
             arguments = entry.read_bytes().decode(errors="replace").split("\0")
         except OSError:  # it has just ended, or is another user's where those are hidden
             continue
-        if HELPER_MODULE not in arguments[:-1] or "--reset-only" in arguments:
+        if HELPER_MODULE not in arguments[:-1] or {"--reset-only", "--read-only"} & {*arguments}:
             continue
         spec = arguments[arguments.index(HELPER_MODULE) + 1]
         if spec.endswith(f":{uuid}") and _has_lock_elsewhere(entry.parent, lock):

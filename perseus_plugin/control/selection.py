@@ -15,7 +15,7 @@ from perseus_plugin.gpus.registry import AUTO, EMULATED, OFF, backend, backends,
 
 logger = logging.getLogger(__name__)
 
-_POLLS_PER_TICK = 4
+POLLS_PER_TICK = 4
 _REAL_COUNTER_PERIOD_S = 0.02
 
 
@@ -39,7 +39,7 @@ class Selection:
     spec: str | None
     name: str
     clocks_mhz: tuple[int, ...] = ()
-    poll_interval_s: float = _REAL_COUNTER_PERIOD_S / _POLLS_PER_TICK
+    poll_interval_s: float = _REAL_COUNTER_PERIOD_S / POLLS_PER_TICK
     emulated_gpu: EmulatedGpu | None = None
     why_not: str = ""
     driver: str = ""
@@ -135,7 +135,7 @@ def _of_emulated(gpu: EmulatedGpu, backend: str, spec: str) -> Selection:
         backend,
         spec,
         gpu.name,
-        poll_interval_s=gpu.tables.tick_period_s / _POLLS_PER_TICK,
+        poll_interval_s=gpu.tables.tick_period_s / POLLS_PER_TICK,
         emulated_gpu=gpu,
     )
 

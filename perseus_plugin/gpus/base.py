@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from perseus_plugin.errors import GpuError
 
@@ -99,6 +99,15 @@ class Gpu(Protocol):
 
     def close(self) -> None:
         """Release the handle; does not reset the clock. Idempotent, never raises."""
+        ...
+
+
+@runtime_checkable
+class PowerReader(Protocol):
+    """What a `Gpu` may do beside: tell its power at this instant, for `perseus verify`."""
+
+    def read_power_w(self) -> float:
+        """Power now, in watts, unsmoothed; NaN where the GPU does not tell."""
         ...
 
 

@@ -25,7 +25,7 @@ PERMISSION_REMEDY = (
 )
 
 # Numbers of nvml.h: older releases of the package have not all the names.
-_FIELD_POWER_CAP_TIME, _FIELD_ENERGY = 74, 83
+_FIELD_POWER_CAP_TIME, _FIELD_ENERGY, _FIELD_POWER_INSTANT = 74, 83, 186
 _NO_PERMISSION, _NOT_SUPPORTED, _NOT_FOUND, _LIBRARY_NOT_FOUND = 4, 3, 6, 12
 _DRIVER_NOT_LOADED, _GPU_IS_LOST, _RESET_REQUIRED = 9, 15, 16
 _UINT_KINDS = {0: "dVal", 1: "uiVal", 2: "ulVal", 3: "ullVal", 4: "sllVal", 5: "siVal"}
@@ -99,6 +99,13 @@ class NvmlGpu:
                 energy_mj = float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
         capped_s = math.nan if capped_ns is None else capped_ns * 1e-9
         return EnergyReading(time.monotonic(), energy_mj * 1e-3, capped_s)
+
+    def read_power_w(self) -> float:
+        """Power at this instant: `nvmlDeviceGetPowerUsage` is the mean over a second on most GPUs since Ampere."""
+        with self._calling("read the power"):
+            (field,) = self._nvml.nvmlDeviceGetFieldValues(self._handle, [_FIELD_POWER_INSTANT])
+            power_mw = _field_value(field)
+        return math.nan if power_mw is None else power_mw * 1e-3
 
     def lock_mhz(self) -> int | None:
         """NVML has no call that tells."""

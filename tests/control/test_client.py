@@ -63,6 +63,23 @@ def test_it_reports_ticks_and_marks(helper: ClockHelper, gpu: EmulatedGpu) -> No
     assert ticks[-1].energy_j <= mark.energy_j <= gpu.exact_energy_j()
 
 
+def test_one_that_only_reads_makes_no_call_that_changes_the_gpu(gpu: EmulatedGpu, spec: str) -> None:
+    gpu.lock_clock(900)
+    helper = ClockHelper.start(spec, read_only=True)
+    facts = helper.wait_ready(10)
+    assert facts is not None
+    assert not facts.can_lock
+    helper.request(1200)
+    helper.measure_latency(1)
+    helper.poll_energy(0.001)
+    assert wait_for_event(helper, Tick).clock_mhz == 900
+    os.kill(helper.pid or 0, signal.SIGKILL)
+    assert wait_for_event(helper, Trouble).code == "helper_died"
+    assert not helper.close()
+    assert [event.mhz for event in gpu.events()] == [900]
+    assert gpu.locked_mhz() == 900
+
+
 def test_it_measures_the_switch_latency_and_leaves_the_clock_free(helper: ClockHelper, gpu: EmulatedGpu) -> None:
     helper.measure_latency(2)
     found = wait_for_event(helper, SwitchLatency)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from types import FrameType
 
 from perseus_plugin.control.helper.loop import HelperLoop, Parent, free_clock
-from perseus_plugin.control.helper.takeover import restore_foreign, take_over
+from perseus_plugin.control.helper.takeover import only_read, restore_foreign, take_over
 from perseus_plugin.control.ownership import Ownership
 from perseus_plugin.control.wire import BYE, EXIT_NO_GPU, EXIT_RESET_FAILED, READY, Trouble, pack_event, pack_reply
 from perseus_plugin.errors import GpuError, os_problem
@@ -34,7 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.set_blocking(inlet, False)
     os.set_blocking(outlet, False)
     try:
-        gpu, ownership, facts = take_over(options.spec, options.parent, examine=not options.reset_only)
+        if options.read_only:
+            gpu, ownership, facts = only_read(options.spec)
+        else:
+            gpu, ownership, facts = take_over(options.spec, options.parent, examine=not options.reset_only)
     except (GpuError, OSError) as error:
         problem = os_problem(error) if isinstance(error, OSError) else str(error)
         _say(outlet, Trouble("helper_failed", problem, time.monotonic()))
@@ -125,5 +128,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--min-dwell", type=float, help="shortest time between changes, s (default: by the latency)")
     parser.add_argument("--settle", type=float, default=0.03, help="time from a change to its read-back, s")
     parser.add_argument("--give-way", action="store_true", help="stop when the clock is changed from outside")
+    parser.add_argument("--read-only", action="store_true", help="never set or free a clock")
     parser.add_argument("--reset-only", action="store_true", help="free the clock and end")
     return parser.parse_args(arguments)

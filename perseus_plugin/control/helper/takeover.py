@@ -96,6 +96,27 @@ def take_over(
     return gpu, ownership, facts
 
 
+def only_read(spec: str) -> tuple[Gpu, None, DeviceFacts]:
+    """A GPU that is to be left as it is, and its facts; see `take_over`.
+
+    Raises:
+        GpuError: it cannot be read.
+    """
+    gpu = open_gpu(candidate_specs(spec)[0])
+    facts = DeviceFacts(
+        name=gpu.name,
+        uuid=gpu.uuid,
+        emulated=gpu.emulated,
+        clocks_mhz=gpu.supported_clocks_mhz(),
+        can_lock=False,
+        why_not="it is only read, as was asked for",
+        leftover="",
+        pid=os.getpid(),
+        driver=gpu.driver,
+    )
+    return gpu, None, facts
+
+
 def _leaves(gpu: Gpu, before_mhz: int) -> bool:
     """Whether the clock, now free, leaves what it read before, upwards: then it was held there.
 

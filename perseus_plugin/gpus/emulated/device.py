@@ -151,6 +151,10 @@ class EmulatedGpu:
         current = self._current()
         return EnergyReading(current.at_s, current.counter_j, current.capped_s)
 
+    def read_power_w(self) -> float:
+        """Its power now, by its model."""
+        return self._current().power_w(self.tables)
+
     def lock_mhz(self) -> int | None:
         """The lock requested last, 0 for none."""
         return self.state.snapshot().locked_mhz

@@ -1,0 +1,66 @@
+"""What the pages have in common: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+
+from perseus_plugin.reporting.report.phrases import Rows
+
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f6f8fa; color: #1c2733; line-height: 1.5;
+  font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif; }
+main { max-width: 1240px; margin: 0 auto; padding: 28px 24px 60px; }
+h1 { font-size: 26px; margin: 0 0 2px; }
+h2 { font-size: 19px; margin: 0 0 4px; }
+p { margin: 4px 0 10px; max-width: 120ch; }
+.muted { color: #5b6875; }
+section { background: #fff; border: 1px solid #dfe4e8; border-radius: 8px; padding: 18px 20px; margin-top: 18px; }
+.note { border-left: 5px solid #d08a1d; background: #fff8ea; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 14px; margin-top: 18px; }
+.card { background: #fff; border: 1px solid #dfe4e8; border-radius: 8px; padding: 12px 16px; }
+.card b { display: block; font-size: 25px; line-height: 1.25; }
+table { border-collapse: collapse; margin: 8px 0; }
+th, td { text-align: right; padding: 5px 14px; border-bottom: 1px solid #e3e7eb; font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; padding-left: 2px; }
+thead th { border-bottom: 2px solid #b9c2cb; }
+ul { margin: 4px 0; padding-left: 20px; }
+.key { display: inline-block; width: 26px; height: 14px; vertical-align: -2px; margin: 0 4px 0 14px; }
+"""
+
+
+def document(title: str, parts: Iterable[str], head: str = "") -> str:
+    """The whole file.
+
+    Args:
+        title: as text.
+        parts: of the body, as HTML; empty ones are left out.
+        head: what else goes into the head, as HTML.
+    """
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<style>{_STYLE}</style>\n{head}</head>\n<body><main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+def cards(headline: Iterable[tuple[str, str, str]]) -> str:
+    """The figures that matter most, as (name, value, more)."""
+    made = "".join(
+        f'<div class="card"><span class="muted">{html.escape(name)}</span><b>{html.escape(value)}</b>'
+        f'<span class="muted">{html.escape(more)}</span></div>'
+        for name, value, more in headline
+    )
+    return f'<div class="cards">{made}</div>' if made else ""
+
+
+def table(rows: Rows) -> str:
+    """A table, its first row the head."""
+    head, *body = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
+    lines = "".join(f"<tr>{line}</tr>" for line in body)
+    return f"<table><thead><tr>{head.replace('td>', 'th>')}</tr></thead><tbody>{lines}</tbody></table>"

@@ -159,7 +159,7 @@ def _peers(subject: Subject, seconds: float, missing: dict[str, str], say: Calla
     if subject.gpu.emulated:
         missing["waiting in torch.distributed"] = "an emulated GPU waits in one way only"
         return []
-    found = []
+    found, seconds = [], subject.watch.long_enough_s(seconds)
     for backend in ("gloo", "nccl"):
         name = f"receive of {backend}, peer late"
         peer = peer_device(subject.bench.device)

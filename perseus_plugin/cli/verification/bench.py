@@ -141,7 +141,7 @@ class Mix:
     duty: float = 1.0
 
 
-_LIGHT = {FORWARD: Mix(1, 0, 0.45), BACKWARD: Mix(2, 0, 0.7)}
+_LIGHT = {FORWARD: Mix(1, 0, 0.3), BACKWARD: Mix(2, 0, 0.5)}
 """Kinds that differ in power and stay below the limit: at the limit a GPU has no power and no clock of its own."""
 _HEAVY = {FORWARD: Mix(1, 1), BACKWARD: Mix(4, 1)}
 

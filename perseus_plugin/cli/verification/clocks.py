@@ -61,6 +61,7 @@ def measure_waiting_at(subject: Subject, seconds: float) -> list[WaitingAtClock]
     """Waiting as in the pattern, and without work, at some clocks; the lock is given up at the end."""
     supported = subject.gpu.supported_clocks_mhz()
     found = []
+    seconds = subject.watch.long_enough_s(seconds)
     for clock_mhz in choose_clocks(supported, _WAITED, round(_LOWEST * supported[0])):
         _ask(subject, clock_mhz)
         at_work = _steady(subject, seconds, spin=True)

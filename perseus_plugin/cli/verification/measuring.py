@@ -228,7 +228,7 @@ def measure_energies(subject: Subject, seconds: float) -> Energies:
                 iterations += 1
             blocks.append((begin_s, time.monotonic()))
             for kind, found in runs.items():
-                found.append(run_steadily(bench, kind, 0.2 * seconds / _ROUNDS))
+                found.append(run_steadily(bench, kind, watch.long_enough_s(0.2 * seconds / _ROUNDS)))
     # The last change of the counter may still be under way.
     time.sleep(0.3)
     ticks = watch.ticks()[first:]
@@ -310,6 +310,7 @@ def _power_period_ms(subject: Subject) -> float | None:
 def measure_waiting(subject: Subject, seconds: float) -> list[Waiting]:
     """Each way of waiting that the bench can make itself; the first third does not count."""
     found = []
+    seconds = subject.watch.long_enough_s(seconds)
     for how, wait in subject.bench.waits.items():
         subject.bench.settle()
         begin_s = time.monotonic()

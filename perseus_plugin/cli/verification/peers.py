@@ -48,7 +48,7 @@ def wait_for_a_peer(backend: str, devices: Sequence[str], seconds: float) -> tup
                     process.wait()
             if said is None:
                 errors.seek(0)
-                raise GpuError(f"{backend}: {_reason(errors.read())}")
+                raise GpuError(f"{backend}: {reason(errors.read())}")
     begin_s, end_s = json.loads(said)
     return begin_s, end_s
 
@@ -75,7 +75,7 @@ def _first_line(both: Sequence[subprocess.Popen[str]], within_s: float) -> str |
     return None
 
 
-def _reason(errors: str) -> str:
+def reason(errors: str) -> str:
     """The line that says what was wrong, of what the processes wrote."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     telling = [line for line in lines if "uplicate GPU" in line or "Error" in line]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from perseus_plugin.cli.verification.arithmetic import Step, pattern
+from perseus_plugin.cli.verification.arithmetic import Step, gaps_s, pattern
 from perseus_plugin.cli.verification.bench import Bench
 from perseus_plugin.control.boundaries import Boundaries, boundaries_for
 from perseus_plugin.control.client import ClockHelper
@@ -20,6 +21,7 @@ from perseus_plugin.session.tap import InstructionTap
 
 _READY_S = 60.0
 _REACHED_S = 30.0
+_CHANGES = 12  # of the counter in what a mean power is taken over; the first third does not count
 
 
 class Watch:
@@ -55,6 +57,10 @@ class Watch:
     def go_on(self) -> None:
         """Poll the counter."""
         self.helper.poll_energy(self._poll_s)
+
+    def long_enough_s(self, seconds: float) -> float:
+        """So long, but no shorter than a mean power takes: a dozen changes of the counter."""
+        return max(seconds, _CHANGES * statistics.median(gaps_s(self.ticks()) or [0.0]))
 
     def ticks(self) -> list[Tick]:
         """All ticks so far."""

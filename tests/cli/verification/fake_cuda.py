@@ -13,6 +13,7 @@ import torch
 from perseus_plugin.cli.verification import bench
 
 CYCLES_PER_S = 1e9
+PRODUCT_S = 0.0005
 
 
 class Event:
@@ -54,5 +55,7 @@ def install(monkeypatch: pytest.MonkeyPatch, uuid: str) -> None:
     for name in ("randn", "zeros"):
         on_device = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, _f=on_device, device, **k: _f(*a, **k))
-    monkeypatch.setattr(bench, "_SIDE", 64)
-    monkeypatch.setattr(bench, "_ELEMENTS", 1024)
+    monkeypatch.setattr(torch, "mm", lambda left, right, out: time.sleep(PRODUCT_S))
+    monkeypatch.setattr(bench, "_MANY", 2)
+    monkeypatch.setattr(bench, "_SIDE", 8)
+    monkeypatch.setattr(bench, "_ELEMENTS", 8)

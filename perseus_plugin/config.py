@@ -6,19 +6,22 @@ from one place.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from perseus_plugin.bounds import MOST_MHZ, MOST_W
 from perseus_plugin.errors import ConfigError, shown, validation_problem
+from perseus_plugin.files import parse_json, parse_yaml, read_text
 from perseus_plugin.gpus.base import DWELL_LATENCIES
 from perseus_plugin.gpus.registry import AUTO, OFF, choices, is_backend
 from perseus_plugin.iteration.references import LARGEST_SHARE
 
 BLOCK = "perseus"
+
+_MOST_BYTES = 2**20  # of a configuration
 
 _TOLERANCE_PAIRED, _TOLERANCE_SWEEP = 0.01, 0.03
 
@@ -40,13 +43,14 @@ class ProfilingConfig(_Strict):
 
     warmup_steps: int = _setting(
         5,
-        "a whole number from 0",
+        "a whole number from 0 to 1000000",
         "Iterations at the start that are run at full clocks and not measured.",
         ge=0,
+        le=10**6,
     )
-    clocks_mhz: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] | None = _setting(
+    clocks_mhz: Annotated[tuple[Annotated[int, Field(le=MOST_MHZ)], ...], BeforeValidator(_as_tuple)] | None = _setting(
         None,
-        "a list of at least 2 different whole numbers above 0, or null",
+        "a list of at least 2 different whole numbers from 1 to 10000, or null",
         "SM clocks to try, in MHz; each is moved to the nearest one the GPU supports. null: chosen by clock_count "
         "and lowest_clock.",
         min_length=2,
@@ -59,8 +63,12 @@ class ProfilingConfig(_Strict):
         gt=0,
         lt=1,
     )
-    steps_per_clock: int = _setting(5, "a whole number from 2", "Measured iterations per clock.", ge=2)
-    settle_steps: int = _setting(1, "a whole number from 1", "Iterations discarded after each change of clock.", ge=1)
+    steps_per_clock: int = _setting(
+        5, "a whole number from 2 to 10000", "Measured iterations per clock.", ge=2, le=10**4
+    )
+    settle_steps: int = _setting(
+        1, "a whole number from 1 to 10000", "Iterations discarded after each change of clock.", ge=1, le=10**4
+    )
     rounds: int = _setting(
         2,
         "a whole number from 1 to 10",
@@ -69,7 +77,13 @@ class ProfilingConfig(_Strict):
         ge=1,
         le=10,
     )
-    seed: int = _setting(0, "a whole number", "Seed of the random order in which clocks are tried.")
+    seed: int = _setting(
+        0,
+        "a whole number of at most 18 digits",
+        "Seed of the random order in which clocks are tried.",
+        gt=-(10**18),
+        lt=10**18,
+    )
     max_relative_error: float = _setting(
         0.05,
         "a number above 0 and at most 1",
@@ -96,9 +110,10 @@ class ProfilingConfig(_Strict):
     )
     blocking_power_w: float | None = _setting(
         None,
-        "a number above 0, or null",
+        "a number above 0 and at most 2000, or null",
         "Power of a GPU that waits for a peer, in watts; needed with `load`, otherwise measured.",
         gt=0,
+        le=MOST_W,
     )
 
 
@@ -126,7 +141,7 @@ class GpuConfig(_Strict):
     zeusd_socket: str = _setting("/run/zeusd/zeusd.sock", "a path", "Unix socket of the zeusd daemon.", min_length=1)
 
 
-_Times = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_as_tuple)]
+_Times = Annotated[tuple[Annotated[float, Field(gt=0, le=3600)], ...], BeforeValidator(_as_tuple)]
 
 
 class EmulationConfig(_Strict):
@@ -135,13 +150,13 @@ class EmulationConfig(_Strict):
     model: Literal["A100"] = _setting("A100", '"A100"', "Which GPU is emulated.")
     forward_time_s: _Times | None = _setting(
         None,
-        "a list with one number above 0 per stage, or null",
+        "a list with one number above 0 and at most 3600 per stage, or null",
         "Full-clock time of a forward of each stage, in seconds. null: the CPU time it takes, times time_scale.",
         min_length=1,
     )
     backward_time_s: _Times | None = _setting(
         None,
-        "a list with one number above 0 per stage, or null",
+        "a list with one number above 0 and at most 3600 per stage, or null",
         "The same for a backward.",
         min_length=1,
     )
@@ -176,10 +191,11 @@ class LimitsConfig(_Strict):
 
     max_changes_per_iteration: int | None = _setting(
         None,
-        "a whole number from 0, or null",
+        "a whole number from 0 to 1000000, or null",
         "Most clock changes from one instruction to another per stage and iteration; null: no limit. The return to "
         "full clocks for the end of the batch comes on top.",
         ge=0,
+        le=10**6,
     )
     min_dwell_s: float | None = _setting(
         None,
@@ -218,10 +234,11 @@ class WatchConfig(_Strict):
     )
     patience: int = _setting(
         10,
-        "a whole number from 1",
+        "a whole number from 1 to 1000000",
         "A plan is not judged by fewer iterations; against the sweep, the median over as many must exceed the "
         "tolerance.",
         ge=1,
+        le=10**6,
     )
     reference_share: float = _setting(
         0.02,
@@ -232,7 +249,11 @@ class WatchConfig(_Strict):
         le=LARGEST_SHARE,
     )
     max_replans: int = _setting(
-        3, "a whole number from 0", "After so many dropped plans the job stays at full clocks.", ge=0
+        3,
+        "a whole number from 0 to 1000000",
+        "After so many dropped plans the job stays at full clocks.",
+        ge=0,
+        le=10**6,
     )
 
     @property
@@ -405,17 +426,15 @@ def load_config(path: Path | str) -> PerseusConfig:
     if path.suffix not in {".json", ".yaml", ".yml"}:
         raise ConfigError(f"{path}: ending {path.suffix!r}; allowed: .json, .yaml or .yml")
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            content = json.loads(text)
-        else:
-            import yaml
-
-            content = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError) as error:
+        text = read_text(path, _MOST_BYTES)
+        content = parse_json(text) if path.suffix == ".json" else None
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
-    except Exception as error:  # yaml.YAMLError; yaml is imported only where it is needed
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if path.suffix != ".json":
+        try:
+            content = parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if isinstance(content, Mapping) and BLOCK in content:
         return parse_config(content[BLOCK], source=f"{path}: {BLOCK}")
     return parse_config({} if content is None else content, source=f"{path}: {BLOCK}")
@@ -446,13 +465,13 @@ def _check_together(config: PerseusConfig, source: str) -> None:
     if config.profiling.load is not None and config.profiling.blocking_power_w is None:
         raise ConfigError(
             f"{source}.profiling.blocking_power_w: missing; with profiling.load it must be given, "
-            "as a profile does not hold it; allowed: a number above 0"
+            "as a profile does not hold it; allowed: a number above 0 and at most 2000"
         )
     clocks = config.profiling.clocks_mhz
     if clocks is not None and (len(set(clocks)) != len(clocks) or min(clocks) <= 0):
         raise ConfigError(
             f"{source}.profiling.clocks_mhz: got {list(clocks)}; allowed: a list of at least 2 different whole "
-            "numbers above 0, or null"
+            "numbers from 1 to 10000, or null"
         )
     times = config.emulation
     if (times.forward_time_s is None) != (times.backward_time_s is None):

@@ -1,16 +1,23 @@
-"""Files: written so that a reader sees the old content or the new, in folders where others may have put something."""
+"""Files in folders where others may have put something, and reading what others may have written.
+
+Writing: a reader sees the old content or the new, never half of it. Reading: no more than so much, and nested no deeper
+than so deep; whatever is wrong is a `ValueError` that says so in one line.
+"""
 
 from __future__ import annotations
 
 import errno
+import functools
+import json
 import logging
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from perseus_plugin.errors import PerseusError, os_problem, validation_problem
 
@@ -23,6 +30,12 @@ ModelT = TypeVar("ModelT", bound="BaseModel")
 
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _MODE = 0o666  # less what the user's umask takes away
+MOST_BYTES = 256 * 2**20
+_MOST_DEPTH = 64
+_MOST_NODES = 100_000
+_TOO_DEEP = f"nested more than {_MOST_DEPTH} deep"
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -178,6 +191,102 @@ def _follows_none(path: Path) -> bool:
     return any(path.is_relative_to(folder) for folder in _without_links)
 
 
+def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
+    """What a file holds.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger.
+    """
+    with os.fdopen(open_file(Path(path), os.O_RDONLY), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(most + 1) if size <= most else b""
+    if size > most or len(data) > most:
+        raise ValueError(f"it has more than {most} bytes, the most that is read of such a file")
+    return data
+
+
+def read_text(path: Path | str, most: int = MOST_BYTES) -> str:
+    """As `read_bytes`, from UTF-8, without the byte order mark that spreadsheets put in front."""
+    return read_bytes(path, most).decode("utf-8-sig")
+
+
+def parse_json(data: str | bytes, most: int = MOST_BYTES) -> Any:
+    """Read JSON from anybody.
+
+    Raises:
+        ValueError: it is none, or longer than `most` bytes, or nested too deeply.
+    """
+    if len(data) > most:
+        raise ValueError(f"longer than {most} bytes")
+    try:
+        parsed = json.loads(data)
+        if not _too_deep(data if isinstance(data, bytes) else data.encode(errors="replace")):
+            return parsed
+    except RecursionError:
+        pass
+    raise ValueError(_TOO_DEEP)
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML from anybody.
+
+    Raises:
+        ValueError: it is none, or nested too deeply, or grows beyond measure by its aliases.
+    """
+    import yaml
+
+    try:
+        return yaml.load(text, _yaml_loader())
+    except Exception as error:  # its own, or what Python says of a date or a number that is none
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """The safe one, which counts nodes, those that an alias stands for each time, and how deep it is in them."""
+
+        def __init__(self, text: str) -> None:
+            super().__init__(text)
+            self._depth = self._nodes = 0
+            self._sizes: dict[int, int] = {}
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self._depth += 1
+            before = self._nodes
+            self._nodes += 1
+            if self._depth > _MOST_DEPTH:
+                raise yaml.YAMLError(_TOO_DEEP)
+            node = super().compose_node(parent, index)
+            # An alias gives a node that was composed before, or is being composed.
+            self._nodes += self._sizes.get(id(node), 0) if self._nodes == before + 1 else 0
+            if self._nodes > _MOST_NODES:
+                raise yaml.YAMLError(f"more than {_MOST_NODES} values, those that aliases stand for counted each time")
+            self._sizes[id(node)] = self._nodes - before
+            self._depth -= 1
+            return node
+
+    return Loader
+
+
+def _too_deep(data: bytes) -> bool:
+    """Whether brackets are nested too deeply: they are taken away from the inside, a level or two at a time."""
+    for strings in (None, _STRING):  # only where they may hold brackets does it matter
+        brackets = (data if strings is None else strings.sub(b"", data)).translate(None, _NO_BRACKETS)
+        for _ in range(_MOST_DEPTH):
+            brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+            if not brackets:
+                return False
+    return True
+
+
 def read_model(path: Path | str, model: type[ModelT], refusal: type[PerseusError]) -> ModelT:
     """Read a JSON file of this package's, or one that is to be like it.
 
@@ -187,8 +296,8 @@ def read_model(path: Path | str, model: type[ModelT], refusal: type[PerseusError
     from pydantic import ValidationError
 
     try:
-        return model.model_validate_json(Path(path).read_bytes())
+        return model.model_validate_json(read_bytes(path))
     except ValidationError as error:
         raise refusal(f"{path}: {validation_problem(error, model)}") from error
-    except OSError as error:
-        raise refusal(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise refusal(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error

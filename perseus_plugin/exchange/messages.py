@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from perseus_plugin.bounds import Clock, ClockOrFull, Count, Stage, Time
 from perseus_plugin.errors import validation_problem
 from perseus_plugin.exchange.store import ExchangeError
 
@@ -33,13 +34,13 @@ class Placement(_Message):
         device: torch device, e.g. "cuda:0" or "cpu".
     """
 
-    rank: int
-    world_size: int
-    stage: int
-    stages: int
-    replica: int
-    shards: int = 1
-    local_rank: int
+    rank: Count
+    world_size: Annotated[Count, Field(ge=1)]
+    stage: Stage
+    stages: Annotated[Stage, Field(ge=1)]
+    replica: Count
+    shards: Annotated[Count, Field(ge=1)] = 1
+    local_rank: Count
     device: str
 
     @property
@@ -67,8 +68,8 @@ class RankEstimate(_Message):
     placement: Placement
     gpu: str
     estimate: dict[str, Any]
-    constant_time_s: dict[str, float]
-    switch_latency_s: float | None = None
+    constant_time_s: dict[str, Time]
+    switch_latency_s: Time | None = None
 
 
 class News(_Message):
@@ -89,14 +90,14 @@ class News(_Message):
         recheck: ranks shall time their instructions at full clocks and publish that.
     """
 
-    sequence: int
-    switch: int
+    sequence: Count
+    switch: Count
     action: Literal["follow", "full", "sweep"]
-    version: int = 0
-    variants: dict[int, int] = {}
-    since: int = 0
+    version: Count = 0
+    variants: dict[int, Count] = {}
+    since: Count = 0
     straggler: bool = False
-    clocks_mhz: tuple[int, ...] = ()
+    clocks_mhz: tuple[Clock, ...] = ()
     paired: bool = False
     reason: str = ""
     recheck: bool = False
@@ -109,7 +110,7 @@ class News(_Message):
 class RankFacts(_Message):
     """What a rank's part of the job is, for the profile's fingerprint."""
 
-    stage: int
+    stage: Stage
     facts: dict[str, str]
 
 
@@ -128,7 +129,7 @@ class CatchUpPart(_Message):
     latest_starts_s: tuple[float, ...]
     usual_delays_s: tuple[float, ...]
     kinds: tuple[str, ...]
-    options: dict[str, tuple[tuple[int, float, float], ...]]
+    options: dict[str, tuple[tuple[Clock, Time, float], ...]]
     size_weight: float
     dwell_s: float = 0.0
 
@@ -152,10 +153,10 @@ class WaitPart(_Message):
     """
 
     after: int
-    frequency_mhz: int
-    duration_s: float
-    work_before_s: float = 0.0
-    work_after_s: float = 0.0
+    frequency_mhz: Clock
+    duration_s: Time
+    work_before_s: Time = 0.0
+    work_after_s: Time = 0.0
 
 
 class PlanPart(_Message):
@@ -173,11 +174,18 @@ class PlanPart(_Message):
 
     version: int
     schedule: str
-    clocks_mhz: tuple[int, ...]
-    times_s: tuple[float, ...]
+    clocks_mhz: tuple[Clock, ...]
+    times_s: tuple[Time, ...]
     slowdown: float = 1.0
     catch_up: CatchUpPart | None = None
     waits: tuple[WaitPart, ...] = ()
+
+    @property
+    def all_clocks_mhz(self) -> set[int]:
+        """Every clock that a rank may be run at under it."""
+        options = () if self.catch_up is None else self.catch_up.options.values()
+        raised = {clock for rows in options for clock, *_ in rows}
+        return {*self.clocks_mhz, *raised, *(wait.frequency_mhz for wait in self.waits)}
 
     def as_run(self, raised: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Clocks and times where some instructions ran faster than planned.
@@ -209,7 +217,7 @@ class IterationDurations(_Message):
 
     number: int
     schedule: str
-    clocks_mhz: tuple[int, ...]
+    clocks_mhz: tuple[ClockOrFull, ...]
     durations_s: tuple[float, ...]
     starts_s: tuple[float, ...]
     time_s: float
@@ -240,10 +248,10 @@ class Recheck(_Message):
     `steps` is how many iterations they are from (0: unknown), `switch_latency_s` as in `RankEstimate`.
     """
 
-    stage: int
-    time_s: dict[str, float]
-    switch_latency_s: float | None = None
-    steps: int = 0
+    stage: Stage
+    time_s: dict[str, Time]
+    switch_latency_s: Time | None = None
+    steps: Count = 0
 
 
 class Seen(_Message):

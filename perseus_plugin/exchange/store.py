@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from perseus_plugin.errors import PerseusError
+from perseus_plugin.files import parse_json
 
 _CALL_TIMEOUT = timedelta(seconds=5)
 _LOST_AFTER_S = 5.0  # who took a place in a list and has not filled it since has died
@@ -131,7 +132,7 @@ class StoreExchange:
 
 def _parsed(key: str, data: bytes) -> Any:
     try:
-        return json.loads(data)
+        return parse_json(data)
     except ValueError as error:
         raise ExchangeError(f"{key!r} in the job's store is not valid JSON: {error}") from error
 

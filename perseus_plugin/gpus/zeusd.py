@@ -8,18 +8,20 @@ need no privilege and come from NVML directly.
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from perseus_plugin.errors import GpuError
+from perseus_plugin.files import parse_json
 from perseus_plugin.gpus.base import EnergyReading, FoundGpu, GpuBackend, GpuLostError, GpuPermissionError
 from perseus_plugin.gpus.nvml import NvmlGpu, cuda_gpu
 
 TIMEOUT_S = 10.0
+_MOST_BYTES = 2**20  # of an answer
 TOKEN_VARIABLE = "ZEUSD_TOKEN"
 
 
@@ -82,11 +84,11 @@ class ZeusdGpu:
         self._readings.close()
 
     def _find(self) -> int:
-        gpus = self._daemon.discover().get("gpus", [])
+        gpus = self._daemon.gpus()
         address = self._readings.pci_address()
-        for gpu in gpus:
-            if str(gpu.get("pci_address", "")).lower() == address:
-                return int(gpu["id"])
+        for index, its_address in gpus:
+            if its_address.lower() == address:
+                return index
         raise GpuError(
             f"zeusd at {self._daemon.socket_path}: none of its {len(gpus)} GPUs is at PCI address {address}; "
             "a zeusd that tells PCI addresses (0.5 or later) on this host is needed"
@@ -123,7 +125,8 @@ class ZeusdBackend(GpuBackend):
         except GpuError as error:
             return str(error)
         groups = found.get("enabled_api_groups")
-        return f"answers at {socket}" + (f", API groups {', '.join(groups)}" if groups else "")
+        names = ", ".join(map(str, groups)) if isinstance(groups, list) else ""
+        return f"answers at {socket}" + (f", API groups {_line(names)}" if names else "")
 
 
 class Zeusd:
@@ -144,13 +147,25 @@ class Zeusd:
             GpuError: no daemon there, or no zeusd.
         """
         answer = self._request("GET", "/discover")
+        with suppress(ValueError):
+            if isinstance(found := parse_json(answer), dict):
+                return found
+        raise self._not_understood(answer)
+
+    def gpus(self) -> list[tuple[int, str]]:
+        """Number and PCI address, empty if it does not tell, of each GPU that the daemon offers.
+
+        Raises:
+            GpuError: no daemon there, or no zeusd.
+        """
+        found = self.discover().get("gpus", [])
         try:
-            found = json.loads(answer)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise GpuError(f"zeusd at {self.socket_path}: /discover answered {answer[:80]!r}; is that a zeusd?")
-        return found
+            told = [(gpu["id"], str(gpu.get("pci_address", ""))) for gpu in found]
+        except (TypeError, KeyError, AttributeError):
+            told = [(None, "")]
+        if all(type(index) is int and index >= 0 for index, _ in told):
+            return told
+        raise self._not_understood(repr(found).encode())
 
     def post(self, path: str, **parameters: str | int) -> None:
         """A request that changes something.
@@ -161,6 +176,9 @@ class Zeusd:
             GpuError: the request failed.
         """
         self._request("POST", f"{path}?{urlencode(parameters)}")
+
+    def _not_understood(self, answer: bytes) -> GpuError:
+        return GpuError(f"zeusd at {self.socket_path}: /discover answered {answer[:80]!r}; is that a zeusd?")
 
     def close(self) -> None:
         """Hang up."""
@@ -175,7 +193,9 @@ class Zeusd:
                 connection = self._connection = self._connection or _UnixConnection(self.socket_path)
                 connection.request(method, target, headers=_headers())
                 response = connection.getresponse()
-                body = response.read()
+                body = response.read(_MOST_BYTES + 1)
+                if len(body) > _MOST_BYTES:
+                    raise OSError(f"its answer has more than {_MOST_BYTES} bytes")
                 break
             except (OSError, http.client.HTTPException) as error:
                 self.close()
@@ -210,7 +230,12 @@ def _headers() -> dict[str, str]:
 def _reason(body: bytes) -> str:
     """The message in an answer: per GPU as JSON, or plain text."""
     try:
-        errors = json.loads(body)["errors"]
-        return "; ".join(f"GPU {index}: {message}" for index, message in errors.items())
+        errors = parse_json(body)["errors"]
+        return _line("; ".join(f"GPU {index}: {message}" for index, message in errors.items()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        return body.decode(errors="replace")[:200].strip()
+        return _line(body.decode(errors="replace"))
+
+
+def _line(text: str) -> str:
+    """What a daemon says, in one line that does nothing to a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:200]).strip()

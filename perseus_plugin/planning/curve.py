@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from perseus_plugin.bounds import Clock, PositiveEnergy, PositiveTime
 from perseus_plugin.errors import PlanError
 from perseus_plugin.files import read_model
 
@@ -54,13 +55,13 @@ class PointInFile(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    deadline_s: float
-    iteration_time_s: float
-    energy_j: float
-    energy_lower_bound_j: float
+    deadline_s: PositiveTime
+    iteration_time_s: PositiveTime
+    energy_j: PositiveEnergy
+    energy_lower_bound_j: PositiveEnergy
     gap: float | None = None
     slope_w: float | None = None
-    clocks_mhz: tuple[tuple[int, ...], ...] = ()
+    clocks_mhz: tuple[tuple[Clock, ...], ...] = ()
 
 
 class BaselineInFile(BaseModel):
@@ -68,8 +69,8 @@ class BaselineInFile(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    iteration_time_s: float
-    energy_j: float
+    iteration_time_s: PositiveTime
+    energy_j: PositiveEnergy
 
 
 class FrontierFile(BaseModel):

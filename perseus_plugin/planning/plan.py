@@ -10,8 +10,9 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perseus_plugin.errors import PlanError, validation_problem
-from perseus_plugin.files import write_atomically
+from perseus_plugin.bounds import MOST_COUNT, MOST_MHZ, MOST_S, Clock, Count, PositiveTime, Time
+from perseus_plugin.errors import PlanError, shown, validation_problem
+from perseus_plugin.files import read_text, write_atomically
 from perseus_plugin.iteration.instructions import Instruction
 
 
@@ -157,12 +158,15 @@ class Plan:
         return changes
 
 
+_ROUNDING_S = 1e-6
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class _Baseline(_Strict):
-    iteration_time_s: Annotated[float, Field(gt=0)]
+    iteration_time_s: PositiveTime
     energy_j: Annotated[float, Field(gt=0)]
 
 
@@ -174,9 +178,9 @@ class _Confidence(_Strict):
 
 _Wait: TypeAlias = tuple[
     Annotated[int, Field(ge=-1)],
-    Annotated[int, Field(gt=0)],
-    Annotated[float, Field(ge=0)],
-    Annotated[float, Field(ge=0)],
+    Clock,
+    Time,
+    Time,
 ]
 
 
@@ -184,9 +188,9 @@ class _PlanFile(_Strict):
     schema_name: Literal["perseus-plan"] = Field(alias="schema")
     version: Literal[1]
     schedule: str
-    microbatches: Annotated[int, Field(ge=1)]
-    deadline_s: Annotated[float, Field(gt=0)]
-    iteration_time_s: Annotated[float, Field(gt=0)]
+    microbatches: Annotated[Count, Field(ge=1)]
+    deadline_s: PositiveTime
+    iteration_time_s: PositiveTime
     energy_j: Annotated[float, Field(gt=0)]
     energy_lower_bound_j: Annotated[float, Field(gt=0)]
     gap: float
@@ -287,12 +291,14 @@ def _confidence(file: _Confidence) -> Confidence:
 def _planned(stage: int, at: int, row: list[str | int], times: list[float]) -> PlannedInstruction:
     match row:
         case [str(kind), int(microbatch), int(frequency), *rest] if (
-            kind and microbatch >= 0 and frequency > 0 and len(rest) <= 1
+            kind and 0 <= microbatch <= MOST_COUNT and 0 < frequency <= MOST_MHZ and len(rest) <= 1
         ):
             chunk = rest[0] if rest else 0
-            if isinstance(chunk, int) and chunk >= 0:
+            if isinstance(chunk, int) and 0 <= chunk <= MOST_COUNT:
+                if not -_ROUNDING_S <= times[0] <= times[1] <= MOST_S:
+                    raise PlanError(f"predicted_s.{stage}.{at}: got {shown(times)}; allowed: start and finish, rising")
                 return PlannedInstruction(Instruction(stage, kind, microbatch, chunk), frequency, *times)
-    raise PlanError(f"stages.{stage}.{at}: got {row}; allowed: [kind, microbatch, frequency_mhz]")
+    raise PlanError(f"stages.{stage}.{at}: got {shown(row)}; allowed: [kind, microbatch, frequency_mhz]")
 
 
 def save_plan(plan: Plan, path: Path | str) -> None:
@@ -311,8 +317,8 @@ def load_plan(path: Path | str) -> Plan:
         PlanError: naming the file, the place and the reason.
     """
     try:
-        return plan_from_json(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        return plan_from_json(read_text(path))
+    except (OSError, ValueError) as error:
         raise PlanError(f"{path}: cannot read the plan: {error}") from error
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
+from perseus_plugin.bounds import MOST_STAGES, Count
 from perseus_plugin.errors import ScheduleError, validation_problem
 from perseus_plugin.files import read_model, write_atomically
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StageStream, StreamOp
@@ -24,8 +25,8 @@ class _Op(BaseModel):
 class _ComputeOp(_Op):
     op: Literal["compute"]
     kind: str = Field(min_length=1)
-    microbatch: int = Field(ge=0)
-    chunk: int = Field(default=0, ge=0)
+    microbatch: Count
+    chunk: Count = 0
 
 
 class _ConstantOp(_Op):
@@ -36,14 +37,14 @@ class _ConstantOp(_Op):
 
 class _SendOp(_Op):
     op: Literal["send"]
-    peer: int
+    peer: int = Field(ge=-MOST_STAGES, le=MOST_STAGES)
     blocking: bool = True
     channel: str = ""
 
 
 class _ReceiveOp(_Op):
     op: Literal["receive"]
-    peer: int
+    peer: int = Field(ge=-MOST_STAGES, le=MOST_STAGES)
     channel: str = ""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+from perseus_plugin.bounds import LEAST_S, MOST_COUNT, MOST_J, MOST_MHZ, MOST_S, number
 from perseus_plugin.errors import ProfileError
 
 
@@ -123,7 +124,7 @@ class InstructionEstimate:
     def lasting(self, time_s: float, time_se_s: float) -> InstructionEstimate:
         """The same at another duration: power and its error stay."""
         power_se = math.sqrt(
-            max((self.energy_se_j / self.energy_j) ** 2 - (self.time_se_s / self.time_s) ** 2, 0.0)
+            max((self.energy_se_j / (self.energy_j or math.nan)) ** 2 - (self.time_se_s / self.time_s) ** 2, 0.0)
         )  # relative; NaN where the energy is not known
         energy_j = self.energy_j * time_s / self.time_s
         return replace(
@@ -206,22 +207,34 @@ class StageEstimate:
         try:
             return cls(
                 instructions=tuple(_row(row) for row in data["instructions"]),
-                blocking_power_w=_nan(data["blocking_power_w"]),
-                blocking_power_se_w=_nan(data["blocking_power_se_w"]),
-                window_s=_nan(data["window_s"]),
-                lag_s=_nan(data["lag_s"]),
+                blocking_power_w=_power(data["blocking_power_w"]),
+                blocking_power_se_w=number(data["blocking_power_se_w"], 0.0, MOST_J, "blocking_power_se_w"),
+                window_s=number(data["window_s"], 0.0, MOST_S, "window_s"),
+                lag_s=number(data["lag_s"], -MOST_S, MOST_S, "lag_s"),
                 unresolved=frozenset(str(kind) for kind in data["unresolved"]),
                 steps=tuple(
-                    StepMean(int(step), int(clock), str(kind), float(mean_s), int(count), _nan(spread))
+                    StepMean(
+                        int(number(step, 0, MOST_COUNT, "step")),
+                        int(number(clock, 1, MOST_MHZ, "clock")),
+                        str(kind),
+                        number(mean_s, LEAST_S, MOST_S, "mean_s"),
+                        int(number(count, 1, MOST_COUNT, "count")),
+                        number(spread, 0.0, MOST_COUNT, "spread"),
+                    )
                     for step, clock, kind, mean_s, count, spread in data["steps"]
                 ),
                 blocking_by_clock=tuple(
-                    (int(clock), _nan(w), _nan(se_w)) for clock, w, se_w in data["blocking_by_clock"]
+                    (
+                        int(number(clock, 1, MOST_MHZ, "clock")),
+                        _power(w),
+                        number(se_w, 0.0, MOST_J, "blocking_by_clock"),
+                    )
+                    for clock, w, se_w in data["blocking_by_clock"]
                 ),
                 gpu=str(data["gpu"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ProfileError(f"stage estimate: cannot be read: {error!r}") from error
+            raise ProfileError(f"stage estimate: cannot be read: {error}") from error
 
 
 BLOCKING = "blocking"
@@ -232,19 +245,19 @@ def _row(row: Sequence[Any]) -> InstructionEstimate:
     kind, frequency_mhz, time_s, time_se_s, energy_j, energy_se_j, samples, *spread = row
     return InstructionEstimate(
         str(kind),
-        int(frequency_mhz),
-        _nan(time_s),
-        _nan(time_se_s),
-        _nan(energy_j),
-        _nan(energy_se_j),
-        int(samples),
-        Spread(*(_nan(value) for value in spread)),
+        int(number(frequency_mhz, 1, MOST_MHZ, "clock")),
+        number(time_s, LEAST_S, MOST_S, f"time of {kind}"),
+        number(time_se_s, 0.0, MOST_S, f"error of the time of {kind}"),
+        number(energy_j, -MOST_J, MOST_J, f"energy of {kind}"),
+        number(energy_se_j, 0.0, MOST_J, f"error of the energy of {kind}"),
+        int(number(samples, 0, MOST_COUNT, "samples")),
+        Spread(*(number(value, 0.0, MOST_COUNT, "spread") for value in spread)),
     )
+
+
+def _power(value: Any) -> float:
+    return number(value, -MOST_J, MOST_J, "blocking power")  # far from true where a counter is noisy
 
 
 def _null(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _nan(value: float | None) -> float:
-    return math.nan if value is None else float(value)

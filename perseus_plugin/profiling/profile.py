@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from perseus_plugin.bounds import MOST_COUNT, MOST_J, MOST_MHZ, MOST_S, MOST_STAGES, MOST_W
 from perseus_plugin.errors import ProfileError
-from perseus_plugin.files import write_atomically
+from perseus_plugin.files import read_text, write_atomically
 from perseus_plugin.profiling.waiting import WaitingPower
 
 REQUIRED_COLUMNS = ("stage", "instruction", "frequency", "time", "energy")
@@ -32,7 +33,6 @@ _UNCERTAIN_COLUMNS = (
 COLUMNS = (*REQUIRED_COLUMNS, "samples", *_UNCERTAIN_COLUMNS)
 
 _KIND_ALIASES = {"forwardpass": "forward", "fwd": "forward", "backwardpass": "backward", "bwd": "backward"}
-MOST_W = 2000.0  # no GPU draws more: what does is not in joules and seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,9 @@ class Measurement:
         """Inverse of `to_row`."""
         frequency_mhz, time_s, energy_j, samples, *others = (math.nan if value is None else value for value in row)
         return cls(int(frequency_mhz), time_s, energy_j, int(samples), *others)
+
+
+_NOT_BELOW_0 = tuple(field.name for field in fields(Measurement) if field.name != "frequency_mhz")
 
 
 @dataclass(frozen=True)
@@ -205,8 +208,8 @@ def load_profile(path: Path | str, blocking_power_w: float | Sequence[float] | N
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise ProfileError(f"{path}: cannot read the profile: {error}") from error
     reader = csv.DictReader(io.StringIO(text), restkey="__extra__", strict=True)
     try:
@@ -216,7 +219,7 @@ def load_profile(path: Path | str, blocking_power_w: float | Sequence[float] | N
         raise ProfileError(f"{path}: row 1: {error}") from error
     if columns[: len(REQUIRED_COLUMNS)] != REQUIRED_COLUMNS:
         raise ProfileError(
-            f"{path}: row 1: columns are {','.join(columns) or '(none)'}; "
+            f"{path}: row 1: columns are {','.join(columns)[:200] or '(none)'}; "
             f"they must begin with {','.join(REQUIRED_COLUMNS)}"
         )
     rows: list[tuple[int, str, Measurement]] = []
@@ -258,6 +261,9 @@ def _parse_record(record: Mapping[str, str | None], where: str) -> tuple[int, st
     if not kind:
         raise ProfileError(f"{where}: instruction is empty")
 
+    def got(column: str) -> str:
+        return repr(str(record[column])[:80])
+
     def number(column: str, default: float | None = None) -> float:
         text = (record.get(column) or "").strip()
         if not text and default is not None:
@@ -265,31 +271,35 @@ def _parse_record(record: Mapping[str, str | None], where: str) -> tuple[int, st
         try:
             return float(text)
         except ValueError:
-            raise ProfileError(f"{where}: {column}: got {text!r}; allowed: a number") from None
+            raise ProfileError(f"{where}: {column}: got {got(column)}; allowed: a number") from None
 
-    def whole(column: str, lowest: int, default: float | None = None) -> int:
+    def whole(column: str, lowest: int, highest: int, default: float | None = None) -> int:
         value = number(column, default)
-        if not math.isfinite(value) or value != int(value) or value < lowest:
-            raise ProfileError(f"{where}: {column}: got {record[column]!r}; allowed: a whole number from {lowest}")
+        if not (lowest <= value <= highest and value == int(value)):
+            raise ProfileError(
+                f"{where}: {column}: got {got(column)}; allowed: a whole number from {lowest} to {highest}"
+            )
         return int(value)
 
     def uncertain(column: str) -> float:
         value = number(column, math.nan)
         if value < 0 or math.isinf(value):
-            raise ProfileError(f"{where}: {column}: got {record[column]!r}; allowed: a number from 0, or nothing")
+            raise ProfileError(f"{where}: {column}: got {got(column)}; allowed: a number from 0, or nothing")
         return value
 
     measurement = Measurement(
-        whole("frequency", 1),
+        whole("frequency", 1, MOST_MHZ),
         number("time"),
         number("energy"),
-        whole("samples", 0, 0.0),
+        whole("samples", 0, MOST_COUNT, 0.0),
         *(uncertain(column) for column in _UNCERTAIN_COLUMNS),
     )
-    for column, value in (("time", measurement.time_s), ("energy", measurement.energy_j)):
-        if not (math.isfinite(value) and value > 0):
-            raise ProfileError(f"{where}: {column}: got {record[column]!r}; allowed: a finite number above 0")
-    return whole("stage", 0), kind, measurement
+    for column, value, most in (("time", measurement.time_s, MOST_S), ("energy", measurement.energy_j, MOST_J)):
+        if not 0 < value <= most:
+            raise ProfileError(
+                f"{where}: {column}: got {got(column)}; allowed: a finite number above 0, at most {most:g}"
+            )
+    return whole("stage", 0, MOST_STAGES), kind, measurement
 
 
 def _power_of(stage: int, blocking_power_w: float | Sequence[float] | None) -> float | None:
@@ -330,10 +340,15 @@ def _validate(table: Mapping[tuple[int, str], tuple[Measurement, ...]]) -> None:
             if len(clocks) != len(rows):
                 raise ProfileError(f"stage {stage} {kind}: two rows for one frequency")
             for m in rows:
-                if not (math.isfinite(m.time_s) and m.time_s > 0 and math.isfinite(m.energy_j) and m.energy_j > 0):
+                if not (0 < m.time_s <= MOST_S and 0 < m.energy_j <= MOST_J):
                     raise ProfileError(
                         f"stage {stage} {kind} at {m.frequency_mhz} MHz: time {m.time_s} and energy {m.energy_j} "
-                        "must be finite numbers above 0"
+                        f"must be finite numbers above 0, at most {MOST_S:g} s and {MOST_J:g} J"
+                    )
+                if any(getattr(m, name) < 0 for name in _NOT_BELOW_0) or not 0 < m.frequency_mhz <= MOST_MHZ:
+                    raise ProfileError(
+                        f"stage {stage} {kind} at {m.frequency_mhz} MHz: allowed: clocks up to {MOST_MHZ} MHz, and no "
+                        "error, spread, power or count below 0"
                     )
             clocks_of_kind[kind] = clocks
         every = set().union(*clocks_of_kind.values())

@@ -59,12 +59,16 @@ def stage_estimates(
     """The estimate of each stage: on the work that all stages of a replica did alike, pooled over the replicas.
 
     Raises:
-        ProfileError: a stage from which no rank sent measurements.
+        ProfileError: a stage from which no rank sent measurements, or a rank that sent nonsense.
     """
     grouped: dict[tuple[int, int], list[StageEstimate]] = {}
     for told in estimates:
         where = (told.placement.replica, told.placement.stage)
-        grouped.setdefault(where, []).append(replace(StageEstimate.from_dict(told.estimate), gpu=told.gpu))
+        try:
+            estimate = StageEstimate.from_dict(told.estimate)
+        except ProfileError as error:
+            raise ProfileError(f"rank {told.placement.rank}: {error}") from error
+        grouped.setdefault(where, []).append(replace(estimate, gpu=told.gpu))
     common = on_common_work(grouped, max_relative_error=max_relative_error)
     pooled: list[StageEstimate] = []
     for stage in range(stages):

@@ -437,7 +437,9 @@ class SessionWorker:
             parts = self._exchange.fetch(part_key(version, self._placement.stage))
             if parts is None:
                 return  # published before the news; if the store lost it, the next look finds it or newer news
-            self._link.use_parts(with_newest(self._link.parts, receive(PlanParts, parts)))
+            newest = receive(PlanParts, parts)
+            self._check_clocks(newest)
+            self._link.use_parts(with_newest(self._link.parts, newest))
             directive: Directive = Follow(version, news.straggler, news.since)
         else:
             directive = FullClock(news.reason)
@@ -449,6 +451,16 @@ class SessionWorker:
         late = self._link.iteration >= news.switch
         self._stats = self._stats.model_copy(update={"late": self._stats.late + late})
         self._link.run_by(self._link.timetable.switched(news.switch, directive))
+
+    def _check_clocks(self, newest: PlanParts) -> None:
+        """A part that is of another GPU, or damaged, is not followed anywhere: the other ranks are told."""
+        supported = self._selection.clocks_mhz
+        absent = sorted({mhz for part in newest.parts for mhz in part.all_clocks_mhz} - {*supported})
+        if absent and supported:
+            raise ExchangeError(
+                f"the plan runs at {absent[0]} MHz, which this GPU does not have; allowed: one of its {len(supported)} "
+                f"clocks from {min(supported)} to {max(supported)} MHz"
+            )
 
     def _sweep_again(self, news: News) -> None:
         self._news = news

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from perseus_plugin.bounds import MOST_S
 from perseus_plugin.errors import PerseusError, validation_problem
 
 DETECTION = "detection"
@@ -23,6 +24,7 @@ DETECTION = "detection"
 
 _MAX_AGE_S = 600.0  # older messages are refused, so that ids need not be remembered for longer
 _MAX_AHEAD_S = 60.0  # by how much clocks of two machines may differ
+_LAST_TIME = 1e10  # Unix seconds: some three hundred years
 _MAX_IDS = 100_000
 _MAX_SOURCES_PER_RANK = 16
 
@@ -48,8 +50,8 @@ class Report(BaseModel):
 
     rank: int
     slowdown: float | None = None
-    iteration_time_s: float | None = None
-    until: float | None = None
+    iteration_time_s: Annotated[float, Field(le=MOST_S)] | None = None
+    until: Annotated[float, Field(le=_LAST_TIME)] | None = None
     source: Annotated[str, Field(min_length=1, max_length=64)] = "python"
     id: Annotated[str, Field(min_length=1, max_length=64)] = Field(default_factory=lambda: uuid.uuid4().hex)
     time: float = Field(default_factory=time.time)

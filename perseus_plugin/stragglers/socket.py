@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from perseus_plugin.errors import PerseusError
+from perseus_plugin.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +90,11 @@ class StragglerSocket:
             line = _read_line(connection)  # first, as hanging up on a caller who still writes loses the reply
             if (caller := _caller(connection)) not in (0, os.geteuid()):
                 raise PerseusError(f"user {caller} may not use this job's socket")
-            request = json.loads(line)
+            request = parse_json(line)
             if not isinstance(request, dict):
                 raise ValueError("not an object")
             reply = {"ok": True, **self._answer(request)}
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             reply = {"ok": False, "error": f"malformed request: {error}"}
         except PerseusError as error:
             reply = {"ok": False, "error": str(error)}
@@ -112,7 +113,7 @@ def ask(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
             with _short_path(folder) as path:
                 connection.connect(path)
             _send(connection, request)
-            reply = json.loads(_read_line(connection))
+            reply = parse_json(_read_line(connection))
         except (OSError, ValueError) as error:
             raise PerseusError(
                 f"{folder}: no running job takes reports here ({error}); allowed: the output folder of a running job, "

@@ -101,3 +101,47 @@ def test_a_daemon_that_tells_no_addresses_needs_the_index(socket_path: str, daem
         ZeusdGpu(socket_path, None, UUID)
     with pytest.raises(GpuPermissionError, match="404 no such path"):
         Zeusd(socket_path).post("/gpu/unknown", gpu_ids=1, block="true")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"gpus": [1]}',
+        '{"gpus": 1}',
+        '{"gpus": {"a": 1}}',
+        '{"gpus": [{"pci_address": 3}]}',
+        '{"gpus": [{"id": true}]}',
+        '{"gpus": [{"id": -1}]}',
+        '{"gpus": [{"id": 1e999}]}',
+        '{"gpus": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"gpus": ' + "9" * 10_000 + "}",
+        "[]",
+        "\x1b[2J",
+    ],
+)
+def test_an_answer_that_is_none_is_said_in_one_line(
+    daemon: FakeZeusd, socket_path: str, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.gpus.fake_zeusd.Handler.do_GET", lambda handler: handler.answer(200, answer))
+    with pytest.raises(GpuError, match=r"/discover answered .*; is that a zeusd\?") as caught:
+        ZeusdGpu(socket_path, None, UUID)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
+def test_an_answer_without_end_is_not_kept(
+    daemon: FakeZeusd, socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.gpus.fake_zeusd.Handler.do_GET", lambda handler: handler.answer(200, " " * 2**21))
+    with pytest.raises(GpuLostError, match="its answer has more than"):
+        Zeusd(socket_path).discover()
+
+
+def test_what_a_daemon_says_does_nothing_to_a_terminal(
+    daemon: FakeZeusd, socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = '{"errors": {"0": "\\u001b[2J\\nthe clock is free"}}'
+    monkeypatch.setattr("tests.gpus.fake_zeusd.Handler.do_POST", lambda handler: handler.answer(500, said))
+    with pytest.raises(GpuError) as caught:
+        Zeusd(socket_path).post("/gpu/reset_gpu_locked_clocks")
+    assert str(caught.value).isprintable()

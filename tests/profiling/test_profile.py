@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perseus_plugin.bounds import MOST_S
 from perseus_plugin.errors import ProfileError
 from perseus_plugin.profiling.profile import Measurement, Profile, load_profile, save_profile
 from tests.factories import profile
@@ -167,21 +168,21 @@ def test_wrong_columns_name_the_row_and_the_right_ones(tmp_path: Path, head: str
         ("1,forward,1410,0.013,5.0,7", "wrong number of columns"),
         ("1,,1410,0.013,5.0", "instruction is empty"),
         ("x,forward,1410,0.013,5.0", "stage: got 'x'; allowed: a number"),
-        ("-1,forward,1410,0.013,5.0", "stage: got '-1'; allowed: a whole number from 0"),
-        ("0.5,forward,1410,0.013,5.0", "stage: got '0.5'; allowed: a whole number from 0"),
-        ("1,forward,0,0.013,5.0", "frequency: got '0'; allowed: a whole number from 1"),
-        ("1,forward,-1410,0.013,5.0", "frequency: got '-1410'; allowed: a whole number from 1"),
-        ("1,forward,inf,0.013,5.0", "frequency: got 'inf'; allowed: a whole number from 1"),
-        ("1,forward,nan,0.013,5.0", "frequency: got 'nan'; allowed: a whole number from 1"),
-        ("1,forward,1410,0,5.0", "time: got '0'; allowed: a finite number above 0"),
-        ("1,forward,1410,-0.1,5.0", "time: got '-0.1'; allowed: a finite number above 0"),
-        ("1,forward,1410,nan,5.0", "time: got 'nan'; allowed: a finite number above 0"),
-        ("1,forward,1410,1e999,5.0", "time: got '1e999'; allowed: a finite number above 0"),
+        ("-1,forward,1410,0.013,5.0", "stage: got '-1'; allowed: a whole number from 0 to 10000"),
+        ("0.5,forward,1410,0.013,5.0", "stage: got '0.5'; allowed: a whole number from 0 to 10000"),
+        ("1,forward,0,0.013,5.0", "frequency: got '0'; allowed: a whole number from 1 to 10000"),
+        ("1,forward,-1410,0.013,5.0", "frequency: got '-1410'; allowed: a whole number from 1 to 10000"),
+        ("1,forward,inf,0.013,5.0", "frequency: got 'inf'; allowed: a whole number from 1 to 10000"),
+        ("1,forward,nan,0.013,5.0", "frequency: got 'nan'; allowed: a whole number from 1 to 10000"),
+        ("1,forward,1410,0,5.0", "time: got '0'; allowed: a finite number above 0, at most 1e+06"),
+        ("1,forward,1410,-0.1,5.0", "time: got '-0.1'; allowed: a finite number above 0, at most 1e+06"),
+        ("1,forward,1410,nan,5.0", "time: got 'nan'; allowed: a finite number above 0, at most 1e+06"),
+        ("1,forward,1410,1e999,5.0", "time: got '1e999'; allowed: a finite number above 0, at most 1e+06"),
         ("1,forward,1410,,5.0", "time: got ''; allowed: a number"),
         ("1,forward,1410,fast,5.0", "time: got 'fast'; allowed: a number"),
-        ("1,forward,1410,0.013,0", "energy: got '0'; allowed: a finite number above 0"),
-        ("1,forward,1410,0.013,-5", "energy: got '-5'; allowed: a finite number above 0"),
-        ("1,forward,1410,0.013,inf", "energy: got 'inf'; allowed: a finite number above 0"),
+        ("1,forward,1410,0.013,0", "energy: got '0'; allowed: a finite number above 0, at most 2e+09"),
+        ("1,forward,1410,0.013,-5", "energy: got '-5'; allowed: a finite number above 0, at most 2e+09"),
+        ("1,forward,1410,0.013,inf", "energy: got 'inf'; allowed: a finite number above 0, at most 2e+09"),
         ("0,forward,810,0.014,3.0", "stage 0 forward at 810 MHz stands in row 3 already"),
         ('1,"forward,1410,0.013,5.0', ""),
         ('1,"for"ward,1410,0.013,5.0', ""),
@@ -195,7 +196,7 @@ def test_a_wrong_row_is_named_with_the_reason(tmp_path: Path, row: str, reason: 
 def test_a_wrong_standard_error_or_count_is_named(tmp_path: Path) -> None:
     head = HEAD + ",samples,time_se,energy_se"
     assert refused(written(tmp_path, [GOOD[0] + ",2.5,,"], head)) == (
-        "row 2: samples: got '2.5'; allowed: a whole number from 0"
+        "row 2: samples: got '2.5'; allowed: a whole number from 0 to 1000000000"
     )
     assert refused(written(tmp_path, [GOOD[0] + ",2,often,"], head)) == "row 2: time_se: got 'often'; allowed: a number"
     assert refused(written(tmp_path, [GOOD[0] + ",2,,-1"], head)) == (
@@ -226,7 +227,7 @@ def test_a_missing_stage_kind_or_clock_is_named(tmp_path: Path, missing: tuple[i
 def test_a_gap_between_stages_is_named(tmp_path: Path) -> None:
     rows = [row.replace("1,", "3,", 1) if row.startswith("1,") else row for row in GOOD]
     assert refused(written(tmp_path, rows)).startswith("stage 1 has no row")
-    rows[-1] = "1e300,backward,1410,0.026,10.0"
+    rows[-1] = "10000,backward,1410,0.026,10.0"
     assert refused(written(tmp_path, rows)).startswith("stage 1 has no row")
 
 
@@ -265,7 +266,7 @@ def test_measurements_are_sorted_by_falling_clock_whatever_the_order() -> None:
         assert clocks == sorted(clocks, reverse=True)
 
 
-TIME = st.floats(min_value=1e-200, max_value=1e200)
+TIME = st.floats(min_value=1e-200, max_value=MOST_S)
 POWER = st.floats(min_value=1e-3, max_value=1999)
 ERROR = st.one_of(st.just(math.nan), st.floats(0, 1e300))
 LETTERS = st.characters(codec="utf-8", exclude_categories=["C", "Z"])
@@ -305,7 +306,7 @@ def test_a_scaled_profile_has_all_times_and_energies_scaled(plain: Profile, fact
     try:
         scaled = plain.scaled(factor)
     except ProfileError:
-        assert any(not 0 < v * factor < math.inf for _, _, m in plain.rows() for v in (m.time_s, m.energy_j))
+        assert any(not 0 < m.time_s * factor <= MOST_S or not m.energy_j > 0 for _, _, m in plain.rows())
         return
     for (*key, new), (*old_key, old) in zip(scaled.rows(), plain.rows(), strict=True):
         assert key == old_key

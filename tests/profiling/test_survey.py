@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -218,3 +219,34 @@ def test_a_kept_profile_fits_a_job_whose_steps_vary() -> None:
 def test_without_rechecks_nothing_changes() -> None:
     before = Survey(profile(2), BLOCKING_W)
     assert rescaled(before, []) == before
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        *((1, value) for value in (0, 10**9, "x")),
+        *((2, value) for value in (0.0, -1.0, 1e30, math.inf, True, [1])),
+        *((3, -1e-3), (4, 1e30), (5, -1.0), (6, -1), (7, -0.5)),
+    ],
+)
+def test_absurd_figures_of_one_rank_name_it_and_stop_nothing_else(column: int, value: Any) -> None:
+    faulty = rank_estimate(0)
+    faulty.estimate["instructions"][0][column] = value
+    with pytest.raises(ProfileError, match=r"rank 0: stage estimate: cannot be read: .*got"):
+        surveyed([faulty, rank_estimate(1)])
+
+
+@pytest.mark.parametrize(("at", "value"), [(3, 0.0), (3, math.inf), (1, -1), (4, 0)])
+def test_steps_of_no_time_are_refused(at: int, value: float) -> None:
+    faulty = rank_estimate(0)
+    faulty.estimate["steps"] = [[1, 1410, "forward", 0.1, 4, None]]
+    surveyed([faulty, rank_estimate(1)])
+    faulty.estimate["steps"][0][at] = value
+    with pytest.raises(ProfileError, match="rank 0"):
+        surveyed([faulty, rank_estimate(1)])
+
+
+def test_an_energy_of_nothing_is_one_that_is_not_known() -> None:
+    """As a counter that moves once in a while may give."""
+    row = replace(stage_estimate(0).instructions[0], energy_j=0.0)
+    assert math.isnan(row.lasting(0.1, 0.01).energy_se_j)

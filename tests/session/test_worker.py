@@ -712,3 +712,27 @@ def test_iterations_of_a_schedule_that_is_not_followed_are_no_progress(
     assert "warming up" not in heard.text
     rank.iterate(directive=Sweep(1, 810, kept=False))
     assert came_true(lambda: "profiling clock 2 of 3: 810 MHz" in heard.text)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"waits": [WaitPart(after=0, frequency_mhz=600, duration_s=0.1)]},
+        {
+            "catch_up": CatchUpPart(
+                latest_starts_s=(0.0, 0.0),
+                usual_delays_s=(0.0, 0.0),
+                kinds=("forward", "backward"),
+                options={"forward": ((600, 0.1, 1.0),), "backward": ((1410, 0.1, 1.0),)},
+                size_weight=0.0,
+            )
+        },
+    ],
+)
+def test_a_plan_at_clocks_that_the_gpu_does_not_have_is_followed_by_nobody(ranks: Ranks, more: dict[str, Any]) -> None:
+    rank = ranks()
+    publish_news(rank.exchange, sequence=1, switch=7, action="follow", version=1, **more)
+    assert came_true(lambda: bool(rank.failures))
+    assert "600 MHz, which this GPU does not have" in rank.failures[0]
+    assert "600 MHz" in receive(Trouble, rank.fetch(TROUBLE)).reason
+    assert not rank.link.parts

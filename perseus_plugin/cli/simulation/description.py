@@ -11,15 +11,18 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from perseus_plugin.bounds import MOST_COUNT, MOST_STAGES, MOST_W
 from perseus_plugin.errors import ConfigError, validation_problem
+from perseus_plugin.files import parse_yaml, read_text
 from perseus_plugin.gpus.emulated.physics import FORWARD_LIKE, MODELS, WAITING, GpuModel, load_class
 from perseus_plugin.iteration.instructions import BACKWARD, FORWARD
 from perseus_plugin.iteration.schedules import RECOMPUTE
-from perseus_plugin.profiling.profile import MOST_W, Measurement, Profile
+from perseus_plugin.profiling.profile import Measurement, Profile
 from perseus_plugin.profiling.waiting import WaitingPower
+
+_MOST_BYTES = 2**20  # of a description
 
 PEAK_FLOPS = {"a100": 312e12, "a40": 149.7e12}
 """Dense bfloat16 tensor-core rate at the highest clock, from NVIDIA's data sheets, by the name in `MODELS`."""
@@ -36,17 +39,23 @@ class ModelDescription(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    layers: int = Field(ge=1, description="transformer layers")
-    hidden: int = Field(ge=1, description="width of the model")
-    sequence_length: int = Field(ge=1, description="tokens of a sequence")
-    microbatch_size: int = Field(ge=1, description="sequences of a microbatch")
-    vocabulary: int = Field(ge=1, description="rows of the output matrix, which the last stage multiplies by")
-    stages: int | None = Field(default=None, ge=1, description="pipeline stages of an even split; not with split")
-    split: list[Annotated[int, Field(ge=0)]] | None = Field(
+    layers: int = Field(ge=1, le=MOST_STAGES, description="transformer layers")
+    hidden: int = Field(ge=1, le=MOST_COUNT, description="width of the model")
+    sequence_length: int = Field(ge=1, le=MOST_COUNT, description="tokens of a sequence")
+    microbatch_size: int = Field(ge=1, le=MOST_COUNT, description="sequences of a microbatch")
+    vocabulary: int = Field(
+        ge=1, le=MOST_COUNT, description="rows of the output matrix, which the last stage multiplies by"
+    )
+    stages: int | None = Field(
+        default=None, ge=1, le=MOST_STAGES, description="pipeline stages of an even split; not with split"
+    )
+    split: list[Annotated[int, Field(ge=0, le=MOST_STAGES)]] | None = Field(
         default=None, min_length=1, description="layers of each stage; not with stages"
     )
-    feed_forward: int | None = Field(default=None, ge=1, description="width of the feed-forward part; 4 x hidden")
-    tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share a stage")
+    feed_forward: int | None = Field(
+        default=None, ge=1, le=MOST_COUNT, description="width of the feed-forward part; 4 x hidden"
+    )
+    tensor_parallel: int = Field(default=1, ge=1, le=MOST_COUNT, description="GPUs that share a stage")
     recompute: bool = Field(default=False, description="whether the backward computes the whole forward again")
     efficiency: float = Field(
         default=0.5, gt=0, le=1, description="share of the GPU's peak rate that is reached; scales times, not savings"
@@ -181,11 +190,13 @@ def load_description(path: Path) -> ModelDescription:
         ConfigError: naming the file, the key, the value and what is allowed.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, _MOST_BYTES)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot read the model description: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         known = ", ".join(ModelDescription.model_fields)
         raise ConfigError(f"{path}: got {type(content).__name__}; allowed: an object with the keys {known}")

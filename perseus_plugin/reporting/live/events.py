@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from perseus_plugin.errors import ReportError, os_problem
-from perseus_plugin.files import append
+from perseus_plugin.files import append, parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
         ReportError: the file cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    except OSError as error:
+        lines = read_bytes(path).decode(errors="replace").split("\n")[:-1]
+    except (OSError, ValueError) as error:
         raise ReportError(f"{path}: cannot be read: {error}") from error
     lines = [line for line in lines if line]
     events = [event for line in lines if (event := _event(line)) is not None]
@@ -76,7 +76,7 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _event(line: str) -> dict[str, Any] | None:
     try:
-        event = json.loads(line)
+        event = parse_json(line)
     except ValueError:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from perseus_plugin.bounds import ClockOrFull, Count, PositiveTime, Time
 from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.reporting.record.iterations import Sort, Stretch
 
@@ -42,8 +43,8 @@ class Deviation(_Strict):
 
     event: Literal["deviation"]
     time_s: float
-    asked_mhz: int
-    read_mhz: int
+    asked_mhz: ClockOrFull
+    read_mhz: ClockOrFull
 
 
 class Row(_Strict):
@@ -52,13 +53,13 @@ class Row(_Strict):
     first: Annotated[int, Field(ge=0, le=10**8)]
     count: Annotated[int, Field(ge=1, le=10**8)] = 1
     begin_s: float
-    time_s: Annotated[float, Field(gt=0)]
-    longest_s: float | None = None
+    time_s: PositiveTime
+    longest_s: Time | None = None
     energy_j: float | None
-    read: int | None = None
+    read: Count | None = None
     state: Literal["warm-up", "full", "profiling", "plan", "straggler", "unknown"]
-    plan: int = 0
-    clock_mhz: int = 0
+    plan: Count = 0
+    clock_mhz: ClockOrFull = 0
     reason: str = ""
     schedule: str = ""
 

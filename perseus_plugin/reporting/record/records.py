@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from perseus_plugin.errors import ReportError, validation_problem
 from perseus_plugin.exchange.messages import Placement
-from perseus_plugin.files import ModelT
+from perseus_plugin.files import ModelT, read_text
 from perseus_plugin.iteration.graph import FloatArray
 from perseus_plugin.reporting.record.iterations import Stretch
 from perseus_plugin.reporting.record.lines import Deviation, Header, Row
@@ -53,8 +53,8 @@ def load_record(output_dir: Path, rank: int) -> RankRecord:
     """
     path = record_path(output_dir, rank)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise ReportError(f"{path}: cannot be read: {error}") from error
     whole, _, rest = text.rpartition("\n")
     lines = whole.split("\n")

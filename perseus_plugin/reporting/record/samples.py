@@ -14,6 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from perseus_plugin.bounds import Count, PositiveTime
 from perseus_plugin.errors import ReportError
 from perseus_plugin.files import read_model
 from perseus_plugin.iteration.instructions import Compute
@@ -80,10 +81,10 @@ class Sample(_Strict):
 
     number: Annotated[int, Field(ge=0)]
     state: str
-    plan: int
+    plan: Count
     schedule: str
     begin_s: float
-    time_s: Annotated[float, Field(gt=0)]
+    time_s: PositiveTime
     operations: tuple[Timed, ...]
     requests: tuple[ClockRequest, ...] = ()
     readings: tuple[Reading, ...] = ()

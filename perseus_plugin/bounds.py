@@ -1,0 +1,46 @@
+"""What figures can be at all: what comes from outside is held against it, whoever says it and whatever it is for.
+
+Wide enough for any GPU and job there is, and narrow enough that nothing overflows or takes for ever further on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from perseus_plugin.errors import shown
+
+MOST_MHZ = 10_000
+MOST_S = 1e6
+"""Of an instruction, an iteration, or a part of either: eleven days."""
+LEAST_S = 1e-9
+"""Of what is divided by."""
+MOST_W = 2000.0
+"""No GPU draws more: what does is not in joules and seconds."""
+MOST_J = MOST_S * MOST_W
+MOST_COUNT = 10**9
+MOST_STAGES = 10_000
+
+Clock = Annotated[int, Field(ge=1, le=MOST_MHZ)]
+ClockOrFull = Annotated[int, Field(ge=0, le=MOST_MHZ)]
+"""0: full clocks."""
+Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
+Stage = Annotated[int, Field(ge=0, le=MOST_STAGES)]
+Time = Annotated[float, Field(ge=0, le=MOST_S)]
+PositiveTime = Annotated[float, Field(gt=0, le=MOST_S)]
+PositiveEnergy = Annotated[float, Field(gt=0)]
+
+
+def number(value: Any, low: float, high: float, what: str) -> float:
+    """A figure as it was told, NaN where it is not known (None).
+
+    Raises:
+        ValueError: it is no number, or not from `low` to `high`.
+    """
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{what}: got {shown(value)}; allowed: a number from {low:g} to {high:g}")
+    return float(value)

@@ -212,6 +212,15 @@ class LimitsConfig(_Strict):
         ge=0,
         le=1,
     )
+    free_after_s: float | None = _setting(
+        None,
+        "a number from 1 to 86400, or null",
+        "How long a rank's training may ask for nothing, as where a collective hangs, until its clock is freed; it is "
+        "taken up again when the training goes on. null: five iterations, and at least 5 s. While the training process "
+        "is stopped (a suspended job, a debugger) the clock is free at once.",
+        ge=1,
+        le=86400,
+    )
 
     @property
     def dwell_s(self) -> float | None:

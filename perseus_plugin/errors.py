@@ -137,5 +137,9 @@ class GpuError(PerseusError):
     """A GPU that cannot be read or controlled: no permission, lost, not supported."""
 
 
+class ClockNotFreeError(GpuError):
+    """A GPU whose clock may still be locked although nobody wants that any more."""
+
+
 class ReportError(PerseusError):
     """An output folder that cannot be reported on: foreign or damaged."""

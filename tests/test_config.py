@@ -50,7 +50,7 @@ FULL: dict[str, Any] = {
         "gpus": ["gpu0", "gpu1"],
         "counter_period_s": 0.1,
     },
-    "limits": {"max_changes_per_iteration": 4, "min_dwell_s": 0.5, "switch_latency_s": 0.02},
+    "limits": {"max_changes_per_iteration": 4, "min_dwell_s": 0.5, "switch_latency_s": 0.02, "free_after_s": 30.0},
     "watch": {"tolerance": 0.05, "patience": 3, "reference_share": 0.1, "max_replans": 0},
     "stragglers": {
         "enabled": False,

@@ -1,7 +1,7 @@
 """A rank's side of the clock helper: start it, ask for clocks, collect what it reports.
 
-Nothing here blocks or raises into the caller. A helper that is dead or stuck makes `alive` false and leaves
-one `Trouble`; if it died with the clock locked, a fresh process is started that frees it.
+Nothing here blocks or raises into the caller. A helper that ends although nobody here has asked it to, or is silent,
+makes `alive` false; a fresh process frees its clock, and then one `Trouble` says what came of that.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import weakref
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from perseus_plugin import processes
+from perseus_plugin.control.helper.resetting import not_free
 from perseus_plugin.control.ownership import HELPER_MODULE
 from perseus_plugin.control.wire import (
     AT_ONCE_AND_LAST,
@@ -24,12 +26,14 @@ from perseus_plugin.control.wire import (
     CLOSE,
     EXIT_NO_GPU,
     EXIT_RESET_FAILED,
+    FREE_AFTER,
     HEARTBEAT,
     MARK,
     MEASURE_LATENCY,
     POLL_ENERGY,
     READY,
     SET_CLOCK,
+    Applied,
     Command,
     DeviceFacts,
     Event,
@@ -40,10 +44,24 @@ from perseus_plugin.control.wire import (
 )
 from perseus_plugin.errors import os_problem
 
-STUCK_AFTER_S = 10.0
+STUCK_AFTER_S = 8.0
 """A helper that is silent for so long (it sends a heartbeat every second) counts as stuck."""
+START_S = 30.0
+"""How long it may take to say its first word: where many ranks start, Python is read from a busy file system."""
+RESCUE_WAIT_S = 2.5
+"""How long what is said of a helper waits for what comes of freeing its clock."""
+CLOSE_GRACE_S = 15.0
+"""How long a helper that was closed may take to reset its clock before it is ended."""
 MAX_EVENTS = 200_000
-RESCUE_WAIT_S = 30.0
+_LOOK_S = 0.5
+
+
+class _End(NamedTuple):
+    """How a helper ended, or why it must: code and text of a `Trouble`; its exit status, None if it still runs."""
+
+    code: str
+    text: str
+    status: int | None
 
 
 class ClockHelper:
@@ -60,11 +78,13 @@ class ClockHelper:
         self._spec = spec
         self._read_only = read_only
         self._process = process
+        self._rescuer: subprocess.Popen[bytes] | None = None
         self._owner_pid = os.getpid()
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._lock = threading.Lock()
         self._seq = 0
         self._last_sent: tuple[int | None] | None = None
+        self._locked_mhz: int | None = None
         self._ready = threading.Event()
         self._facts: DeviceFacts | None = None
         self._closing = self._said_bye = self._lost = False
@@ -78,7 +98,7 @@ class ClockHelper:
             self._inlet = process.stdin.fileno()
             os.set_blocking(self._inlet, False)
             _helpers.add(self)
-            self._reader = threading.Thread(target=self._read_replies, name="perseus-replies", daemon=True)
+            self._reader = threading.Thread(target=self._watch, args=(process,), name="perseus-replies", daemon=True)
             self._reader.start()
         else:
             self._ready.set()
@@ -93,21 +113,24 @@ class ClockHelper:
         settle_s: float = 0.03,
         gives_way: bool = False,
         read_only: bool = False,
+        latency_s: float = 0.0,
     ) -> ClockHelper:
         """Start the helper of the GPU that `spec` names (see `gpus.registry`); does not wait for it.
 
         Args:
             spec: which GPU.
             log_path: where its standard error is appended; None: the caller's standard error.
-            min_dwell_s: shortest time between two clock changes; None: follows from the switch latency once
-                that was measured.
+            min_dwell_s: shortest time between two clock changes; None: follows from the switch latency once that
+                was measured.
             settle_s: time after a change until the clock is read back (0: never).
             gives_way: whether it stops setting clocks when the clock is changed from outside, and does not ask again.
             read_only: whether it only reads: no call that sets or frees a clock is made, then or at the end.
+            latency_s: the switch latency (95 %) where it was measured before, else 0.
         """
         dwell = [] if min_dwell_s is None else ["--min-dwell", repr(min_dwell_s)]
         options = [*dwell, "--settle", repr(settle_s), *(["--give-way"] if gives_way else [])]
         options += ["--read-only"] if read_only else []
+        options += ["--switch-latency", repr(latency_s)] if latency_s else []
         try:
             process = _spawn(spec, options, log_path)
         except OSError as error:
@@ -154,6 +177,11 @@ class ClockHelper:
         with self._lock:
             self._send(POLL_ENERGY, 0, interval_s or 0.0)
 
+    def free_after(self, silence_s: float) -> None:
+        """Have the clock free while nothing is sent for so long; taken up again with what is sent next."""
+        with self._lock:
+            self._send(FREE_AFTER, 0, silence_s)
+
     def mark(self, tag: int) -> None:
         """Have the helper read counter and clock at once; the answer is a `Mark` with this `tag` (0 to
         2^32-1)."""
@@ -190,6 +218,9 @@ class ClockHelper:
             self._close_inlet()
         self._reader.join(timeout_s)
         self._alive = False
+        if self._reader.is_alive() and not self._said_bye and not self._read_only:
+            # This process may end before the helper does: another one sees to it that the clock is free.
+            self._rescue(self._process, told=False)
         return self._said_bye
 
     def _send(self, what: int, number: int, time_s: float) -> bool:
@@ -202,8 +233,7 @@ class ClockHelper:
         except BlockingIOError:
             self.dropped += 1
             return False
-        except OSError:
-            self._alive = False  # the reader sees the end of the replies and says so
+        except OSError:  # the reader sees the end of the replies
             return False
         return True
 
@@ -213,31 +243,58 @@ class ClockHelper:
             with suppress(OSError):
                 self._process.stdin.close()
 
-    def _read_replies(self) -> None:
-        process = self._process
-        assert process is not None
+    # The reader's thread.
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Take what the helper says until it has ended, and see that its clock is free."""
+        end = self._read_replies(process)
+        self._alive = False
+        with self._lock:
+            self._close_inlet()  # a helper that still runs resets the clock and ends
+        self._ready.set()
+        self._clear_up(process, end)
+        for ended in (process, self._rescuer):
+            if ended is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    ended.wait(_LOOK_S)
+                if ended.stdout is not None:
+                    ended.stdout.close()
+
+    def _read_replies(self, process: subprocess.Popen[bytes]) -> _End | None:
+        """Take what the helper says until it ends, or must; None if it ended because it was closed."""
         assert process.stdout is not None
         outlet = process.stdout.fileno()
         waiter = select.poll()
         waiter.register(outlet, select.POLLIN)
         buffer = bytearray()
-        heard_s = time.monotonic()
+        limit_s, silent_s, looked_s = START_S, 0.0, time.monotonic()
         try:
             while True:
-                if waiter.poll(1000):
+                readable = waiter.poll(1e3 * _LOOK_S)
+                # Time in which this process did not run either is no silence: a job may be suspended as a whole.
+                now_s = time.monotonic()
+                silent_s += min(now_s - looked_s, 2 * _LOOK_S)
+                looked_s = now_s
+                if readable:
                     data = os.read(outlet, 1 << 16)
                     if not data:
                         break
-                    heard_s = time.monotonic()
+                    limit_s, silent_s = STUCK_AFTER_S, 0.0
                     buffer += data
                     for what, payload in split_replies(buffer):
                         self._take(what, payload)
-                elif self._alive and not self._closing and time.monotonic() - heard_s > STUCK_AFTER_S:
-                    self._lose("helper_stuck", f"the clock helper was silent for {STUCK_AFTER_S:.0f} s")
+                elif silent_s > limit_s and not self._closing:
+                    return _End("helper_stuck", f"the clock helper was silent for {limit_s:.0f} s", None)
         except (OSError, WireError) as error:
-            self._lose("protocol", str(error))
-        process.stdout.close()
-        self._after_end(process)
+            return None if self._closing else _End("protocol", str(error), None)
+        try:
+            status = process.wait(_LOOK_S)
+        except subprocess.TimeoutExpired:
+            return None if self._closing else _End("helper_died", "the clock helper closed its pipe", None)
+        if self._closing:
+            return None
+        asked = ": a signal asked it to" if self._said_bye else ""
+        return _End("helper_died", f"the clock helper ended with status {status}{asked}", status)
 
     def _take(self, what: int, payload: bytes) -> None:
         if what == READY:
@@ -247,35 +304,65 @@ class ClockHelper:
                 raise WireError(f"reply READY with a wrong payload: {error}") from error
             self._ready.set()
         elif what == BYE:
-            self._said_bye = True
+            self._said_bye, self._locked_mhz = True, None
         elif what != HEARTBEAT:
             event = unpack_event(what, payload)
-            if isinstance(event, Trouble) and event.code == "helper_failed":
+            if isinstance(event, Trouble) and event.code in ("helper_failed", "protocol"):
                 self._lost, self._alive = True, False
+            elif isinstance(event, Applied):
+                self._locked_mhz = event.frequency_mhz
             self._events.append(event)
 
-    def _after_end(self, process: subprocess.Popen[bytes]) -> None:
-        """The helper has ended: say so if it should not have, and make sure that the clock is free."""
-        status = process.wait()
-        orderly = self._said_bye or self._closing
-        if not orderly:
-            self._lose("helper_died", f"the clock helper ended with status {status}")
-        self._alive = False
-        with self._lock:
-            self._close_inlet()
-        self._ready.set()
-        if not self._said_bye and not self._read_only and status not in (EXIT_NO_GPU, EXIT_RESET_FAILED):
-            with suppress(OSError, RuntimeError, subprocess.TimeoutExpired):
-                _spawn(self._spec, ["--reset-only"], None).wait(RESCUE_WAIT_S)
+    def _clear_up(self, process: subprocess.Popen[bytes], end: _End | None) -> None:
+        """The helper has ended for good, or must: see that its clock is free, and say what has become of it."""
+        status = process.poll()
+        controlled = not self._read_only and (self._facts is None or self._facts.can_lock)
+        problem = ""
+        if not controlled:
+            process.kill()  # the clock is as others have it
+        elif status == EXIT_RESET_FAILED:
+            problem = self._not_free("the driver has not taken the reset")
+        elif not self._said_bye and status != EXIT_NO_GPU:
+            problem = self._rescue(process, told=end is not None)
+        if end is None:
+            return
+        if problem:
+            self._events.append(Trouble(end.code, f"{end.text}; {problem}", time.monotonic(), free=False))
+        elif not self._lost:
+            text = f"{end.text}; its SM clock is free" if controlled else end.text
+            self._events.append(Trouble(end.code, text, time.monotonic()))
 
-    def _lose(self, code: str, text: str) -> None:
-        """No longer alive; closing the pipe makes a helper that still runs reset the clock and end."""
-        if not self._lost:
-            self._lost = True
-            self._events.append(Trouble(code, text, time.monotonic()))
-        self._alive = False
-        with self._lock:
-            self._close_inlet()
+    def _rescue(self, process: subprocess.Popen[bytes], *, told: bool) -> str:
+        """Have a fresh process free the clock, in the place of one that is ended if need be; why it may not be free."""
+        instead = ["--instead-of", str(process.pid)] if process.poll() is None else []
+        locked = [] if self._locked_mhz is None else ["--locked-mhz", str(self._locked_mhz)]
+        options = ["--reset-only", *instead, *locked]
+        if not told:  # this process may end before it: it says itself what is to be said
+            options += ["--grace", repr(CLOSE_GRACE_S)]
+        try:
+            self._rescuer = _spawn(self._spec, [*options, *(["--told"] if told else [])], None)
+        except OSError as error:
+            process.kill()
+            return self._not_free(f"no process could be started that frees it: {os_problem(error)}")
+        return self._answer_of(self._rescuer) if told else ""
+
+    def _answer_of(self, rescuer: subprocess.Popen[bytes]) -> str:
+        assert rescuer.stdout is not None
+        waiter = select.poll()
+        waiter.register(rescuer.stdout.fileno(), select.POLLIN)
+        if not waiter.poll(1e3 * RESCUE_WAIT_S):
+            return self._not_free(f"freeing it takes longer than {RESCUE_WAIT_S} s")
+        said = bytearray(os.read(rescuer.stdout.fileno(), 1 << 16))
+        try:
+            for what, payload in split_replies(said):
+                return "" if what == BYE else Trouble.unpack(payload).text
+        except (WireError, ValueError):
+            pass
+        return self._not_free("the process that was to free it has failed")
+
+    def _not_free(self, problem: str) -> str:
+        uuid = self._spec.rpartition(":")[2] if self._facts is None else self._facts.uuid
+        return not_free(self._spec, uuid, self._locked_mhz, problem)
 
     def _forget_after_fork(self) -> None:
         # A forked child must not hold the pipe open: the helper would not see the trainer's end of it.

@@ -77,6 +77,11 @@ class PendingRequests:
         """The clock is now asked to be `frequency_mhz`."""
         self._set, self._changed_s = frequency_mhz, now_s
 
+    @property
+    def asked_mhz(self) -> int | None:
+        """The clock that `set` was told last."""
+        return self._set
+
     def clear(self) -> None:
         """Forget everything that waits."""
         self._waiting.clear()

@@ -95,10 +95,16 @@ def select_gpu(config: PerseusConfig, placement: Placement, output_dir: Path) ->
     return _emulated(config, placement, output_dir)
 
 
-def with_facts(selection: Selection, facts: DeviceFacts | None) -> Selection:
-    """The selection with what the helper found out; without a spec when it cannot set clocks."""
+def with_facts(selection: Selection, facts: DeviceFacts | None, problem: str = "") -> Selection:
+    """The selection with what the helper found out; without a spec when it cannot set clocks.
+
+    Args:
+        selection: as chosen.
+        facts: what the helper found out; None: it is not there.
+        problem: why, where it has said so.
+    """
     if facts is None:
-        why = "the clock helper did not start; see its message above"
+        why = problem or "the clock helper did not answer in time"
         return replace(selection, spec=None, clocks_mhz=(), why_not=why)
     if not facts.can_lock:
         return replace(selection, name=facts.name, spec=None, clocks_mhz=(), why_not=facts.why_not, busy=facts.busy)

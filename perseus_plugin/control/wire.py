@@ -19,7 +19,7 @@ REPLY_HEADER = struct.Struct("<HHI")
 MAGIC = 0x5E50
 MAX_PAYLOAD = 4000
 
-SET_CLOCK, POLL_ENERGY, MARK, MEASURE_LATENCY, CLOSE = range(1, 6)
+SET_CLOCK, POLL_ENERGY, MARK, MEASURE_LATENCY, CLOSE, FREE_AFTER = range(1, 7)
 AT_ONCE_AND_LAST = -1.0
 """Apply time of a SET_CLOCK that nothing shall hold up, not even a timing of clock changes."""
 EXIT_NO_GPU, EXIT_RESET_FAILED = 2, 3
@@ -39,7 +39,8 @@ class Command(NamedTuple):
         number: MHz (0: reset) of SET_CLOCK, tag of MARK, rounds of MEASURE_LATENCY.
         seq: rising number.
         sent_s: when it was sent.
-        time_s: apply time of SET_CLOCK (0: at once; `AT_ONCE_AND_LAST`), interval of POLL_ENERGY (0: stop).
+        time_s: apply time of SET_CLOCK (0: at once; `AT_ONCE_AND_LAST`), interval of POLL_ENERGY (0: stop), silence
+            of FREE_AFTER.
     """
 
     what: int
@@ -61,7 +62,7 @@ def split_commands(buffer: bytearray) -> Iterator[Command]:
     """
     while len(buffer) >= COMMAND.size:
         magic, *fields = COMMAND.unpack_from(buffer)
-        if magic != MAGIC or not SET_CLOCK <= fields[0] <= CLOSE:
+        if magic != MAGIC or not SET_CLOCK <= fields[0] <= FREE_AFTER:
             raise WireError(f"not a command: {bytes(buffer[: COMMAND.size])!r}")
         del buffer[: COMMAND.size]
         yield Command._make(fields)
@@ -220,24 +221,27 @@ class Trouble:
     Attributes:
         code: `"lock_failed"`, `"gave_way"` (no clock will be set any more), `"read_failed"`, `"read_again"` (no
             trouble any more), `"reset_failed"` (the GPU may be left locked), `"helper_failed"` (it never started, or
-            could not open the GPU), `"helper_died"`, `"helper_stuck"`, `"protocol"`.
+            could not open the GPU), `"helper_died"`, `"helper_stuck"`, `"protocol"`; `"started_again"` (a helper that
+            had ended: clocks are set as before), `"paused"` (the clock was free while the trainer did nothing).
         text: for people.
         time_s: when.
+        free: False where the clock may still be locked although it should not be; the text says what frees it.
     """
 
     code: str
     text: str
     time_s: float
+    free: bool = True
 
     def pack(self) -> bytes:
         """As the payload of TROUBLE."""
-        return f"{self.code}\n{self.time_s!r}\n{self.text}".encode()[:MAX_PAYLOAD]
+        return f"{self.code}\n{self.time_s!r}\n{int(self.free)}\n{self.text}".encode()[:MAX_PAYLOAD]
 
     @classmethod
     def unpack(cls, payload: bytes) -> Trouble:
         """Inverse of `pack`."""
-        code, time_s, text = payload.decode(errors="replace").split("\n", 2)
-        return cls(code, text, float(time_s))
+        code, time_s, free, text = payload.decode(errors="replace").split("\n", 3)
+        return cls(code, text, float(time_s), bool(int(free)))
 
 
 Event = Tick | Mark | Applied | SwitchLatency | Deviation | Trouble

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from perseus_plugin.errors import GpuError, PerseusError
+from perseus_plugin.errors import ClockNotFreeError, GpuError, PerseusError
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +63,21 @@ class Lifetime:
         return True
 
     def fail(self, error: Exception) -> None:
-        """End the session because of an error: full clocks, one message, training goes on."""
-        if not self._give_up_clock():
+        """End the session because of an error: full clocks, one message, training goes on.
+
+        Of a clock that could not be freed, a session that has ended already says so, too: it said something else.
+        """
+        first = self._give_up_clock()
+        if isinstance(error, ClockNotFreeError):
+            if first:
+                logger.error("perseus is off from here on: %s. Training goes on, at that clock until then", error)
+            else:
+                logger.error("training goes on, but not at full clocks: %s", error)
+        if not first:
             return
-        if isinstance(error, GpuError):
+        if isinstance(error, ClockNotFreeError):
+            pass
+        elif isinstance(error, GpuError):
             logger.warning(
                 "perseus is off from here on: %s. Training goes on at full clocks; run `perseus doctor` on this "
                 "machine",

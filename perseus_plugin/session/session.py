@@ -18,8 +18,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from perseus_plugin.config import StragglersConfig
 from perseus_plugin.control.boundaries import boundaries_for
-from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.controller import Controller
+from perseus_plugin.control.lasting import LastingHelper
 from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.exchange.parts import part_for
 from perseus_plugin.exchange.store import Exchange
@@ -81,7 +81,7 @@ class Session:
         lifetime: Lifetime,
         link: Link,
         exchange: Exchange,
-        helper: ClockHelper | None = None,
+        helper: LastingHelper | None = None,
         emulated: EmulatedStage | None = None,
         monitor: Monitor | None = None,
         stragglers: StragglersConfig | None = None,

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Protocol
 
 from perseus_plugin.config import PerseusConfig, with_whole_paths
-from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.examination import why_not_planned
+from perseus_plugin.control.lasting import LastingHelper
 from perseus_plugin.control.selection import Selection, emulates, select_gpu, with_facts
-from perseus_plugin.control.wire import DeviceFacts
+from perseus_plugin.control.wire import DeviceFacts, Trouble
 from perseus_plugin.errors import ConfigError, os_problem
 from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.exchange.store import Exchange, open_exchange
@@ -41,9 +41,9 @@ _READY_TIMEOUT_S = 20.0
 
 
 class StartHelper(Protocol):
-    """Starts the process that sets a GPU's clock, see `ClockHelper.start`."""
+    """Starts the process that sets a GPU's clock, see `LastingHelper.start`."""
 
-    def __call__(self, spec: str, *, min_dwell_s: float | None = None, gives_way: bool = False) -> ClockHelper: ...
+    def __call__(self, spec: str, *, min_dwell_s: float | None = None, gives_way: bool = False) -> LastingHelper: ...
 
 
 def start_session(
@@ -90,8 +90,8 @@ def prepare(
     facts: Mapping[str, str] | None = None,
     about: Mapping[str, str] | None = None,
     exchange: Exchange | None = None,
-    start_helper: StartHelper = ClockHelper.start,
-) -> tuple[Job, ClockHelper | None]:
+    start_helper: StartHelper = LastingHelper.start,
+) -> tuple[Job, LastingHelper | None]:
     """Find out what a session is about, and take its GPU; see `start_session`.
 
     Returns:
@@ -138,20 +138,23 @@ def prepare(
     return job, helper
 
 
-def link_for(job: Job, helper: ClockHelper | None, *, writes_events: bool = False) -> Link:
+def link_for(job: Job, helper: LastingHelper | None, *, writes_events: bool = False) -> Link:
     """What this rank's threads share; says why if no clock will be set."""
     link = Link(job.timetable, writes_events=writes_events)
     latency_s = job.config.limits.switch_latency_s
     if helper is None:
         _observe_only(job.selection, link, job.placement)
-    elif latency_s is None:
+        return link
+    if job.config.limits.free_after_s is not None:
+        helper.free_after(job.config.limits.free_after_s)
+    if latency_s is None:
         helper.measure_latency()
     else:
         link.rise_early(latency_s)
     return link
 
 
-def _built(job: Job, helper: ClockHelper | None, monitor: Monitor | None, undone: ExitStack) -> Session:
+def _built(job: Job, helper: LastingHelper | None, monitor: Monitor | None, undone: ExitStack) -> Session:
     """All of a session, from the bottom up: nothing here makes, or knows, what uses it.
 
     What has to be ended goes into `undone`, in case that something after it cannot be made.
@@ -202,7 +205,7 @@ def _timetable(config: PerseusConfig, sweep_mhz: tuple[int, ...]) -> Timetable:
 
 def _take_gpu(
     config: PerseusConfig, selection: Selection, start_helper: StartHelper
-) -> tuple[Selection, ClockHelper | None]:
+) -> tuple[Selection, LastingHelper | None]:
     """Start the helper of the selected GPU; without one if it cannot set clocks."""
     if selection.spec is None:
         return selection, None
@@ -213,7 +216,8 @@ def _take_gpu(
         logger.warning("the SM clock was %s; it is free again, nothing needs to be done", device.leftover)
     if device is not None and device.foreign:
         logger.warning("the SM clock %s", device.foreign)
-    selection = with_facts(selection, device)
+    problem = "" if device is not None else next((e.text for e in helper.drain() if isinstance(e, Trouble)), "")
+    selection = with_facts(selection, device, problem)
     if device is not None and selection.spec is not None:
         why_not = _why_not_planned(config, selection, device)
         if why_not:

@@ -10,15 +10,16 @@ import logging
 import math
 import statistics
 import threading
+from collections import deque
 from dataclasses import dataclass, replace
 from time import monotonic
 
 from perseus_plugin.control import wire
-from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.clock_log import ClockLog
 from perseus_plugin.control.examination import why_not_obeyed
+from perseus_plugin.control.lasting import LastingHelper
 from perseus_plugin.control.lateness import extra_energy_j
-from perseus_plugin.errors import GpuError, PerseusError
+from perseus_plugin.errors import ClockNotFreeError, GpuError, PerseusError
 from perseus_plugin.exchange.messages import (
     NEWS,
     TROUBLE,
@@ -68,6 +69,10 @@ from perseus_plugin.stragglers.sensing import StragglerSensing
 
 logger = logging.getLogger(__name__)
 
+SILENT_ITERATIONS, LEAST_SILENCE_S = 5, 5.0
+"""Time that the training may ask for nothing until the clock is freed: so many of the longest recent iterations."""
+RECENT_ITERATIONS = 8
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -101,7 +106,7 @@ class SessionWorker:
         *,
         link: Link,
         lifetime: Lifetime,
-        helper: ClockHelper | None,
+        helper: LastingHelper | None,
         relay: FigureRelay,
         leader: Leader | None = None,
         timing: Timing | None = None,
@@ -130,6 +135,8 @@ class SessionWorker:
         self._recheck_left = 0
         self._told_trouble = False
         self._in_trouble = False
+        self._recent_s: deque[float] = deque(maxlen=RECENT_ITERATIONS)
+        self._free_after_s = 0.0
         self._plans_since: int | None = None
         self._requests = 0
         self._deviations = 0
@@ -159,6 +166,10 @@ class SessionWorker:
             self._tell_trouble()
             if self._leader is not None:
                 self._leader.stop_taking_reports()
+            while self._helper is not None and not self._stop.wait(self._timing.idle_s):
+                for event in self._helper.drain():
+                    if isinstance(event, wire.Trouble) and not event.free:
+                        self._lifetime.fail(ClockNotFreeError(event.text))
 
     def _step(self) -> None:
         self._take_helper_events()
@@ -224,6 +235,7 @@ class SessionWorker:
         self._account.add(record.number, sorts, duration_s)
         self._account.forget_before(record.number - 16)
         self._count(record)
+        self._free_when_silent(duration_s)
         self._count_lateness(directive, record)
         self._count_waits(directive, record)
         self._sensing.saw(directive, record, self._link.parts)
@@ -291,6 +303,16 @@ class SessionWorker:
 
     # The helper.
 
+    def _free_when_silent(self, duration_s: float) -> None:
+        """Tell how long the training may ask for nothing, unless that is configured; anew where that has changed."""
+        if self._helper is None or self._config.limits.free_after_s is not None:
+            return
+        self._recent_s.append(duration_s)
+        limit_s = max(LEAST_SILENCE_S, SILENT_ITERATIONS * max(self._recent_s))
+        if not 0.8 * limit_s <= self._free_after_s <= 1.2 * limit_s:
+            self._free_after_s = limit_s
+            self._helper.free_after(limit_s)
+
     def _take_helper_events(self) -> None:
         if self._helper is None:
             return
@@ -309,10 +331,16 @@ class SessionWorker:
                     self._requests += 1
                 case wire.SwitchLatency():
                     self._take_latency(event)
+                case wire.Trouble(free=False):
+                    self._lifetime.fail(ClockNotFreeError(event.text))
                 case wire.Trouble(code="read_failed"):
                     self._read_failure = (monotonic(), event.text)
                 case wire.Trouble(code="read_again"):
                     logger.info("%s: energy is measured as before", event.text)
+                case wire.Trouble(code="paused" | "freed"):
+                    logger.info("%s", event.text)
+                case wire.Trouble(code="started_again"):
+                    logger.warning("%s. If that one ends as well, training goes on at full clocks", event.text)
                 case wire.Trouble():
                     self._lifetime.fail(GpuError(event.text))
                 case wire.Deviation():

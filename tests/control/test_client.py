@@ -14,7 +14,8 @@ import pytest
 
 from perseus_plugin.control import client
 from perseus_plugin.control.client import ClockHelper
-from perseus_plugin.control.ownership import holder_of, lock_path
+from perseus_plugin.control.helper import rescue
+from perseus_plugin.control.ownership import holder_of, lock_path, read_record
 from perseus_plugin.control.wire import Applied, Deviation, Mark, SwitchLatency, Tick, Trouble
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, IGNORE_LOCKS, NO_PERMISSION
@@ -294,12 +295,18 @@ def test_a_trainer_that_just_ends_leaves_no_lock(spec: str, gpu: EmulatedGpu, mo
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_to_the_helper_frees_the_clock(helper: ClockHelper, gpu: EmulatedGpu, spec: str, number: int) -> None:
+def test_a_signal_to_the_helper_frees_the_clock_and_is_trouble(
+    helper: ClockHelper, gpu: EmulatedGpu, spec: str, number: int
+) -> None:
     helper.request(900)
     wait_for_event(helper, Applied)
     os.kill(helper.pid or 0, number)
     wait_until(lambda: free_and_unowned(gpu, spec), 1.0)
-    wait_until(lambda: not helper.alive)
+    trouble = wait_for_event(helper, Trouble)
+    assert (trouble.code, trouble.free) == ("helper_died", True)
+    assert trouble.text == "the clock helper ended with status 0: a signal asked it to; its SM clock is free"
+    assert not helper.alive
+    assert other_events(helper) == []
 
 
 def test_a_killed_helper_is_reported_once_and_its_lock_freed(helper: ClockHelper, gpu: EmulatedGpu, spec: str) -> None:
@@ -311,7 +318,8 @@ def test_a_killed_helper_is_reported_once_and_its_lock_freed(helper: ClockHelper
     helper.request(1005)
     helper.poll_energy(0.001)
     wait_until(lambda: free_and_unowned(gpu, spec))
-    assert [event.code for event in other_events(helper) if isinstance(event, Trouble)] == ["helper_died"]
+    assert wait_for_event(helper, Trouble).code == "helper_died"
+    assert other_events(helper) == []
     assert gpu.locked_mhz() is None
 
 
@@ -335,17 +343,161 @@ def test_a_stopped_helper_never_blocks_the_trainer(helper: ClockHelper, gpu: Emu
     wait_until(lambda: gpu.locked_mhz() is None)
 
 
-def test_silence_counts_as_stuck(spec: str, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perseus_plugin.control.client.STUCK_AFTER_S", 1.5)
-    helper = ClockHelper.start(spec)
+# A helper that is alive and says nothing.
+
+
+@pytest.fixture
+def silent_helper(helper: ClockHelper, monkeypatch: pytest.MonkeyPatch) -> ClockHelper:
+    """One that has locked the clock, and counts as stuck soon once it is silent."""
+    monkeypatch.setattr(client, "STUCK_AFTER_S", 1.5)
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    return helper
+
+
+def test_a_stopped_helper_is_ended_and_its_clock_freed(silent_helper: ClockHelper, gpu: EmulatedGpu, spec: str) -> None:
+    os.kill(silent_helper.pid or 0, signal.SIGSTOP)
+    trouble = wait_for_event(silent_helper, Trouble)
+    assert (trouble.code, trouble.free) == ("helper_stuck", True)
+    assert trouble.text.endswith("its SM clock is free")
+    assert gpu.locked_mhz() is None
+    assert not silent_helper.alive
+    wait_until(lambda: free_and_unowned(gpu, spec))
+    assert other_events(silent_helper) == []
+
+
+def test_of_a_driver_that_hangs_it_is_said_that_the_clock_is_not_free_and_what_frees_it(
+    silent_helper: ClockHelper, gpu: EmulatedGpu, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "RESCUE_WAIT_S", 0.5)
+    gpu.set_faults(0, call_s=6.0)
+    silent_helper.request(1005)
+    trouble = wait_for_event(silent_helper, Trouble)
+    assert (trouble.code, trouble.free) == ("helper_stuck", False)
+    assert "the SM clock may still be locked at 900 MHz" in trouble.text
+    assert trouble.text.endswith(f"free it with `perseus reset --force --emulated {gpu.state.path}`")
+    assert gpu.locked_mhz() == 900
+    gpu.set_faults(0)
+    wait_until(lambda: free_and_unowned(gpu, spec))  # it is freed as soon as the driver lets us
+
+
+def test_a_helper_that_not_even_sigkill_ends_does_not_keep_its_clock(
+    helper: ClockHelper, gpu: EmulatedGpu, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     helper.request(900)
     wait_for_event(helper, Applied)
     os.kill(helper.pid or 0, signal.SIGSTOP)
-    assert wait_for_event(helper, Trouble).code == "helper_stuck"
-    assert not helper.alive
+    monkeypatch.setattr(rescue.os, "kill", lambda pid, number: None)
+    monkeypatch.setattr(rescue, "_DRIVER_HANGS_S", 0.0)
+    told: list[str] = []
+    rescue.rescue(spec, os.getpid(), instead_of=helper.pid or 0, grace_s=0.0, locked_mhz=900, tell=told.append)
+    monkeypatch.undo()
+    assert told == [""]
+    assert gpu.locked_mhz() is None
     os.kill(helper.pid or 0, signal.SIGCONT)
+
+
+def test_a_clock_that_stays_where_it_was_is_not_called_free(gpu: EmulatedGpu, spec: str) -> None:
+    gpu.lock_clock(900)
+    gpu.set_cap(900)
+    told: list[str] = []
+    rescue.rescue(spec, os.getpid(), instead_of=0, grace_s=0.0, locked_mhz=900, tell=told.append)
+    assert "the driver accepted the reset but the clock still reads 900 MHz" in told[0]
+    assert read_record(lock_path(spec, gpu.uuid))["clock"] == "locked"
+
+
+def test_a_stopped_helper_does_not_keep_its_clock_when_the_trainer_ends(gpu: EmulatedGpu, spec: str) -> None:
+    code = """
+import os, signal, sys
+from perseus_plugin.control import client
+client.CLOSE_GRACE_S = 0.5
+helper = client.ClockHelper.start(sys.argv[1])
+helper.request(900)
+while not helper.drain():
+    pass
+os.kill(helper.pid, signal.SIGSTOP)
+assert not helper.close(0.2)
+"""
+    subprocess.run([sys.executable, "-c", code, spec], check=True)
     wait_until(lambda: free_and_unowned(gpu, spec))
-    assert other_events(helper) == []
+
+
+def test_a_suspended_job_has_no_silent_helper(gpu: EmulatedGpu, spec: str) -> None:
+    code = """
+import os, sys, time
+from perseus_plugin.control import client
+client.STUCK_AFTER_S = 1.5
+helper = client.ClockHelper.start(sys.argv[1])
+assert helper.wait_ready(20).can_lock
+print(helper.pid, flush=True)
+sys.stdin.readline()
+time.sleep(0.5)
+print([event.code for event in helper.drain()], helper.alive, flush=True)
+helper.close()
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code, spec], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert trainer.stdout is not None
+    pid = int(trainer.stdout.readline())
+    for process in (pid, trainer.pid):
+        os.kill(process, signal.SIGSTOP)
+    time.sleep(3.0)
+    os.kill(trainer.pid, signal.SIGCONT)
+    time.sleep(0.3)
+    os.kill(pid, signal.SIGCONT)
+    assert trainer.communicate(b"\n", 20)[0] == b"[] True\n"
+
+
+# A trainer that does nothing.
+
+
+def test_the_clock_is_free_while_the_trainer_is_stopped(gpu: EmulatedGpu, spec: str) -> None:
+    trainer, _ = start_trainer(spec, "plain")
+    assert gpu.locked_mhz() == 900
+    os.kill(trainer.pid, signal.SIGSTOP)
+    wait_until(lambda: gpu.locked_mhz() is None)
+    os.kill(trainer.pid, signal.SIGCONT)
+    wait_until(lambda: gpu.locked_mhz() == 900)
+    trainer.kill()
+    trainer.wait()
+    wait_until(lambda: free_and_unowned(gpu, spec))
+    assert trainer.stdout is not None
+    trainer.stdout.close()
+
+
+def test_the_clock_is_free_while_the_trainer_asks_for_nothing(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    helper.free_after(0.5)
+    helper.request(900)
+    paused = wait_for_event(helper, Trouble)
+    assert paused.code == "paused"
+    assert paused.text == "the training process asked for nothing for 0.5 s: its SM clock is free until it goes on"
+    assert gpu.locked_mhz() is None
+    helper.mark(1)
+    assert [wait_for_event(helper, Applied).frequency_mhz for _ in range(3)] == [900, None, 900]
+    assert gpu.locked_mhz() == 900
+
+
+def test_a_clock_that_was_to_rise_meanwhile_is_not_lowered_again(helper: ClockHelper, gpu: EmulatedGpu) -> None:
+    helper.free_after(0.3)
+    helper.request(900)
+    helper.request(1200, time.monotonic() + 0.6)
+    assert wait_for_event(helper, Trouble).code == "paused"
+    time.sleep(0.5)
+    helper.mark(1)
+    wait_until(lambda: gpu.locked_mhz() == 1200)
+    assert [event.mhz for event in gpu.events()][1:] == [900, 0, 1200]
+
+
+def test_a_suspension_that_is_announced_frees_the_clock_before_all_are_stopped(
+    helper: ClockHelper, gpu: EmulatedGpu
+) -> None:
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    os.kill(helper.pid or 0, signal.SIGTSTP)
+    wait_until(lambda: gpu.locked_mhz() is None)
+    helper.request(1005)
+    os.kill(helper.pid or 0, signal.SIGCONT)
+    wait_until(lambda: gpu.locked_mhz() == 1005)
+    assert helper.alive
 
 
 def test_a_second_helper_on_the_gpu_observes_only(helper: ClockHelper, spec: str, gpu: EmulatedGpu) -> None:

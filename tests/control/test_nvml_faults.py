@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from perseus_plugin.control import client
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.ownership import LOCK_DIR_VARIABLE
 from perseus_plugin.control.wire import Applied, Deviation, Mark, SwitchLatency, Tick, Trouble
@@ -198,3 +199,35 @@ def test_no_driver_is_one_trouble(monkeypatch: pytest.MonkeyPatch, spec: str) ->
     wait_until(lambda: not helper.alive)
     (trouble,) = (event for event in helper.drain() if isinstance(event, Trouble))
     assert (trouble.code, "no NVIDIA driver here" in trouble.text) == ("helper_failed", True)
+
+
+@pytest.mark.parametrize("faults", [0, IGNORE_LOCKS])
+def test_a_driver_that_takes_its_time_with_every_call_is_no_silent_helper(
+    gpu: EmulatedGpu, spec: str, monkeypatch: pytest.MonkeyPatch, faults: int
+) -> None:
+    """Not at the start, where the counter is watched, and not while a GPU never reads the clock it was asked for."""
+    monkeypatch.setattr(client, "STUCK_AFTER_S", 2.0)
+    gpu = EmulatedGpu.create(gpu.state.path, uuid=UUID, switch_latency_s=0.002, tick_period_s=60.0)
+    gpu.set_faults(faults, call_s=0.1)
+    helper = ClockHelper.start(spec)
+    assert helper.wait_ready(20) is not None
+    helper.measure_latency()
+    latency = wait_for_event(helper, SwitchLatency)
+    assert latency.timeouts == (3 if faults else 0)
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    assert [event for event in other_events(helper) if isinstance(event, Trouble)] == []
+    gpu.set_faults(0)
+    assert helper.close(20)
+
+
+def test_a_stopped_helper_is_ended_and_its_clock_freed(
+    helper: ClockHelper, gpu: EmulatedGpu, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "STUCK_AFTER_S", 1.5)
+    lock(helper, 705)
+    os.kill(helper.pid or 0, signal.SIGSTOP)
+    trouble = wait_for_event(helper, Trouble)
+    assert (trouble.code, trouble.free) == ("helper_stuck", True)
+    assert gpu.locked_mhz() is None
+    wait_until(lambda: free_and_unowned(gpu, spec))

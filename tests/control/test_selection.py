@@ -136,7 +136,8 @@ def test_a_gpu_that_cannot_be_locked_is_observed_with_the_reason() -> None:
     assert (refused.spec, refused.clocks_mhz, refused.why_not, refused.name) == (None, (), "needs root", "A100")
     silent = with_facts(selection, None)
     assert (silent.spec, silent.clocks_mhz) == (None, ())
-    assert "did not start" in silent.why_not
+    assert "did not answer" in silent.why_not
+    assert with_facts(selection, None, "no driver").why_not == "no driver"
 
 
 @pytest.mark.usefixtures("cuda")

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from perseus_plugin.errors import GpuError
+from perseus_plugin.errors import ClockNotFreeError, GpuError
 from perseus_plugin.exchange.store import ExchangeError
 from perseus_plugin.session.lifetime import Lifetime
 
@@ -38,6 +38,7 @@ def test_the_clock_is_given_up_before_anybody_is_told_and_once() -> None:
         (GpuError("the GPU is lost"), logging.WARNING, "run `perseus doctor`"),
         (ExchangeError("the store is gone"), logging.WARNING, "a restart of the job tries again"),
         (ZeroDivisionError(), logging.ERROR, "This is a fault of perseus_plugin"),
+        (ClockNotFreeError("it is held"), logging.ERROR, "it is held. Training goes on, at that clock until then"),
     ],
 )
 def test_a_failure_is_said_once_with_what_to_do(
@@ -52,6 +53,15 @@ def test_a_failure_is_said_once_with_what_to_do(
     assert line.levelno == level
     assert text in line.getMessage()
     assert told == [str(error) or repr(error)]
+
+
+def test_that_a_clock_is_not_free_is_said_of_a_session_that_has_ended_too(caplog: pytest.LogCaptureFixture) -> None:
+    lifetime = Lifetime(None)
+    lifetime.fail(ExchangeError("the store is gone"))
+    lifetime.fail(ClockNotFreeError("the SM clock may still be locked"))
+    said = [line.getMessage() for line in caplog.records]
+    assert "Training goes on at full clocks" in said[0]
+    assert said[1:] == ["training goes on, but not at full clocks: the SM clock may still be locked"]
 
 
 def test_who_comes_too_late_is_told_at_once() -> None:

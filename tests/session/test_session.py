@@ -14,7 +14,7 @@ import pytest
 
 from perseus_plugin.config import parse_config
 from perseus_plugin.control.selection import Selection, with_facts
-from perseus_plugin.control.wire import DeviceFacts
+from perseus_plugin.control.wire import DeviceFacts, Event, Trouble
 from perseus_plugin.errors import ConfigError, GpuError
 from perseus_plugin.exchange.messages import Placement, PlanPart, WaitPart
 from perseus_plugin.exchange.store import LocalExchange
@@ -481,10 +481,11 @@ def test_the_last_events_are_written_and_a_monitor_that_is_gone_is_no_error(rank
 
 
 class FakeClockHelper(FakeHelper):
-    """What `ClockHelper.start` returns."""
+    """What `LastingHelper.start` returns."""
 
     started: list[FakeClockHelper]
     facts: DeviceFacts | None
+    events: tuple[Event, ...] = ()
 
     @classmethod
     def start(cls, spec: str, *, min_dwell_s: float, gives_way: bool) -> FakeClockHelper:
@@ -499,13 +500,19 @@ class FakeClockHelper(FakeHelper):
     def measure_latency(self) -> None:
         self._note("measure", None)
 
+    def free_after(self, silence_s: float) -> None:
+        self._note("free_after", silence_s)
+
+    def drain(self) -> list[Event]:
+        return list(self.events)
+
 
 FACTS = DeviceFacts("test GPU", "GPU-0", False, (1410, 1110, 810, 600), True, "", "", 1, "nvml")
 
 
 @pytest.fixture
 def fakes() -> type[FakeClockHelper]:
-    FakeClockHelper.started = []
+    FakeClockHelper.started, FakeClockHelper.events = [], ()
     FakeClockHelper.facts = FACTS
     logging.getLogger("perseus_plugin").addHandler(logging.NullHandler())  # as a program that has set its own up
     return FakeClockHelper
@@ -568,6 +575,17 @@ def test_what_is_only_recorded_is_no_part_of_what_a_job_is(tmp_path: Path, fakes
 def test_clocks_can_be_given(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
     table = start(tmp_path, profiling={"clocks_mhz": [1400, 620]}).link.timetable
     assert table.sweep.clocks_mhz == (1410, 600, 1410)
+
+
+def test_a_given_silence_is_told_at_the_start(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
+    made = start(tmp_path, limits={"free_after_s": 60})
+    assert made.helper is not None
+    assert ("free_after", 60) in fakes.started[0].calls
+
+
+def test_why_a_helper_did_not_start_is_said(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
+    fakes.facts, fakes.events = None, (Trouble("helper_failed", "no NVIDIA driver here", 0.0),)
+    assert start(tmp_path).link.trouble_reason == "no NVIDIA driver here"
 
 
 def test_a_given_switch_latency_is_not_measured(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:

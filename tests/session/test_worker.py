@@ -45,7 +45,13 @@ from perseus_plugin.reporting.live.account import begin_tag, end_tag
 from perseus_plugin.reporting.live.relay import FigureRelay
 from perseus_plugin.session.lifetime import Lifetime
 from perseus_plugin.session.link import FinishedIteration, Link
-from perseus_plugin.session.worker import SessionWorker, Timing
+from perseus_plugin.session.worker import (
+    LEAST_SILENCE_S,
+    RECENT_ITERATIONS,
+    SILENT_ITERATIONS,
+    SessionWorker,
+    Timing,
+)
 from tests.factories import job_of, placement, record
 from tests.waiting import came_true
 
@@ -59,6 +65,7 @@ class FakeHelper:
     def __init__(self) -> None:
         self.events: list[wire.Event] = []
         self.polling: list[float | None] = []
+        self.silences_s: list[float] = []
         self.retired = False
 
     def drain(self) -> list[wire.Event]:
@@ -70,6 +77,9 @@ class FakeHelper:
 
     def poll_energy(self, interval_s: float | None) -> None:
         self.polling.append(interval_s)
+
+    def free_after(self, silence_s: float) -> None:
+        self.silences_s.append(silence_s)
 
 
 FAST = Timing(0.01, 0.01, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -474,6 +484,47 @@ def test_trouble_of_the_helper_ends_the_session_and_rank_0_hears_of_it(ranks: Ra
     rank.helper.events.append(wire.Trouble("lock_failed", "no permission", 0.0))
     assert receive(Trouble, rank.fetch(TROUBLE)) == Trouble(rank=1, reason="no permission")
     assert rank.failures == ["no permission"]
+
+
+def test_of_a_clock_that_is_not_free_nobody_says_that_it_is_full(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, heard: pytest.LogCaptureFixture
+) -> None:
+    rank = ranks()
+
+    def gone(*_: object) -> None:
+        raise ExchangeError("the store is gone")
+
+    monkeypatch.setattr(rank.exchange, "fetch", gone)
+    assert came_true(lambda: rank.failures == ["the store is gone"])
+    # The worker's work is over, but not its ear.
+    rank.helper.events.append(wire.Trouble("helper_stuck", "the clock is held", 0.0, free=False))
+    assert came_true(lambda: "training goes on, but not at full clocks: the clock is held" in heard.text)
+
+
+def test_a_helper_that_was_started_again_is_told_and_the_plan_goes_on(
+    ranks: Ranks, heard: pytest.LogCaptureFixture
+) -> None:
+    rank = ranks()
+    rank.helper.events += [
+        wire.Trouble("started_again", "it ended, and a second helper sets it as before", 0.0),
+        wire.Trouble("paused", "the training process was stopped: its SM clock is free until it goes on", 0.0),
+    ]
+    assert came_true(lambda: "was stopped" in heard.text)
+    assert "a second helper sets it as before. If that one ends as well, training goes on at full clocks" in heard.text
+    assert not rank.failures
+    assert rank.exchange.fetch(TROUBLE) is None
+
+
+def test_the_clock_is_freed_after_several_iterations_worth_of_silence(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.iterate(3)
+    assert came_true(lambda: rank.helper.silences_s == [LEAST_SILENCE_S])
+    rank.worker._free_when_silent(10.0)
+    rank.worker._free_when_silent(10.5)
+    assert rank.helper.silences_s == [LEAST_SILENCE_S, 10.0 * SILENT_ITERATIONS]
+    for _ in range(RECENT_ITERATIONS):
+        rank.worker._free_when_silent(2.0)
+    assert rank.helper.silences_s[-1] == 2.0 * SILENT_ITERATIONS
 
 
 def test_trouble_on_the_training_thread_is_told_once(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:

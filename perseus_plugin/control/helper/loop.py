@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import time
-from collections import deque
 from contextlib import suppress
 
 from perseus_plugin.control.clock_log import DEVIATION_MHZ
+from perseus_plugin.control.helper.counter import SHORTEST_PAUSE_S, CounterReader
+from perseus_plugin.control.helper.heartbeat import Heartbeat
 from perseus_plugin.control.helper.latency import LatencyMeasurement, advance
-from perseus_plugin.control.helper.resetting import ClockReset, ResetOutcome, reset_until_confirmed
+from perseus_plugin.control.helper.parent import Parent
+from perseus_plugin.control.helper.pausing import Pauses
+from perseus_plugin.control.helper.resetting import ClockReset, not_free
 from perseus_plugin.control.ownership import Ownership
-from perseus_plugin.control.readings import CheckedEnergy, EnergyCheck
 from perseus_plugin.control.requests import PendingRequests, Request
 from perseus_plugin.control.wire import (
     AT_ONCE_AND_LAST,
     CLOSE,
-    HEARTBEAT,
+    FREE_AFTER,
     MARK,
     MEASURE_LATENCY,
     POLL_ENERGY,
@@ -31,47 +34,25 @@ from perseus_plugin.control.wire import (
     Command,
     Deviation,
     Event,
-    Mark,
-    Tick,
     Trouble,
     WireError,
     pack_event,
-    pack_reply,
     split_commands,
 )
 from perseus_plugin.errors import GpuError
-from perseus_plugin.gpus.base import DWELL_LATENCIES, EnergyReading, Gpu
+from perseus_plugin.gpus.base import DWELL_LATENCIES, Gpu
 
-MAX_MARKS = 64
-"""Readings that wait; beyond that the oldest are dropped."""
-HEARTBEAT_S = 1.0
 PARENT_CHECK_S = 0.1
 """How often to look whether the parent lives where the kernel has no pidfd (before 5.3)."""
+PARENT_LOOK_S = 0.25
+"""How often to look whether it goes on, while the clock is locked."""
 DEVIATION_REPORT_S = 1.0
 READ_AGAIN_S = 1.0
 LOOKS_ABOVE = 2
-GIVE_UP_RESET_S = 0.5
-SHORTEST_PAUSE_S = 0.0005
-"""Between two polls of the counter, however short an interval was asked for or however long a read takes."""
-POLL_AGAIN_S = 2.0
-"""From a counter that could not be read to the next try."""
-_SAY_AGAIN_S = 60.0  # a counter that comes and goes is not told of more often
-
-
-class Parent:
-    """The process whose death ends the helper, even while a fork of it holds the pipe open."""
-
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self.fd = -1
-        with suppress(OSError, AttributeError):
-            self.fd = os.pidfd_open(pid)
-
-    def gone(self) -> bool:
-        """Whether it has died."""
-        if os.getppid() != self._pid:
-            return True
-        return self.fd >= 0 and bool(select.select([self.fd], [], [], 0)[0])
+FREE_LIMIT_S = 0.5
+"""How long a reset is tried until it is told that it does not hold."""
+FREE_AGAIN_S = 5.0
+"""From then on, between two tries."""
 
 
 class HelperLoop:
@@ -82,11 +63,17 @@ class HelperLoop:
         ownership: the held lock file; None: clocks are not to be set.
         parent: its death ends the loop.
         inlet, outlet: file descriptors of commands and replies, both non-blocking.
-        wakeup: file descriptor that becomes readable when a signal arrives.
+        wakeup: non-blocking file descriptor from which the numbers of signals can be read as they arrive.
+        heartbeat: shows the parent that the helper gets on.
+        spec: of the GPU.
         min_dwell_s: shortest time between two clock changes; None: follows from the switch latency once that was
             measured.
         settle_s: time after a change until the clock is read back, and every second from then on; 0: never.
         gives_way: see `ClockHelper.start`.
+        latency_s: the switch latency (95 %), where it is known from before.
+
+    Attributes:
+        locked_mhz: the lock that is asked for, None for none.
     """
 
     def __init__(
@@ -98,11 +85,14 @@ class HelperLoop:
         inlet: int,
         outlet: int,
         wakeup: int,
+        heartbeat: Heartbeat,
+        spec: str,
         min_dwell_s: float | None,
         settle_s: float,
         gives_way: bool = False,
+        latency_s: float = 0.0,
     ) -> None:
-        self._gives_way = gives_way
+        self._gives_way, self._spec = gives_way, spec
         self._above = 0
         self._gpu, self._ownership, self._parent = gpu, ownership, parent
         self._may_set = ownership is not None
@@ -111,21 +101,21 @@ class HelperLoop:
         self._measure_dwell = min_dwell_s is None
         self._settle_s = settle_s
         self._buffer = bytearray()
-        self._marks: deque[int] = deque(maxlen=MAX_MARKS)
-        self._read_failed_s: float | None = None
+        self._counter = CounterReader(gpu, self._event)
         self._ended = ""
-        self._poll_s = 0.0
-        self._next_poll_s = float("inf")
-        self._energy = EnergyCheck(gpu.power_limit_w())
-        self._last_poll: EnergyReading | None = None
-        self._polled_epoch = 0
         self._read_back_s = float("inf")
         self._expected_mhz: int | None = None
         self._next_deviation_s = 0.0
-        self._next_heartbeat_s = 0.0
+        self._heartbeat = heartbeat
         self._timing: LatencyMeasurement | None = None
         self._resetting: ClockReset | None = None
+        self._freed_as = ("", "")
+        self._not_free = False
+        self._pauses = Pauses(time.monotonic())
+        self._paused = False
+        self._next_look_s = 0.0
         self.locked_mhz: int | None = None
+        self._know_latency(latency_s)
 
     def run(self) -> str:
         """Serve until something ends it; returns what. The clock is as it was set last."""
@@ -134,7 +124,7 @@ class HelperLoop:
         watched = [fd for fd in (self._inlet, self._wakeup, self._parent.fd) if fd >= 0]
         while not self._ended:
             readable = select.select(watched, [], [], self._timeout_s())[0]
-            if self._wakeup in readable:
+            if self._wakeup in readable and self._signalled():
                 return "signal"
             if self._parent.fd in readable or (self._parent.fd < 0 and self._parent.gone()):
                 return "parent died"
@@ -142,6 +132,16 @@ class HelperLoop:
                 self._read()
             self._work()
         return self._ended
+
+    def _signalled(self) -> bool:
+        """Take the signals that have arrived; whether one of them asks to end."""
+        numbers = os.read(self._wakeup, 1 << 10)
+        if signal.SIGTSTP in numbers:
+            self._pauses.suspend(time.monotonic())
+        if signal.SIGCONT in numbers:
+            self._pauses.resume()
+        self._next_look_s = 0.0
+        return any(number not in (signal.SIGTSTP, signal.SIGCONT) for number in numbers)
 
     def emit(self, reply: bytes) -> None:
         """Send a reply; dropped if the parent does not read."""
@@ -152,12 +152,17 @@ class HelperLoop:
         self.emit(pack_event(event))
 
     def _timeout_s(self) -> float:
-        times = [self._next_poll_s, self._read_back_s, self._next_heartbeat_s]
+        times = [self._counter.next_poll_s, self._read_back_s, self._heartbeat.next_s]
         # While changes are timed requests wait, as nothing else may change the clock.
-        times.append(self._timing.next_s if self._timing is not None else self._requests.next_s() or float("inf"))
+        if self._timing is not None:
+            times.append(self._timing.next_s)
+        elif not self._paused:
+            times.append(self._requests.next_s() or float("inf"))
+        if self._paused or self.locked_mhz is not None:
+            times.append(self._next_look_s)
         if self._resetting is not None:
             times.append(self._resetting.next_s)
-        if self._marks:
+        if self._counter.marks:
             return 0.0
         timeout_s = max(0.0, min(times) - time.monotonic())
         return timeout_s if self._parent.fd >= 0 else min(timeout_s, PARENT_CHECK_S)
@@ -171,6 +176,7 @@ class HelperLoop:
             self._ended = "end of the pipe"
             return
         self._buffer += data
+        self._pauses.heard(time.monotonic())
         try:
             for command in split_commands(self._buffer):
                 self._execute(command)
@@ -181,17 +187,17 @@ class HelperLoop:
     def _execute(self, command: Command) -> None:
         if command.what == SET_CLOCK:
             if command.time_s == AT_ONCE_AND_LAST:
-                self._end_timing()
-            if self._may_set:
+                self._retire()
+            elif self._may_set:
                 self._requests.push(Request(command.seq, command.number or None, command.sent_s, command.time_s))
         elif command.what == POLL_ENERGY:
-            self._poll_s = command.time_s
-            self._last_poll = None
-            self._next_poll_s = time.monotonic() if command.time_s > 0 else float("inf")
+            self._counter.poll_every(command.time_s)
         elif command.what == MARK:
-            self._marks.append(command.number)
+            self._counter.marks.append(command.number)
         elif command.what == MEASURE_LATENCY:
             self._begin_timing(command.number)
+        elif command.what == FREE_AFTER:
+            self._pauses.free_after_s = command.time_s
         elif command.what == CLOSE:
             self._ended = "closed"
 
@@ -199,23 +205,36 @@ class HelperLoop:
         """Whatever is due."""
         if self._timing is not None:
             self._go_on_timing(self._timing)
-        else:
+        elif not self._pauses_now():
             request = self._requests.take(time.monotonic())
             if request is not None:
                 self._apply(request)
         if self._resetting is not None and time.monotonic() >= self._resetting.next_s:
             self._go_on_resetting(self._resetting)
-        if self._marks:
-            # One at a time: with a driver that takes seconds the pipe's end must not wait behind a queue of readings.
-            self._mark(self._marks.popleft())
-        now_s = time.monotonic()
-        if now_s >= self._next_poll_s:
-            self._poll()
-        if now_s >= self._read_back_s:
+        self._counter.work()
+        if time.monotonic() >= self._read_back_s:
             self._read_back()
-        if now_s >= self._next_heartbeat_s:
-            self._next_heartbeat_s = now_s + HEARTBEAT_S
-            self.emit(pack_reply(HEARTBEAT))
+        self._heartbeat.beat()
+
+    def _pauses_now(self) -> bool:
+        """Free the clock while the parent does nothing, and take it up again when it goes on."""
+        now_s = time.monotonic()
+        if not self._paused and now_s < self._next_look_s:
+            return False
+        self._next_look_s = now_s + PARENT_LOOK_S
+        why = self._pauses.why(now_s, self._parent.stopped())
+        if why and not self._paused:
+            self._paused = True
+            if self.locked_mhz is not None:
+                self._free("paused", f"{why}: its SM clock is free until it goes on")
+        elif self._paused and not why:
+            self._paused, self._resetting = False, None
+            request, asked_mhz = self._requests.take(now_s), self._requests.asked_mhz
+            if request is None and asked_mhz is not None:
+                request = Request(0, asked_mhz, now_s, 0.0)
+            if request is not None:
+                self._apply(request)
+        return self._paused
 
     def _apply(self, request: Request) -> None:
         mhz = request.frequency_mhz
@@ -243,64 +262,57 @@ class HelperLoop:
 
     def _give_up_control(self, reason: str) -> None:
         """A clock could not be set: full clocks from here on, if the driver lets us, and no further try."""
-        self._may_set = False
-        self._event(Trouble("lock_failed", reason, time.monotonic()))
-        self._timing = None
+        self._may_set, self._paused, self._timing = False, False, None
         self._requests.clear()
-        self._read_back_s = float("inf")
-        if self._ownership is not None:
-            self._resetting = ClockReset(self._gpu, self.locked_mhz, limit_s=GIVE_UP_RESET_S)
+        self._free("lock_failed", reason)
+
+    def _retire(self) -> None:
+        """No clock will be asked for any more."""
+        self._end_timing()
+        self._paused = False
+        self._requests.clear()
+        if self._may_set:
+            self._may_set = False
+            self._free()
+
+    def _free(self, code: str = "", text: str = "") -> None:
+        """Reset the clock until it holds, and then tell this trouble; or that it does not hold."""
+        self._expected_mhz, self._read_back_s = None, float("inf")
+        self._freed_as = code, text
+        self._resetting = ClockReset(self._gpu, self.locked_mhz, limit_s=FREE_LIMIT_S)
 
     def _go_on_resetting(self, resetting: ClockReset) -> None:
-        outcome = resetting.step(time.monotonic())
-        if outcome is not None:
-            self._resetting = None
-            # What has not held by now is tried again at the end, for longer.
-            if outcome.confirmed and self._ownership is not None:
+        called_s = time.monotonic()
+        outcome = resetting.step(called_s)
+        if outcome is None:
+            return
+        code, text = self._freed_as
+        now_s = time.monotonic()
+        if outcome.confirmed:
+            self._resetting, self.locked_mhz = None, None
+            if self._ownership is not None:
                 self._ownership.mark(locked=False)
-
-    def _poll(self) -> None:
-        try:
-            reading, checked = self._read_energy()
-            last = self._last_poll
-            if last is not None and reading.energy_j != last.energy_j and checked.epoch == self._polled_epoch:
-                clock_mhz = self._gpu.read_clock_mhz()
-                seen = (last.time_s, reading.time_s, reading.energy_j, clock_mhz, reading.capped_s)
-                self._event(Tick(*seen, checked.epoch))
-        except GpuError as error:
-            self._say_read_failed(error)
-            self._last_poll = None  # a tick across the gap would be as long as the gap
-            self._next_poll_s = time.monotonic() + max(self._poll_s, POLL_AGAIN_S)
+            self._event(Applied(0, None, called_s, 0.0, called_s, now_s))
+            if self._not_free:
+                code, text = "freed", "the SM clock is free after all"
+            self._not_free = False
+            if code:
+                self._event(Trouble(code, text, now_s))
             return
-        self._last_poll, self._polled_epoch = reading, checked.epoch
-        self._next_poll_s = max(self._next_poll_s + self._poll_s, time.monotonic() + SHORTEST_PAUSE_S)
-
-    def _read_energy(self) -> tuple[EnergyReading, CheckedEnergy]:
-        reading = self._gpu.read_energy()
-        if self._read_failed_s is not None and reading.time_s > self._read_failed_s + _SAY_AGAIN_S:
-            self._read_failed_s = None
-            self._event(Trouble("read_again", "the energy counter can be read again", time.monotonic()))
-        return reading, self._energy.check(reading.time_s, reading.energy_j)
-
-    def _mark(self, tag: int) -> None:
-        try:
-            reading, checked = self._read_energy()
-            clock_mhz = self._gpu.read_clock_mhz()
-        except GpuError as error:
-            self._say_read_failed(error)
-            return
-        self._event(Mark(tag, reading.time_s, checked.energy_j, clock_mhz, reading.capped_s, checked.epoch))
-
-    def _say_read_failed(self, error: GpuError) -> None:
-        if self._read_failed_s is None:
-            self._read_failed_s = time.monotonic()
-            self._event(Trouble("read_failed", str(error), self._read_failed_s))
+        if not self._not_free:
+            self._not_free = True
+            problem = not_free(self._spec, self._gpu.uuid, self.locked_mhz, outcome.problem)
+            said = f"{text}; {problem}" if code == "lock_failed" else problem
+            self._event(Trouble(code or "reset_failed", said, now_s, free=False))
+        self._resetting = ClockReset(self._gpu, self.locked_mhz, limit_s=FREE_LIMIT_S)
+        self._resetting.next_s = now_s + FREE_AGAIN_S
 
     def _begin_timing(self, rounds: int) -> None:
         if self._ownership is None or not self._may_set:
             return
         self._ownership.mark(locked=True)
         self.locked_mhz = self._gpu.supported_clocks_mhz()[0]
+        self._resetting = None
         self._timing = LatencyMeasurement(self._gpu.supported_clocks_mhz(), rounds)
 
     def _go_on_timing(self, timing: LatencyMeasurement) -> None:
@@ -324,12 +336,17 @@ class HelperLoop:
             self._give_up_control(str(error))
             return
         event = timing.outcome()
-        if self._measure_dwell and event.p95_s > 0:  # NaN when no change ever showed
-            self._requests.dwell(DWELL_LATENCIES * event.p95_s)
-        if self._settle_s > 0 and event.p95_s > 0:  # what is still under way is no deviation
-            self._settle_s = max(self._settle_s, DWELL_LATENCIES * event.p95_s)
+        self._know_latency(event.p95_s)
         self._requests.set(None, time.monotonic())
         self._event(event)
+
+    def _know_latency(self, p95_s: float) -> None:
+        if not p95_s > 0:  # NaN when no change ever showed
+            return
+        if self._measure_dwell:
+            self._requests.dwell(DWELL_LATENCIES * p95_s)
+        if self._settle_s > 0:  # what is still under way is no deviation
+            self._settle_s = max(self._settle_s, DWELL_LATENCIES * p95_s)
 
     def _read_back(self) -> None:
         self._read_back_s = float("inf")
@@ -339,7 +356,7 @@ class HelperLoop:
         try:
             read_mhz = self._gpu.read_clock_mhz()
         except GpuError as error:
-            self._say_read_failed(error)
+            self._counter.say_read_failed(error)
             return
         if not 0 < read_mhz <= self._gpu.supported_clocks_mhz()[0] + DEVIATION_MHZ:
             self._read_back_s = time.monotonic() + READ_AGAIN_S  # no clock that a GPU has: that tells nothing
@@ -386,11 +403,3 @@ class HelperLoop:
             "perseus.gpu.foreign_clock is give_way"
         )
         self._event(Trouble("gave_way", text, time.monotonic()))
-
-
-def free_clock(gpu: Gpu, ownership: Ownership, locked_mhz: int | None, *, limit_s: float) -> ResetOutcome:
-    """Reset the clock until it holds, and note in the lock file that it is free."""
-    outcome = reset_until_confirmed(gpu, locked_mhz, limit_s=limit_s)
-    if outcome.confirmed:
-        ownership.mark(locked=False)
-    return outcome

@@ -16,7 +16,11 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-from perseus_plugin.control.helper.loop import HelperLoop, Parent, free_clock
+from perseus_plugin.control.helper.heartbeat import Heartbeat
+from perseus_plugin.control.helper.loop import HelperLoop
+from perseus_plugin.control.helper.parent import Parent
+from perseus_plugin.control.helper.rescue import rescue
+from perseus_plugin.control.helper.resetting import free_clock, not_free
 from perseus_plugin.control.helper.takeover import only_read, restore_foreign, take_over
 from perseus_plugin.control.ownership import Ownership
 from perseus_plugin.control.wire import BYE, EXIT_NO_GPU, EXIT_RESET_FAILED, READY, Trouble, pack_event, pack_reply
@@ -33,17 +37,19 @@ def main(arguments: list[str] | None = None) -> int:
     inlet, outlet = sys.stdin.fileno(), sys.stdout.fileno()
     os.set_blocking(inlet, False)
     os.set_blocking(outlet, False)
+    if options.reset_only:
+        return _rescue(options, outlet)
+    heartbeat = Heartbeat(outlet)
+    heartbeat.beat()
     try:
         if options.read_only:
             gpu, ownership, facts = only_read(options.spec)
         else:
-            gpu, ownership, facts = take_over(options.spec, options.parent, examine=not options.reset_only)
+            gpu, ownership, facts = take_over(options.spec, options.parent, beat=heartbeat.beat)
     except (GpuError, OSError) as error:
         problem = os_problem(error) if isinstance(error, OSError) else str(error)
         _say(outlet, Trouble("helper_failed", problem, time.monotonic()))
         return EXIT_NO_GPU
-    if options.reset_only:
-        return 0 if ownership is not None and restore_foreign(gpu, ownership) else EXIT_RESET_FAILED
     loop = HelperLoop(
         gpu,
         ownership,
@@ -51,9 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
         inlet=inlet,
         outlet=outlet,
         wakeup=wakeup,
+        heartbeat=heartbeat,
+        spec=options.spec,
         min_dwell_s=options.min_dwell,
         settle_s=options.settle,
         gives_way=options.give_way,
+        latency_s=options.switch_latency,
     )
     loop.emit(pack_reply(READY, facts.pack()))
     gc.freeze()
@@ -61,22 +70,42 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         loop.run()
     finally:
-        confirmed = ownership is None or _leave(gpu, ownership, loop.locked_mhz, outlet)
+        confirmed = ownership is None or _leave(gpu, ownership, loop.locked_mhz, options.spec, outlet)
     if confirmed:
         loop.emit(pack_reply(BYE))
     return 0 if confirmed else EXIT_RESET_FAILED
 
 
-def _leave(gpu: Gpu, ownership: Ownership, locked_mhz: int | None, outlet: int) -> bool:
+def _rescue(options: argparse.Namespace, outlet: int) -> int:
+    status = 0
+
+    def tell(problem: str) -> None:
+        nonlocal status
+        status = EXIT_RESET_FAILED if problem else 0
+        if problem:
+            _say(outlet if options.told else -1, Trouble("reset_failed", problem, time.monotonic(), free=False))
+        else:
+            with suppress(OSError):
+                os.write(outlet, pack_reply(BYE))
+
+    rescue(
+        options.spec,
+        options.parent,
+        instead_of=options.instead_of,
+        grace_s=options.grace,
+        locked_mhz=options.locked_mhz,
+        tell=tell,
+    )
+    return status
+
+
+def _leave(gpu: Gpu, ownership: Ownership, locked_mhz: int | None, spec: str, outlet: int) -> bool:
     """Free the clock if it may be locked. If that fails, tell the parent and whoever reads standard error."""
     if ownership.locked:
         outcome = free_clock(gpu, ownership, locked_mhz, limit_s=RESET_LIMIT_S)
         if not outcome.confirmed:
-            text = (
-                f"{gpu.name} {gpu.uuid}: the SM clock may still be locked at {locked_mhz} MHz: "
-                f"{outcome.problem}; free it with `perseus reset` or `nvidia-smi -rgc`"
-            )
-            _say(outlet, Trouble("reset_failed", text, time.monotonic()))
+            text = f"{gpu.name} {gpu.uuid}: {not_free(spec, gpu.uuid, locked_mhz, outcome.problem)}"
+            _say(outlet, Trouble("reset_failed", text, time.monotonic(), free=False))
             sys.stderr.write(f"perseus: {text}\n")
             return False
     if not restore_foreign(gpu, ownership):
@@ -106,13 +135,13 @@ def _say(outlet: int, trouble: Trouble) -> None:
 
 
 def _catch_signals() -> int:
-    """From now on the signals that ask a process to end make the returned file descriptor readable
+    """From now on the signals that ask a process to end, to stop or to go on are read from the returned file descriptor
     instead."""
     readable, writable = os.pipe()
     os.set_blocking(readable, False)
     os.set_blocking(writable, False)
     signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTSTP, signal.SIGCONT):
         signal.signal(number, _ignore)
     return readable
 
@@ -129,5 +158,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--settle", type=float, default=0.03, help="time from a change to its read-back, s")
     parser.add_argument("--give-way", action="store_true", help="stop when the clock is changed from outside")
     parser.add_argument("--read-only", action="store_true", help="never set or free a clock")
-    parser.add_argument("--reset-only", action="store_true", help="free the clock and end")
+    parser.add_argument("--switch-latency", type=float, default=0.0, help="of the GPU, where it is known, s")
+    rescue_only = parser.add_argument_group("freeing the clock")
+    rescue_only.add_argument("--reset-only", action="store_true", help="free the clock and end")
+    rescue_only.add_argument("--instead-of", type=int, default=0, help="the helper process that does not do it")
+    rescue_only.add_argument("--grace", type=float, default=0.0, help="how long that one still may, s")
+    rescue_only.add_argument("--locked-mhz", type=int, help="the lock that was made last")
+    rescue_only.add_argument("--told", action="store_true", help="the parent reads what is said on standard output")
     return parser.parse_args(arguments)

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from perseus_plugin.control.ownership import Ownership
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import Gpu
+from perseus_plugin.gpus.registry import EMULATED
 
 READ_BACK_S = 0.3
 """How long the clock may stay where it was locked before the reset is tried again."""
@@ -89,3 +91,24 @@ def reset_until_confirmed(
     while (outcome := resetting.step(now())) is None:
         sleep(max(0.0, resetting.next_s - now()))
     return outcome
+
+
+def free_clock(gpu: Gpu, ownership: Ownership, locked_mhz: int | None, *, limit_s: float) -> ResetOutcome:
+    """Reset the clock until it holds, and note in the lock file whether it is free."""
+    outcome = reset_until_confirmed(gpu, locked_mhz, limit_s=limit_s)
+    ownership.mark(locked=not outcome.confirmed)
+    return outcome
+
+
+def not_free(spec: str, uuid: str, locked_mhz: int | None, problem: str) -> str:
+    """What is said of a clock that is not known to be free, with the command that frees it.
+
+    Args:
+        spec, uuid: of the GPU.
+        locked_mhz: the clock it was locked at last, None if that is not known.
+        problem: what was wrong with freeing it.
+    """
+    name, _, rest = spec.partition(":")
+    which = f"--emulated {rest}" if name == EMULATED else f"--gpu {uuid}"
+    at = f" at {locked_mhz} MHz" if locked_mhz else ""
+    return f"the SM clock may still be locked{at}: {problem}; free it with `perseus reset --force {which}`"

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from perseus_plugin.control.clock_log import DEVIATION_MHZ
 from perseus_plugin.control.examination import counter_problem
+from perseus_plugin.control.helper.heartbeat import with_heartbeat
 from perseus_plugin.control.helper.resetting import READ_BACK_S
 from perseus_plugin.control.ownership import GpuBusyError, Ownership, describe, helper_elsewhere, lock_path
 from perseus_plugin.control.wire import DeviceFacts
@@ -24,7 +26,12 @@ _HIGHEST_IDLE = 0.4
 
 
 def take_over(
-    spec: str, owner_pid: int, *, wait_s: float = TAKEOVER_WAIT_S, examine: bool = True
+    spec: str,
+    owner_pid: int,
+    *,
+    wait_s: float = TAKEOVER_WAIT_S,
+    examine: bool = True,
+    beat: Callable[[], None] = lambda: None,
 ) -> tuple[Gpu, Ownership | None, DeviceFacts]:
     """Become the one that controls a GPU and free its clock, or find out why not.
 
@@ -33,6 +40,7 @@ def take_over(
         owner_pid: the process on whose behalf.
         wait_s: how long to wait for the helper of a run that is just ending.
         examine: whether to watch the energy counter, too; for up to 1.5 s where it does not move.
+        beat: called between driver calls, now and later, see `with_heartbeat`.
 
     Returns the GPU, the held lock file (None: it can only be read), and the facts.
 
@@ -40,7 +48,7 @@ def take_over(
         GpuError: it cannot even be read.
     """
     candidates = candidate_specs(spec)
-    gpu = open_gpu(candidates[0])
+    gpu = with_heartbeat(open_gpu(candidates[0]), beat)
     backend, refusals, leftover, foreign = "", [], "", ""
     ownership, busy = None, False
     lock = lock_path(spec, gpu.uuid)
@@ -56,7 +64,7 @@ def take_over(
     else:
         for candidate in candidates:
             try:
-                controller = gpu if candidate == candidates[0] else open_gpu(candidate)
+                controller = gpu if candidate == candidates[0] else with_heartbeat(open_gpu(candidate), beat)
                 lock_mhz, before_mhz = controller.lock_mhz(), controller.read_clock_mhz()
                 controller.reset_clock()
             except GpuError as error:

@@ -211,8 +211,9 @@ def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Sample
 
     target, latency_s = Target.slowdown(request.slowdown), request.latency_s or 0.0
     exact = planner_for(replace(request, margin=0.0))
-    at_full_clocks = planner_for(replace(request, margin=0.0, lower_while_waiting=False))
-    fallback = at_full_clocks.full_clocks(exact.solve(target))
+    never_lower = planner_for(replace(request, margin=0.0, lower_while_waiting=False))
+    found = exact.solve(target)
+    only_waits = exact.plan_of(exact.full_clocks(found))
 
     def plan_with(margin: float) -> Plan:
         return plan_for(replace(request, margin=margin, effort="quick"))
@@ -222,13 +223,14 @@ def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Sample
 
     return choose(
         plan_with,
-        at_full_clocks.plan_of(fallback),
+        never_lower.plan_of(never_lower.full_clocks(found)),
         replay_of(problem, samples, latency_s),
         Promise(slowdown=request.slowdown, quantile=request.quantile),
         margins_from(request.margin),
         catches_up=request.catch_up,
         latency_s=latency_s,
         refined=None if request.effort == "quick" else refined,
+        only_waits=only_waits if only_waits.waits else None,
     )
 
 

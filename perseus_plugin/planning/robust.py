@@ -77,6 +77,7 @@ def choose(
     catches_up: bool,
     latency_s: float = 0.0,
     refined: Callable[[float], Plan] | None = None,
+    only_waits: Plan | None = None,
 ) -> RobustPlan:
     """Try the margins and choose.
 
@@ -89,6 +90,7 @@ def choose(
         catches_up: whether ranks may catch up.
         latency_s: how long a clock change takes.
         refined: makes the plan of the margin that was chosen, with more effort.
+        only_waits: full clocks but for waits, to be tried too; None: no wait is spent at a lower clock.
 
     Raises:
         PlanError: there is no plan at any margin.
@@ -105,14 +107,15 @@ def choose(
     if not seen and failure is not None:
         raise failure
     cut_short = any(one.plan.cut_short for one in seen)
-    kept = [one for one in seen if one.replayed.kept and one.replayed.saving_mean > _LEAST_SAVING]
+    at_least = [] if only_waits is None else _candidates(only_waits, 0.0, replay, promise, False, latency_s)
+    kept = [one for one in [*seen, *at_least] if one.replayed.kept and one.replayed.saving_mean > _LEAST_SAVING]
     if not kept:
         nearest = min(seen, key=lambda one: (one.replayed.kept, one.replayed.time_ratio_mean)).replayed
         at_full = judge(clocks_of(full_clocks, replay.graph), (), replay, promise, None, 0.0)
         replayed = replace(at_full, obstacle=_obstacle(replay, promise, nearest))
         return RobustPlan(replace(full_clocks, cut_short=cut_short), None, replayed)
     best = max(kept, key=lambda one: _worth(one.replayed, promise))
-    if refined is not None:
+    if refined is not None and best not in at_least:
         margin = best.replayed.margin
         more = _candidates(refined(margin), margin, replay, promise, catches_up, latency_s)
         cut_short = cut_short or any(one.plan.cut_short for one in more)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Compute, Constant
+from perseus_plugin.iteration.replayed import InForce, Samples
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.plan import Plan, PlannedInstruction, PlannedWait, plan_from_json, plan_to_json
 from perseus_plugin.planning.planner import ChangeLimits, Planner, Target
+from perseus_plugin.planning.process import answer_to, planner_for
+from perseus_plugin.planning.replay import Replay, clocks_of
+from perseus_plugin.planning.request import PaceRequest, PlanAnswer, PlanRequest
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 from .jobs import Job, bundled_profile, jobs, simulate
@@ -236,3 +243,133 @@ def test_an_instruction_keeps_its_measured_energy() -> None:
     planner = Planner(build_graph(one_f_one_b(1, 1)), profile, blocking_power_w=0.0)
     assert planner.problem.blocking_power_w.tolist() == [50.0]
     assert planner.plan(Target.deadline(0.2)).energy_j == pytest.approx(60.0)
+
+
+@settings(max_examples=40)
+@given(waiting_jobs(), st.floats(0, 0.3))
+def test_a_replay_of_iterations_as_profiled_takes_what_the_plan_promises(job: Job, slowdown: float) -> None:
+    planner = planner_of(job, 0.0)
+    plan, problem = planner.plan(Target.slowdown(slowdown)), planner.problem
+    replayed = Replay(problem, problem.full_clock_s[None, None])
+    outcome = replayed.under(clocks_of(plan, problem.graph), None, plan.wait_clocks_mhz)
+    assert outcome.energy_j[0] == pytest.approx(plan.energy_j, rel=1e-9)
+    assert replayed.at_full_clocks.energy_j[0] == pytest.approx(plan.baseline_energy_j, rel=1e-9)
+
+
+@settings(max_examples=60)
+@given(waiting_jobs(), LATENCIES_S, st.integers(0, 100), st.floats(0, 0.3))
+def test_iterations_that_vary_take_no_more_with_waits_at_lower_clocks(
+    job: Job, latency_s: float, seed: int, sigma: float
+) -> None:
+    planner = planner_of(job, latency_s)
+    plan, problem = planner.plan(Target.slowdown(0.05)), planner.problem
+    factors = np.exp(sigma * np.random.default_rng(seed).standard_normal((3, 2, len(problem.graph))))
+    replayed = Replay(problem, problem.full_clock_s * factors, latency_s=latency_s)
+    clocks = clocks_of(plan, problem.graph)
+    low, alone = replayed.under(clocks, None, plan.wait_clocks_mhz), replayed.under(clocks)
+    assert (low.energy_j <= alone.energy_j * (1 + 1e-9)).all()
+
+
+def test_the_clock_is_back_for_the_shortest_wait_of_late() -> None:
+    graph = build_graph(one_f_one_b(2, 1))
+    planner = Planner(graph, a100_like(2), blocking_power_w=0.0, switch_latency_s=0.005)
+    plan, problem = planner.plan(Target.slowdown()), planner.problem
+    (mid,) = (wait for wait in plan.waits_of(0) if wait.after == 0)
+    assert mid.frequency_mhz == 1000
+    # In one of two iterations stage 1 is quick, and stage 0 waits for half as long.
+    factors = np.ones((2, 1, len(graph)))
+    factors[0, 0, np.flatnonzero(graph.stage == 1)] = 0.5
+    clocks = problem.full_clocks.frequency_mhz
+    replayed = Replay(problem, problem.full_clock_s * factors, latency_s=0.005)
+    saved = replayed.at_full_clocks.energy_j - replayed.under(clocks, None, (((0, 1000),), ())).energy_j
+    shortest_s = 0.5 * problem.full_clock_s[graph.stage == 1].sum()
+    assert saved == pytest.approx([(100.0 - 66.0) * (shortest_s - 0.005)] * 2)
+
+
+STREAMS = [[*stream, Constant("step", collective=True)] for stream in one_f_one_b(3, 6)]
+
+
+def request(**changes: Any) -> PlanRequest:
+    constants = {(stage, "step"): 0.01 for stage in range(3)}
+    wanted = PlanRequest("1F1B", STREAMS, constants, a100_like(3), [90.0] * 3, 0.0, margin=0.01, latency_s=0.005)
+    return PlanRequest.from_dict(json.loads(json.dumps(replace(wanted, **changes).to_dict())))
+
+
+def plan_of(answer: PlanAnswer) -> Plan:
+    assert answer.plan is not None
+    return answer.plan
+
+
+def samples(sigma: float) -> Samples:
+    problem = planner_for(request()).problem
+    rng = np.random.default_rng(0)
+    iterations = []
+    for _ in range(12):
+        took = problem.full_clock_s * np.exp(sigma * rng.standard_normal(len(problem.graph)))
+        own = [[node for node in nodes.tolist() if problem.class_of[node] >= 0] for nodes in problem.graph.stage_nodes]
+        iterations.append((tuple(tuple(took[nodes].tolist()) for nodes in own),))
+    return Samples(tuple(iterations))
+
+
+@pytest.mark.parametrize("changes", [{"lower_while_waiting": False}, {"latency_s": None}])
+def test_no_clock_is_lowered_where_that_is_off_or_the_latency_unknown(changes: dict[str, Any]) -> None:
+    low, alone = plan_of(answer_to(request())), plan_of(answer_to(request(**changes)))
+    assert low.waits_of(2)
+    assert alone.waits == ()
+    assert low.energy_j < alone.energy_j
+
+
+def test_what_is_promised_of_measured_iterations_counts_waits() -> None:
+    steady = samples(0.0)
+    low, alone = answer_to(request(samples=steady)), answer_to(request(samples=steady, lower_while_waiting=False))
+    assert low.replayed is not None
+    assert alone.replayed is not None
+    assert low.replayed.saving_mean == pytest.approx(plan_of(low).saving, abs=0.004)
+    assert low.replayed.saving_mean > alone.replayed.saving_mean + 0.005
+
+
+def test_a_plan_in_force_is_judged_with_its_waits() -> None:
+    made = answer_to(request(samples=samples(0.0)))
+    plan = plan_of(made)
+    clocks = tuple(tuple(plan.clocks_mhz(stage)) for stage in range(3))
+    known = InForce(clocks, (), 0.01, 0.0, plan.wait_clocks_mhz)
+    again = answer_to(request(samples=samples(0.0), in_force=known))
+    assert again.plan is None, "it is as good as another"
+    assert again.held is not None
+    assert made.replayed is not None
+    assert again.held.saving_mean == pytest.approx(made.replayed.saving_mean)
+
+
+def test_where_no_slower_instruction_keeps_the_time_waits_are_still_spent_low() -> None:
+    made = answer_to(request(samples=samples(0.6)))
+    plan = plan_of(made)
+    assert {clock for stage in range(3) for clock in plan.clocks_mhz(stage)} == {1400}
+    assert plan.waits_of(2)
+    assert made.replayed is not None
+    assert (made.replayed.kept, made.replayed.obstacle) == (True, "")
+    assert made.replayed.saving_mean > 0.001
+    without = answer_to(request(samples=samples(0.6), lower_while_waiting=False))
+    assert plan_of(without).waits == ()
+    assert without.replayed is not None
+    assert without.replayed.obstacle
+
+
+def test_what_an_answer_to_stragglers_takes_counts_waits() -> None:
+    wanted = PaceRequest(((1.0,) * 3, (1.0, 1.3, 1.0)), tuple((1400,) * 12 for _ in range(3)))
+    pace = answer_to(request(margin=0.0, pace=wanted)).pace
+    assert pace is not None
+    for variant in pace.variants:
+        assert variant.plan is not None
+        assert variant.plan.waits_of(0)
+        assert variant.energy_j == pytest.approx(variant.plan.energy_j)
+
+
+def test_what_is_known_of_a_plan_counts_waits() -> None:
+    exact = Profile.from_rows(
+        (stage, kind, replace(row, time_se_s=1e-9 * row.time_s, energy_se_j=1e-6 * row.energy_j))
+        for stage, kind, row in a100_like(3).rows()
+    )
+    plan = plan_of(answer_to(request(profile=exact, margin=0.0, blocking_power_se_w=0.0)))
+    assert plan.waits
+    assert plan.confidence is not None
+    assert plan.confidence.saving == pytest.approx((plan.saving, plan.saving), abs=1e-5)

@@ -27,7 +27,8 @@ from typing import Any
 
 from perseus_plugin.gpus.emulated.physics import A100, load_class
 from perseus_plugin.iteration.schedules import one_f_one_b
-from perseus_plugin.planning.process import PaceRequest, PlannerProcess, PlanRequest, plan_for
+from perseus_plugin.planning.planner_process import PlannerProcess
+from perseus_plugin.planning.process import PaceRequest, PlanRequest, plan_for
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 SLOWDOWN = 1.25

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
 _REMEDIES = {
+    errno.EBADF: "something in this process has closed a file descriptor that is not its own",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "the whole machine has too many files open",
     errno.ENOSPC: "free space there, or give another folder",

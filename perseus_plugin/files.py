@@ -191,6 +191,48 @@ def _follows_none(path: Path) -> bool:
     return any(path.is_relative_to(folder) for folder in _without_links)
 
 
+class Descriptor:
+    """A file descriptor that is used only as long as it is what was opened.
+
+    A script may close all that it does not know, and open files of its own, which get the same numbers: what we wrote
+    then would land in them, what we read would be missing there.
+
+    Args:
+        number: just opened; closed by `close`, or with this object.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = -1  # in case that it is none
+        self._what = _identity(number)
+        self._number = number
+
+    @property
+    def number(self) -> int:
+        """To be used at once.
+
+        Raises:
+            OSError: it has been closed, by us or by somebody else.
+        """
+        if self._number < 0 or _identity(self._number) != self._what:
+            self._number = -1
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return self._number
+
+    def close(self) -> None:
+        """Close it, if it is still ours."""
+        with suppress(OSError):
+            number, self._number = self.number, -1
+            os.close(number)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino
+
+
 def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
     """What a file holds.
 

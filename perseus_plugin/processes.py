@@ -9,6 +9,7 @@ its own folder out of the way, and loads the package from where it lies itself.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def environment() -> dict[str, str]:
         kept["PYTHONNOUSERSITE"] = "1"
     # None of them needs torch; one that imports it all the same shall not hook frameworks.
     return {**kept, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+def ending(status: int) -> str:
+    """What a process ended with, for people; `status` as `subprocess` has it."""
+    if status >= 0:
+        return f"status {status}"
+    name = signal.Signals(-status).name if -status in list(signal.Signals) else f"signal {-status}"
+    of_memory = ", as the kernel sends when memory runs out (its log tells), or an administrator"
+    return name + (of_memory if -status == signal.SIGKILL else "")
 
 
 def _run() -> None:

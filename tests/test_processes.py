@@ -16,7 +16,7 @@ from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.physics import A100
 from perseus_plugin.planning.curve import FRONTIER_FILE
 from perseus_plugin.planning.frontier_process import FrontierProcess
-from perseus_plugin.planning.process import PlannerProcess
+from perseus_plugin.planning.planner_process import PlannerProcess
 from tests.planning.test_process import request
 from tests.waiting import wait_until
 

@@ -29,7 +29,7 @@ FLOORS = (
 LAZY_FACE = "__init__"
 """The public face names things of every room and loads them when they are asked for."""
 FILES = ("curve", "frontier", "plan", "streams", "zeus")
-PROCESSES = ("process", "frontier_process", "work")
+PROCESSES = ("process", "planner_process", "frontier_process", "child", "work")
 """Of `planning`: what keeps plans and frontiers in files, and what runs the planner beside the job and brakes it."""
 PURE = ("iteration", "leader/decide.py", "leader/state.py", "planning")
 """No torch, no clock, no file, no thread."""

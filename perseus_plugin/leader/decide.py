@@ -363,18 +363,21 @@ class _Deciding:
         elif asked.review:
             self._take_review(seen)
         elif answer.plan is None:
-            self._go_without(asked.schedule, answer.error)
+            self._go_without(asked.schedule, answer.error, "" if answer.lost else "try looser perseus.limits")
         else:
             self._take_plan(seen, answer.plan)
 
-    def _go_without(self, schedule: str, why: str) -> None:
+    def _go_without(self, schedule: str, why: str, advice: str) -> None:
         state = self.state
         state.schedules.refuse(schedule)
         if not state.plans.schedules and state.schedules.next_to_plan(()) is None:
-            self._give_up(f"there is no plan: {why} (try looser perseus.limits)")
+            self._give_up(f"there is no plan: {why}" + (f" ({advice})" if advice else ""))
             return
         self._warn(
-            "there is no plan for %s: %s. Its iterations run at full clocks; try looser perseus.limits", schedule, why
+            "there is no plan for %s: %s. Its iterations run at full clocks; %s",
+            schedule,
+            why,
+            advice or "nothing needs to be done",
         )
 
     def _take_plan(self, seen: Answered, plan: Plan) -> None:

@@ -19,7 +19,7 @@ from perseus_plugin.leader.job import Job
 from perseus_plugin.leader.planner_desk import Planner
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import Plan
-from perseus_plugin.planning.process import PlannerProcess
+from perseus_plugin.planning.planner_process import PlannerProcess
 from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.live.progress import Progress
 from perseus_plugin.reporting.live.publishers import Publishers

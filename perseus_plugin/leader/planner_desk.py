@@ -14,7 +14,7 @@ from perseus_plugin.planning.work import tell_cut_short
 
 
 class Planner(Protocol):
-    """See `planning.process.PlannerProcess`."""
+    """See `planning.planner_process.PlannerProcess`."""
 
     @property
     def busy(self) -> bool: ...

@@ -10,20 +10,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from perseus_plugin import processes
 from perseus_plugin.errors import PerseusError, os_problem
 from perseus_plugin.files import follow_no_links, remove
+from perseus_plugin.planning.child import Child, ChildLostError
 from perseus_plugin.planning.curve import FRONTIER_FILE
-from perseus_plugin.planning.process import PlanRequest, end_with, limits_of, planner_for
+from perseus_plugin.planning.process import PlanRequest, end_with, limits_of, planner_for, yield_to_training
 from perseus_plugin.planning.work import tell_cut_short
 
 logger = logging.getLogger(__name__)
@@ -71,16 +69,13 @@ class FrontierProcess:
         with tempfile.TemporaryFile("w+", encoding="utf-8") as task:
             json.dump(request.to_dict(), task)
             task.seek(0)
-            self._process = subprocess.Popen(
-                processes.command(
-                    "perseus_plugin.planning.frontier_process", str(path), repr(tolerance), str(os.getpid())
-                ),
-                stdin=task,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                start_new_session=True,
-                env=processes.environment(),
+            self._child = Child(
+                "perseus_plugin.planning.frontier_process",
+                str(path),
+                repr(tolerance),
+                str(os.getpid()),
+                task=task,
+                quiet=True,
             )
         threading.Thread(target=self._read, name="perseus-frontier", daemon=True).start()
 
@@ -91,14 +86,16 @@ class FrontierProcess:
 
     def close(self) -> None:
         """End the process; a file is there whole or not at all."""
-        with suppress(OSError):
-            self._process.kill()
-        self._process.wait()
+        self._child.end()
 
     def _read(self) -> None:
-        assert self._process.stdout is not None  # a pipe, see Popen
         failure = ""
-        for line in self._process.stdout:
+        while True:
+            try:
+                line = self._child.hear()
+            except ChildLostError as error:
+                failure = failure or f"its process {error}"
+                break
             elapsed_s = time.monotonic() - self._begin_s
             try:
                 told = json.loads(line)
@@ -115,8 +112,7 @@ class FrontierProcess:
                 failure = f"got {line[:80]!r} from its process"
         if not self.progress.done:
             now = self.progress
-            why = failure or f"its process ended with status {self._process.wait()}"
-            self.progress = FrontierProgress(now.samples, now.error, time.monotonic() - self._begin_s, False, why)
+            self.progress = FrontierProgress(now.samples, now.error, time.monotonic() - self._begin_s, False, failure)
 
 
 class BackgroundFrontier:
@@ -163,8 +159,7 @@ class BackgroundFrontier:
 def main() -> None:
     """Compute one frontier."""
     threading.Thread(target=end_with, args=(int(sys.argv[3]),), daemon=True).start()
-    with suppress(OSError):
-        os.nice(19)
+    yield_to_training(19)
     path, tolerance = Path(sys.argv[1]), float(sys.argv[2])
     follow_no_links(path.parent)
     from perseus_plugin.planning.frontier import make_frontier, save_frontier

@@ -1,24 +1,23 @@
 """The planner in a process of its own, so that planning takes neither the interpreter nor the cores from training.
 
-`PlannerProcess` is the side of rank 0; this module run with PARENT (see `processes`) is the other. One JSON line
-per request and per answer; the process ends when its standard input does, so it cannot outlive the trainer.
+Run with PARENT (see `processes`), it reads a JSON line per request and writes one per answer, and ends when its
+standard input does, so that it cannot outlive the trainer. Rank 0's side is `planner_process.PlannerProcess`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perseus_plugin import processes
-from perseus_plugin.errors import PerseusError, PlanError
+from perseus_plugin.errors import PerseusError
 from perseus_plugin.iteration.replayed import Overheads, Replayed, Samples, StageCatchUp
 from perseus_plugin.planning.paced import Pace
 from perseus_plugin.planning.plan import Plan
@@ -38,7 +37,6 @@ __all__ = [
     "PaceRequest",
     "PlanAnswer",
     "PlanRequest",
-    "PlannerProcess",
     "answer_to",
     "end_with",
     "graph_for",
@@ -277,76 +275,6 @@ def _with_margin(profile: Profile, margin: float, blocking_power_w: Sequence[flo
     return profile.scaled(1 + margin, below_top=True, added_w=blocking_power_w)
 
 
-class PlannerProcess:
-    """Starts the planner and asks it; every method returns at once.
-
-    The process starts ahead of the first request, so that loading the solver costs no time when a plan is wanted.
-    """
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            processes.command("perseus_plugin.planning.process", str(os.getpid())),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env=processes.environment(),
-        )
-        self._answer: PlanAnswer | None = None
-        self._busy = False
-
-    @property
-    def busy(self) -> bool:
-        """Whether a request is being worked on."""
-        return self._busy
-
-    def submit(self, request: PlanRequest) -> None:
-        """Begin a request; one at a time."""
-        if self._busy:
-            raise PlanError("planner: a request is being worked on already")
-        self._busy, self._answer = True, None
-        threading.Thread(target=self._ask, args=(request,), name="perseus-planner", daemon=True).start()
-
-    def poll(self) -> PlanAnswer | None:
-        """The answer to the last request, once; None while there is none."""
-        answer = self._answer
-        if answer is not None:  # one that comes just now is for the next call
-            self._answer = None
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        with suppress(OSError):
-            if self._process.stdin is not None:
-                self._process.stdin.close()
-        try:
-            self._process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _ask(self, request: PlanRequest) -> None:
-        begin_s = time.monotonic()
-        try:
-            assert self._process.stdin is not None  # both are pipes, see Popen
-            assert self._process.stdout is not None
-            for piece in request.pieces():
-                self._process.stdin.write(piece)
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-            if not line:
-                raise PlanError(f"planner process ended with status {self._process.poll()}")
-            answer = PlanAnswer.from_dict(json.loads(line), time.monotonic() - begin_s)
-        except OSError:
-            error = f"planner process ended with status {self._process.poll()}; see its message above"
-            answer = PlanAnswer(None, time.monotonic() - begin_s, error)
-        except (ValueError, KeyError, TypeError, PerseusError) as failure:
-            answer = PlanAnswer(None, time.monotonic() - begin_s, str(failure))
-        self._answer = answer
-        self._busy = False
-
-
 def end_with(parent: int) -> None:
     """End when the trainer is gone, even if a process it forked still holds our standard input open."""
     while os.getppid() == parent:
@@ -354,11 +282,18 @@ def end_with(parent: int) -> None:
     os._exit(0)
 
 
+def yield_to_training(niceness: int) -> None:
+    """The trainer comes first, and when memory runs out it goes last."""
+    with suppress(OSError):
+        os.nice(niceness)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def main() -> None:
     """Answer requests on standard input until it ends."""
     threading.Thread(target=end_with, args=(int(sys.argv[1]),), daemon=True).start()
-    with suppress(OSError):
-        os.nice(5)  # the trainer comes first
+    yield_to_training(5)
     import perseus_plugin.planning.planner  # noqa: F401  (loads OR-Tools before the first request)
 
     for line in sys.stdin:

@@ -177,6 +177,7 @@ class PlanAnswer:
         paced_catch_up: the same for each of the pace's variants.
         overheads: what iterations were taken to take beside the work that is known.
         cut_short: whether the clock ended a search that the answer depends on.
+        lost: there is none as the planner's process was lost each time that it was asked.
     """
 
     plan: Plan | None
@@ -189,6 +190,7 @@ class PlanAnswer:
     paced_catch_up: tuple[tuple[StageCatchUp, ...], ...] = ()
     overheads: Overheads = field(default_factory=Overheads)
     cut_short: bool = False
+    lost: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""

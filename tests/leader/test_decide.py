@@ -312,3 +312,15 @@ def told(state: JobState) -> dict[str, Any]:
         name: {key: repr(one) for key, one in vars(value).items()} if name in inside else repr(value)
         for name, value in values.items()
     }
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_limits_are_blamed_only_where_they_may_be_to_blame(lost: bool) -> None:
+    story = Story().then(*full(4), Runs("A", stream_of(2, 4)), Turned(20), MEASURED)
+    (ask,) = story.of(Ask)
+    answer = PlanAnswer(None, 0.1, "the reason", lost=lost)
+    story.then(Answered(ask, request(), answer, 0.0))
+    assert story.state.phase is Phase.GIVEN_UP
+    said = " ".join(say.text % say.values for say in story.of(Say))
+    assert "the reason" in said
+    assert ("limits" in said) != lost

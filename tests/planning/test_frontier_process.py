@@ -58,7 +58,7 @@ def test_a_process_that_is_killed_is_said(tmp_path: Path) -> None:
     process = FrontierProcess(request(stages=8, microbatches=256), tmp_path / FRONTIER_FILE)
     process.close()
     wait_for(lambda: process.ended)
-    assert "ended with status -9" in process.progress.failure
+    assert "ended with SIGKILL" in process.progress.failure
     assert not list(tmp_path.iterdir())
 
 

@@ -20,7 +20,8 @@ from perseus_plugin.iteration.instructions import Compute, Constant
 from perseus_plugin.iteration.replayed import Samples
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.plan import Plan, plan_from_json
-from perseus_plugin.planning.process import PlanAnswer, PlannerProcess, PlanRequest, answered, plan_for
+from perseus_plugin.planning.planner_process import PlannerProcess
+from perseus_plugin.planning.process import PlanAnswer, PlanRequest, answered, plan_for
 from tests.factories import BLOCKING_W, CLOCKS_MHZ, profile
 
 
@@ -188,7 +189,7 @@ def test_the_process_plans_as_this_one_would(planner: PlannerProcess) -> None:
 
 
 def test_an_impossible_request_is_an_error_and_the_process_lives_on(planner: PlannerProcess) -> None:
-    pid = planner._process.pid
+    pid = planner.pid
     bad = [
         (request(slowdown=-0.5), "slowdown"),
         (request(streams=one_f_one_b(3, 4)), "got 2 values"),
@@ -207,7 +208,7 @@ def test_an_impossible_request_is_an_error_and_the_process_lives_on(planner: Pla
         else:
             assert (got.plan is None) == bool(got.error)
     assert answer(planner, request()).plan is not None
-    assert planner._process.pid == pid
+    assert planner.pid == pid
 
 
 def test_one_request_at_a_time(planner: PlannerProcess) -> None:
@@ -217,24 +218,6 @@ def test_one_request_at_a_time(planner: PlannerProcess) -> None:
     assert planner.poll() is None or not planner.busy
     assert wait_until_idle(planner)
     planner.poll()
-
-
-def test_a_process_that_died_is_an_error_at_once_and_closing_it_is_fine() -> None:
-    planner = PlannerProcess()
-    planner._process.kill()
-    planner._process.wait()
-    got = answer(planner, request())
-    assert got.plan is None
-    assert "planner process ended with status -9" in got.error
-    planner.close()
-    planner.close()
-
-
-def test_closing_ends_the_process() -> None:
-    planner = PlannerProcess()
-    assert planner._process.poll() is None
-    planner.close()
-    assert planner._process.poll() is not None
 
 
 def test_the_process_answers_line_by_line_whatever_comes_and_ends_with_its_input() -> None:

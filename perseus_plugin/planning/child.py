@@ -1,0 +1,162 @@
+"""A process of ours that plans beside the job: started, asked and heard in lines, ended."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+from perseus_plugin import processes
+from perseus_plugin.files import Descriptor
+
+_PIECE = 1 << 16
+
+
+class ChildLostError(Exception):
+    """The process has ended, or has to be; the message says why."""
+
+
+class Child:
+    """One process, and the pipes to and from it.
+
+    Args:
+        module: what it runs, see `processes`.
+        arguments: for it.
+        task: an open file that it reads instead of a pipe; None: a pipe.
+        quiet: drop what it writes to its standard error.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(self, module: str, *arguments: str, task: Any = None, quiet: bool = False) -> None:
+        heard, its_outlet = os.pipe()
+        its_inlet, told = (None, None) if task is not None else os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                processes.command(module, *arguments),
+                stdin=its_inlet if task is None else task,
+                stdout=its_outlet,
+                stderr=subprocess.DEVNULL if quiet else None,
+                start_new_session=True,
+                env=processes.environment(),
+            )
+            self._heard = Descriptor(heard)
+            self._told = None if told is None else Descriptor(told)
+        except BaseException:
+            os.close(heard)
+            if told is not None:
+                os.close(told)
+            raise
+        finally:
+            os.close(its_outlet)
+            if its_inlet is not None:
+                os.close(its_inlet)
+        self._buffer = b""
+        self._quiet = quiet
+        self._writing = threading.Lock()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    def check(self) -> None:
+        """Raise if it has ended.
+
+        Raises:
+            ChildLostError: it has.
+        """
+        if not self.running:
+            raise self._lost(OSError(), 0.0)
+
+    def tell(self, pieces: Iterable[str], limit_s: float = float("inf")) -> None:
+        """Write a line to it.
+
+        Args:
+            pieces: that make up the line, without its end.
+            limit_s: time until it must have been read.
+
+        Raises:
+            ChildLostError: it has not read it.
+        """
+        assert self._told is not None  # it has a pipe, see the class
+        deadline_s = time.monotonic() + limit_s
+        try:
+            os.set_blocking(self._told.number, False)
+            for piece in pieces:
+                self._write(self._told, piece.encode(), deadline_s)
+            self._write(self._told, b"\n", deadline_s)
+        except OSError as error:
+            raise self._lost(error, limit_s) from error
+
+    def hear(self, limit_s: float = float("inf")) -> str:
+        """The next line that it writes.
+
+        Args:
+            limit_s: how long to wait for it.
+
+        Raises:
+            ChildLostError: none has come.
+        """
+        deadline_s = time.monotonic() + limit_s
+        pieces = [self._buffer]
+        try:
+            while b"\n" not in pieces[-1]:
+                _wait(self._heard, select.POLLIN, deadline_s)
+                pieces.append(os.read(self._heard.number, _PIECE))
+                if not pieces[-1]:
+                    raise OSError("its output has ended")
+        except OSError as error:
+            raise self._lost(error, limit_s) from error
+        line, _, self._buffer = b"".join(pieces).partition(b"\n")
+        return line.decode(errors="replace")
+
+    def end(self, patience_s: float = 0.0) -> None:
+        """End it: by the end of its input, and if that takes longer than `patience_s`, by force."""
+        if self._told is not None:
+            with self._writing:
+                self._told.close()
+        try:
+            self._process.wait(timeout=patience_s)
+        except subprocess.TimeoutExpired:
+            with suppress(OSError):
+                self._process.kill()
+            self._process.wait()
+
+    def _write(self, descriptor: Descriptor, data: bytes, deadline_s: float) -> None:
+        while data:
+            _wait(descriptor, select.POLLOUT, deadline_s)
+            with self._writing:
+                data = data[os.write(descriptor.number, data[:_PIECE]) :]
+
+    def _lost(self, error: OSError, limit_s: float) -> ChildLostError:
+        """Why it is of no use any more; it is ended if it was not."""
+        if isinstance(error, TimeoutError):
+            self.end()
+            return ChildLostError(f"took longer than {limit_s:g} s and was ended")
+        with suppress(subprocess.TimeoutExpired):  # it ends, or will not
+            status = self._process.wait(timeout=1.0)
+            its_word = "" if self._quiet or status <= 0 else "; see its message above"
+            return ChildLostError(f"ended with {processes.ending(status)}{its_word}")
+        self.end()
+        return ChildLostError(f"could not be reached any more: {error.strerror or error}")
+
+
+def _wait(descriptor: Descriptor, event: int, deadline_s: float) -> None:
+    waiter = select.poll()
+    waiter.register(descriptor.number, event)
+    while not waiter.poll(1000):
+        if time.monotonic() >= deadline_s:
+            raise TimeoutError
+        _ = descriptor.number  # ends a wait for what somebody has closed

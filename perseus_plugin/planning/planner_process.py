@@ -1,0 +1,123 @@
+"""Rank 0's side of the planner: asks it, and starts it again when it is lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+
+from perseus_plugin.errors import PerseusError, PlanError, os_problem
+from perseus_plugin.planning.child import Child, ChildLostError
+from perseus_plugin.planning.request import PlanAnswer, PlanRequest
+from perseus_plugin.planning.work import BRAKE_S
+
+logger = logging.getLogger(__name__)
+
+PAUSES_S = (1.0, 5.0, 30.0, 120.0, 600.0)
+"""Before it is started again, after it was lost once, twice, ... over one request."""
+
+
+class PlannerProcess:
+    """Starts the planner and asks it; every method but `close` returns at once.
+
+    The process starts ahead of the first request, so that loading the solver costs no time when a plan is wanted. One
+    that is lost (killed as memory ran out, or hung) is started again, after a pause, and asked again.
+
+    Args:
+        pauses_s: before each new start; with the last one used up, the request has failed.
+        limit_s: how long a request may take; None: twice what ends its searches.
+    """
+
+    def __init__(self, pauses_s: Sequence[float] = PAUSES_S, limit_s: float | None = None) -> None:
+        self._pauses_s, self._limit_s = pauses_s, limit_s
+        self._closing = threading.Event()
+        self._starting = threading.Lock()
+        self._child: Child | None = None
+        self._answer: PlanAnswer | None = None
+        self._busy = False
+        try:
+            self._started()
+        except OSError as error:  # it is tried again when there is something to ask
+            logger.debug("the planner cannot be started yet: %s", error)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process as it was started last; None if it could not be, or has been closed."""
+        return None if self._child is None else self._child.pid
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being worked on."""
+        return self._busy
+
+    def submit(self, request: PlanRequest) -> None:
+        """Begin a request; one at a time."""
+        if self._busy:
+            raise PlanError("planner: a request is being worked on already")
+        self._busy, self._answer = True, None
+        threading.Thread(target=self._ask, args=(request,), name="perseus-planner", daemon=True).start()
+
+    def poll(self) -> PlanAnswer | None:
+        """The answer to the last request, once; None while there is none."""
+        answer = self._answer
+        if answer is not None:  # one that comes just now is for the next call
+            self._answer = None
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        with self._starting:
+            self._closing.set()
+            child, self._child = self._child, None
+        if child is not None:
+            child.end(patience_s=1.0)
+
+    def _ask(self, request: PlanRequest) -> None:
+        begin_s = time.monotonic()
+        for pause_s in (*self._pauses_s, None):
+            try:
+                answer = self._answered(request, begin_s)
+                break
+            except (ChildLostError, OSError) as error:
+                why = os_problem(error) if isinstance(error, OSError) else str(error)
+            except (ValueError, KeyError, TypeError, PerseusError) as failure:
+                answer = PlanAnswer(None, time.monotonic() - begin_s, str(failure))
+                break
+            if pause_s is None or self._closing.is_set():
+                why = f"the planner's process was lost {len(self._pauses_s) + 1} times; at last it {why}"
+                answer = PlanAnswer(None, time.monotonic() - begin_s, why, lost=True)
+                break
+            logger.warning(
+                "the planner's process %s; it is started again in %g s, and training goes on. See to memory on this "
+                "machine if it is said again",
+                why,
+                pause_s,
+            )
+            self._closing.wait(pause_s)
+        self._answer = answer
+        self._busy = False
+
+    def _answered(self, request: PlanRequest, begin_s: float) -> PlanAnswer:
+        child, limit_s = self._started(), self._limit_s
+        if limit_s is None:
+            limit_s = 2 * BRAKE_S.get(request.effort, max(BRAKE_S.values()))  # type: ignore[call-overload]
+        try:
+            child.tell(request.pieces(), limit_s)
+            line = child.hear(limit_s)
+        except ChildLostError:
+            self._child = None
+            raise
+        return PlanAnswer.from_dict(json.loads(line), time.monotonic() - begin_s)
+
+    def _started(self) -> Child:
+        with self._starting:
+            if self._closing.is_set():
+                raise ChildLostError("is not wanted any more")
+            child, self._child = self._child, None
+            if child is not None:
+                child.check()
+            self._child = child or Child("perseus_plugin.planning.process", str(os.getpid()))
+            return self._child

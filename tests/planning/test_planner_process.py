@@ -1,0 +1,156 @@
+"""The planner is lost, and asked again."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perseus_plugin.planning.child import Child, ChildLostError
+from perseus_plugin.planning.planner_process import PlannerProcess
+from perseus_plugin.processes import ending
+from tests.planning.test_process import answer, request
+from tests.waiting import wait_until
+
+PLANNER = "perseus_plugin.planning.process"
+
+
+@pytest.fixture
+def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.WARNING, logger="perseus_plugin")
+    return caplog
+
+
+def test_a_planner_that_was_killed_is_started_again_and_the_cause_is_said(heard: pytest.LogCaptureFixture) -> None:
+    planner = PlannerProcess(pauses_s=(0.01,))
+    pid = planner.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    got = answer(planner, request())
+    assert got.plan is not None
+    assert planner.pid != pid
+    (told,) = heard.messages
+    assert "SIGKILL, as the kernel sends when memory runs out" in told
+    assert "limits" not in told
+    planner.close()
+    planner.close()
+
+
+def test_one_that_hangs_is_ended_and_started_again(heard: pytest.LogCaptureFixture) -> None:
+    planner = PlannerProcess(pauses_s=(0.0,), limit_s=0.2)
+    pid = planner.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    got = answer(planner, request(8, 64))  # takes longer than that to be planned, too
+    assert (got.plan, got.lost) == (None, True)
+    assert "lost 2 times" in got.error
+    assert "took longer than 0.2 s and was ended" in got.error
+    assert "took longer than 0.2 s and was ended" in heard.messages[0]
+    assert not Path(f"/proc/{pid}").exists()
+    planner.close()
+
+
+def test_one_that_is_lost_each_time_is_a_failure_with_its_cause(heard: pytest.LogCaptureFixture) -> None:
+    planner = PlannerProcess(pauses_s=())
+    pid = planner.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    got = answer(planner, request())
+    assert (got.plan, got.lost) == (None, True)
+    assert "lost 1 times; at last it ended with SIGKILL" in got.error
+    assert not heard.messages
+    assert answer(planner, request()).plan is not None, "the next request has a process again"
+    planner.close()
+
+
+def test_one_that_cannot_be_started_is_tried_again(
+    heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = [OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))] * 2
+    really = subprocess.Popen
+
+    def started(*arguments: Any, **more: Any) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return really(*arguments, **more)
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    planner = PlannerProcess(pauses_s=(0.01,))
+    assert planner.pid is None
+    assert answer(planner, request()).plan is not None
+    assert "raise the limit of processes" in heard.messages[0]
+    planner.close()
+
+
+def test_closing_ends_the_process_and_a_wait_for_it(heard: pytest.LogCaptureFixture) -> None:
+    planner = PlannerProcess(pauses_s=(600.0,))
+    pid = planner.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    planner.submit(request())
+    wait_until(lambda: bool(heard.messages))
+    planner.close()
+    wait_until(lambda: not planner.busy)
+    assert planner.pid is None
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_what_the_script_has_opened_in_place_of_our_pipes_is_left_alone(tmp_path: Path) -> None:
+    """As a script does that closes all that it does not know."""
+    before = pipes_here()
+    planner = PlannerProcess(pauses_s=(0.0,))
+    pipes = [number for number, pipe in pipes_here().items() if before.get(number) != pipe]
+    assert len(pipes) == 2
+    theirs = tmp_path / "theirs"
+    theirs.write_text("untouched")
+    for number in pipes:
+        opened = os.open(theirs, os.O_RDWR)
+        os.dup2(opened, number)
+        os.close(opened)
+    try:
+        assert answer(planner, request()).plan is not None, "it is started again"
+        planner.close()
+        assert theirs.read_text() == "untouched"
+        assert [os.lseek(number, 0, os.SEEK_CUR) for number in pipes] == [0, 0], "nothing was read, and none closed"
+    finally:
+        for number in pipes:
+            os.close(number)
+
+
+def pipes_here() -> dict[int, str]:
+    """This process's pipes by their numbers."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            found[int(entry.name)] = os.readlink(entry)  # noqa: PTH115
+    return {number: name for number, name in found.items() if name.startswith("pipe:")}
+
+
+def test_when_memory_runs_out_the_planner_goes_before_the_trainer() -> None:
+    planner = PlannerProcess()
+    score = Path(f"/proc/{planner.pid}/oom_score_adj")
+    wait_until(lambda: score.read_text().strip() == "1000")
+    planner.close()
+
+
+def test_a_line_without_end_is_given_up_in_time() -> None:
+    child = Child(PLANNER, str(os.getpid()))
+    os.kill(child.pid, signal.SIGSTOP)
+    with pytest.raises(ChildLostError, match=r"took longer than 0\.2 s"):
+        child.tell(["x" * 2**20] * 2, limit_s=0.2)
+    child.end()
+    assert not child.running
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(0, "status 0"), (3, "status 3"), (-15, "SIGTERM"), (-9, "SIGKILL, as"), (-200, "signal 200")]
+)
+def test_how_a_process_ended_is_said_by_name(status: int, said: str) -> None:
+    assert ending(status).startswith(said)

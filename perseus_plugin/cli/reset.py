@@ -56,13 +56,17 @@ def reset_one(target: Target, *, force: bool) -> bool:
             ownership.release()
             typer.echo(f"{who}: free" + (f" (it was {facts.leftover})" if facts.leftover else ""))
             return True
-        lock = lock_path(spec, facts.uuid)
-        holder = holder_of(lock) or helper_elsewhere(facts.uuid, lock)
-        if holder is None or not force:
-            hint = "" if holder is None else "; --force frees it all the same"
+        try:
+            lock = lock_path(spec, facts.uuid)
+            holder = holder_of(lock) or helper_elsewhere(facts.uuid, lock)
+            by = "" if holder is None else f" (controlled by {describe(holder)})"
+        except GpuError:  # its reason is that of `why_not`
+            by = " (whoever controls it)"
+        if not by or not force:
+            hint = "; --force frees it all the same" if by else ""
             typer.echo(f"{who}: not freed: {facts.why_not}{hint}")
             return False
-        return _reset_by_force(spec, f"{who} (controlled by {describe(holder)})")
+        return _reset_by_force(spec, who + by)
     finally:
         device.close()
 

@@ -6,20 +6,24 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from perseus_plugin.control.lock_folder import LOCK_DIR_VARIABLE as LOCK_DIR_VARIABLE
+from perseus_plugin.control.lock_folder import LOCK_REMEDY, lock_folder
 from perseus_plugin.errors import GpuError, os_problem
 from perseus_plugin.gpus.registry import lock_file
 
-LOCK_DIR_VARIABLE = "PERSEUS_LOCK_DIR"
-DEFAULT_LOCK_DIR = "/tmp/perseus-locks"
-"""The same for all users and jobs of a machine, so not the job's own TMPDIR."""
-
 HELPER_MODULE = "perseus_plugin.control.helper"
+MAX_RECORD = 4096
+"""Bytes; a file that is larger holds no record."""
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_DELETED = " (deleted)"  # what the kernel adds to the name of an opened file that is gone
 _SETTLED_S = 5.0  # a helper that lives for so long controls its GPU: one that may not has ended
 
 
@@ -28,8 +32,12 @@ class GpuBusyError(GpuError):
 
 
 def lock_path(spec: str, uuid: str) -> Path:
-    """The lock file of a GPU: where its backend has it, else in the machine's lock folder."""
-    return lock_file(spec) or Path(os.environ.get(LOCK_DIR_VARIABLE, DEFAULT_LOCK_DIR)) / f"{uuid}.lock"
+    """The lock file of a GPU: where its backend has it, else in the machine's lock folder.
+
+    Raises:
+        GpuError: there is no folder for it.
+    """
+    return lock_file(spec) or lock_folder() / f"{uuid}.lock"
 
 
 class Ownership:
@@ -54,23 +62,33 @@ class Ownership:
         self._path = path
         self._owner_pid = owner_pid
         self._told = False  # that the record cannot be written
-        try:
-            self._fd = _open(path)
-        except OSError as error:
-            raise GpuError(_cannot_open(path, error)) from error
         end_s = time.monotonic() + wait_s
-        while not self._try_lock():
+        while (fd := _locked(path)) is None:
             if time.monotonic() >= end_s:
                 holder = read_record(path)
-                os.close(self._fd)
                 raise GpuBusyError(f"{self._holder_is(holder)}: {describe(holder)} (lock file {path})")
             time.sleep(0.02)
-        before = read_record(path)
+        self._fd = fd
+        before = _record_in(fd)
         self.leftover = before if before.get("clock") == "locked" else None
         self.locked = self.leftover is not None
-        found_mhz = before.get("found_mhz")
-        self.found_mhz = found_mhz if isinstance(found_mhz, int) else 0  # also of one that died at full clocks
+        self.found_mhz: int = before.get("found_mhz", 0)  # also of one that died at full clocks
         self._write()
+
+    def kept(self) -> bool:
+        """Hold the file that is there, should somebody have removed ours; False if another process holds it by now."""
+        if self._fd < 0 or _is_there(self._fd, self._path):
+            return True
+        try:
+            fd = _locked(self._path)
+        except GpuError:  # no folder any more, say: nobody else can hold a file there either
+            return True
+        if fd is None:
+            return False
+        os.close(self._fd)
+        self._fd = fd
+        self._write()
+        return True
 
     def found(self, frequency_mhz: int) -> None:
         """Note somebody else's lock; also for whoever comes after a holder that died."""
@@ -98,16 +116,6 @@ class Ownership:
         if here and job and holder.get("job") == job:
             return "another rank of this job controls this GPU; give each rank a GPU of its own"
         return "another job controls this GPU"
-
-    def _try_lock(self) -> bool:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            os.close(self._fd)
-            raise GpuError(_cannot_lock(self._path, error)) from error
-        return True
 
     def _write(self) -> None:
         record = {
@@ -142,21 +150,13 @@ def holder_of(path: Path) -> dict[str, Any] | None:
     Raises:
         GpuError: the file is there but cannot be opened.
     """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    fd = _opened(path, make=False)
+    if fd is None:
         return None
-    except OSError as error:
-        raise GpuError(_cannot_open(path, error)) from error
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return read_record(path)
-    except OSError as error:
-        raise GpuError(_cannot_lock(path, error)) from error
+        return None if _try_lock(fd, path) else _record_in(fd)
     finally:
         os.close(fd)
-    return None
 
 
 def helper_elsewhere(uuid: str, lock: Path, processes: Path = Path("/proc")) -> dict[str, Any] | None:
@@ -189,11 +189,11 @@ def helper_elsewhere(uuid: str, lock: Path, processes: Path = Path("/proc")) -> 
 def _has_lock_elsewhere(process: Path, lock: Path) -> bool:
     """Whether a helper has another lock file of this name than ours; where its files are hidden, its age must tell."""
     with suppress(OSError):
-        ours = lock.stat()
+        ours = lock.lstat()
         for opened in (process / "fd").iterdir():
             with suppress(OSError):
                 name, theirs = opened.readlink().name, opened.stat()
-                if name == lock.name:
+                if name.removesuffix(_DELETED) == lock.name:
                     return (theirs.st_dev, theirs.st_ino) != (ours.st_dev, ours.st_ino)
         return False  # it has none yet, or has given it up
     with suppress(OSError):
@@ -219,10 +219,13 @@ def _record_of(process: Path, arguments: list[str]) -> dict[str, Any]:
 
 def read_record(path: Path) -> dict[str, Any]:
     """The record in a lock file; empty if there is none that can be read."""
-    with suppress(OSError, ValueError):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict):
-            return record
+    with suppress(GpuError):
+        fd = _opened(path, make=False)
+        if fd is not None:
+            try:
+                return _record_in(fd)
+            finally:
+                os.close(fd)
     return {}
 
 
@@ -230,40 +233,130 @@ def describe(record: dict[str, Any]) -> str:
     """A holder, for people."""
     if not record:
         return "a process that left no record"
-    return (
+    text = (
         f"process {record.get('pid')} of user id {record.get('user_id')} on {record.get('host')} since "
         f"{record.get('since')} ({record.get('command') or 'command unknown'})"
     )
+    # A command line is whatever its user wanted it to be: no line of its own, and no code for a terminal.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-_LOCK_REMEDY = f"set {LOCK_DIR_VARIABLE} to a folder on a local disk that every user of the GPUs can write to"
+_KINDS: dict[str, type] = {
+    "clock": str,
+    "helper_pid": int,
+    "pid": int,
+    "user_id": int,
+    "host": str,
+    "since": str,
+    "command": str,
+    "job": str,
+    "found_mhz": int,
+}
+_HIGHEST_MHZ = 100_000
+
+
+def _record_in(fd: int) -> dict[str, Any]:
+    """The record in an opened lock file; empty if there is none that is one."""
+    try:
+        content = os.pread(fd, MAX_RECORD + 1, 0)
+        record = json.loads(content) if len(content) <= MAX_RECORD else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(record, dict) or record.get("clock") not in ("locked", "free"):
+        return {}
+    known = {key: record[key] for key in _KINDS if key in record}
+    if any(type(value) is not _KINDS[key] for key, value in known.items()):
+        return {}
+    return known if 0 <= known.get("found_mhz", 0) <= _HIGHEST_MHZ else {}
+
+
+def _locked(path: Path) -> int | None:
+    """The lock file, opened and locked; None if somebody else has locked it.
+
+    Raises:
+        GpuError: it cannot be made or opened, or is none.
+    """
+    fd = _opened(path, make=True)
+    assert fd is not None  # it was made
+    try:
+        # Between opening and locking somebody may have removed it, and somebody else have made another one.
+        if _try_lock(fd, path) and _is_there(fd, path):
+            kept, fd = fd, -1
+            return kept
+        return None
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _try_lock(fd: int, path: Path) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise GpuError(
+            f"{path}: its file system cannot lock the GPU's lock file: {error.strerror or error}; {LOCK_REMEDY}"
+        ) from error
+    return True
+
+
+def _is_there(fd: int, path: Path) -> bool:
+    """Whether an opened file is the one at this path."""
+    try:
+        there = path.lstat()
+    except OSError:
+        return False
+    ours = os.fstat(fd)
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _opened(path: Path, *, make: bool) -> int | None:
+    """The lock file; None if it is not there and is not to be made.
+
+    Raises:
+        GpuError: it cannot be opened, or is something that only others than root and this user can have made.
+    """
+    try:
+        fd = _made(path) if make else os.open(path, _FLAGS)
+    except FileNotFoundError as error:
+        if make:
+            raise GpuError(_cannot_open(path, error)) from error
+        return None
+    except OSError as error:
+        raise GpuError(_cannot_open(path, error)) from error
+    status = os.fstat(fd)
+    problem = ""
+    if not stat.S_ISREG(status.st_mode):
+        problem = "it is no regular file"
+    elif status.st_uid not in (0, os.geteuid()):
+        problem = f"it belongs to user {status.st_uid}"
+    elif status.st_nlink > 1:
+        problem = "it is another file, too (a hard link)"
+    elif status.st_mode & _OTHERS_WRITE:
+        try:
+            os.fchmod(fd, stat.S_IMODE(status.st_mode) & ~_OTHERS_WRITE)
+        except OSError:
+            problem = "others can write it"
+    if problem:
+        os.close(fd)
+        raise GpuError(f"{path}: cannot use the GPU's lock file: {problem}; remove it, or {LOCK_REMEDY}")
+    return fd
 
 
 def _cannot_open(path: Path, error: OSError) -> str:
-    return f"{path}: cannot open the GPU's lock file: {error.strerror or error}; {_LOCK_REMEDY}"
+    return f"{path}: cannot open the GPU's lock file: {error.strerror or error}; {LOCK_REMEDY}"
 
 
-def _cannot_lock(path: Path, error: OSError) -> str:
-    return f"{path}: its file system cannot lock the GPU's lock file: {error.strerror or error}; {_LOCK_REMEDY}"
-
-
-def _open(path: Path) -> int:
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-    # Without O_CREAT first: the kernel refuses O_CREAT on another user's file in a folder that all may write
-    # to.
+def _made(path: Path) -> int:
+    # Without O_CREAT first: the kernel refuses O_CREAT on another user's file in a folder that all may write to.
     with suppress(FileNotFoundError):
-        return os.open(path, flags)
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):
-            path.parent.chmod(0o1777)
+        return os.open(path, _FLAGS)
+    path.parent.mkdir(0o700, parents=True, exist_ok=True)
     try:
-        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        return os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        return os.open(path, flags)
-    with suppress(OSError):
-        os.fchmod(fd, 0o666)  # other users' jobs must be able to take it later, whatever our umask
-    return fd
+        return os.open(path, _FLAGS)
 
 
 def _job() -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from perseus_plugin.cli.reset import reset
+from perseus_plugin.control import lock_folder
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.ownership import LOCK_DIR_VARIABLE, Ownership, lock_path, read_record
 from perseus_plugin.errors import ConfigError
@@ -75,6 +77,26 @@ def test_what_cannot_be_freed_gives_status_1(gpu: EmulatedGpu, tmp_path: Path) -
     assert isinstance(run("--emulated", str(tmp_path / "missing")).exception, ConfigError)
 
 
+def test_what_others_have_put_where_its_lock_file_is_to_be_does_not_hold_it_up(gpu: EmulatedGpu) -> None:
+    path = lock_path(f"emulated:{gpu.state.path}", gpu.uuid)
+    path.unlink()
+    os.mkfifo(path)
+    result = run("--emulated", str(gpu.state.path))
+    assert result.exit_code == 1
+    assert "cannot use the GPU's lock file: it is no regular file; remove it" in result.output
+    assert run("--emulated", str(gpu.state.path), "--force").exit_code == 0
+    assert gpu.locked_mhz() is None
+
+
+def test_a_forged_record_prints_no_line_of_its_own(gpu: EmulatedGpu) -> None:
+    path = lock_path(f"emulated:{gpu.state.path}", gpu.uuid)
+    record = {**json.loads(path.read_text()), "clock": "locked", "command": "x)\n\x1b[1A\rGPU-1: free"}
+    path.write_text(json.dumps(record))
+    result = run("--emulated", str(gpu.state.path))
+    assert len(result.output.splitlines()) == 1
+    assert "\x1b" not in result.output
+
+
 # Behind the simulated driver.
 
 UUIDS = [f"GPU-{digit * 8}-1111-2222-3333-444444444444" for digit in "0567"]
@@ -92,6 +114,22 @@ def gpus(tmp_path: Path, simulated_nvml: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(LOCK_DIR_VARIABLE, str(tmp_path / "locks"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return gpus
+
+
+def test_a_lock_folder_that_others_can_write_is_not_used(
+    gpus: list[EmulatedGpu], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_folder, "ROOTS_LOCK_DIR", str(tmp_path / "run" / "perseus"))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    planted = tmp_path / "locks"
+    planted.mkdir()
+    planted.chmod(0o1777)
+    for uuid in UUIDS:
+        os.mkfifo(planted / f"{uuid}.lock")
+    result = run()
+    assert result.exit_code == 0
+    assert [gpu.locked_mhz() for gpu in gpus] == [None] * 4
+    assert f"the GPU's lock file is in {tmp_path}/run/perseus, as {planted} can be written by others" in result.output
 
 
 def test_one_lost_gpu_does_not_keep_the_others_locked(gpus: list[EmulatedGpu]) -> None:

@@ -47,6 +47,7 @@ PARENT_CHECK_S = 0.1
 PARENT_LOOK_S = 0.25
 """How often to look whether it goes on, while the clock is locked."""
 DEVIATION_REPORT_S = 1.0
+KEEP_LOCK_FILE_S = 5.0
 READ_AGAIN_S = 1.0
 LOOKS_ABOVE = 2
 FREE_LIMIT_S = 0.5
@@ -113,7 +114,7 @@ class HelperLoop:
         self._not_free = False
         self._pauses = Pauses(time.monotonic())
         self._paused = False
-        self._next_look_s = 0.0
+        self._next_look_s = self._next_keep_s = 0.0
         self.locked_mhz: int | None = None
         self._know_latency(latency_s)
 
@@ -215,6 +216,15 @@ class HelperLoop:
         if time.monotonic() >= self._read_back_s:
             self._read_back()
         self._heartbeat.beat()
+        self._keep_lock_file()
+
+    def _keep_lock_file(self) -> None:
+        now_s = time.monotonic()
+        if not self._may_set or self._ownership is None or now_s < self._next_keep_s:
+            return
+        self._next_keep_s = now_s + KEEP_LOCK_FILE_S
+        if not self._ownership.kept():
+            self._give_up_control("the GPU's lock file was removed, and another process has taken the GPU since")
 
     def _pauses_now(self) -> bool:
         """Free the clock while the parent does nothing, and take it up again when it goes on."""

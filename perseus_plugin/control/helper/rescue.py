@@ -73,8 +73,9 @@ def _by_force(spec: str, holder: int, locked_mhz: int | None) -> str:
         except GpuError as error:
             problem = problem or str(error)
             continue
-        if read_record(lock_path(spec, gpu.uuid)).get("helper_pid") != holder:
-            return ""
+        with suppress(GpuError):  # no lock file: then nobody else has it either
+            if read_record(lock_path(spec, gpu.uuid)).get("helper_pid") != holder:
+                return ""
         outcome = reset_until_confirmed(gpu, locked_mhz, limit_s=RESET_LIMIT_S)
         if outcome.confirmed:
             return ""

@@ -51,8 +51,8 @@ def take_over(
     gpu = with_heartbeat(open_gpu(candidates[0]), beat)
     backend, refusals, leftover, foreign = "", [], "", ""
     ownership, busy = None, False
-    lock = lock_path(spec, gpu.uuid)
     try:
+        lock = lock_path(spec, gpu.uuid)
         ownership = Ownership(lock, owner_pid, wait_s=wait_s)
         _wait_for_helpers(gpu.uuid, lock, wait_s)
     except GpuError as error:

@@ -30,6 +30,7 @@ Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
 Stage = Annotated[int, Field(ge=0, le=MOST_STAGES)]
 Time = Annotated[float, Field(ge=0, le=MOST_S)]
 PositiveTime = Annotated[float, Field(gt=0, le=MOST_S)]
+Power = Annotated[float, Field(ge=0, le=MOST_W)]
 PositiveEnergy = Annotated[float, Field(gt=0)]
 
 

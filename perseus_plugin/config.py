@@ -115,6 +115,14 @@ class ProfilingConfig(_Strict):
         gt=0,
         le=MOST_W,
     )
+    power_limit_w: float | None = _setting(
+        None,
+        "a number above 0 and at most 2000, or null",
+        "The most that one GPU can draw, in watts: a loaded profile with more is refused, measured energies are held "
+        "below it. null: as the driver tells of this card, 2000 with `load`.",
+        gt=0,
+        le=MOST_W,
+    )
 
 
 def _known_backend(name: str) -> str:

@@ -39,6 +39,7 @@ FULL: dict[str, Any] = {
         "reuse": False,
         "load": "profile.csv",
         "blocking_power_w": 83.64,
+        "power_limit_w": 300.0,
     },
     "gpu": {"backend": "zeusd", "foreign_clock": "give_way", "zeusd_socket": "/tmp/zeusd.sock"},
     "emulation": {
@@ -149,6 +150,7 @@ def test_a_config_cannot_be_changed_afterwards() -> None:
         ("profiling.max_relative_error", 0, "a number above 0 and at most 1"),
         ("profiling.load", 3, "a path of a profile CSV, or null"),
         ("profiling.blocking_power_w", 0, "a number above 0 and at most 2000, or null"),
+        ("profiling.power_limit_w", 0, "a number above 0 and at most 2000, or null"),
         ("gpu.backend", "cuda", '"auto", "nvml", "zeusd", "emulated" or "off"'),
         ("gpu.zeusd_socket", None, "a path"),
         ("emulation.model", "H100", '"A100"'),

@@ -16,6 +16,7 @@ from perseus_plugin.cli.job import (
     Latency,
     LowerWhileWaiting,
     Microbatches,
+    PowerLimit,
     ProfileArgument,
     Scale,
     Schedule,
@@ -40,6 +41,7 @@ def frontier(
     latency: Latency = 0.0,
     switch_latency: SwitchLatency = SWITCH_LATENCY_S,
     lower_while_waiting: LowerWhileWaiting = True,
+    power_limit: PowerLimit = None,
     tolerance: Annotated[float, typer.Option(help="Share to within which to know the bound.")] = 0.002,
     effort: EffortOption = "quick",
     plot: Annotated[Path | None, typer.Option(help="Also draw it (needs matplotlib).")] = None,
@@ -51,7 +53,14 @@ def frontier(
 
     spent = parse_effort(effort)
     planner = planner_from_options(
-        profile, microbatches, blocking_power, schedule, scale, latency, lowering(lower_while_waiting, switch_latency)
+        profile,
+        microbatches,
+        blocking_power,
+        schedule,
+        scale,
+        latency,
+        lowering(lower_while_waiting, switch_latency),
+        power_limit,
     )
     console = Console()
     with console.status("sampling") as status:

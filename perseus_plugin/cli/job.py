@@ -33,6 +33,10 @@ BlockingPower = Annotated[
         show_default=False,
     ),
 ]
+PowerLimit = Annotated[
+    float | None,
+    typer.Option(help="Most watts that a GPU can draw: a profile with more is refused (2000).", show_default=False),
+]
 Schedule = Annotated[
     str, typer.Option(help=f"{', '.join(SCHEDULES)}, or the path of a JSON file of instruction lists.")
 ]
@@ -62,6 +66,7 @@ def planner_from_options(
     scale: float,
     latency: float,
     switch_latency_s: float | None,
+    power_limit_w: float | None,
 ) -> Planner:
     """Read the files and set up the planner; `switch_latency_s` is from `lowering`.
 
@@ -72,7 +77,7 @@ def planner_from_options(
     from perseus_plugin.planning.planner import Planner
 
     power_w = parse_power(blocking_power)
-    profile = load_profile(profile_path, power_w).scaled(scale)
+    profile = load_profile(profile_path, power_w, power_limit_w).scaled(scale)
     streams = streams_for(schedule, profile.stages, microbatches)
     needed = {(s, op.kind) for s, stream in enumerate(streams) for op in stream if isinstance(op, Compute)}
     missing = sorted(needed - profile.table.keys())

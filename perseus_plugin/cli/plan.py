@@ -16,6 +16,7 @@ from perseus_plugin.cli.job import (
     Latency,
     LowerWhileWaiting,
     Microbatches,
+    PowerLimit,
     ProfileArgument,
     Scale,
     Schedule,
@@ -42,6 +43,7 @@ def plan(
     latency: Latency = 0.0,
     switch_latency: SwitchLatency = SWITCH_LATENCY_S,
     lower_while_waiting: LowerWhileWaiting = True,
+    power_limit: PowerLimit = None,
     slowdown: Annotated[
         float | None, typer.Option(help="Allowed slowdown against full clocks, as a share (the default: 0).")
     ] = None,
@@ -61,7 +63,14 @@ def plan(
     target = pick_target(slowdown, deadline, straggler, cheapest, energy_budget)
     limits = ChangeLimits(max_changes, min_dwell)
     planner = planner_from_options(
-        profile, microbatches, blocking_power, schedule, scale, latency, lowering(lower_while_waiting, switch_latency)
+        profile,
+        microbatches,
+        blocking_power,
+        schedule,
+        scale,
+        latency,
+        lowering(lower_while_waiting, switch_latency),
+        power_limit,
     )
     console = Console()
     free = None

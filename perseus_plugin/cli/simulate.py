@@ -16,6 +16,7 @@ from perseus_plugin.cli.job import (
     EffortOption,
     Latency,
     LowerWhileWaiting,
+    PowerLimit,
     Scale,
     SwitchLatency,
     lowering,
@@ -84,6 +85,7 @@ def simulate(
         list[Path] | None, typer.Option("-o", "--output", help="Also write it: a path ending in .json or .csv.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw it (needs matplotlib).")] = None,
+    power_limit: PowerLimit = None,
 ) -> None:
     """Say what saving to expect; several values per option are combined, each combination with each target."""
     # Loads OR-Tools, which other subcommands do without.
@@ -99,7 +101,11 @@ def simulate(
     splits = [_layers("--split", text) for text in split or ()]
     modelled = source.suffix in {".yaml", ".yml"}
     if modelled:
-        for name, given in (("--blocking-power", blocking_power), ("--layers", layers)):
+        for name, given in (
+            ("--blocking-power", blocking_power),
+            ("--layers", layers),
+            ("--power-limit", power_limit),
+        ):
             if given is not None:
                 raise ConfigError(f"{name}: got {given}; allowed: nothing with a model description, whose GPU says it")
         pipelines = _modelled(load_description(source), gpu or ["a100"], stages or [], splits, scale)
@@ -111,7 +117,7 @@ def simulate(
                 "--blocking-power: missing; a profile does not hold it; allowed: watts, or watts per stage"
             )
         power_w = parse_power(blocking_power)
-        profile = load_profile(source, power_w).scaled(scale)
+        profile = load_profile(source, power_w, power_limit).scaled(scale)
         pipelines = _measured(profile, power_w, layers, stages or [], splits, profile_chunks)
     else:
         raise ConfigError(f"got {source}; allowed: a profile (.csv) or a model description (.yaml, .yml)")

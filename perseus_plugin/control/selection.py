@@ -33,6 +33,7 @@ class Selection:
         why_not: why clocks cannot be set, and what would help; empty when they can.
         driver: version of the GPU's driver, empty if there is none.
         busy: another session or job sets this GPU's clock.
+        power_limit_w: the most that the card may be set to draw (0: not known).
     """
 
     backend: str
@@ -44,6 +45,7 @@ class Selection:
     why_not: str = ""
     driver: str = ""
     busy: bool = False
+    power_limit_w: float = 0.0
 
     @property
     def emulated(self) -> bool:
@@ -108,7 +110,13 @@ def with_facts(selection: Selection, facts: DeviceFacts | None, problem: str = "
         return replace(selection, spec=None, clocks_mhz=(), why_not=why)
     if not facts.can_lock:
         return replace(selection, name=facts.name, spec=None, clocks_mhz=(), why_not=facts.why_not, busy=facts.busy)
-    return replace(selection, backend=facts.backend or selection.backend, name=facts.name, clocks_mhz=facts.clocks_mhz)
+    return replace(
+        selection,
+        backend=facts.backend or selection.backend,
+        name=facts.name,
+        clocks_mhz=facts.clocks_mhz,
+        power_limit_w=facts.power_limit_w,
+    )
 
 
 def _emulated(config: PerseusConfig, placement: Placement, output_dir: Path) -> Selection:

@@ -107,6 +107,7 @@ class DeviceFacts:
         foreign: what is known or suspected of a lock that somebody else had made, with what becomes of it; else empty.
         counter: what is wrong with the energy counter, empty if it moves or was not looked at.
         busy: somebody else's helper controls the GPU.
+        power_limit_w: the most that the card may be set to draw (0: not known).
     """
 
     name: str
@@ -122,6 +123,7 @@ class DeviceFacts:
     foreign: str = ""
     counter: str = ""
     busy: bool = False
+    power_limit_w: float = 0.0
 
     def pack(self) -> bytes:
         """As the payload of READY."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perseus_plugin.bounds import Clock, ClockOrFull, Count, Stage, Time
+from perseus_plugin.bounds import Clock, ClockOrFull, Count, Power, Stage, Time
 from perseus_plugin.errors import validation_problem
 from perseus_plugin.exchange.store import ExchangeError
 
@@ -63,6 +63,7 @@ class RankEstimate(_Message):
         estimate: a `StageEstimate` as plain data.
         constant_time_s: median time of each kind of constant-time work.
         switch_latency_s: 95 % of clock changes take no longer; None where that was not measured.
+        power_limit_w: the most that its card may be set to draw; 0: not known.
     """
 
     placement: Placement
@@ -70,6 +71,7 @@ class RankEstimate(_Message):
     estimate: dict[str, Any]
     constant_time_s: dict[str, Time]
     switch_latency_s: Time | None = None
+    power_limit_w: Power = 0.0
 
 
 class News(_Message):

@@ -48,7 +48,7 @@ from perseus_plugin.leader.measuring import (
     another_round,
     estimated,
     plannable,
-    said_of_unresolved,
+    said_of_measured,
 )
 from perseus_plugin.leader.reviews import catches_up_otherwise, clocks_of, in_force, said_of_overheads, said_of_replay
 from perseus_plugin.leader.state import JobState, Phase, Rules
@@ -293,7 +293,7 @@ class _Deciding:
             self.effects.append(another.why)
             self._sweep_over(another.clocks_mhz, another.paired)
             return
-        self.effects += [SaveProfile(survey), *said_of_unresolved(survey, profiling)]
+        self.effects += [SaveProfile(survey), *said_of_measured(survey, profiling)]
         self._plan_on(survey)
 
     def _checked(self, rechecks: Sequence[Recheck]) -> None:

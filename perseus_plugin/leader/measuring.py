@@ -66,7 +66,7 @@ def estimated(
     """
     try:
         of_stages = stage_estimates(estimates, stages, config.max_relative_error)
-        return survey_of(estimates, of_stages), of_stages
+        return survey_of(estimates, of_stages, config.power_limit_w), of_stages
     except PerseusError as error:
         raise UnusableProfileError(f"the profile cannot be used: {error} (try more steps_per_clock)") from None
 
@@ -121,9 +121,20 @@ def plannable(survey: Survey, config: ProfilingConfig) -> tuple[Survey, Say | No
     )
 
 
-def said_of_unresolved(survey: Survey, config: ProfilingConfig) -> list[Say]:
-    """What stays at full clocks as its energy is not known."""
-    return [
+def said_of_measured(survey: Survey, config: ProfilingConfig) -> list[Say]:
+    """What is not used, or stays at full clocks, as its energy is not known."""
+    said = []
+    if survey.too_high:
+        first = survey.too_high[0]
+        said.append(
+            Say(
+                "warning",
+                "%d energies are estimated above what the GPU can draw (first: stage %d %s at %d MHz: %.0f of %.0f W): "
+                "their clocks are not used (more perseus.profiling.steps_per_clock would help)",
+                (len(survey.too_high), first.stage, first.kind, first.frequency_mhz, first.power_w, first.limit_w),
+            )
+        )
+    return said + [
         Say(
             "warning",
             "stage %d: the energy of %s is not known to within %.0f %%; it stays at full clock "

@@ -192,7 +192,11 @@ class Profile:
         return cls({key: tuple(measurements) for key, measurements in table.items()})
 
 
-def load_profile(path: Path | str, blocking_power_w: float | Sequence[float] | None = None) -> Profile:
+def load_profile(
+    path: Path | str,
+    blocking_power_w: float | Sequence[float] | None = None,
+    power_limit_w: float | None = None,
+) -> Profile:
     """Read a profile CSV.
 
     Names of instructions are taken without regard to case; `fwd`, `bwd` and DeepSpeed's `ForwardPass` and
@@ -200,8 +204,9 @@ def load_profile(path: Path | str, blocking_power_w: float | Sequence[float] | N
 
     Args:
         path: of the CSV.
-        blocking_power_w: power of a GPU that waits, for all stages or one each, where it is known: rows that draw
-            less are refused.
+        blocking_power_w: power of a GPU that waits, for all stages or one each, where it is known and a row does not
+            say it itself: rows that draw less are refused.
+        power_limit_w: the most that a GPU draws; rows that draw more are refused. None: 2000 W.
 
     Raises:
         ProfileError: naming file, row and reason, for a file that cannot be read or planned on.
@@ -228,7 +233,7 @@ def load_profile(path: Path | str, blocking_power_w: float | Sequence[float] | N
         for record in reader:
             where = f"{path}: row {reader.line_num}"
             stage, kind, measurement = _parse_record(record, where)
-            _check_power(measurement, _power_of(stage, blocking_power_w), where)
+            _check_power(measurement, _power_of(stage, blocking_power_w), power_limit_w, where)
             key = (stage, kind, measurement.frequency_mhz)
             if key in seen:
                 raise ProfileError(f"{where}: stage {stage} {kind} at {key[2]} MHz stands in row {seen[key]} already")
@@ -308,10 +313,13 @@ def _power_of(stage: int, blocking_power_w: float | Sequence[float] | None) -> f
     return blocking_power_w[stage] if stage < len(blocking_power_w) else None  # a short list is the planner's to refuse
 
 
-def _check_power(row: Measurement, blocking_power_w: float | None, where: str) -> None:
+def _check_power(row: Measurement, default_w: float | None, power_limit_w: float | None, where: str) -> None:
     """Refuse a row that no GPU can have."""
     power_w = row.energy_j / row.time_s
-    if power_w > MOST_W:
+    blocking_power_w = default_w if math.isnan(row.blocking_power_w) else row.blocking_power_w
+    if power_limit_w is not None and power_w > power_limit_w * (1 + 1e-9):
+        allowed = f"at most the power limit, {power_limit_w:g} W"
+    elif power_w > MOST_W:
         allowed = f"at most {MOST_W:.0f} W, which no GPU exceeds"
     elif blocking_power_w is not None and power_w < blocking_power_w * (1 - 1e-9):
         allowed = f"at least the blocking power, {blocking_power_w:g} W, as no work draws less than waiting"

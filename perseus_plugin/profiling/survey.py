@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from perseus_plugin.errors import ProfileError
 from perseus_plugin.exchange.messages import RankEstimate, Recheck
 from perseus_plugin.iteration.instructions import Constant, StreamOp
+from perseus_plugin.profiling.guards import TooHigh, possible
 from perseus_plugin.profiling.observations import StageEstimate
 from perseus_plugin.profiling.pooling import blocking_power, pool, to_profile
 from perseus_plugin.profiling.profile import Profile
@@ -30,6 +31,7 @@ class Survey:
         unresolved: (stage, kind) whose energy is not known well enough to plan on.
         constant_time_s: constant-time work by (stage, name), as the stage saw it, waiting in collectives included.
         blocking_power_se_w: standard error of the blocking power (NaN: unknown).
+        too_high: estimates above what the card can draw, which are not in the profile but for the highest clock.
     """
 
     profile: Profile
@@ -37,6 +39,7 @@ class Survey:
     unresolved: frozenset[tuple[int, str]] = frozenset()
     constant_time_s: dict[tuple[int, str], float] = field(default_factory=dict)
     blocking_power_se_w: float = math.nan
+    too_high: tuple[TooHigh, ...] = ()
 
     def constants_for(self, streams: Sequence[Sequence[StreamOp]]) -> dict[tuple[int, str], float]:
         """Durations of the constant-time work in these streams.
@@ -79,12 +82,15 @@ def stage_estimates(
     return pooled
 
 
-def survey_of(estimates: Sequence[RankEstimate], pooled: Sequence[StageEstimate]) -> Survey:
+def survey_of(
+    estimates: Sequence[RankEstimate], pooled: Sequence[StageEstimate], power_limit_w: float | None = None
+) -> Survey:
     """Join what all ranks measured.
 
     Args:
         estimates: of all ranks.
         pooled: the same by stage, see `stage_estimates`.
+        power_limit_w: the most that a card draws, where that is less than the drivers tell.
 
     Raises:
         ProfileError: a stage has no usable measurement, or nothing shows what waiting costs.
@@ -99,14 +105,33 @@ def survey_of(estimates: Sequence[RankEstimate], pooled: Sequence[StageEstimate]
     power_w, power_se_w = blocking_power(pooled)
     if not (math.isfinite(power_w) and power_w > 0):
         raise ProfileError("blocking power: no energy counter moved while a GPU waited")
-    return Survey(profile, power_w, unresolved, constants, power_se_w)
+    profile, too_high = possible(profile, _limits_w(estimates, power_limit_w))
+    unresolved |= {
+        (one.stage, one.kind)
+        for one in too_high
+        if one.frequency_mhz == profile.table[one.stage, one.kind][0].frequency_mhz
+    }
+    return Survey(profile, power_w, unresolved, constants, power_se_w, too_high)
+
+
+def _limits_w(estimates: Sequence[RankEstimate], given_w: float | None) -> dict[int, float]:
+    """The most that a GPU of each stage can draw, as far as known."""
+    limits: dict[int, float] = {}
+    for told in estimates:
+        stage, limit_w = told.placement.stage, told.power_limit_w
+        if limit_w > 0:
+            limits[stage] = max(limit_w, limits.get(stage, 0.0))
+    if given_w is not None:
+        stages = {told.placement.stage for told in estimates}
+        limits = {stage: min(given_w, limits.get(stage, given_w)) for stage in stages}
+    return limits
 
 
 def certain(survey: Survey, max_time_error: float) -> Survey:
     """The survey without the clocks whose times are not known to within this share; the highest ones stay.
 
-    A stage's clock goes as a whole, as plans need all of a stage's kinds at each clock. Times without an error (in a
-    profile from elsewhere) are taken at their word.
+    A stage's clock goes as a whole, as plans need all of a stage's kinds at each clock. Of one execution nobody knows
+    how usual it was. Times without an error (in a profile from elsewhere) are taken at their word.
     """
     table = survey.profile.table
     known = {}
@@ -116,7 +141,7 @@ def certain(survey: Survey, max_time_error: float) -> Survey:
             row.frequency_mhz
             for rows in of_stage.values()
             for row in rows[1:]
-            if row.time_se_s > max_time_error * row.time_s
+            if row.time_se_s > max_time_error * row.time_s or row.samples == 1
         }
         for key, rows in of_stage.items():
             known[key] = tuple(row for row in rows if row.frequency_mhz not in unsure)

@@ -428,6 +428,7 @@ class SessionWorker:
             estimate=estimate.to_dict(),
             constant_time_s=self._collector.constant_times_s(),
             switch_latency_s=self._switch_latency_s,
+            power_limit_w=self._selection.power_limit_w,
         )
         self._exchange.publish(
             estimate_key(self._link.timetable.sweep.number, self._placement.rank), message.model_dump()

@@ -17,7 +17,7 @@ from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.registry import open_gpu
 from tests.factories import placement
 
-FACTS = DeviceFacts("NVIDIA A100", "GPU-1", False, (1410, 210), True, "", "", 1, "zeusd")
+FACTS = DeviceFacts("NVIDIA A100", "GPU-1", False, (1410, 210), True, "", "", 1, "zeusd", power_limit_w=400.0)
 
 
 def config(backend: str = "auto", socket: str = "/run/zeusd/zeusd.sock", **emulation: Any) -> PerseusConfig:
@@ -126,7 +126,7 @@ def test_emulated_gpus_made_elsewhere_are_taken_by_local_rank(tmp_path: Path, ba
 
 def test_facts_of_a_gpu_that_can_be_locked_complete_the_selection() -> None:
     chosen = with_facts(Selection("auto", "auto:/s.sock:GPU-1", "?", poll_interval_s=0.25), FACTS)
-    assert chosen == Selection("zeusd", "auto:/s.sock:GPU-1", "NVIDIA A100", (1410, 210), 0.25)
+    assert chosen == Selection("zeusd", "auto:/s.sock:GPU-1", "NVIDIA A100", (1410, 210), 0.25, power_limit_w=400.0)
     assert chosen.why_not == ""
 
 

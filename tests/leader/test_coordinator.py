@@ -231,6 +231,22 @@ def test_a_kind_that_is_not_known_well_stays_at_full_clock_and_is_named(
         assert planned.frequency_mhz == CLOCKS_MHZ[0] or planned.instruction.kind == "forward"
 
 
+def test_energies_that_the_card_cannot_draw_are_named_and_their_clocks_not_used(
+    job: Job, heard: pytest.LogCaptureFixture
+) -> None:
+    job.publish_estimates(0)
+    hot = rank_estimate(1)
+    limit_w = max(row[4] / row[2] for row in hot.estimate["instructions"])
+    at = next(i for i, row in enumerate(hot.estimate["instructions"]) if row[:2] == ["backward", CLOCKS_MHZ[-1]])
+    hot.estimate["instructions"][at][4] = 1.1 * limit_w * hot.estimate["instructions"][at][2]
+    job.exchange.publish(estimate_key(0, 1), hot.model_copy(update={"power_limit_w": limit_w}).model_dump())
+    job.step()
+    assert f"(first: stage 1 backward at {CLOCKS_MHZ[-1]} MHz: {1.1 * limit_w:.0f} of {limit_w:.0f} W)" in heard.text
+    table = job.planner.requests[0].profile.table
+    assert [row.frequency_mhz for row in table[1, "forward"]] == list(CLOCKS_MHZ[:-1])
+    assert [row.frequency_mhz for row in table[0, "forward"]] == list(CLOCKS_MHZ)
+
+
 def test_a_profile_from_elsewhere_is_planned_on_once_every_rank_has_checked_it(tmp_path: Path) -> None:
     job = Job(tmp_path, survey=Survey(profile(2), BLOCKING_W))
     job.step()

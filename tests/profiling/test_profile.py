@@ -137,6 +137,17 @@ def test_rows_that_no_gpu_can_have_are_refused(
     assert str(caught.value).startswith(f"{path}: row 2: energy: {reason}")
 
 
+def test_a_power_limit_and_the_rows_own_waiting_power_count_too(tmp_path: Path) -> None:
+    columns = "stage,instruction,frequency,time,energy,blocking_power"
+    path = written(tmp_path, ["0,forward,1410,0.01,4.5,90", "0,forward,900,0.02,1.4,60"], columns)
+    assert load_profile(path, 80.0, 460.0).stages == 1  # 70 W at 900 MHz, where waiting draws 60
+    with pytest.raises(ProfileError, match=r"row 2: energy: .* is 450 W; allowed: at most the power limit, 440 W"):
+        load_profile(path, None, 440.0)
+    path = written(tmp_path, ["0,forward,1410,0.01,4.5,90", "0,forward,900,0.02,1.4,75"], columns)
+    with pytest.raises(ProfileError, match=r"row 3: energy: .* is 70 W; allowed: at least the blocking power, 75 W"):
+        load_profile(path, 10.0)
+
+
 def test_energies_are_held_against_the_blocking_power_of_their_stage(tmp_path: Path) -> None:
     assert load_profile(written(tmp_path, GOOD), 200.0).stages == 2
     with pytest.raises(ProfileError, match=r"row 6: .* is 384\.6 W; allowed: at least the blocking power, 390 W"):

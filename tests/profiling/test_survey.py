@@ -102,6 +102,74 @@ def test_without_a_blocking_power_there_is_no_survey(watts: float) -> None:
         surveyed(estimates)
 
 
+def hot(kind: str, clock: int, watts: float, error: float = 1e-4) -> RankEstimate:
+    estimate = stage_estimate(1)
+    rows = tuple(
+        replace(row, energy_j=watts * row.time_s, energy_se_j=error * watts * row.time_s)
+        if (row.kind, row.frequency_mhz) == (kind, clock)
+        else row
+        for row in estimate.instructions
+    )
+    return told(1, replace(estimate, instructions=rows))
+
+
+def limited(limit_w: float, *estimates: RankEstimate) -> list[RankEstimate]:
+    return [estimate.model_copy(update={"power_limit_w": limit_w}) for estimate in estimates]
+
+
+def test_a_clock_whose_energy_the_card_cannot_draw_is_not_in_the_profile() -> None:
+    low = CLOCKS_MHZ[-1]
+    survey = surveyed(limited(410.0, rank_estimate(0), hot("forward", low, 430.0)))
+    (wrong,) = survey.too_high
+    assert (wrong.stage, wrong.kind, wrong.frequency_mhz, wrong.limit_w) == (1, "forward", low, 410.0)
+    assert wrong.power_w == pytest.approx(430.0)
+    for kind in ("forward", "backward"):
+        assert [row.frequency_mhz for row in survey.profile.table[1, kind]] == list(CLOCKS_MHZ[:-1])
+        assert [row.frequency_mhz for row in survey.profile.table[0, kind]] == list(CLOCKS_MHZ)
+    assert survey.unresolved == frozenset()
+    # Without a limit that is known, 2000 W hold.
+    assert surveyed([rank_estimate(0), hot("forward", low, 430.0)]).too_high == ()
+    assert len(surveyed([rank_estimate(0), hot("forward", low, 2100.0)]).too_high) == 1
+    given = [rank_estimate(0), hot("forward", low, 430.0)]
+    assert survey_of(given, stage_estimates(given, 2), 410.0).too_high == (wrong,)
+
+
+def test_the_highest_clock_stays_and_its_kind_is_unresolved() -> None:
+    top = CLOCKS_MHZ[0]
+    survey = surveyed(limited(405.0, rank_estimate(0), hot("backward", top, 500.0)))
+    row = survey.profile.table[1, "backward"][0]
+    assert row.energy_j == pytest.approx(405.0 * row.time_s)
+    assert survey.unresolved == {(1, "backward")}
+
+
+def test_an_energy_above_the_limit_by_no_more_than_its_error_is_taken_for_the_limit() -> None:
+    top = CLOCKS_MHZ[0]
+    survey = surveyed(limited(405.0, rank_estimate(0), hot("backward", top, 412.0, error=0.01)))
+    row = survey.profile.table[1, "backward"][0]
+    assert row.energy_j == pytest.approx(405.0 * row.time_s)
+    assert survey.too_high == ()
+    assert survey.unresolved == frozenset()
+
+
+def test_no_work_draws_less_than_waiting_at_its_clock() -> None:
+    low = CLOCKS_MHZ[-1]
+    survey = surveyed([rank_estimate(0), hot("forward", low, 0.5 * BLOCKING_W)])
+    row = survey.profile.table[1, "forward"][-1]
+    assert row.energy_j == pytest.approx(row.blocking_power_w * row.time_s)
+    assert row.blocking_power_w == pytest.approx(BLOCKING_W)
+
+
+def test_a_clock_at_which_a_kind_ran_once_is_not_certain() -> None:
+    once = Profile.from_rows(
+        (s, k, replace(row, samples=1 if (k, row.frequency_mhz) == ("forward", CLOCKS_MHZ[1]) else 20))
+        for s, k, row in profile(2).rows()
+    )
+    known = certain(Survey(once, BLOCKING_W), 0.02).profile
+    for rows in known.table.values():
+        assert CLOCKS_MHZ[1] not in {row.frequency_mhz for row in rows}
+        assert len(rows) == len(CLOCKS_MHZ) - 1
+
+
 def test_an_estimate_that_cannot_be_read_is_a_profile_error() -> None:
     broken = rank_estimate(0).model_copy(update={"estimate": {"instructions": [[1]]}})
     with pytest.raises(ProfileError, match="cannot be read"):

@@ -130,7 +130,9 @@ class Rank:
             "watch": {"patience": PATIENCE, "reference_share": reference_share},
             "profiling": {"max_relative_error": 1.0},
         }
-        selection = Selection("nvml", "nvml:GPU-0", "test GPU", (1410, 810), poll_interval_s=0.005, busy=busy)
+        selection = Selection(
+            "nvml", "nvml:GPU-0", "test GPU", (1410, 810), poll_interval_s=0.005, busy=busy, power_limit_w=300.0
+        )
         job = job_of(
             parse_config(block),
             exchange,
@@ -335,6 +337,7 @@ def test_after_the_sweep_a_rank_publishes_what_it_measured(ranks: Ranks) -> None
     told = receive(RankEstimate, rank.fetch(estimate_key(0, 1)))
     assert told.placement == placement(1)
     assert told.gpu == "test GPU"
+    assert told.power_limit_w == 300.0
     assert told.constant_time_s == pytest.approx({"load_microbatch": 0.001, "optimizer_step": 0.005})
     rows = {(row[0], row[1]): row[2] for row in told.estimate["instructions"]}
     assert rows == pytest.approx(

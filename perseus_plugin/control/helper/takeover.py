@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from perseus_plugin.bounds import MOST_W
 from perseus_plugin.control.clock_log import DEVIATION_MHZ
 from perseus_plugin.control.examination import counter_problem
 from perseus_plugin.control.helper.heartbeat import with_heartbeat
@@ -100,6 +101,7 @@ def take_over(
         backend=backend,
         driver=gpu.driver,
         busy=busy,
+        power_limit_w=limit_w if 0 < (limit_w := gpu.power_limit_w()) <= MOST_W else 0.0,
     )
     return gpu, ownership, facts
 

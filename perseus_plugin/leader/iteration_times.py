@@ -58,7 +58,7 @@ class IterationTimes:
     def per_planned(self, graph_s: Mapping[str, float], schedule: str) -> float | None:
         """Measured seconds per second of the graph.
 
-        The graph knows nothing of what surrounds the schedule, so that its times have to be scaled.
+        The graph knows what surrounds the schedule as well as it was measured, so that its times have to be scaled.
 
         Args:
             graph_s: per schedule, as far as known, how long an iteration at full clocks takes in the graph.

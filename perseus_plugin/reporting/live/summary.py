@@ -87,7 +87,7 @@ def build_summary(
 
     The column predicted is the measured full-clock figure times what the plans change it by in the model (`predicted`,
     of the schedules as often as they ran; None: of `plan`), so that all three columns speak of the same thing: the
-    model's own figures, which know nothing of what surrounds the schedule, are in plan.json. Where other schedules have
+    model's own figures, which are of one GPU per stage, are in plan.json. Where other schedules have
     run under plans than were measured at full clocks, the full-clock figures are scaled by the model
     (`full_clock_scale`). Where plans were compared with references amid them (`compared`), the full-clock figures are
     those under the plan over the ratio that was found: full clocks on the same work. `planned_schedules` says how often

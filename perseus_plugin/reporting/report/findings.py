@@ -341,7 +341,7 @@ def origin(folder: JobFolder) -> list[str]:
     if folder.plan is not None:
         said.append(
             "Computed by the planner: the predicted timeline, the frontier and its bound. They are of one GPU per "
-            "stage, and know nothing of what surrounds the schedule (data loading, other programs)."
+            "stage, and know of what surrounds the schedule (the loss, other programs) only how long it takes."
         )
     late = None if folder.summary is None else folder.summary.catching_up
     if late is not None and late.raised_percent:

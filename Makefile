@@ -15,7 +15,7 @@ MEGATRON_VERSIONS := 0.12.3 0.14.0 0.16.1 0.17.1 0.18.0
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: quickstart test test-all lint types docs unit e2e matrix megatron setup clean
+.PHONY: quickstart test test-all lint types docs unit e2e rest megatron setup clean
 
 quickstart: setup
 	DS_ACCELERATOR=cpu $(BIN)/torchrun --standalone --nproc-per-node 4 examples/deepspeed_gpt/train.py \
@@ -24,8 +24,8 @@ quickstart: setup
 # Every promise (tests/README.md), with the oldest and the newest Megatron.
 test: lint types docs unit e2e
 
-# Every version of Megatron in jobs of its own too.
-test-all: test matrix
+# Every version of Megatron in jobs of its own, and every job of a kind, too.
+test-all: test rest
 
 setup: $(VENV)/.installed
 
@@ -70,10 +70,10 @@ unit: setup megatron
 	$(PYTEST) -m "not e2e"
 
 e2e: setup megatron
-	$(PYTEST) -m "e2e and not matrix"
+	$(PYTEST) -m "e2e and not matrix and not repeated"
 
-matrix: setup megatron
-	$(PYTEST) -m matrix
+rest: setup megatron
+	$(PYTEST) -m "matrix or repeated"
 
 clean:
 	rm -rf $(VENV) .megatron .resiliency out build dist *.egg-info

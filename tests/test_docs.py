@@ -125,7 +125,7 @@ def test_the_readme_names_the_commands_that_exist() -> None:
 
 def test_ci_runs_the_command_that_the_readme_names_for_tests_and_more() -> None:
     assert "exec make test-all\n" in (ROOT / ".ci" / "run").read_text()
-    for target, parts in {"test": ["lint", "types", "docs", "unit", "e2e"], "test-all": ["test", "matrix"]}.items():
+    for target, parts in {"test": ["lint", "types", "docs", "unit", "e2e"], "test-all": ["test", "rest"]}.items():
         recipe = re.search(rf"^{target}:(.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert recipe is not None
         assert recipe[1].split() == parts
@@ -138,7 +138,7 @@ def test_the_table_of_promises_names_tests_that_exist_and_who_runs_them() -> Non
     for file, name, target in rows:
         text = (ROOT / "tests" / file).read_text()
         assert not name or f"def {name}(" in text, f"{file} has no {name}"
-        assert target == "test" or "pytest.mark.matrix" in text
+        assert target == "test" or "pytest.mark.matrix" in text or "pytest.mark.repeated" in text
     real = {path.name for path in (ROOT / "tests" / "e2e").glob("test_*.py")}
     assert real <= {Path(file).name for file, _, _ in rows}, "a file of real jobs is not in the table"
 

@@ -88,7 +88,7 @@ def test_deepspeed_job_where_entry_points_are_off(is_patched: bool, tmp_path: Pa
     job = Probe(folder, perseus_block(folder / "out", stages=2), arguments=("--steps", "3"))
     job.run(torchrun=True, PYTHONPATH=path, TORCH_DEVICE_BACKEND_AUTOLOAD="0").check()
     for facts in job.facts():
-        assert ("_perseus_session" in facts["at_start"]["on_engine"]) == is_patched
+        assert ("_perseus_session" in facts["looks"][0]["on_engine"]) == is_patched
 
 
 def run_megatron(folder: Path, path: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -132,7 +132,13 @@ def test_the_unpatched_parser_does_not_know_the_flags(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("version", versions(with_training=True))
+@pytest.mark.parametrize(
+    "version",
+    [
+        pytest.param(version, marks=[pytest.mark.matrix] if number else [])
+        for number, version in enumerate(versions(with_training=True))
+    ],
+)
 def test_every_patched_version_checks_the_flags(version: str, tmp_path: Path) -> None:
     copy = patched_copy("megatron.patch", versions()[version], ARGUMENTS, tmp_path / "copy")
     done = run_megatron(tmp_path, python_path(copy), str(SCRIPT), *flags(1), "--perseus-slowdown", "0.1")

@@ -1,9 +1,11 @@
-"""Waiting for what other threads and processes do; a limit only bounds a test that fails anyway."""
+"""Waiting for what other threads and processes do, and finding them; a limit only bounds a test that fails anyway."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 
 def came_true(condition: Callable[[], bool], timeout_s: float = 20.0, interval_s: float = 0.005) -> bool:
@@ -19,3 +21,15 @@ def came_true(condition: Callable[[], bool], timeout_s: float = 20.0, interval_s
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Fail the test unless the condition comes true in time."""
     assert came_true(condition, timeout_s, 0.001), "it never happened"
+
+
+def processes_naming(word: str, among: Sequence[str] = ("perseus_plugin.control.helper",)) -> list[int]:
+    """Processes on whose command line both `word` and one of `among` stand."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with suppress(OSError):
+                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if word in line and any(name in line for name in among):
+                    found.append(int(folder.name))
+    return found

@@ -24,6 +24,8 @@ FORK_SERVER = Path(__file__).with_name("fork_server.py")
 READ_AT_START = ("PYTHONPATH", "LD_LIBRARY_PATH", "TORCH_DEVICE_BACKEND_AUTOLOAD")
 # Our script, with all that it imports; and what DeepSpeed imports as late as in `initialize`.
 DEEPSPEED = ("probe", "torch._dynamo", "deepspeed.module_inject")
+# Of the arguments of our script.
+SAY_WHAT_IS_TRAINED = ("--stages", "--batches-from", "--evaluate-every")
 SLOWDOWN = 0.15
 JOB_TIMEOUT_S = 240.0
 ENDING_S = 40.0
@@ -119,6 +121,10 @@ class Job:
         assert status is not None, f"still running after {timeout_s} s:\n{self._said.text()[-6000:]}"
         self._said.join(ENDED_S)
         return Finished(status, self._said.text())
+
+    def said(self) -> str:
+        """Its output by now."""
+        return self._said.text()
 
     def ranks(self) -> list[int]:
         """Process ids of its ranks, rank by rank."""
@@ -219,11 +225,14 @@ def _server(imports: tuple[str, ...], environment: tuple[tuple[str, str], ...]) 
     return ours
 
 
-def run_ranks(ranks: int, folder: Path, *words: str, **options: Any) -> Finished:
-    """Run a command line on every rank and wait for it; see `started_ranks`."""
+def run_ranks(
+    ranks: int, folder: Path, *words: str, during: Callable[[Job], None] = lambda job: None, **options: Any
+) -> Finished:
+    """Run a command line on every rank and wait for it; see `started_ranks`. `during` is done while it runs."""
 
     def once() -> Finished:
         with started_ranks(ranks, folder, *words, **options) as job:
+            during(job)
             return job.wait()
 
     return once() if "--perseus" in words else again_if_torch_aborts(once)
@@ -243,7 +252,7 @@ class Probe:
         folder: its current folder; its output folder is `out` in there.
         block: of the plugin; None: it runs without.
         do: what is done when, see `Script` there.
-        arguments: of the script.
+        arguments: of the script, names and values.
         ranks: how many.
         config: what DeepSpeed's config has beside `BASE_CONFIG`.
     """
@@ -287,28 +296,30 @@ class Probe:
         return found
 
     def check_identical(self) -> None:
-        """Run the same training without the plugin: losses and parameters are the same, bit by bit."""
+        """The same training without the plugin has the same losses and parameters at every step, bit by bit."""
         facts = self.facts()
-        did = [(what, when) for what, when in facts[0]["did"] if what in ("more-batches", "end")]
-        arguments = [*self.arguments, "--steps", str(facts[0]["steps"])]
-        without = replace(self, folder=self.folder / "without", block=None, do=did, arguments=arguments)
-        without.run().check()
-        kept = ("steps", "losses", "parameters")
-        assert [[rank[name] for name in kept] for rank in without.facts()] == [
-            [rank[name] for name in kept] for rank in facts
-        ]
+        steps = len(facts[0]["parameters"])
+        assert steps > 0
+        for rank, without in zip(facts, self._without_plugin(facts[0]["did"], steps), strict=True):
+            for name in ("losses", "parameters"):
+                assert rank[name] == without[name][: len(rank[name])]
+
+    def _without_plugin(self, did: Sequence[Sequence[str]], steps: int) -> list[dict[str, Any]]:
+        """Facts of a job that trains the same, so many steps or more. Jobs that train alike share it."""
+        more = [(what, when) for what, when in did if what == "more-batches"]
+        pairs = zip(self.arguments[::2], self.arguments[1::2], strict=True)
+        arguments = [word for name, value in pairs if name in SAY_WHAT_IS_TRAINED for word in (name, value)]
+        same = json.dumps([self.ranks, more, arguments, self.config], sort_keys=True)
+        if same not in _WITHOUT or len(_WITHOUT[same][0]["parameters"]) < steps:
+            # Some to spare: the next job may need longer until the plugin has said what it waits for.
+            arguments += ["--steps", str(steps + 40)]
+            without = replace(self, folder=self.folder / "without", block=None, do=more, arguments=arguments)
+            without.run().check()
+            _WITHOUT[same] = without.facts()
+        return _WITHOUT[same]
 
 
-def processes_naming(word: str, among: Sequence[str] = ("perseus_plugin.control.helper",)) -> list[int]:
-    """Processes on whose command line both `word` and one of `among` stand."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with suppress(OSError):
-                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if word in line and any(name in line for name in among):
-                    found.append(int(folder.name))
-    return found
+_WITHOUT: dict[str, list[dict[str, Any]]] = {}
 
 
 def _free_port() -> int:

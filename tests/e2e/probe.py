@@ -90,8 +90,11 @@ class Training:
         self.engine, self.rank, self.gpu = engine, rank, gpu
         self._at, self._slowdown = at, slowdown
         self.over = False
+        self.looks = [look(engine)]
+        """At the start, and when asked for."""
         self.actions: dict[str, Callable[[], object]] = {
             "nothing": lambda: None,
+            "look": lambda: self.looks.append(look(engine)),
             "end": self._end,
             "raise": fail,
             "fill-disk": fill_disk,
@@ -240,8 +243,7 @@ def main() -> None:
     training = Training(engine, rank, gpu, arguments.at, arguments.slowdown)
     script = Script(arguments.do, training)
     data, held_out = (batches(engine.train_micro_batch_size_per_gpu(), seed) for seed in (3, 4))
-    losses, energy_j = [], []
-    at_start = look(engine)
+    losses, parameters = [], []
     for step in range(arguments.steps):
         script.before(step)
         if training.over:
@@ -250,13 +252,14 @@ def main() -> None:
             low, high = map(int, arguments.batches_from.split(","))
             count = random.Random(step).randint(low, high)
             engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu())
-        energy_j.append(0.0 if gpu is None else gpu.exact_energy_j())
         losses.append(engine.train_batch(data).item())
+        parameters.append(parameters_of(engine))
         if arguments.evaluate_every and (step + 1) % arguments.evaluate_every == 0:
             losses.append(engine.eval_batch(held_out).item())
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    facts = {"at_start": at_start, "at_end": look(engine), "did": script.done, "energy_j": energy_j}
-    facts |= {"steps": len(energy_j), "losses": losses, "parameters": parameters_of(engine)}
+    facts = {"looks": [*training.looks, look(engine)], "did": script.done}
+    # Losses of evaluations among those of steps; parameters after every step.
+    facts |= {"losses": losses, "parameters": parameters}
     Path(f"facts{rank}.json").write_text(json.dumps(facts))
 
 

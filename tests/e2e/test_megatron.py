@@ -10,7 +10,7 @@ import json
 import os
 import re
 import signal
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ import pytest
 
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from tests.e2e.launching import (
+    JOB_TIMEOUT_S,
     REPOSITORY,
     SLOWDOWN,
+    Job,
     perseus_block,
-    processes_naming,
     run_ranks,
 )
 from tests.megatron_support.flags import flags
 from tests.megatron_support.versions import python_path, versions
-from tests.waiting import came_true
+from tests.waiting import came_true, processes_naming
 
 SUPPORT = REPOSITORY / "tests" / "megatron_support"
 SCRIPT = SUPPORT / "pretrain_gpt.py"
@@ -57,9 +58,16 @@ def uneven(folder: Path, stages: int, forward_s: float = 0.012) -> list[str]:
 
 
 def run_megatron(
-    ranks: int, folder: Path, words: list[str], *, launcher: bool = False, script: Path = SCRIPT, path: str = PATH
+    ranks: int,
+    folder: Path,
+    words: list[str],
+    *,
+    launcher: bool = False,
+    script: Path = SCRIPT,
+    path: str = PATH,
+    during: Callable[[Job], None] = lambda job: None,
 ) -> tuple[dict[str, Any], str]:
-    """Run a script; returns its losses and parameter hashes, and what it said.
+    """Run a script; returns its losses and parameter hashes, and what it said. `during` is done while it runs.
 
     With the launcher as a user starts it, under torchrun, and without the entry point: the launcher alone must do.
     """
@@ -71,6 +79,7 @@ def run_megatron(
         folder,
         *(*start, str(script), *words, "--results", str(results)),
         torchrun=launcher,
+        during=during,
         imports=(script.stem,),
         PYTHONPATH=path,
         **environment,
@@ -90,9 +99,8 @@ def check_identical(
     ending = ["--until-said", until, "--more", str(MORE)]
     with_plugin, said = run_megatron(ranks, folder, [*words, *plugin, *ending], **how)
     iterations = max(len(rank["losses"]) for rank in with_plugin["ranks"])
-    without, _ = run_megatron(
-        ranks, folder / "off", [*words, "--end-after", str(iterations)], **{**how, "launcher": False}
-    )
+    how = {name: value for name, value in how.items() if name in ("script", "path")}
+    without, _ = run_megatron(ranks, folder / "off", [*words, "--end-after", str(iterations)], **how)
     assert with_plugin == without
     return with_plugin, said
 
@@ -114,16 +122,21 @@ def check_followed(out: Path, ranks: int) -> dict[str, Any]:
 
 
 MICROBATCHES = 4
+VIRTUAL = {"num_layers_per_virtual_pipeline_stage": 1}
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pp2": (2, 2, {}),
     "pp4": (4, 4, {}),
     "pp2-dp2": (4, 2, {"replicas": 2}),
-    "pp2-vp2": (2, 2, {"num_layers_per_virtual_pipeline_stage": 1}),
+    "pp2-vp2": (2, 2, VIRTUAL),
+    "pp2-vp2-dp2": (4, 2, {**VIRTUAL, "replicas": 2}),
     "pp2-tp2": (4, 2, {"tensor_model_parallel_size": 2}),
 }
+# What others have together, or with fewer stages.
+REPEATED = ("pp4", "pp2-dp2", "pp2-vp2")
 # Tensor parallel ranks wait for each other's CPU within each instruction.
 FORWARD_S = {"pp2-tp2": 0.04}
-SCHEDULES = {"pp4": "1F1B/4x4", "pp2-vp2": "interleaved-1F1B-overlap-waits/2x4x2g2"}
+INTERLEAVED = "interleaved-1F1B-overlap-waits/2x4x2g2"
+SCHEDULES = {"pp4": "1F1B/4x4", "pp2-vp2": INTERLEAVED, "pp2-vp2-dp2": INTERLEAVED}
 
 
 # As users start it: under torchrun, by the launcher. The others come in through the entry point.
@@ -131,7 +144,7 @@ BY_LAUNCHER = "pp2"
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(one, marks=[pytest.mark.matrix] if one == "pp4" else []) for one in CASES]
+    "case", [pytest.param(one, marks=[pytest.mark.repeated] if one in REPEATED else []) for one in CASES]
 )
 def test_training_is_bit_identical_and_saves_energy(case: str, tmp_path: Path) -> None:
     ranks, stages, changes = CASES[case]
@@ -144,39 +157,31 @@ def test_training_is_bit_identical_and_saves_energy(case: str, tmp_path: Path) -
     assert re.search(r"perseus at iteration \d+: .* per iteration", said)
 
 
-def test_evaluation_and_a_changing_batch_size(tmp_path: Path) -> None:
-    """Each number of microbatches has a plan of its own."""
+def test_evaluation_a_changing_batch_size_and_a_helper_that_dies(tmp_path: Path) -> None:
+    """Each number of microbatches has a plan of its own. The second is followed when the helper is killed."""
     changes: dict[str, Any] = {"train_iters": None, "global_batch_size": None, "eval_iters": 1, "eval_interval": 7}
     # 60 iterations of 2 microbatches, more than it takes to profile and to plan, then 4.
     words = flags(2, train_samples=4 * AT_MOST, step_batch_size_schedule="0:2 3840:4", **changes)
-    _, said = check_identical(2, tmp_path, words, uneven(tmp_path, 2), "for 1F1B/2x4 ready")
+    out = tmp_path / "out"
+    paths = [out / "emulated_gpus" / f"rank{rank}" for rank in range(2)]
+
+    def kill_helper(job: Job) -> None:
+        came_true(lambda: "for 1F1B/2x4 ready" in job.said() or job.poll() is not None, JOB_TIMEOUT_S)
+        gpu = EmulatedGpu(paths[1])
+        came_true(lambda: gpu.locked_mhz() not in (None, 1410) or job.poll() is not None, JOB_TIMEOUT_S, 0.002)
+        for helper in processes_naming(str(paths[1])):
+            os.kill(helper, signal.SIGKILL)
+
+    again = "and a second helper sets it as before"
+    _, said = check_identical(2, tmp_path, words, uneven(tmp_path, 2), again, during=kill_helper)
     for schedule in ("1F1B/2x2", "1F1B/2x4"):
         assert len(re.findall(rf"plan \d+ for {schedule} ready", said)) == 1, said[-3000:]
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["iterations"]["plan"] >= 2
-
-
-def test_training_goes_on_when_a_helper_dies(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    gpus = [out / "emulated_gpus" / f"rank{rank}" for rank in range(2)]
-
-    def lowered() -> bool:
-        return gpus[1].exists() and EmulatedGpu(gpus[1]).locked_mhz() not in (None, 1410)
-
-    def kill() -> None:
-        if came_true(lowered, 120, 0.002):
-            for helper in processes_naming(str(gpus[1])):
-                os.kill(helper, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    again = "and a second helper sets it as before"
-    _, output = check_identical(2, tmp_path, flags(2, train_iters=AT_MOST), uneven(tmp_path, 2), again)
-    killer.join()
-    said = [line for line in output.splitlines() if again in line]
-    assert len(said) == 1
-    assert "the clock helper ended" in said[0]
-    assert "perseus is off from here on" not in output
-    assert [EmulatedGpu(gpu).locked_mhz() for gpu in gpus] == [None, None]
+    assert json.loads((out / "summary.json").read_text())["iterations"]["plan"] >= 2
+    told = [line for line in said.splitlines() if again in line]
+    assert len(told) == 1
+    assert "the clock helper ended" in told[0]
+    assert "perseus is off from here on" not in said
+    assert [EmulatedGpu(path).locked_mhz() for path in paths] == [None, None]
     assert not processes_naming(str(out))
 
 

@@ -6,64 +6,26 @@ import itertools
 import json
 import os
 import signal
-import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from tests.e2e.launching import ENDED_S, Probe, perseus_block, processes_naming
-from tests.nvml_simulator.building import environment
-from tests.waiting import came_true
+from tests.e2e.launching import ENDED_S
+from tests.e2e.observed import Observed, look_at_the_observed_job
+from tests.e2e.simulation import Simulation
+from tests.waiting import came_true, processes_naming
 
 pytestmark = pytest.mark.e2e
 
 PLANNED = ("nothing", "plan 1 for")
 
 
-class Simulation:
-    """A machine with simulated GPUs."""
-
-    def __init__(self, library: Path, folder: Path, count: int) -> None:
-        self.paths = [folder / "gpus" / str(index) for index in range(count)]
-        # Who holds a GPU is looked for on the whole machine, where other tests run beside.
-        self.uuids = [f"GPU-{uuid.uuid4()}" for _ in self.paths]
-        self.gpus = [EmulatedGpu.create(path, uuid=name) for path, name in zip(self.paths, self.uuids, strict=True)]
-        added = environment(library, self.paths)
-        self.environment = {name: added[name] for name in ("LD_LIBRARY_PATH", "PERSEUS_SIMULATED_GPUS")}
-        self.environment["PERSEUS_LOCK_DIR"] = str(folder / "locks")
-
-    def block(self, output_dir: Path, **changes: Any) -> dict[str, Any]:
-        block = perseus_block(output_dir, len(self.paths), gpu={"backend": "nvml"}, **changes)
-        block["emulation"]["gpus"] = [str(path) for path in self.paths]
-        return block
-
-    def job(self, folder: Path, *do: tuple[str, str], stages: int = 2, steps: int = 400) -> Probe:
-        arguments = ("--stages", str(stages), "--steps", str(steps), "--gpus", str(self.paths[0].parent / "{}"))
-        return Probe(folder, self.block(folder / "out"), do, arguments, stages)
-
-    def locked(self) -> list[int | None]:
-        return [gpu.locked_mhz() for gpu in self.gpus]
-
-    def lowered(self) -> bool:
-        return any(mhz not in (None, 1410) for mhz in self.locked())
-
-    def free(self) -> bool:
-        return all(mhz is None for mhz in self.locked())
-
-
-def test_planned_clocks_reach_nvml_in_order(simulated_nvml: Path, tmp_path: Path) -> None:
-    machine = Simulation(simulated_nvml, tmp_path, 4)
-    job = machine.job(tmp_path, PLANNED, ("end", "+20"), stages=4)
-    job.run(**machine.environment).check()
-    summary = job.summary()
-    assert summary["backend"] == "nvml"
-    followed = summary["iterations"]["plan"]
-    assert followed >= 2
-    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert machine.locked() == [None] * 4
-    for gpu, stage in zip(machine.gpus, plan["stages"], strict=True):
+@look_at_the_observed_job
+def test_planned_clocks_reach_nvml_in_order(observed: Observed) -> None:
+    assert observed.probe.summary()["backend"] == "nvml"
+    plan = json.loads((observed.out / "plan.json").read_text())
+    assert observed.machine.free()
+    for gpu, stage in zip(observed.machine.gpus, plan["stages"], strict=True):
         events = gpu.events()
         assert events[-1].mhz == 0, "the last thing that happens to a clock is its reset"
         assert not any(event.refused for event in events)
@@ -85,7 +47,13 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# Like one of the others; in a job of threads: tests/session/test_faults.py.
+REPEATED = ("take-permission", "slow-calls")
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=[pytest.mark.repeated] if fault in REPEATED else []) for fault in FAULTS]
+)
 def test_training_goes_on_through_a_fault(fault: str, simulated_nvml: Path, tmp_path: Path) -> None:
     machine = Simulation(simulated_nvml, tmp_path, 2)
     moment, message = FAULTS[fault]
@@ -104,26 +72,18 @@ def test_training_goes_on_through_a_fault(fault: str, simulated_nvml: Path, tmp_
 
 def test_an_exception_in_the_script_resets_the_clocks(simulated_nvml: Path, tmp_path: Path) -> None:
     machine = Simulation(simulated_nvml, tmp_path, 2)
-    job = machine.job(tmp_path, PLANNED, ("raise", "+12"))
+    # Clocks are being tried by then.
+    job = machine.job(tmp_path, ("raise", "10"))
     done = job.run(**machine.environment)
     assert done.status != 0
     assert "the training script failed on purpose" in done.output
+    assert all(any(0 < event.mhz < 1410 for event in gpu.events()) for gpu in machine.gpus)
     assert came_true(machine.free, ENDED_S)
     assert came_true(lambda: not processes_naming(machine.uuids[0]), ENDED_S)
     assert job.summary()["iterations"]["profiling"] > 0
 
 
-def test_sigterm_resets_the_clocks(simulated_nvml: Path, tmp_path: Path) -> None:
-    machine = Simulation(simulated_nvml, tmp_path, 2)
-    with machine.job(tmp_path, steps=10_000).started(**machine.environment) as job:
-        assert came_true(machine.lowered, 90, 0.002)
-        for pid in job.ranks():
-            os.kill(pid, signal.SIGTERM)
-        assert came_true(machine.free, ENDED_S)
-        job.wait()
-
-
-def test_two_jobs_on_one_gpu(simulated_nvml: Path, tmp_path: Path) -> None:
+def test_a_second_job_only_observes_and_sigterm_resets_the_clocks(simulated_nvml: Path, tmp_path: Path) -> None:
     machine = Simulation(simulated_nvml, tmp_path, 2)
     with machine.job(tmp_path / "first", steps=10_000).started(**machine.environment) as first:
         assert came_true(machine.lowered, 90, 0.002)
@@ -131,6 +91,11 @@ def test_two_jobs_on_one_gpu(simulated_nvml: Path, tmp_path: Path) -> None:
         assert "observing only" in second.output
         assert any(str(pid) in second.output for pid in first.ranks()), "the message names the holder"
         assert first.poll() is None
+        assert came_true(machine.lowered, 90, 0.002)
+        for pid in first.ranks():
+            os.kill(pid, signal.SIGTERM)
+        assert came_true(machine.free, ENDED_S)
+        first.wait()
 
 
 def test_a_full_disk(simulated_nvml: Path, tmp_path: Path) -> None:

@@ -1,24 +1,23 @@
-"""A job that is looked at while it runs, by Prometheus and `perseus report`, and after it was killed."""
+"""A job that is looked at while it runs, by Prometheus and `perseus report`, and what is left when it is killed."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
 
+from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.reporting.report.findings import Options, find
 from perseus_plugin.reporting.report.folder import load_folder
-from tests.e2e.launching import Probe, perseus_block
-from tests.waiting import came_true
+from tests.e2e.launching import ENDED_S, Probe, perseus_block
+from tests.e2e.observed import Observed, look_at_the_observed_job
+from tests.waiting import came_true, processes_naming
 
 pytestmark = pytest.mark.e2e
 
@@ -39,22 +38,12 @@ def has_figures(folder: Path) -> bool:
     return summary is not None and None not in (summary.energy_j.full_clock, summary.energy_j.predicted)
 
 
-def scraped(port: int) -> str:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as response:
-            return str(response.read().decode())
-    except (urllib.error.URLError, OSError):
-        return ""
+def locked(folder: Path) -> list[int | None]:
+    """The clock that every GPU is locked at."""
+    return [EmulatedGpu(folder / "emulated_gpus" / f"rank{rank}").locked_mhz() for rank in range(2)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def test_a_job_is_reported_on_while_it_runs_and_after_it_was_killed(tmp_path: Path) -> None:
+def test_a_job_is_reported_on_while_it_runs_and_after_sigkill_which_leaves_no_lock(tmp_path: Path) -> None:
     out = tmp_path / "out"
     probe = Probe(tmp_path, perseus_block(out, 2), arguments=("--steps", "100000"))
     with probe.started() as job:
@@ -63,8 +52,13 @@ def test_a_job_is_reported_on_while_it_runs_and_after_it_was_killed(tmp_path: Pa
         assert "plan 1" in said
         assert "report.html" not in {path.name for path in out.iterdir()}
         assert came_true(lambda: has_figures(out), timeout_s=120, interval_s=0.5)
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
+        assert came_true(lambda: all(mhz not in (None, 1410) for mhz in locked(out)), 90, 0.002), "no clock is lowered"
+        assert len(processes_naming(str(out))) == 2
+        for pid in job.ranks():
+            os.kill(pid, signal.SIGKILL)
+        assert came_true(lambda: not processes_naming(str(out)), ENDED_S), "a helper lives on"
+        assert locked(out) == [None, None]
+        assert job.wait(30).status != 0
     said = report(out)
     assert (out / "report.html").exists()
     assert re.search(r"energy saved, (as run|predicted): -?[\d.]+ % \([\d,]+ J → [\d,]+ J per iteration", said), said
@@ -79,21 +73,9 @@ def test_a_job_is_reported_on_while_it_runs_and_after_it_was_killed(tmp_path: Pa
     assert found.lanes[-1].title.startswith("Plan, as iteration")
 
 
-def test_a_job_is_scraped_while_it_trains(tmp_path: Path) -> None:
+@look_at_the_observed_job
+def test_a_job_is_scraped_while_it_trains(observed: Observed) -> None:
     """The port is gone when the job has ended."""
-    pytest.importorskip("prometheus_client")
-    port, seen = free_port(), ""
-    block = perseus_block(tmp_path / "out", 2, prometheus={"port": port})
-    probe = Probe(tmp_path, block, [("end", str(tmp_path / "scraped"))], ("--steps", "100000"))
-
-    def predicted() -> bool:
-        nonlocal seen
-        seen = scraped(port) or seen
-        return 'perseus_energy_joules{figure="predicted"}' in seen
-
-    with probe.started() as job:
-        assert came_true(predicted, timeout_s=180, interval_s=0.1), seen
-        (tmp_path / "scraped").touch()
-        job.wait().check()
-    assert 'perseus_job_info{backend="emulated",emulated="true"' in seen
-    assert scraped(port) == ""
+    assert 'perseus_energy_joules{figure="predicted"}' in observed.scraped
+    assert 'perseus_job_info{backend="nvml",emulated="true"' in observed.scraped
+    assert observed.scraped_after == ""

@@ -21,12 +21,11 @@ from perseus_plugin.reporting.report.folder import load_folder
 from perseus_plugin.reporting.report.lanes import waits
 from tests.reporting.job import Job
 
-from .launching import Probe, perseus_block
+from .observed import MICROBATCHES, STAGES, Observed, look_at_the_observed_job
 
 # One job and one browser for all of them.
-pytestmark = [pytest.mark.e2e, pytest.mark.browser, pytest.mark.xdist_group("browser")]
+pytestmark = [pytest.mark.e2e, pytest.mark.browser, look_at_the_observed_job]
 
-STAGES, MICROBATCHES = 4, 8
 _FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -106,25 +105,14 @@ def report(folder: Path, page: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def job(shown: Shown, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a real training run on emulated GPUs."""
-    folder = tmp_path_factory.mktemp("job")
-    block = perseus_block(folder / "out", STAGES, frontier=True, slowdown=0.0)
-    do = [("nothing", "plan 1 for"), ("nothing", "frontier: "), ("end", "+25")]
-    microbatches = {"gradient_accumulation_steps": MICROBATCHES}
-    Probe(folder, block, do, ("--stages", str(STAGES)), STAGES, microbatches).run().check()
-    return folder / "out"
+def found(observed: Observed) -> Findings:
+    return find(load_folder(observed.out))
 
 
 @pytest.fixture(scope="module")
-def found(job: Path) -> Findings:
-    return find(load_folder(job))
-
-
-@pytest.fixture(scope="module")
-def page(shown: Shown, job: Path, tmp_path_factory: pytest.TempPathFactory) -> Shown:
+def page(shown: Shown, observed: Observed, tmp_path_factory: pytest.TempPathFactory) -> Shown:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    report(job, path)
+    report(observed.out, path)
     shown.complaints.clear()
     shown.fetched.clear()
     shown.open(path)

@@ -22,6 +22,8 @@ SHORT = {
         "max_time_error": 1.0,
     },
     "frontier": False,
+    "stragglers": {"detect": False},
+    "watch": {"tolerance": 1.0},
 }
 
 

@@ -78,7 +78,7 @@ def test_deepspeed_patch_adds_its_line_after_the_engines(tool: str, tmp_path: Pa
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("is_patched", [False, True])
+@pytest.mark.parametrize("is_patched", [True, pytest.param(False, marks=pytest.mark.repeated)])
 def test_deepspeed_job_where_entry_points_are_off(is_patched: bool, tmp_path: Path) -> None:
     """Only the patch can have brought the session in: without it there is none."""
     path = python_path()

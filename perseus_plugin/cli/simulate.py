@@ -39,8 +39,7 @@ from perseus_plugin.planning.targets import ChangeLimits
 from perseus_plugin.profiling.profile import Profile, load_profile
 
 if TYPE_CHECKING:
-    from perseus_plugin.cli.simulation.scenarios import Aim, Outcome, Pipeline
-    from perseus_plugin.cli.simulation.scenarios import Schedule as SimulatedSchedule
+    from perseus_plugin.cli.simulation.scenarios import Aim, Outcome, Pipeline, Workload
 
 _MODELLED = "a model, no measurement: times from counted operations, clock and power curves of an emulated GPU"
 
@@ -221,8 +220,8 @@ def _measured(
     return [Pipeline(partial(profile_for, cut), power, len(cut), cut, chunks=chunks) for cut in wanted]
 
 
-def _schedules(names: Sequence[str], microbatches: Sequence[int] | None) -> list[SimulatedSchedule]:
-    from perseus_plugin.cli.simulation.scenarios import Schedule
+def _schedules(names: Sequence[str], microbatches: Sequence[int] | None) -> list[Workload]:
+    from perseus_plugin.cli.simulation.scenarios import Workload
 
     made = []
     for name in names:
@@ -231,7 +230,7 @@ def _schedules(names: Sequence[str], microbatches: Sequence[int] | None) -> list
         if name in SCHEDULES and not microbatches:
             raise ConfigError(f"--microbatches: missing; the schedule {name} needs it")
         counts = tuple(microbatches or ()) if name in SCHEDULES else (None,)
-        made.append(Schedule(schedule_name(name), partial(streams_for, name), counts))
+        made.append(Workload(schedule_name(name), partial(streams_for, name), counts))
     return made
 
 

@@ -86,15 +86,15 @@ def fail() -> None:
 class Training:
     """One rank's engine and GPU, and what can be done to them."""
 
-    def __init__(self, engine: Any, rank: int, gpu: EmulatedGpu | None, at: int, slowdown: float) -> None:
+    def __init__(
+        self, engine: Any, rank: int, gpu: EmulatedGpu | None, at: int, slowdown: float, looks: list[dict[str, Any]]
+    ) -> None:
         self.engine, self.rank, self.gpu = engine, rank, gpu
         self._at, self._slowdown = at, slowdown
         self.over = False
-        self.looks = [look(engine)]
-        """At the start, and when asked for."""
         self.actions: dict[str, Callable[[], object]] = {
             "nothing": lambda: None,
-            "look": lambda: self.looks.append(look(engine)),
+            "look": lambda: looks.append(look(engine)),
             "end": self._end,
             "raise": fail,
             "fill-disk": fill_disk,
@@ -233,6 +233,7 @@ def main() -> None:
         layers=layers(), num_stages=arguments.stages, loss_fn=loss, activation_checkpoint_interval=1
     )
     engine, _, _, _ = deepspeed.initialize(args=arguments, model=module, model_parameters=module.parameters())
+    looks = [look(engine)]
     if arguments.enable:
         import perseus_plugin
 
@@ -240,7 +241,7 @@ def main() -> None:
     rank = torch.distributed.get_rank()
     path = Path(arguments.gpus.format(rank))
     gpu = EmulatedGpu(path) if path.exists() else None
-    training = Training(engine, rank, gpu, arguments.at, arguments.slowdown)
+    training = Training(engine, rank, gpu, arguments.at, arguments.slowdown, looks)
     script = Script(arguments.do, training)
     data, held_out = (batches(engine.train_micro_batch_size_per_gpu(), seed) for seed in (3, 4))
     losses, parameters = [], []
@@ -257,7 +258,7 @@ def main() -> None:
         if arguments.evaluate_every and (step + 1) % arguments.evaluate_every == 0:
             losses.append(engine.eval_batch(held_out).item())
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    facts = {"looks": [*training.looks, look(engine)], "did": script.done}
+    facts = {"looks": [*looks, look(engine)], "did": script.done}
     # Losses of evaluations among those of steps; parameters after every step.
     facts |= {"losses": losses, "parameters": parameters}
     Path(f"facts{rank}.json").write_text(json.dumps(facts))

@@ -47,7 +47,8 @@ def test_enable_by_hand_a_changed_number_of_microbatches_and_a_failure_of_ours(t
     assert all(len(stage) == 12 for stage in plan["stages"])
     assert by_hand.summary()["iterations"]["plan"] >= 2
     for facts in by_hand.facts():
-        _, following, at_end = facts["looks"]
+        before, following, at_end = facts["looks"]
+        assert before["on_engine"] == [], "without the entry point"
         assert following["on_engine"] != []
         # Between iterations the engine runs stock functions even while it follows a plan.
         assert following["stock_map"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,29 @@ A_WHILE = "+10"
 
 
 def slow_job(
-    folder: Path, ranks: int, stragglers: dict[str, Any], rank: int, slowdown: float, *told: str, last_s: float = 0.016
+    folder: Path,
+    ranks: int,
+    stragglers: dict[str, Any],
+    rank: int,
+    slowdown: float,
+    do: Sequence[tuple[str, str]],
+    last_s: float = 0.016,
 ) -> Probe:
     """A job in which the GPU of a rank is slow for a while: plans may take no longer than full clocks but for that.
 
-    `told` is what is reported when it begins and ends, `last_s` the last stage's forward, beside 0.012 s of the first.
+    `last_s` is the last stage's forward, beside 0.012 s of the first.
     """
     times = {"forward_time_s": [0.012, last_s], "backward_time_s": [0.024, 2 * last_s]}
     stragglers = {"threshold": 0.1, "min_interval_s": 1.0, **stragglers}
-    report, take_back = [[(what, "+0")] for what in told] or [[], []]
-    do = [PLANNED, ("slow", A_WHILE), *report, ANSWERED, ("recover", A_WHILE), *take_back, BACK, ("end", A_WHILE)]
     block = perseus_block(folder / "out", 2, stragglers=stragglers, emulation=times, slowdown=0.0)
     job = Probe(folder, block, do, ("--at", str(rank), "--slowdown", str(slowdown)), ranks)
     job.run(PYTHONPATH=str(REPOSITORY)).check()
     return job
 
 
-def step_of(job: Probe, what: str) -> int:
-    """Before which step something was done."""
-    return next(int(step) for action, step in job.facts()[0]["did"] if action == what)
+def steps_of(job: Probe, what: str) -> list[int]:
+    """Before which steps something was done."""
+    return [int(step) for action, step in job.facts()[0]["did"] if action == what]
 
 
 def events_of(job: Probe) -> list[dict[str, Any]]:
@@ -53,16 +58,18 @@ def switches_of(job: Probe) -> list[dict[str, Any]]:
     return [event for event in events_of(job) if event["event"] == "switch"]
 
 
-def check_answered(job: Probe) -> dict[str, Any]:
-    """Everybody went over to plans for the slow pipeline, and back to the plan afterwards."""
-    answered, back = switches_of(job)[0], switches_of(job)[-1]
+def check_answered(job: Probe, begin: str, end: str) -> dict[str, Any]:
+    """Between two things that were done everybody ran plans for the slow pipeline, and the plan again afterwards."""
+    (begun,), (ended,) = steps_of(job, begin), steps_of(job, end)
+    answered = next(switch for switch in switches_of(job) if switch["iteration"] > begun)
     # DeepSpeed puts stage s of replica r on rank s * replicas + r; rank 3 is stage 1 of replica 1.
     ((replica, (first, second)),) = answered["slow"]
     assert (replica, first) == (1, 1.0)
     assert second > 1.1
-    assert step_of(job, "slow") < answered["iteration"] < step_of(job, "recover")
+    assert answered["iteration"] < ended
+    back = next(switch for switch in switches_of(job) if switch["iteration"] > ended)
     assert back["slow"] == []
-    assert back["iteration"] > step_of(job, "recover")
+    assert switches_of(job)[-1]["slow"] == []
     summary = job.summary()
     assert summary["plan"]["dropped_plans"] == 0
     figures: dict[str, Any] = summary["stragglers"]
@@ -71,25 +78,32 @@ def check_answered(job: Probe) -> dict[str, Any]:
     return figures
 
 
-def test_a_slow_replica_is_seen_and_answered(tmp_path: Path) -> None:
-    job = slow_job(tmp_path, 4, {"detect": True}, 3, 1.25)
-    figures = check_answered(job)
+def test_a_slow_replica_is_answered_when_it_is_seen_and_when_it_is_reported(tmp_path: Path) -> None:
+    """Reported on the command line, when the GPU has recovered; taken back from Python."""
+    seen = [("slow", A_WHILE), ANSWERED, ("recover", A_WHILE), BACK]
+    reported = [("report", A_WHILE), ANSWERED, ("take-back", A_WHILE), BACK]
+    job = slow_job(tmp_path, 4, {"detect": True}, 3, 1.25, [PLANNED, *seen, *reported, ("end", A_WHILE)])
+    check_answered(job, "slow", "recover")
+    figures = check_answered(job, "report", "take-back")
     assert figures["detections"] >= 1
-    assert figures["reports"] == 0
-    job.check_identical()
-
-
-def test_a_slow_replica_is_reported_and_answered(tmp_path: Path) -> None:
-    """Reported on the command line, taken back from Python; without detection there is nothing else to go by."""
-    job = slow_job(tmp_path, 4, {"detect": False}, 3, 1.25, "report", "take-back")
-    figures = check_answered(job)
-    assert (figures["detections"], figures["reports"]) == (0, 2)
+    assert figures["reports"] == 2
     assert not (tmp_path / "out" / "stragglers.sock").exists()
     job.check_identical()
 
 
+@pytest.mark.repeated
+def test_a_slow_replica_is_reported_and_answered(tmp_path: Path) -> None:
+    """Without detection there is nothing else to go by."""
+    reported = [("slow", A_WHILE), ("report", "+0"), ANSWERED, ("recover", A_WHILE), ("take-back", "+0"), BACK]
+    job = slow_job(tmp_path, 4, {"detect": False}, 3, 1.25, [PLANNED, *reported, ("end", A_WHILE)])
+    figures = check_answered(job, "report", "take-back")
+    assert (figures["detections"], figures["reports"]) == (0, 2)
+    job.check_identical()
+
+
 def test_a_slow_stage_within_the_only_pipeline(tmp_path: Path) -> None:
-    job = slow_job(tmp_path, 2, {"detect": True}, 0, 2.0, last_s=0.02)
+    seen = [("slow", A_WHILE), ANSWERED, ("recover", A_WHILE), BACK]
+    job = slow_job(tmp_path, 2, {"detect": True}, 0, 2.0, [PLANNED, *seen, ("end", A_WHILE)], last_s=0.02)
     replan = next(event for event in events_of(job) if event["event"] == "replan")
     (variant,) = replan["variants"]
     slowdown, other = variant["slowdown"]

@@ -27,13 +27,13 @@ SHORT = {
 }
 
 
-def test_an_even_job_profiles_plans_and_saves(tmp_path: Path) -> None:
+def test_a_job_profiles_plans_and_saves_at_the_time_of_full_clocks(tmp_path: Path) -> None:
     folder, left = tmp_path / "job", iter(range(20))
 
     def planned_for_a_while() -> bool:
         return (folder / "plan.json").exists() and next(left, None) is None
 
-    ran = OneJob(folder, [Step()] * 500, plugin=SHORT, until=planned_for_a_while).run()
+    ran = OneJob(folder, [Step()] * 500, plugin={**SHORT, "slowdown": 0.0}, until=planned_for_a_while).run()
     assert len(ran.times_s) == len(ran.energies_j) == len(ran.states) < 500
     assert ran.states[:2] == ["warm-up"] * 2
     assert ran.states[2] == "profiling"
@@ -42,6 +42,8 @@ def test_an_even_job_profiles_plans_and_saves(tmp_path: Path) -> None:
     assert min(planned_j) < 0.97 * ran.energies_j[4], "which ran at the top clock"
     assert ran.summary["state"] == "finished"
     assert ran.summary["plan"]["dropped_plans"] == 0
+    assert ran.summary["plan"]["saving_percent"] > 1
+    assert ran.summary["slowdown_percent"]["predicted"] <= 0.5, "what a replay may be longer"
 
 
 def test_the_same_work_runs_without_the_plugin(tmp_path: Path) -> None:

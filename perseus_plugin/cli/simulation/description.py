@@ -14,6 +14,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from perseus_plugin.bounds import MOST_COUNT, MOST_STAGES, MOST_W
+from perseus_plugin.cli.simulation.resplit import Split
 from perseus_plugin.errors import ConfigError, validation_problem
 from perseus_plugin.files import parse_yaml, read_text
 from perseus_plugin.gpus.emulated.physics import FORWARD_LIKE, MODELS, WAITING, GpuModel, load_class
@@ -29,9 +30,6 @@ PEAK_FLOPS = {"a100": 312e12, "a40": 149.7e12}
 
 LOWEST_CLOCK_MHZ = 855
 """Below this nothing was published, and the emulated GPUs extrapolate."""
-
-Split = tuple[int, ...]
-"""Layers of each stage."""
 
 
 class ModelDescription(BaseModel):

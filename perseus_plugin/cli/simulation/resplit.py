@@ -10,6 +10,7 @@ from perseus_plugin.errors import ProfileError
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 Split = tuple[int, ...]
+"""Layers of each stage."""
 
 
 def resplit(profile: Profile, before: Split, after: Split) -> Profile:

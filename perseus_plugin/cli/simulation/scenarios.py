@@ -36,7 +36,7 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Workload:
     """A schedule and the numbers of microbatches to run it with.
 
     Attributes:
@@ -131,7 +131,7 @@ class Outcome:
 
 def simulate(
     pipelines: Sequence[Pipeline],
-    schedules: Sequence[Schedule],
+    schedules: Sequence[Workload],
     aims: Sequence[Aim],
     *,
     latency_s: float = 0.0,
@@ -159,7 +159,7 @@ def simulate(
 
 def _of_one(
     pipeline: Pipeline,
-    schedule: Schedule,
+    schedule: Workload,
     microbatches: int | None,
     aims: Sequence[Aim],
     latencies_s: tuple[float, float | None],
@@ -188,7 +188,7 @@ def _of_one(
 
 def _planner(
     pipeline: Pipeline,
-    schedule: Schedule,
+    schedule: Workload,
     microbatches: int | None,
     latency_s: float,
     switch_latency_s: float | None,

@@ -16,7 +16,7 @@ from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.record.iterations import FULL, PLAN, PROFILING, STRAGGLER, UNKNOWN, WARM_UP, Stretch
 from perseus_plugin.reporting.record.records import Series
 from perseus_plugin.reporting.record.samples import Sample
-from perseus_plugin.reporting.report.findings import Mark
+from perseus_plugin.reporting.report.findings import Happening
 from perseus_plugin.reporting.report.lanes import Block, Lanes, Wait
 from perseus_plugin.reporting.report.worth import PerIteration
 
@@ -315,7 +315,7 @@ def _steps(sample: Sample) -> tuple[list[float], list[int | None]]:
     return [*times, sample.time_s], [*values, values[-1]]
 
 
-def training(run: Series, marks: Sequence[Mark], per: PerIteration | None) -> go.Figure:
+def training(run: Series, marks: Sequence[Happening], per: PerIteration | None) -> go.Figure:
     """Iteration time and energy over training, with what happened."""
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.07)
     for state, colour in STATE_COLOURS.items():
@@ -364,7 +364,7 @@ def _ran_as(stretch: Stretch) -> str:
     return STATE_NAMES[sort.state] + (f" ({sort.reason})" if sort.reason else "")
 
 
-def _write_marks(figure: go.Figure, run: Series, marks: Sequence[Mark]) -> int:
+def _write_marks(figure: go.Figure, run: Series, marks: Sequence[Happening]) -> int:
     """Lines at what happened, their labels on as many levels as keep them apart; returns how many."""
     last = run.stretches[-1]
     wide = max(1, last.first + last.count)

@@ -35,7 +35,7 @@ _MAX_MARKS = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Happening:
     """Something that happened, at an iteration."""
 
     iteration: int
@@ -86,7 +86,7 @@ class Findings:
     lanes: list[Lanes]
     frontier: FrontierCurve | None
     series: Series | None
-    marks: list[Mark]
+    marks: list[Happening]
     clocks: list[Sample]
     per: PerIteration | None
     so_far: SoFar | None
@@ -243,40 +243,40 @@ def _lowered(lanes: Sequence[Lanes]) -> float | None:
 # What happened.
 
 
-def marks(stretches: Sequence[Stretch], folder: JobFolder) -> list[Mark]:
+def marks(stretches: Sequence[Stretch], folder: JobFolder) -> list[Happening]:
     """What happened when: changes of what iterations ran as, straggler events, clocks that could not be held."""
-    found: list[Mark] = []
+    found: list[Happening] = []
     last: Stretch | None = None
     for stretch in stretches:
         if stretch.sort.reason == REFERENCE.reason:
             continue  # they come and go for as long as a plan is followed
         text = _change(last, stretch)
         if text:
-            found.append(Mark(stretch.first, text))
+            found.append(Happening(stretch.first, text))
         last = stretch
     for event in folder.events:
         if event["event"] in ("report", "detection"):
             who = f"rank {event['rank']}" if "rank" in event else "a rank"
             said = "is reported" if event["event"] == "report" else "is seen to be"
             what = "back to normal" if event.get("slowdown") == 1 else "slow"
-            found.append(Mark(_at(stretches, event["time"]), f"{who} {said} {what}"))
+            found.append(Happening(_at(stretches, event["time"]), f"{who} {said} {what}"))
     for rank, record in folder.records.items():
         if record.deviations:
             first = record.deviations[0]
             count = len(record.deviations)
             times = f"at least {count} times" if count >= MAX_DEVIATIONS else f"{count} times"
             text = f"rank {rank} capped: {first.read_mhz} MHz where {first.asked_mhz} were asked for ({times})"
-            found.append(Mark(_at(stretches, first.time_s), text))
+            found.append(Happening(_at(stretches, first.time_s), text))
     return _fewer(sorted(found, key=lambda mark: mark.iteration))
 
 
-def _fewer(found: list[Mark]) -> list[Mark]:
+def _fewer(found: list[Happening]) -> list[Happening]:
     """The first and the newest ones, and between them how many are left out."""
     if len(found) <= _MAX_MARKS:
         return found
     first, newest = found[: _MAX_MARKS // 2], found[-(_MAX_MARKS // 2) :]
     left = found[len(first)]
-    return [*first, Mark(left.iteration, f"{len(found) - len(first) - len(newest)} more, left out here"), *newest]
+    return [*first, Happening(left.iteration, f"{len(found) - len(first) - len(newest)} more, left out here"), *newest]
 
 
 def _change(last: Stretch | None, now: Stretch) -> str:

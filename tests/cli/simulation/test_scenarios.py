@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from perseus_plugin.cli.simulation.scenarios import Aim, Outcome, Pipeline, Schedule, simulate
+from perseus_plugin.cli.simulation.scenarios import Aim, Outcome, Pipeline, Workload, simulate
 from perseus_plugin.errors import ScheduleError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import SCHEDULES
@@ -21,8 +21,8 @@ from tests import factories
 PUBLISHED = Path(os.environ.get("PERSEUS_PUBLISHED_PROFILES", "/work/shared/data/sosp24"))
 
 
-def named(name: str, *microbatches: int) -> Schedule:
-    return Schedule(name, lambda stages, count: SCHEDULES[name](stages, count or 0), microbatches)
+def named(name: str, *microbatches: int) -> Workload:
+    return Workload(name, lambda stages, count: SCHEDULES[name](stages, count or 0), microbatches)
 
 
 def pipeline(stages: int = 4, chunks: int = 1) -> Pipeline:
@@ -110,13 +110,13 @@ def test_what_cannot_be_planned_says_why_and_the_rest_goes_on() -> None:
 
 
 def test_a_schedule_that_brings_its_own_microbatches_tells_them() -> None:
-    own = Schedule("mine", lambda stages, count: SCHEDULES["1f1b"](stages, 5), (None,))
+    own = Workload("mine", lambda stages, count: SCHEDULES["1f1b"](stages, 5), (None,))
     assert only(list(simulate([pipeline()], [own], [Aim()]))).microbatches == 5
 
     def broken(stages: int, count: int | None) -> list[list[object]]:
         raise ScheduleError("mine.json: cannot read the schedule")
 
-    outcome = only(list(simulate([pipeline()], [Schedule("mine", broken, (None,))], [Aim()])))  # type: ignore[arg-type]
+    outcome = only(list(simulate([pipeline()], [Workload("mine", broken, (None,))], [Aim()])))  # type: ignore[arg-type]
     assert (outcome.figures, outcome.error) == (None, "mine.json: cannot read the schedule")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from perseus_plugin.reporting.record.recorder import record_path
 from perseus_plugin.reporting.report import figures
-from perseus_plugin.reporting.report.findings import Findings, Mark, find
+from perseus_plugin.reporting.report.findings import Findings, Happening, find
 from perseus_plugin.reporting.report.folder import load_folder
 from perseus_plugin.reporting.report.page import page
 from tests.reporting.job import Job
@@ -130,7 +130,7 @@ def test_training_shows_every_state_in_its_colour(found: Findings, job: Job) -> 
 
 def test_labels_of_what_happened_do_not_lie_on_each_other(found: Findings) -> None:
     assert found.series is not None
-    crowd = [Mark(number // 2, f"event number {number}") for number in range(40)]
+    crowd = [Happening(number // 2, f"event number {number}") for number in range(40)]
     figure = figures.training(found.series, crowd, None)
     notes = figure.layout.annotations
     assert 0 < len(notes) < 40

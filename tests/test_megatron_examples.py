@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from perseus_plugin.config import load_config
+from tests.e2e.launching import run_ranks
 from tests.megatron_support.versions import REPOSITORY, python_path, versions
 
 EXAMPLE = REPOSITORY / "examples" / "megatron_gpt"
@@ -70,18 +71,10 @@ def test_stand_ins_train_alike_in_every_layout(version: str, tmp_path: Path) -> 
     losses = []
     for ranks, stages, chunks in ((1, 1, 1), (2, 2, 1), (2, 2, 2)):
         results = tmp_path / f"{stages}x{chunks}.json"
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += [str(SUPPORT / "core_job.py"), "--pipeline-model-parallel-size", str(stages)]
-        command += ["--chunks", str(chunks), "--train-iters", "8", "--results", str(results)]
-        done = subprocess.run(
-            [sys.executable, *command],
-            env={**os.environ, "PYTHONPATH": python_path(versions()[version], REPOSITORY), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        words = [str(SUPPORT / "core_job.py"), "--pipeline-model-parallel-size", str(stages), "--chunks", str(chunks)]
+        words += ["--train-iters", "8", "--results", str(results)]
+        path = python_path(versions()[version], REPOSITORY)
+        run_ranks(ranks, tmp_path, *words, imports=("core_job",), PYTHONPATH=path).check()
         losses.append([loss for row in json.loads(results.read_text())["ranks"][-1]["losses"] for loss in row])
     assert losses[0][0] != losses[0][-1]
     for other in losses[1:]:

@@ -312,7 +312,7 @@ class Probe:
         same = json.dumps([self.ranks, more, arguments, self.config], sort_keys=True)
         if same not in _WITHOUT or len(_WITHOUT[same][0]["parameters"]) < steps:
             # Some to spare: the next job may need longer until the plugin has said what it waits for.
-            arguments += ["--steps", str(steps + 40)]
+            arguments += ["--steps", str(steps + 20)]
             without = replace(self, folder=self.folder / "without", block=None, do=more, arguments=arguments)
             without.run().check()
             _WITHOUT[same] = without.facts()

@@ -18,7 +18,6 @@ import pytest
 
 from perseus_plugin.reporting.report.findings import Findings, Options, find
 from perseus_plugin.reporting.report.folder import load_folder
-from perseus_plugin.reporting.report.lanes import waits
 from tests.reporting.job import Job
 
 from .observed import MICROBATCHES, STAGES, Observed, look_at_the_observed_job
@@ -137,7 +136,7 @@ def test_the_browser_has_nothing_to_complain_about_and_fetches_nothing(page: Sho
 
 def test_the_timeline_has_a_bar_per_instruction(page: Shown, found: Findings) -> None:
     blocks = sum(len(lane.blocks) for lane in found.lanes)
-    gaps = sum(len(waits(lane)) for lane in found.lanes)
+    gaps = sum(len(lane.waits) for lane in found.lanes)
     assert page.count("#figure-timeline .barlayer .point") == blocks + gaps
     traces = [trace for trace in page.data("timeline") if trace["name"] == "instructions"]
     assert [trace["length"] for trace in traces] == [STAGES * MICROBATCHES * 2] * 3
@@ -193,6 +192,6 @@ def test_eight_stages_and_96_microbatches_open(shown: Shown, tmp_path: Path) -> 
     assert shown.complaints == []
     lanes = find(load_folder(folder), Options(frontier=False)).lanes
     assert [len(lane.blocks) for lane in lanes] == [8 * 96 * 2] * 3
-    expected = sum(len(lane.blocks) + len(waits(lane)) for lane in lanes)
+    expected = sum(len(lane.blocks) + len(lane.waits) for lane in lanes)
     assert shown.count("#figure-timeline .barlayer .point") == expected
     assert (tmp_path / "report.html").stat().st_size < 12e6

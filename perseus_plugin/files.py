@@ -203,7 +203,7 @@ class Descriptor:
 
     def __init__(self, number: int) -> None:
         self._number = -1  # in case that it is none
-        self._what = _identity(number)
+        self._what = identity(number)
         self._number = number
 
     @property
@@ -213,7 +213,7 @@ class Descriptor:
         Raises:
             OSError: it has been closed, by us or by somebody else.
         """
-        if self._number < 0 or _identity(self._number) != self._what:
+        if self._number < 0 or identity(self._number) != self._what:
             self._number = -1
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return self._number
@@ -228,7 +228,12 @@ class Descriptor:
         self.close()
 
 
-def _identity(descriptor: int) -> tuple[int, int]:
+def identity(descriptor: int) -> tuple[int, int]:
+    """What a file descriptor stands for, whatever its number.
+
+    Raises:
+        OSError: it is none.
+    """
     found = os.fstat(descriptor)
     return found.st_dev, found.st_ino
 

@@ -16,15 +16,19 @@ import json
 import logging
 import os
 import socket
+import socketserver
+import stat
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from perseus_plugin.errors import PerseusError
-from perseus_plugin.files import parse_json
+from perseus_plugin.files import opened_folder, parse_json
+from perseus_plugin.serving import Bounded
 
 logger = logging.getLogger(__name__)
 
@@ -37,52 +41,55 @@ Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class StragglerSocket:
-    """Serves requests on a thread of its own.
+    """Serves requests on threads of its own.
 
     Args:
         folder: the job's output folder.
-        answer: gives the reply to a request; raises `PerseusError` to refuse it.
+        answer: gives the reply to a request, one at a time on any thread; raises `PerseusError` to refuse it.
 
     Raises:
         OSError: there can be no such socket in this folder, or a running job has one there.
     """
 
     def __init__(self, folder: Path, answer: Answer) -> None:
-        self._folder, self._answer = folder, answer
-        self._listener = _listen(folder)
-        self._inode = (folder / SOCKET_NAME).stat().st_ino
-        self._closed = False
-        self._thread = threading.Thread(target=self._serve, name="perseus-reports", daemon=True)
-        self._thread.start()
+        self._folder = folder
+        self._server = _Server(folder, answer)
+        with _short_path(folder) as path:
+            self._inode = os.lstat(path).st_ino
+        self._server.start("perseus-reports")
 
     def close(self) -> None:
         """Stop serving and remove the socket."""
-        self._closed = True
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        self._listener.close()
-        with suppress(OSError):
-            if (self._folder / SOCKET_NAME).stat().st_ino == self._inode:
-                (self._folder / SOCKET_NAME).unlink()
-        self._thread.join(timeout=_TIMEOUT_S)
+        self._server.stop()
+        with suppress(OSError), _short_path(self._folder) as path:
+            if os.lstat(path).st_ino == self._inode:
+                Path(path).unlink()
 
-    def _serve(self) -> None:
-        while not self._closed:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError as error:
-                if not self._closed:
-                    logger.warning(
-                        "no more reports are taken on %s: %s; all else goes on. Report from Python instead",
-                        SOCKET_NAME,
-                        error,
-                    )
-                return
-            with connection:
-                try:
-                    self._serve_one(connection)
-                except Exception as error:  # whatever a caller does, the next one is served
-                    logger.debug("a caller on %s failed: %r", SOCKET_NAME, error)
+
+class _Server(Bounded, socketserver.UnixStreamServer):
+    def __init__(self, folder: Path, answer: Answer) -> None:
+        self._folder, self._answer = folder, answer
+        self._answering = threading.Lock()
+        super().__init__(SOCKET_NAME, socketserver.BaseRequestHandler)
+
+    def server_bind(self) -> None:
+        """In the folder, with a path that is short enough."""
+        with _short_path(self._folder) as path:
+            if os.path.lexists(path):
+                _remove_if_dead(path)
+            os.fchmod(self.socket.fileno(), 0o600)  # the file gets this mode as it is made
+            self.socket.bind(path)
+            Path(path).chmod(0o600)  # where the line above has no effect
+
+    def lost(self, why: str) -> None:
+        """Said once."""
+        logger.warning(
+            "no more reports are taken on %s: %s; all else goes on. Report from Python instead", SOCKET_NAME, why
+        )
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Answer one request."""
+        self._serve_one(request)
 
     def _serve_one(self, connection: socket.socket) -> None:
         connection.settimeout(_TIMEOUT_S)
@@ -93,7 +100,8 @@ class StragglerSocket:
             request = parse_json(line)
             if not isinstance(request, dict):
                 raise ValueError("not an object")
-            reply = {"ok": True, **self._answer(request)}
+            with self._answering:
+                reply = {"ok": True, **self._answer(request)}
         except ValueError as error:
             reply = {"ok": False, "error": f"malformed request: {error}"}
         except PerseusError as error:
@@ -111,7 +119,7 @@ def ask(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         connection.settimeout(2 * _TIMEOUT_S)
         try:
             with _short_path(folder) as path:
-                connection.connect(path)
+                _connect(connection, path)
             _send(connection, request)
             reply = parse_json(_read_line(connection))
         except (OSError, ValueError) as error:
@@ -127,45 +135,67 @@ def ask(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _short_path(folder: Path) -> Iterator[str]:
     """A path of the socket that fits into the 108 bytes of an address, whatever the folder's."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened_folder(folder) as descriptor:
         yield f"/proc/self/fd/{descriptor}/{SOCKET_NAME}"
-    finally:
-        os.close(descriptor)
-
-
-def _listen(folder: Path) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with _short_path(folder) as path:
-            if os.path.lexists(path):
-                _remove_if_dead(path)
-            os.fchmod(listener.fileno(), 0o600)  # the file gets this mode as it is made
-            listener.bind(path)
-            Path(path).chmod(0o600)  # where the line above has no effect
-        listener.listen(16)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
 
 
 def _remove_if_dead(path: str) -> None:
-    if not Path(path).is_socket():
+    """Make room, where the job that served here has gone; a worker that it forked may still hold its socket."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise OSError(f"there is another file called {SOCKET_NAME}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_TIMEOUT_S)
         try:
-            probe.connect(path)
+            _connect(probe, path)
         except ConnectionRefusedError:
+            Path(path).unlink()
+            return
+        # Whoever began to listen. 0: it is, or was, in another container, so that only an answer can tell.
+        server = _credentials(probe)[0]
+        if (server and not _lives(server)) or (not server and not _answers(probe)):
             Path(path).unlink()
             return
     raise OSError("another running job serves this folder")
 
 
+def _connect(connection: socket.socket, path: str) -> None:
+    deadline_s = time.monotonic() + _TIMEOUT_S
+    while True:
+        try:
+            connection.connect(path)
+            return
+        except BlockingIOError:  # as many wait to be heard as may
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.02)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _answers(connection: socket.socket) -> bool:
+    with suppress(OSError, ValueError):
+        _send(connection, {"do": "list"})
+        return bool(_read_line(connection))
+    return False
+
+
 def _caller(connection: socket.socket) -> int:
+    return _credentials(connection)[1]
+
+
+def _credentials(connection: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(raw)[1])
+    pid, user, _ = _CREDENTIALS.unpack(raw)
+    return pid, user
 
 
 def _read_line(connection: socket.socket) -> bytes:

@@ -149,3 +149,25 @@ def test_a_file_of_that_name_is_not_removed(folder: Path, desk: Desk) -> None:
     with pytest.raises(OSError, match=r"there is another file called stragglers\.sock"):
         StragglerSocket(folder, desk.answer)
     assert (folder / SOCKET_NAME).read_text() == "mine"
+
+
+@pytest.mark.usefixtures("served")
+def test_many_slow_callers_do_not_lock_out_the_others(folder: Path) -> None:
+    slow = []
+    for _ in range(50):
+        connection = socket.socket(socket.AF_UNIX)
+        with straggler_socket._short_path(folder) as path:
+            connection.connect(path)
+        connection.sendall(b"{")
+        slow.append(connection)
+    assert ask(folder, {"do": "list"})["ok"]
+    for connection in slow:
+        connection.close()
+
+
+def test_a_link_of_that_name_is_not_followed(folder: Path, desk: Desk, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "other"))
+        (folder / SOCKET_NAME).symlink_to(tmp_path / "other")
+        with pytest.raises(OSError, match="there is another file called"):
+            StragglerSocket(folder, desk.answer)

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from socketserver import TCPServer
 from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from perseus_plugin.config import PrometheusConfig
 from perseus_plugin.files import remove, write_atomically
+from perseus_plugin.serving import Bounded
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Gauge
@@ -85,7 +89,7 @@ class PrometheusPublisher:
                     remove(self._textfile)
 
     def _open(self, facts: Mapping[str, Any]) -> None:
-        from prometheus_client import CollectorRegistry, Gauge, start_http_server
+        from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
 
         registry = CollectorRegistry()
         labels = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in facts.items()}
@@ -94,7 +98,7 @@ class PrometheusPublisher:
         address, port = self._address
         if port is not None:
             try:
-                self._server, _ = start_http_server(port, addr=address, registry=registry)
+                self._server = _served(address, port, make_wsgi_app(registry))
             except OSError as error:
                 trouble = _port_trouble(address, port, error)
                 if self._textfile is None:
@@ -129,8 +133,38 @@ class PrometheusPublisher:
     def _close_server(self) -> None:
         server, self._server = self._server, None
         if server is not None:
-            server.shutdown()
-            server.server_close()
+            server.stop()
+
+
+class _Server(Bounded, WSGIServer):
+    def __init__(self, address: str, port: int) -> None:
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family, *_, where = found[0]
+        super().__init__(where[:2], _Handler)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        """Without a look at the name service for what this machine is called, which may take its time."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    def lost(self, why: str) -> None:
+        """Said once."""
+        logger.warning("prometheus: nobody can scrape any more: %s; training goes on", why)
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 5.0  # between what a caller says and the next
+
+    def log_message(self, *_: Any) -> None:
+        """A scrape is no news."""
+
+
+def _served(address: str, port: int, app: Any) -> _Server:
+    server = _Server(address, port)
+    server.set_app(app)
+    server.start("perseus-prometheus")
+    return server
 
 
 def _port_trouble(address: str, port: int, error: OSError) -> str:

@@ -16,6 +16,7 @@ import pytest
 from perseus_plugin.config import PrometheusConfig, parse_config
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.reporting.live.prometheus import PrometheusPublisher, metric_of
+from tests.waiting import came_true
 
 parser = pytest.importorskip("prometheus_client.parser")
 
@@ -172,3 +173,21 @@ def test_wrong_settings_are_refused(block: dict[str, Any], message: str) -> None
     with pytest.raises(ConfigError) as caught:
         parse_config({"prometheus": block})
     assert message in str(caught.value)
+
+
+def test_idle_connections_are_few_and_keep_nobody_from_scraping(opened: Open) -> None:
+    port = free_port()
+    opened(port=port)(EVENTS)
+    before = threading.active_count()
+    idle = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(60)]
+    assert samples(scraped(port))
+    assert came_true(lambda: threading.active_count() - before <= 17)
+    for connection in idle:
+        connection.close()
+
+
+def test_a_scraper_s_address_may_be_of_the_newer_sort(opened: Open) -> None:
+    port = free_port()
+    opened(port=port, address="::1")(EVENTS)
+    with urllib.request.urlopen(f"http://[::1]:{port}/metrics", timeout=10) as response:
+        assert response.status == 200

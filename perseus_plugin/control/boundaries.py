@@ -7,6 +7,7 @@ Without CUDA the boundary is reached when Python is there. Both look the same to
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable
@@ -52,7 +53,8 @@ class EventBoundaries:
     """Work is done when an event recorded after it has passed.
 
     Times come from the events' own time stamps: the waiter wakes up late by some tens of microseconds, and by more when
-    Python is busy. They are tied to the host's clock anew every `REBASE_S`.
+    Python is busy. They are tied to the host's clock anew every `REBASE_S`, by the wake-up that was the least late since:
+    none comes before its event, so that the earliest tells most of where the event's clock stands by now.
 
     Args:
         make_event: makes an event.
@@ -61,6 +63,8 @@ class EventBoundaries:
     """
 
     REBASE_S = 1.0
+    MOST_DRIFT = 1e-4
+    """Share by which an event's clock may fall behind the host's: more than that is wake-ups that were all late."""
 
     def __init__(
         self,
@@ -75,6 +79,7 @@ class EventBoundaries:
         self._pending: queue.SimpleQueue[tuple[Event, Action, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._base: Event | None = None
         self._base_s = 0.0
+        self._least_late_s = math.inf
         self._closed = False
         self._thread = threading.Thread(target=self._wait, name="perseus-boundaries", daemon=True)
         self._thread.start()
@@ -113,15 +118,19 @@ class EventBoundaries:
     def _time_of(self, event: Event) -> float:
         """Host time at which the event passed; takes the event into use as the new base or frees it."""
         now_s = monotonic()
-        if self._base is not None:
-            passed_s = self._base_s + 1e-3 * self._base.elapsed_time(event)
-            if passed_s - self._base_s < self.REBASE_S:
-                self._free.put(event)
-                return min(passed_s, now_s)
+        if self._base is None:
+            self._base, self._base_s = event, now_s
+            return now_s
+        elapsed_s = 1e-3 * self._base.elapsed_time(event)
+        passed_s = self._base_s + elapsed_s
+        self._least_late_s = min(self._least_late_s, now_s - passed_s)
+        if elapsed_s < self.REBASE_S:
+            self._free.put(event)
+        else:
+            passed_s += min(self._least_late_s, self.MOST_DRIFT * elapsed_s)
             self._free.put(self._base)
-            now_s = max(passed_s, now_s - 1e-3)  # a wake-up later than a millisecond says nothing of the clocks' drift
-        self._base, self._base_s = event, now_s
-        return now_s
+            self._base, self._base_s, self._least_late_s = event, passed_s, math.inf
+        return min(passed_s, now_s)
 
 
 def boundaries_for(device: str, on_error: Callable[[Exception], None]) -> Boundaries:

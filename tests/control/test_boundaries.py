@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import threading
 import time
@@ -129,6 +130,35 @@ def test_a_passed_time_is_never_in_the_future() -> None:
     let_pass(recorded[1], 900.0)  # a device clock that runs away
     wait_for(lambda: len(times) == 2)
     assert all(said_s <= now_s for said_s, now_s in times)
+    boundaries.close()
+
+
+@pytest.mark.parametrize(
+    ("drift", "late_s", "off_s"),
+    [
+        (0.0, [0.0002, *[0.00003] * 49], 0.00003),  # the first wake-up, which all begins with, is the latest
+        (-3e-5, [0.00003, 0.0003], 0.0001),  # an event's clock that runs slow, as seen on a H200
+        (3e-5, [0.00003, 0.0003], 0.0001),
+        (0.0, [0.005], 0.005),  # wake-ups that are all late: Python computes
+    ],
+)
+def test_times_stay_tied_to_the_hosts_clock(
+    monkeypatch: pytest.MonkeyPatch, drift: float, late_s: list[float], off_s: float
+) -> None:
+    """A minute of boundaries: after the first three seconds none is off by more than this."""
+    host: queue.SimpleQueue[float] = queue.SimpleQueue()
+    monkeypatch.setattr(boundaries_module, "monotonic", host.get)
+    boundaries = EventBoundaries(Device().make_event, fail)
+    said: list[float] = []
+    count = 600
+    for number in range(count):
+        boundaries.reach(said.append)
+        passed_s = 100 + 0.1 * number
+        host.put(passed_s + late_s[number % len(late_s)])
+        let_pass(recorded[-1], 1e3 * (1 + drift) * passed_s)
+        wait_for(lambda wanted=number + 1: len(said) == wanted)
+    errors_s = [time_s - (100 + 0.1 * number) for number, time_s in enumerate(said)]
+    assert max(map(abs, errors_s[30:])) <= off_s + 1e-9
     boundaries.close()
 
 

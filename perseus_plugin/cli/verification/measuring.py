@@ -291,17 +291,22 @@ def measure_at_the_limit(subject: Subject, seconds: float) -> Energies:
 
 
 def _power_period_ms(subject: Subject) -> float | None:
-    """How often the instantaneous power changes while the GPU is at work; None where it is not told or never does."""
+    """How often the instantaneous power changes while the GPU is at work; None where it is not told or never does.
+
+    Waiting would not do: there, two values in a row may be equal.
+    """
     gpu, bench = subject.gpu, subject.bench
     if not isinstance(gpu, PowerReader):
         return None
     readings: list[tuple[float, float]] = []
     end_s = time.monotonic() + 1.0
-    bench.occupy(1.0)
     while time.monotonic() < end_s:
-        value_w = gpu.read_power_w()
-        readings.append((time.monotonic(), value_w))
-        time.sleep(0.001)
+        bench.queue(FORWARD)
+        queued_s = time.monotonic()
+        while time.monotonic() < queued_s + 0.8 * subject.times_s[FORWARD]:
+            value_w = gpu.read_power_w()
+            readings.append((time.monotonic(), value_w))
+            time.sleep(0.001)
     bench.settle()
     between_s = changes_s(readings)
     return 1e3 * statistics.median(between_s) if between_s else None

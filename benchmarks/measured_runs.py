@@ -26,6 +26,7 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from perseus_plugin.iteration.instructions import FORWARD
+from perseus_plugin.planning.calibration import fitted
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import Planner, Target
 from perseus_plugin.profiling.profile import Measurement, Profile
@@ -57,16 +58,33 @@ def spread(errors: Sequence[float]) -> str:
 def times(workloads: dict[str, list[Run]]) -> None:
     """Print the table of iteration times."""
     print("Iteration time from the measured durations, error in percent, mean and largest over the plans\n")
-    print("| workload | plans | graph alone | and a constant | s | and a transfer | ms |")
-    print("|---|---|---|---|---|---|---|")
+    print("| workload | plans | graph alone | and a constant | s | and a transfer | ms | both, from a few | ms, s |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for workload, runs in workloads.items():
         full, plans = of_clocks(runs)
         end_s, transfer_s = full.time_s - full.graph_s(), transfer_of(full)
-        alone = [run.graph_s() / run.time_s - 1 for run in plans]
-        constant = [(run.graph_s() + end_s) / run.time_s - 1 for run in plans]
-        transfers = [run.graph_s(transfer_s) / run.time_s - 1 for run in plans]
-        cells = [spread(alone), spread(constant), f"{end_s:.2f}", spread(transfers), f"{1e3 * transfer_s:.1f}"]
+        few_transfer_s, few_end_s = as_a_job_fits([full, *plans])
+        cells = [spread([run.graph_s() / run.time_s - 1 for run in plans])]
+        for transfer, end, numbers in (
+            (0.0, end_s, f"{end_s:.2f}"),
+            (transfer_s, 0.0, f"{1e3 * transfer_s:.1f}"),
+            (few_transfer_s, few_end_s, f"{1e3 * few_transfer_s:.1f}, {few_end_s:.2f}"),
+        ):
+            cells += [spread([(run.graph_s(transfer) + end) / run.time_s - 1 for run in plans]), numbers]
         print(f"| {workload} | {len(plans)} | " + " | ".join(cells) + " |", flush=True)
+
+
+def as_a_job_fits(runs: Sequence[Run]) -> tuple[float, float]:
+    """Seconds of a transfer and those that there are once, from the times of a few runs."""
+    few = spaced(runs)
+    graphs = [run.graph(transfer_s=1.0) for run in few]
+    durations_s = [run.durations_s(graph) + graph.constant_s for run, graph in zip(few, graphs, strict=True)]
+    return fitted(graphs[0], np.array(durations_s).T, np.array([run.time_s for run in few]))
+
+
+def spaced(runs: Sequence[Run]) -> list[Run]:
+    """A few of them, the first and the last included."""
+    return [runs[at] for at in sorted({round(at) for at in np.linspace(0, len(runs) - 1, LEARNT_FROM)})]
 
 
 # Times and energies by the clock.
@@ -207,10 +225,10 @@ def forecast(workloads: dict[str, list[Run]]) -> None:
         plans = [full, *plans]
         if len(plans) <= LEARNT_FROM:
             continue
-        spaced = {round(at) for at in np.linspace(0, len(plans) - 1, LEARNT_FROM)}
-        known = learnt(full, [plans[at] for at in sorted(spaced - {0})])
+        few = spaced(plans)
+        known = learnt(full, few[1:])
         errors = []
-        for run in (run for at, run in enumerate(plans) if at not in spaced):
+        for run in (run for run in plans if run not in few):
             told = known.forecast(run)
             errors.append((told.time_s / run.time_s - 1, float(known.energy_j(told).sum()) / run.total_j - 1))
         by_time, by_energy = zip(*errors, strict=True)

@@ -131,3 +131,14 @@ def test_on_a_real_gpu_one_run_at_full_clocks_tells_what_there_is_once() -> None
     found_s, once_s = fitted(with_unit, durations_s[:, None], np.array([full.time_s]))
     assert (found_s, once_s) == (0.0, pytest.approx(full.time_s - full.graph_s()))
     assert on_graph(with_unit, [[1.0] * len(stage) for stage in full.compute]).sum() == sum(map(len, full.compute))
+
+
+def test_on_a_real_gpu_a_few_runs_predict_themselves_with_both_numbers() -> None:
+    (runs,) = load_runs(SLICE).values()
+    full, plans = of_clocks(runs)
+    several = [full, *plans]
+    graphs = [run.graph(transfer_s=1.0) for run in several]
+    durations_s = [run.durations_s(one) + one.constant_s for run, one in zip(several, graphs, strict=True)]
+    found_s, once_s = fitted(graphs[0], np.array(durations_s).T, np.array([run.time_s for run in several]))
+    assert 0 < found_s + once_s < 0.03 * full.time_s
+    assert max(abs(run.graph_s(found_s, once_s) / run.time_s - 1) for run in several) < 0.008

@@ -15,7 +15,7 @@ import weakref
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from perseus_plugin import processes
 from perseus_plugin.control.helper.resetting import not_free
@@ -43,6 +43,7 @@ from perseus_plugin.control.wire import (
     unpack_event,
 )
 from perseus_plugin.errors import os_problem
+from perseus_plugin.files import Descriptor
 
 STUCK_AFTER_S = 8.0
 """A helper that is silent for so long (it sends a heartbeat every second) counts as stuck."""
@@ -90,15 +91,16 @@ class ClockHelper:
         self._closing = self._said_bye = self._lost = False
         self._retired = False
         self._alive = process is not None
-        self._inlet = -1
+        self._inlet: Descriptor | None = None
         self.dropped = 0
         if trouble is not None:
             self._events.append(trouble)
-        if process is not None and process.stdin is not None:
-            self._inlet = process.stdin.fileno()
-            os.set_blocking(self._inlet, False)
+        if process is not None:
+            self._inlet, outlet = _taken_over(process.stdin), _taken_over(process.stdout)
+            os.set_blocking(self._inlet.number, False)
             _helpers.add(self)
-            self._reader = threading.Thread(target=self._watch, args=(process,), name="perseus-replies", daemon=True)
+            watching = (process, outlet)
+            self._reader = threading.Thread(target=self._watch, args=watching, name="perseus-replies", daemon=True)
             self._reader.start()
         else:
             self._ready.set()
@@ -224,12 +226,12 @@ class ClockHelper:
         return self._said_bye
 
     def _send(self, what: int, number: int, time_s: float) -> bool:
-        if not self.alive or self._inlet < 0:
+        if not self.alive or self._inlet is None:
             return False
         self._seq += 1
         command = Command(what, number, self._seq, time.monotonic(), time_s)
         try:
-            os.write(self._inlet, command.pack())
+            os.write(self._inlet.number, command.pack())
         except BlockingIOError:
             self.dropped += 1
             return False
@@ -238,16 +240,16 @@ class ClockHelper:
         return True
 
     def _close_inlet(self) -> None:
-        if self._inlet >= 0 and self._process is not None and self._process.stdin is not None:
-            self._inlet = -1
-            with suppress(OSError):
-                self._process.stdin.close()
+        if self._inlet is not None:
+            self._inlet.close()
+            self._inlet = None
 
     # The reader's thread.
 
-    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+    def _watch(self, process: subprocess.Popen[bytes], outlet: Descriptor) -> None:
         """Take what the helper says until it has ended, and see that its clock is free."""
-        end = self._read_replies(process)
+        end = self._read_replies(process, outlet)
+        outlet.close()
         self._alive = False
         with self._lock:
             self._close_inlet()  # a helper that still runs resets the clock and ends
@@ -260,12 +262,10 @@ class ClockHelper:
                 if ended.stdout is not None:
                     ended.stdout.close()
 
-    def _read_replies(self, process: subprocess.Popen[bytes]) -> _End | None:
+    def _read_replies(self, process: subprocess.Popen[bytes], outlet: Descriptor) -> _End | None:
         """Take what the helper says until it ends, or must; None if it ended because it was closed."""
-        assert process.stdout is not None
-        outlet = process.stdout.fileno()
         waiter = select.poll()
-        waiter.register(outlet, select.POLLIN)
+        waiter.register(outlet.number, select.POLLIN)
         buffer = bytearray()
         limit_s, silent_s, looked_s = START_S, 0.0, time.monotonic()
         try:
@@ -276,7 +276,7 @@ class ClockHelper:
                 silent_s += min(now_s - looked_s, 2 * _LOOK_S)
                 looked_s = now_s
                 if readable:
-                    data = os.read(outlet, 1 << 16)
+                    data = os.read(outlet.number, 1 << 16)
                     if not data:
                         break
                     limit_s, silent_s = STUCK_AFTER_S, 0.0
@@ -286,7 +286,8 @@ class ClockHelper:
                 elif silent_s > limit_s and not self._closing:
                     return _End("helper_stuck", f"the clock helper was silent for {limit_s:.0f} s", None)
         except (OSError, WireError) as error:
-            return None if self._closing else _End("protocol", str(error), None)
+            problem = os_problem(error) if isinstance(error, OSError) else str(error)
+            return None if self._closing else _End("protocol", problem, None)
         try:
             status = process.wait(_LOOK_S)
         except subprocess.TimeoutExpired:
@@ -347,12 +348,11 @@ class ClockHelper:
         return self._answer_of(self._rescuer) if told else ""
 
     def _answer_of(self, rescuer: subprocess.Popen[bytes]) -> str:
-        assert rescuer.stdout is not None
-        waiter = select.poll()
-        waiter.register(rescuer.stdout.fileno(), select.POLLIN)
+        waiter, outlet = select.poll(), _taken_over(rescuer.stdout)
+        waiter.register(outlet.number, select.POLLIN)
         if not waiter.poll(1e3 * RESCUE_WAIT_S):
             return self._not_free(f"freeing it takes longer than {RESCUE_WAIT_S} s")
-        said = bytearray(os.read(rescuer.stdout.fileno(), 1 << 16))
+        said = bytearray(os.read(outlet.number, 1 << 16))
         try:
             for what, payload in split_replies(said):
                 return "" if what == BYE else Trouble.unpack(payload).text
@@ -367,10 +367,7 @@ class ClockHelper:
     def _forget_after_fork(self) -> None:
         # A forked child must not hold the pipe open: the helper would not see the trainer's end of it.
         self._alive = False
-        if self._inlet >= 0:
-            with suppress(OSError):
-                os.close(self._inlet)
-            self._inlet = -1
+        self._close_inlet()
 
 
 _helpers: weakref.WeakSet[ClockHelper] = weakref.WeakSet()
@@ -382,6 +379,13 @@ def _forget_after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def _taken_over(pipe: IO[bytes] | None) -> Descriptor:
+    """A pipe to a helper, such that it is used and closed only as long as it is ours."""
+    assert pipe is not None  # see `_spawn`
+    with pipe:
+        return Descriptor(os.dup(pipe.fileno()))
 
 
 def _spawn(spec: str, options: list[str], log_path: Path | str | None) -> subprocess.Popen[bytes]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -327,7 +328,7 @@ def test_a_killed_helper_is_reported_once_and_its_lock_freed(helper: ClockHelper
 def test_garbage_on_the_pipe_frees_the_clock(helper: ClockHelper, gpu: EmulatedGpu, spec: str) -> None:
     helper.request(900)
     wait_for_event(helper, Applied)
-    os.write(helper._inlet, b"x" * 64)
+    os.write(helper._inlet.number, b"x" * 64)
     wait_until(lambda: free_and_unowned(gpu, spec), 1.0)
     assert wait_for_event(helper, Trouble).code == "protocol"
 
@@ -619,3 +620,40 @@ def test_a_forked_child_cannot_touch_the_helper(helper: ClockHelper, gpu: Emulat
     helper.request(1005)
     assert wait_for_event(helper, Applied).frequency_mhz == 1005
     assert helper.alive
+
+
+def pipes_here() -> dict[int, str]:
+    """This process's pipes by their numbers."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            found[int(entry.name)] = os.readlink(entry)  # noqa: PTH115
+    return {number: name for number, name in found.items() if name.startswith("pipe:")}
+
+
+def test_what_the_script_has_opened_in_place_of_our_pipes_is_left_alone(
+    gpu: EmulatedGpu, spec: str, tmp_path: Path
+) -> None:
+    """As a script does that closes all that it does not know."""
+    before = pipes_here()
+    helper = ClockHelper.start(spec)
+    helper.wait_ready(10)
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    pipes = [number for number, pipe in pipes_here().items() if before.get(number) != pipe]
+    assert len(pipes) == 2
+    theirs = tmp_path / "theirs"
+    theirs.write_text("untouched")
+    opened = os.open(theirs, os.O_RDWR)
+    for number in sorted(pipes, reverse=True):  # what it says goes first, else it may say farewell meanwhile
+        os.dup2(opened, number)
+    helper.request(1005)
+    helper.mark(3)
+    wait_until(lambda: free_and_unowned(gpu, spec))
+    trouble = wait_for_event(helper, Trouble)
+    assert "has closed a file descriptor that is not its own" in trouble.text
+    helper.close()
+    assert theirs.read_text() == "untouched"
+    for number in (*pipes, opened):
+        assert os.lseek(number, 0, os.SEEK_CUR) == 0, "nothing was read, and none closed"
+        os.close(number)

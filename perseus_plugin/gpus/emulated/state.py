@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perseus_plugin.errors import GpuError, os_problem
-from perseus_plugin.files import open_file
+from perseus_plugin.files import Descriptor, open_file
 from perseus_plugin.gpus.emulated.dynamics import MAX_PENDING, Dynamics, Tables
 from perseus_plugin.gpus.emulated.physics import LOAD_CLASSES
 
@@ -86,7 +86,7 @@ class StateFile:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._thread_lock = threading.Lock()
-        self._fd = -1
+        self._file: Descriptor | None = None
         self._open()
         header = HEADER.unpack_from(self._map, 0)
         if header[0] != MAGIC or header[1] != VERSION:
@@ -100,9 +100,9 @@ class StateFile:
 
     def close(self) -> None:
         """Unmap and close; the file stays."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._file is not None:
+            self._file.close()
+            self._file = None
             self._map.close()
 
     def snapshot(self) -> Dynamics:
@@ -122,9 +122,9 @@ class StateFile:
             GpuError: the file cannot be locked.
         """
         with self._thread_lock:
-            self._reopen_after_fork()
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX)
+                number = self._lockable()
+                fcntl.flock(number, fcntl.LOCK_EX)
             except OSError as error:
                 raise GpuError(f"{self.path}: the emulated GPU's file cannot be locked: {os_problem(error)}") from error
             try:
@@ -134,7 +134,7 @@ class StateFile:
                 _pack_dynamics(self._map, SLOTS_OFFSET + (generation & 1) * SLOT_BYTES, dynamics)
                 struct.pack_into("<Q", self._map, GENERATION_OFFSET, generation)
             finally:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                fcntl.flock(number, fcntl.LOCK_UN)
 
     def setting(self, name: str) -> float:
         """One of `SETTINGS`."""
@@ -165,27 +165,29 @@ class StateFile:
 
     def _open(self) -> None:
         try:
-            self._fd = open_file(self.path, os.O_RDWR)
-            if os.fstat(self._fd).st_size != FILE_BYTES:
-                raise OSError(f"its size is {os.fstat(self._fd).st_size} bytes instead of {FILE_BYTES}")
-            self._map = mmap.mmap(self._fd, FILE_BYTES)
+            self._file = Descriptor(open_file(self.path, os.O_RDWR))
+            size = os.fstat(self._file.number).st_size
+            if size != FILE_BYTES:
+                raise OSError(f"its size is {size} bytes instead of {FILE_BYTES}")
+            self._map = mmap.mmap(self._file.number, FILE_BYTES)
         except OSError as error:
-            if self._fd >= 0:
-                os.close(self._fd)
             raise GpuError(f"{self.path}: cannot open the emulated GPU: {os_problem(error)}") from error
 
-    def _reopen_after_fork(self) -> None:
-        if self._fd < 0:
-            self._fd = open_file(self.path, os.O_RDWR)
+    def _lockable(self) -> int:
+        """A descriptor of our own: opened again after a fork, and when the script has closed it."""
+        with suppress(OSError):
+            if self._file is not None:
+                return self._file.number
+        self._file = Descriptor(open_file(self.path, os.O_RDWR))
+        return self._file.number
 
     def _after_fork_in_child(self) -> None:
         # A forked child shares the open file and with it the lock: it must neither hold the parent's lock
         # when the parent dies nor take part in it.
         self._thread_lock = threading.Lock()
-        if self._fd >= 0:
-            with suppress(OSError):
-                os.close(self._fd)
-            self._fd = -1
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 _opened: weakref.WeakSet[StateFile] = weakref.WeakSet()

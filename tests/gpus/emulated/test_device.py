@@ -221,3 +221,20 @@ def test_processes_and_forked_children_do_not_lose_each_others_updates(tmp_path:
         assert child.exitcode == 0
     seen = [e.mhz for e in gpu.events()]
     assert sorted(seen) == [900] * 200 + [1005] * 200 + [1200] * 200
+
+
+def test_a_file_of_the_script_in_place_of_the_gpus_is_neither_locked_nor_closed(tmp_path: Path) -> None:
+    gpu = EmulatedGpu.create(tmp_path / "gpu")
+    own = next(
+        int(entry.name)
+        for entry in Path("/proc/self/fd").iterdir()
+        if entry.exists() and entry.resolve() == (tmp_path / "gpu").resolve()
+    )
+    theirs = os.open(tmp_path / "theirs", os.O_RDWR | os.O_CREAT)
+    os.dup2(theirs, own)
+    gpu.lock_clock(1005)
+    assert gpu.locked_mhz() == 1005
+    gpu.close()
+    assert os.fstat(own).st_ino == os.fstat(theirs).st_ino
+    os.close(own)
+    os.close(theirs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
-from pydantic import Field
+from annotated_types import Gt, Interval  # what pydantic reads, without importing it into the helper process
 
 from perseus_plugin.errors import shown
 
@@ -23,15 +23,15 @@ MOST_J = MOST_S * MOST_W
 MOST_COUNT = 10**9
 MOST_STAGES = 10_000
 
-Clock = Annotated[int, Field(ge=1, le=MOST_MHZ)]
-ClockOrFull = Annotated[int, Field(ge=0, le=MOST_MHZ)]
+Clock = Annotated[int, Interval(ge=1, le=MOST_MHZ)]
+ClockOrFull = Annotated[int, Interval(ge=0, le=MOST_MHZ)]
 """0: full clocks."""
-Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
-Stage = Annotated[int, Field(ge=0, le=MOST_STAGES)]
-Time = Annotated[float, Field(ge=0, le=MOST_S)]
-PositiveTime = Annotated[float, Field(gt=0, le=MOST_S)]
-Power = Annotated[float, Field(ge=0, le=MOST_W)]
-PositiveEnergy = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Interval(ge=0, le=MOST_COUNT)]
+Stage = Annotated[int, Interval(ge=0, le=MOST_STAGES)]
+Time = Annotated[float, Interval(ge=0, le=MOST_S)]
+PositiveTime = Annotated[float, Interval(gt=0, le=MOST_S)]
+Power = Annotated[float, Interval(ge=0, le=MOST_W)]
+PositiveEnergy = Annotated[float, Gt(0)]
 
 
 def number(value: Any, low: float, high: float, what: str) -> float:

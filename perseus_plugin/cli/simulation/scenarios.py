@@ -144,10 +144,13 @@ def simulate(
     A combination that cannot be planned (a schedule that needs a multiple of the stages, say) is an outcome too.
 
     Args:
-        pipelines, schedules, aims: to combine.
+        pipelines: to combine,
+        schedules: with these,
+        aims: and these.
         latency_s: how long a transfer takes.
         switch_latency_s: how long a clock change takes; None: waits get no lower clocks.
-        limits, effort: as for a plan.
+        limits: as for a plan.
+        effort: as for a plan.
     """
     for pipeline in pipelines:
         for schedule in schedules:

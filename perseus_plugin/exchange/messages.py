@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from perseus_plugin.bounds import Clock, ClockOrFull, Count, Power, Stage, Time
 from perseus_plugin.errors import validation_problem
-from perseus_plugin.exchange.store import ExchangeError
+from perseus_plugin.exchange.client import ExchangeError
+from perseus_plugin.exchange.store import ANNOUNCED
 
-NEWS = "news"
-TROUBLE = "trouble"
+NEWS, TROUBLE, REUSE, CALIBRATION = ANNOUNCED
+RECHECKS = "recheck/"  # how their keys begin
 STRAGGLERS = "stragglers"  # list that ranks append reports and detections to
-REUSE = "reuse"
 
 
 class _Message(BaseModel):
@@ -400,19 +400,25 @@ class RankStats(_Message):
 
 
 class Figures(_Message):
-    """Figures by name, for a framework's monitor."""
+    """Figures by name, for a framework's monitor.
 
-    events: tuple[tuple[str, float], ...]
+    Attributes:
+        count: of all batches so far.
+        batches: the last ones, oldest first.
+    """
+
+    count: int
+    batches: tuple[tuple[tuple[str, float], ...], ...]
 
 
 def facts_key(rank: int) -> str:
-    """Where a rank publishes its `RankFacts`."""
+    """Under which a rank tells its `RankFacts`."""
     return f"facts/{rank}"
 
 
-def estimate_key(round_number: int, rank: int) -> str:
-    """Where a rank publishes its `RankEstimate` after a round of the sweep."""
-    return f"estimate/{round_number}/{rank}"
+def estimate_key(round_number: int, rank: int | None = None) -> str:
+    """Under which a rank tells its `RankEstimate` after a round of the sweep; None: how those of all begin."""
+    return f"estimate/{round_number}/{'' if rank is None else rank}"
 
 
 def part_key(version: int, stage: int) -> str:
@@ -421,8 +427,8 @@ def part_key(version: int, stage: int) -> str:
 
 
 def recheck_key(sequence: int, rank: int) -> str:
-    """Where a rank publishes the `Recheck` that news of this sequence number asked for."""
-    return f"recheck/{sequence}/{rank}"
+    """Under which a rank tells the `Recheck` that news of this sequence number asked for."""
+    return f"{RECHECKS}{sequence}/{rank}"
 
 
 def durations_key(rank: int) -> str:
@@ -431,7 +437,7 @@ def durations_key(rank: int) -> str:
 
 
 def windows_key(rank: int) -> str:
-    """Where a rank publishes its `RankWindows`."""
+    """Under which a rank tells its `RankWindows`."""
     return f"windows/{rank}"
 
 
@@ -441,7 +447,7 @@ def pace_key(replica: int, stage: int) -> str:
 
 
 def stats_key(rank: int) -> str:
-    """Where a rank publishes its `RankStats`."""
+    """Under which a rank tells its `RankStats`."""
     return f"stats/{rank}"
 
 

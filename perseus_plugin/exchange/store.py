@@ -1,50 +1,102 @@
-"""What ranks tell each other, through the job's own c10d store; nothing else talks across ranks.
+"""What ranks tell each other, through the job's own c10d store; nothing else talks between machines.
 
 Small JSON values under keys of our own prefix. Never a collective, nothing in the training's streams or groups, and no
 call that waits for a peer, except `wait_for`, which says so.
+
+Calls to the store grow with what there is to tell, and with machines: one rank of each (see `node`) looks at one
+counter now and then, for all of them, and sends what they have for rank 0 in one piece. All ranks of a job run one
+version of the plugin, so what goes between them has none.
 """
 
 from __future__ import annotations
 
 import json
+import queue
 import secrets
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any, Protocol
 
-from perseus_plugin.errors import PerseusError
-from perseus_plugin.files import parse_json
+from perseus_plugin.exchange.client import CALL_LIMIT_S, ExchangeError, StoreClient
+from perseus_plugin.exchange.node import Message, Node
 
-_CALL_TIMEOUT = timedelta(seconds=5)
-_LOST_AFTER_S = 5.0  # who took a place in a list and has not filled it since has died
-
-
-class ExchangeError(PerseusError):
-    """The store does not answer, or holds something that is not ours."""
+ANNOUNCED = ("news", "trouble", "reuse", "calibration")
+"""What may be told to all: keys of `Exchange.tell_all`."""
+LOOK_EVERY_S = 0.5
+INBOX_EVERY_S = 0.2
+PATIENT_S = 5.0
+"""How often a node looks for news, rank 0 for what it is told, and a node sends what is in no hurry."""
+_TOGETHER_S = 0.1  # what ranks of a node tell within that goes in one piece
+_LOOKS_PER_S = 1000.0  # of all nodes; in larger jobs each looks more rarely
+_SENDS_PER_S = 50.0
+_COUNT_NODES_EVERY_S = 30.0
+_MOST_BYTES = 1 << 20  # in one piece; torch's store takes 8 MiB
+_INBOX, _TURN, _NODES = "inbox", "turn", "nodes"
 
 
 class Exchange(Protocol):
-    """Values that every rank of the job can read."""
+    """Values that go from rank to rank of the job; from every method an `ExchangeError` when that is not possible."""
 
     def publish(self, key: str, value: Any) -> None:
-        """Set a JSON-serialisable value; the last one wins."""
+        """Set a JSON-serialisable value that any rank may fetch; the last one wins."""
         ...
 
     def fetch(self, key: str) -> Any | None:
         """The value, or None when nobody has published it yet. Does not wait."""
         ...
 
+    def withdraw(self, key: str) -> None:
+        """Nobody needs this value any more."""
+        ...
+
+    def tell(self, key: str, value: Any, *, patient: bool = False, at_once: bool = False) -> None:
+        """Tell rank 0 a JSON-serialisable value; the last one under a key wins.
+
+        Args:
+            key: of this rank, unlike those of others.
+            value: to be told.
+            patient: it is in no hurry.
+            at_once: do not return before it is on its way: nothing may follow.
+        """
+        ...
+
+    def told(self, key: str) -> Any | None:
+        """On rank 0: the value, or None. Asks nobody."""
+        ...
+
+    def forget_told(self, prefix: str) -> None:
+        """On rank 0: what was told under keys that begin so is not needed any more."""
+        ...
+
     def append(self, name: str, value: Any) -> None:
-        """Put a JSON-serialisable value at the end of a list that any rank may append to."""
+        """Put a JSON-serialisable value at the end of a list that any rank may append to and rank 0 reads."""
         ...
 
     def take_new(self, name: str) -> list[Any]:
-        """What was appended since the last call, in order; for one reader per list. Does not wait.
+        """On rank 0: what was appended since the last call; of each rank in its order. Asks nobody."""
+        ...
 
-        A look at a list that nothing was appended to is one call to the store, however many ranks may append.
-        """
+    def tell_all(self, key: str, value: Any) -> None:
+        """Tell every rank a value under a key of `ANNOUNCED`; the last one wins."""
+        ...
+
+    def heard(self, key: str) -> Any | None:
+        """What was told to all under this key, or None. Asks nobody."""
+        ...
+
+    @property
+    def news_take_s(self) -> float:
+        """Until all ranks have heard what is told to all."""
+        ...
+
+    def on_news(self, wake: Callable[[], None]) -> None:
+        """Call this, from any thread, when something new was told or heard."""
+        ...
+
+    def close(self) -> None:
+        """Send what is still to be sent; nothing works afterwards. Idempotent."""
         ...
 
 
@@ -52,93 +104,209 @@ class StoreExchange:
     """An exchange over a `torch.distributed` store.
 
     Args:
-        store: the job's store; a client of our own is made from it where it can be cloned, so that our calls from
-            another thread never wait behind the training's.
+        store: the job's store.
         prefix: put before every key.
-
-    Raises:
-        ExchangeError: from every method, when the store does not answer in time or holds no valid JSON.
+        rank: this one, in the whole job.
+        node: a name for this job's ranks to find those on their machine by, see `Node`; empty: each by itself.
+        limit_s: until a call to the store must be answered.
     """
 
-    def __init__(self, store: Any, prefix: str) -> None:
-        self._store = _own_client(store)
-        self._prefix = prefix
-        self._taken: dict[str, int] = {}
-        self._missing_since_s: float | None = None
+    def __init__(self, store: Any, prefix: str, rank: int = 0, node: str = "", limit_s: float = CALL_LIMIT_S) -> None:
+        self._client, self._rank = StoreClient(store, prefix, limit_s), rank
+        self._lock = threading.Lock()
+        self._told: dict[str, Any] = {}
+        self._heard: dict[str, Any] = {}
+        self._error: ExchangeError | None = None
+        self._wake: Callable[[], None] = lambda: None
+        self._outbox: queue.SimpleQueue[tuple[str, Any, bool]] = queue.SimpleQueue()
+        self._appended = 0
+        # The thread's own.
+        self._pending: dict[str, Any] = {}
+        self._turn, self._nodes, self._counted = 0, 1, False
+        self._look_at_s = self._inbox_at_s = self._count_at_s = 0.0
+        self._send_at_s = float("inf")
+        self._closing = threading.Event()
+        self._node = Node(node, lambda: {"heard": self._heard})
+        self._thread = threading.Thread(target=self._run, name="perseus-exchange", daemon=True)
+        self._thread.start()
 
     def publish(self, key: str, value: Any) -> None:
-        data = json.dumps(value, separators=(",", ":"), allow_nan=True).encode()
-        try:
-            self._store.set(self._key(key), data)
-        except Exception as error:
-            raise ExchangeError(f"cannot publish {key!r} in the job's store: {error}") from error
+        self._client.publish(key, value)
 
     def fetch(self, key: str) -> Any | None:
-        data = self._read(key)
-        return None if data is None else _parsed(key, data)
+        return self._client.fetch(key)
+
+    def withdraw(self, key: str) -> None:
+        self._client.withdraw(key)
+
+    def tell(self, key: str, value: Any, *, patient: bool = False, at_once: bool = False) -> None:
+        self._fail_if_lost()
+        if self._rank == 0:
+            self._take({key: json.loads(json.dumps(value))})
+        elif at_once:
+            self._client.append(_INBOX, {key: value})
+        else:
+            self._outbox.put((key, value, patient))
+            self._node.wake()
+
+    def told(self, key: str) -> Any | None:
+        self._fail_if_lost()
+        return self._told.get(key)
+
+    def forget_told(self, prefix: str) -> None:
+        with self._lock:
+            self._told = {key: value for key, value in self._told.items() if not key.startswith(prefix)}
 
     def append(self, name: str, value: Any) -> None:
-        place = self._add(f"{name}/count", 1)
-        self.publish(f"{name}/{place}", value)
+        self._appended += 1
+        self.tell(f"{name}/{self._rank}/{self._appended}", value)
 
     def take_new(self, name: str) -> list[Any]:
-        count, taken = self._add(f"{name}/count", 0), self._taken.get(name, 0)
-        values: list[Any] = []
-        while taken < count:
-            key = f"{name}/{taken + 1}"
-            # One that is empty is only being set: its place was counted before.
-            data = self._read(key)
-            value = _parsed(key, data) if data else None
-            if value is None and not self._is_lost():
-                break
-            if value is not None:
-                values.append(value)
-                self._delete(key)
-            self._missing_since_s = None
-            taken += 1
-        self._taken[name] = taken
-        return values
+        self._fail_if_lost()
+        with self._lock:
+            return [self._told.pop(key) for key in list(self._told) if key.startswith(f"{name}/")]
 
-    def _read(self, key: str) -> bytes | None:
+    def tell_all(self, key: str, value: Any) -> None:
+        assert key in ANNOUNCED
+        self._fail_if_lost()
+        self._client.publish(f"all/{key}", value)
+        self._client.count(_TURN, 1)  # afterwards: who sees it finds the value
+        self._look_at_s = 0.0
+        self._node.wake()
+
+    def heard(self, key: str) -> Any | None:
+        self._fail_if_lost()
+        return self._heard.get(key)
+
+    @property
+    def news_take_s(self) -> float:
+        return self._look_every_s + 0.2
+
+    def on_news(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        wake()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._node.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()  # every call that it makes ends
+        self._client.close()
+
+    def _fail_if_lost(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    # The thread.
+
+    @property
+    def _look_every_s(self) -> float:
+        return max(LOOK_EVERY_S, self._nodes / _LOOKS_PER_S)
+
+    def _run(self) -> None:
         try:
-            if not self._store.check([self._key(key)]):
-                return None
-            data: bytes = self._store.get(self._key(key))
+            while not self._closing.is_set():
+                self._step(time.monotonic())
+            while self._node.leads and (messages := self._node.receive(0.0)):
+                for message in messages:
+                    self._post(message)
+            self._empty_outbox()
+            self._send()
         except Exception as error:
-            raise ExchangeError(f"cannot fetch {key!r} from the job's store: {error}") from error
-        return data
+            self._lose(error)
+        finally:
+            self._node.close()
 
-    def _is_lost(self) -> bool:
-        """Whether the next place in the list has been empty for so long that it will stay so."""
+    def _step(self, now_s: float) -> None:
+        self._empty_outbox()
+        due_s = [self._look_at_s] if self._node.leads else []
+        due_s += [self._inbox_at_s] if self._rank == 0 else []
+        until_s = min(*due_s, self._send_at_s, now_s + PATIENT_S)
+        for message in self._node.receive(until_s - now_s):
+            if "lost" in message:
+                raise ExchangeError(str(message["lost"]))
+            if isinstance(heard := message.get("heard"), dict):
+                self._hear(heard)
+            self._post(message)
         now_s = time.monotonic()
-        if self._missing_since_s is None:
-            self._missing_since_s = now_s
-        return now_s - self._missing_since_s > _LOST_AFTER_S
+        if self._node.leads and now_s >= self._look_at_s:
+            self._look_at_s = now_s + self._look_every_s
+            self._look(now_s)
+        if self._rank == 0 and now_s >= self._inbox_at_s:
+            self._inbox_at_s = now_s + INBOX_EVERY_S
+            for bundle in self._client.take_new(_INBOX):
+                self._take(bundle)
+        if now_s >= self._send_at_s:
+            self._send()
 
-    def _add(self, key: str, amount: int) -> int:
-        try:
-            return int(self._store.add(self._key(key), amount))
-        except Exception as error:
-            raise ExchangeError(f"cannot count {key!r} in the job's store: {error}") from error
+    def _empty_outbox(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                key, value, patient = self._outbox.get_nowait()
+                message: Message = {"key": key, "value": value, "patient": patient}
+                if self._node.leads or not self._node.send(message):
+                    self._post(message)
 
-    def _delete(self, key: str) -> None:
-        # Not every store can delete; what was taken then stays there and is not looked at again.
-        with suppress(Exception):
-            self._store.delete_key(self._key(key))
+    def _post(self, message: Message) -> None:
+        """To be sent to rank 0 by this rank, its own or another's."""
+        if "key" not in message:
+            return
+        self._pending[str(message["key"])] = message.get("value")
+        wait_s = max(PATIENT_S, self._nodes / _SENDS_PER_S) if message.get("patient") else _TOGETHER_S
+        self._send_at_s = min(self._send_at_s, time.monotonic() + wait_s)
 
-    def _key(self, key: str) -> str:
-        return f"{self._prefix}/{key}"
+    def _send(self) -> None:
+        pending, self._pending, self._send_at_s = self._pending, {}, float("inf")
+        if self._rank == 0:
+            self._take(pending)
+            return
+        bundle: dict[str, Any] = {}
+        size = 0
+        for key, value in pending.items():
+            length = len(json.dumps(value))
+            if bundle and size + length > _MOST_BYTES:
+                self._client.append(_INBOX, bundle)
+                bundle, size = {}, 0
+            bundle[key] = value
+            size += length
+        if bundle:
+            self._client.append(_INBOX, bundle)
 
+    def _look(self, now_s: float) -> None:
+        if now_s >= self._count_at_s:
+            self._count_at_s = now_s + _COUNT_NODES_EVERY_S
+            self._nodes = max(1, self._client.count(_NODES, 0 if self._counted else 1))
+            self._counted = True
+        turn = self._client.count(_TURN)
+        if turn != self._turn:
+            found = {key: self._client.fetch(f"all/{key}") for key in ANNOUNCED}
+            self._turn = turn
+            self._hear({key: value for key, value in found.items() if value is not None})
+            self._node.send({"heard": self._heard})
 
-def _parsed(key: str, data: bytes) -> Any:
-    try:
-        return parse_json(data)
-    except ValueError as error:
-        raise ExchangeError(f"{key!r} in the job's store is not valid JSON: {error}") from error
+    def _hear(self, values: dict[str, Any]) -> None:
+        self._heard = {**self._heard, **values}
+        self._wake()
+
+    def _take(self, values: Any) -> None:
+        if not isinstance(values, dict):
+            raise ExchangeError(f"{_INBOX!r} in the job's store holds what is not ours")
+        with self._lock:
+            self._told.update(values)
+        self._wake()
+
+    def _lose(self, error: Exception) -> None:
+        self._error = error if isinstance(error, ExchangeError) else ExchangeError(f"between ranks: {error!r}")
+        if self._node.leads:
+            with suppress(ExchangeError):
+                self._node.send({"lost": str(error)})
+        self._wake()
 
 
 class LocalExchange:
     """An exchange within one process, for jobs of one rank and for tests; values pass through JSON all the same."""
+
+    news_take_s = 0.2
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
@@ -151,27 +319,63 @@ class LocalExchange:
         text = self._values.get(key)
         return None if text is None else json.loads(text)
 
+    def withdraw(self, key: str) -> None:
+        self._values.pop(key, None)
+
+    def tell(self, key: str, value: Any, *, patient: bool = False, at_once: bool = False) -> None:
+        self.publish(key, value)
+
+    def told(self, key: str) -> Any | None:
+        return self.fetch(key)
+
+    def forget_told(self, prefix: str) -> None:
+        for key in [key for key in list(self._values) if key.startswith(prefix)]:
+            self.withdraw(key)
+
     def append(self, name: str, value: Any) -> None:
         self._lists.setdefault(name, []).append(json.dumps(value))
 
     def take_new(self, name: str) -> list[Any]:
         return [json.loads(text) for text in self._lists.pop(name, [])]
 
+    def tell_all(self, key: str, value: Any) -> None:
+        self.publish(key, value)
 
-def wait_for(exchange: Exchange, keys: Iterable[str], timeout_s: float, interval_s: float = 0.02) -> dict[str, Any]:
-    """Wait until all keys have values, or the time is up; returns those that have."""
+    def heard(self, key: str) -> Any | None:
+        return self.fetch(key)
+
+    def on_news(self, wake: Callable[[], None]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def wait_for(
+    look: Callable[[str], Any | None], keys: Iterable[str], timeout_s: float, longest_pause_s: float = 0.02
+) -> dict[str, Any]:
+    """Wait until all keys have values, or the time is up; returns those that have.
+
+    Args:
+        look: for the value of a key.
+        keys: to look for.
+        timeout_s: until then.
+        longest_pause_s: between looks; pauses grow to that.
+    """
     missing = list(keys)
     found: dict[str, Any] = {}
     deadline_s = time.monotonic() + timeout_s
+    pause_s = min(0.02, longest_pause_s)
     while missing:
         for key in list(missing):
-            value = exchange.fetch(key)
+            value = look(key)
             if value is not None:
                 found[key] = value
                 missing.remove(key)
         if not missing or time.monotonic() >= deadline_s:
             break
-        time.sleep(interval_s)
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, longest_pause_s)
     return found
 
 
@@ -190,13 +394,23 @@ def open_exchange(name: str) -> Exchange:
 
     if not dist.is_available() or not dist.is_initialized():
         return LocalExchange()
-    store = dist.distributed_c10d._get_default_store()
-    lobby = StoreExchange(store, f"perseus/{name}")
-    session = meet(lobby, dist.get_rank(), dist.get_world_size())
-    return StoreExchange(store, f"perseus/{name}/{session}")
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    lobby = StoreClient(store, f"perseus/{name}")
+    try:
+        session = meet(lobby, rank, dist.get_world_size())
+    finally:
+        lobby.close()
+    return StoreExchange(store, f"perseus/{name}/{session}", rank, f"perseus/{session}")
 
 
-def meet(lobby: Exchange, rank: int, world_size: int, timeout_s: float = 60.0) -> str:
+class Lobby(Protocol):
+    """Where ranks meet, see `StoreClient`."""
+
+    def publish(self, key: str, value: Any) -> None: ...
+    def fetch(self, key: str) -> Any | None: ...
+
+
+def meet(lobby: Lobby, rank: int, world_size: int, timeout_s: float = 60.0) -> str:
     """Agree on a name that no earlier run has used: a restarted job may find its old keys in the same store.
 
     Every rank says hello with a number of its own, and rank 0 answers each such number with the name, until every
@@ -209,33 +423,26 @@ def meet(lobby: Exchange, rank: int, world_size: int, timeout_s: float = 60.0) -
         mine = secrets.token_hex(8)
         lobby.publish(f"hello/{rank}", mine)
         key = f"welcome/{mine}"
-        session = wait_for(lobby, [key], timeout_s).get(key)
+        session = wait_for(lobby.fetch, [key], timeout_s, max(0.5, world_size / 2000)).get(key)
         if not isinstance(session, str):
             raise ExchangeError(f"rank 0 did not answer within {timeout_s:.0f} s")
         lobby.publish(f"{session}/here/{rank}", True)
         return session
     session = secrets.token_hex(8)
     missing = set(range(1, world_size))
-    deadline_s = time.monotonic() + timeout_s
+    answered: dict[int, Any] = {}
+    deadline_s, pause_s = time.monotonic() + timeout_s, 0.02
     while missing:
         for other in sorted(missing):
-            if lobby.fetch(f"{session}/here/{other}") is not None:
+            if other in answered and lobby.fetch(f"{session}/here/{other}") is not None:
                 missing.discard(other)
                 continue
             number = lobby.fetch(f"hello/{other}")
-            if number is not None:
+            if number is not None and number != answered.get(other):
                 lobby.publish(f"welcome/{number}", session)
+                answered[other] = number
         if missing and time.monotonic() > deadline_s:
             raise ExchangeError(f"rank {min(missing)} did not come within {timeout_s:.0f} s")
-        time.sleep(0.02 if world_size < 64 else 0.2)
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, max(0.5, world_size / 500))
     return session
-
-
-def _own_client(store: Any) -> Any:
-    """A client of our own with a short timeout; the given store (timeout untouched) where it cannot be cloned."""
-    try:
-        clone = store.clone()
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return store
-    clone.set_timeout(_CALL_TIMEOUT)
-    return clone

@@ -196,8 +196,8 @@ class Coordinator:
             self._frontier.step()
         if self.phase is Phase.GIVEN_UP:
             return
-        self._observe(Turned(iteration))
-        trouble = self._exchange.fetch(TROUBLE)
+        self._observe(Turned(iteration, self._exchange.news_take_s))
+        trouble = self._exchange.heard(TROUBLE)
         if trouble is not None:
             told = receive(Trouble, trouble)
             self._observe(Troubled(told.rank, told.reason))
@@ -257,14 +257,14 @@ class Coordinator:
                     self._reports.next_round()
                 if news.action == "sweep" or news.recheck:
                     self._reports.recheck_again()
-                self._exchange.publish(NEWS, news.model_dump())
+                self._exchange.tell_all(NEWS, news.model_dump())
                 self.comparison.begin(news.since)
             case PublishSet(version, parts):
                 for stage, of_stage in enumerate(parts):
                     self._exchange.publish(part_key(version, stage), of_stage.model_dump())
             case WithdrawSet(version):
                 for stage in range(job.placement.stages):
-                    self._exchange.publish(part_key(version, stage), None)
+                    self._exchange.withdraw(part_key(version, stage))
             case Ask():
                 self._desk.ask(effect)
             case SaveProfile(survey):

@@ -143,9 +143,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class Turned:
-    """This iteration runs on rank 0."""
+    """This iteration runs on rank 0, and news take so long to reach all ranks."""
 
     iteration: int
+    news_take_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ class _Deciding:
             case Troubled():
                 self._give_up(f"rank {observed.rank}: {observed.reason}")
             case Turned():
-                self.state.iteration = observed.iteration
+                self.state.iteration, self.state.news_take_s = observed.iteration, observed.news_take_s
             case Due() if phase is Phase.PLANNING:
                 self._ask_for_plan()
             case Due() if phase is Phase.FOLLOWING:
@@ -622,7 +623,9 @@ class _Deciding:
         state.slow_since = None
         anew = action == "follow" and state.made_anew
         state.made_anew &= action != "follow"
-        state.orders = state.orders.given(state.iteration, state.times.full_s, anew=anew, action=action, **what)
+        state.orders = state.orders.given(
+            state.iteration, state.times.full_s, state.news_take_s, anew=anew, action=action, **what
+        )
         news = state.orders.latest
         assert news is not None  # it has just been given
         state.followed = news.version_for(self._rules.replica)

@@ -9,8 +9,8 @@ from time import monotonic, sleep
 from typing import Any, Protocol
 
 from perseus_plugin.errors import os_problem
+from perseus_plugin.exchange.client import ExchangeError
 from perseus_plugin.exchange.messages import RankStats, receive, stats_key
-from perseus_plugin.exchange.store import ExchangeError
 from perseus_plugin.iteration.instructions import StreamOf
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import Directive, Timetable
@@ -179,7 +179,7 @@ class Leader:
         self._heard[self._placement.rank] = own
         try:
             for rank in range(self._placement.world_size):
-                value = self._exchange.fetch(stats_key(rank))
+                value = self._exchange.told(stats_key(rank))
                 if value is not None:
                     self._heard[rank] = receive(RankStats, value)
         except ExchangeError as error:

@@ -9,7 +9,6 @@ from typing import Any
 from perseus_plugin.exchange.messages import News
 
 _SWITCH_AHEAD = 2
-_NEWS_TAKE_S = 0.2  # until the slowest rank has heard of something
 
 
 @dataclass(frozen=True)
@@ -30,22 +29,25 @@ class Orders:
         told = [news for news in (self.before, self.latest) if news is not None]
         return [version for news in told for version in (news.version, *news.variants.values())]
 
-    def given(self, iteration: int, iteration_time_s: float | None, *, anew: bool = False, **what: Any) -> Orders:
+    def given(
+        self, iteration: int, iteration_time_s: float | None, news_take_s: float, *, anew: bool = False, **what: Any
+    ) -> Orders:
         """With one more order.
 
         Args:
             iteration: the one running on rank 0.
             iteration_time_s: how long iterations take at full clocks, None if that is not known.
+            news_take_s: until the slowest rank has heard of something.
             anew: plans are followed that were made on new measurements.
             what: the other fields of `News`.
         """
-        switch = iteration + ahead(iteration_time_s)
+        switch = iteration + ahead(iteration_time_s, news_take_s)
         since = switch if anew or self.latest is None else self.latest.since
         return Orders(News(sequence=self.sequence + 1, switch=switch, since=since, **what), self.latest)
 
 
-def ahead(iteration_time_s: float | None) -> int:
-    """Iterations between saying and doing: ranks look for news once per iteration, or every tenth of a second."""
+def ahead(iteration_time_s: float | None, news_take_s: float) -> int:
+    """Iterations between saying and doing."""
     if iteration_time_s is None:
         return _SWITCH_AHEAD
-    return max(_SWITCH_AHEAD, 1 + math.ceil(_NEWS_TAKE_S / iteration_time_s))
+    return max(_SWITCH_AHEAD, 1 + math.ceil(news_take_s / iteration_time_s))

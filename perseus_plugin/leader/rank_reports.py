@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import time
 
-from perseus_plugin.exchange.messages import RankEstimate, Recheck, estimate_key, receive, recheck_key
+from perseus_plugin.exchange.messages import (
+    RECHECKS,
+    RankEstimate,
+    Recheck,
+    estimate_key,
+    receive,
+    recheck_key,
+)
 from perseus_plugin.exchange.store import Exchange
 from perseus_plugin.gpus.base import DWELL_LATENCIES
 
@@ -32,11 +39,13 @@ class RankReports:
 
     def next_round(self) -> None:
         """The sweep is made again."""
+        self._exchange.forget_told(estimate_key(self.round))
         self.round += 1
         self._estimates, self._due_s = {}, None
 
     def recheck_again(self) -> None:
         """What ranks have rechecked so far does not hold any more."""
+        self._exchange.forget_told(RECHECKS)
         self.rechecks = {}
 
     def all_estimates(self) -> list[RankEstimate] | None:
@@ -47,7 +56,7 @@ class RankReports:
         """
         for rank in range(self._world_size):
             if rank not in self._estimates:
-                value = self._exchange.fetch(estimate_key(self.round, rank))
+                value = self._exchange.told(estimate_key(self.round, rank))
                 if value is not None:
                     self._estimates[rank] = receive(RankEstimate, value)
         if len(self._estimates) < self._world_size:
@@ -62,7 +71,7 @@ class RankReports:
         """
         for rank in range(self._world_size):
             if rank not in self.rechecks:
-                value = self._exchange.fetch(recheck_key(sequence, rank))
+                value = self._exchange.told(recheck_key(sequence, rank))
                 if value is not None:
                     self.rechecks[rank] = receive(Recheck, value)
         return len(self.rechecks) == self._world_size

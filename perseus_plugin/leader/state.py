@@ -64,6 +64,7 @@ class JobState:
         margin: the least one that plans are made with.
         phase: what is waited for.
         iteration: the one that runs on rank 0.
+        news_take_s: until all ranks have heard what they are told.
         known: a loaded or kept profile that is still to be checked; None to wait for the ranks' estimates.
         survey: what plans are made on; None before it is known.
         schedules: that the job runs.
@@ -93,6 +94,7 @@ class JobState:
     margin: float
     phase: Phase = Phase.MEASURING
     iteration: int = 0
+    news_take_s: float = 0.0
     known: Survey | None = None
     survey: Survey | None = None
     schedules: JobSchedules = field(default_factory=JobSchedules)

@@ -92,19 +92,19 @@ def kept_profile(
         "emulation": config.emulation.model_dump_json(exclude={"gpus"}) if selection.emulated else "none",
         "controlled": str(bool(selection.clocks_mhz)),
     }
-    exchange.publish(facts_key(placement.rank), RankFacts(stage=placement.stage, facts=mine).model_dump())
+    exchange.tell(facts_key(placement.rank), RankFacts(stage=placement.stage, facts=mine).model_dump())
     if not placement.leads:
-        told = wait_for(exchange, [REUSE], 2 * _START_TIMEOUT_S).get(REUSE)
+        told = wait_for(exchange.heard, [REUSE], 2 * _START_TIMEOUT_S).get(REUSE)
         decision = Reuse() if told is None else receive(Reuse, told)
         return Known(decision.profile, failed=decision.failed)
     keys = [facts_key(rank) for rank in range(placement.world_size)]
-    found = wait_for(exchange, keys, _START_TIMEOUT_S)
+    found = wait_for(exchange.told, keys, _START_TIMEOUT_S)
     ranks = [receive(RankFacts, value) for value in found.values()]
     fingerprint = job_fingerprint([(rank.stage, rank.facts) for rank in ranks])
     all_here = len(ranks) == placement.world_size
     survey = _kept(config, fingerprint, output_dir) if all_here else None
     failed = _failed(config, fingerprint, output_dir) if all_here and survey is None else ""
-    exchange.publish(REUSE, Reuse(profile=survey is not None, failed=failed).model_dump())
+    exchange.tell_all(REUSE, Reuse(profile=survey is not None, failed=failed).model_dump())
     return Known(survey is not None, survey, fingerprint, failed)
 
 

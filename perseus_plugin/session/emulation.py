@@ -6,7 +6,7 @@ import statistics
 import time
 
 from perseus_plugin.config import EmulationConfig
-from perseus_plugin.exchange.messages import Placement
+from perseus_plugin.exchange.messages import CALIBRATION, Placement
 from perseus_plugin.exchange.store import Exchange, wait_for
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.execution import EmulatedExecution
@@ -59,16 +59,19 @@ class EmulatedStage:
         return self._execution.finish().overran
 
     def calibrate(self, exchange: Exchange) -> None:
-        """Fix the times from the CPU times so far; all ranks of a stage take the same ones.
+        """Fix the times from the CPU times so far; all ranks of a stage take the same ones, as rank 0 tells them.
 
-        Waits for those ranks, up to a minute: emulation only.
+        Waits for all ranks, up to a minute: emulation only.
         """
         mine = {kind: statistics.median(times) for kind, times in self._cpu_s.items()}
         rank, stage = self._placement.rank, self._placement.stage
-        exchange.publish(f"calibration/{rank}", [stage, mine])
-        keys = [f"calibration/{other}" for other in range(self._placement.world_size)]
-        everyone = wait_for(exchange, keys, _CALIBRATION_TIMEOUT_S)
-        of_stage = [times for other, times in everyone.values() if other == stage] or [mine]
+        exchange.tell(f"{CALIBRATION}/{rank}", [stage, mine])
+        if self._placement.leads:
+            keys = [f"{CALIBRATION}/{other}" for other in range(self._placement.world_size)]
+            everyone = wait_for(exchange.told, keys, _CALIBRATION_TIMEOUT_S)
+            exchange.tell_all(CALIBRATION, list(everyone.values()))
+        everyone = wait_for(exchange.heard, [CALIBRATION], 2 * _CALIBRATION_TIMEOUT_S)
+        of_stage = [times for other, times in everyone.get(CALIBRATION, []) if other == stage] or [mine]
         scale = self._config.time_scale
         self._times_s = {
             kind: scale * statistics.mean(times[kind] for times in of_stage if kind in times) for kind in mine

@@ -283,6 +283,7 @@ class Session:
         atexit.unregister(self.close)  # else every session of a long process would be kept
         if self._helper is not None:
             self._helper.close(timeout_s=2.0)
+        self._exchange.close()
         try:
             self._write_events()
         except Exception as error:  # the framework may have taken its monitor down already

@@ -70,6 +70,7 @@ def start_session(
     """
     job, helper = prepare(config, placement, facts=facts, about=about, exchange=exchange)
     with ExitStack() as undone:
+        undone.callback(job.exchange.close)
         if helper is not None:
             undone.callback(helper.close, timeout_s=1.0)
         session = _built(job, helper, monitor, undone)
@@ -110,9 +111,11 @@ def prepare(
     _check_emulation(config, placement)
     if exchange is None:
         exchange = open_exchange(_next_name())
-    # Emulated GPUs lie in the configured folder: as real ones do, they outlive a session, and several may meet there.
-    selection, helper = _take_gpu(config, select_gpu(config, placement, configured), start_helper)
+    helper = None
     try:
+        # Emulated GPUs lie in the configured folder: as real ones do, they outlive a session, and several may meet
+        # there.
+        selection, helper = _take_gpu(config, select_gpu(config, placement, configured), start_helper)
         if known is None:
             known = kept_profile(config, placement, selection, facts or {}, exchange, output_dir)
         if known.failed and helper is not None:
@@ -134,6 +137,7 @@ def prepare(
     except BaseException:
         if helper is not None:
             helper.close(timeout_s=1.0)
+        exchange.close()
         raise
     return job, helper
 
@@ -164,6 +168,7 @@ def _built(job: Job, helper: LastingHelper | None, monitor: Monitor | None, undo
     undone.callback(lifetime.end)
     link = link_for(job, helper, writes_events=monitor is not None)
     lifetime.on_end(link.ended)
+    job.exchange.on_news(link.wake.set)
     leads = placement.leads
     publishers = Publishers(config, job.summary_facts) if leads else None
     if publishers is not None:

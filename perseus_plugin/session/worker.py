@@ -20,6 +20,7 @@ from perseus_plugin.control.examination import why_not_obeyed
 from perseus_plugin.control.lasting import LastingHelper
 from perseus_plugin.control.lateness import extra_energy_j
 from perseus_plugin.errors import ClockNotFreeError, GpuError, PerseusError
+from perseus_plugin.exchange.client import ExchangeError
 from perseus_plugin.exchange.messages import (
     NEWS,
     TROUBLE,
@@ -39,7 +40,6 @@ from perseus_plugin.exchange.messages import (
     stats_key,
 )
 from perseus_plugin.exchange.parts import part_for, with_newest
-from perseus_plugin.exchange.store import ExchangeError
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import (
@@ -72,6 +72,7 @@ logger = logging.getLogger(__name__)
 SILENT_ITERATIONS, LEAST_SILENCE_S = 5, 5.0
 """Time that the training may ask for nothing until the clock is freed: so many of the longest recent iterations."""
 RECENT_ITERATIONS = 8
+_RANKS_TO_TELL = 2000.0  # as often as `Timing` says; in larger jobs each tells more rarely
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Timing:
             the interpreter from the training thread.
         ticks_after_sweep_s: the counter's last tick of the sweep shows up to a period and a lag later.
         read_failure_patience_s: what broke reading may be about to end the session with a message of its own.
-        stats_every_s, durations_every_s: from one message to the next.
+        stats_every_s, durations_every_s: from one message to the next, in jobs of up to 2,000 ranks.
     """
 
     idle_s: float = 0.25
@@ -112,6 +113,7 @@ class SessionWorker:
         timing: Timing | None = None,
     ) -> None:
         self._timing = timing or Timing()
+        self._patience = max(1.0, job.placement.world_size / _RANKS_TO_TELL)
         config, placement, exchange = job.config, job.placement, job.exchange
         self._config, self._placement, self._exchange = config, placement, exchange
         self._link, self._lifetime, self._helper = link, lifetime, helper
@@ -430,13 +432,11 @@ class SessionWorker:
             switch_latency_s=self._switch_latency_s,
             power_limit_w=self._selection.power_limit_w,
         )
-        self._exchange.publish(
-            estimate_key(self._link.timetable.sweep.number, self._placement.rank), message.model_dump()
-        )
+        self._exchange.tell(estimate_key(self._link.timetable.sweep.number, self._placement.rank), message.model_dump())
 
     def _publish_durations(self) -> None:
         """For the replay of plans."""
-        self._durations_due_s = monotonic() + self._timing.durations_every_s
+        self._durations_due_s = monotonic() + self._patience * self._timing.durations_every_s
         message = self._durations.message(self._placement)
         self._exchange.publish(durations_key(self._placement.rank), message.model_dump())
 
@@ -444,7 +444,7 @@ class SessionWorker:
 
     def _look_for_trouble(self) -> None:
         """Every rank looks for itself: rank 0 may be the one in trouble."""
-        value = None if self._in_trouble else self._exchange.fetch(TROUBLE)
+        value = None if self._in_trouble else self._exchange.heard(TROUBLE)
         if value is not None:
             self._in_trouble = True
             told = receive(Trouble, value)
@@ -452,7 +452,7 @@ class SessionWorker:
             self._link.run_by(self._link.timetable.switched(self._link.iteration + 1, directive))
 
     def _look_for_news(self) -> None:
-        value = None if self._in_trouble else self._exchange.fetch(NEWS)
+        value = None if self._in_trouble else self._exchange.heard(NEWS)
         if value is None:
             return
         news = receive(News, value)
@@ -521,7 +521,7 @@ class SessionWorker:
         message = Recheck(
             stage=self._placement.stage, time_s=time_s, switch_latency_s=self._switch_latency_s, steps=steps
         )
-        self._exchange.publish(recheck_key(sequence, self._placement.rank), message.model_dump())
+        self._exchange.tell(recheck_key(sequence, self._placement.rank), message.model_dump())
 
     def _tell_trouble(self) -> None:
         reason = self._link.trouble_reason
@@ -530,7 +530,7 @@ class SessionWorker:
         self._told_trouble = True
         message = Trouble(rank=self._placement.rank, reason=reason)
         try:
-            self._exchange.publish(TROUBLE, message.model_dump())
+            self._exchange.tell_all(TROUBLE, message.model_dump())
         except ExchangeError as error:
             logger.debug("could not tell rank 0: %s", error)
 
@@ -539,7 +539,7 @@ class SessionWorker:
     def _publish_stats(self, final: bool = False) -> None:
         if not final and monotonic() < self._stats_due_s:
             return
-        self._stats_due_s = monotonic() + self._timing.stats_every_s
+        self._stats_due_s = monotonic() + self._patience * self._timing.stats_every_s
         self._stats = self._stats.model_copy(
             update={
                 "totals": self._account.totals,
@@ -548,7 +548,7 @@ class SessionWorker:
                 "final": final,
             }
         )
-        self._exchange.publish(stats_key(self._placement.rank), self._stats.model_dump())
+        self._exchange.tell(stats_key(self._placement.rank), self._stats.model_dump(), patient=not final, at_once=final)
 
     def close(self) -> None:
         """End the thread, then settle accounts; called on the thread that ends the session."""

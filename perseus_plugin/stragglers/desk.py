@@ -206,7 +206,7 @@ class StragglerDesk:
 
     def _placement(self, rank: int) -> Placement | None:
         if rank not in self._placements:
-            value = self._exchange.fetch(stats_key(rank))
+            value = self._exchange.told(stats_key(rank))
             if value is not None:
                 self._placements[rank] = receive(RankStats, value).placement
         return self._placements.get(rank)

@@ -13,15 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from perseus_plugin.exchange.store import (
-    Exchange,
-    ExchangeError,
-    LocalExchange,
-    StoreExchange,
-    meet,
-    open_exchange,
-    wait_for,
-)
+from perseus_plugin.exchange.client import ExchangeError, StoreClient
+from perseus_plugin.exchange.store import Lobby, LocalExchange, StoreExchange, meet, open_exchange, wait_for
 
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text()),
@@ -36,7 +29,7 @@ def tcp_store() -> TCPStore:
 
 
 @pytest.fixture(params=["local", "hash", "tcp", "default"])
-def exchange(request: pytest.FixtureRequest, tcp_store: TCPStore) -> Exchange:
+def exchange(request: pytest.FixtureRequest, tcp_store: TCPStore) -> Lobby:
     stores: dict[str, Callable[[], Any]] = {
         "hash": HashStore,
         "tcp": lambda: tcp_store,
@@ -45,10 +38,10 @@ def exchange(request: pytest.FixtureRequest, tcp_store: TCPStore) -> Exchange:
     }
     if request.param == "local":
         return LocalExchange()
-    return StoreExchange(stores[request.param](), f"perseus/{request.node.name}")
+    return StoreClient(stores[request.param](), f"perseus/{request.node.name}")
 
 
-def test_a_value_arrives_and_the_last_one_wins(exchange: Exchange) -> None:
+def test_a_value_arrives_and_the_last_one_wins(exchange: Lobby) -> None:
     exchange.publish("news", {"sequence": 1, "reason": "größer", "times": [0.1, None]})
     assert exchange.fetch("news") == {"sequence": 1, "reason": "größer", "times": [0.1, None]}
     exchange.publish("news", {"sequence": 2})
@@ -56,13 +49,13 @@ def test_a_value_arrives_and_the_last_one_wins(exchange: Exchange) -> None:
     assert exchange.fetch("news") == {"sequence": 2}, "fetching takes nothing away"
 
 
-def test_a_key_that_nobody_published_is_none_at_once(exchange: Exchange) -> None:
+def test_a_key_that_nobody_published_is_none_at_once(exchange: Lobby) -> None:
     begin_s = time.monotonic()
     assert exchange.fetch("nobody") is None
     assert time.monotonic() - begin_s < 4.0, "it waited for the key"
 
 
-def test_a_large_value_arrives(exchange: Exchange) -> None:
+def test_a_large_value_arrives(exchange: Lobby) -> None:
     value = {"clocks_mhz": list(range(20_000))}
     exchange.publish("plan/1/0", value)
     assert exchange.fetch("plan/1/0") == value
@@ -70,13 +63,13 @@ def test_a_large_value_arrives(exchange: Exchange) -> None:
 
 @given(JSON)
 def test_what_json_can_say_comes_back(value: Any) -> None:
-    for exchange in (LocalExchange(), StoreExchange(HashStore(), "p")):
+    for exchange in (LocalExchange(), StoreClient(HashStore(), "p")):
         exchange.publish("key", value)
         assert exchange.fetch("key") == value
 
 
 def test_prefixes_keep_sessions_apart(tcp_store: TCPStore) -> None:
-    first, second = StoreExchange(tcp_store, "apart/1"), StoreExchange(tcp_store, "apart/2")
+    first, second = StoreClient(tcp_store, "apart/1"), StoreClient(tcp_store, "apart/2")
     first.publish("news", 1)
     assert second.fetch("news") is None
     assert first.fetch("news") == 1
@@ -84,12 +77,12 @@ def test_prefixes_keep_sessions_apart(tcp_store: TCPStore) -> None:
 
 def test_two_clients_of_one_store_see_each_other(tcp_store: TCPStore) -> None:
     other = TCPStore("127.0.0.1", tcp_store.port, is_master=False, wait_for_workers=False)
-    StoreExchange(tcp_store, "two").publish("estimate/1", [1, 2])
-    assert StoreExchange(other, "two").fetch("estimate/1") == [1, 2]
+    StoreClient(tcp_store, "two").publish("estimate/1", [1, 2])
+    assert StoreClient(other, "two").fetch("estimate/1") == [1, 2]
 
 
 def test_our_calls_do_not_wait_behind_the_training_and_leave_its_timeout(tcp_store: TCPStore) -> None:
-    exchange = StoreExchange(tcp_store, "behind")
+    exchange = StoreClient(tcp_store, "behind")
     assert tcp_store.timeout == timedelta(seconds=20)
     blocked = threading.Thread(target=lambda: tcp_store.wait(["behind/the training"], timedelta(seconds=20)))
     blocked.start()
@@ -114,7 +107,7 @@ def test_what_is_no_json_is_an_exchange_error(content: bytes) -> None:
     store = HashStore()
     store.set("p/key", content)
     with pytest.raises(ExchangeError, match=r"'key' in the job's store is not valid JSON"):
-        StoreExchange(store, "p").fetch("key")
+        StoreClient(store, "p").fetch("key")
 
 
 class BrokenStore:
@@ -130,7 +123,7 @@ class BrokenStore:
 
 
 def test_a_store_that_fails_is_an_exchange_error() -> None:
-    exchange = StoreExchange(BrokenStore(), "p")
+    exchange = StoreClient(BrokenStore(), "p")
     with pytest.raises(ExchangeError, match="cannot publish 'key' in the job's store: connection reset"):
         exchange.publish("key", 1)
     with pytest.raises(ExchangeError, match="cannot fetch 'key' from the job's store"):
@@ -141,7 +134,7 @@ def test_a_server_that_went_away_is_an_exchange_error() -> None:
     server: TCPStore | None = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     assert server is not None
     client = TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
-    exchange = StoreExchange(client, "gone")
+    exchange = StoreClient(client, "gone")
     exchange.publish("key", 1)
     server = None
 
@@ -182,15 +175,18 @@ class Counting(LocalExchange):
 def test_wait_for_waits_until_all_are_there() -> None:
     exchange = Counting()
     exchange.publish("early", 0)
-    assert wait_for(exchange, iter(["early", "late"]), timeout_s=20, interval_s=0.001) == {"early": 0, "late": "there"}
+    assert wait_for(exchange.fetch, iter(["early", "late"]), timeout_s=20, longest_pause_s=0.001) == {
+        "early": 0,
+        "late": "there",
+    }
     assert exchange.asked == 3
 
 
 def test_wait_for_returns_what_came_in_time() -> None:
     exchange = LocalExchange()
     exchange.publish("a", 1)
-    assert wait_for(exchange, ["a", "b"], timeout_s=0.0) == {"a": 1}
-    assert wait_for(exchange, [], timeout_s=100.0) == {}
+    assert wait_for(exchange.fetch, ["a", "b"], timeout_s=0.0) == {"a": 1}
+    assert wait_for(exchange.fetch, [], timeout_s=100.0) == {}
 
 
 @pytest.fixture
@@ -212,10 +208,12 @@ def test_the_exchange_of_a_distributed_job_is_its_store() -> None:
 
     exchange = open_exchange("1")
     assert isinstance(exchange, StoreExchange)
-    exchange.publish("news", 5)
-    assert json.loads(dist.distributed_c10d._get_default_store().get(exchange._key("news"))) == 5
+    exchange.publish("plan", 5)
+    assert json.loads(dist.distributed_c10d._get_default_store().get(exchange._client._key("plan"))) == 5
+    exchange.close()
     again = open_exchange("1")
-    assert again.fetch("news") is None, "a restarted job must not read what an earlier run left in the same store"
+    assert again.fetch("plan") is None, "a restarted job must not read what an earlier run left in the same store"
+    again.close()
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -240,7 +238,13 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 # Lists.
 
 
-def test_what_is_appended_is_taken_once_and_in_order(exchange: Exchange) -> None:
+@pytest.fixture(params=["hash", "tcp"])
+def lists(request: pytest.FixtureRequest, tcp_store: TCPStore) -> StoreClient:
+    return StoreClient(HashStore() if request.param == "hash" else tcp_store, f"perseus/{request.node.name}")
+
+
+def test_what_is_appended_is_taken_once_and_in_order(lists: StoreClient) -> None:
+    exchange = lists
     assert exchange.take_new("list") == []
     for number in range(3):
         exchange.append("list", {"number": number})
@@ -252,11 +256,11 @@ def test_what_is_appended_is_taken_once_and_in_order(exchange: Exchange) -> None
 
 
 def test_many_ranks_append_and_none_is_lost(tcp_store: TCPStore) -> None:
-    reader = StoreExchange(tcp_store, "many")
+    reader = StoreClient(tcp_store, "many")
     clients = [TCPStore("127.0.0.1", tcp_store.port, is_master=False, wait_for_workers=False) for _ in range(4)]
 
     def append(rank: int) -> None:
-        exchange = StoreExchange(clients[rank], "many")
+        exchange = StoreClient(clients[rank], "many")
         for number in range(20):
             exchange.append("list", [rank, number])
 
@@ -288,7 +292,7 @@ class CountingStore:
 
 def test_a_look_at_a_list_without_news_is_one_call() -> None:
     store = CountingStore()
-    exchange = StoreExchange(store, "p")
+    exchange = StoreClient(store, "p")
     exchange.append("list", 1)
     exchange.take_new("list")
     store.calls = 0
@@ -298,7 +302,7 @@ def test_a_look_at_a_list_without_news_is_one_call() -> None:
 
 def test_what_was_taken_does_not_stay_in_the_store() -> None:
     store = HashStore()
-    exchange = StoreExchange(store, "p")
+    exchange = StoreClient(store, "p")
     before = store.num_keys()
     for _ in range(10):
         exchange.append("list", 1)
@@ -308,9 +312,9 @@ def test_what_was_taken_does_not_stay_in_the_store() -> None:
 
 def test_a_rank_that_dies_while_appending_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
-    monkeypatch.setattr("perseus_plugin.exchange.store.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("perseus_plugin.exchange.client.time.monotonic", lambda: now_s)
     store = HashStore()
-    exchange = StoreExchange(store, "p")
+    exchange = StoreClient(store, "p")
     store.add("p/list/count", 1)  # its place is taken; the value never comes
     exchange.append("list", "next")
     assert exchange.take_new("list") == []
@@ -321,7 +325,7 @@ def test_a_rank_that_dies_while_appending_holds_nobody_up(monkeypatch: pytest.Mo
 
 
 def test_a_store_that_cannot_count_is_an_exchange_error() -> None:
-    exchange = StoreExchange(BrokenStore(), "p")
+    exchange = StoreClient(BrokenStore(), "p")
     with pytest.raises(ExchangeError, match="in the job's store"):
         exchange.append("list", 1)
     with pytest.raises(ExchangeError, match="in the job's store"):
@@ -330,7 +334,7 @@ def test_a_store_that_cannot_count_is_an_exchange_error() -> None:
 
 def test_a_place_in_a_list_that_is_only_being_filled_is_waited_for() -> None:
     store = HashStore()
-    exchange = StoreExchange(store, "p")
+    exchange = StoreClient(store, "p")
     exchange.append("list", "a")
     store.set("p/list/1", b"")
     assert exchange.take_new("list") == []

@@ -104,7 +104,7 @@ class Comparison:
         return changed
 
     def _hear(self, rank: int, now_s: float) -> None:
-        value = self._exchange.fetch(windows_key(rank))
+        value = self._exchange.told(windows_key(rank))
         if value is None:
             return
         told = receive(RankWindows, value)

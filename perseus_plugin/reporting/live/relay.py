@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
 
 from perseus_plugin.exchange.messages import Figures, receive
 from perseus_plugin.exchange.store import Exchange
 
-_FIGURES = "figures"  # list of rank 0's, for the one rank that listens
+_FIGURES = "figures"  # of rank 0's, for the one rank that listens
 _LISTENER = "listener"
-_LOOK_EVERY_S = 1.0
+_LOOK_EVERY_S = 5.0
+_BATCHES = 16  # that may come between two looks
 
 Events = list[tuple[str, float]]
 
@@ -31,6 +33,8 @@ class FigureRelay:
         self._exchange, self._takers = exchange, takers
         self._listens = writes and not leads
         self._announced = False
+        self._count = 0
+        self._batches: deque[Events] = deque(maxlen=_BATCHES)
         self._due_s = 0.0
 
     def tell(self, events: Events) -> None:
@@ -41,9 +45,12 @@ class FigureRelay:
         """
         self._hand_over(events)
         if not self._announced:
-            self._announced = self._exchange.fetch(_LISTENER) is not None
+            self._announced = self._exchange.told(_LISTENER) is not None
         if self._announced:
-            self._exchange.append(_FIGURES, Figures(events=tuple(events)).model_dump())
+            self._count += 1
+            self._batches.append(events)
+            told = Figures(count=self._count, batches=tuple(map(tuple, self._batches)))
+            self._exchange.publish(_FIGURES, told.model_dump())
 
     def look(self) -> None:
         """On the rank that writes, if that is not rank 0: take what is new.
@@ -55,10 +62,16 @@ class FigureRelay:
             return
         self._due_s = monotonic() + _LOOK_EVERY_S
         if not self._announced:
-            self._exchange.publish(_LISTENER, True)
+            self._exchange.tell(_LISTENER, True)
             self._announced = True
-        for value in self._exchange.take_new(_FIGURES):
-            self._hand_over(list(receive(Figures, value).events))
+        value = self._exchange.fetch(_FIGURES)
+        if value is None:
+            return
+        figures = receive(Figures, value)
+        new = figures.count - self._count
+        self._count = figures.count
+        for events in figures.batches[-new:] if new > 0 else ():
+            self._hand_over(list(events))
 
     def _hand_over(self, events: Events) -> None:
         for take in self._takers:

@@ -105,7 +105,7 @@ class Windows:
                 )
                 self._finished.append(RankWindow(since=window.since, block=window.block.number, seen=seen))
                 message = RankWindows(replica=self._placement.replica, windows=tuple(self._finished))
-                self._exchange.publish(windows_key(self._placement.rank), message.model_dump())
+                self._exchange.tell(windows_key(self._placement.rank), message.model_dump())
         oldest = min((one for window in self._open for one in window.seen), default=number - ENERGY_TAKES)
         self._energy_j = {one: energy_j for one, energy_j in self._energy_j.items() if one >= oldest}
 

@@ -50,13 +50,13 @@ def test_where_rank_0_writes_or_nobody_the_store_stays_empty(writing_rank: int |
     ranks.look()
     ranks.ends[0].tell(FIGURES)
     assert ranks.links[0].take_events() == [FIGURES]
-    assert ranks.exchange._lists == {}
+    assert ranks.exchange.fetch("figures") is None
 
 
 def test_what_is_no_figures_is_an_error_of_the_exchange() -> None:
     ranks = Ranks(writing_rank=1)
     ranks.look()
-    ranks.exchange.append("figures", {"events": [["name", "much"]]})
+    ranks.exchange.publish("figures", {"count": 1, "batches": [[["name", "much"]]]})
     with pytest.raises(ExchangeError, match="Figures from the job's store"):
         ranks.look()
 

@@ -1,0 +1,171 @@
+"""A client of the job's c10d store of which every call ends, whatever becomes of the store's host."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+import weakref
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotInTime
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+from perseus_plugin.errors import PerseusError
+from perseus_plugin.files import parse_json
+
+CALL_LIMIT_S = 5.0
+_JOINED_WITHIN_S = 1.0  # where the store's host does not answer, the thread stays where it is
+_LOST_AFTER_S = 5.0  # who took a place in a list and has not filled it since has died
+
+_Calls: TypeAlias = "queue.SimpleQueue[tuple[Future[Any], str, tuple[Any, ...]] | None]"
+
+
+class ExchangeError(PerseusError):
+    """The store does not answer, or holds something that is not ours."""
+
+
+class StoreClient:
+    """Small JSON values under keys of our own prefix, and lists of them; may be used from any thread.
+
+    The time limits of torch's clients hold only while the store's host answers at all. Calls are therefore made on a
+    daemon thread; once one is not answered in time the store is given up, and every later call fails at once.
+
+    Args:
+        store: the job's store; a client of our own is made from it where it can be cloned, so that our calls never wait
+            behind the training's.
+        prefix: put before every key.
+        limit_s: until a call must be answered.
+
+    Raises:
+        ExchangeError: from every method, when the store does not answer in time or holds no valid JSON.
+    """
+
+    def __init__(self, store: Any, prefix: str, limit_s: float = CALL_LIMIT_S) -> None:
+        self._prefix, self._limit_s = prefix, limit_s
+        self._lost = ""
+        self._taken: dict[str, int] = {}
+        self._missing_since_s: dict[str, float] = {}
+        self._calls: _Calls = queue.SimpleQueue()
+        self._thread = threading.Thread(target=_serve, args=(store, self._calls), name="perseus-store", daemon=True)
+        self._thread.start()
+        # At the interpreter's end too: a thread that comes out of torch then aborts the process.
+        self._end = weakref.finalize(self, _end, self._thread, self._calls)
+
+    def publish(self, key: str, value: Any) -> None:
+        """Set a JSON-serialisable value; the last one wins."""
+        data = json.dumps(value, separators=(",", ":"), allow_nan=True).encode()
+        self._call(f"publish {key!r} in", "set", self._key(key), data)
+
+    def fetch(self, key: str) -> Any | None:
+        """The value, or None when nobody has published it yet. Does not wait."""
+        data = self._read(key)
+        return None if data is None else _parsed(key, data)
+
+    def withdraw(self, key: str) -> None:
+        """Remove a value; where the store can remove nothing, it is None from now on."""
+        try:
+            self._call(f"withdraw {key!r} from", "delete_key", self._key(key))
+        except ExchangeError:
+            self.publish(key, None)
+
+    def count(self, name: str, amount: int = 0) -> int:
+        """Add to a counter; returns what it then is."""
+        return int(self._call(f"count {name!r} in", "add", self._key(name), amount))
+
+    def append(self, name: str, value: Any) -> None:
+        """Put a JSON-serialisable value at the end of a list that any rank may append to."""
+        self.publish(f"{name}/{self.count(f'{name}/count', 1)}", value)
+
+    def take_new(self, name: str) -> list[Any]:
+        """What was appended since the last call, in order; for one reader per list. Does not wait.
+
+        A look at a list that nothing was appended to is one call to the store, however many ranks may append.
+        """
+        count, taken = self.count(f"{name}/count"), self._taken.get(name, 0)
+        values: list[Any] = []
+        while taken < count:
+            key = f"{name}/{taken + 1}"
+            # One that is empty is only being set: its place was counted before.
+            data = self._read(key)
+            value = _parsed(key, data) if data else None
+            if value is None and not self._is_lost(key):
+                break
+            if value is not None:
+                values.append(value)
+                with suppress(ExchangeError):  # what stays there is not looked at again
+                    self._call(f"remove {key!r} from", "delete_key", self._key(key))
+            self._missing_since_s.pop(key, None)
+            taken += 1
+        self._taken[name] = taken
+        return values
+
+    def close(self) -> None:
+        """Let the thread end, once it has done what was asked of it before; idempotent."""
+        self._end()
+        self._lost = self._lost or "our client of it is closed"
+
+    def _is_lost(self, key: str) -> bool:
+        """Whether this place in a list has been empty for so long that it will stay so."""
+        now_s = time.monotonic()
+        return now_s - self._missing_since_s.setdefault(key, now_s) > _LOST_AFTER_S
+
+    def _read(self, key: str) -> bytes | None:
+        doing = f"fetch {key!r} from"
+        if not self._call(doing, "check", [self._key(key)]):
+            return None
+        data: bytes = self._call(doing, "get", self._key(key))
+        return data
+
+    def _call(self, doing: str, method: str, *arguments: Any) -> Any:
+        answer: Future[Any] = Future()
+        if not self._lost:
+            self._calls.put((answer, method, arguments))
+            try:
+                return answer.result(self._limit_s)
+            except NotInTime:
+                self._lost = f"its host has not answered for {self._limit_s:g} s"
+            except Exception as error:
+                raise ExchangeError(f"cannot {doing} the job's store: {error}") from error
+        raise ExchangeError(f"cannot {doing} the job's store: {self._lost}")
+
+    def _key(self, key: str) -> str:
+        return f"{self._prefix}/{key}"
+
+
+def _end(thread: threading.Thread, calls: _Calls) -> None:
+    calls.put(None)
+    if thread is not threading.current_thread():
+        thread.join(_JOINED_WITHIN_S)
+
+
+def _serve(store: Any, calls: _Calls) -> None:
+    is_ours = False
+    while (call := calls.get()) is not None:
+        answer, method, arguments = call
+        try:
+            if not is_ours:
+                store, is_ours = _own_client(store), True
+            answer.set_result(getattr(store, method)(*arguments))
+        except BaseException as error:
+            answer.set_exception(error)
+        del call, answer
+
+
+def _own_client(store: Any) -> Any:
+    """A client of our own with a short timeout; the given store (timeout untouched) where it cannot be cloned."""
+    try:
+        clone = store.clone()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return store
+    clone.set_timeout(timedelta(seconds=CALL_LIMIT_S))
+    return clone
+
+
+def _parsed(key: str, data: bytes) -> Any:
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise ExchangeError(f"{key!r} in the job's store is not valid JSON: {error}") from error

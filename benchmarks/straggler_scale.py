@@ -1,8 +1,8 @@
 """What a report and its answer cost in messages, bytes and time of rank 0, at growing numbers of ranks.
 
-Simulated: one real coordinator with a real `StoreExchange` on a store in this process that counts, and the real
-planner. Every pipeline has 64 GPUs: 8 stages of 8 GPUs each. What the other ranks do (look at the news, take the part
-of a plan that is their own) is done once for one of them and counted per rank.
+Simulated: one real coordinator, an exchange in this process that counts what the real one would ask the store, and the
+real planner. Every pipeline has 64 GPUs: 8 stages of 8 GPUs each. What the other ranks do (look at the news, take the
+part of a plan that is their own) is done once for one of them and counted per rank.
 
     python benchmarks/straggler_scale.py
 """
@@ -19,8 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import HashStore
-
 from perseus_plugin.config import parse_config
 from perseus_plugin.control.selection import Selection
 from perseus_plugin.exchange.messages import (
@@ -35,7 +33,7 @@ from perseus_plugin.exchange.messages import (
     recheck_key,
     stats_key,
 )
-from perseus_plugin.exchange.store import StoreExchange
+from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.gpus.emulated.physics import A100, load_class
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.iteration.timetable import Round, Timetable
@@ -51,43 +49,50 @@ from perseus_plugin.stragglers.book import Report
 STAGES, GPUS_PER_STAGE = 8, 8
 
 
-class CountingStore:
-    """A store that counts calls and the bytes of keys and values."""
+class CountingExchange(LocalExchange):
+    """Counts calls to the store, and the bytes of keys and values, as `StoreExchange` makes them for each method."""
 
     def __init__(self) -> None:
-        self._store = HashStore()
+        super().__init__()
         self.calls = self.bytes = 0
 
-    def clone(self) -> None:
-        raise NotImplementedError
+    def _count(self, calls: int, key: str, value: Any = None) -> None:
+        self.calls += calls
+        self.bytes += calls * len(key) + len(json.dumps(value))
 
-    def _count(self, *parts: Any) -> None:
-        self.calls += 1
-        self.bytes += sum(len(part) for part in parts if isinstance(part, (str, bytes)))
+    def publish(self, key: str, value: Any) -> None:
+        self._count(1, key, value)
+        super().publish(key, value)
 
-    def set(self, key: str, value: bytes) -> None:
-        self._count(key, value)
-        self._store.set(key, value)
-
-    def get(self, key: str) -> bytes:
-        value: bytes = self._store.get(key)
-        self._count(key, value)
+    def fetch(self, key: str) -> Any | None:
+        value = super().fetch(key)
+        self._count(1 if value is None else 2, key, value)  # whether it is there, and what it is
         return value
 
-    def check(self, keys: list[str]) -> bool:
-        self._count(*keys)
-        found: bool = self._store.check(keys)
-        return found
+    def withdraw(self, key: str) -> None:
+        self._count(1, key)
+        super().withdraw(key)
 
-    def add(self, key: str, amount: int) -> int:
-        self._count(key)
-        total: int = self._store.add(key, amount)
-        return total
+    def tell_all(self, key: str, value: Any) -> None:
+        self._count(1, "turn")
+        super().tell_all(key, value)
 
-    def delete_key(self, key: str) -> bool:
-        self._count(key)
-        deleted: bool = self._store.delete_key(key)
-        return deleted
+    def told(self, key: str) -> Any | None:
+        return super().fetch(key)
+
+    def append(self, name: str, value: Any) -> None:
+        self._count(2, name, value)  # a place is taken, and filled
+        super().append(name, value)
+
+    def take_new(self, name: str) -> list[Any]:
+        taken = super().take_new(name)
+        self._count(1, name)
+        for value in taken:
+            self._count(3, name, value)  # whether it is there, what it is, and that it is not needed any more
+        return taken
+
+    def heard(self, key: str) -> Any | None:
+        return super().fetch(key)
 
 
 class InProcessPlanner:
@@ -140,8 +145,7 @@ class Job:
 
     def __init__(self, ranks: int, microbatches: int) -> None:
         self.ranks = ranks
-        self.store = CountingStore()
-        self.exchange = StoreExchange(self.store, "perseus/1")
+        self.exchange = CountingExchange()
         self.planner = InProcessPlanner()
         streams = one_f_one_b(STAGES, microbatches)
         table = profile()
@@ -172,11 +176,11 @@ class Job:
 
     def cost(self, action: Callable[[], Any]) -> tuple[int, int, float]:
         """Messages, bytes and milliseconds that something takes, the planner's own time left out."""
-        calls, size, planning_s = self.store.calls, self.store.bytes, self.planner.seconds
+        calls, size, planning_s = self.exchange.calls, self.exchange.bytes, self.planner.seconds
         begin_s = time.perf_counter()
         action()
         seconds = time.perf_counter() - begin_s - (self.planner.seconds - planning_s)
-        return self.store.calls - calls, self.store.bytes - size, 1e3 * seconds
+        return self.exchange.calls - calls, self.exchange.bytes - size, 1e3 * seconds
 
     def report(self) -> None:
         """The last rank reports itself."""

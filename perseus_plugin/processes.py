@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
             kept[name] = os.pathsep.join(places)
     if sys.flags.no_user_site:
         kept["PYTHONNOUSERSITE"] = "1"
-    # None of them needs torch; one that imports it all the same shall not hook frameworks.
+    # One that imports torch has no framework to be hooked.
     return {**kept, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 

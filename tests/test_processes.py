@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from perseus_plugin import processes
+from perseus_plugin.cli.verification.peers import wait_for_a_peer
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.physics import A100
@@ -56,7 +57,12 @@ def frontier_works(folder: Path) -> None:
         frontier.close()
 
 
-@pytest.mark.parametrize("works", [helper_works, planner_works, frontier_works])
+def peers_work(folder: Path) -> None:
+    begin_s, end_s = wait_for_a_peer("gloo", ("cpu", "cpu"), 0.1)
+    assert begin_s < end_s
+
+
+@pytest.mark.parametrize("works", [helper_works, planner_works, frontier_works, peers_work])
 def test_a_module_in_the_working_folder_is_not_run(
     works: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,3 +109,13 @@ def test_packages_are_found_where_the_trainer_finds_them(monkeypatch: pytest.Mon
     assert "PYTHONSTARTUP" not in environment
     assert environment["LD_LIBRARY_PATH"] == "/opt/driver"
     assert environment["HOME"] == "/home/me"
+
+
+def test_no_process_of_ours_is_started_in_another_way() -> None:
+    package = Path(processes.__file__).parent
+    others = [
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if path.name != "processes.py" and ("sys.executable" in path.read_text() or '"-m"' in path.read_text())
+    ]
+    assert not others

@@ -2,7 +2,8 @@
 
 `install_import_hooks` is an entry point of the group `torch.backends`: `import torch` calls it in *every* program of an
 environment where this package is installed. So it costs microseconds, imports nothing, and never raises: it only
-puts a finder in front of `sys.meta_path` that, when one of a few modules is imported, runs our patch after it.
+puts a finder in front of `sys.meta_path` that, when one of a few modules is imported, runs our patch after it. Where it
+is not found, `import torch` fails, and what is installed may name an older place than the code has: so it stays here.
 """
 
 from __future__ import annotations

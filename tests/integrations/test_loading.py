@@ -350,3 +350,38 @@ def test_another_tools_finder_patches_the_same_module(packages: Path, place: str
     # One that stands in front and asks nobody else hides every other finder, ours too: `enable` is left.
     hides_us = (place, asks) == ("after", "path finder")
     assert out == f"True {not hides_us}\n"
+
+
+# What is installed outlives the code.
+
+
+def test_when_the_code_has_gone_the_docs_name_the_message_and_the_cure(tmp_path: Path) -> None:
+    """Nothing of ours runs then, so that nothing of ours can help."""
+    stale = tmp_path / "perseus_plugin-0.0.1.dist-info"
+    stale.mkdir()
+    (stale / "METADATA").write_text("Metadata-Version: 2.1\nName: perseus-plugin\nVersion: 0.0.1\n")
+    installed = next(e for e in entry_points(group="torch.backends") if e.name == "perseus_plugin")
+    gone = installed.value.replace("perseus_plugin.", "perseus_plugin_gone.")
+    (stale / "entry_points.txt").write_text(f"[torch.backends]\nperseus_plugin = {gone}\n")
+
+    def import_torch(**more: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), **more}
+        environment = {k: v for k, v in environment.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD" or k in more}
+        command = [sys.executable, "-c", "import torch"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    failed = import_torch()
+    assert failed.returncode != 0
+    message = "Failed to load the backend extension: perseus_plugin"
+    assert message in failed.stderr
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
+    (row,) = [line for line in page.splitlines() if message in line]
+    assert "pip uninstall perseus-plugin" in row
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in row
+    assert import_torch(TORCH_DEVICE_BACKEND_AUTOLOAD="0").returncode == 0
+
+
+def test_the_place_that_installations_name_stays() -> None:
+    """One that was made with an older version, from a folder that has a newer one since, must find it."""
+    setup = (REPOSITORY / "setup.cfg").read_text()
+    assert "perseus_plugin = perseus_plugin.integrations.loading:install_import_hooks" in setup

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from perseus_plugin import processes
 from perseus_plugin.errors import GpuError
 
 ONE_GPU = "there is one GPU, which two ranks would have to share: see how one spinning thread waits"
@@ -31,8 +31,8 @@ def wait_for_a_peer(backend: str, devices: Sequence[str], seconds: float) -> tup
     """
     with tempfile.TemporaryDirectory() as folder:
         meeting = Path(folder) / "meeting"
-        command = [sys.executable, "-m", "perseus_plugin.cli.verification.peers", backend, str(meeting), str(seconds)]
-        environment = dict(os.environ, PYTHONPATH=_path(), PYTHONSAFEPATH="1", OMP_NUM_THREADS="1")
+        command = processes.command("perseus_plugin.cli.verification.peers", backend, str(meeting), str(seconds))
+        environment = {**processes.environment(), "OMP_NUM_THREADS": "1"}
         with (Path(folder) / "errors").open("w+") as errors:
             both = [
                 subprocess.Popen(
@@ -80,11 +80,6 @@ def reason(errors: str) -> str:
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     telling = [line for line in lines if "uplicate GPU" in line or "Error" in line]
     return (telling or lines or ["the processes did not get together in time"])[-1][:300]
-
-
-def _path() -> str:
-    root = str(Path(__file__).parents[3])
-    return os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
 
 
 def main(backend: str, meeting: str, seconds: float, rank: int, device: str) -> None:

@@ -20,7 +20,8 @@ from perseus_plugin.files import parse_json
 from perseus_plugin.gpus.base import EnergyReading, FoundGpu, GpuBackend, GpuLostError, GpuPermissionError
 from perseus_plugin.gpus.nvml import NvmlGpu, cuda_gpu
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 5.0
+"""Less than after which a helper that waits for the daemon counts as silent itself."""
 _MOST_BYTES = 2**20  # of an answer
 TOKEN_VARIABLE = "ZEUSD_TOKEN"
 
@@ -200,7 +201,7 @@ class Zeusd:
             except (OSError, http.client.HTTPException) as error:
                 self.close()
                 # A daemon may close a connection that was idle; setting a clock twice does no harm.
-                if fresh or attempt == 2:
+                if fresh or attempt == 2 or isinstance(error, TimeoutError):
                     raise GpuLostError(f"zeusd at {self.socket_path} does not answer: {error}") from error
         if response.status == 200:
             return body

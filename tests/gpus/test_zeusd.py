@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from perseus_plugin.control.client import STUCK_AFTER_S
+from perseus_plugin.control.helper.heartbeat import HEARTBEAT_S
 from perseus_plugin.errors import GpuError
+from perseus_plugin.gpus import zeusd
 from perseus_plugin.gpus.base import GpuLostError, GpuPermissionError
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import NO_PERMISSION
 from perseus_plugin.gpus.registry import open_gpu
 from perseus_plugin.gpus.zeusd import Zeusd, ZeusdGpu
 
-from .fake_zeusd import FakeZeusd
+from .fake_zeusd import FakeZeusd, Handler
 from .test_nvml import UUID, driver, simulated
 
 __all__ = ["driver", "simulated"]
@@ -145,3 +148,25 @@ def test_what_a_daemon_says_does_nothing_to_a_terminal(
     with pytest.raises(GpuError) as caught:
         Zeusd(socket_path).post("/gpu/reset_gpu_locked_clocks")
     assert str(caught.value).isprintable()
+
+
+def test_a_daemon_that_hangs_is_asked_once_and_given_up_before_the_helper_counts_as_silent(
+    daemon: FakeZeusd, socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert zeusd.TIMEOUT_S < STUCK_AFTER_S - HEARTBEAT_S
+    monkeypatch.setattr(zeusd, "TIMEOUT_S", 0.2)
+    client = Zeusd(socket_path)
+    client.discover()
+    asked: list[int] = []
+    goes_on = threading.Event()
+
+    def hang(handler: Handler) -> None:
+        asked.append(1)
+        goes_on.wait(20)
+        handler.close_connection = True
+
+    monkeypatch.setattr(Handler, "do_POST", hang)
+    with pytest.raises(GpuLostError, match="timed out"):
+        client.post("/gpu/reset_gpu_locked_clocks")
+    assert asked == [1]
+    goes_on.set()

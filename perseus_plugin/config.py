@@ -200,8 +200,8 @@ class LimitsConfig(_Strict):
     max_changes_per_iteration: int | None = _setting(
         None,
         "a whole number from 0 to 1000000, or null",
-        "Most clock changes from one instruction to another per stage and iteration; null: no limit. The return to "
-        "full clocks for the end of the batch comes on top.",
+        "Most clock changes from one instruction to another per stage and iteration, those for waits at lower clocks "
+        "included; null: no limit. The return to full clocks for the end of the batch comes on top.",
         ge=0,
         le=10**6,
     )

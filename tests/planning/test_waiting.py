@@ -169,7 +169,7 @@ def changes_of(plan: Plan, stage: int, latency_s: float) -> list[float]:
     return when
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(
     waiting_jobs(),
     st.floats(0, 0.6),

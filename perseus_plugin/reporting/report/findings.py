@@ -222,6 +222,10 @@ def _frontier(folder: JobFolder) -> FrontierCurve | None:
             blocking_power_w=survey.blocking_power_w,
             full_clock_only=survey.unresolved,
             schedule=plan.schedule,
+            # With lower clocks in waits if the plan has them.
+            switch_latency_s=folder.summary.overhead.switch_latency_p95_s
+            if folder.summary is not None and plan.waits
+            else None,
         )
         return make_frontier(planner, tolerance=_TOLERANCE).curve()
     except PerseusError as error:

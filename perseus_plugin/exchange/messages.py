@@ -61,7 +61,7 @@ class RankEstimate(_Message):
         placement: who says so.
         gpu: name of its GPU.
         estimate: a `StageEstimate` as plain data.
-        constant_time_s: median time of each kind of constant-time work.
+        constant_time_s: time of each kind of constant-time work.
         switch_latency_s: 95 % of clock changes take no longer; None where that was not measured.
         power_limit_w: the most that its card may be set to draw; 0: not known.
     """

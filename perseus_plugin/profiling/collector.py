@@ -9,6 +9,7 @@ from perseus_plugin.iteration.instructions import Compute, Constant
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import Sweep
 from perseus_plugin.profiling.observations import Activity, ClockRun, Tick
+from perseus_plugin.profiling.step_sizes import usual_mean
 
 _PAUSE_SHARE = 0.1  # of an iteration's time between two, above which they are two runs
 _CAPPED_SHARE = 0.01  # of a run's time below the clock asked for, above which it does not count for that clock
@@ -28,7 +29,7 @@ class SweepCollector:
         self._ticks: list[Tick] = []
         self._capped: list[tuple[float, float]] = []
         self._deviations_s: list[float] = []
-        self._constants: dict[str, list[float]] = {}
+        self._constants: dict[Constant, list[float]] = {}
 
     def add(self, step: Sweep, record: IterationRecord) -> None:
         """Add an iteration of the sweep.
@@ -51,7 +52,7 @@ class SweepCollector:
         if step.is_full(self._top_mhz):
             for operation, start_s, end_s in _timed(record):
                 if isinstance(operation, Constant):
-                    self._constants.setdefault(operation.name, []).append(end_s - start_s)
+                    self._constants.setdefault(operation, []).append(end_s - start_s)
 
     def _paused(self, record: IterationRecord) -> bool:
         """Whether something else (a checkpoint) ran before this iteration: its power is not that of waiting."""
@@ -79,11 +80,18 @@ class SweepCollector:
     @property
     def constant_kinds(self) -> tuple[str, ...]:
         """Names of the constant-time work seen; the estimator keeps its power out of the blocking power."""
-        return tuple(sorted(self._constants))
+        return tuple(sorted({operation.name for operation in self._constants}))
 
     def constant_times_s(self) -> dict[str, float]:
-        """Median time of each kind of constant-time work, at the top clock."""
-        return {name: statistics.median(times) for name, times in self._constants.items()}
+        """Time of each kind of constant-time work, at the top clock.
+
+        Means add up to iterations: of microbatches that take long to load now and then, the median says too little.
+        Only in collective work it is the median, as the time in there is mostly that of waiting for others.
+        """
+        return {
+            operation.name: statistics.median(times) if operation.collective else usual_mean(times)
+            for operation, times in self._constants.items()
+        }
 
     @property
     def top_steps(self) -> int:

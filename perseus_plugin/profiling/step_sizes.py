@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from perseus_plugin.bounds import LEAST_S
 from perseus_plugin.profiling.energy.ticks import Array
 from perseus_plugin.profiling.observations import Activity, ClockRun, Spread, StepMean
 
@@ -76,6 +77,16 @@ def step_means(runs: Sequence[ClockRun]) -> list[StepMean]:
         StepMean(step, clock, kind, float(values.mean()), len(values), _relative_sd(values))
         for (step, clock, kind), values in kept.items()
     ]
+
+
+def usual_mean(durations_s: Sequence[float]) -> float:
+    """The mean without hiccups of the host: at least one execution may be one."""
+    values = np.maximum(durations_s, LEAST_S)
+    logs = np.log(values / np.median(values))
+    far = np.abs(logs) > _HICCUP * max(_robust_sd(logs), _NO_NOISE)
+    if len(values) >= _FEW and far.sum() <= max(1.0, _RARE * len(values)):
+        values = values[~far]
+    return float(values.mean())
 
 
 def averaged(shards: Sequence[Sequence[StepMean]]) -> list[StepMean]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from perseus_plugin.iteration.instructions import Compute, Constant
@@ -108,7 +109,7 @@ def test_a_limit_at_the_top_clock_belongs_to_what_full_clocks_are() -> None:
     assert not collected.runs()[0].capped
 
 
-def test_constant_times_are_medians_at_the_top_clock() -> None:
+def test_constant_times_are_those_at_the_top_clock() -> None:
     collected = collector()
     for number, step_s in enumerate((0.005, 0.009, 0.007)):
         seen = record(number, durations_s=(0.001, 0.01, 0.02, step_s), operations=OPERATIONS)
@@ -126,6 +127,25 @@ def test_loading_of_every_microbatch_counts() -> None:
         Sweep(0, 1410, kept=True), record(0, durations_s=(0.1, 1.0, 0.3, 1.0, 0.2, 1.0), operations=operations)
     )
     assert collected.constant_times_s() == pytest.approx({"load": 0.2})
+
+
+def test_slow_loads_count_a_lone_hiccup_does_not_and_collective_work_has_its_median() -> None:
+    rng = np.random.default_rng(0)
+    load, step = Constant("load"), Constant("step", collective=True)
+    slow = [0.1 if number % 5 == 4 else 0.02 for number in range(60)]
+    steps_s = [0.01, 0.5, 0.01, 0.4, 0.01] * 12
+    collected = collector()
+    for number, (load_s, step_s) in enumerate(zip(slow, steps_s, strict=True)):
+        seen = record(number, durations_s=(load_s, 1.0, step_s), operations=(load, Compute("forward", 0), step))
+        collected.add(Sweep(0, 1410, kept=True), seen)
+    assert collected.constant_times_s() == pytest.approx({"load": 0.036, "step": 0.01})
+    jittery = rng.normal(0.02, 0.0005, 60)
+    jittery[7] = 3.0
+    once = collector()
+    for number, load_s in enumerate(jittery):
+        seen = record(number, durations_s=(float(load_s), 1.0), operations=(load, Compute("forward", 0)))
+        once.add(Sweep(0, 1410, kept=True), seen)
+    assert once.constant_times_s()["load"] == pytest.approx(0.02, rel=0.02)
 
 
 def test_nothing_collected_is_nothing_to_estimate() -> None:

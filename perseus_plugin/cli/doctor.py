@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -16,11 +15,10 @@ from typing import Annotated
 import typer
 
 from perseus_plugin.cli.targets import DEFAULT_ZEUSD_SOCKET, Target, exit_status, gpu_targets
+from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.examination import counter_problem, why_not_obeyed, why_not_planned
-from perseus_plugin.control.helper.latency import measure_switch_latency
-from perseus_plugin.control.helper.resetting import reset_until_confirmed
-from perseus_plugin.control.helper.takeover import restore_foreign, take_over
-from perseus_plugin.control.ownership import Ownership, describe, helper_elsewhere, holder_of, lock_path, read_record
+from perseus_plugin.control.ownership import describe, helper_elsewhere, holder_of, lock_path, read_record
+from perseus_plugin.control.wire import SwitchLatency, Trouble
 from perseus_plugin.errors import GpuError, PerseusError
 from perseus_plugin.gpus.base import Gpu
 from perseus_plugin.gpus.registry import backend, names, open_gpu
@@ -29,6 +27,7 @@ PACKAGES = ("torch", "deepspeed", "megatron-core", "ortools", "nvidia-ml-py")
 COUNTER_WATCH_S = 1.0
 COUNTER_POLL_S = 0.001
 LATENCY_ROUNDS = 4
+CONTROL_WAIT_S = 20.0
 
 
 @dataclass
@@ -131,42 +130,43 @@ def examine(target: Target, *, control: bool) -> Findings:
 
 
 def _examine_control(spec: str, found: Findings) -> None:
-    """Take the GPU over, time its clock changes, and leave it free."""
-    device, ownership, facts = take_over(spec, os.getpid(), wait_s=0.0, examine=False)
-    if ownership is None:
-        found.facts["control"] = "refused"
-        found.remedy = facts.why_not
-        device.close()
-        return
+    """Have a helper process, which frees the clock whatever ends this one, take the GPU over and time its changes."""
+    helper = ClockHelper.start(spec)
     try:
-        found.facts["control"] = f"allowed, through {facts.backend}"
-        found.facts["leftover lock"] = f"{facts.leftover}; it was freed" if facts.leftover else "none of ours"
-        if ownership.found_mhz:
-            found.facts["foreign lock"] = f"{ownership.found_mhz} MHz; it is made again"
-        if len(facts.clocks_mhz) < 2:
+        device = helper.wait_ready(CONTROL_WAIT_S)
+        if device is None or not device.can_lock:
+            found.facts["control"] = "refused"
+            found.remedy = device.why_not if device is not None else _time_changes(helper, 0.0)[1]
             return
-        found.facts["switch latency"], found.remedy = _time_changes(device, ownership)
+        found.facts["control"] = f"allowed, through {device.backend}"
+        found.facts["leftover lock"] = f"{device.leftover}; it was freed" if device.leftover else "none of ours"
+        if device.foreign:
+            found.facts["foreign lock"] = device.foreign
+        if len(device.clocks_mhz) < 2:
+            return
+        helper.measure_latency(LATENCY_ROUNDS)
+        found.facts["switch latency"], found.remedy = _time_changes(helper, CONTROL_WAIT_S)
         found.controlled = not found.remedy
     finally:
-        restore_foreign(device, ownership)
-        ownership.release()
-        device.close()
+        helper.close(CONTROL_WAIT_S)
 
 
-def _time_changes(device: Gpu, ownership: Ownership) -> tuple[str, str]:
+def _time_changes(helper: ClockHelper, wait_s: float) -> tuple[str, str]:
     """How long clock changes take, and why the GPU is not one to plan for, empty if it is."""
-    ownership.mark(locked=True)
-    top = device.supported_clocks_mhz()[0]
-    try:
-        latency = measure_switch_latency(device, LATENCY_ROUNDS)
-    finally:
-        if reset_until_confirmed(device, top, limit_s=5.0).confirmed:
-            ownership.mark(locked=False)
-    why_not = why_not_obeyed(latency)
-    if why_not:
-        return "the clock never reached its target", why_not
-    text = f"{1e3 * latency.p50_s:.1f} ms (95 %: {1e3 * latency.p95_s:.1f} ms, {latency.samples} changes"
-    return text + (f", {latency.timeouts} not seen)" if latency.timeouts else ")"), ""
+    end_s = time.monotonic() + wait_s
+    while True:
+        for event in helper.drain():
+            if isinstance(event, SwitchLatency):
+                why_not = why_not_obeyed(event)
+                if why_not:
+                    return "the clock never reached its target", why_not
+                text = f"{1e3 * event.p50_s:.1f} ms (95 %: {1e3 * event.p95_s:.1f} ms, {event.samples} changes"
+                return text + (f", {event.timeouts} not seen)" if event.timeouts else ")"), ""
+            if isinstance(event, Trouble):
+                return "not known", event.text
+        if time.monotonic() >= end_s:
+            return "not known", "the clock helper did not answer in time"
+        time.sleep(COUNTER_POLL_S)
 
 
 def counter_period(

@@ -3,6 +3,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ from typer.testing import CliRunner, Result
 
 from perseus_plugin.cli import doctor as doctor_module
 from perseus_plugin.cli.doctor import doctor
-from perseus_plugin.control.ownership import LOCK_DIR_VARIABLE, Ownership, lock_path
+from perseus_plugin.control.ownership import LOCK_DIR_VARIABLE, Ownership, holder_of, lock_path
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, IGNORE_LOCKS, MIG_ENABLED, NO_COUNTER, NO_FIELDS, NO_PERMISSION
+from tests.waiting import wait_until
 
 # Who holds a GPU is looked for on the whole machine: no two of these at once.
 pytestmark = pytest.mark.xdist_group("nvml helpers")
@@ -30,7 +33,6 @@ def run(*arguments: str) -> Result:
 @pytest.fixture(autouse=True)
 def _short_watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor_module, "COUNTER_WATCH_S", 0.1)
-    monkeypatch.setattr("perseus_plugin.control.helper.latency.TIMEOUT_S", 0.05)
     monkeypatch.setattr("perseus_plugin.control.examination.COUNTER_WATCH_S", 0.2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv(LOCK_DIR_VARIABLE, str(tmp_path / "locks"))
@@ -42,6 +44,7 @@ def gpus(tmp_path: Path, simulated_nvml: Path, monkeypatch: pytest.MonkeyPatch) 
     """Two GPUs behind the simulated driver."""
     gpus = [EmulatedGpu.create(tmp_path / uuid, uuid=uuid, switch_latency_s=0.002) for uuid in UUIDS]
     ctypes.CDLL(str(simulated_nvml))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(simulated_nvml.parent), prepend=os.pathsep)
     monkeypatch.setenv("PERSEUS_SIMULATED_GPUS", os.pathsep.join(str(gpu.state.path) for gpu in gpus))
     return gpus
 
@@ -147,6 +150,16 @@ def test_a_lock_left_behind_is_found_and_freed(gpus: list[EmulatedGpu]) -> None:
     assert result.exit_code == 0
     assert "left locked by process 4711" in result.output
     assert gpus[0].locked_mhz() is None
+
+
+def test_a_doctor_that_is_killed_leaves_no_clock_locked(tmp_path: Path) -> None:
+    gpu = EmulatedGpu.create(tmp_path / "gpu", switch_latency_s=0.3)
+    command = [sys.executable, "-m", "perseus_plugin.cli.main", "doctor", "--emulated", str(gpu.state.path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: gpu.locked_mhz() not in (None, 1410))
+        process.kill()
+    wait_until(lambda: gpu.locked_mhz() is None)
+    wait_until(lambda: holder_of(lock_path(f"emulated:{gpu.state.path}", gpu.uuid)) is None)
 
 
 def test_json_holds_the_same(tmp_path: Path) -> None:

@@ -117,31 +117,6 @@ class LatencyMeasurement:
         self._highest_read_mhz = 0
 
 
-def measure_switch_latency(
-    gpu: Gpu,
-    rounds: int,
-    *,
-    stop: Callable[[], bool] = lambda: False,
-    now: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> SwitchLatency:
-    """A whole `LatencyMeasurement`, for callers with nothing else to do; the lock is left where the last change was.
-
-    Args:
-        gpu: whose clock to change.
-        rounds: pairs of changes, at least 1.
-        stop: looked at between changes; True ends the measurement early.
-
-    Raises:
-        GpuError: a call failed.
-    """
-    measurement = LatencyMeasurement(gpu.supported_clocks_mhz(), rounds)
-    while not measurement.done and not (not measurement.reads and stop()):
-        advance(measurement, gpu, now)
-        sleep(max(0.0, measurement.next_s - now()))
-    return measurement.outcome()
-
-
 def advance(measurement: LatencyMeasurement, gpu: Gpu, now: Callable[[], float] = time.monotonic) -> None:
     """Do one step of a measurement on a GPU: one driver call.
 

@@ -39,6 +39,11 @@ BASE_CONFIG: dict[str, Any] = {
     "optimizer": {"type": "Adam", "params": {"lr": 0.001, "torch_adam": True}},
     "pipeline": {"use_reentrant": False},
 }
+MIXED: dict[str, Any] = {
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 1},
+    "gradient_clipping": 1.0,
+}
 
 
 def perseus_block(output_dir: Path, stages: int, **changes: Any) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.launching import Probe, perseus_block
+from tests.e2e.launching import MIXED, Probe, perseus_block
 from tests.e2e.observed import Observed, look_at_the_observed_job
 
 pytestmark = pytest.mark.e2e
 
-MIXED = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}
 EVALUATION = ("--evaluate-every", "5")
 # Ranks (of two stages), config, arguments; with a name that says which of them are started under torchrun.
 CASES: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
@@ -34,10 +33,10 @@ def test_training_is_bit_identical(observed: Observed) -> None:
     observed.probe.check_identical()
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.repeated] if number else []) for number, case in enumerate(CASES)]
-)
+@pytest.mark.repeated
+@pytest.mark.parametrize("case", CASES)
 def test_training_is_bit_identical_in_other_ways_to_train(case: str, tmp_path: Path) -> None:
+    """`make test` has them where something else is looked at too: test_stragglers.py, test_life.py."""
     ranks, config, arguments = CASES[case]
     do = [("nothing", "plan 1 for"), ("end", "+20")]
     job = Probe(tmp_path, perseus_block(tmp_path / "out", 2), do, arguments, ranks, config)

@@ -60,12 +60,12 @@ def test_enable_by_hand_a_changed_number_of_microbatches_and_a_failure_of_ours(t
     by_hand.check_identical()
 
 
-def test_a_number_of_microbatches_that_changes_with_every_step(tmp_path: Path) -> None:
+def test_evaluation_and_a_number_of_microbatches_that_changes_with_every_step(tmp_path: Path) -> None:
     job = Probe(
         tmp_path,
         perseus_block(tmp_path / "out", 2),
         [*(("nothing", f"plan {number} for") for number in range(1, 5)), ("end", "+40")],
-        ("--batches-from", "2,5"),
+        ("--batches-from", "2,5", "--evaluate-every", "5"),
     )
     done = job.run().check()
     for count in range(2, 6):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.launching import REPOSITORY, Probe, perseus_block
+from tests.e2e.launching import MIXED, REPOSITORY, Probe, perseus_block
 
 pytestmark = pytest.mark.e2e
 
@@ -32,15 +32,16 @@ def slow_job(
     slowdown: float,
     do: Sequence[tuple[str, str]],
     last_s: float = 0.016,
+    config: dict[str, Any] | None = None,
 ) -> Probe:
     """A job in which the GPU of a rank is slow for a while: plans may take no longer than full clocks but for that.
 
-    `last_s` is the last stage's forward, beside 0.012 s of the first.
+    `last_s` is the last stage's forward, beside 0.012 s of the first, `config` what else DeepSpeed is told.
     """
     times = {"forward_time_s": [0.012, last_s], "backward_time_s": [0.024, 2 * last_s]}
     stragglers = {"threshold": 0.1, "min_interval_s": 1.0, **stragglers}
     block = perseus_block(folder / "out", 2, stragglers=stragglers, emulation=times, slowdown=0.0)
-    job = Probe(folder, block, do, ("--at", str(rank), "--slowdown", str(slowdown)), ranks)
+    job = Probe(folder, block, do, ("--at", str(rank), "--slowdown", str(slowdown)), ranks, config or {})
     job.run(PYTHONPATH=str(REPOSITORY)).check()
     return job
 
@@ -78,10 +79,11 @@ def check_answered(job: Probe, begin: str, end: str, then: str = "end") -> dict[
 
 
 def test_a_slow_replica_is_answered_when_it_is_seen_and_when_it_is_reported(tmp_path: Path) -> None:
-    """Reported on the command line, when the GPU has recovered; taken back from Python."""
+    """Reported on the command line, when the GPU has recovered; taken back from Python. Mixed precision, ZeRO-1."""
     seen = [("slow", A_WHILE), ANSWERED, ("recover", A_WHILE), BACK]
     reported = [("report", A_WHILE), ANSWERED, ("take-back", A_WHILE), BACK]
-    job = slow_job(tmp_path, 4, {"detect": True}, 3, 1.25, [PLANNED, *seen, *reported, ("end", A_WHILE)])
+    do = [PLANNED, *seen, *reported, ("end", A_WHILE)]
+    job = slow_job(tmp_path, 4, {"detect": True}, 3, 1.25, do, config=MIXED)
     check_answered(job, "slow", "recover", "report")
     figures = check_answered(job, "report", "take-back")
     assert figures["detections"] >= 1

@@ -31,6 +31,9 @@ Stage = Annotated[int, Interval(ge=0, le=MOST_STAGES)]
 Time = Annotated[float, Interval(ge=0, le=MOST_S)]
 PositiveTime = Annotated[float, Interval(gt=0, le=MOST_S)]
 Power = Annotated[float, Interval(ge=0, le=MOST_W)]
+Moment = Annotated[float, Interval(ge=-MOST_S, le=MOST_S)]
+"""Since another one, or from one to another: two clocks that are not quite the same may make that negative."""
+Ratio = Annotated[float, Interval(ge=1 / MOST_S, le=MOST_S)]
 PositiveEnergy = Annotated[float, Gt(0)]
 
 

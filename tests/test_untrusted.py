@@ -14,7 +14,15 @@ import pytest
 from perseus_plugin.cli.simulation.description import load_description
 from perseus_plugin.config import load_config, parse_config
 from perseus_plugin.errors import ConfigError, PerseusError, PlanError, ProfileError
-from perseus_plugin.exchange.messages import News, Placement, PlanPart, RankEstimate, receive
+from perseus_plugin.exchange.messages import (
+    IterationDurations,
+    News,
+    PaceOf,
+    Placement,
+    PlanPart,
+    RankEstimate,
+    receive,
+)
 from perseus_plugin.exchange.store import ExchangeError, StoreExchange
 from perseus_plugin.files import parse_json, parse_yaml, read_bytes
 from perseus_plugin.planning.curve import load_curve
@@ -169,6 +177,13 @@ def test_nonsense_in_the_store_is_an_exchange_error(text: str) -> None:
 
 PLACE: dict[str, Any] = {"rank": 0, "world_size": 1, "stage": 0, "stages": 1, "replica": 0, "local_rank": 0}
 PLACE["device"] = "cpu"
+RAN: dict[str, Any] = {"number": 1, "schedule": "", "clocks_mhz": [0], "durations_s": [0.1], "starts_s": [0.0]}
+RAN["time_s"] = 1.0
+
+
+def test_figures_as_they_are_are_taken() -> None:
+    assert receive(Placement, PLACE).leads
+    assert receive(IterationDurations, RAN).durations_s == (0.1,)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +197,10 @@ PLACE["device"] = "cpu"
         (RankEstimate, {"placement": PLACE, "gpu": "", "estimate": {}, "constant_time_s": {"step": 1e30}}),
         (RankEstimate, {"placement": PLACE, "gpu": "", "estimate": {}, "constant_time_s": {"step": float("nan")}}),
         (RankEstimate, {"placement": PLACE, "gpu": "", "estimate": {}, "constant_time_s": {}, "switch_latency_s": -1}),
+        (PaceOf, {"pace": {1: 0.0}}),
+        (PaceOf, {"pace": {1: float("inf")}}),
+        (IterationDurations, {**RAN, "durations_s": [float("inf")]}),
+        (IterationDurations, {**RAN, "starts_s": [1e30]}),
         (PlanPart, {"version": 1, "schedule": "", "clocks_mhz": [10**9], "times_s": [1.0]}),
         (PlanPart, {"version": 1, "schedule": "", "clocks_mhz": [0], "times_s": [1.0]}),
         (PlanPart, {"version": 1, "schedule": "", "clocks_mhz": [1000], "times_s": [1e30]}),

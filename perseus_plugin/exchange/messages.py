@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perseus_plugin.bounds import Clock, ClockOrFull, Count, Power, Stage, Time
+from perseus_plugin.bounds import Clock, ClockOrFull, Count, Moment, Power, Ratio, Stage, Time
 from perseus_plugin.errors import validation_problem
 from perseus_plugin.exchange.client import ExchangeError
 from perseus_plugin.exchange.store import ANNOUNCED
@@ -217,12 +217,12 @@ class IterationDurations(_Message):
         time_s: of the whole iteration.
     """
 
-    number: int
+    number: Count
     schedule: str
     clocks_mhz: tuple[ClockOrFull, ...]
-    durations_s: tuple[float, ...]
-    starts_s: tuple[float, ...]
-    time_s: float
+    durations_s: tuple[Moment, ...]
+    starts_s: tuple[Moment, ...]
+    time_s: Moment
 
 
 class RankDurations(_Message):
@@ -305,7 +305,7 @@ class PaceOf(_Message):
     cent less, or more, than their clock says, always in the same way under one plan.
     """
 
-    pace: dict[int, float]
+    pace: dict[int, Ratio]
     rough: tuple[int, ...] = ()
 
 

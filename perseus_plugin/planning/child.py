@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from perseus_plugin import processes
@@ -100,20 +101,21 @@ class Child:
         except OSError as error:
             raise self._lost(error, limit_s) from error
 
-    def hear(self, limit_s: float = float("inf")) -> str:
+    def hear(self, limit_s: float = float("inf"), idle_s: float = float("inf")) -> str:
         """The next line that it writes.
 
         Args:
             limit_s: how long to wait for it.
+            idle_s: for how long it may take no processor time meanwhile: then it hangs, or has been stopped.
 
         Raises:
             ChildLostError: none has come.
         """
         deadline_s = time.monotonic() + limit_s
-        pieces = [self._buffer]
+        pieces, idle = [self._buffer], _Idle(self.pid, idle_s)
         try:
             while b"\n" not in pieces[-1]:
-                _wait(self._heard, select.POLLIN, deadline_s)
+                _wait(self._heard, select.POLLIN, deadline_s, idle)
                 pieces.append(os.read(self._heard.number, _PIECE))
                 if not pieces[-1]:
                     raise OSError("its output has ended")
@@ -144,7 +146,8 @@ class Child:
         """Why it is of no use any more; it is ended if it was not."""
         if isinstance(error, TimeoutError):
             self.end()
-            return ChildLostError(f"took longer than {limit_s:g} s and was ended")
+            why = str(error) or f"took longer than {limit_s:g} s"
+            return ChildLostError(f"{why} and was ended")
         with suppress(subprocess.TimeoutExpired):  # it ends, or will not
             status = self._process.wait(timeout=1.0)
             its_word = "" if self._quiet or status <= 0 else "; see its message above"
@@ -153,10 +156,35 @@ class Child:
         return ChildLostError(f"could not be reached any more: {error.strerror or error}")
 
 
-def _wait(descriptor: Descriptor, event: int, deadline_s: float) -> None:
+class _Idle:
+    """Watches whether a process takes any processor time."""
+
+    def __init__(self, pid: int, limit_s: float) -> None:
+        self._stat, self._limit_s = Path(f"/proc/{pid}/stat"), limit_s
+        self._ticks, self._idle_s, self._looked_s = [b""], 0.0, time.monotonic()
+
+    def look(self) -> None:
+        """Once a second or so.
+
+        Raises:
+            TimeoutError: it has taken none for too long.
+        """
+        with suppress(OSError):
+            ticks = self._stat.read_bytes().rpartition(b")")[2].split()[11:13]
+            now_s = time.monotonic()
+            # Time in which this process did not run either says nothing: a job may be suspended as a whole.
+            self._idle_s = 0.0 if ticks != self._ticks else self._idle_s + min(now_s - self._looked_s, 2.0)
+            self._ticks, self._looked_s = ticks, now_s
+        if self._idle_s > self._limit_s:
+            raise TimeoutError(f"took no processor time for {self._limit_s:g} s (it hangs, or somebody has stopped it)")
+
+
+def _wait(descriptor: Descriptor, event: int, deadline_s: float, idle: _Idle | None = None) -> None:
     waiter = select.poll()
     waiter.register(descriptor.number, event)
-    while not waiter.poll(1000):
+    while not waiter.poll(1e3 * min(1.0, max(0.0, deadline_s - time.monotonic()))):
         if time.monotonic() >= deadline_s:
             raise TimeoutError
+        if idle is not None:
+            idle.look()
         _ = descriptor.number  # ends a wait for what somebody has closed

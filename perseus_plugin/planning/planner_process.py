@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 PAUSES_S = (1.0, 5.0, 30.0, 120.0, 600.0)
 """Before it is started again, after it was lost once, twice, ... over one request."""
+IDLE_S = 60.0
+"""A planner at work takes processor time, however busy the machine is."""
 
 
 class PlannerProcess:
@@ -29,10 +31,13 @@ class PlannerProcess:
     Args:
         pauses_s: before each new start; with the last one used up, the request has failed.
         limit_s: how long a request may take; None: twice what ends its searches.
+        idle_s: for how long it may take no processor time over one.
     """
 
-    def __init__(self, pauses_s: Sequence[float] = PAUSES_S, limit_s: float | None = None) -> None:
-        self._pauses_s, self._limit_s = pauses_s, limit_s
+    def __init__(
+        self, pauses_s: Sequence[float] = PAUSES_S, limit_s: float | None = None, idle_s: float = IDLE_S
+    ) -> None:
+        self._pauses_s, self._limit_s, self._idle_s = pauses_s, limit_s, idle_s
         self._closing = threading.Event()
         self._starting = threading.Lock()
         self._child: Child | None = None
@@ -106,7 +111,7 @@ class PlannerProcess:
             limit_s = 2 * BRAKE_S.get(request.effort, max(BRAKE_S.values()))  # type: ignore[call-overload]
         try:
             child.tell(request.pieces(), limit_s)
-            line = child.hear(limit_s)
+            line = child.hear(limit_s, self._idle_s)
         except ChildLostError:
             self._child = None
             raise

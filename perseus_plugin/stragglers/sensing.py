@@ -19,6 +19,7 @@ from perseus_plugin.stragglers.detection import (
     iteration_slowdown,
 )
 
+_SANE = 1e-3  # an instruction that took less than this of its time was not timed
 _TOLD = 48  # iterations that a rank tells of
 _EVERY_S = 1.0
 _RANKS_TO_TELL, _RANKS_TO_LOOK = 256.0, 64.0  # once a second in jobs of so many ranks, more rarely in larger ones
@@ -100,7 +101,7 @@ class StragglerSensing:
         if newest > self._told_up_to and now_s >= self._tell_due_s:
             self._tell_due_s = now_s + _EVERY_S * max(1.0, place.world_size / _RANKS_TO_TELL)
             self._told_up_to = newest
-            paces = {number: round(pace, 5) for number, pace in self._own.items()}
+            paces = {number: round(pace, 5) for number, pace in self._own.items() if _SANE < pace < 1 / _SANE}
             told = PaceOf(pace=paces, rough=tuple(self._rough))
             self._exchange.publish(pace_key(place.replica, place.stage), told.model_dump())
         if now_s >= self._look_due_s and self._seems_slow:

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from perseus_plugin.iteration.graph import build_graph
-from perseus_plugin.iteration.instructions import Compute, Constant
+from perseus_plugin.iteration.instructions import Compute, Constant, StreamOp
 from perseus_plugin.iteration.replayed import InForce, Samples
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.plan import Plan, PlannedInstruction, PlannedWait, plan_from_json, plan_to_json
@@ -113,6 +113,34 @@ def test_who_waits_for_a_straggler_waits_at_a_low_clock(job: Job, stretch: float
     plan = planner.plan(Target.straggler(until_s))
     assert plan.energy_j == pytest.approx(energy_of(job, plan, until_s, latency_s), rel=1e-9)
     assert plan.energy_lower_bound_j <= plan.energy_j <= plan.baseline_energy_j * (1 + 1e-12)
+
+
+@settings(max_examples=60)
+@given(waiting_jobs(), st.floats(0, 0.3), LATENCIES_S, st.sampled_from([0.001, 0.1]), st.booleans(), st.booleans())
+def test_no_clock_is_lowered_in_work_that_is_no_wait(
+    job: Job, slowdown: float, latency_s: float, load_s: float, ends_together: bool, loads_late: bool
+) -> None:
+    def loading(stage: int, op: StreamOp) -> list[StreamOp]:
+        loads = isinstance(op, Compute) and op.kind == "forward" and stage in (0, len(job.streams) - 1)
+        return ([op, Constant("load")] if loads_late else [Constant("load"), op]) if loads else [op]
+
+    streams = [
+        [*(one for op in stream for one in loading(stage, op)), Constant("tidy"), Constant("step", ends_together)]
+        for stage, stream in enumerate(job.streams)
+    ]
+    constants = {(s, name): load_s for s in range(len(streams)) for name in ("load", "tidy", "step")}
+    graph = build_graph(streams, constants, job.latency_s)
+    planner = Planner(graph, job.profile, blocking_power_w=0.0, switch_latency_s=latency_s)
+    plan = planner.plan(Target.slowdown(slowdown))
+    assert plan.energy_j == pytest.approx(energy_of(job, plan, plan.iteration_time_s, latency_s), rel=1e-9)
+    start, finish = graph.times(planner.problem.planned_s(clocks_of(plan, graph)))
+    for stage, nodes in enumerate(graph.stage_nodes):
+        step = int(nodes[-1])
+        if ends_together:  # it begins when the last stage is there
+            start[step], finish[step] = plan.iteration_time_s - load_s, plan.iteration_time_s
+        for wait in plan.waits_of(stage):
+            for node in nodes[graph.is_constant[nodes]].tolist():
+                assert finish[node] <= wait.start_s + 1e-9 or wait.finish_s <= start[node] + 1e-9
 
 
 @settings(max_examples=60)

@@ -33,6 +33,7 @@ from perseus_plugin.profiling.observations import Tick
 from perseus_plugin.session.tap import InstructionTap
 
 _ROUNDS = 3  # of pattern and steady runs in turns, so that a GPU that warms up does not tell them apart
+_POWER_S = 1.0  # for how long the instantaneous power is watched
 _LONGEST_WAIT_S = 10.0
 
 
@@ -299,7 +300,7 @@ def _power_period_ms(subject: Subject) -> float | None:
     if not isinstance(gpu, PowerReader):
         return None
     readings: list[tuple[float, float]] = []
-    end_s = time.monotonic() + 1.0
+    end_s = time.monotonic() + _POWER_S
     while time.monotonic() < end_s:
         bench.queue(FORWARD)
         queued_s = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import typer
@@ -12,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from benchmarks.verified_gpus import table
 from perseus_plugin.cli import verify as verify_module
-from perseus_plugin.cli.verification import peers
+from perseus_plugin.cli.verification import measuring, peers, running
 from perseus_plugin.cli.verification.result import Verification, load_verification
 from perseus_plugin.cli.verify import verify
 from perseus_plugin.control.ownership import LOCK_DIR_VARIABLE
@@ -22,10 +23,6 @@ from perseus_plugin.gpus.emulated.state import NO_COUNTER, NO_PERMISSION
 from tests.cli.verification import fake_cuda
 from tests.nvml_simulator.building import environment
 
-# Who holds a GPU is looked for on the whole machine: no two of these at once.
-pytestmark = pytest.mark.xdist_group("nvml helpers")
-
-UUID = "GPU-77777777-1111-2222-3333-444444444444"
 ROOT = Path(__file__).parents[3]
 KEPT = sorted((ROOT / "docs" / "evidence").glob("*.json"))
 
@@ -33,7 +30,7 @@ KEPT = sorted((ROOT / "docs" / "evidence").glob("*.json"))
 def run(*arguments: str) -> Result:
     app = typer.Typer()
     app.command()(verify)
-    return CliRunner().invoke(app, ["--minutes", "0.04", *arguments])
+    return CliRunner().invoke(app, ["--minutes", "0.03", *arguments])
 
 
 @pytest.fixture(autouse=True)
@@ -42,16 +39,21 @@ def _short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(verify_module, "TIMES_S", {"forward": 0.005, "backward": 0.010})
     monkeypatch.setattr(verify_module, "_ROUNDS", 1)
+    monkeypatch.setattr(measuring, "_ROUNDS", 1)
+    monkeypatch.setattr(measuring, "_POWER_S", 0.1)
+    monkeypatch.setattr(running, "_CHANGES", 6)
 
 
 @pytest.fixture
 def real(tmp_path: Path, simulated_nvml: Path, monkeypatch: pytest.MonkeyPatch) -> EmulatedGpu:
     """A GPU behind the simulated driver, which torch sees, too."""
-    gpu = EmulatedGpu.create(tmp_path / "gpu", uuid=UUID)
+    # Who holds a GPU is looked for on the whole machine, where the same test may run beside this.
+    uuid = f"GPU-{uuid4()}"
+    gpu = EmulatedGpu.create(tmp_path / "gpu", uuid=uuid)
     ctypes.CDLL(str(simulated_nvml))
     for name, value in environment(simulated_nvml, [gpu.state.path]).items():
         monkeypatch.setenv(name, value)
-    fake_cuda.install(monkeypatch, UUID.removeprefix("GPU-"))
+    fake_cuda.install(monkeypatch, uuid.removeprefix("GPU-"))
 
     def refuse(backend: str, devices: tuple[str, str], seconds: float) -> tuple[float, float]:
         raise GpuError(f"{backend}: Duplicate GPU detected: {' and '.join(devices)}")
@@ -108,7 +110,7 @@ def test_a_real_gpu_is_only_read(real: EmulatedGpu, tmp_path: Path) -> None:
 def test_clocks_that_were_set_are_free_at_the_end(real: EmulatedGpu, tmp_path: Path) -> None:
     result = run("--set-clocks", "-o", str(tmp_path / "verify.json"))
     assert result.exception is None, result.output
-    assert len(load_verification(tmp_path / "verify.json").switches) == 12
+    assert len(load_verification(tmp_path / "verify.json").switches) == 12, result.output
     assert {1410, 705} < {event.mhz for event in real.events()}
     assert real.locked_mhz() is None
 

@@ -142,7 +142,7 @@ class SessionWorker:
         self._plans_since: int | None = None
         self._requests = 0
         self._deviations = 0
-        self._changed_outside = self._below = False
+        self._changed_outside = self._below = self._paused = False
         self._read_failure: tuple[float, str] | None = None
         self._stats = RankStats(placement=placement, totals={})
         self._stats_due_s = 0.0
@@ -339,8 +339,12 @@ class SessionWorker:
                     self._read_failure = (monotonic(), event.text)
                 case wire.Trouble(code="read_again"):
                     logger.info("%s: energy is measured as before", event.text)
-                case wire.Trouble(code="paused" | "freed"):
-                    logger.info("%s", event.text)
+                case wire.Trouble(code="freed"):
+                    logger.warning("%s; nothing needs to be done", event.text)
+                case wire.Trouble(code="paused"):
+                    if not self._paused:
+                        self._paused = True
+                        logger.warning("%s; nothing needs to be done, and said once", event.text)
                 case wire.Trouble(code="started_again"):
                     logger.warning("%s. If that one ends as well, training goes on at full clocks", event.text)
                 case wire.Trouble():

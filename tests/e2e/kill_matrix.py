@@ -52,8 +52,8 @@ class Combination:
 
     @property
     def is_told(self) -> bool:
-        """Whether somebody has to say something."""
-        return self.who == HELPER or (self.who == TRAINER and not self.job_ends and self.phase != "warm-up")
+        """Whether somebody has to say something; a plan's clock rises by itself at its instruction's end."""
+        return self.who == HELPER or (self.who == TRAINER and not self.job_ends and self.phase == "sweep")
 
 
 def combinations(who: str | None, name: str | None, phase: str | None) -> Iterator[Combination]:

@@ -510,9 +510,11 @@ def test_a_helper_that_was_started_again_is_told_and_the_plan_goes_on(
     rank = ranks()
     rank.helper.events += [
         wire.Trouble("started_again", "it ended, and a second helper sets it as before", 0.0),
-        wire.Trouble("paused", "the training process was stopped: its SM clock is free until it goes on", 0.0),
+        *[wire.Trouble("paused", "the training process was stopped: its SM clock is free until it goes on", 0.0)] * 2,
+        wire.Trouble("freed", "the SM clock is free after all", 0.0),
     ]
-    assert came_true(lambda: "was stopped" in heard.text)
+    assert came_true(lambda: "the SM clock is free after all" in heard.text)
+    assert heard.text.count("was stopped: its SM clock is free until it goes on; nothing needs to be done") == 1
     assert "a second helper sets it as before. If that one ends as well, training goes on at full clocks" in heard.text
     assert not rank.failures
     assert rank.exchange.fetch(TROUBLE) is None

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from perseus_plugin._version import __version__
 from perseus_plugin.cli.targets import DEFAULT_ZEUSD_SOCKET, Target, gpu_targets
-from perseus_plugin.errors import ConfigError, GpuError, PerseusError
+from perseus_plugin.errors import ConfigError, GpuError
 from perseus_plugin.files import write_atomically
 from perseus_plugin.gpus.emulated.device import DEFAULT_TICK_S, EmulatedGpu
 from perseus_plugin.gpus.registry import EMULATED, open_gpu
@@ -101,8 +101,8 @@ def measure(subject: Subject, seconds: float, set_clocks: bool, say: Callable[[s
         say(f"{name}: about {max(share * seconds, 1):.0f} s")
         try:
             return run(subject, share * seconds)
-        except (PerseusError, RuntimeError) as error:
-            missing[name] = str(error).splitlines()[0]
+        except Exception as error:  # on a GPU that nobody has seen yet: one figure must not cost the others
+            missing[name] = (str(error) or repr(error)).splitlines()[0]
             return None
 
     gpu, supported = subject.gpu, subject.gpu.supported_clocks_mhz()

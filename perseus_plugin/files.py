@@ -31,6 +31,7 @@ ModelT = TypeVar("ModelT", bound="BaseModel")
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _MODE = 0o666  # less what the user's umask takes away
 MOST_BYTES = 256 * 2**20
+_PIECE = 1 << 20
 _MOST_DEPTH = 64
 _MOST_NODES = 100_000
 _TOO_DEEP = f"nested more than {_MOST_DEPTH} deep"
@@ -250,11 +251,13 @@ def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
         ValueError: it is larger.
     """
     with os.fdopen(open_file(Path(path), os.O_RDONLY), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        data = file.read(most + 1) if size <= most else b""
-    if size > most or len(data) > most:
+        size, pieces = os.fstat(file.fileno()).st_size, [b""]
+        while size <= most and (piece := file.read(_PIECE)):
+            pieces.append(piece)
+            size = max(size, sum(map(len, pieces)))
+    if size > most:
         raise ValueError(f"it has more than {most} bytes, the most that is read of such a file")
-    return data
+    return b"".join(pieces)
 
 
 def read_text(path: Path | str, most: int = MOST_BYTES) -> str:
@@ -334,7 +337,7 @@ def _too_deep(data: bytes) -> bool:
     return True
 
 
-def read_model(path: Path | str, model: type[ModelT], refusal: type[PerseusError]) -> ModelT:
+def read_model(path: Path | str, model: type[ModelT], refusal: type[PerseusError], most: int = MOST_BYTES) -> ModelT:
     """Read a JSON file of this package's, or one that is to be like it.
 
     Raises:
@@ -343,7 +346,7 @@ def read_model(path: Path | str, model: type[ModelT], refusal: type[PerseusError
     from pydantic import ValidationError
 
     try:
-        return model.model_validate_json(read_bytes(path))
+        return model.model_validate_json(read_bytes(path, most))
     except ValidationError as error:
         raise refusal(f"{path}: {validation_problem(error, model)}") from error
     except (OSError, ValueError) as error:

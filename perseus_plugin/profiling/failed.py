@@ -56,5 +56,5 @@ def load_failure(fingerprint: Fingerprint, folder: Path) -> str:
     path = folder / FILE
     if not path.exists():
         return ""
-    file = read_model(path, _FailedFile, ProfileError)
+    file = read_model(path, _FailedFile, ProfileError, 2**22)
     return f"{file.reason} (found on {file.date})" if file.fingerprint == fingerprint else ""

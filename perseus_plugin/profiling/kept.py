@@ -78,7 +78,7 @@ def read_survey(folder: Path) -> tuple[Survey, Fingerprint] | None:
     path = folder / "profile.json"
     if not path.exists():
         return None
-    file = read_model(path, _ProfileFile, ProfileError)
+    file = read_model(path, _ProfileFile, ProfileError, 2**22)
     survey = Survey(
         load_profile(folder / "profile.csv"),
         file.blocking_power_w,

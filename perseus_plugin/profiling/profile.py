@@ -213,7 +213,7 @@ def load_profile(
     """
     path = Path(path)
     try:
-        text = read_text(path)
+        text = read_text(path, 2**26)
     except (OSError, ValueError) as error:
         raise ProfileError(f"{path}: cannot read the profile: {error}") from error
     reader = csv.DictReader(io.StringIO(text), restkey="__extra__", strict=True)

@@ -72,7 +72,7 @@ def load_record(output_dir: Path, rank: int) -> RankRecord:
 
 def _samples(output_dir: Path, rank: int) -> tuple[Sample, ...]:
     path = samples_path(output_dir, rank)
-    return load_samples(path) if path.exists() else ()
+    return load_samples(path) if path.is_file() else ()
 
 
 def _parsed(model: type[ModelT], line: str, where: str) -> ModelT:
@@ -108,16 +108,24 @@ def series(records: Mapping[int, RankRecord], world_size: int) -> Series | None:
     if 0 not in records or not records[0].stretches:
         return None
     stretches = records[0].stretches
-    count = max(stretch.first + stretch.count for stretch in stretches)
-    energy_j = np.full(count, 0.0 if len(records) == world_size else math.nan)
+    # Pieces within which no rank's figure changes: there may be far more iterations than stretches.
+    everywhere = [stretch for record in records.values() for stretch in record.stretches]
+    edges = np.unique([edge for s in everywhere for edge in (s.first, s.first + s.count)])
+    counts = np.diff(edges).astype(np.float64)
+
+    def pieces(stretch: Stretch) -> slice:
+        begin, end = np.searchsorted(edges, (stretch.first, stretch.first + stretch.count))
+        return slice(int(begin), int(end))
+
+    energy_j = np.full(len(counts), 0.0 if len(records) == world_size else math.nan)
     for record in records.values():
-        of_rank = np.full(count, math.nan)
+        of_rank = np.full(len(counts), math.nan)
         for stretch in record.stretches:
-            of_rank[stretch.first : stretch.first + stretch.count] = stretch.energy_j
+            of_rank[pieces(stretch)] = stretch.energy_j
         energy_j += of_rank
-    return Series(stretches, np.array([_mean(energy_j[s.first : s.first + s.count]) for s in stretches]))
+    return Series(stretches, np.array([_mean(energy_j[pieces(s)], counts[pieces(s)]) for s in stretches]))
 
 
-def _mean(values: FloatArray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
+def _mean(values: FloatArray, counts: FloatArray) -> float:
+    known = ~np.isnan(values)
+    return float(np.average(values[known], weights=counts[known])) if known.any() else math.nan

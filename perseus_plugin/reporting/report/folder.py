@@ -186,6 +186,8 @@ def _read(folder: JobFolder, name: str, started_s: float, read: Callable[[Path],
         if lacking:
             folder.missing.append(f"{name} is not there: {lacking}")
         return None
+    if not path.is_file():  # somebody's pipe would keep us waiting
+        raise ReportError(f"{path}: is no file; remove it")
     written_s = path.stat().st_mtime
     if written_s < started_s - 1:
         folder.missing.append(f"{name} is of an earlier run and left out: {lacking}")
@@ -236,7 +238,7 @@ def _read_records(folder: JobFolder) -> None:
     ranks = []
     for file in (folder.path / FOLDER).glob("rank-*.jsonl"):
         number = file.name.removeprefix("rank-").removesuffix(".jsonl")
-        if number.isdigit():
+        if number.isdigit() and file.is_file():
             ranks.append(int(number))
             folder.written_s = max(folder.written_s, file.stat().st_mtime)
     records = {rank: load_record(folder.path, rank) for rank in sorted(ranks)}

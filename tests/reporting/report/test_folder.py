@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -285,3 +286,33 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         load_folder(tmp_path)
     with pytest.raises(ReportError, match="is no folder"):
         load_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "profile.json", "events.jsonl", "summary.json"])
+def test_a_pipe_in_place_of_a_file_is_named_and_not_waited_for(job: Job, name: str) -> None:
+    (job.folder / name).unlink(missing_ok=True)
+    os.mkfifo(job.folder / name)
+    with pytest.raises(ReportError, match="is no file"):
+        load_folder(job.folder)
+
+
+def test_a_pipe_in_place_of_a_record_is_none(job: Job) -> None:
+    for path in (record_path(job.folder, 1), samples_path(job.folder, 0)):
+        path.unlink()
+        os.mkfifo(path)
+    found = load_folder(job.folder)
+    assert 1 not in found.records
+    assert found.records[0].samples == ()
+
+
+def test_a_record_that_claims_a_hundred_million_iterations_takes_no_memory_for_them(job: Job) -> None:
+    path = record_path(job.folder, 1)
+    with path.open("a") as file:
+        row = {"first": 10**8, "count": 10**8, "begin_s": 0.0, "time_s": 1.0, "energy_j": 5.0, "state": "full"}
+        file.write(json.dumps(row) + "\n")
+    tracemalloc.start()
+    found = load_folder(job.folder).series()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found is not None
+    assert most < 50e6

@@ -253,8 +253,8 @@ class ClockHelper:
         self._alive = False
         with self._lock:
             self._close_inlet()  # a helper that still runs resets the clock and ends
-        self._ready.set()
         self._clear_up(process, end)
+        self._ready.set()  # who waits for that finds out why it will not be
         for ended in (process, self._rescuer):
             if ended is not None:
                 with suppress(subprocess.TimeoutExpired):

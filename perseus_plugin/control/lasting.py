@@ -18,6 +18,7 @@ class LastingHelper:
         self._helper = self._started(0.0)
         self._lock = threading.Lock()
         self._second = self._over = False
+        self._told: list[Event] = []
         self._end: Trouble | None = None  # of the first helper, while the second is not ready yet
         self._asked: tuple[int | None] | None = None
         self._rounds = 0
@@ -31,8 +32,13 @@ class LastingHelper:
         return cls(spec, min_dwell_s, gives_way)
 
     def wait_ready(self, timeout_s: float) -> DeviceFacts | None:
-        """See `ClockHelper.wait_ready`."""
-        return self._helper.wait_ready(timeout_s)
+        """See `ClockHelper.wait_ready`; of the second helper, where the first has ended before."""
+        facts = self._helper.wait_ready(timeout_s)
+        if facts is None and not self._second:
+            self._told += self.drain()
+            if self._second:
+                facts = self._helper.wait_ready(timeout_s)
+        return facts
 
     def request(self, frequency_mhz: int | None, apply_at_s: float = 0.0) -> None:
         """See `ClockHelper.request`."""
@@ -71,7 +77,7 @@ class LastingHelper:
 
     def drain(self) -> list[Event]:
         """See `ClockHelper.drain`; here the second helper is started, so it is to be called now and then."""
-        told: list[Event] = []
+        told, self._told = self._told, []
         for event in self._helper.drain():
             if isinstance(event, SwitchLatency):
                 self._rounds = 0
@@ -104,7 +110,7 @@ class LastingHelper:
 
     def _may_start_again(self) -> bool:
         facts = self._helper.wait_ready(0.0)
-        return facts is not None and facts.can_lock and not (self._second or self._over)
+        return (facts is None or facts.can_lock) and not (self._second or self._over)
 
     def _start_again(self) -> None:
         helper = self._started(self._latency_s)

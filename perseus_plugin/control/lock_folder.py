@@ -24,7 +24,7 @@ def lock_folder() -> Path:
 
     It is the same for all jobs, so not in the job's own TMPDIR. One that cannot be trusted or used is said, once, and
     the next one is taken: what PERSEUS_LOCK_DIR says, `/run/perseus` (root) or `$XDG_RUNTIME_DIR/perseus` (others),
-    `/tmp/perseus-UID`.
+    `/tmp/perseus-UID`, `~/.cache/perseus`.
 
     Raises:
         GpuError: there is none.
@@ -52,6 +52,9 @@ def _candidates() -> Iterator[tuple[Path, bool]]:
     elif Path(runtime).is_absolute():
         yield Path(runtime) / "perseus", False  # batch jobs often have the variable, but not the folder
     yield Path(f"/tmp/perseus-{user}"), True
+    home = Path("~").expanduser() if "HOME" in os.environ else Path()
+    if home.is_absolute():
+        yield home / ".cache" / "perseus", True
 
 
 def _problem(folder: Path) -> str:

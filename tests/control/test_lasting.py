@@ -57,6 +57,20 @@ def test_a_second_helper_takes_up_what_the_first_one_did(lasting: LastingHelper,
     wait_until(lambda: gpu.locked_mhz() == 1005)
 
 
+def test_one_that_ends_while_it_starts_is_started_again(spec: str) -> None:
+    helper = LastingHelper.start(spec)
+    kill_at_once(helper, signal.SIGKILL)
+    facts = helper.wait_ready(20)
+    assert facts is not None
+    assert facts.can_lock
+    assert wait_for_event(helper, Trouble).code == "started_again"
+    helper.close()
+
+
+def kill_at_once(helper: LastingHelper, number: int) -> None:
+    os.kill(helper._helper.pid or 0, number)
+
+
 def test_a_timing_that_the_first_one_has_not_ended_is_done_by_the_second(lasting: LastingHelper) -> None:
     lasting.measure_latency(4)
     kill(lasting, signal.SIGKILL)

@@ -47,7 +47,8 @@ def test_other_users_have_a_folder_of_their_own(folders: Path, monkeypatch: pyte
     for folder in (runtime, runtime / "perseus"):
         folder.mkdir(0o700)
         os.chown(folder, NOBODY, NOBODY)
-    assert [folder for folder, _ in module._candidates()] == [home]
+    monkeypatch.setenv("HOME", str(folders / "home"))
+    assert [folder for folder, _ in module._candidates()] == [home, folders / "home" / ".cache" / "perseus"]
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     assert lock_folder() == runtime / "perseus"
 

@@ -89,6 +89,8 @@ class Run:
             self._send(pid)
             self._watch_clock()
             if self._one.signal == "STOP":
+                if self._one.who == HELPER:
+                    came_true(lambda: self._is_told(job, before), 30)
                 self._goes_on(pid)
             if not self._one.job_ends:
                 came_true(lambda: self._is_told(job, before), 30)

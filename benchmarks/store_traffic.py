@@ -28,6 +28,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,11 @@ class Host:
         """One more connection."""
         return TCPStore("127.0.0.1", self.port, is_master=False, wait_for_workers=False)
 
+    def clients(self, count: int) -> list[TCPStore]:
+        """So many; torch takes a while for each."""
+        with ThreadPoolExecutor(64) as pool:
+            return list(pool.map(lambda _: self.client(), range(count)))
+
 
 @contextmanager
 def host() -> Iterator[Host]:
@@ -137,7 +143,7 @@ class Rank:
 
     def __init__(self, store: Counting, rank: int, ranks: int, node: str, folder: Path) -> None:
         self.store = store
-        self.exchange = StoreExchange(store, "p", rank, node)
+        self.exchange = StoreExchange(StoreClient(store, "p"), rank, node)
         where = Placement(
             rank=rank,
             world_size=ranks,
@@ -203,7 +209,7 @@ def counted(ranks: int, nodes: int, seconds: float) -> dict[tuple[str, int], flo
     with host() as served, tempfile.TemporaryDirectory() as folder:
         StoreClient(served.client(), "p").count("nodes", ranks // PER_NODE - nodes)
         first = Counting(served.client())
-        lead = StoreExchange(first, "p", 0)
+        lead = StoreExchange(StoreClient(first, "p"))
         job = secrets.token_hex(8)
         made = [
             Rank(Counting(served.client()), PER_NODE + rank, ranks, f"{job}/{rank // PER_NODE}", Path(folder))
@@ -236,8 +242,8 @@ def replayed(per_node_hz: dict[tuple[str, int], float], ranks: int, seconds: flo
     """The store's share of a core when all machines ask as one does, calls per second, and how many connections."""
     nodes = ranks // PER_NODE
     with host() as served:
-        first = served.client()
-        clients = [first, *(first.clone() for _ in range(nodes - 1))]
+        clients = served.clients(nodes)
+        first = clients[0]
         first.set("k", b"x" * 1024)
         turns = [(sort, nodes * hz) for sort, hz in per_node_hz.items()]
         done = 0
@@ -275,10 +281,10 @@ def call(client: TCPStore, name: str, size: int) -> None:
 def start(rank: int, ranks: int, store: Any, calls: list[int]) -> None:
     """What one rank does until training begins."""
     asked = Counting(store)
-    lobby = StoreClient(asked, "perseus/1")
-    session = meet(lobby, rank, ranks, 300.0)
-    lobby.close()
-    exchange = StoreExchange(asked, f"perseus/1/{session}", rank, f"{session}/{rank // PER_NODE}")
+    client = StoreClient(asked, "perseus/1")
+    session = meet(client, rank, ranks, 300.0)
+    client.enter(session)
+    exchange = StoreExchange(client, rank, f"{session}/{rank // PER_NODE}")
     exchange.tell(facts_key(rank), RankFacts(stage=rank % STAGES, facts={"gpu": "A100" * 20}).model_dump())
     if rank == 0:
         assert len(wait_for(exchange.told, [facts_key(one) for one in range(ranks)], 300.0)) == ranks
@@ -292,7 +298,8 @@ def start(rank: int, ranks: int, store: Any, calls: list[int]) -> None:
 def start_some(port: int, first: int, count: int, ranks: int, told: Any) -> None:
     """Some of the ranks, as threads."""
     calls: list[int] = []
-    stores = [TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False) for _ in range(count)]
+    with ThreadPoolExecutor(64) as pool:
+        stores = list(pool.map(lambda _: TCPStore("127.0.0.1", port, wait_for_workers=False), range(count)))
     threads = [threading.Thread(target=start, args=(first + one, ranks, stores[one], calls)) for one in range(count)]
     for thread in threads:
         thread.start()
@@ -333,6 +340,7 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=8, help="that the ranks which start are threads of")
     arguments = parser.parse_args()
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of the processes that are started
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     logging.getLogger("perseus_plugin").setLevel(logging.ERROR)
     table([("ranks", "calls per rank and second", "calls per second", "connections", "of a core"), ("---",) * 5])

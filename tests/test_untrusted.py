@@ -14,6 +14,7 @@ import pytest
 from perseus_plugin.cli.simulation.description import load_description
 from perseus_plugin.config import load_config, parse_config
 from perseus_plugin.errors import ConfigError, PerseusError, PlanError, ProfileError
+from perseus_plugin.exchange.client import ExchangeError, StoreClient
 from perseus_plugin.exchange.messages import (
     IterationDurations,
     News,
@@ -23,7 +24,6 @@ from perseus_plugin.exchange.messages import (
     RankEstimate,
     receive,
 )
-from perseus_plugin.exchange.store import ExchangeError, StoreExchange
 from perseus_plugin.files import parse_json, parse_yaml, read_bytes
 from perseus_plugin.planning.curve import load_curve
 from perseus_plugin.planning.plan import load_plan, plan_from_json
@@ -170,7 +170,7 @@ class Store:
 
 @pytest.mark.parametrize("text", [nested(100_000), nested(500), DIGITS, "\0", "{"])
 def test_nonsense_in_the_store_is_an_exchange_error(text: str) -> None:
-    exchange = StoreExchange(Store(text.encode()), "prefix")
+    exchange = StoreClient(Store(text.encode()), "prefix")
     with pytest.raises(ExchangeError, match="is not valid JSON"):
         exchange.fetch("key")
 

@@ -27,6 +27,10 @@ class ExchangeError(PerseusError):
     """The store does not answer, or holds something that is not ours."""
 
 
+class UnansweredError(ExchangeError):
+    """The store's host is there and does not answer."""
+
+
 class StoreClient:
     """Small JSON values under keys of our own prefix, and lists of them; may be used from any thread.
 
@@ -45,7 +49,7 @@ class StoreClient:
 
     def __init__(self, store: Any, prefix: str, limit_s: float = CALL_LIMIT_S) -> None:
         self._prefix, self._limit_s = prefix, limit_s
-        self._lost = ""
+        self._closed, self._unanswered = False, ""
         self._taken: dict[str, int] = {}
         self._missing_since_s: dict[str, float] = {}
         self._calls: _Calls = queue.SimpleQueue()
@@ -53,6 +57,10 @@ class StoreClient:
         self._thread.start()
         # At the interpreter's end too: a thread that comes out of torch then aborts the process.
         self._end = weakref.finalize(self, _end, self._thread, self._calls)
+
+    def enter(self, name: str) -> None:
+        """All keys are below this one from now on."""
+        self._prefix = f"{self._prefix}/{name}"
 
     def publish(self, key: str, value: Any) -> None:
         """Set a JSON-serialisable value; the last one wins."""
@@ -105,7 +113,7 @@ class StoreClient:
     def close(self) -> None:
         """Let the thread end, once it has done what was asked of it before; idempotent."""
         self._end()
-        self._lost = self._lost or "our client of it is closed"
+        self._closed = True
 
     def _is_lost(self, key: str) -> bool:
         """Whether this place in a list has been empty for so long that it will stay so."""
@@ -121,15 +129,17 @@ class StoreClient:
 
     def _call(self, doing: str, method: str, *arguments: Any) -> Any:
         answer: Future[Any] = Future()
-        if not self._lost:
+        if not (self._closed or self._unanswered):
             self._calls.put((answer, method, arguments))
             try:
                 return answer.result(self._limit_s)
             except NotInTime:
-                self._lost = f"its host has not answered for {self._limit_s:g} s"
+                self._unanswered = f"its host has not answered for {self._limit_s:g} s"
             except Exception as error:
                 raise ExchangeError(f"cannot {doing} the job's store: {error}") from error
-        raise ExchangeError(f"cannot {doing} the job's store: {self._lost}")
+        if self._unanswered:
+            raise UnansweredError(f"cannot {doing} the job's store: {self._unanswered}")
+        raise ExchangeError(f"cannot {doing} the job's store: our client of it is closed")
 
     def _key(self, key: str) -> str:
         return f"{self._prefix}/{key}"

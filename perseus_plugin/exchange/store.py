@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Protocol
 
-from perseus_plugin.exchange.client import CALL_LIMIT_S, ExchangeError, StoreClient
+from perseus_plugin.exchange.client import ExchangeError, StoreClient
 from perseus_plugin.exchange.node import Message, Node
 
 ANNOUNCED = ("news", "trouble", "reuse", "calibration")
@@ -104,15 +104,13 @@ class StoreExchange:
     """An exchange over a `torch.distributed` store.
 
     Args:
-        store: the job's store.
-        prefix: put before every key.
+        client: of the job's store; closed with the exchange.
         rank: this one, in the whole job.
         node: a name for this job's ranks to find those on their machine by, see `Node`; empty: each by itself.
-        limit_s: until a call to the store must be answered.
     """
 
-    def __init__(self, store: Any, prefix: str, rank: int = 0, node: str = "", limit_s: float = CALL_LIMIT_S) -> None:
-        self._client, self._rank = StoreClient(store, prefix, limit_s), rank
+    def __init__(self, client: StoreClient, rank: int = 0, node: str = "") -> None:
+        self._client, self._rank = client, rank
         self._lock = threading.Lock()
         self._told: dict[str, Any] = {}
         self._heard: dict[str, Any] = {}
@@ -395,12 +393,14 @@ def open_exchange(name: str) -> Exchange:
     if not dist.is_available() or not dist.is_initialized():
         return LocalExchange()
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
-    lobby = StoreClient(store, f"perseus/{name}")
+    client = StoreClient(store, f"perseus/{name}")
     try:
-        session = meet(lobby, rank, dist.get_world_size())
-    finally:
-        lobby.close()
-    return StoreExchange(store, f"perseus/{name}/{session}", rank, f"perseus/{session}")
+        session = meet(client, rank, dist.get_world_size())
+    except BaseException:
+        client.close()
+        raise
+    client.enter(session)
+    return StoreExchange(client, rank, f"perseus/{session}")
 
 
 class Lobby(Protocol):

@@ -20,7 +20,7 @@ from perseus_plugin.control.examination import why_not_obeyed
 from perseus_plugin.control.lasting import LastingHelper
 from perseus_plugin.control.lateness import extra_energy_j
 from perseus_plugin.errors import ClockNotFreeError, GpuError, PerseusError
-from perseus_plugin.exchange.client import ExchangeError
+from perseus_plugin.exchange.client import ExchangeError, UnansweredError
 from perseus_plugin.exchange.messages import (
     NEWS,
     TROUBLE,
@@ -576,6 +576,8 @@ class SessionWorker:
         try:
             self._publish_stats(final=True)
         except ExchangeError as error:  # the script may have taken the process group down
+            if isinstance(error, UnansweredError) and self._link.trouble_reason is None:  # else it has been said
+                logger.warning("the summary may be incomplete: %s. Training is not affected", error)
             logger.debug("the last statistics did not reach rank 0: %s", error)
         if self._leader is not None:
             self._leader.finish(self._stats)

@@ -56,7 +56,7 @@ class Ranks:
         self.asked = [CountingStore(self.store) for _ in range(count)]
         job = secrets.token_hex(8)
         self.exchanges = [
-            StoreExchange(asked, "p", rank, f"perseus-test/{job}/{(rank + beside) // per_node}")
+            StoreExchange(StoreClient(asked, "p"), rank, f"perseus-test/{job}/{(rank + beside) // per_node}")
             for rank, asked in enumerate(self.asked)
         ]
 
@@ -380,7 +380,9 @@ def test_all_ranks_of_a_node_learn_that_the_store_is_frozen() -> None:
     with store_host() as host:
         job = secrets.token_hex(8)
         store = TCPStore("127.0.0.1", host.port, is_master=False, wait_for_workers=False)
-        ranks = [StoreExchange(store, "p", rank, f"perseus-test/{job}", limit_s=1.0) for rank in range(1, 4)]
+        ranks = [
+            StoreExchange(StoreClient(store, "p", limit_s=1.0), rank, f"perseus-test/{job}") for rank in range(1, 4)
+        ]
         ranks[0].tell_all(NEWS, 1)
         assert came_true(lambda: all(one.heard(NEWS) == 1 for one in ranks))
         host.freeze()
@@ -404,7 +406,7 @@ def test_whoever_tells_or_hears_learns_that_the_store_has_failed(ranks_of: Ranks
         def add(self, *_: Any) -> int:
             raise RuntimeError("connection reset")
 
-    exchange = StoreExchange(Gone(), "p")
+    exchange = StoreExchange(StoreClient(Gone(), "p"))
     assert came_true(lambda: exchange._error is not None)
     for use in (
         lambda: exchange.heard(NEWS),

@@ -19,6 +19,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 from perseus_plugin.config import parse_config
+from perseus_plugin.exchange.client import StoreClient
 from perseus_plugin.exchange.messages import Placement, RankFacts, facts_key
 from perseus_plugin.exchange.store import StoreExchange
 from perseus_plugin.iteration.instructions import Compute, Constant
@@ -27,7 +28,7 @@ from perseus_plugin.session.start import start_session
 
 folder, port = sys.argv[1:]
 store = TCPStore("127.0.0.1", int(port), is_master=False, wait_for_workers=False)
-other = StoreExchange(store, "frozen", 1)
+other = StoreExchange(StoreClient(store, "frozen"), 1)
 other.tell(facts_key(1), RankFacts(stage=1, facts={}).model_dump())
 config = parse_config({
     "output_dir": folder,
@@ -36,7 +37,7 @@ config = parse_config({
     "profiling": {"warmup_steps": 1, "clocks_mhz": [1410, 705], "steps_per_clock": 10000},
 })
 where = Placement(rank=0, world_size=2, stage=0, stages=2, replica=0, local_rank=0, device="cpu")
-session = start_session(config, where, exchange=StoreExchange(store, "frozen"))
+session = start_session(config, where, exchange=StoreExchange(StoreClient(store, "frozen")))
 streams = one_f_one_b(2, 2)
 ended = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(1), ended.set()), daemon=True).start()

@@ -14,6 +14,7 @@ import pytest
 from perseus_plugin.config import parse_config
 from perseus_plugin.control import wire
 from perseus_plugin.control.selection import Selection
+from perseus_plugin.exchange.client import ExchangeError, UnansweredError
 from perseus_plugin.exchange.messages import (
     NEWS,
     TROUBLE,
@@ -37,7 +38,7 @@ from perseus_plugin.exchange.messages import (
     stats_key,
     windows_key,
 )
-from perseus_plugin.exchange.store import ExchangeError, LocalExchange
+from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.references import is_reference
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
 from perseus_plugin.leader.leader import Leader
@@ -555,6 +556,25 @@ def test_a_store_that_fails_ends_the_session_and_not_the_job(ranks: Ranks, monke
     assert came_true(lambda: bool(rank.failures))
     assert rank.failures == ["the store is gone"]
     rank.close()
+
+
+def test_a_store_that_freezes_at_the_end_is_said_once(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, heard: pytest.LogCaptureFixture
+) -> None:
+    def gone(*_: object, **more: object) -> None:
+        if more.get("at_once"):
+            raise UnansweredError("its host has not answered")
+
+    for told_before in (False, True):
+        rank = ranks()
+        monkeypatch.setattr(rank.exchange, "tell", gone)
+        if told_before:
+            rank.lifetime.fail(UnansweredError("its host has not answered"))
+        heard.clear()
+        rank.close()
+        said = [told.message for told in heard.records if told.levelno >= logging.WARNING]
+        assert len(said) == (not told_before)
+        assert all("the summary may be incomplete: its host has not answered" in line for line in said)
 
 
 @pytest.mark.parametrize("value", [{"sequence": "many"}, [], "text"])

@@ -295,11 +295,13 @@ def start(rank: int, ranks: int, store: Any, calls: list[int]) -> None:
     exchange.close()
 
 
-def start_some(port: int, first: int, count: int, ranks: int, told: Any) -> None:
+def start_some(port: int, first: int, count: int, ranks: int, connected: Any, told: Any) -> None:
     """Some of the ranks, as threads."""
     calls: list[int] = []
     with ThreadPoolExecutor(64) as pool:
         stores = list(pool.map(lambda _: TCPStore("127.0.0.1", port, wait_for_workers=False), range(count)))
+    connected.wait()  # before the first call, as the training has its connections before we have ours
+    connected.wait()
     threads = [threading.Thread(target=start, args=(first + one, ranks, stores[one], calls)) for one in range(count)]
     for thread in threads:
         thread.start()
@@ -314,13 +316,18 @@ def started(ranks: int, processes: int) -> tuple[float, list[int], float]:
     with host() as served:
         told = context.SimpleQueue()
         size = math.ceil(ranks / processes)
-        begun_s, before_s = time.monotonic(), served.cpu_s()
+        connected = context.Barrier(1 + len(range(0, ranks, size)))
         made = [
-            context.Process(target=start_some, args=(served.port, first, min(size, ranks - first), ranks, told))
+            context.Process(
+                target=start_some, args=(served.port, first, min(size, ranks - first), ranks, connected, told)
+            )
             for first in range(0, ranks, size)
         ]
         for process in made:
             process.start()
+        connected.wait()
+        begun_s, before_s = time.monotonic(), served.cpu_s()
+        connected.wait()
         calls = [count for _ in made for count in told.get()]
         for process in made:
             process.join()

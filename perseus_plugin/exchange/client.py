@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from perseus_plugin.errors import PerseusError
 from perseus_plugin.files import parse_json
 
-CALL_LIMIT_S = 5.0
+CALL_LIMIT_S, START_LIMIT_S = 5.0, 60.0
 _JOINED_WITHIN_S = 1.0  # where the store's host does not answer, the thread stays where it is
 _LOST_AFTER_S = 5.0  # who took a place in a list and has not filled it since has died
 
@@ -41,14 +41,18 @@ class StoreClient:
         store: the job's store; a client of our own is made from it where it can be cloned, so that our calls never wait
             behind the training's.
         prefix: put before every key.
-        limit_s: until a call must be answered.
+        limit_s: until a call must be answered, once all ranks are there.
+        start_limit_s: the same before that, see `enter`: a host that is called by all ranks at once, and looks up the
+            name of each, answers late.
 
     Raises:
         ExchangeError: from every method, when the store does not answer in time or holds no valid JSON.
     """
 
-    def __init__(self, store: Any, prefix: str, limit_s: float = CALL_LIMIT_S) -> None:
-        self._prefix, self._limit_s = prefix, limit_s
+    def __init__(
+        self, store: Any, prefix: str, limit_s: float = CALL_LIMIT_S, start_limit_s: float = START_LIMIT_S
+    ) -> None:
+        self._prefix, self._call_limit_s, self._limit_s = prefix, limit_s, start_limit_s
         self._closed, self._unanswered = False, ""
         self._taken: dict[str, int] = {}
         self._missing_since_s: dict[str, float] = {}
@@ -59,8 +63,8 @@ class StoreClient:
         self._end = weakref.finalize(self, _end, self._thread, self._calls)
 
     def enter(self, name: str) -> None:
-        """All keys are below this one from now on."""
-        self._prefix = f"{self._prefix}/{name}"
+        """All ranks are there: all keys are below this one from now on."""
+        self._prefix, self._limit_s = f"{self._prefix}/{name}", self._call_limit_s
 
     def publish(self, key: str, value: Any) -> None:
         """Set a JSON-serialisable value; the last one wins."""

@@ -414,7 +414,7 @@ def meet(lobby: Lobby, rank: int, world_size: int, timeout_s: float = 60.0) -> s
     """Agree on a name that no earlier run has used: a restarted job may find its old keys in the same store.
 
     Every rank says hello with a number of its own, and rank 0 answers each such number with the name, until every
-    rank has said that it is there. What an earlier run left has other numbers.
+    rank has said that it is there; then it says so. What an earlier run left has other numbers.
 
     Raises:
         ExchangeError: not within `timeout_s`.
@@ -427,6 +427,8 @@ def meet(lobby: Lobby, rank: int, world_size: int, timeout_s: float = 60.0) -> s
         if not isinstance(session, str):
             raise ExchangeError(f"rank 0 did not answer within {timeout_s:.0f} s")
         lobby.publish(f"{session}/here/{rank}", True)
+        if not wait_for(lobby.fetch, [f"{session}/all"], timeout_s, max(0.5, world_size / 2000)):
+            raise ExchangeError(f"not all ranks came within {timeout_s:.0f} s")
         return session
     session = secrets.token_hex(8)
     missing = set(range(1, world_size))
@@ -445,4 +447,5 @@ def meet(lobby: Lobby, rank: int, world_size: int, timeout_s: float = 60.0) -> s
             raise ExchangeError(f"rank {min(missing)} did not come within {timeout_s:.0f} s")
         time.sleep(pause_s)
         pause_s = min(1.5 * pause_s, max(0.5, world_size / 500))
+    lobby.publish(f"{session}/all", True)
     return session

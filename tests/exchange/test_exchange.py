@@ -241,7 +241,7 @@ def test_starting_is_a_few_calls_per_rank(world_size: int) -> None:
     meet(clients[0], 0, world_size, 20.0)
     for thread in threads:
         thread.join()
-    rounds = 6  # looks with growing pauses; machines are busy
+    rounds = 8  # looks with growing pauses; machines are busy
     assert sum(len(one.calls) for one in asked) <= world_size * (6 + 4 * rounds)
 
 
@@ -363,7 +363,7 @@ def test_a_script_that_takes_our_descriptors_for_its_own_keeps_its_files(tmp_pat
 def test_every_call_to_a_frozen_store_ends() -> None:
     with store_host() as host:
         store = TCPStore("127.0.0.1", host.port, is_master=False, wait_for_workers=False)
-        client = StoreClient(store, "p", limit_s=0.5)
+        client = StoreClient(store, "p", start_limit_s=0.5)
         client.publish("key", 1)
         host.freeze()
         with pytest.raises(ExchangeError, match=r"cannot fetch 'key' from .*: its host has not answered for 0.5 s"):
@@ -371,7 +371,7 @@ def test_every_call_to_a_frozen_store_ends() -> None:
         for use in (lambda: client.publish("key", 2), lambda: client.count("n"), lambda: client.append("list", 1)):
             with pytest.raises(ExchangeError, match="has not answered"):
                 use()
-        late = StoreClient(store, "p", limit_s=0.5)  # a client of its own cannot be made any more either
+        late = StoreClient(store, "p", start_limit_s=0.5)  # a client of its own cannot be made any more either
         with pytest.raises(ExchangeError, match="has not answered"):
             late.fetch("key")
 
@@ -381,7 +381,8 @@ def test_all_ranks_of_a_node_learn_that_the_store_is_frozen() -> None:
         job = secrets.token_hex(8)
         store = TCPStore("127.0.0.1", host.port, is_master=False, wait_for_workers=False)
         ranks = [
-            StoreExchange(StoreClient(store, "p", limit_s=1.0), rank, f"perseus-test/{job}") for rank in range(1, 4)
+            StoreExchange(StoreClient(store, "p", start_limit_s=1.0), rank, f"perseus-test/{job}")
+            for rank in range(1, 4)
         ]
         ranks[0].tell_all(NEWS, 1)
         assert came_true(lambda: all(one.heard(NEWS) == 1 for one in ranks))

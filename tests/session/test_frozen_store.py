@@ -28,7 +28,13 @@ from perseus_plugin.session.start import start_session
 
 folder, port = sys.argv[1:]
 store = TCPStore("127.0.0.1", int(port), is_master=False, wait_for_workers=False)
-other = StoreExchange(StoreClient(store, "frozen"), 1)
+def client():
+    made = StoreClient(store, "frozen")
+    made.enter("session")
+    return made
+
+
+other = StoreExchange(client(), 1)
 other.tell(facts_key(1), RankFacts(stage=1, facts={}).model_dump())
 config = parse_config({
     "output_dir": folder,
@@ -37,7 +43,7 @@ config = parse_config({
     "profiling": {"warmup_steps": 1, "clocks_mhz": [1410, 705], "steps_per_clock": 10000},
 })
 where = Placement(rank=0, world_size=2, stage=0, stages=2, replica=0, local_rank=0, device="cpu")
-session = start_session(config, where, exchange=StoreExchange(StoreClient(store, "frozen")))
+session = start_session(config, where, exchange=StoreExchange(client()))
 streams = one_f_one_b(2, 2)
 ended = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(1), ended.set()), daemon=True).start()

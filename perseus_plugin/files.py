@@ -60,11 +60,13 @@ def own_folder(folder: Path) -> Path:
     """
     whole = folder.absolute()
     for place in (whole, *whole.parents):
-        with suppress(FileNotFoundError):
+        try:
             link, around = place.lstat(), place.parent.stat()
-            foreign = link.st_uid not in (0, os.geteuid(), around.st_uid)
-            if stat.S_ISLNK(link.st_mode) and foreign and around.st_mode & _OTHERS_WRITE:
-                raise OSError(f"{place} is a link that user {link.st_uid} has made in a folder that others can write")
+        except OSError:  # not there yet, or not to be seen from here: whoever writes there will say so
+            continue
+        foreign = link.st_uid not in (0, os.geteuid(), around.st_uid)
+        if stat.S_ISLNK(link.st_mode) and foreign and around.st_mode & _OTHERS_WRITE:
+            raise OSError(f"{place} is a link that user {link.st_uid} has made in a folder that others can write")
     try:
         real = whole.resolve()
     except RuntimeError as error:  # a circle, before Python 3.13

@@ -195,3 +195,13 @@ def test_a_line_begins_a_line(tmp_path: Path) -> None:
     for text in ("one\n", "half", "two\n", "three\n"):
         append(file, text)
     assert file.read_text() == "one\nhalf\ntwo\nthree\n"
+
+
+def test_a_folder_that_this_rank_cannot_see_is_for_whoever_writes_there_to_complain_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hidden(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "lstat", hidden)
+    assert own_folder(tmp_path / "out") == tmp_path / "out"

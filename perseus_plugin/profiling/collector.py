@@ -110,6 +110,7 @@ class SweepCollector:
 
     def _run(self, frequency_mhz: int, records: Sequence[IterationRecord]) -> ClockRun:
         begin_s, end_s = records[0].begin_s, records[-1].end_s
+        capped, top = self._was_capped(begin_s, end_s), frequency_mhz == self._top_mhz
         return ClockRun(
             frequency_mhz=frequency_mhz,
             begin_s=begin_s,
@@ -120,8 +121,8 @@ class SweepCollector:
                 for operation, start_s, stop_s in _timed(record)
             ),
             ticks=tuple(tick for tick in self._ticks if begin_s <= tick.time_s <= end_s),
-            # At the highest clock a power limit belongs to what full clocks are on this GPU.
-            capped=frequency_mhz != self._top_mhz and self._was_capped(begin_s, end_s),
+            capped=capped and not top,
+            at_limit=capped and top,
             steps=tuple((record.number, record.end_s) for record in records),
         )
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from perseus_plugin.profiling.energy.powers import fit_powers
+from perseus_plugin.profiling.energy.powers import fit_powers, held_to_limit
 from perseus_plugin.profiling.observations import (
     BLOCKING,
     Activity,
@@ -71,7 +71,7 @@ def estimate_stage(
     if not wanted or not clocks:
         return StageEstimate((), math.nan, math.nan, math.nan, math.nan, frozenset({*wanted, *never, BLOCKING}))
     fitted_runs = sorted((run for run in usable if run.frequency_mhz in clocks), key=lambda run: run.begin_s)
-    powers = fit_powers(fitted_runs, clocks, kinds)
+    powers = held_to_limit(fit_powers(fitted_runs, clocks, kinds), fitted_runs, clocks, kinds)
     estimate = StageEstimate(
         instructions=tuple(
             _instruction(

@@ -55,6 +55,7 @@ class ClockRun:
         activities: every execution of a controllable instruction in the block, in any order.
         ticks: the counter's changes in the block, in order of time.
         capped: the GPU ran below the lock for a part of the block (power or thermal limit).
+        at_limit: it did so at the highest clock, where that belongs to what full clocks are on this GPU.
         steps: number and end of each iteration in the block, in order; without them the block counts as one.
     """
 
@@ -64,6 +65,7 @@ class ClockRun:
     activities: tuple[Activity, ...]
     ticks: tuple[Tick, ...]
     capped: bool = False
+    at_limit: bool = False
     steps: tuple[tuple[int, float], ...] = ()
 
 
@@ -214,7 +216,7 @@ class StageEstimate:
                 unresolved=frozenset(str(kind) for kind in data["unresolved"]),
                 steps=tuple(
                     StepMean(
-                        int(number(step, 0, MOST_COUNT, "step")),
+                        int(number(step, -MOST_COUNT, MOST_COUNT, "step")),
                         int(number(clock, 1, MOST_MHZ, "clock")),
                         str(kind),
                         number(mean_s, LEAST_S, MOST_S, "mean_s"),

@@ -107,6 +107,7 @@ def test_a_limit_at_the_top_clock_belongs_to_what_full_clocks_are() -> None:
     collected.add(Sweep(0, 1410, kept=True), record(0, begin_s=0.0))
     collected.add_deviation(0.01)
     assert not collected.runs()[0].capped
+    assert collected.runs()[0].at_limit
 
 
 def test_constant_times_are_those_at_the_top_clock() -> None:

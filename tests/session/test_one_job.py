@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
+from perseus_plugin.gpus.emulated.physics import A100, WAITING
 from perseus_plugin.planning.plan import load_plan
+from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.reporting.record.records import load_record
 from tests.one_job import OneJob, Step
 
@@ -44,6 +46,12 @@ def test_a_job_profiles_plans_and_saves_at_the_time_of_full_clocks(tmp_path: Pat
     assert ran.summary["plan"]["dropped_plans"] == 0
     assert ran.summary["plan"]["saving_percent"] > 1
     assert ran.summary["slowdown_percent"]["predicted"] <= 0.5, "what a replay may be longer"
+    for (stage, _), rows in load_profile(folder / "profile.csv").table.items():
+        waiting_w = [row.blocking_power_w for row in rows]
+        assert waiting_w == sorted(waiting_w, reverse=True), f"stage {stage}"
+        for row in rows:
+            error_w = abs(row.blocking_power_w - A100.power_w(WAITING, row.frequency_mhz))
+            assert error_w < max(4 * row.blocking_power_se_w, 10.0), f"stage {stage} at {row.frequency_mhz} MHz"
 
 
 def test_the_same_work_runs_without_the_plugin(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from perseus_plugin.errors import PerseusError
 from perseus_plugin.files import parse_json
 
 CALL_LIMIT_S, START_LIMIT_S = 5.0, 60.0
+_PARTS = 20  # of a time limit
 _JOINED_WITHIN_S = 1.0  # where the store's host does not answer, the thread stays where it is
 _LOST_AFTER_S = 5.0  # who took a place in a list and has not filled it since has died
 
@@ -136,8 +137,10 @@ class StoreClient:
         if not (self._closed or self._unanswered):
             self._calls.put((answer, method, arguments))
             try:
-                return answer.result(self._limit_s)
-            except NotInTime:
+                # In parts: while this process itself is stopped, or one thread keeps the others waiting, none ends.
+                for _ in range(_PARTS):
+                    with suppress(NotInTime):
+                        return answer.result(self._limit_s / _PARTS)
                 self._unanswered = f"its host has not answered for {self._limit_s:g} s"
             except Exception as error:
                 raise ExchangeError(f"cannot {doing} the job's store: {error}") from error

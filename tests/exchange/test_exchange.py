@@ -7,12 +7,15 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as TimeoutOfFuture
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.distributed import HashStore, TCPStore
 
+from perseus_plugin.exchange import client as client_module
 from perseus_plugin.exchange import node as node_module
 from perseus_plugin.exchange import store as store_module
 from perseus_plugin.exchange.client import ExchangeError, StoreClient
@@ -419,3 +422,21 @@ def test_whoever_tells_or_hears_learns_that_the_store_has_failed(ranks_of: Ranks
         with pytest.raises(ExchangeError, match="cannot count 'nodes' in the job's store: connection reset"):
             use()
     exchange.close()
+
+
+def test_a_process_that_was_stopped_itself_does_not_take_the_store_for_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = 0
+
+    class AfterAStop(Future[Any]):
+        """Waiting for it ends at once, as its time has passed meanwhile."""
+
+        def result(self, timeout: float | None = None) -> Any:
+            nonlocal waits
+            waits += 1
+            if waits == 1:
+                raise TimeoutOfFuture
+            return super().result(20)
+
+    monkeypatch.setattr(client_module, "Future", AfterAStop)
+    assert StoreClient(HashStore(), "p").count("n", 3) == 3
+    assert waits == 2

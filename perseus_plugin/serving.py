@@ -66,11 +66,11 @@ class Bounded(socketserver.ThreadingMixIn):
     def get_request(self) -> Any:
         """Accept a caller."""
         try:
+            if not (self._stopping or self._is_ours()):  # a socket of the script's has callers of its own
+                raise SocketTakenError("something in this process has closed its socket")
             return super().get_request()  # type: ignore[misc]
-        except OSError as error:
+        except OSError:
             if not self._stopping:
-                if not self._is_ours():
-                    raise SocketTakenError("something in this process has closed its socket") from error
                 time.sleep(_PAUSE_S)  # there is no descriptor left for a caller, who waits
             raise
 
@@ -125,8 +125,9 @@ class Bounded(socketserver.ThreadingMixIn):
 
     def _forget_after_fork(self) -> None:
         # A forked worker may outlive this process, and would keep the address taken and callers waiting.
+        ours = self._is_ours()
         for held in (self.socket, *self._begun_s):
-            held.close()
+            held.close() if ours else held.detach()
 
 
 _serving: weakref.WeakSet[Bounded] = weakref.WeakSet()

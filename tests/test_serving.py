@@ -118,6 +118,35 @@ def test_a_file_of_the_script_in_place_of_the_socket_is_left_alone(tmp_path: Pat
     os.close(theirs)
 
 
+def test_callers_of_a_socket_that_the_script_has_opened_in_its_place_are_the_scripts() -> None:
+    server = Echo()
+    number = server.fileno()
+    with socket.create_server(("127.0.0.1", 0)) as theirs:
+        theirs.settimeout(30)
+        os.dup2(theirs.fileno(), number)
+        with socket.create_connection(theirs.getsockname()) as caller_of_theirs:
+            assert came_true(lambda: bool(server.told))
+            with theirs.accept()[0] as accepted:
+                assert accepted.getpeername() == caller_of_theirs.getsockname()
+        server.stop()
+        os.close(number)
+
+
+def test_a_forked_worker_keeps_what_the_script_has_opened_in_place_of_the_socket(tmp_path: Path) -> None:
+    server = Echo()
+    number = server.fileno()
+    with (tmp_path / "theirs").open("w") as theirs:
+        os.dup2(theirs.fileno(), number)
+        pid = os.fork()
+        if pid == 0:
+            os.write(number, b"of the worker")
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert (tmp_path / "theirs").read_text() == "of the worker"
+    server.stop()
+    os.close(number)
+
+
 # The next job, where the last one was killed.
 
 KILLED = """

@@ -60,7 +60,8 @@ class Node:
     def wake(self) -> None:
         """Have `receive` return; from any thread."""
         with suppress(OSError):  # full: it will return; closed: nobody is in it
-            self._mouth.send(b"w")
+            if os.fstat(self._mouth.fileno()).st_ino == self._inodes.get(self._mouth):
+                self._mouth.send(b"w")
 
     def receive(self, timeout_s: float) -> list[Message]:
         """What the others have sent; waits for something, a wake or the time."""
@@ -70,7 +71,9 @@ class Node:
             self._join()
         messages: list[Message] = []
         ears = [one for one in self._inodes if one is not self._mouth]
-        for ready in wait(ears, max(0.0, timeout_s)):
+        readable = wait(ears, max(0.0, timeout_s))
+        self._check()
+        for ready in readable:
             assert isinstance(ready, socket.socket)  # nothing else was given
             if ready is self._ear:
                 with suppress(BlockingIOError):

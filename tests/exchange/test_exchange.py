@@ -360,6 +360,25 @@ def test_a_script_that_takes_our_descriptors_for_its_own_keeps_its_files(tmp_pat
     leader.close()
 
 
+def test_a_script_that_takes_our_descriptors_for_its_own_keeps_what_its_sockets_get() -> None:
+    member = node("")
+    theirs, others = socket.socketpair()
+    for one in member._inodes:
+        os.dup2(theirs.fileno(), one.fileno())
+    member.wake()
+    others.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        others.recv(1)
+    taken = [one.fileno() for one in member._inodes]
+    member.close()
+    others.sendall(b"for the script")
+    assert theirs.recv(64) == b"for the script"
+    for number in taken:
+        os.close(number)
+    theirs.close()
+    others.close()
+
+
 # A store that fails.
 
 

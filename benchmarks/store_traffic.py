@@ -342,10 +342,10 @@ def table(rows: Sequence[Sequence[str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="*", default=[1000, 10_000])
-    parser.add_argument("--nodes", type=int, default=4, help="machines that are really here")
-    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--nodes", type=int, default=3, help="machines that are really here")
+    parser.add_argument("--seconds", type=float, default=100.0)
     parser.add_argument("--start", type=int, default=256, help="ranks whose start-up is measured, 0: none")
-    parser.add_argument("--processes", type=int, default=8, help="that the ranks which start are threads of")
+    parser.add_argument("--processes", type=int, default=4, help="that the ranks which start are threads of")
     arguments = parser.parse_args()
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of the processes that are started
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)

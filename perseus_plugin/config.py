@@ -111,7 +111,8 @@ class ProfilingConfig(_Strict):
     blocking_power_w: float | None = _setting(
         None,
         "a number above 0 and at most 2000, or null",
-        "Power of a GPU that waits for a peer, in watts; needed with `load`, otherwise measured.",
+        "Power of a GPU that waits for a peer, in watts; needed with `load` where that profile does not say it "
+        "(`blocking_power`), otherwise measured.",
         gt=0,
         le=MOST_W,
     )
@@ -479,11 +480,6 @@ def with_whole_paths(config: PerseusConfig) -> PerseusConfig:
 
 def _check_together(config: PerseusConfig, source: str) -> None:
     """What no single key can check."""
-    if config.profiling.load is not None and config.profiling.blocking_power_w is None:
-        raise ConfigError(
-            f"{source}.profiling.blocking_power_w: missing; with profiling.load it must be given, "
-            "as a profile does not hold it; allowed: a number above 0 and at most 2000"
-        )
     clocks = config.profiling.clocks_mhz
     if clocks is not None and (len(set(clocks)) != len(clocks) or min(clocks) <= 0):
         raise ConfigError(

@@ -279,13 +279,6 @@ def test_only_the_first_of_several_errors_is_told() -> None:
     assert str(caught.value).count("got") == 1
 
 
-def test_a_loaded_profile_needs_the_blocking_power() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^perseus\.profiling\.blocking_power_w: missing; .*allowed: a number above 0"
-    ):
-        parse_config({"profiling": {"load": "profile.csv"}})
-
-
 @pytest.mark.parametrize("given_times", ["forward_time_s", "backward_time_s"])
 def test_emulated_times_come_in_pairs(given_times: str) -> None:
     missing = {"forward_time_s": "backward_time_s", "backward_time_s": "forward_time_s"}[given_times]

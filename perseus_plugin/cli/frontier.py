@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def frontier(
     profile: ProfileArgument,
-    blocking_power: BlockingPower,
+    blocking_power: BlockingPower = None,
     microbatches: Microbatches = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write it.")] = Path("frontier.json"),
     schedule: Schedule = "1f1b",

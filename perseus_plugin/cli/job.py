@@ -14,7 +14,7 @@ from perseus_plugin.iteration.instructions import Compute, StageStream
 from perseus_plugin.iteration.schedules import SCHEDULES
 from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.planning.targets import Effort
-from perseus_plugin.profiling.profile import load_profile
+from perseus_plugin.profiling.profile import Profile, load_profile
 
 if TYPE_CHECKING:
     from perseus_plugin.planning.planner import Planner
@@ -27,9 +27,10 @@ Microbatches = Annotated[
     typer.Option(help="Microbatches per iteration; not with a schedule file, which has them.", show_default=False),
 ]
 BlockingPower = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Watts a GPU draws while it waits for another stage; one figure, or one per stage with commas.",
+        help="Watts a GPU draws while it waits for another stage, where the profile does not say; one figure, or one "
+        "per stage with commas.",
         show_default=False,
     ),
 ]
@@ -61,7 +62,7 @@ SWITCH_LATENCY_S = 0.01
 def planner_from_options(
     profile_path: Path,
     microbatches: int | None,
-    blocking_power: str,
+    blocking_power: str | None,
     schedule: str,
     scale: float,
     latency: float,
@@ -76,8 +77,7 @@ def planner_from_options(
     # Loads OR-Tools, which other subcommands do without.
     from perseus_plugin.planning.planner import Planner
 
-    power_w = parse_power(blocking_power)
-    profile = load_profile(profile_path, power_w, power_limit_w).scaled(scale)
+    profile, power_w = profile_from_options(profile_path, blocking_power, scale, power_limit_w)
     streams = streams_for(schedule, profile.stages, microbatches)
     needed = {(s, op.kind) for s, stream in enumerate(streams) for op in stream if isinstance(op, Compute)}
     missing = sorted(needed - profile.table.keys())
@@ -91,6 +91,24 @@ def planner_from_options(
         schedule=schedule_name(schedule),
         switch_latency_s=switch_latency_s,
     )
+
+
+def profile_from_options(
+    path: Path, blocking_power: str | None, scale: float, power_limit_w: float | None
+) -> tuple[Profile, float | list[float]]:
+    """The profile, and what a waiting GPU draws where its rows do not say.
+
+    Raises:
+        PerseusError: an option or the profile is wrong, or nothing says what a waiting GPU draws.
+    """
+    power_w = None if blocking_power is None else parse_power(blocking_power)
+    profile = load_profile(path, power_w, power_limit_w).scaled(scale)
+    if power_w is None and not profile.says_waiting:
+        raise ConfigError(
+            f"--blocking-power: missing; {path} does not say what a waiting GPU draws in every stage (column "
+            "blocking_power); allowed: watts, or watts per stage with commas"
+        )
+    return profile, 0.0 if power_w is None else power_w
 
 
 def lowering(lower_while_waiting: bool, switch_latency_s: float) -> float | None:

@@ -35,7 +35,7 @@ from perseus_plugin.profiling.profile import load_profile
 
 def plan(
     profile: ProfileArgument,
-    blocking_power: BlockingPower,
+    blocking_power: BlockingPower = None,
     microbatches: Microbatches = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the plan.")] = Path("plan.json"),
     schedule: Schedule = "1f1b",

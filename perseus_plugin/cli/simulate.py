@@ -13,6 +13,7 @@ from rich.table import Table
 
 from perseus_plugin.cli.job import (
     SWITCH_LATENCY_S,
+    BlockingPower,
     EffortOption,
     Latency,
     LowerWhileWaiting,
@@ -21,7 +22,7 @@ from perseus_plugin.cli.job import (
     SwitchLatency,
     lowering,
     parse_effort,
-    parse_power,
+    profile_from_options,
     schedule_name,
     streams_for,
 )
@@ -36,7 +37,7 @@ from perseus_plugin.cli.simulation.resplit import Split, resplit
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.iteration.schedules import SCHEDULES
 from perseus_plugin.planning.targets import ChangeLimits
-from perseus_plugin.profiling.profile import Profile, load_profile
+from perseus_plugin.profiling.profile import Profile
 
 if TYPE_CHECKING:
     from perseus_plugin.cli.simulation.scenarios import Aim, Outcome, Pipeline, Workload
@@ -48,10 +49,7 @@ def simulate(
     source: Annotated[
         Path, typer.Argument(help="Profile (.csv) or model description (.yaml, .yml).", show_default=False)
     ],
-    blocking_power: Annotated[
-        str | None,
-        typer.Option(help="Watts of a GPU that waits, as for `perseus plan`; with a profile.", show_default=False),
-    ] = None,
+    blocking_power: BlockingPower = None,
     microbatches: Annotated[
         list[int] | None, typer.Option(help="Microbatches per iteration.", show_default=False)
     ] = None,
@@ -111,12 +109,7 @@ def simulate(
     elif source.suffix == ".csv":
         if gpu:
             raise ConfigError(f"--gpu: got {gpu[0]!r}; allowed: nothing with a profile, which is of its own GPU")
-        if blocking_power is None:
-            raise ConfigError(
-                "--blocking-power: missing; a profile does not hold it; allowed: watts, or watts per stage"
-            )
-        power_w = parse_power(blocking_power)
-        profile = load_profile(source, power_w, power_limit).scaled(scale)
+        profile, power_w = profile_from_options(source, blocking_power, scale, power_limit)
         pipelines = _measured(profile, power_w, layers, stages or [], splits, profile_chunks)
     else:
         raise ConfigError(f"got {source}; allowed: a profile (.csv) or a model description (.yaml, .yml)")

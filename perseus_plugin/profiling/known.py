@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +64,13 @@ def given_profile(config: PerseusConfig, placement: Placement) -> Known | None:
             f"perseus.profiling.load: got {path!r} with {profile.stages} stages; allowed: a profile of this job's "
             f"{placement.stages} stages"
         )
-    return Known(True, Survey(profile, config.profiling.blocking_power_w or 0.0))
+    if config.profiling.blocking_power_w is None and not profile.says_waiting:
+        raise ConfigError(
+            f"perseus.profiling.blocking_power_w: missing; {path!r} does not say what a waiting GPU draws in every "
+            "stage (column blocking_power); allowed: a number above 0 and at most 2000"
+        )
+    said_w = [m.blocking_power_w for _, _, m in profile.rows() if math.isfinite(m.blocking_power_w)]
+    return Known(True, Survey(profile, config.profiling.blocking_power_w or statistics.mean(said_w)))
 
 
 def kept_profile(

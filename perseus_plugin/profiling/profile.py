@@ -135,6 +135,12 @@ class Profile:
             for measurement in measurements:
                 yield stage, kind, measurement
 
+    @property
+    def says_waiting(self) -> bool:
+        """Whether it holds what a waiting GPU draws, of every stage."""
+        said = {stage for stage, _, m in self.rows() if math.isfinite(m.blocking_power_w)}
+        return len(said) == self.stages
+
     def waiting_power(self, stage: int, default_w: float) -> WaitingPower:
         """What a waiting GPU of this stage draws, by clock.
 

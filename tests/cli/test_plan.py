@@ -104,9 +104,23 @@ def test_a_frontier_is_drawn(profile: Path, tmp_path: Path) -> None:
     assert "--plot: got" in refused.stderr
 
 
+def test_a_profile_that_says_what_waiting_draws_needs_no_option_for_it(tmp_path: Path) -> None:
+    path, out = tmp_path / "profile.csv", tmp_path / "out.json"
+    rows = [(s, k, replace(m, blocking_power_w=60.0)) for s, k, m in bundled_profile(2).rows()]
+    save_profile(Profile.from_rows(rows), path)
+    job = (path, "--microbatches", 4, "-o", out)
+    assert perseus("plan", *job).returncode == 0
+    alone = load_plan(out)
+    assert perseus("plan", *job, "--blocking-power", 99).returncode == 0
+    assert load_plan(out) == alone, "what the profile says counts"
+    assert perseus("frontier", *job, "--tolerance", 0.05).returncode == 0
+    assert perseus("simulate", *job).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((), "--blocking-power: missing; "),
         (("--blocking-power", "warm"), "--blocking-power: got 'warm'"),
         (("--blocking-power", "60", "--slowdown", "0.1", "--cheapest"), "got --slowdown and --cheapest"),
         (("--blocking-power", "60", "--deadline", "0.01"), "the shortest possible iteration takes"),

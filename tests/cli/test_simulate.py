@@ -146,7 +146,7 @@ def test_it_is_drawn(perseus: Perseus, profile: Path, tmp_path: Path, counts: tu
 @pytest.mark.parametrize(
     ("source", "arguments", "message"),
     [
-        ("profile", ("--microbatches", "4"), "--blocking-power: missing"),
+        ("profile", ("--microbatches", "4"), "--blocking-power: missing; "),
         ("profile", ("--blocking-power", "60"), "--microbatches: missing; the schedule 1f1b needs it"),
         ("profile", ("--blocking-power", "60", "--microbatches", "4", "--gpu", "a100"), "--gpu: got 'a100'"),
         ("profile", ("--blocking-power", "60", "--microbatches", "4", "--stages", "2"), "--layers: missing"),

@@ -682,6 +682,23 @@ def test_a_profile_of_another_number_of_stages_is_refused(tmp_path: Path, fakes:
         start(tmp_path, profiling={"load": str(tmp_path / "profile.csv"), "blocking_power_w": 83.0})
 
 
+def test_a_loaded_profile_says_what_waiting_draws_or_the_configuration_does(
+    tmp_path: Path, fakes: type[FakeClockHelper]
+) -> None:
+    path = tmp_path / "profile.csv"
+    save_profile(profile(2), path)
+    with pytest.raises(
+        ConfigError, match=r"^perseus\.profiling\.blocking_power_w: missing; .*allowed: a number above 0"
+    ):
+        start(tmp_path, profiling={"load": str(path)})
+    rows = [(s, kind, replace(m, blocking_power_w=60.0 + 10 * s)) for s, kind, m in profile(2).rows()]
+    save_profile(Profile.from_rows(rows), path)
+    survey = start(tmp_path, profiling={"load": str(path)}).job.known.survey
+    assert survey is not None
+    assert survey.profile.waiting_power(1, 1.0).lowest_w == 70.0
+    assert survey.blocking_power_w == pytest.approx(65.0)
+
+
 def test_a_wrong_setting_found_late_leaves_no_helper_behind(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
     with pytest.raises(ConfigError):
         start(tmp_path, profiling={"warmup_steps": 0})

@@ -181,9 +181,18 @@ def helper_elsewhere(uuid: str, lock: Path, processes: Path = Path("/proc")) -> 
         if HELPER_MODULE not in arguments[:-1] or {"--reset-only", "--read-only"} & {*arguments}:
             continue
         spec = arguments[arguments.index(HELPER_MODULE) + 1]
-        if spec.endswith(f":{uuid}") and _has_lock_elsewhere(entry.parent, lock):
+        if _is_of(spec, uuid, lock) and _has_lock_elsewhere(entry.parent, lock):
             return _record_of(entry.parent, arguments)
     return None
+
+
+def _is_of(spec: str, uuid: str, lock: Path) -> bool:
+    """Whether a helper with this spec controls that GPU: specs without a UUID are of backends with own lock files."""
+    if spec.endswith(f":{uuid}"):
+        return True
+    with suppress(GpuError):
+        return lock_file(spec) == lock.absolute()
+    return False
 
 
 def _has_lock_elsewhere(process: Path, lock: Path) -> bool:

@@ -412,7 +412,7 @@ def test_a_stopped_helper_does_not_keep_its_clock_when_the_trainer_ends(gpu: Emu
     code = """
 import os, signal, sys
 from perseus_plugin.control import client
-client.CLOSE_GRACE_S = 0.5
+client.CLOSE_GRACE_S = 3600.0  # a stopped one is not waited for
 helper = client.ClockHelper.start(sys.argv[1])
 helper.request(900)
 while not helper.drain():
@@ -514,6 +514,19 @@ def test_a_second_helper_on_the_gpu_observes_only(helper: ClockHelper, spec: str
     assert wait_for_event(second, Mark).tag == 5
     assert gpu.locked_mhz() is None
     assert second.close(20)
+
+
+def test_one_whose_lock_file_was_removed_keeps_its_gpu(helper: ClockHelper, spec: str, gpu: EmulatedGpu) -> None:
+    helper.request(900)
+    wait_until(lambda: gpu.locked_mhz() == 900)
+    lock_path(spec, gpu.uuid).unlink()
+    second = ClockHelper.start(spec)
+    facts = second.wait_ready(20)
+    assert facts is not None
+    assert "another job controls this GPU" in facts.why_not
+    assert f"its helper is process {helper.pid}" in facts.why_not
+    assert second.close(20)
+    assert gpu.locked_mhz() == 900
 
 
 def test_a_lock_left_by_a_dead_run_is_found_and_freed(

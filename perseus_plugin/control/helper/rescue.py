@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from perseus_plugin.control.helper.parent import is_stopped
 from perseus_plugin.control.helper.resetting import free_clock, not_free, reset_until_confirmed
 from perseus_plugin.control.helper.takeover import restore_foreign, take_over
 from perseus_plugin.control.ownership import HELPER_MODULE, lock_path, read_record
@@ -36,7 +37,7 @@ def rescue(
             what frees it; with nothing if it is free, or is somebody else's by now.
     """
     problem: str | None = None
-    if not _ends_within(instead_of, grace_s):
+    if not _ends_within(instead_of, grace_s, hopeless=is_stopped):
         with suppress(OSError):  # it ends just now
             os.kill(instead_of, signal.SIGKILL)
         if not _ends_within(instead_of, _KILLED_WITHIN_S):
@@ -87,11 +88,11 @@ def _uuid(spec: str) -> str:
     return spec.rpartition(":")[2]
 
 
-def _ends_within(helper: int, limit_s: float) -> bool:
-    """Whether this helper process has ended by then; 0: it has."""
+def _ends_within(helper: int, limit_s: float, hopeless: Callable[[int], bool] = lambda pid: False) -> bool:
+    """Whether this helper process has ended by then, or until it is hopeless; 0: it has."""
     end_s = time.monotonic() + limit_s
     while helper and _is_helper(helper):
-        if time.monotonic() >= end_s:
+        if time.monotonic() >= end_s or hopeless(helper):
             return False
         time.sleep(0.02)
     return True

@@ -170,6 +170,6 @@ def _wait_for_helpers(uuid: str, lock: Path, wait_s: float) -> None:
         if time.monotonic() >= end_s:
             raise GpuBusyError(
                 f"another job controls this GPU: {describe(holder)} (its helper is process {holder['helper_pid']}; its "
-                "lock file is in another folder)"
+                "lock file is in another folder, or was removed)"
             )
         time.sleep(0.05)

@@ -52,8 +52,12 @@ class Combination:
 
     @property
     def is_told(self) -> bool:
-        """Whether somebody has to say something; a plan's clock rises by itself at its instruction's end."""
-        return self.who == HELPER or (self.who == TRAINER and not self.job_ends and self.phase == "sweep")
+        """Whether somebody has to say something.
+
+        Of a trainer that is stopped nothing is said where its clock gets free by itself: a plan's rises at its
+        instruction's end, and a timing of clock changes ends so.
+        """
+        return self.who == HELPER
 
 
 def combinations(who: str | None, name: str | None, phase: str | None) -> Iterator[Combination]:

@@ -41,6 +41,11 @@ def os_problem(error: OSError) -> str:
     return f"{file}{text}" + (f" ({remedy})" if remedy else "")
 
 
+def plain(text: str) -> str:
+    """What somebody else has written, in one line of its own, and with no code for a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def shown(value: object) -> str:
     """A refused value for people: as JSON where it has a form there, in one line of at most 80 characters."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from perseus_plugin.errors import ConfigError
+from perseus_plugin.errors import ConfigError, PerseusError, shown
 from perseus_plugin.stragglers.book import Report
 from perseus_plugin.stragglers.socket import ask
 
@@ -52,7 +53,10 @@ def report(
 @straggler.command("list")
 def list_reports(job: Job) -> None:
     """Show the reports in force, and what the job has seen itself."""
-    reports = [Report.model_validate(value) for value in ask(job, {"do": "list"})["reports"]]
+    try:
+        reports = TypeAdapter(list[Report]).validate_python(ask(job, {"do": "list"}).get("reports"))
+    except ValidationError as error:
+        raise PerseusError(f"{job}: the job's reply is no list of reports ({shown(str(error))})") from error
     if not reports:
         typer.echo("no rank is slow")
         return
@@ -75,7 +79,7 @@ def clear(
     rank: Annotated[int | None, typer.Option(help="Which rank; default: all.")] = None,
 ) -> None:
     """Take reports back. What the job sees itself stays until it sees otherwise."""
-    typer.echo(f"{ask(job, {'do': 'clear', 'rank': rank})['cleared']} report(s) cleared")
+    typer.echo(f"{shown(ask(job, {'do': 'clear', 'rank': rank}).get('cleared'))} report(s) cleared")
 
 
 def _time(text: str | None) -> float | None:

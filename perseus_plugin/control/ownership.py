@@ -15,7 +15,7 @@ from typing import Any
 
 from perseus_plugin.control.lock_folder import LOCK_DIR_VARIABLE as LOCK_DIR_VARIABLE
 from perseus_plugin.control.lock_folder import LOCK_REMEDY, lock_folder
-from perseus_plugin.errors import GpuError, os_problem
+from perseus_plugin.errors import GpuError, os_problem, plain
 from perseus_plugin.gpus.registry import lock_file
 
 HELPER_MODULE = "perseus_plugin.control.helper"
@@ -246,8 +246,7 @@ def describe(record: dict[str, Any]) -> str:
         f"process {record.get('pid')} of user id {record.get('user_id')} on {record.get('host')} since "
         f"{record.get('since')} ({record.get('command') or 'command unknown'})"
     )
-    # A command line is whatever its user wanted it to be: no line of its own, and no code for a terminal.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return plain(text)  # a command line is whatever its user wanted it to be
 
 
 _KINDS: dict[str, type] = {

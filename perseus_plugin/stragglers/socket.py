@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from perseus_plugin.errors import PerseusError
+from perseus_plugin.errors import PerseusError, plain
 from perseus_plugin.files import opened_folder, parse_json
 from perseus_plugin.serving import Bounded
 
@@ -128,7 +128,9 @@ def ask(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
                 "on the machine of its rank 0, by its own user"
             ) from error
     if not isinstance(reply, dict) or not reply.get("ok"):
-        raise PerseusError(str(reply.get("error")) if isinstance(reply, dict) else "the job's reply is no object")
+        raise PerseusError(
+            plain(str(reply.get("error"))) if isinstance(reply, dict) else "the job's reply is no object"
+        )
     return reply
 
 

@@ -80,6 +80,29 @@ def test_what_is_refused_is_said(tmp_path: Path, arguments: tuple[str, ...], rea
     assert reason in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("answer", "command", "reason"),
+    [
+        ({"reports": 5}, "list", "the job's reply is no list of reports"),
+        ({}, "list", "the job's reply is no list of reports"),
+        ({"cleared": "\x1b[2J"}, "clear", ""),
+        ({"ok": False, "error": "\x1b[2Jfree\nfree"}, "list", r"\x1b[2Jfree\nfree"),
+    ],
+)
+def test_an_answer_that_no_job_gives_is_said_in_one_line(
+    tmp_path: Path, answer: dict[str, object], command: str, reason: str
+) -> None:
+    """Where others can write in the folder, one of them may serve there."""
+    server = StragglerSocket(tmp_path, lambda request: answer)
+    try:
+        result = run(command, "--job", str(tmp_path))
+    finally:
+        server.close()
+    told = str(result.exception) if isinstance(result.exception, PerseusError) else result.output.rstrip("\n")
+    assert reason in told
+    assert told.isprintable()
+
+
 def test_without_a_job_it_says_so(tmp_path: Path) -> None:
     result = report(tmp_path, "--rank", "1", "--slowdown", "2")
     assert "no running job takes reports here" in str(result.exception)

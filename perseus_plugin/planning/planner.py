@@ -258,12 +258,10 @@ class Planner:
         )
 
     def to_plan(self, solution: Solution) -> Plan:
-        """The plan of a solution; the baseline, with its waits at lower clocks, instead where that is no worse."""
-        problem, until_s = self.problem, solution.waits_until_s
-        baseline_s = problem.full_clock_time_s
-        baseline_j = problem.full_clock_energy_until_j(baseline_s if until_s is None else until_s)
-        if solution.energy_j >= baseline_j and baseline_s <= solution.allowed_s:
-            solution = self.full_clocks(solution)
+        """The plan of a solution; full clocks, with waits at lower ones, instead where that is no worse."""
+        if self.problem.full_clock_time_s <= solution.allowed_s:
+            full = self.full_clocks(solution)
+            solution = full if full.energy_j <= solution.energy_j else solution
         return self.plan_of(solution)
 
     def full_clocks(self, solution: Solution) -> Solution:

@@ -154,6 +154,21 @@ def test_lowering_clocks_in_waits_never_makes_a_plan_dearer(job: Job, slowdown: 
     assert plan.iteration_time_s <= plan.deadline_s * (1 + 1e-12)
 
 
+def test_no_plan_takes_more_than_full_clocks_with_their_waits_at_lower_ones() -> None:
+    rows = [Measurement(1400, 1.0, 200.0, blocking_power_w=100.0), Measurement(1200, 1.1, 198.0, blocking_power_w=70.0)]
+    profile = Profile({(stage, kind): tuple(rows) for stage in range(2) for kind in ("forward", "backward")})
+    planner = Planner(build_graph(one_f_one_b(2, 2)), profile, blocking_power_w=0.0, switch_latency_s=0.01)
+    found = planner.solve(Target.slowdown(0.5))
+    full = planner.full_clocks(found)
+    seen = []
+    for slower in range(len(planner.problem.graph)):
+        choice = np.eye(len(planner.problem.graph), dtype=np.int64)[slower]
+        one = planner.priced(found.relaxed, planner.problem.assignment(choice), found.allowed_s, found.limits)
+        seen.append(one.energy_j)
+        assert planner.to_plan(one).energy_j == min(one.energy_j, full.energy_j)
+    assert any(full.energy_j < energy_j < planner.problem.full_clock_energy_j for energy_j in seen)
+
+
 def least_energy_j(job: Job, deadline_s: float) -> float:
     """Of all choices of clocks, every moment of waiting at the clock that takes least then."""
     instructions = [(s, op) for s, stream in enumerate(job.streams) for op in stream if isinstance(op, Compute)]

@@ -130,7 +130,7 @@ def said_of_measured(survey: Survey, config: ProfilingConfig) -> list[Say]:
             Say(
                 "warning",
                 "%d energies are estimated above what the GPU can draw (first: stage %d %s at %d MHz: %.0f of %.0f W): "
-                "their clocks are not used (more perseus.profiling.steps_per_clock would help)",
+                "their clocks, but for the highest, are not used (more perseus.profiling.steps_per_clock would help)",
                 (len(survey.too_high), first.stage, first.kind, first.frequency_mhz, first.power_w, first.limit_w),
             )
         )

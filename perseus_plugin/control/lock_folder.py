@@ -64,7 +64,9 @@ def _problem(folder: Path) -> str:
         foreign = _foreign(around.stat(), sticky_will_do=True)
         if foreign:  # they can put another one in this one's place
             return f"lies in {around}, which {foreign}"
-        folder.mkdir(0o700, parents=True, exist_ok=True)
+        # Those above too are closed to others, whatever the umask: the next job refuses this one otherwise.
+        for made in (*reversed([above for above in folder.parents if not above.exists()]), folder):
+            made.mkdir(0o700, exist_ok=True)
         status = folder.lstat()
     except OSError as error:
         return f"cannot be made or read: {error.strerror or error}"

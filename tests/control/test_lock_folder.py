@@ -38,6 +38,18 @@ def test_lock_files_of_a_machine_lie_where_only_their_user_can_write(
     assert lock_path("nvml:GPU-1", "GPU-1") == folders / "ours" / "locks" / "GPU-1.lock"
 
 
+@pytest.mark.parametrize("umask", [0o000, 0o002])
+def test_the_next_job_uses_the_folder_that_the_first_one_made_whatever_the_umask(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    monkeypatch.setenv(LOCK_DIR_VARIABLE, str(folders / "a" / "b" / "locks"))
+    before = os.umask(umask)
+    try:
+        assert [lock_folder(), lock_folder()] == 2 * [folders / "a" / "b" / "locks"]
+    finally:
+        os.umask(before)
+
+
 @as_root
 def test_other_users_have_a_folder_of_their_own(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: NOBODY)

@@ -43,6 +43,8 @@ class Spans:
         last: shape (stages with instructions,), each one's last node that takes time.
         slack_link: the same stages; the link in which a stage waits for the iteration's end: before the first
             collective that comes after its last instruction, else at the very end.
+        end_known: the same stages; false where work follows the last instruction of which nobody knows how long any of
+            it takes, so that it cannot be told from waiting.
     """
 
     stage: IntArray
@@ -54,6 +56,7 @@ class Spans:
     link_head: IntArray
     last: IntArray
     slack_link: IntArray
+    end_known: IntArray
 
     @classmethod
     def of(cls, graph: PipelineGraph) -> Spans:
@@ -67,6 +70,7 @@ class Spans:
         heads: list[int] = []
         last: list[int] = []
         slack: list[int] = []
+        end_known: list[int] = []
         takes_time = ~graph.is_constant | (graph.constant_s > 0)
         for stage, all_nodes in enumerate(graph.stage_nodes):
             nodes = all_nodes[takes_time[all_nodes]]
@@ -83,12 +87,13 @@ class Spans:
             stage_of += [stage] * (len(own) + 1)
             positions += range(-1, len(own))
             last.append(int(nodes[-1]))
+            end_known.append(int(nodes[-1] != nodes[own[-1]] or all_nodes[-1] == nodes[-1]))
             collective = np.flatnonzero(graph.collective[nodes[own[-1] + 1 :]])
             slack.append(offset + (int(own[-1] + 1 + collective[0]) if len(collective) else len(nodes)))
         return cls(
             *(
                 np.array(one, dtype=np.int64)
-                for one in (stage_of, positions, before, after, first_link, tails, heads, last, slack)
+                for one in (stage_of, positions, before, after, first_link, tails, heads, last, slack, end_known)
             )
         )
 

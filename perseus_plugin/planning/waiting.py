@@ -223,6 +223,7 @@ class _Options:
         self.wait_s = end_s - self.begin_s
         long_enough = self.wait_s > 2 * self.latency_s
         long_enough &= self.wait_s - self.latency_s >= limits.min_dwell_s
+        long_enough[spans.tails] &= spans.end_known > 0
         cheapest_mhz = costs._cheapest_mhz
         self.mhz = np.stack([self.before_mhz, self.after_mhz, cheapest_mhz])
         self.gain_j = np.full(self.mhz.shape, -np.inf)

@@ -267,6 +267,21 @@ def test_work_that_is_no_wait_comes_before_the_wait() -> None:
     assert plan.waits_of(1)[-1].finish_s == pytest.approx(plan.iteration_time_s)
 
 
+def test_work_at_the_end_that_nobody_has_timed_is_taken_for_no_wait() -> None:
+    streams = [[*stream, Constant("step", collective=True)] for stream in one_f_one_b(4, 8)]
+    last = 15  # of stage 3, which is done early
+    for times_s, lowered in (({}, False), ({(stage, "step"): 0.01 for stage in range(4)}, True)):
+        graph = build_graph(streams, times_s)
+        plan = Planner(graph, a100_like(4), blocking_power_w=0.0, switch_latency_s=0.005).plan(Target.slowdown())
+        assert (last in [wait.after for wait in plan.waits_of(3)]) == lowered
+        assert -1 in [wait.after for wait in plan.waits_of(3)]
+    # What is there once is known where iterations were measured.
+    plan = Planner(build_graph(streams, end_s=0.01), a100_like(4), blocking_power_w=0.0, switch_latency_s=0.005).plan(
+        Target.slowdown()
+    )
+    assert last in [wait.after for wait in plan.waits_of(3)]
+
+
 def test_a_difference_that_is_not_worth_a_change_is_left_alone() -> None:
     nearly_even = with_power(bundled_profile(3), [{c: 66.0 + c / 1000 for c in (1400, 1200, 1000, 800, 600)}] * 3)
     planner = Planner(build_graph(one_f_one_b(3, 4)), nearly_even, blocking_power_w=90.0, switch_latency_s=0.005)

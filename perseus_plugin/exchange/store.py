@@ -33,6 +33,7 @@ _LOOKS_PER_S = 1000.0  # of all nodes; in larger jobs each looks more rarely
 _SENDS_PER_S = 50.0
 _COUNT_NODES_EVERY_S = 30.0
 _MOST_BYTES = 1 << 20  # in one piece; torch's store takes 8 MiB
+_MOST_IN_PACKET = 100_000  # the kernel's usual limit is twice that
 _INBOX, _TURN, _NODES = "inbox", "turn", "nodes"
 
 
@@ -124,7 +125,7 @@ class StoreExchange:
         self._look_at_s = self._inbox_at_s = self._count_at_s = 0.0
         self._send_at_s = float("inf")
         self._closing = threading.Event()
-        self._node = Node(node, lambda: {"heard": self._heard})
+        self._node = Node(node, self._for_members)
         self._thread = threading.Thread(target=self._run, name="perseus-exchange", daemon=True)
         self._thread.start()
 
@@ -223,6 +224,8 @@ class StoreExchange:
         for message in self._node.receive(until_s - now_s):
             if "lost" in message:
                 raise ExchangeError(str(message["lost"]))
+            if "look" in message:
+                self._hear(self._found())
             if isinstance(heard := message.get("heard"), dict):
                 self._hear(heard)
             self._post(message)
@@ -277,10 +280,18 @@ class StoreExchange:
             self._counted = True
         turn = self._client.count(_TURN)
         if turn != self._turn:
-            found = {key: self._client.fetch(f"all/{key}") for key in ANNOUNCED}
+            self._hear(self._found())
             self._turn = turn
-            self._hear({key: value for key, value in found.items() if value is not None})
-            self._node.send({"heard": self._heard})
+            self._node.send(self._for_members())
+
+    def _found(self) -> dict[str, Any]:
+        found = {key: self._client.fetch(f"all/{key}") for key in ANNOUNCED}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def _for_members(self) -> Message:
+        """What was told to all; where that is too much for a packet, each looks for itself."""
+        message = {"heard": self._heard}
+        return message if len(json.dumps(message)) <= _MOST_IN_PACKET else {"look": True}
 
     def _hear(self, values: dict[str, Any]) -> None:
         self._heard = {**self._heard, **values}

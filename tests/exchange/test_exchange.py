@@ -115,6 +115,19 @@ def test_all_hear_what_is_told_to_all_and_rank_0_what_it_is_told(ranks_of: Ranks
     assert ranks.all_hear(NEWS, {"sequence": 2})
 
 
+def test_what_is_too_large_for_the_node_is_heard_by_all_and_by_who_joins_later(ranks_of: RanksOf) -> None:
+    ranks = ranks_of(3, 3)
+    large = "x" * 300_000  # more than fits into the kernel's buffer of a socket
+    ranks[0].tell_all(REUSE, large)
+    assert ranks.all_hear(REUSE, large)
+    ranks[0].tell_all(NEWS, {"sequence": 1})
+    assert ranks.all_hear(NEWS, {"sequence": 1})
+    leader = next(one for one in ranks.exchanges if one._node.leads)
+    later = StoreExchange(StoreClient(ranks.asked[0], "p"), 3, leader._node._name)
+    assert came_true(lambda: later.heard(REUSE) == large)
+    later.close()
+
+
 def test_the_last_value_wins_and_what_is_forgotten_is_gone(ranks_of: RanksOf) -> None:
     ranks = ranks_of(2, 2)
     for number in range(3):

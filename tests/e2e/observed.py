@@ -49,7 +49,8 @@ def observe(library: Path, folder: Path) -> Observed:
     machine, port, seen = Simulation(library, folder, STAGES), _free_port(), folder / "scraped"
     # What is recorded under the plan is kept every so often.
     do = [("nothing", "plan 1 for"), ("nothing", "frontier: "), ("nothing", str(seen)), ("end", "+25")]
-    probe = machine.job(folder, *do, steps=100_000, frontier=True, prometheus={"port": port})
+    # Nobody catches up, so that the clocks are the plan's however busy this machine is.
+    probe = machine.job(folder, *do, steps=100_000, frontier=True, prometheus={"port": port}, catch_up=False)
     monitor = {"enabled": True, "output_path": str(folder / "monitor"), "job_name": "job"}
     probe = replace(probe, config={"gradient_accumulation_steps": MICROBATCHES, "csv_monitor": monitor})
     scraped = ""

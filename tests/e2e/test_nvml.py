@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.launching import ENDED_S
-from tests.e2e.observed import Observed, look_at_the_observed_job
+from tests.e2e.observed import STAGES, Observed, look_at_the_observed_job
 from tests.e2e.simulation import Simulation
 from tests.waiting import came_true, processes_naming
 
@@ -25,15 +25,20 @@ def test_planned_clocks_reach_nvml_in_order(observed: Observed) -> None:
     assert observed.probe.summary()["backend"] == "nvml"
     plan = json.loads((observed.out / "plan.json").read_text())
     assert observed.machine.free()
-    for gpu, stage in zip(observed.machine.gpus, plan["stages"], strict=True):
+    for number, (gpu, stage) in enumerate(zip(observed.machine.gpus, plan["stages"], strict=True)):
         events = gpu.events()
         assert events[-1].mhz == 0, "the last thing that happens to a clock is its reset"
         assert not any(event.refused for event in events)
         # Between two resets (the end of each batch) lies one iteration of the plan.
         seen = [mhz for mhz, _ in itertools.groupby(event.mhz for event in events)]
         iterations = [list(group) for is_reset, group in itertools.groupby(seen, lambda mhz: mhz == 0) if not is_reset]
-        planned = [clock for clock, _ in itertools.groupby(clock for _, _, clock in stage)]
-        assert iterations.count(planned) >= 2, (planned, iterations[-4:])
+        clocks = [[clock] for _, _, clock in stage]
+        waiting: list[list[int]] = [[], *clocks]
+        for after, clock, _, _ in plan.get("waits", [[]] * STAGES)[number]:
+            waiting[after + 1] = [*waiting[after + 1], clock]
+        # Waits have clocks of their own once it is known how long they are.
+        planned = [[clock for clock, _ in itertools.groupby(itertools.chain(*of))] for of in (clocks, waiting)]
+        assert sum(iterations.count(one) for one in planned) >= 2, (planned, iterations[-4:])
 
 
 # What is done to rank 1's GPU or helper, when, and what is said of it.

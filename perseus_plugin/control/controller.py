@@ -147,8 +147,9 @@ class Controller:
         Returns:
             How many of its waits ended before the clock was back.
         """
-        if self._waits is not None:
-            self._early += self._waits.end(now_s)
+        if self._waits is not None and self._waits.end(now_s):
+            self._early += 1
+            self._requests.request(None)  # else what comes between iterations ran at the wait's clock
         return self._early
 
     def _wait(self, now_s: float) -> int | None:

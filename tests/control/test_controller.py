@@ -299,3 +299,17 @@ def test_what_is_known_of_waits_outlives_iterations_at_full_clocks() -> None:
     follow()
     run(gpu, controller, [0.1, 0.0], [0.03])
     assert WAIT_MHZ in [clock for _, clock in gpu.asked]
+
+
+def test_an_iteration_that_ends_before_its_last_wait_was_to_end_leaves_no_low_clock() -> None:
+    gpu = SimulatedGpu(LEAD_S)
+    controller = Controller(gpu)
+    controller.follow([1005], [0.03], None, [part(0)], rise_lead_s=LEAD_S)
+    for _ in range(3):
+        _, early = run(gpu, controller, [0.0, 0.2], [0.03])
+        assert early == 0
+    _, early = run(gpu, controller, [0.0, 0.05], [0.03])
+    assert early == 1
+    ended_s = gpu.now_s
+    gpu.run_until(ended_s + 1.0)
+    assert gpu.lowest_mhz(ended_s + LEAD_S, ended_s + 1.0) == TOP_MHZ

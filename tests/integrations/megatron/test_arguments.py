@@ -65,7 +65,6 @@ def test_a_file_can_turn_it_off(installed: list[PerseusConfig], tmp_path: Path) 
         (["--perseus", "--perseus-slowdown", "-1"], "perseus.slowdown: got -1.0; allowed: a number from 0 to 10"),
         (["--perseus", "--perseus-slowdown", "much"], "--perseus-slowdown: got 'much'; allowed: a number"),
         (["--perseus", "--perseus-backend", "rocm"], 'perseus.gpu.backend: got "rocm"; allowed: "auto", "nvml"'),
-        (["--perseus", "--perseus-profile", "p.csv"], "perseus.profiling.blocking_power_w: missing"),
         (["--perseus", "--perseus-config", "no.yaml"], "no.yaml: cannot read the configuration"),
         (["--perseus", "--perseus-config", "no.toml"], "no.toml: ending '.toml'; allowed: .json, .yaml or .yml"),
         (["--perseus-slowdown", "0.1"], "--perseus-slowdown: needs --perseus"),

@@ -35,6 +35,8 @@ CORE_JOB = SUPPORT / "core_job.py"
 PATH = python_path(REPOSITORY)
 # Iterations after a plan has been announced: some until all ranks follow it, some under it, references among them.
 MORE = 12
+# ... and until the last rank has figures of the plan to print, which it looks for every 5 s.
+LOGGED = 48
 AT_MOST = 300
 PLANNED = "plan 1 for"
 
@@ -89,14 +91,14 @@ def run_megatron(
 
 
 def check_identical(
-    ranks: int, folder: Path, words: list[str], plugin: list[str], until: str, **how: Any
+    ranks: int, folder: Path, words: list[str], plugin: list[str], until: str, more: int = MORE, **how: Any
 ) -> tuple[dict[str, Any], str]:
-    """Train with the plugin until it has said something and for `MORE` iterations, then as far without it.
+    """Train with the plugin until it has said something and for `more` iterations, then as far without it.
 
     Returns:
         The results, which are the same bit by bit, and what was said.
     """
-    ending = ["--until-said", until, "--more", str(MORE)]
+    ending = ["--until-said", until, "--more", str(more)]
     with_plugin, said = run_megatron(ranks, folder, [*words, *plugin, *ending], **how)
     iterations = max(len(rank["losses"]) for rank in with_plugin["ranks"])
     how = {name: value for name, value in how.items() if name in ("script", "path")}
@@ -150,11 +152,12 @@ def test_training_is_bit_identical_and_saves_energy(case: str, tmp_path: Path) -
     ranks, stages, changes = CASES[case]
     words = flags(stages, MICROBATCHES, train_iters=AT_MOST, log_interval=4, **changes)
     plugin = uneven(tmp_path, stages, FORWARD_S.get(case, 0.012))
-    _, said = check_identical(ranks, tmp_path, words, plugin, PLANNED, launcher=case == BY_LAUNCHER)
+    more = LOGGED if case == "pp2" else MORE
+    _, said = check_identical(ranks, tmp_path, words, plugin, PLANNED, more, launcher=case == BY_LAUNCHER)
     check_followed(tmp_path / "out", ranks)
     assert SCHEDULES.get(case, "1F1B/2x4") in said
-    # In Megatron's own log, from the rank that prints it.
-    assert re.search(r"perseus at iteration \d+: .* per iteration", said)
+    if more == LOGGED:  # in Megatron's own log, from the rank that prints it
+        assert re.search(r"perseus at iteration \d+: .* per iteration", said)
 
 
 def test_evaluation_a_changing_batch_size_and_a_helper_that_dies(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_training_is_bit_identical(observed: Observed) -> None:
 def test_training_is_bit_identical_in_other_ways_to_train(case: str, tmp_path: Path) -> None:
     """`make test` has them where something else is looked at too: test_stragglers.py, test_life.py."""
     ranks, config, arguments = CASES[case]
-    do = [("nothing", "plan 1 for"), ("end", "+20")]
+    do = [("nothing", "plan 1 for"), ("end", "+45")]
     job = Probe(tmp_path, perseus_block(tmp_path / "out", 2), do, arguments, ranks, config)
     job.run(torchrun="torchrun" in case).check()
     check_followed(job)

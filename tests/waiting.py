@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -33,3 +34,12 @@ def processes_naming(word: str, among: Sequence[str] = ("perseus_plugin.control.
                 if word in line and any(name in line for name in among):
                     found.append(int(folder.name))
     return found
+
+
+def pipes_here() -> dict[int, str]:
+    """This process's pipes by their numbers."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            found[int(entry.name)] = os.readlink(entry)  # noqa: PTH115
+    return {number: name for number, name in found.items() if name.startswith("pipe:")}

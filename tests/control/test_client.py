@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from perseus_plugin.control.ownership import holder_of, lock_path, read_record
 from perseus_plugin.control.wire import Applied, Deviation, Mark, SwitchLatency, Tick, Trouble
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, IGNORE_LOCKS, NO_PERMISSION
-from tests.waiting import wait_until
+from tests.waiting import pipes_here, wait_until
 
 from .harness import free_and_unowned, other_events, start_trainer, wait_for_event
 
@@ -633,15 +632,6 @@ def test_a_forked_child_cannot_touch_the_helper(helper: ClockHelper, gpu: Emulat
     helper.request(1005)
     assert wait_for_event(helper, Applied).frequency_mhz == 1005
     assert helper.alive
-
-
-def pipes_here() -> dict[int, str]:
-    """This process's pipes by their numbers."""
-    found = {}
-    for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            found[int(entry.name)] = os.readlink(entry)  # noqa: PTH115
-    return {number: name for number, name in found.items() if name.startswith("pipe:")}
 
 
 def test_what_the_script_has_opened_in_place_of_our_pipes_is_left_alone(

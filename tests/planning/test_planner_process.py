@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from perseus_plugin.planning.child import Child, ChildLostError
 from perseus_plugin.planning.planner_process import PlannerProcess
 from perseus_plugin.processes import ending
 from tests.planning.test_process import answer, request
-from tests.waiting import wait_until
+from tests.waiting import pipes_here, wait_until
 
 PLANNER = "perseus_plugin.planning.process"
 
@@ -133,15 +132,6 @@ def test_what_the_script_has_opened_in_place_of_our_pipes_is_left_alone(tmp_path
     finally:
         for number in pipes:
             os.close(number)
-
-
-def pipes_here() -> dict[int, str]:
-    """This process's pipes by their numbers."""
-    found = {}
-    for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            found[int(entry.name)] = os.readlink(entry)  # noqa: PTH115
-    return {number: name for number, name in found.items() if name.startswith("pipe:")}
 
 
 def test_when_memory_runs_out_the_planner_goes_before_the_trainer() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from perseus_plugin.leader.job_socket import SOCKET_NAME, JobSocket, ask
 from perseus_plugin.serving import Bounded
-from perseus_plugin.stragglers.socket import SOCKET_NAME, StragglerSocket, ask
 from tests.waiting import came_true, wait_until
 
 
@@ -152,9 +152,9 @@ def test_a_forked_worker_keeps_what_the_script_has_opened_in_place_of_the_socket
 KILLED = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from perseus_plugin.stragglers.socket import StragglerSocket
+from perseus_plugin.leader.job_socket import JobSocket
 
-server = StragglerSocket(Path(sys.argv[1]), lambda request: {})
+server = JobSocket(Path(sys.argv[1]), lambda request: {})
 if sys.argv[2] == "forked":
     pid = os.fork()
     if pid == 0:
@@ -178,7 +178,7 @@ def test_a_worker_that_outlives_a_killed_trainer_does_not_keep_its_socket(tmp_pa
     try:
         assert (tmp_path / SOCKET_NAME).is_socket()
         os.kill(worker, 0)
-        server = StragglerSocket(tmp_path, lambda request: {"here": True})
+        server = JobSocket(tmp_path, lambda request: {"here": True})
         assert ask(tmp_path, {"do": "list"})["here"]
         server.close()
         assert not (tmp_path / SOCKET_NAME).exists()

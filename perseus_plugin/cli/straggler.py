@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from perseus_plugin.errors import ConfigError, PerseusError, shown
+from perseus_plugin.leader.job_socket import ask
 from perseus_plugin.stragglers.book import Report
-from perseus_plugin.stragglers.socket import ask
 
 straggler = typer.Typer(help="Report slow ranks to a running job.", no_args_is_help=True)
 

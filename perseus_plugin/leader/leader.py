@@ -16,6 +16,7 @@ from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import Directive, Timetable
 from perseus_plugin.leader.coordinator import Coordinator
 from perseus_plugin.leader.job import Job
+from perseus_plugin.leader.job_socket import JobSocket
 from perseus_plugin.leader.planner_desk import Planner
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import Plan
@@ -26,7 +27,6 @@ from perseus_plugin.reporting.live.publishers import Publishers
 from perseus_plugin.reporting.live.reporter import Reporter, events_of
 from perseus_plugin.stragglers.desk import StragglerDesk
 from perseus_plugin.stragglers.external import ExternalFigures
-from perseus_plugin.stragglers.socket import StragglerSocket
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Leader:
         self._final_stats_timeout_s = final_stats_timeout_s
         self._frontier: BackgroundFrontier | None = None
         self._coordinator: Coordinator | None = None
-        self._socket: StragglerSocket | None = None
+        self._socket: JobSocket | None = None
         if job.plans:
             self._planner = planner or PlannerProcess()
             self._frontier = BackgroundFrontier(job.output_dir) if job.config.frontier else None
@@ -205,13 +205,13 @@ class Leader:
         }
 
 
-def _socket(job: Job, desk: StragglerDesk) -> StragglerSocket | None:
+def _socket(job: Job, desk: StragglerDesk) -> JobSocket | None:
     """Where `perseus straggler` reaches the job; None if it cannot, or is not wanted."""
     config = job.config.stragglers
     if not (config.enabled and config.socket):
         return None
     try:
-        return StragglerSocket(job.output_dir, desk.request)
+        return JobSocket(job.output_dir, desk.request)
     except OSError as error:
         logger.warning(
             "`perseus straggler` cannot reach this job: %s; all else goes on. Give the job a perseus.output_dir of "

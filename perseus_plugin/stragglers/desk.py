@@ -120,7 +120,7 @@ class StragglerDesk:
                 logger.warning("what %r says of rank %d was refused: %s", figures.source, report.rank, error)
 
     def request(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Answer a request of the command line (see `stragglers.socket`).
+        """Answer a request of the command line (see `leader.job_socket`).
 
         Raises:
             PerseusError: it is refused.

@@ -11,16 +11,16 @@ from perseus_plugin.cli.straggler import straggler
 from perseus_plugin.config import StragglersConfig
 from perseus_plugin.errors import PerseusError
 from perseus_plugin.exchange.store import LocalExchange
+from perseus_plugin.leader.job_socket import JobSocket
 from perseus_plugin.reporting.live.events import EventLog
 from perseus_plugin.stragglers.desk import StragglerDesk
-from perseus_plugin.stragglers.socket import StragglerSocket
 
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[StragglerDesk]:
     """A job of 8 ranks that takes reports in this folder."""
     desk = StragglerDesk(StragglersConfig(), LocalExchange(), world_size=8, stages=2, events=EventLog(tmp_path))
-    socket = StragglerSocket(tmp_path, desk.request)
+    socket = JobSocket(tmp_path, desk.request)
     yield desk
     socket.close()
 
@@ -93,7 +93,7 @@ def test_an_answer_that_no_job_gives_is_said_in_one_line(
     tmp_path: Path, answer: dict[str, object], command: str, reason: str
 ) -> None:
     """Where others can write in the folder, one of them may serve there."""
-    server = StragglerSocket(tmp_path, lambda request: answer)
+    server = JobSocket(tmp_path, lambda request: answer)
     try:
         result = run(command, "--job", str(tmp_path))
     finally:

@@ -10,8 +10,8 @@ import pytest
 
 from perseus_plugin.exchange.messages import NEWS, STRAGGLERS, News, PaceOf, PlanPart, PlanParts, pace_key, part_key
 from perseus_plugin.iteration.timetable import Follow
+from perseus_plugin.leader.job_socket import SOCKET_NAME, ask
 from perseus_plugin.stragglers.book import DETECTION, Report
-from perseus_plugin.stragglers.socket import SOCKET_NAME, ask
 from tests.session.test_worker import Rank, Ranks, ranks, stats_of
 from tests.waiting import came_true
 

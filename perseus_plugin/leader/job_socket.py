@@ -40,7 +40,7 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-class StragglerSocket:
+class JobSocket:
     """Serves requests on threads of its own.
 
     Args:
@@ -56,7 +56,7 @@ class StragglerSocket:
         self._server = _Server(folder, answer)
         with _short_path(folder) as path:
             self._inode = os.lstat(path).st_ino
-        self._server.start("perseus-reports")
+        self._server.start("perseus-socket")
 
     def close(self) -> None:
         """Stop serving and remove the socket."""

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from perseus_plugin.errors import PerseusError
-from perseus_plugin.stragglers import socket as straggler_socket
-from perseus_plugin.stragglers.socket import SOCKET_NAME, StragglerSocket, ask
+from perseus_plugin.leader import job_socket
+from perseus_plugin.leader.job_socket import SOCKET_NAME, JobSocket, ask
 
 
 class Desk:
@@ -43,14 +43,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def served(folder: Path, desk: Desk) -> Iterator[StragglerSocket]:
-    server = StragglerSocket(folder, desk.answer)
+def served(folder: Path, desk: Desk) -> Iterator[JobSocket]:
+    server = JobSocket(folder, desk.answer)
     yield server
     server.close()
 
 
 def raw(folder: Path, data: bytes) -> bytes:
-    with socket.socket(socket.AF_UNIX) as connection, straggler_socket._short_path(folder) as path:
+    with socket.socket(socket.AF_UNIX) as connection, job_socket._short_path(folder) as path:
         connection.settimeout(10)
         connection.connect(path)
         connection.sendall(data)
@@ -81,7 +81,7 @@ def test_only_the_owner_may_use_it(folder: Path) -> None:
 
 @pytest.mark.usefixtures("served")
 def test_another_user_is_refused_by_the_kernels_word(folder: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(straggler_socket, "_caller", lambda connection: os.geteuid() + 1)
+    monkeypatch.setattr(job_socket, "_caller", lambda connection: os.geteuid() + 1)
     with pytest.raises(PerseusError, match="may not use this job's socket"):
         ask(folder, {"do": "list"})
     assert desk.seen == []
@@ -104,8 +104,8 @@ def test_rubbish_is_refused_and_the_next_caller_served(folder: Path, desk: Desk,
 
 @pytest.mark.usefixtures("served")
 def test_a_caller_who_says_nothing_does_not_hold_up_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(straggler_socket, "_TIMEOUT_S", 1.0)
-    with socket.socket(socket.AF_UNIX) as silent, straggler_socket._short_path(folder) as path:
+    monkeypatch.setattr(job_socket, "_TIMEOUT_S", 1.0)
+    with socket.socket(socket.AF_UNIX) as silent, job_socket._short_path(folder) as path:
         silent.connect(path)
         assert ask(folder, {"do": "list"})["ok"]
 
@@ -120,7 +120,7 @@ def test_an_answer_that_fails_does_not_end_the_service(folder: Path, desk: Desk)
 
 
 def test_closing_removes_it(folder: Path, desk: Desk) -> None:
-    server = StragglerSocket(folder, desk.answer)
+    server = JobSocket(folder, desk.answer)
     server.close()
     assert list(folder.iterdir()) == []
     server.close()
@@ -134,12 +134,12 @@ def test_a_missing_folder_is_no_job(tmp_path: Path) -> None:
 
 
 def test_what_a_dead_job_left_is_replaced_and_a_live_jobs_is_not(folder: Path, desk: Desk) -> None:
-    with socket.socket(socket.AF_UNIX) as dead, straggler_socket._short_path(folder) as path:
+    with socket.socket(socket.AF_UNIX) as dead, job_socket._short_path(folder) as path:
         dead.bind(path)
-    server = StragglerSocket(folder, desk.answer)
+    server = JobSocket(folder, desk.answer)
     assert ask(folder, {"do": "list"})["ok"]
     with pytest.raises(OSError, match="another running job serves this folder"):
-        StragglerSocket(folder, desk.answer)
+        JobSocket(folder, desk.answer)
     assert ask(folder, {"do": "list"})["ok"]
     server.close()
 
@@ -147,7 +147,7 @@ def test_what_a_dead_job_left_is_replaced_and_a_live_jobs_is_not(folder: Path, d
 def test_a_file_of_that_name_is_not_removed(folder: Path, desk: Desk) -> None:
     (folder / SOCKET_NAME).write_text("mine")
     with pytest.raises(OSError, match=r"there is another file called stragglers\.sock"):
-        StragglerSocket(folder, desk.answer)
+        JobSocket(folder, desk.answer)
     assert (folder / SOCKET_NAME).read_text() == "mine"
 
 
@@ -156,7 +156,7 @@ def test_many_slow_callers_do_not_lock_out_the_others(folder: Path) -> None:
     slow = []
     for _ in range(50):
         connection = socket.socket(socket.AF_UNIX)
-        with straggler_socket._short_path(folder) as path:
+        with job_socket._short_path(folder) as path:
             connection.connect(path)
         connection.sendall(b"{")
         slow.append(connection)
@@ -170,4 +170,4 @@ def test_a_link_of_that_name_is_not_followed(folder: Path, desk: Desk, tmp_path:
         other.bind(str(tmp_path / "other"))
         (folder / SOCKET_NAME).symlink_to(tmp_path / "other")
         with pytest.raises(OSError, match="there is another file called"):
-            StragglerSocket(folder, desk.answer)
+            JobSocket(folder, desk.answer)

@@ -12,12 +12,13 @@ import copy
 import functools
 import weakref
 from collections import UserDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from perseus_plugin.errors import ScheduleError
 from perseus_plugin.integrations.base import PipelineSession, iteration
 from perseus_plugin.integrations.deepspeed.schedule import StreamCache, operation_name, operation_of
+from perseus_plugin.integrations.instances import InstanceMethods
 from perseus_plugin.iteration.instructions import Compute, Constant, StreamOp
 
 SESSION = "_perseus_session"
@@ -111,9 +112,7 @@ def bracket_iterations(engine: Any, session: PipelineSession, look: Callable[[],
 
         return destroy
 
-    puts = _InstanceMethods(
-        of_engine, {"train_batch": train_batch, "_exec_schedule": exec_schedule, "destroy": destroy}
-    )
+    puts = InstanceMethods(of_engine, {"train_batch": train_batch, "_exec_schedule": exec_schedule, "destroy": destroy})
 
     def detach() -> None:
         puts.take_out()
@@ -129,58 +128,6 @@ def bracket_iterations(engine: Any, session: PipelineSession, look: Callable[[],
     vars(engine)[_DETACH] = detach
     session.on_close(lambda: _detach(of_engine()))
     weakref.finalize(engine, session.close)
-
-
-class _InstanceMethods:
-    """Our functions in the place of an engine's methods, on the instance; each calls what is beneath it.
-
-    Beneath is what was on the instance when it was put there, else what the class has at the time of the call.
-
-    Args:
-        of_engine: the engine, which may be gone.
-        made_from: by name, makes the function from one that says what is beneath.
-    """
-
-    def __init__(
-        self,
-        of_engine: Callable[[], Any],
-        made_from: Mapping[str, Callable[[Callable[[], Callable[..., Any]]], Callable[..., Any]]],
-    ) -> None:
-        self._of_engine, self._made_from = of_engine, made_from
-        # Those that still live, with what each is around: another tool may keep an old one and put it back at any time.
-        self._put: weakref.WeakKeyDictionary[Callable[..., Any], list[Any]] = weakref.WeakKeyDictionary()
-        for name in made_from:
-            self.put(name)
-
-    def put(self, name: str) -> None:
-        """Put ours on top, unless one of ours is there."""
-        attributes, of_engine = vars(self._of_engine()), self._of_engine
-        there = [attributes[name]] if name in attributes else []
-        replaced: Any = there[0] if there else getattr(type(self._of_engine()), name, None)
-        if replaced is None or self._is_ours(replaced):
-            return
-
-        def beneath() -> Callable[..., Any]:
-            alive = of_engine()
-            function: Callable[..., Any] = there[0] if there else getattr(type(alive), name).__get__(alive)
-            return function
-
-        function = functools.wraps(replaced)(self._made_from[name](beneath))
-        vars(function).pop("__wrapped__", None)  # a bound method would keep the engine
-        self._put[function] = there
-        attributes[name] = function
-
-    def take_out(self) -> None:
-        """Have the engine's methods be as without us, where nobody has put something around ours since."""
-        alive = self._of_engine()
-        for name in self._made_from if alive is not None else ():
-            while self._is_ours(function := vars(alive).get(name)):
-                there = self._put[function]
-                del vars(alive)[name]
-                vars(alive).update({name: there[0]} if there else {})
-
-    def _is_ours(self, function: Any) -> bool:
-        return any(function is ours for ours in list(self._put))
 
 
 def _detach(engine: Any) -> None:

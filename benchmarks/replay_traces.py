@@ -112,7 +112,7 @@ def request(trace: Trace, profile: Profile, margin: float) -> PlanRequest:
     """What the planner is asked."""
     streams = one_f_one_b(trace.stages, trace.microbatches)
     power_w = [A100.blocking_w] * trace.stages
-    return PlanRequest("1F1B", streams, {}, profile, power_w, 0.0, margin, latency_s=LATENCY_S)
+    return PlanRequest("1F1B", streams, {}, profile, power_w, margin=margin, latency_s=LATENCY_S)
 
 
 def samples_of(trace: Trace, steps: npt.NDArray[np.int64]) -> Samples:

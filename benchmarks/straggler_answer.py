@@ -60,7 +60,7 @@ def time_planning(repeats: int) -> None:
     for stages, microbatches in ((4, 32), (8, 32), (8, 96)):
         profile = emulated_profile(stages, 8)
         streams = one_f_one_b(stages, microbatches)
-        request = PlanRequest("1f1b", streams, {}, profile, [A100.blocking_w] * stages, 0.0, 0.01)
+        request = PlanRequest("1f1b", streams, {}, profile, [A100.blocking_w] * stages, margin=0.01)
         plan = plan_for(request)
         clocks = tuple(tuple(plan.clocks_mhz(stage)) for stage in range(stages))
         even = (1.0,) * stages
@@ -76,8 +76,7 @@ def time_planning(repeats: int) -> None:
                         {},
                         profile,
                         [A100.blocking_w] * stages,
-                        0.0,
-                        0.01,
+                        margin=0.01,
                         pace=PaceRequest(variants, clocks),
                     )
                 )

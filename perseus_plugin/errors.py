@@ -31,6 +31,7 @@ _REMEDIES = {
     errno.ESTALE: "the network file system has lost it: mount it again",
     errno.EIO: "the disk or the network file system fails: see the kernel log",
 }
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # of models and of dataclasses
 
 
 def os_problem(error: OSError) -> str:
@@ -77,7 +78,7 @@ def validation_problem(error: ValidationError, model: type[BaseModel], source: s
     allowed = ""
     for at, part in enumerate(first["loc"], 1):
         field = fields.get(str(part))
-        if field is None and (fields or (first["type"] == "extra_forbidden" and at == len(first["loc"]))):
+        if field is None and (fields or (first["type"] in _UNKNOWN and at == len(first["loc"]))):
             return _unknown_key(str(part), fields, ".".join(names), first["input"])
         names.append(str(part))
         fields = {} if field is None else _fields(field.annotation)

@@ -10,6 +10,7 @@ from perseus_plugin.leader.effects import Ask
 from perseus_plugin.leader.rank_reports import RankReports
 from perseus_plugin.leader.recent import RecentIterations
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
+from perseus_plugin.planning.targets import Target
 from perseus_plugin.planning.work import tell_cut_short
 
 
@@ -69,7 +70,7 @@ class PlannerDesk:
             profile=survey.profile,
             blocking_power_w=[survey.blocking_power_w] * self._stages,
             blocking_power_se_w=power_se_w if math.isfinite(power_se_w) else None,
-            slowdown=config.slowdown,
+            target=Target.slowdown(config.slowdown),
             margin=ask.margin,
             effort=config.effort,
             max_changes=limits.max_changes_per_iteration,

@@ -120,6 +120,15 @@ class Planner:
                 found = self.discretise(relaxed, relaxed.deadline_s, limits, effort, work)
             case "energy_budget":
                 return self._by_budget(target.value, limits, effort, work)
+            case "money":
+                assert target.prices is not None  # a target of money has them
+                relaxed = self.relaxation.cheapest(besides_w=target.prices.gpu_w * problem.graph.stages)
+                found = self.discretise(relaxed, relaxed.deadline_s, limits, effort, work)
+            case "full":
+                relaxed = self.relaxation.solve(problem.full_clock_time_s)
+                return self.priced(relaxed, problem.full_clocks, problem.full_clock_time_s, limits)
+            case "power_budget":
+                raise PlanError("power budget: cannot be planned for")
         return self.best_known(found)
 
     def best_known(self, found: Solution) -> Solution:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from perseus_plugin.planning.options import PlanningProblem
     from perseus_plugin.planning.planner import Planner
     from perseus_plugin.planning.replay import CatchUp
-    from perseus_plugin.planning.robust import RobustPlan
+    from perseus_plugin.planning.robust import Promise, RobustPlan
     from perseus_plugin.planning.targets import ChangeLimits, Effort
 
 
@@ -53,10 +53,8 @@ def plan_for(request: PlanRequest) -> Plan:
     Raises:
         PerseusError: there is no such plan, or the request is inconsistent.
     """
-    from perseus_plugin.planning.targets import Target
-
     effort: Effort = request.effort  # type: ignore[assignment]
-    return planner_for(request).plan(Target.slowdown(request.slowdown), limits_of(request), effort)
+    return planner_for(request).plan(request.target, limits_of(request), effort)
 
 
 def planner_for(request: PlanRequest) -> Planner:
@@ -117,7 +115,6 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
     from perseus_plugin.planning.options import build_problem
     from perseus_plugin.planning.pace import slowed
     from perseus_plugin.planning.robust import (
-        Promise,
         catch_up_by_stage,
         held_against,
         is_much_better,
@@ -159,10 +156,11 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
     if request.samples is None:
         plan = _known(request, plan_for(request))
         return PlanAnswer(plan, 0.0, catch_up=catches_up(problem, plan), overheads=overheads, cut_short=plan.cut_short)
-    robust = _robust_plan(request, problem, request.samples)
+    promise = _promise(request)
+    robust = _robust_plan(request, problem, request.samples, promise)
     held: Replayed | None = None
     if request.in_force is not None:
-        known, promise = request.in_force, Promise(slowdown=request.slowdown, quantile=request.quantile)
+        known = request.in_force
         # Its latest starts are those of the graph that it was made on.
         seen_from_it = problem
         if known.transfer_s != overheads.transfer_s:
@@ -202,15 +200,33 @@ def _known(request: PlanRequest, plan: Plan) -> Plan:
     return with_confidence(plan, exact, request.profile, request.blocking_power_se_w)
 
 
-def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Samples) -> RobustPlan:
-    """Choose margin and catching up by replaying the measured iterations."""
-    from perseus_plugin.planning.robust import Promise, choose, margins_from, replay_of
-    from perseus_plugin.planning.targets import Target
+def allowed_slowdown(request: PlanRequest) -> float:
+    """How much longer than at full clocks iterations may take, as a share, for the target to be met.
 
-    target, latency_s = Target.slowdown(request.slowdown), request.latency_s or 0.0
+    Raises:
+        PerseusError: it cannot be met.
+    """
+    if request.target.kind == "slowdown":
+        return request.target.value
+    planner = planner_for(replace(request, margin=0.0))
+    found = planner.solve(request.target, limits_of(request))
+    return max(0.0, found.allowed_s / planner.problem.full_clock_time_s - 1)
+
+
+def _promise(request: PlanRequest) -> Promise:
+    from perseus_plugin.planning.robust import Promise
+
+    return Promise(slowdown=allowed_slowdown(request), quantile=request.quantile)
+
+
+def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Samples, promise: Promise) -> RobustPlan:
+    """Choose margin and catching up by replaying the measured iterations."""
+    from perseus_plugin.planning.robust import choose, margins_from, replay_of
+
+    latency_s = request.latency_s or 0.0
     exact = planner_for(replace(request, margin=0.0))
     never_lower = planner_for(replace(request, margin=0.0, lower_while_waiting=False))
-    found = exact.solve(target)
+    found = exact.solve(request.target)
     only_waits = exact.plan_of(exact.full_clocks(found))
 
     def plan_with(margin: float) -> Plan:
@@ -223,7 +239,7 @@ def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Sample
         plan_with,
         never_lower.plan_of(never_lower.full_clocks(found)),
         replay_of(problem, samples, latency_s),
-        Promise(slowdown=request.slowdown, quantile=request.quantile),
+        promise,
         margins_from(request.margin),
         catches_up=request.catch_up,
         latency_s=latency_s,
@@ -254,7 +270,7 @@ def pace_for(request: PlanRequest) -> Pace:
         request.pace.variants,
         clocks_mhz=request.pace.clocks_mhz,
         blocking_power_w=request.blocking_power_w,
-        slowdown=request.slowdown,
+        slowdown=allowed_slowdown(request),
         at_least_s=request.pace.at_least_s,
         planned_on=lambda profile: _with_margin(profile, request.margin, request.blocking_power_w),
         limits=limits_of(request),

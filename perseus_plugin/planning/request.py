@@ -12,6 +12,7 @@ from perseus_plugin.iteration.replayed import InForce, Overheads, Replayed, Samp
 from perseus_plugin.planning.paced import Pace, pace_from_dict, pace_to_dict
 from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
 from perseus_plugin.planning.streams import stream_to_json, streams_from_json
+from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 
@@ -50,12 +51,12 @@ class PlanRequest:
         profile: time and energy per (stage, kind) and clock.
         blocking_power_w: one per stage.
         blocking_power_se_w: its standard error, None: unknown.
-        slowdown: target against full clocks, as a share.
+        target: what to plan for.
         margin: share by which slowed instructions are planned to end before they are needed.
         effort: quick, normal or thorough.
         max_changes, min_dwell_s: limits on clock changes.
         full_clock_only: (stage, kind) that must not be slowed.
-        pace: plan for stragglers instead; None: one plan for the slowdown.
+        pace: plan for stragglers instead; None: one plan for the target.
         samples: measured iterations, over which the plan has to hold; None: the profile's means are all there is.
         quantile: share of those iterations that have to keep to their time.
         catch_up: whether late ranks may catch up.
@@ -70,7 +71,7 @@ class PlanRequest:
     constant_time_s: dict[tuple[int, str], float]
     profile: Profile
     blocking_power_w: Sequence[float]
-    slowdown: float
+    target: Target = field(default_factory=Target.slowdown)
     margin: float = 0.0
     effort: str = "quick"
     max_changes: int | None = None
@@ -94,7 +95,7 @@ class PlanRequest:
             "constant_time_s": [[stage, name, t] for (stage, name), t in self.constant_time_s.items()],
             "profile": [[stage, kind, m.to_row()] for stage, kind, m in self.profile.rows()],
             "blocking_power_w": list(self.blocking_power_w),
-            "slowdown": self.slowdown,
+            "target": self.target.to_dict(),
             "margin": self.margin,
             "effort": self.effort,
             "max_changes": self.max_changes,
@@ -143,7 +144,7 @@ class PlanRequest:
             constant_time_s={(stage, name): t for stage, name, t in data["constant_time_s"]},
             profile=Profile.from_rows((stage, kind, Measurement.from_row(row)) for stage, kind, row in data["profile"]),
             blocking_power_w=data["blocking_power_w"],
-            slowdown=data["slowdown"],
+            target=Target.from_dict(data["target"]),
             margin=data["margin"],
             effort=data["effort"],
             max_changes=data["max_changes"],

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
 
-from perseus_plugin.errors import PlanError
+from perseus_plugin.errors import PlanError, validation_problem
+from perseus_plugin.planning.power.budget import NodeOverhead, PowerBudget, check_number
 
 Effort: TypeAlias = Literal["quick", "normal", "thorough"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What an iteration costs, in any one currency.
+
+    Attributes:
+        per_kwh: of energy.
+        per_gpu_hour: of one GPU, whatever it draws: what it was bought for and what it earns.
+        node: what nodes draw beside their GPUs, which is paid for too.
+        gpus_per_node: that share its watts.
+    """
+
+    per_kwh: float
+    per_gpu_hour: float
+    node: NodeOverhead = field(default_factory=NodeOverhead)
+    gpus_per_node: int = 8
+
+    def __post_init__(self) -> None:
+        check_number("price per kWh", self.per_kwh)
+        check_number("price per GPU-hour", self.per_gpu_hour, allow_zero=True)
+        if self.gpus_per_node < 1:
+            raise PlanError(f"GPUs per node: got {self.gpus_per_node}; allowed: a whole number from 1")
+
+    @property
+    def gpu_w(self) -> float:
+        """What a second of one GPU costs, as the GPU power that costs as much."""
+        per_joule = self.per_kwh / 3.6e6
+        beside_w = self.node.watts / self.gpus_per_node
+        return (self.per_gpu_hour / 3600 / per_joule + beside_w) / (1 + self.node.share)
+
+    def cost(self, time_s: float, energy_j: float, gpus: int) -> float:
+        """What so many GPUs cost in `time_s` in which they take `energy_j` together."""
+        return (energy_j + gpus * self.gpu_w * time_s) * (1 + self.node.share) * self.per_kwh / 3.6e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,22 +52,34 @@ class Target:
 
     Attributes:
         kind: which of them.
-        value: slowdown as a share, seconds, nothing, or joules.
+        value: slowdown as a share, seconds, joules, or nothing.
+        budget: of `power_budget`.
+        prices: of `money`.
     """
 
-    kind: Literal["slowdown", "deadline", "straggler", "cheapest", "energy_budget"]
+    kind: Literal["slowdown", "deadline", "straggler", "cheapest", "energy_budget", "power_budget", "money", "full"]
     value: float = 0.0
+    budget: PowerBudget | None = None
+    prices: Prices | None = None
+
+    def __post_init__(self) -> None:
+        match self.kind:
+            case "slowdown":
+                check_number("slowdown", self.value, allow_zero=True)
+            case "deadline" | "straggler" | "energy_budget":
+                check_number(self.kind.replace("_", " "), self.value)
+        for kind, given in (("power_budget", self.budget), ("money", self.prices)):
+            if (self.kind == kind) != (given is not None):
+                raise PlanError(f"target: kind {self.kind}; only {kind} has what it needs, and needs it")
 
     @classmethod
     def slowdown(cls, share: float = 0.0) -> Target:
         """Least energy at an iteration at most `share` longer than with every instruction at full clock."""
-        _check_number("slowdown", share, allow_zero=True)
         return cls("slowdown", share)
 
     @classmethod
     def deadline(cls, seconds: float) -> Target:
         """Least energy at an iteration of at most `seconds`; shorter than that if waiting would cost energy."""
-        _check_number("deadline", seconds)
         return cls("deadline", seconds)
 
     @classmethod
@@ -41,7 +88,6 @@ class Target:
 
         The energies of the plan, of its bound and of its baseline then count blocking power until `seconds`.
         """
-        _check_number("straggler", seconds)
         return cls("straggler", seconds)
 
     @classmethod
@@ -52,8 +98,43 @@ class Target:
     @classmethod
     def energy_budget(cls, joules: float) -> Target:
         """Shortest iteration found whose energy, one GPU per stage, blocking included, is at most `joules`."""
-        _check_number("energy budget", joules)
         return cls("energy_budget", joules)
+
+    @classmethod
+    def power_budget(cls, budget: PowerBudget | float) -> Target:
+        """Shortest iteration found whose power keeps a budget; a number is watts of all GPUs of the job together."""
+        return cls("power_budget", budget=budget if isinstance(budget, PowerBudget) else PowerBudget(budget))
+
+    @classmethod
+    def money(cls, prices: Prices) -> Target:
+        """The iteration that costs least, given what energy and what a GPU's time costs."""
+        return cls("money", prices=prices)
+
+    @classmethod
+    def full(cls) -> Target:
+        """Full clocks; nothing is slowed."""
+        return cls("full")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {name: value for name, value in asdict(self).items() if name == "kind" or value not in (None, 0.0)}
+
+    @classmethod
+    def from_dict(cls, data: object) -> Target:
+        """Inverse of `to_dict`, whoever has written it.
+
+        Raises:
+            PlanError: naming what is wrong.
+        """
+        from pydantic import ConfigDict, ValidationError, create_model
+
+        strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+        told = create_model("told", __config__=strict, target=(cls, ...))
+        try:
+            found = told.model_validate_json(json.dumps({"target": data}))
+        except ValidationError as error:
+            raise PlanError(validation_problem(error, told)) from None
+        return found.target  # type: ignore[attr-defined,no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +152,4 @@ class ChangeLimits:
     def __post_init__(self) -> None:
         if self.max_changes is not None and self.max_changes < 0:
             raise PlanError(f"max changes: got {self.max_changes}; allowed: a whole number from 0")
-        _check_number("min dwell", self.min_dwell_s, allow_zero=True)
-
-
-def _check_number(name: str, value: float, allow_zero: bool = False) -> None:
-    if not (math.isfinite(value) and (value > 0 or (allow_zero and value == 0))):
-        raise PlanError(f"{name}: got {value}; allowed: a finite number {'from' if allow_zero else 'above'} 0")
+        check_number("min dwell", self.min_dwell_s, allow_zero=True)

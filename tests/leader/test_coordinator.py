@@ -37,6 +37,7 @@ from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.planning.process import PlanRequest, answer_to
 from perseus_plugin.planning.replay import by_node
+from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.profiling.survey import Survey
 from perseus_plugin.reporting.live import comparison as comparison_module
@@ -184,7 +185,7 @@ def test_the_request_holds_what_was_measured_and_configured(job: Job) -> None:
         (s, k, m.time_s) for s, k, m in profile(2).rows()
     ]
     assert request.blocking_power_w == pytest.approx([BLOCKING_W] * 2)
-    assert (request.slowdown, request.margin, request.effort) == (0.0, 0.01, "quick")
+    assert (request.target, request.margin, request.effort) == (Target.slowdown(), 0.01, "quick")
     assert request.full_clock_only == frozenset()
 
 
@@ -501,7 +502,7 @@ def test_a_rank_that_never_tells_is_named(
     assert job.news is None
     now_s += 2
     job.step()
-    job.planner.requests.append(PlanRequest("A", [], {}, profile(), [], 0.0))
+    job.planner.requests.append(PlanRequest("A", [], {}, profile(), []))
     monkeypatch.setattr(job.planner, "finish", lambda: None)
     expect_full_clocks(job, "2 of 4 ranks sent no measurements within 120 s (first missing: rank 1)", heard)
 
@@ -512,7 +513,7 @@ def test_a_profile_that_cannot_be_used(job: Job, heard: pytest.LogCaptureFixture
     job.publish_estimates(0)
     job.exchange.publish(estimate_key(0, 1), broken.model_dump())
     job.step()
-    job.planner.requests.append(PlanRequest("A", [], {}, profile(), [], 0.0))
+    job.planner.requests.append(PlanRequest("A", [], {}, profile(), []))
     job.planner.error = "unused"
     expect_full_clocks(job, "the profile cannot be used: stage 1", heard)
     assert "A restarted job of the same sort does not profile again; remove profile-failed.json" in heard.text
@@ -541,7 +542,7 @@ def test_trouble_of_one_rank_sends_all_to_full_clocks(job: Job, state: str, hear
     job.exchange.publish(TROUBLE, Trouble(rank=1, reason="no permission").model_dump())
     job.step()
     assert job.newest().switch == job.iteration + 2
-    job.planner.requests.append(PlanRequest("A", [], {}, profile(), [], 0.0))
+    job.planner.requests.append(PlanRequest("A", [], {}, profile(), []))
     job.planner.error = "unused"
     expect_full_clocks(job, "rank 1: no permission", heard)
 

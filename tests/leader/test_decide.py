@@ -76,7 +76,7 @@ def fresh(known: Survey | None = None) -> JobState:
 
 def request(schedule: str = "A", microbatches: int = 4) -> PlanRequest:
     streams = [stream_of(2, microbatches)(stage) for stage in range(2)]
-    return PlanRequest(schedule, streams, {}, profile(2), [BLOCKING_W] * 2, 0.0)
+    return PlanRequest(schedule, streams, {}, profile(2), [BLOCKING_W] * 2)
 
 
 PLAN = plan_for(request())

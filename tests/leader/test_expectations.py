@@ -19,7 +19,7 @@ REPLAYED = Replayed(12, 0.01, False, 1.002, 1.004, 0.08, (0.07, 0.09))
 
 def plan(microbatches: int) -> Plan:
     streams = [stream_of(2, microbatches)(stage) for stage in range(2)]
-    return plan_for(PlanRequest(str(microbatches), streams, {}, profile(2), [BLOCKING_W] * 2, 0.0))
+    return plan_for(PlanRequest(str(microbatches), streams, {}, profile(2), [BLOCKING_W] * 2))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tests.factories import BLOCKING_W, profile, stream_of
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     streams = [stream_of(2, 2)(stage) for stage in range(2)]
-    return plan_for(PlanRequest("A", streams, {}, profile(2), [BLOCKING_W] * 2, 0.0))
+    return plan_for(PlanRequest("A", streams, {}, profile(2), [BLOCKING_W] * 2))
 
 
 def test_a_plan_that_takes_anothers_place_leaves_nothing_of_it_behind(plan: Plan) -> None:

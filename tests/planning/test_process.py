@@ -22,17 +22,19 @@ from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.plan import Plan, plan_from_json
 from perseus_plugin.planning.planner_process import PlannerProcess
 from perseus_plugin.planning.process import PlanAnswer, PlanRequest, answered, plan_for
+from perseus_plugin.planning.targets import Target
 from tests.factories import BLOCKING_W, CLOCKS_MHZ, profile
 
 
 def request(stages: int = 2, microbatches: int = 4, **changes: Any) -> PlanRequest:
+    if "slowdown" in changes:
+        changes["target"] = Target.slowdown(changes.pop("slowdown"))
     fields: dict[str, Any] = {
         "schedule": "1F1B",
         "streams": [[*stream, Constant("step")] for stream in one_f_one_b(stages, microbatches)],
         "constant_time_s": {(0, "step"): 0.01, (1, "step"): 0.02},
         "profile": profile(stages),
         "blocking_power_w": [BLOCKING_W] * stages,
-        "slowdown": 0.0,
     }
     return PlanRequest(**{**fields, **changes})
 
@@ -191,7 +193,6 @@ def test_the_process_plans_as_this_one_would(planner: PlannerProcess) -> None:
 def test_an_impossible_request_is_an_error_and_the_process_lives_on(planner: PlannerProcess) -> None:
     pid = planner.pid
     bad = [
-        (request(slowdown=-0.5), "slowdown"),
         (request(streams=one_f_one_b(3, 4)), "got 2 values"),
         (request(streams=one_f_one_b(3, 4), blocking_power_w=[80.0] * 3), "stage 2"),
         (request(streams=[[Compute("weight", 0)], []]), "weight"),

@@ -13,6 +13,7 @@ from perseus_plugin.planning.options import build_problem
 from perseus_plugin.planning.process import answer_to
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.planning.robust import margins_from, replay_of, usual_delays
+from perseus_plugin.planning.targets import Target
 from tests.factories import BLOCKING_W
 
 from .jobs import bundled_profile
@@ -50,7 +51,7 @@ def answer(made_of: Samples | None, catch_up: bool = True, effort: str = "quick"
             constant_time_s=CONSTANTS,
             profile=PROFILE,
             blocking_power_w=[BLOCKING_W] * STAGES,
-            slowdown=slowdown,
+            target=Target.slowdown(slowdown),
             margin=0.01,
             effort=effort,
             samples=made_of,
@@ -123,7 +124,7 @@ def test_catching_up_saves_where_a_static_plan_cannot() -> None:
         )
         for iteration in length.tolist()
     )
-    wanted = PlanRequest("1F1B", streams, {}, profile, [BLOCKING_W] * 2, 0.0, 0.01, samples=Samples(durations))
+    wanted = PlanRequest("1F1B", streams, {}, profile, [BLOCKING_W] * 2, margin=0.01, samples=Samples(durations))
     static, caught = answer_to(wanted), answer_to(replace(wanted, catch_up=True))
     assert static.replayed is not None
     assert caught.replayed is not None

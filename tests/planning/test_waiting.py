@@ -349,7 +349,7 @@ STREAMS = [[*stream, Constant("step", collective=True)] for stream in one_f_one_
 
 def request(**changes: Any) -> PlanRequest:
     constants = {(stage, "step"): 0.01 for stage in range(3)}
-    wanted = PlanRequest("1F1B", STREAMS, constants, a100_like(3), [90.0] * 3, 0.0, margin=0.01, latency_s=0.005)
+    wanted = PlanRequest("1F1B", STREAMS, constants, a100_like(3), [90.0] * 3, margin=0.01, latency_s=0.005)
     return PlanRequest.from_dict(json.loads(json.dumps(replace(wanted, **changes).to_dict())))
 
 

@@ -175,7 +175,6 @@ def request(**changes: object) -> PlanRequest:
         constant_time_s={},
         profile=bundled_profile(3),
         blocking_power_w=[60.0] * 3,
-        slowdown=0.0,
         max_changes=4,
     )
     return replace(made, **changes)  # type: ignore[arg-type]

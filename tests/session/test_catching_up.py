@@ -18,6 +18,7 @@ from perseus_plugin.iteration.replayed import InForce, Overheads, Samples
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.process import answer_to
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
+from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.profile import Profile
 from tests.planning.jobs import bundled_profile
 
@@ -142,8 +143,7 @@ def request(pipeline: Pipeline, iterations: list[FloatArray], in_force: InForce 
         {},
         PROFILE,
         [BLOCKING_W] * STAGES,
-        0.0,
-        0.01,
+        margin=0.01,
         samples=samples,
         catch_up=True,
         in_force=in_force,
@@ -248,7 +248,7 @@ def test_a_plan_slows_nothing_that_transfers_make_critical(end_s: float) -> None
 
 def test_a_slowdown_is_one_of_the_whole_iteration() -> None:
     pipeline = Pipeline(0.004, end_s=0.3)
-    answer = answer_to(replace(request(pipeline, [FULL_S] * 4), slowdown=0.1))
+    answer = answer_to(replace(request(pipeline, [FULL_S] * 4), target=Target.slowdown(0.1)))
     full_s, _ = total_s(pipeline, [FULL_S])
     pipeline.follow(answer)
     planned_s, _ = total_s(pipeline, [FULL_S])

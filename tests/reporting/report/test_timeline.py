@@ -21,7 +21,7 @@ def planned(folder: Path, schedule: str) -> Path:
     """A folder with a plan and its profile, as `perseus plan` leaves it."""
     streams = SCHEDULES[schedule](2, 4)
     table = profile(2)
-    save_plan(plan_for(PlanRequest(schedule, streams, {}, table, [BLOCKING_W] * 2, 0.0)), folder / "plan.json")
+    save_plan(plan_for(PlanRequest(schedule, streams, {}, table, [BLOCKING_W] * 2)), folder / "plan.json")
     save_profile(table, folder / "profile.csv")
     return folder
 
@@ -46,7 +46,7 @@ def test_a_schedule_of_nobodys_textbook_is_drawn_alone(tmp_path: Path) -> None:
     ]
     last = [number for number, op in enumerate(streams[1]) if getattr(op, "kind", "") == "backward"]
     streams[1][last[0] : last[-1] + 2] = [op for number in reversed(last) for op in streams[1][number : number + 2]]
-    plan = plan_for(PlanRequest("reversed", streams, {}, profile(2), [BLOCKING_W] * 2, 0.0))
+    plan = plan_for(PlanRequest("reversed", streams, {}, profile(2), [BLOCKING_W] * 2))
     assert textbook_graph(plan) is None
     save_plan(plan, tmp_path / "plan.json")
     save_profile(profile(2), tmp_path / "profile.csv")

@@ -1,0 +1,1 @@
+"""How much power may a job draw, and what is the fastest that it allows?"""

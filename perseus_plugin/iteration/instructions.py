@@ -6,12 +6,35 @@ stage executes in program order. `graph.py` derives the dependency graph from th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 FORWARD = "forward"
 BACKWARD = "backward"
+INPUT_BACKWARD = "input_backward"
+"""The half of a backward that the stage before waits for: the gradient of the stage's input."""
+WEIGHT_BACKWARD = "weight_backward"
+"""The other half: the gradient of the stage's weights."""
+
+_PART = re.compile(rf"({INPUT_BACKWARD}|{WEIGHT_BACKWARD}|{FORWARD}|{BACKWARD})(?:_(\d+))?")
+
+
+def of_chunk(kind: str, chunk: int) -> str:
+    """The kind of a model chunk's instructions: chunks differ in what they compute, so each has kinds of its own."""
+    return kind if chunk == 0 else f"{kind}_{chunk}"
+
+
+def of_pair(*kinds: str) -> str:
+    """The kind of instructions that run as one."""
+    return "_".join(kinds)
+
+
+def parts_of(kind: str) -> tuple[tuple[str, int], ...]:
+    """What a kind is made of, each with its chunk: the inverse of `of_chunk` and `of_pair`; empty for other names."""
+    parts = tuple((name, int(chunk or 0)) for name, chunk in _PART.findall(kind))
+    return parts if of_pair(*(of_chunk(*part) for part in parts)) == kind else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +44,8 @@ class Instruction:
     Attributes:
         stage: pipeline stage, 0-based. With virtual stages this is the pipeline *rank* that executes it.
         kind: `"forward"`, `"backward"`, or another name for controllable work (`"input_backward"`,
-            `"weight_backward"`, ...). Profile rows are keyed by `(stage, kind)`.
+            `"weight_backward"`, ...), with what `of_chunk` and `of_pair` make of them. Profile rows are keyed by
+            `(stage, kind)`.
         microbatch: microbatch id, 0-based, within the iteration.
         chunk: model chunk (virtual stage) on that rank, 0 without virtual stages.
     """

@@ -3,8 +3,7 @@
 The order of forwards and backwards, and which transfers a stage waits for between them, are those of
 `megatron.core.pipeline_parallel.schedules`; the tests run that module's own functions beside this one. Megatron posts
 sends and receives in groups and waits for a whole group before it goes on, or, with `overlap_p2p_comm`, posts them
-early and waits late. Both are said here with non-blocking sends: who posts a receive sends the sender word that it is
-ready, and who waits for its send waits for that word.
+early and waits late: see `StageProgram`.
 """
 
 from __future__ import annotations
@@ -16,12 +15,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from perseus_plugin.errors import ScheduleError
-from perseus_plugin.iteration.instructions import BACKWARD, FORWARD, Compute, Constant, Receive, Send, StreamOp
+from perseus_plugin.iteration.instructions import BACKWARD, FORWARD, Compute, Constant, StreamOp, of_chunk, of_pair
+from perseus_plugin.iteration.stage_program import ACTIVATION, GRADIENT, StageProgram
 
 END_OF_BATCH = "end_of_batch"
 """Gradient reduction and optimizer, from the last backward to the end of the training step."""
-
-_ACTIVATION, _GRADIENT = "activation", "gradient"
 
 
 class Id(NamedTuple):
@@ -91,19 +89,19 @@ def stream(shape: Shape, stage: int) -> list[StreamOp]:
 @functools.cache
 def forward_id(microbatch: int, chunk: int) -> Id:
     """Of a forward."""
-    return Id(_of_chunk(FORWARD, chunk), microbatch, chunk)
+    return Id(of_chunk(FORWARD, chunk), microbatch, chunk)
 
 
 @functools.cache
 def backward_id(microbatch: int, chunk: int) -> Id:
     """Of a backward."""
-    return Id(_of_chunk(BACKWARD, chunk), microbatch, chunk)
+    return Id(of_chunk(BACKWARD, chunk), microbatch, chunk)
 
 
 @functools.cache
 def pair_id(forward: Id, backward: Id) -> Id:
     """Of a forward and a backward that run as one; known by the forward's microbatch."""
-    return Id(f"{forward.kind}_{backward.kind}", forward.microbatch, forward.chunk)
+    return Id(of_pair(forward.kind, backward.kind), forward.microbatch, forward.chunk)
 
 
 def ids(operations: Iterable[StreamOp]) -> list[Id]:
@@ -115,53 +113,6 @@ def supports_waiting_for_sends(version: str) -> bool:
     """Whether this version of megatron-core has `Shape.waits_for_sends`."""
     numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
     return numbers >= [0, 18]
-
-
-def _of_chunk(kind: str, chunk: int) -> str:
-    """Chunks differ in what they compute, so each has a kind of its own."""
-    return kind if chunk == 0 else f"{kind}_{chunk}"
-
-
-class _Program:
-    """One stage's operations, written down as its Python runs."""
-
-    def __init__(self, stages: int, stage: int) -> None:
-        self.operations: list[StreamOp] = []
-        self.is_first, self.is_last = stage == 0, stage == stages - 1
-        self.next, self.previous = (stage + 1) % stages, (stage - 1) % stages
-
-    def compute(self, instruction: Id) -> None:
-        self.operations.append(Compute(*instruction))
-
-    def post_send(self, channel: str) -> None:
-        self.operations.append(Send(self._to(channel), blocking=False, channel=channel))
-
-    def wait_send(self, channel: str) -> None:
-        self.operations.append(Receive(self._to(channel), f"ready for {channel}"))
-
-    def post_receive(self, channel: str) -> None:
-        self.operations.append(Send(self._from(channel), blocking=False, channel=f"ready for {channel}"))
-
-    def wait_receive(self, channel: str) -> None:
-        self.operations.append(Receive(self._from(channel), channel))
-
-    def exchange(self, sends: Iterable[str], receives: Iterable[str]) -> None:
-        """Post all, then wait for all."""
-        sends, receives = list(sends), list(receives)
-        for channel in sends:
-            self.post_send(channel)
-        for channel in receives:
-            self.post_receive(channel)
-        for channel in receives:
-            self.wait_receive(channel)
-        for channel in sends:
-            self.wait_send(channel)
-
-    def _to(self, channel: str) -> int:
-        return self.next if channel == _ACTIVATION else self.previous
-
-    def _from(self, channel: str) -> int:
-        return self.previous if channel == _ACTIVATION else self.next
 
 
 def _only(*named: tuple[str, bool]) -> list[str]:
@@ -178,27 +129,27 @@ def _no_pipelining(shape: Shape) -> list[StreamOp]:
 
 
 def _one_f_one_b(shape: Shape, stage: int) -> list[StreamOp]:
-    program = _Program(shape.stages, stage)
+    program = StageProgram(shape.stages, stage)
     ahead = min(shape.stages - stage - 1, shape.microbatches)
     steady = shape.microbatches - ahead
-    receives = _only((_ACTIVATION, not program.is_first))
-    sends = _only((_ACTIVATION, not program.is_last))
-    receives_back = _only((_GRADIENT, not program.is_last))
-    sends_back = _only((_GRADIENT, not program.is_first))
+    receives = _only((ACTIVATION, not program.is_first))
+    sends = _only((ACTIVATION, not program.is_last))
+    receives_back = _only((GRADIENT, not program.is_last))
+    sends_back = _only((GRADIENT, not program.is_first))
     for m in range(ahead):
         program.exchange([], receives)
-        program.compute(forward_id(m, 0))
+        program.compute(*forward_id(m, 0))
         program.exchange(sends, [])
     if steady:
         program.exchange([], receives)
     for m in range(steady):
-        program.compute(forward_id(ahead + m, 0))
+        program.compute(*forward_id(ahead + m, 0))
         program.exchange(sends, receives_back)
-        program.compute(backward_id(m, 0))
+        program.compute(*backward_id(m, 0))
         program.exchange(sends_back, receives if m < steady - 1 else [])
     for m in range(steady, shape.microbatches):
         program.exchange([], receives_back)
-        program.compute(backward_id(m, 0))
+        program.compute(*backward_id(m, 0))
         program.exchange(sends_back, [])
     return program.operations
 
@@ -224,10 +175,10 @@ class _Interleaved:
         self._total = len(self._order)
         ahead = 2 * (shape.stages - stage - 1) + (chunks - 1) * size + shape.pairs
         self._ahead = min(ahead, self._total)
-        self._program = _Program(shape.stages, stage)
+        self._program = StageProgram(shape.stages, stage)
         # What has been posted and not been waited for yet.
-        self._receiving = {_ACTIVATION: 0, _GRADIENT: 0}
-        self._sending = {_ACTIVATION: 0, _GRADIENT: 0}
+        self._receiving = {ACTIVATION: 0, GRADIENT: 0}
+        self._sending = {ACTIVATION: 0, GRADIENT: 0}
 
     def stream(self) -> list[StreamOp]:
         self._warm_up()
@@ -249,17 +200,17 @@ class _Interleaved:
     def _sends(self, channel: str, step: int) -> bool:
         """Whether what this step computes goes to another stage."""
         chunk = self._order[step][1]  # backwards count chunks from the last one
-        is_end = self._program.is_last if channel == _ACTIVATION else self._program.is_first
+        is_end = self._program.is_last if channel == ACTIVATION else self._program.is_first
         return not (is_end and chunk == self._chunks - 1)
 
     def _needs(self, channel: str, step: int) -> bool:
         """Whether this step computes on what comes from another stage."""
-        is_start = self._program.is_first if channel == _ACTIVATION else self._program.is_last
+        is_start = self._program.is_first if channel == ACTIVATION else self._program.is_last
         return not (is_start and self._order[step][1] == 0)
 
     def _receives(self, channel: str, step: int) -> bool:
         """Whether something is received together with what this step sends: for the next step, or for a later one."""
-        is_start = self._program.is_first if channel == _ACTIVATION else self._program.is_last
+        is_start = self._program.is_first if channel == ACTIVATION else self._program.is_last
         if step == self._total - 1:
             return False
         if not is_start:
@@ -270,78 +221,78 @@ class _Interleaved:
 
     def _warm_up(self) -> None:
         program, overlap_ends = self._program, self._shape.overlap_ends
-        program.exchange([], _only((_ACTIVATION, not program.is_first)))
+        program.exchange([], _only((ACTIVATION, not program.is_first)))
         has_steady = self._ahead < self._total
         for step in range(self._ahead):
-            receives = self._receives(_ACTIVATION, step)
+            receives = self._receives(ACTIVATION, step)
             is_last = step == self._ahead - 1 and has_steady
             gradient_next = is_last and not program.is_last
             if overlap_ends:
-                self._overlapped(_ACTIVATION, step, self._forward(step), receives, waits=step > 0)
+                self._overlapped(ACTIVATION, step, self._forward(step), receives, waits=step > 0)
             else:
-                program.compute(self._forward(step))
+                program.compute(*self._forward(step))
                 program.exchange(
-                    _only((_ACTIVATION, self._sends(_ACTIVATION, step))),
-                    _only((_ACTIVATION, receives), (_GRADIENT, gradient_next and not self._shape.overlap)),
+                    _only((ACTIVATION, self._sends(ACTIVATION, step))),
+                    _only((ACTIVATION, receives), (GRADIENT, gradient_next and not self._shape.overlap)),
                 )
             if gradient_next and self._shape.overlap:
-                self._post_receive(_GRADIENT)
+                self._post_receive(GRADIENT)
 
     def _steady(self, step: int) -> None:
         forward, last = self._ahead + step, step == self._total - self._ahead - 1
-        receives = self._receives(_ACTIVATION, forward) and not last
-        receives_back = self._receives(_GRADIENT, step)
+        receives = self._receives(ACTIVATION, forward) and not last
+        receives_back = self._receives(GRADIENT, step)
         if not self._shape.overlap:
             self._compute_both(forward, step)
             self._program.exchange(
-                _only((_ACTIVATION, self._sends(_ACTIVATION, forward)), (_GRADIENT, self._sends(_GRADIENT, step))),
-                _only((_ACTIVATION, receives), (_GRADIENT, receives_back)),
+                _only((ACTIVATION, self._sends(ACTIVATION, forward)), (GRADIENT, self._sends(GRADIENT, step))),
+                _only((ACTIVATION, receives), (GRADIENT, receives_back)),
             )
             return
-        self._wait_for_input(_ACTIVATION, forward)
+        self._wait_for_input(ACTIVATION, forward)
         if self._shape.pairs:
-            self._wait_for_input(_GRADIENT, step)
+            self._wait_for_input(GRADIENT, step)
             self._compute_both(forward, step)
         else:
-            self._program.compute(self._forward(forward))
-        self._post(_ACTIVATION, forward, receives)
+            self._program.compute(*self._forward(forward))
+        self._post(ACTIVATION, forward, receives)
         if not self._shape.pairs:
-            self._wait_for_input(_GRADIENT, step)
-            self._program.compute(self._backward(step))
-        self._post(_GRADIENT, step, receives_back)
+            self._wait_for_input(GRADIENT, step)
+            self._program.compute(*self._backward(step))
+        self._post(GRADIENT, step, receives_back)
 
     def _compute_both(self, forward: int, backward: int) -> None:
         if self._shape.pairs:
-            self._program.compute(pair_id(self._forward(forward), self._backward(backward)))
+            self._program.compute(*pair_id(self._forward(forward), self._backward(backward)))
         else:
-            self._program.compute(self._forward(forward))
-            self._program.compute(self._backward(backward))
+            self._program.compute(*self._forward(forward))
+            self._program.compute(*self._backward(backward))
 
     def _cool_down(self) -> None:
         program, steady = self._program, self._total - self._ahead
         if not steady:
-            program.exchange([], _only((_GRADIENT, not program.is_last)))
+            program.exchange([], _only((GRADIENT, not program.is_last)))
         for step in range(steady, self._total):
-            receives = self._receives(_GRADIENT, step)
+            receives = self._receives(GRADIENT, step)
             if self._shape.overlap_ends:
-                self._overlapped(_GRADIENT, step, self._backward(step), receives, waits=step > 0)
+                self._overlapped(GRADIENT, step, self._backward(step), receives, waits=step > 0)
                 continue
             if step > 0:
-                self._wait_for_input(_GRADIENT, step)
-            program.compute(self._backward(step))
+                self._wait_for_input(GRADIENT, step)
+            program.compute(*self._backward(step))
             program.exchange(
-                _only((_GRADIENT, self._sends(_GRADIENT, step))),
-                _only((_GRADIENT, receives)),
+                _only((GRADIENT, self._sends(GRADIENT, step))),
+                _only((GRADIENT, receives)),
             )
 
     def _overlapped(self, channel: str, step: int, instruction: Id, receives: bool, waits: bool) -> None:
         """A step of warm-up or cool-down whose transfers overlap with it: most stages receive before they compute."""
-        is_start = self._program.is_first if channel == _ACTIVATION else self._program.is_last
+        is_start = self._program.is_first if channel == ACTIVATION else self._program.is_last
         if waits:
             self._wait_for_input(channel, step)
         if receives and not is_start:
             self._post_receive(channel)
-        self._program.compute(instruction)
+        self._program.compute(*instruction)
         self._post(channel, step, receives and is_start)
 
     def _wait_for_input(self, channel: str, step: int) -> None:
@@ -363,6 +314,6 @@ class _Interleaved:
             self._post_receive(channel)
         for _ in range(waited):
             self._program.wait_send(channel)
-        if channel == _ACTIVATION and self._shape.waits_for_sends and self._sending[channel]:
+        if channel == ACTIVATION and self._shape.waits_for_sends and self._sending[channel]:
             self._sending[channel] = 0
             self._program.wait_send(channel)

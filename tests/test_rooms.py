@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,7 @@ ROOMS_AT_MOST, ROOT_FILES = (
 )
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Dotted name below the package -> file."""
     found = {}
@@ -59,9 +60,10 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def imports(path: Path) -> frozenset[str]:
     """All of the package's modules that a file names, those for type checkers and those inside functions too."""
-    known = modules()
+    known, found = modules(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "perseus_plugin":
@@ -70,8 +72,8 @@ def imports(path: Path) -> Iterator[str]:
             names = [name if name in known else inside or "__init__" for name in names]
         elif isinstance(node, ast.Import):
             names = [a.name.partition(".")[2] for a in node.names if a.name.split(".")[0] == "perseus_plugin"]
-        for name in names:
-            yield name if name in known else f"{name}.__init__"
+        found |= {name if name in known else f"{name}.__init__" for name in names}
+    return frozenset(found)
 
 
 def floor(module: str) -> int:
@@ -93,7 +95,7 @@ def test_imports_go_down() -> None:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     known = modules()
-    graph = {name: {one for one in imports(path) if one != name} for name, path in known.items() if name != LAZY_FACE}
+    graph = {name: imports(path) - {name} for name, path in known.items() if name != LAZY_FACE}
     done: set[str] = set()
     circles: list[str] = []
 

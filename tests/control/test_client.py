@@ -398,7 +398,10 @@ def test_a_helper_that_not_even_sigkill_ends_does_not_keep_its_clock(
     os.kill(helper.pid or 0, signal.SIGCONT)
 
 
-def test_a_clock_that_stays_where_it_was_is_not_called_free(gpu: EmulatedGpu, spec: str) -> None:
+def test_a_clock_that_stays_where_it_was_is_not_called_free(
+    gpu: EmulatedGpu, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rescue, "RESET_LIMIT_S", 0.5)
     gpu.lock_clock(900)
     gpu.set_cap(900)
     told: list[str] = []

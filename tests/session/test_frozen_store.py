@@ -29,7 +29,7 @@ from perseus_plugin.session.start import start_session
 folder, port = sys.argv[1:]
 store = TCPStore("127.0.0.1", int(port), is_master=False, wait_for_workers=False)
 def client():
-    made = StoreClient(store, "frozen")
+    made = StoreClient(store, "frozen", limit_s=2.0)
     made.enter("session")
     return made
 
@@ -90,5 +90,5 @@ def test_a_frozen_store_ends_the_session_with_one_line_and_the_process_ends(tmp_
             listener.join(20)
             job.communicate()
     (line,) = [line for line in said if _OFF in line]
-    assert "in the job's store: its host has not answered for 5 s. Training goes on at full clocks" in line
+    assert "in the job's store: its host has not answered for 2 s. Training goes on at full clocks" in line
     assert not any("Traceback" in line for line in said), said

@@ -13,6 +13,8 @@ MEGATRON_VERSIONS := 0.12.3 0.14.0 0.16.1 0.17.1 0.18.0
 
 # Tests run by so many processes side by side: emulated time is mostly sleep.
 WORKERS ?= 2
+# Dozens of processes start from the same sources: these are compiled once, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup
 
 .PHONY: quickstart test test-all lint types docs unit e2e rest megatron setup clean

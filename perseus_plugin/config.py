@@ -156,7 +156,17 @@ _Times = Annotated[tuple[Annotated[float, Field(gt=0, le=3600)], ...], BeforeVal
 class EmulationConfig(_Strict):
     """The emulated GPU, for machines without one. Real work still runs; each instruction is stretched."""
 
-    model: Literal["A100"] = _setting("A100", '"A100"', "Which GPU is emulated.")
+    model: Literal["A100", "A40", "H100", "H200", "B200", "B300"] = _setting(
+        "A100", '"A100", "A40", "H100", "H200", "B200" or "B300"', "Which GPU is emulated."
+    )
+    power_limit_w: float | None = _setting(
+        None,
+        "a number above 0 and at most 2000, or null",
+        "Power limit of the emulated GPU in watts, at most the model's own: work that would draw more runs at a lower "
+        "clock. null: the model's own.",
+        gt=0,
+        le=MOST_W,
+    )
     forward_time_s: _Times | None = _setting(
         None,
         "a list with one number above 0 and at most 3600 per stage, or null",
@@ -176,10 +186,10 @@ class EmulationConfig(_Strict):
         ge=1,
         le=1000,
     )
-    switch_latency_s: float = _setting(
-        0.005,
-        "a number from 0 to 1",
-        "Time from a clock request until it takes effect, in seconds.",
+    switch_latency_s: float | None = _setting(
+        None,
+        "a number from 0 to 1, or null",
+        "Time from a clock request until it takes effect, in seconds. null: the model's, 0.005 for an A100.",
         ge=0,
         le=1,
     )
@@ -190,8 +200,12 @@ class EmulationConfig(_Strict):
         "a simulated one in tests. null: made in the output folder.",
         min_length=1,
     )
-    counter_period_s: float = _setting(
-        0.02, "a number from 0.001 to 1", "Period of the energy counter's ticks, in seconds.", ge=0.001, le=1
+    counter_period_s: float | None = _setting(
+        None,
+        "a number from 0.001 to 1, or null",
+        "Period of the energy counter's ticks, in seconds. null: the model's, 0.02 for an A100.",
+        ge=0.001,
+        le=1,
     )
 
 

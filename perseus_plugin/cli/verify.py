@@ -19,7 +19,8 @@ from perseus_plugin._version import __version__
 from perseus_plugin.cli.targets import DEFAULT_ZEUSD_SOCKET, Target, gpu_targets
 from perseus_plugin.errors import ConfigError, GpuError
 from perseus_plugin.files import write_atomically
-from perseus_plugin.gpus.emulated.device import DEFAULT_TICK_S, EmulatedGpu
+from perseus_plugin.gpus.emulated.device import EmulatedGpu
+from perseus_plugin.gpus.emulated.physics import A100
 from perseus_plugin.gpus.registry import EMULATED, open_gpu
 from perseus_plugin.iteration.instructions import BACKWARD, FORWARD
 
@@ -203,7 +204,7 @@ def _subject(target: Target | None, set_clocks: bool) -> Iterator[Subject]:
     with tempfile.TemporaryDirectory() as folder:
         if target is None or target.spec is None:
             gpu = EmulatedGpu.create(Path(folder) / "gpu")
-            spec, poll_s = f"{EMULATED}:{Path(folder) / 'gpu'}", DEFAULT_TICK_S / POLLS_PER_TICK
+            spec, poll_s = f"{EMULATED}:{Path(folder) / 'gpu'}", A100.tick_period_s / POLLS_PER_TICK
             subject = Subject(gpu, EmulatedBench(gpu, TIMES_S), Watch(spec, poll_s, control=set_clocks), TIMES_S)
         else:
             bench = CudaBench(cuda_device(target.name), TIMES_S)

@@ -11,6 +11,7 @@ from perseus_plugin.control.wire import DeviceFacts
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
+from perseus_plugin.gpus.emulated.physics import MODELS
 from perseus_plugin.gpus.registry import AUTO, EMULATED, OFF, backend, backends, one_of, spec_of
 
 logger = logging.getLogger(__name__)
@@ -121,9 +122,17 @@ def with_facts(selection: Selection, facts: DeviceFacts | None, problem: str = "
 
 def _emulated(config: PerseusConfig, placement: Placement, output_dir: Path) -> Selection:
     emulation = config.emulation
+    model, limit_w = MODELS[emulation.model.lower()], emulation.power_limit_w
+    if limit_w is not None and not model.static_w < limit_w <= model.most_w:
+        raise ConfigError(
+            f"perseus.emulation.power_limit_w: got {limit_w:g}; allowed: above {model.static_w:g} and at most "
+            f"{model.most_w:g} for an emulated {emulation.model}"
+        )
     path = output_dir.absolute() / "emulated_gpus" / f"rank{placement.rank}"
     gpu = EmulatedGpu.create(
         path,
+        model,
+        power_limit_w=limit_w,
         switch_latency_s=emulation.switch_latency_s,
         tick_period_s=emulation.counter_period_s,
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from perseus_plugin.control.selection import Selection, select_gpu, with_facts
 from perseus_plugin.control.wire import DeviceFacts
 from perseus_plugin.errors import ConfigError, GpuError
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
+from perseus_plugin.gpus.emulated.physics import MODELS
 from perseus_plugin.gpus.registry import open_gpu
 from tests.factories import placement
 
@@ -58,6 +60,24 @@ def test_the_emulated_gpu_is_as_configured(tmp_path: Path) -> None:
     assert selection.emulated_gpu.switch_latency_s() == 0.25
     assert selection.emulated_gpu.tables.tick_period_s == 0.1
     assert selection.poll_interval_s <= 0.1 / 3, "each tick of the counter must be seen close to when it happens"
+
+
+@pytest.mark.parametrize("name", ["A100", "A40", "H100", "H200", "B200", "B300"])
+def test_every_model_that_can_be_configured_is_made_with_its_own_figures(tmp_path: Path, name: str) -> None:
+    selection, model = select_gpu(config("emulated", model=name), placement(), tmp_path), MODELS[name.lower()]
+    gpu = selection.emulated_gpu
+    assert gpu is not None
+    assert (gpu.name, gpu.supported_clocks_mhz()) == (model.name, model.clocks_mhz())
+    assert (gpu.peek().limit_w, gpu.tables.tick_period_s) == (model.limit_w, model.tick_period_s)
+
+
+def test_the_emulated_gpus_power_limit_is_as_configured(tmp_path: Path) -> None:
+    selection = select_gpu(config("emulated", model="H100", power_limit_w=500.0), placement(), tmp_path)
+    assert selection.emulated_gpu is not None
+    assert selection.emulated_gpu.peek().limit_w == 500.0
+    allowed = re.escape("perseus.emulation.power_limit_w: got 800; allowed: above 74.5 and at most 700 for an emulated")
+    with pytest.raises(ConfigError, match=allowed):
+        select_gpu(config("emulated", model="H100", power_limit_w=800.0), placement(), tmp_path)
 
 
 def test_a_relative_output_folder_gives_a_spec_that_other_processes_can_open(

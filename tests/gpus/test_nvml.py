@@ -125,3 +125,27 @@ def test_a_gpu_that_lists_no_clocks_is_refused(
     monkeypatch.setattr(f"pynvml.{name}", lambda *_: [])
     with pytest.raises(GpuError, match="the driver lists no SM clocks that can be locked"):
         NvmlGpu(UUID)
+
+
+def test_the_driver_tells_the_power_limits_and_takes_another(nvml: NvmlGpu, driver: EmulatedGpu) -> None:
+    import pynvml
+
+    handle = pynvml.nvmlDeviceGetHandleByUUID(UUID.encode())
+    most_mw = int(1000 * driver.power_limit_w())
+    assert nvml.power_limit_w() == pytest.approx(driver.power_limit_w(), abs=0.001)
+    assert pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) == most_mw
+    pynvml.nvmlDeviceSetPowerManagementLimit(handle, 300_000)
+    assert pynvml.nvmlDeviceGetPowerManagementLimit(handle) == 300_000
+    assert driver.peek().limit_w == 300.0
+    for wrong_mw in (most_mw + 1000, 1000):
+        with pytest.raises(pynvml.NVMLError_InvalidArgument):
+            pynvml.nvmlDeviceSetPowerManagementLimit(handle, wrong_mw)
+    driver.set_faults(NO_PERMISSION)
+    with pytest.raises(pynvml.NVMLError_NoPermission):
+        pynvml.nvmlDeviceSetPowerManagementLimit(handle, 200_000)
+    with driver.changing() as dynamics:
+        dynamics.begin_work(driver.tables, 1, 10.0, driver.tables.dynamic_w[1], 0.0)
+    assert nvml.read_clock_mhz() < 1410
+    assert nvml.read_power_w() <= 300.0
+    before_s = nvml.read_energy().capped_s
+    wait_until(lambda: nvml.read_energy().capped_s > before_s)

@@ -159,11 +159,11 @@ nvmlReturn_t nvmlDeviceGetHandleByUUID(const char *uuid, nvmlDevice_t *gpu) {
     return NOT_FOUND;
 }
 
-/* What every call on a GPU begins with: it takes its time, and a lost GPU answers nothing. */
-static nvmlReturn_t call(nvmlDevice_t gpu, unsigned *faults) {
+/* What every call on a GPU begins with: it takes its time, own_s beside what any does, and a lost GPU answers nothing. */
+static nvmlReturn_t call(nvmlDevice_t gpu, unsigned *faults, double own_s) {
     if (!users) return UNINITIALIZED;
     if (gpu < gpus || gpu >= gpus + gpu_count) return INVALID_ARGUMENT;
-    const double call_s = gpu->state->settings.call_s;
+    const double call_s = gpu->state->settings.call_s + own_s;
     if (call_s > 0) {
         const time_t whole = (time_t)call_s;
         nanosleep(&(struct timespec){whole, (long)(1e9 * (call_s - (double)whole))}, NULL);
@@ -172,15 +172,17 @@ static nvmlReturn_t call(nvmlDevice_t gpu, unsigned *faults) {
     return *faults & GPU_LOST ? LOST : OK;
 }
 
-static nvmlReturn_t peek(nvmlDevice_t gpu, struct dynamics *d) {
+static nvmlReturn_t peek_taking(nvmlDevice_t gpu, struct dynamics *d, double own_s) {
     unsigned faults;
-    const nvmlReturn_t result = call(gpu, &faults);
+    const nvmlReturn_t result = call(gpu, &faults, own_s);
     if (result == OK) {
         state_snapshot(gpu->state, d);
         state_advance(gpu->state, d, now_s());
     }
     return result;
 }
+
+static nvmlReturn_t peek(nvmlDevice_t gpu, struct dynamics *d) { return peek_taking(gpu, d, 0.0); }
 
 nvmlReturn_t nvmlDeviceGetName(nvmlDevice_t gpu, char *name, unsigned length) {
     return text(name, length, gpu->state->header.name);
@@ -225,32 +227,48 @@ nvmlReturn_t nvmlDeviceGetSupportedGraphicsClocks(nvmlDevice_t gpu, unsigned mem
     return OK;
 }
 
-/* Lock to mhz, or reset (0). Like the driver it takes any clock and rounds it down to a supported one. */
-static nvmlReturn_t change_clock(nvmlDevice_t gpu, uint32_t mhz) {
-    unsigned faults;
-    nvmlReturn_t result = call(gpu, &faults);
-    if (result == UNINITIALIZED || result == INVALID_ARGUMENT) return result;
-    if (result == OK && (faults & NO_PERMISSION || getenv("PERSEUS_SIMULATED_UNPRIVILEGED"))) result = DENIED;
-    if (result == OK && faults & NOT_SUPPORTED) result = UNSUPPORTED;
-    struct state *s = gpu->state;
+static int privileged(unsigned faults) {
+    return !(faults & NO_PERMISSION || getenv("PERSEUS_SIMULATED_UNPRIVILEGED"));
+}
+
+/* The state advanced to now, under the file's lock, to be changed; -1 if it cannot be locked, else for commit_and_unlock. */
+static int lock_and_advance(nvmlDevice_t gpu, struct dynamics *d) {
     const int fd = open(gpu->path, O_RDWR | O_CLOEXEC);
     if (fd < 0 || flock(fd, LOCK_EX)) {
         if (fd >= 0) close(fd);
-        return LOST;
+        return -1;
     }
+    state_snapshot(gpu->state, d);
+    state_advance(gpu->state, d, now_s());
+    return fd;
+}
+
+static void commit_and_unlock(nvmlDevice_t gpu, const struct dynamics *d, int fd) {
+    state_commit(gpu->state, d);
+    close(fd);
+}
+
+/* Lock to mhz, or reset (0). Like the driver it takes any clock and rounds it down to a supported one. */
+static nvmlReturn_t change_clock(nvmlDevice_t gpu, uint32_t mhz) {
+    unsigned faults;
+    if (!users) return UNINITIALIZED;
+    if (gpu < gpus || gpu >= gpus + gpu_count) return INVALID_ARGUMENT;
+    struct state *s = gpu->state;
+    nvmlReturn_t result = call(gpu, &faults, s->settings.set_call_s);
+    if (result == OK && !privileged(faults)) result = DENIED;
+    if (result == OK && faults & NOT_SUPPORTED) result = UNSUPPORTED;
     struct dynamics d;
-    state_snapshot(s, &d);
-    state_advance(s, &d, now_s());
+    const int fd = lock_and_advance(gpu, &d);
+    if (fd < 0) return LOST;
     const uint32_t locked = mhz ? s->clocks_mhz[state_index_at_most(s, mhz)] : 0;
     state_log(s, &d, locked, result != OK);
     if (result == OK) {
-        const double takes_effect_s = d.at_s + s->settings.latency_s + s->settings.jitter_s * state_draw(&d);
         const uint32_t target = locked && !(faults & IGNORE_LOCKS) ? locked : s->clocks_mhz[0];
-        state_change_clock(&d, target, locked, takes_effect_s);
+        const double least_s = s->settings.latency_s + state_switch_s(s, &d, target);
+        state_change_clock(&d, target, locked, d.at_s + least_s + s->settings.jitter_s * state_draw(&d));
         state_advance(s, &d, d.at_s);
     }
-    state_commit(s, &d);
-    close(fd);
+    commit_and_unlock(gpu, &d, fd);
     return result;
 }
 
@@ -275,11 +293,17 @@ nvmlReturn_t nvmlDeviceGetMaxClockInfo(nvmlDevice_t gpu, unsigned type, unsigned
     return OK;
 }
 
+static nvmlReturn_t peek_energy(nvmlDevice_t gpu, struct dynamics *d) {
+    if (!users) return UNINITIALIZED;
+    if (gpu < gpus || gpu >= gpus + gpu_count) return INVALID_ARGUMENT;
+    return peek_taking(gpu, d, gpu->state->settings.energy_call_s);
+}
+
 nvmlReturn_t nvmlDeviceGetTotalEnergyConsumption(nvmlDevice_t gpu, unsigned long long *mj) {
     struct dynamics d;
-    const nvmlReturn_t result = peek(gpu, &d);
+    const nvmlReturn_t result = peek_energy(gpu, &d);
     if (result == OK && (unsigned)gpu->state->settings.faults & NO_COUNTER) return UNSUPPORTED;
-    if (result == OK) *mj = (unsigned long long)(1e3 * d.counter_j);
+    if (result == OK) *mj = (unsigned long long)(1e3 * state_shown_j(gpu->state, &d));
     return result;
 }
 
@@ -290,9 +314,50 @@ nvmlReturn_t nvmlDeviceGetPowerUsage(nvmlDevice_t gpu, unsigned *mw) {
     return result;
 }
 
-nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t gpu, int count, nvmlFieldValue_t *values) {
+static unsigned milliwatts(double watts) { return (unsigned)(1e3 * watts); }
+
+nvmlReturn_t nvmlDeviceGetPowerManagementLimitConstraints(nvmlDevice_t gpu, unsigned *least_mw, unsigned *most_mw) {
     struct dynamics d;
     const nvmlReturn_t result = peek(gpu, &d);
+    if (result != OK) return result;
+    *least_mw = milliwatts(gpu->state->header.static_w) + 1;
+    *most_mw = milliwatts(gpu->state->header.most_w);
+    return OK;
+}
+
+nvmlReturn_t nvmlDeviceGetPowerManagementLimit(nvmlDevice_t gpu, unsigned *mw) {
+    struct dynamics d;
+    const nvmlReturn_t result = peek(gpu, &d);
+    if (result != OK) return result;
+    const double most_w = gpu->state->header.most_w;
+    *mw = milliwatts(d.limit_w < most_w ? d.limit_w : most_w);
+    return result;
+}
+
+nvmlReturn_t nvmlDeviceGetEnforcedPowerLimit(nvmlDevice_t gpu, unsigned *mw) {
+    return nvmlDeviceGetPowerManagementLimit(gpu, mw);
+}
+
+nvmlReturn_t nvmlDeviceSetPowerManagementLimit(nvmlDevice_t gpu, unsigned mw) {
+    struct dynamics d;
+    unsigned faults, least_mw, most_mw;
+    nvmlReturn_t result = nvmlDeviceGetPowerManagementLimitConstraints(gpu, &least_mw, &most_mw);
+    if (result == OK && (mw < least_mw || mw > most_mw)) result = INVALID_ARGUMENT;
+    if (result == OK) result = call(gpu, &faults, 0.0);
+    if (result == OK && !privileged(faults)) result = DENIED;
+    if (result != OK) return result;
+    const int fd = lock_and_advance(gpu, &d);
+    if (fd < 0) return LOST;
+    d.limit_w = 1e-3 * mw;
+    commit_and_unlock(gpu, &d, fd);
+    return OK;
+}
+
+nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t gpu, int count, nvmlFieldValue_t *values) {
+    struct dynamics d;
+    int energy = 0;
+    for (int i = 0; i < count; i++) energy |= values[i].fieldId == FIELD_ENERGY;
+    const nvmlReturn_t result = energy ? peek_energy(gpu, &d) : peek(gpu, &d);
     if (result != OK) return result;
     const unsigned faults = (unsigned)gpu->state->settings.faults;
     if (faults & NO_FIELDS) return UNSUPPORTED;
@@ -307,7 +372,7 @@ nvmlReturn_t nvmlDeviceGetFieldValues(nvmlDevice_t gpu, int count, nvmlFieldValu
         if (v->fieldId == FIELD_ENERGY && faults & NO_COUNTER) {
             v->nvmlReturn = UNSUPPORTED;
         } else if (v->fieldId == FIELD_ENERGY) {
-            v->value.ull = (unsigned long long)(1e3 * d.counter_j);
+            v->value.ull = (unsigned long long)(1e3 * state_shown_j(gpu->state, &d));
         } else if (v->fieldId == FIELD_CAP_TIME) {
             v->value.ull = (unsigned long long)(1e9 * d.capped_s);
         } else if (v->fieldId == FIELD_POWER_INSTANT) {

@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-enum { MAX_CLOCKS = 256, LOAD_CLASSES = 4, MAX_PENDING = 8, LOG_CAPACITY = 4096, STATE_VERSION = 2 };
+enum { MAX_CLOCKS = 256, LOAD_CLASSES = 4, MAX_PENDING = 8, LOG_CAPACITY = 4096, STATE_VERSION = 3 };
 enum { NO_PERMISSION = 1, NOT_SUPPORTED = 2, GPU_LOST = 4, IGNORE_LOCKS = 8, MIG_ENABLED = 16,
        NO_COUNTER = 32, NO_FIELDS = 64 };
 
@@ -14,10 +14,11 @@ struct header {
     uint32_t version, clocks, load_classes, log_capacity;
     char boot_id[40], uuid[64], name[96];
     double tick_period_s, tick_window_s, tick_origin_s, dynamic_w[LOAD_CLASSES], static_w;
+    double tick_lag_s, most_w, limit_w, burst_j;
 };
 
 struct settings {
-    double latency_s, jitter_s, call_s, faults;
+    double latency_s, jitter_s, set_call_s, energy_call_s, call_s, faults;
 };
 
 struct pending {
@@ -27,7 +28,7 @@ struct pending {
 
 struct dynamics {
     double at_s, energy_j, counter_j, window_j, capped_s, static_w, dynamic_w;
-    double work_s, done_s, started_s, finished_s;
+    double work_s, done_s, started_s, finished_s, limit_w, spare_j, tick_j;
     double slowdown[LOAD_CLASSES];
     int64_t ticks;
     uint64_t work_id, log_count, random;
@@ -52,6 +53,7 @@ struct state {
     uint32_t clocks_mhz[MAX_CLOCKS];
     double stretch[LOAD_CLASSES][MAX_CLOCKS];
     double relative_power[LOAD_CLASSES][MAX_CLOCKS];
+    double rise_s[MAX_CLOCKS], drop_s[MAX_CLOCKS];
     union {
         uint64_t generation;
         char generation_bytes[64];
@@ -68,6 +70,10 @@ unsigned state_index_at_most(const struct state *s, uint32_t mhz);
 /* The clock the GPU runs at. */
 unsigned state_effective_index(const struct state *s, const struct dynamics *d);
 double state_power_w(const struct state *s, const struct dynamics *d);
+/* What whoever reads the energy counter sees. */
+double state_shown_j(const struct state *s, const struct dynamics *d);
+/* How long a change to mhz takes beyond the least one, from the clock asked for last. */
+double state_switch_s(const struct state *s, const struct dynamics *d, uint32_t mhz);
 void state_advance(const struct state *s, struct dynamics *d, double to_s);
 /* Let the clock become mhz at takes_effect_s, in the order of the calls. */
 void state_change_clock(struct dynamics *d, uint32_t mhz, uint32_t locked_mhz, double takes_effect_s);

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from perseus_plugin.gpus.emulated.device import model_tables
 from perseus_plugin.gpus.emulated.dynamics import Dynamics, Tables
-from perseus_plugin.gpus.emulated.physics import A100, LOAD_CLASSES
+from perseus_plugin.gpus.emulated.physics import A100, H100, LOAD_CLASSES
 from perseus_plugin.gpus.emulated.state import (
     DYNAMICS,
     FILE_BYTES,
@@ -23,12 +23,16 @@ from perseus_plugin.gpus.emulated.state import (
 )
 
 CLOCKS = A100.clocks_mhz()
-COUNTERS = [model_tables(A100, 0.020, 0.020, 0.003), model_tables(A100, 0.100, 0.025, 0.0)]
+GPUS = [
+    model_tables(A100, 0.020, 0.020, 0.003),
+    model_tables(A100, 0.100, 0.025, 0.0),
+    model_tables(H100, 0.100, 0.100, 0.0),
+]
 
 steps = st.lists(
     st.tuples(
         st.floats(0.0, 0.08),
-        st.sampled_from(["clock", "work", "cap", "slow", "nothing"]),
+        st.sampled_from(["clock", "work", "cap", "slow", "limit", "nothing"]),
         st.integers(0, len(CLOCKS) - 1),
     ),
     max_size=15,
@@ -42,6 +46,8 @@ class CState:
         self._library = library
         library.state_draw.restype = ctypes.c_double
         library.state_power_w.restype = ctypes.c_double
+        library.state_shown_j.restype = ctypes.c_double
+        library.state_switch_s.restype = ctypes.c_double
         content = initial_bytes("GPU-1", "x", tables, dynamics, {})
         self._file = (ctypes.c_char * FILE_BYTES).from_buffer(content)
         self._dynamics = ctypes.create_string_buffer(DYNAMICS.size)
@@ -67,6 +73,12 @@ class CState:
     def power_w(self) -> float:
         return float(self._library.state_power_w(self._file, self._dynamics))
 
+    def shown_j(self) -> float:
+        return float(self._library.state_shown_j(self._file, self._dynamics))
+
+    def switch_s(self, mhz: int) -> float:
+        return float(self._library.state_switch_s(self._file, self._dynamics, mhz))
+
 
 @pytest.fixture(scope="session")
 def library(simulated_nvml: Path) -> ctypes.CDLL:
@@ -74,15 +86,20 @@ def library(simulated_nvml: Path) -> ctypes.CDLL:
 
 
 def test_sizes_are_those_that_the_header_asserts() -> None:
-    assert (HEADER.size, DYNAMICS.size, FILE_BYTES) == (288, 304, 117824)
+    assert (HEADER.size, DYNAMICS.size, FILE_BYTES) == (320, 328, 121920)
     assert struct.calcsize("<d") * LOAD_CLASSES == 32
 
 
-@given(steps, st.sampled_from(COUNTERS))
+@given(steps, st.sampled_from(GPUS))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_both_reach_the_same_state(library: ctypes.CDLL, history: list[tuple[float, str, int]], tables: Tables) -> None:
     d = Dynamics(
-        at_s=5.0, clock_mhz=CLOCKS[0], static_w=80.0, ticks=int((5.0 - tables.tick_origin_s) / tables.tick_period_s)
+        at_s=5.0,
+        clock_mhz=tables.clocks_mhz[0],
+        static_w=80.0,
+        ticks=int((5.0 - tables.tick_origin_s) / tables.tick_period_s),
+        limit_w=tables.limit_w,
+        spare_j=tables.burst_j,
     )
     c = CState(library, tables, d)
     now_s = 5.0
@@ -92,8 +109,10 @@ def test_both_reach_the_same_state(library: ctypes.CDLL, history: list[tuple[flo
         c.advance(now_s)
         assert c.read() == d
         assert c.power_w() == d.power_w(tables)
+        assert c.shown_j() == d.shown_j(tables)
         if what == "clock":
             assert c.draw() == d.draw()
+            assert c.switch_s(CLOCKS[number]) == d.switch_s(tables, CLOCKS[number])
             d.change_clock(CLOCKS[number], CLOCKS[number], now_s + 0.004)
             c.change_clock(CLOCKS[number], CLOCKS[number], now_s + 0.004)
             continue
@@ -104,6 +123,8 @@ def test_both_reach_the_same_state(library: ctypes.CDLL, history: list[tuple[flo
             d.cap_mhz = CLOCKS[number]
         elif what == "slow":
             d.slowdown[1 + number % 3] = 1.0 + 0.02 * number
+        elif what == "limit":
+            d.limit_w = 100.0 + 7.0 * number
         c.load(d)
     d.advance(tables, now_s + 10.0)
     c.advance(now_s + 10.0)

@@ -25,7 +25,7 @@ from perseus_plugin.profiling.waiting import WaitingPower
 
 _MOST_BYTES = 2**20  # of a description
 
-PEAK_FLOPS = {"a100": 312e12, "a40": 149.7e12}
+PEAK_FLOPS = {"a100": 312e12, "a40": 149.7e12, "h100": 989.4e12, "h200": 989.4e12, "b200": 2250e12, "b300": 2250e12}
 """Dense bfloat16 tensor-core rate at the highest clock, from NVIDIA's data sheets, by the name in `MODELS`."""
 
 LOWEST_CLOCK_MHZ = 855
@@ -154,7 +154,14 @@ def modelled_profile(description: ModelDescription, split: Split, gpu_name: str,
     forwards = {FORWARD: 1.0, RECOMPUTE: 1.0, BACKWARD: 2.0}
     if description.recompute and RECOMPUTE not in kinds:
         forwards[BACKWARD] += 1.0
-    clocks = [mhz for mhz in gpu.clocks_mhz() if mhz >= LOWEST_CLOCK_MHZ]
+    loads = {_load_of(kind) for kind in kinds}
+    clocks = [
+        mhz
+        for mhz in gpu.clocks_mhz()
+        # Clocks that the power limit keeps from all work are the highest one over again.
+        if mhz >= LOWEST_CLOCK_MHZ
+        and (mhz == gpu.max_clock_mhz or any(gpu.held_mhz(load, mhz) == mhz for load in loads))
+    ]
     waiting = description.waiting_power_of(gpu)
     return Profile.from_rows(
         (stage, kind, _measurement(gpu, kind, clock, forwards[kind] * forward_s, waiting.at_w(clock)))
@@ -165,20 +172,25 @@ def modelled_profile(description: ModelDescription, split: Split, gpu_name: str,
 
 
 def _measurement(gpu: GpuModel, kind: str, clock_mhz: int, full_clock_s: float, waiting_w: float) -> Measurement:
-    load = FORWARD_LIKE if kind == RECOMPUTE else load_class(kind)
-    power_w = gpu.power_w(load, clock_mhz)
+    load = _load_of(kind)
+    held_mhz = gpu.held_mhz(load, clock_mhz)
+    power_w = gpu.power_w(load, held_mhz)
     if power_w < waiting_w:
         raise ConfigError(
             f"model: waiting_power: got {waiting_w:g} W at {clock_mhz} MHz; allowed: at most what {kind} draws there, "
             f"{power_w:.4g} W on the {gpu.name}"
         )
-    time_s = full_clock_s * gpu.stretch(load, clock_mhz)
+    time_s = full_clock_s * gpu.stretch(load, held_mhz)
     return Measurement(
         clock_mhz,
         time_s,
         power_w * time_s,
         blocking_power_w=waiting_w,
     )
+
+
+def _load_of(kind: str) -> int:
+    return FORWARD_LIKE if kind == RECOMPUTE else load_class(kind)
 
 
 def load_description(path: Path) -> ModelDescription:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from perseus_plugin.errors import GpuError, os_problem
@@ -27,9 +28,7 @@ from perseus_plugin.gpus.emulated.state import (
     initial_bytes,
 )
 
-DEFAULT_LATENCY_S = 0.005
 DEFAULT_JITTER_S = 0.001
-DEFAULT_TICK_S = 0.020
 
 
 class EmulatedGpu:
@@ -67,9 +66,10 @@ class EmulatedGpu:
         model: GpuModel = A100,
         uuid: str | None = None,
         *,
-        switch_latency_s: float = DEFAULT_LATENCY_S,
+        power_limit_w: float | None = None,
+        switch_latency_s: float | None = None,
         switch_jitter_s: float = DEFAULT_JITTER_S,
-        tick_period_s: float = DEFAULT_TICK_S,
+        tick_period_s: float | None = None,
         tick_window_s: float | None = None,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -81,15 +81,23 @@ class EmulatedGpu:
         Args:
             model: what it behaves like.
             uuid: default: derived from the path.
+            power_limit_w: the power limit it begins with (default: the model's).
             switch_latency_s, switch_jitter_s: a clock change takes effect after `latency +
-                uniform(0, jitter)`.
-            tick_period_s, tick_window_s: how often the energy counter moves, and how much of that it sees
-                (default: all).
+                uniform(0, jitter)`, whatever the clock (default: the model's, by clock).
+            tick_period_s, tick_window_s: how often the energy counter moves (default: the model's), and how much of
+                that it sees (default: all).
 
         Raises:
             GpuError: the file cannot be written, or a value is out of range.
         """
         path = Path(path).absolute()
+        own_s = [model.switch_times_s(clock) for clock in model.clocks_mhz()]
+        if switch_latency_s is None:
+            switch_latency_s = min(min(times_s) for times_s in own_s)
+        else:
+            own_s = [(switch_latency_s, switch_latency_s)] * len(own_s)
+        if tick_period_s is None:
+            tick_period_s = model.tick_period_s
         window_s = tick_period_s if tick_window_s is None else tick_window_s
         if not (tick_period_s > 0 and 0 < window_s <= tick_period_s):
             raise GpuError(
@@ -100,7 +108,13 @@ class EmulatedGpu:
                 f"emulated GPU: switch latency {switch_latency_s} s and jitter {switch_jitter_s} s; allowed: from 0"
             )
         digest = hashlib.sha256(str(path).encode()).hexdigest()
-        tables = model_tables(model, tick_period_s, window_s, tick_period_s * int(digest[:4], 16) / 65536)
+        tables = replace(
+            model_tables(model, tick_period_s, window_s, tick_period_s * int(digest[:4], 16) / 65536),
+            rise_s=[rise_s - switch_latency_s for rise_s, _ in own_s],
+            drop_s=[drop_s - switch_latency_s for _, drop_s in own_s],
+        )
+        if power_limit_w is not None:
+            tables = replace(tables, limit_w=_checked_limit_w(power_limit_w, tables))
         now_s = now()
         dynamics = Dynamics(
             at_s=now_s,
@@ -108,8 +122,15 @@ class EmulatedGpu:
             static_w=model.static_w,
             dynamic_w=model.waiting.dynamic_w,
             ticks=int((now_s - tables.tick_origin_s) / tick_period_s),
+            limit_w=tables.limit_w,
+            spare_j=model.burst_j,
         )
-        settings = {"latency_s": switch_latency_s, "jitter_s": switch_jitter_s}
+        settings = {
+            "latency_s": switch_latency_s,
+            "jitter_s": switch_jitter_s,
+            "set_call_s": model.set_call_s,
+            "energy_call_s": model.energy_call_s,
+        }
         uuid = uuid or f"EMULATED-{digest[:8]}-{digest[8:12]}-{digest[12:24]}"
         content = initial_bytes(uuid, model.name, tables, dynamics, settings)
         try:
@@ -148,8 +169,8 @@ class EmulatedGpu:
         """
         if int(self.state.setting("faults")) & NO_COUNTER:
             raise GpuError(f"{self.name}: it has no energy counter")
-        current = self._current()
-        return EnergyReading(current.at_s, current.counter_j, current.capped_s)
+        current = self._current("energy_call_s")
+        return EnergyReading(current.at_s, current.shown_j(self.tables), current.capped_s)
 
     def read_power_w(self) -> float:
         """Its power now, by its model."""
@@ -160,11 +181,8 @@ class EmulatedGpu:
         return self.state.snapshot().locked_mhz
 
     def power_limit_w(self) -> float:
-        """The most that its model draws."""
-        highest_w = [
-            w * max(shares) for w, shares in zip(self.tables.dynamic_w, self.tables.relative_power, strict=True)
-        ]
-        return self.tables.static_w + max(highest_w)
+        """The most that it may be set to draw: the limit it is delivered with, or else what its model draws."""
+        return self.tables.most_w
 
     def close(self) -> None:
         """Close the state file; does not reset the clock."""
@@ -219,6 +237,16 @@ class EmulatedGpu:
         with self.changing() as dynamics:
             dynamics.cap_mhz = mhz or 0
 
+    def set_power_limit(self, watts: float) -> None:
+        """Set the power limit, as a driver does; it holds from now on.
+
+        Raises:
+            GpuError: no limit that the card may be set to.
+        """
+        limit_w = _checked_limit_w(watts, self.tables)
+        with self.changing() as dynamics:
+            dynamics.limit_w = limit_w
+
     def set_faults(self, faults: int, *, call_s: float = 0.0) -> None:
         """Inject faults (bits of `state`), and let every driver call take `call_s`."""
         self.state.set_setting("faults", float(faults))
@@ -229,29 +257,28 @@ class EmulatedGpu:
             clocks = self.tables.clocks_mhz
             nearest = min(clocks, key=lambda clock: abs(clock - mhz))
             raise GpuError(f"{self.name}: clock {mhz} MHz is not supported; the nearest one is {nearest} MHz")
-        faults = self._driver_call()
+        faults = self._driver_call("set_call_s")
         refusal = self._refusal(faults)
         with self.changing() as dynamics:
             self.state.log(dynamics, dynamics.at_s, mhz or 0, refusal is not None)
             if refusal is None:
                 state = self.state
-                takes_effect_s = (
-                    dynamics.at_s + state.setting("latency_s") + state.setting("jitter_s") * dynamics.draw()
-                )
                 honoured = mhz is None or not faults & IGNORE_LOCKS
                 target = mhz if mhz is not None and honoured else self.tables.clocks_mhz[0]
+                takes_effect_s = dynamics.at_s + state.setting("latency_s")
+                takes_effect_s += dynamics.switch_s(self.tables, target) + state.setting("jitter_s") * dynamics.draw()
                 dynamics.change_clock(target, mhz or 0, takes_effect_s)
                 dynamics.advance(self.tables, dynamics.at_s)
         if refusal is not None:
             raise refusal
 
-    def _current(self) -> Dynamics:
-        if self._driver_call() & GPU_LOST:
+    def _current(self, own_time: str = "") -> Dynamics:
+        if self._driver_call(own_time) & GPU_LOST:
             raise GpuLostError(f"{self.name}: the GPU is lost")
         return self.peek()
 
-    def _driver_call(self) -> int:
-        call_s = self.state.setting("call_s")
+    def _driver_call(self, own_time: str = "") -> int:
+        call_s = self.state.setting("call_s") + (self.state.setting(own_time) if own_time else 0.0)
         if call_s > 0:
             self._sleep(call_s)
         return int(self.state.setting("faults"))
@@ -295,12 +322,26 @@ def model_tables(model: GpuModel, tick_period_s: float, tick_window_s: float, ti
         tick_period_s=tick_period_s,
         tick_window_s=tick_window_s,
         tick_origin_s=tick_origin_s,
+        tick_lag_s=model.tick_lag_s,
+        rise_s=[0.0] * len(clocks),
+        drop_s=[0.0] * len(clocks),
+        most_w=model.most_w,
+        limit_w=model.limit_w,
+        burst_j=model.burst_j,
     )
+
+
+def _checked_limit_w(watts: float, tables: Tables) -> float:
+    if not tables.static_w < watts <= tables.most_w:
+        raise GpuError(
+            f"emulated GPU: power limit {watts:g} W; allowed: above {tables.static_w:g} W, at most {tables.most_w:g} W"
+        )
+    return watts
 
 
 def _place(path: Path, content: bytes) -> None:
     """Put `content` at `path` whole, unless a file with the same description is there."""
-    described = SETTINGS_OFFSET + 16  # header, switch latency and jitter
+    described = SETTINGS_OFFSET + 32  # header, switch latency and jitter, how long calls take
     with suppress(FileNotFoundError), os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
         if file.read(described) == content[:described] and os.fstat(file.fileno()).st_size == len(content):
             return

@@ -7,8 +7,9 @@ tests that simulates NVML does the same arithmetic on the same file (`state.py` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from perseus_plugin.gpus.emulated.physics import LOAD_CLASSES, WAITING
 
@@ -29,6 +30,10 @@ class Tables:
         tick_period_s, tick_window_s, tick_origin_s: the energy counter moves at `origin + k * period`, by
             `period` times the mean power of the last `window` before that moment (window == period: it
             misses nothing).
+        tick_lag_s: how long after that moment the counter shows it.
+        rise_s, drop_s: per clock, how long a change to it takes beyond the least one.
+        most_w: the most that the power limit may be set to; limit_w: what it was when the GPU was made (inf: none).
+        burst_j: how much can be drawn beyond the limit after a time below it.
     """
 
     clocks_mhz: tuple[int, ...]
@@ -39,6 +44,12 @@ class Tables:
     tick_period_s: float
     tick_window_s: float
     tick_origin_s: float
+    tick_lag_s: float
+    rise_s: Sequence[float]
+    drop_s: Sequence[float]
+    most_w: float
+    limit_w: float
+    burst_j: float
 
     def index_at_most(self, clock_mhz: int) -> int:
         """Index of the highest supported clock not above `clock_mhz` (of the lowest if there is none)."""
@@ -57,6 +68,7 @@ class Dynamics:
         energy_j: exact energy so far.
         counter_j: what the energy counter shows; window_j: energy seen in the current tick's window so far.
         ticks: number of counter ticks so far (boundary k is at `tick_origin_s + k * tick_period_s`).
+        tick_j: what the last tick brought.
         capped_s: time spent below the clock asked for.
         static_w, dynamic_w, load: current load: power is `static_w + dynamic_w *
             relative_power[load][clock]`.
@@ -66,6 +78,8 @@ class Dynamics:
         slowdown: per load class, a factor on the time its work takes (1: none).
         clock_mhz: the clock asked for that is in effect; locked_mhz: the lock requested last (0: none).
         cap_mhz: the GPU runs at most at this clock (0: no cap).
+        limit_w: the power limit (inf: none); where the load would draw more, the clock goes down until it does not.
+        spare_j: what can still be drawn beyond the limit before that; it fills again below the limit.
         pending: clock changes under way, (takes effect at, MHz) by rising time.
         log_count: lock and reset calls so far; random: state of the latency jitter's generator.
     """
@@ -90,14 +104,15 @@ class Dynamics:
     load: int = WAITING
     locked_mhz: int = 0
     cap_mhz: int = 0
+    limit_w: float = math.inf
+    spare_j: float = 0.0
+    tick_j: float = 0.0
     pending: list[tuple[float, int]] = field(default_factory=list)
 
     def effective_index(self, tables: Tables) -> int:
         """Index of the clock the GPU runs at."""
-        clock = self.clock_mhz
-        if self.cap_mhz and self.cap_mhz < clock:
-            clock = self.cap_mhz
-        return tables.index_at_most(clock)
+        index = self._asked_index(tables, self.clock_mhz)
+        return index if self.spare_j > 0.0 else self._held_index(tables, index)
 
     def effective_mhz(self, tables: Tables) -> int:
         """The clock the GPU runs at."""
@@ -109,7 +124,12 @@ class Dynamics:
 
     def power_w(self, tables: Tables) -> float:
         """Power now."""
-        return self.static_w + self.dynamic_w * tables.relative_power[self.load][self.effective_index(tables)]
+        return self._power_at_w(tables, self.effective_index(tables))
+
+    def shown_j(self, tables: Tables) -> float:
+        """What whoever reads the energy counter sees."""
+        fresh = self.at_s < tables.tick_origin_s + self.ticks * tables.tick_period_s + tables.tick_lag_s
+        return self.counter_j - self.tick_j if fresh else self.counter_j
 
     def advance(self, tables: Tables, to_s: float) -> None:
         """Move on to `to_s`. A time in the past changes nothing (another process was here first)."""
@@ -119,18 +139,29 @@ class Dynamics:
             if self.at_s >= to_s:
                 return
             end_s = min(to_s, self.pending[0][0]) if self.pending else to_s
-            index = self.effective_index(tables)
+            asked = self._asked_index(tables, self.clock_mhz)
+            beyond_w = self._power_at_w(tables, asked) - self.limit_w
+            index = asked if self.spare_j > 0.0 else self._held_index(tables, asked)
+            exhausts = False
+            if beyond_w > 0.0 and self.spare_j > 0.0:
+                exhausted_s = self.at_s + self.spare_j / beyond_w
+                exhausts = exhausted_s <= end_s
+                end_s = max(self.at_s, exhausted_s) if exhausts else end_s
             finishes = False
             if self.work_s > 0.0:
                 pace = self.time_per_work(tables, index)
                 completes_s = self.at_s + (self.work_s - self.done_s) * pace
                 finishes = completes_s <= end_s
+                exhausts = exhausts and not completes_s < end_s
                 end_s = max(self.at_s, completes_s) if finishes else end_s
                 self.done_s += (end_s - self.at_s) / pace
-            power = self.static_w + self.dynamic_w * tables.relative_power[self.load][index]
-            self._integrate(tables, end_s, power)
+            self._integrate(tables, end_s, self._power_at_w(tables, index))
             if tables.clocks_mhz[index] < self.clock_mhz:
                 self.capped_s += end_s - self.at_s
+            if exhausts:
+                self.spare_j = 0.0
+            elif tables.burst_j > 0.0 and (beyond_w < 0.0 or self.spare_j > 0.0):
+                self.spare_j = min(tables.burst_j, max(0.0, self.spare_j - beyond_w * (end_s - self.at_s)))
             self.at_s = end_s
             if finishes:
                 self.end_work(tables)
@@ -139,18 +170,11 @@ class Dynamics:
         """When the running work will be done if nobody changes anything. At `at_s` if none runs."""
         if self.work_s <= 0.0:
             return self.at_s
-        now_s, left_s = self.at_s, self.work_s - self.done_s
-        asked = self.clock_mhz
-        for change_s, mhz in [*self.pending, (float("inf"), 0)]:
-            clock = min(asked, self.cap_mhz) if self.cap_mhz else asked
-            pace = self.time_per_work(tables, tables.index_at_most(clock))
-            if now_s + left_s * pace <= change_s:
-                return now_s + left_s * pace
-            if change_s > now_s:
-                left_s -= (change_s - now_s) / pace
-                now_s = change_s
-            asked = mhz
-        raise AssertionError("unreachable: the last change is at infinity")
+        ahead = replace(self, pending=list(self.pending))
+        # Work takes at most its longest stretch from its last change on.
+        longest_s = self.work_s * max(tables.stretch[self.load]) * self.slowdown[self.load]
+        ahead.advance(tables, max([self.at_s, *(at_s for at_s, _ in self.pending)]) + 2.0 * longest_s)
+        return ahead.finished_s
 
     def begin_work(self, tables: Tables, load: int, work_s: float, dynamic_w: float, backdated_s: float) -> None:
         """Start work of `work_s` full-clock seconds, `backdated_s` before `at_s`, in place of any other."""
@@ -160,6 +184,7 @@ class Dynamics:
         self.started_s, self.finished_s = self.at_s - backdated_s, 0.0
         self.done_s = min(work_s, backdated_s / self.time_per_work(tables, self.effective_index(tables)))
         correction_j = (self.power_w(tables) - before_w) * backdated_s
+        self.spare_j = max(0.0, self.spare_j - max(0.0, self.power_w(tables) - self.limit_w) * backdated_s)
         self.energy_j += correction_j
         self.window_j += correction_j
         if self.done_s >= work_s:
@@ -180,6 +205,12 @@ class Dynamics:
         self.pending.append((takes_effect_s, mhz))
         self.locked_mhz = locked_mhz
 
+    def switch_s(self, tables: Tables, mhz: int) -> float:
+        """How long a change to `mhz` takes beyond the least one, from the clock asked for last."""
+        before_mhz = self.pending[-1][1] if self.pending else self.clock_mhz
+        index = tables.index_at_most(mhz)
+        return tables.rise_s[index] if mhz > before_mhz else tables.drop_s[index]
+
     def draw(self) -> float:
         """A pseudo-random number in [0, 1) (xorshift64), the same sequence whoever draws."""
         x = self.random
@@ -188,6 +219,19 @@ class Dynamics:
         x ^= (x << 17) & 0xFFFFFFFFFFFFFFFF
         self.random = x
         return (x >> 11) / float(1 << 53)
+
+    def _asked_index(self, tables: Tables, clock_mhz: int) -> int:
+        return tables.index_at_most(min(clock_mhz, self.cap_mhz) if self.cap_mhz else clock_mhz)
+
+    def _held_index(self, tables: Tables, asked: int) -> int:
+        """The clock under the power limit: the highest one, at most the one asked for, at which the load keeps it."""
+        for index in range(asked, len(tables.clocks_mhz)):
+            if self._power_at_w(tables, index) <= self.limit_w:
+                return index
+        return len(tables.clocks_mhz) - 1
+
+    def _power_at_w(self, tables: Tables, index: int) -> float:
+        return self.static_w + self.dynamic_w * tables.relative_power[self.load][index]
 
     def _integrate(self, tables: Tables, end_s: float, power_w: float) -> None:
         """Add constant `power_w` from `at_s` to `end_s` to the energy and to the counter."""
@@ -198,11 +242,14 @@ class Dynamics:
         boundary = tables.tick_origin_s + (self.ticks + 1) * period
         if end_s >= boundary:
             self.window_j += power_w * max(0.0, boundary - max(at_s, boundary - window))
-            self.counter_j += self.window_j * scale
+            self.tick_j = self.window_j * scale
+            self.counter_j += self.tick_j
             self.window_j = 0.0
             self.ticks += 1
             at_s = boundary
             whole = int((end_s - at_s) / period)
+            if whole > 0:
+                self.tick_j = power_w * period
             self.counter_j += whole * power_w * period
             self.ticks += whole
             at_s += whole * period

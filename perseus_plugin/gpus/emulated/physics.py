@@ -32,12 +32,16 @@ A100 PCIe the artifact's measured runs (how the energy of an iteration grows whe
 (The largest power errors of work are those of the last stage, which does other work at lower power.)
 Below 855 MHz, where nothing was published, it extrapolates. The `other` kind (optimizer, loading) is not
 calibrated.
+
+Of the models with a `limit_w` the limit stands apart from the curves, as on the card: a load runs at the highest
+supported clock at which it draws no more. What is known of them and what is assumed is in `docs/emulation.md`; where a
+load at the limit was measured, its power at the highest clock is what takes it to the limit at the clock read back.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WAITING, FORWARD_LIKE, BACKWARD_LIKE, OTHER = range(4)
 """Load classes: waiting for a peer, and three kinds of work with their own time and power curves."""
@@ -80,6 +84,12 @@ class GpuModel:
         limit_sharpness: `n` of the sustained clock.
         knee, slope, sharpness: of the voltage curve, over the clock as a fraction of the highest.
         waiting, forward, backward, other: the classes of load.
+        limit_w: power limit it is delivered with (inf: what limits it is in the curves); one may be set below it.
+        burst_j: energy beyond the limit that it draws, after it has been below, before its clock goes down.
+        switch_s: how long a clock change takes that rises, and that drops, to a clock: (MHz, rise, drop) by rising
+            clock, on the straight line between.
+        tick_period_s, tick_lag_s: of the energy counter: how often it moves, and how long after that it shows.
+        set_call_s, energy_call_s: how long the driver takes to set a clock, and to read the energy counter.
     """
 
     name: str
@@ -95,6 +105,13 @@ class GpuModel:
     forward: LoadModel
     backward: LoadModel
     other: LoadModel
+    limit_w: float = math.inf
+    burst_j: float = 0.0
+    switch_s: tuple[tuple[int, float, float], ...] = ((1, 0.005, 0.005),)
+    tick_period_s: float = 0.020
+    tick_lag_s: float = 0.0
+    set_call_s: float = 0.0
+    energy_call_s: float = 0.0
 
     def clocks_mhz(self) -> tuple[int, ...]:
         """Supported SM clocks, falling."""
@@ -131,6 +148,26 @@ class GpuModel:
     def power_w(self, load: int, clock_mhz: float) -> float:
         """Power at `clock_mhz` under a load of class `load`."""
         return self.static_w + self.load(load).dynamic_w * self.relative_power(load, clock_mhz)
+
+    @property
+    def most_w(self) -> float:
+        """The most that it may be set to draw: its limit, or else what its heaviest load draws."""
+        highest_w = max(self.power_w(load, clock) for load in range(LOAD_CLASSES) for clock in self.clocks_mhz())
+        return min(self.limit_w, highest_w)
+
+    def held_mhz(self, load: int, clock_mhz: int) -> int:
+        """The clock at which a load of class `load` runs, under the limit, when `clock_mhz` is asked for."""
+        allowed = [clock for clock in self.clocks_mhz() if clock <= clock_mhz]
+        return next((clock for clock in allowed if self.power_w(load, clock) <= self.limit_w), self.min_clock_mhz)
+
+    def switch_times_s(self, clock_mhz: int) -> tuple[float, float]:
+        """How long a change to `clock_mhz` takes: one that rises, and one that drops."""
+        rows = self.switch_s
+        upper = next((i for i, (mhz, _, _) in enumerate(rows) if mhz >= clock_mhz), len(rows) - 1)
+        (low_mhz, *low), (high_mhz, *high) = rows[max(upper - 1, 0)], rows[upper]
+        share = min(1.0, (clock_mhz - low_mhz) / (high_mhz - low_mhz)) if high_mhz > low_mhz else 1.0
+        rise_s, drop_s = (a + share * (b - a) for a, b in zip(low, high, strict=True))
+        return rise_s, drop_s
 
     def _sustained(self, model: LoadModel, clock_mhz: float) -> float:
         n = self.limit_sharpness
@@ -174,5 +211,88 @@ A40 = GpuModel(
     other=LoadModel(compute_share=0.0, limit=1.0, dynamic_w=90.0),
 )
 
-MODELS = {"a100": A100, "a40": A40}
+
+def _held_by_its_limit(
+    name: str,
+    *,
+    clocks_mhz: tuple[int, int],
+    waiting_w: tuple[float, float],
+    limit_w: float,
+    sustained_mhz: tuple[float, float],
+    burst_j: float,
+) -> GpuModel:
+    """A newer card, which its power limit holds; what its data sheet and measurements leave open is assumed.
+
+    Args:
+        name: of the card.
+        clocks_mhz: lowest and highest.
+        waiting_w: static power, and power of a GPU that waits at the highest clock.
+        limit_w: its power limit.
+        sustained_mhz: the clocks at which a forward and a backward run under it.
+        burst_j: see `GpuModel`.
+    """
+    low_mhz, high_mhz = clocks_mhz
+    static_w, waits_w = waiting_w
+    light = LoadModel(compute_share=0.0, limit=math.inf, dynamic_w=waits_w - static_w)
+    model = replace(
+        A100,
+        name=name,
+        max_clock_mhz=high_mhz,
+        min_clock_mhz=low_mhz,
+        static_w=static_w,
+        waiting=light,
+        forward=replace(A100.forward, limit=math.inf),
+        backward=replace(A100.backward, limit=math.inf),
+        other=replace(A100.other, dynamic_w=0.3 * (limit_w - static_w)),
+        limit_w=limit_w,
+        burst_j=burst_j,
+        switch_s=((low_mhz, 0.010, 0.030), (high_mhz, 0.020, 0.005)),
+        tick_period_s=0.100,
+        tick_lag_s=0.0116,
+        set_call_s=0.002,
+        energy_call_s=0.0037,
+    )
+    beside = [mhz + model.clock_step_mhz / 2 for mhz in sustained_mhz]  # no supported clock draws the limit exactly
+    forward_w, backward_w = ((limit_w - static_w) / model.relative_power(FORWARD_LIKE, mhz) for mhz in beside)
+    return replace(
+        model,
+        forward=replace(model.forward, dynamic_w=forward_w),
+        backward=replace(model.backward, dynamic_w=backward_w),
+    )
+
+
+H100 = _held_by_its_limit(
+    "emulated H100-SXM5-80GB",
+    clocks_mhz=(345, 1980),
+    waiting_w=(74.5, 125.0),
+    limit_w=700.0,
+    sustained_mhz=(1775.5, 1557.2),
+    burst_j=12.0,
+)
+H200 = _held_by_its_limit(
+    "emulated H200-SXM5-141GB",
+    clocks_mhz=(345, 1980),
+    waiting_w=(74.5, 125.0),
+    limit_w=700.0,
+    sustained_mhz=(1610.4, 1527.4),
+    burst_j=12.0,
+)
+B200 = _held_by_its_limit(
+    "emulated B200-SXM6-180GB",
+    clocks_mhz=(120, 1965),
+    waiting_w=(110.0, 180.0),
+    limit_w=1000.0,
+    sustained_mhz=(1667.0, 1667.0),
+    burst_j=100.0,
+)
+B300 = _held_by_its_limit(
+    "emulated B300-SXM6-288GB",
+    clocks_mhz=(127, 2032),
+    waiting_w=(115.0, 195.0),
+    limit_w=1100.0,
+    sustained_mhz=(1725.0, 1725.0),
+    burst_j=108.0,
+)
+
+MODELS = {"a100": A100, "a40": A40, "h100": H100, "h200": H200, "b200": B200, "b300": B300}
 """GPU models by the name a configuration uses."""

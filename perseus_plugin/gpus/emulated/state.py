@@ -3,8 +3,8 @@
 Layout, little-endian (`struct` formats below are the truth; `tests/nvml_simulator/state.h` is the same in C):
 
     header      written once: magic, version, boot id, names, counter and table sizes, load classes' power
-    settings    8-byte fields set one by one: switch latency and jitter, faults, how long a driver call takes
-    tables      clocks; time and relative power per load class and clock
+    settings    8-byte fields set one by one: switch latency and jitter, how long driver calls take, faults
+    tables      clocks; time and relative power per load class and clock, how long a change to a clock takes
     slots       two copies of the changing state (`dynamics.Dynamics`)
     log         ring of lock and reset calls
 
@@ -32,20 +32,21 @@ from perseus_plugin.gpus.emulated.dynamics import MAX_PENDING, Dynamics, Tables
 from perseus_plugin.gpus.emulated.physics import LOAD_CLASSES
 
 MAGIC = b"PERSEUSG"
-VERSION = 2
+VERSION = 3
 MAX_CLOCKS = 256
 LOG_CAPACITY = 4096
 
-HEADER = struct.Struct(f"<8sIIII40s64s96sddd{LOAD_CLASSES}dd")
+HEADER = struct.Struct(f"<8sIIII40s64s96sddd{LOAD_CLASSES}dd4d")
 """magic, version, clocks, load classes, log capacity, boot id, uuid, name, tick period, window and origin,
-dynamic_w per class, static_w."""
+dynamic_w per class, static_w, tick lag, highest and first power limit, burst."""
 SETTINGS_OFFSET = 512
-SETTINGS = ("latency_s", "jitter_s", "call_s", "faults")
+SETTINGS = ("latency_s", "jitter_s", "set_call_s", "energy_call_s", "call_s", "faults")
 TABLES_OFFSET = 1024
 CLOCKS = struct.Struct(f"<{MAX_CLOCKS}I")
 CURVE = struct.Struct(f"<{MAX_CLOCKS}d")
-GENERATION_OFFSET = TABLES_OFFSET + CLOCKS.size + 2 * LOAD_CLASSES * CURVE.size
-DYNAMICS = struct.Struct(f"<11d{LOAD_CLASSES}dq3Q5I4x" + "dI4x" * MAX_PENDING)
+CURVES = 2 * LOAD_CLASSES + 2
+GENERATION_OFFSET = TABLES_OFFSET + CLOCKS.size + CURVES * CURVE.size
+DYNAMICS = struct.Struct(f"<14d{LOAD_CLASSES}dq3Q5I4x" + "dI4x" * MAX_PENDING)
 """The fields of `Dynamics` in the order of `_pack_dynamics`."""
 SLOT_BYTES = 512
 SLOTS_OFFSET = GENERATION_OFFSET + 64
@@ -228,12 +229,16 @@ def initial_bytes(uuid: str, name: str, tables: Tables, dynamics: Dynamics, sett
         tables.tick_origin_s,
         *tables.dynamic_w,
         tables.static_w,
+        tables.tick_lag_s,
+        tables.most_w,
+        tables.limit_w,
+        tables.burst_j,
     )
     for index, key in enumerate(SETTINGS):
         struct.pack_into("<d", content, SETTINGS_OFFSET + 8 * index, settings.get(key, 0.0))
     CLOCKS.pack_into(content, TABLES_OFFSET, *_padded(tables.clocks_mhz, 0))
     offset = TABLES_OFFSET + CLOCKS.size
-    for curve in (*tables.stretch, *tables.relative_power):
+    for curve in (*tables.stretch, *tables.relative_power, tables.rise_s, tables.drop_s):
         CURVE.pack_into(content, offset, *_padded(curve, 0.0))
         offset += CURVE.size
     _pack_dynamics(content, SLOTS_OFFSET, dynamics)
@@ -249,19 +254,25 @@ def _read_tables(source: mmap.mmap, header: tuple[object, ...]) -> Tables:
     count = int(header[2])  # type: ignore[call-overload]
     curves = []
     offset = TABLES_OFFSET + CLOCKS.size
-    for _ in range(2 * LOAD_CLASSES):
+    for _ in range(CURVES):
         curves.append(CURVE.unpack_from(source, offset)[:count])
         offset += CURVE.size
     numbers = [float(value) for value in header[8:]]  # type: ignore[arg-type]
     return Tables(
         clocks_mhz=CLOCKS.unpack_from(source, TABLES_OFFSET)[:count],
         stretch=tuple(curves[:LOAD_CLASSES]),
-        relative_power=tuple(curves[LOAD_CLASSES:]),
-        dynamic_w=tuple(numbers[3:-1]),
-        static_w=numbers[-1],
+        relative_power=tuple(curves[LOAD_CLASSES:-2]),
+        dynamic_w=tuple(numbers[3:-5]),
+        static_w=numbers[-5],
         tick_period_s=numbers[0],
         tick_window_s=numbers[1],
         tick_origin_s=numbers[2],
+        tick_lag_s=numbers[-4],
+        rise_s=curves[-2],
+        drop_s=curves[-1],
+        most_w=numbers[-3],
+        limit_w=numbers[-2],
+        burst_j=numbers[-1],
     )
 
 
@@ -272,7 +283,7 @@ def _pack_dynamics(target: bytearray | mmap.mmap, offset: int, d: Dynamics) -> N
         target,
         offset,
         *(d.at_s, d.energy_j, d.counter_j, d.window_j, d.capped_s, d.static_w, d.dynamic_w),
-        *(d.work_s, d.done_s, d.started_s, d.finished_s),
+        *(d.work_s, d.done_s, d.started_s, d.finished_s, d.limit_w, d.spare_j, d.tick_j),
         *d.slowdown,
         *(d.ticks, d.work_id, d.log_count, d.random),
         *(d.load, d.clock_mhz, d.locked_mhz, d.cap_mhz, len(d.pending)),
@@ -282,7 +293,7 @@ def _pack_dynamics(target: bytearray | mmap.mmap, offset: int, d: Dynamics) -> N
 
 def _unpack_dynamics(raw: bytes) -> Dynamics:
     v = DYNAMICS.unpack(raw)
-    n = 11 + LOAD_CLASSES
+    n = 14 + LOAD_CLASSES
     ticks, work_id, log_count, random, load, clock_mhz, locked_mhz, cap_mhz, pending = v[n : n + 9]
     changes = v[n + 9 :]
     return Dynamics(
@@ -296,7 +307,10 @@ def _unpack_dynamics(raw: bytes) -> Dynamics:
         done_s=v[8],
         started_s=v[9],
         finished_s=v[10],
-        slowdown=list(v[11:n]),
+        limit_w=v[11],
+        spare_j=v[12],
+        tick_j=v[13],
+        slowdown=list(v[14:n]),
         work_id=work_id,
         log_count=log_count,
         random=random,

@@ -13,7 +13,7 @@ import pytest
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import GpuLostError, GpuPermissionError
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from perseus_plugin.gpus.emulated.physics import A40, A100, FORWARD_LIKE
+from perseus_plugin.gpus.emulated.physics import A40, A100, FORWARD_LIKE, H100
 from perseus_plugin.gpus.emulated.state import (
     GPU_LOST,
     IGNORE_LOCKS,
@@ -72,6 +72,9 @@ def test_create_keeps_what_is_there_and_replaces_what_is_described_differently(t
     assert replaced.locked_mhz() is None
     assert replaced.supported_clocks_mhz()[0] == 1740
     assert EmulatedGpu.create(path, model=A40, switch_latency_s=0.1).switch_latency_s() == 0.1
+    EmulatedGpu.create(path, model=H100).set_power_limit(500.0)
+    assert EmulatedGpu.create(path, model=H100).peek().limit_w == 500.0
+    assert EmulatedGpu.create(path, model=H100, power_limit_w=400.0).peek().limit_w == 400.0
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -81,6 +84,7 @@ def test_create_keeps_what_is_there_and_replaces_what_is_described_differently(t
         ({"tick_period_s": 0.0}, "tick period 0.0 s"),
         ({"tick_window_s": 0.5}, "window 0.5 s"),
         ({"switch_latency_s": -1.0}, "switch latency -1.0 s"),
+        ({"power_limit_w": 500.0}, "power limit 500 W; allowed: above 51.45 W, at most 476.65 W"),
     ],
 )
 def test_bad_descriptions_are_refused(tmp_path: Path, options: dict[str, float], named: str) -> None:
@@ -238,3 +242,39 @@ def test_a_file_of_the_script_in_place_of_the_gpus_is_neither_locked_nor_closed(
     assert os.fstat(own).st_ino == os.fstat(theirs).st_ino
     os.close(own)
     os.close(theirs)
+
+
+def test_a_change_takes_as_long_as_the_clock_it_goes_to_and_a_call_its_own_time(
+    tmp_path: Path, clock: VirtualClock
+) -> None:
+    gpu = EmulatedGpu.create(tmp_path / "h100", H100, switch_jitter_s=0.0, now=clock.now, sleep=clock.sleep)
+    for mhz, rises in ((900, False), (1500, True), (345, False), (1980, True)):
+        began_s = clock.now()
+        gpu.lock_clock(mhz)
+        assert clock.now() - began_s == pytest.approx(H100.set_call_s)
+        rise_s, drop_s = H100.switch_times_s(mhz)
+        taken_s = rise_s if rises else drop_s
+        clock.sleep(0.99 * taken_s)
+        assert gpu.read_clock_mhz() != mhz
+        clock.sleep(0.02 * taken_s)
+        assert gpu.read_clock_mhz() == mhz
+    began_s = clock.now()
+    gpu.read_energy()
+    assert clock.now() - began_s == pytest.approx(H100.energy_call_s)
+
+
+def test_a_power_limit_that_is_set_holds_from_then_on(tmp_path: Path, clock: VirtualClock) -> None:
+    gpu = EmulatedGpu.create(tmp_path / "a100", now=clock.now, sleep=clock.sleep)
+    with gpu.changing() as dynamics:
+        dynamics.begin_work(gpu.tables, FORWARD_LIKE, 10.0, gpu.tables.dynamic_w[FORWARD_LIKE], 0.0)
+    clock.sleep(1.0)
+    assert (gpu.read_clock_mhz(), gpu.read_energy().capped_s) == (1410, 0.0)
+    gpu.set_power_limit(300.0)
+    clock.sleep(1.0)
+    reading = gpu.read_energy()
+    assert gpu.read_clock_mhz() < 1410
+    assert gpu.read_power_w() <= 300.0
+    assert reading.capped_s == pytest.approx(1.0)
+    assert gpu.power_limit_w() == A100.most_w
+    with pytest.raises(GpuError, match=r"power limit 500 W; allowed: above 51\.45 W, at most 476\.65 W"):
+        gpu.set_power_limit(500.0)

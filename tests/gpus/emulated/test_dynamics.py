@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from perseus_plugin.gpus.emulated.device import model_tables
 from perseus_plugin.gpus.emulated.dynamics import MAX_PENDING, Dynamics, Tables
-from perseus_plugin.gpus.emulated.physics import A100, BACKWARD_LIKE, FORWARD_LIKE, WAITING
+from perseus_plugin.gpus.emulated.physics import A100, BACKWARD_LIKE, FORWARD_LIKE, H100, WAITING
 
 TABLES = model_tables(A100, 0.020, 0.020, 0.0)
 H100_LIKE = model_tables(A100, 0.100, 0.025, 0.0)
@@ -201,3 +202,98 @@ def test_random_numbers_are_spread_over_the_unit_interval() -> None:
     assert 0.45 < sum(draws) / 1000 < 0.55
     assert 0.0 <= min(draws) < 0.05
     assert 0.95 < max(draws) < 1.0
+
+
+H100_TABLES = model_tables(H100, 0.100, 0.100, 0.0)
+WITHOUT_BURSTS = replace(H100_TABLES, burst_j=0.0)
+FORWARD_HELD_MHZ = H100.held_mhz(FORWARD_LIKE, H100.max_clock_mhz)
+
+
+def at_limit(tables: Tables = WITHOUT_BURSTS, limit_w: float = H100.limit_w) -> Dynamics:
+    d = fresh(tables)
+    d.clock_mhz, d.limit_w, d.spare_j = H100.max_clock_mhz, limit_w, tables.burst_j
+    return d
+
+
+def test_work_at_the_limit_runs_below_the_clock_asked_for_and_only_work_counts_as_capped() -> None:
+    d, tables = at_limit(), WITHOUT_BURSTS
+    d.advance(tables, 10.5)
+    assert d.effective_mhz(tables) == H100.max_clock_mhz
+    assert d.capped_s == 0.0
+    begin(d, FORWARD_LIKE, 0.1, tables=tables)
+    assert d.effective_mhz(tables) == FORWARD_HELD_MHZ < H100.max_clock_mhz
+    taken_s = 0.1 * H100.stretch(FORWARD_LIKE, FORWARD_HELD_MHZ)
+    assert d.completes_s(tables) == pytest.approx(10.5 + taken_s)
+    d.advance(tables, 12.0)
+    assert d.finished_s == pytest.approx(10.5 + taken_s)
+    assert d.capped_s == pytest.approx(taken_s)
+    working_j = taken_s * H100.power_w(FORWARD_LIKE, FORWARD_HELD_MHZ)
+    assert d.energy_j == pytest.approx(working_j + (2.0 - taken_s) * H100.blocking_w)
+
+
+def test_locks_above_the_clock_that_the_limit_allows_are_one_point() -> None:
+    taken = {}
+    for clock in (1980, 1890, FORWARD_HELD_MHZ, 1605):
+        d = at_limit()
+        d.clock_mhz = clock
+        begin(d, FORWARD_LIKE, 0.1, tables=WITHOUT_BURSTS)
+        energy_j, until_s = d.energy_j, d.completes_s(WITHOUT_BURSTS)
+        d.advance(WITHOUT_BURSTS, until_s)
+        taken[clock] = (until_s - 10.0, d.energy_j - energy_j, d.capped_s > 0)
+    assert taken[1980][:2] == taken[1890][:2] == taken[FORWARD_HELD_MHZ][:2]
+    assert [taken[clock][2] for clock in taken] == [True, True, False, False]
+    assert taken[1605][0] > taken[1980][0]
+    assert taken[1605][1] < taken[1980][1]
+
+
+def test_after_a_wait_more_than_the_limit_is_drawn_for_a_moment() -> None:
+    tables = H100_TABLES
+    d = at_limit(tables)
+    begin(d, BACKWARD_LIKE, 0.3, tables=tables)
+    demand_w = H100.power_w(BACKWARD_LIKE, H100.max_clock_mhz)
+    assert d.power_w(tables) == demand_w
+    burst_s = H100.burst_j / (demand_w - H100.limit_w)
+    d.advance(tables, 10.0 + 0.99 * burst_s)
+    assert d.power_w(tables) == demand_w
+    assert d.capped_s == 0.0
+    ends_s = d.completes_s(tables)
+    d.advance(tables, 10.0 + 1.01 * burst_s)
+    assert d.power_w(tables) <= H100.limit_w
+    d.advance(tables, 12.0)
+    assert d.finished_s == pytest.approx(ends_s)
+    assert d.spare_j == H100.burst_j
+
+
+def test_a_limit_no_clock_keeps_leaves_the_lowest_one() -> None:
+    d = at_limit(limit_w=H100.static_w + 1.0)
+    begin(d, FORWARD_LIKE, 0.1, tables=WITHOUT_BURSTS)
+    assert d.effective_mhz(WITHOUT_BURSTS) == H100.min_clock_mhz
+
+
+def test_the_counter_shows_a_tick_after_its_lag() -> None:
+    tables = H100_TABLES
+    d = at_limit(tables)
+    d.advance(tables, 10.199)
+    before_j = d.shown_j(tables)
+    d.advance(tables, 10.2 + 0.9 * H100.tick_lag_s)
+    assert d.shown_j(tables) == before_j
+    d.advance(tables, 10.2 + 1.1 * H100.tick_lag_s)
+    assert d.shown_j(tables) == d.counter_j == pytest.approx(before_j + 0.1 * H100.blocking_w)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.0, 0.2), st.sampled_from([FORWARD_LIKE, BACKWARD_LIKE, WAITING])), max_size=20),
+    st.floats(250.0, 700.0),
+)
+def test_beyond_the_limit_no_more_is_drawn_than_a_burst(history: list[tuple[float, int]], limit_w: float) -> None:
+    tables = H100_TABLES
+    d = at_limit(tables, limit_w)
+    since: list[tuple[float, float]] = [(d.at_s, d.energy_j)]
+    for pause_s, load in history:
+        d.advance(tables, d.at_s + pause_s)
+        since.append((d.at_s, d.energy_j))
+        if load != WAITING:
+            begin(d, load, 0.05, tables=tables)
+    d.advance(tables, d.at_s + 1.0)
+    for begin_s, begin_j in since:
+        assert d.energy_j - begin_j <= limit_w * (d.at_s - begin_s) + H100.burst_j + 1e-6

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from perseus_plugin.gpus.emulated.physics import (
     load_class,
 )
 
+EVIDENCE = Path(__file__).parents[3] / "docs" / "evidence"
 MODEL_LIST = list(MODELS.values())
 
 
@@ -90,3 +93,37 @@ def test_a100_is_near_published_points() -> None:
     ):
         assert model.stretch(load, clock) == pytest.approx(stretch, rel=0.01)
         assert model.power_w(load, clock) == pytest.approx(power_w, rel=0.03)
+
+
+@pytest.mark.parametrize(("name", "file"), [("h100", "verify-h100.json"), ("h200", "verify-h200.json")])
+def test_at_its_limit_a_card_runs_at_the_clocks_that_were_read_back_from_a_real_one(name: str, file: str) -> None:
+    model, measured = MODELS[name], json.loads((EVIDENCE / file).read_text())
+    assert measured["machine"]["clocks_mhz"] == [model.min_clock_mhz, model.max_clock_mhz]
+    assert measured["machine"]["clock_count"] == len(model.clocks_mhz())
+    assert measured["machine"]["power_limit_w"] == model.limit_w
+    waits_w = [one["power_w"] for one in measured["waiting"]]
+    assert model.blocking_w == pytest.approx(sum(waits_w) / len(waits_w), rel=0.02)
+    assert model.tick_period_s == pytest.approx(measured["counter"]["period_ms"] / 1000, rel=0.01)
+    assert model.tick_lag_s == pytest.approx(measured["counter"]["lag_ms"] / 1000, rel=0.05)
+    assert model.energy_call_s == pytest.approx(measured["calls_us"]["energy counter"]["median"] * 1e-6, rel=0.25)
+    for one in measured["at_the_limit"]["kinds"]:
+        load = load_class(one["kind"])
+        held_mhz = model.held_mhz(load, model.max_clock_mhz)
+        assert abs(held_mhz - one["steady_clock_mhz"]) <= model.clock_step_mhz / 2
+        assert model.power_w(load, held_mhz) == pytest.approx(one["steady_w"], rel=0.02)
+
+
+@pytest.mark.parametrize("model", MODEL_LIST, ids=lambda m: m.name)
+def test_work_is_held_at_the_highest_clock_that_keeps_the_limit(model: GpuModel) -> None:
+    for load, clock in itertools.product(range(4), model.clocks_mhz()):
+        held_mhz = model.held_mhz(load, clock)
+        assert held_mhz <= clock
+        assert model.power_w(load, held_mhz) <= model.limit_w
+        above_mhz = held_mhz + model.clock_step_mhz
+        assert above_mhz > clock or model.power_w(load, above_mhz) > model.limit_w
+
+
+@pytest.mark.parametrize("model", MODEL_LIST, ids=lambda m: m.name)
+def test_a_clock_change_takes_5_to_30_ms_whatever_the_clock(model: GpuModel) -> None:
+    for clock in model.clocks_mhz():
+        assert all(0.005 <= time_s <= 0.030 for time_s in model.switch_times_s(clock))

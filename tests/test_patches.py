@@ -115,7 +115,7 @@ def test_megatron_job_through_the_patched_parser(tmp_path: Path) -> None:
     (tmp_path / "perseus.json").write_text(json.dumps(block))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT))
     switches = ("--perseus", "--perseus-config", "perseus.json", "--results", "results.json")
-    until = ("--until-said", "plan 1 for")
+    until = ("--until", "plan 1 for")
     done = run_megatron(tmp_path, python_path(copy), *torchrun, *flags(2, train_iters=300), *switches, *until)
     assert done.returncode == 0, done.stdout[-6000:]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["iterations"]["plan"] > 0

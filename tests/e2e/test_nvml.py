@@ -52,8 +52,8 @@ FAULTS = {
 }
 
 
-# Like one of the others; in a job of threads: tests/session/test_faults.py.
-REPEATED = ("take-permission", "slow-calls")
+# Like one of the others, and where something else is looked at too: test_megatron.py, tests/session/test_faults.py.
+REPEATED = ("kill-helper", "take-permission", "slow-calls")
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 class Ending:
     """When a job ends before its last iteration, on all ranks after the same one.
 
-    It is never asked for a moment that a rank may have passed: whoever hears the plugin say the words sets an iteration
-    that is `--more` ahead, and pipelines keep their ranks within one of each other.
+    It is never asked for a moment that a rank may have passed: whoever hears the plugin say the words or sees the file
+    sets an iteration that is `--more` ahead, and pipelines keep their ranks within one of each other.
     """
 
     _KEY = "the tests' last iteration"
@@ -27,11 +27,13 @@ class Ending:
     def add_arguments(parser: Any) -> None:
         """What decides."""
         parser.add_argument("--end-after", type=int, default=0, help="this many iterations; 0: as many as there are")
-        parser.add_argument("--until-said", help="end some iterations after the plugin has said this on any rank")
+        parser.add_argument(
+            "--until", help="end some iterations after the plugin has said this on any rank, or /THIS/FILE is there"
+        )
         parser.add_argument("--more", type=int, default=16, help="how many")
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self._last, self._words, self._more = arguments.end_after, arguments.until_said, arguments.more
+        self._last, self._words, self._more = arguments.end_after, arguments.until, arguments.more
         self._heard = False
         if self._words is not None:
             handler = logging.Handler()
@@ -45,7 +47,7 @@ class Ending:
         """The last iteration, as far as that is known in this one; 0: not known."""
         if self._words is not None and not self._last:
             store = torch.distributed.distributed_c10d._get_default_store()
-            if self._heard:
+            if self._heard or (self._words.startswith("/") and Path(self._words).exists()):
                 store.compare_set(self._KEY, "", str(iteration + self._more))
             if store.check([self._KEY]):
                 self._last = int(store.get(self._KEY))

@@ -36,8 +36,11 @@ def settings(model: type[Any] = PerseusConfig, section: str = "") -> Iterator[tu
         yield section + name, f"{json.dumps(field.default)}; {json.dumps(told, sort_keys=True)}; {allowed}"
 
 
+SETTINGS = dict(settings())
+
+
 def config_surface() -> str:
-    return "".join(f"perseus.{key} = {rest}\n" for key, rest in settings())
+    return "".join(f"perseus.{key} = {rest}\n" for key, rest in SETTINGS.items())
 
 
 def commands(command: Any, name: str) -> Iterator[str]:
@@ -75,12 +78,12 @@ def named(key: str, page: str) -> bool:
     """Whether a page names a setting so that nobody can take it for another: in full, or alone in a code span."""
     section, _, last = key.rpartition(".")
     ways = [rf"(?<![\w.])(perseus\.)?{re.escape(key)}(?!\w)", rf'"{section}": {{"{last}"']
-    if Counter(other.rpartition(".")[2] for other, _ in settings())[last] == 1:
+    if Counter(other.rpartition(".")[2] for other in SETTINGS)[last] == 1:
         ways += [rf"`{last}[`:]", rf'"{last}"']
     return any(re.search(way, page) for way in ways)
 
 
-@pytest.mark.parametrize("key", [key for key, _ in settings()])
+@pytest.mark.parametrize("key", SETTINGS)
 def test_every_setting_has_a_page_that_says_when_to_use_it(key: str) -> None:
     pages = [name for name, text in PAGES.items() if named(key, text)]
     assert pages, f"{key} stands in the reference only: say on a page who needs it and why, or remove it"

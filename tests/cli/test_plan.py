@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import itertools
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.profiling.profile import Profile, save_profile
+from tests.cli.commands import Perseus
 from tests.planning.jobs import bundled_profile
 
 
@@ -23,12 +22,7 @@ def profile(tmp_path: Path) -> Path:
     return tmp_path / "profile.csv"
 
 
-def perseus(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "perseus_plugin.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_a_plan_is_made_printed_and_written(profile: Path, tmp_path: Path) -> None:
+def test_a_plan_is_made_printed_and_written(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
     out, zeus = tmp_path / "plan.json", tmp_path / "plan.py"
     done = perseus(
         "plan", profile, "--microbatches", 4, "--blocking-power", "60,70", "--scale", 10, "-o", out, "--zeus", zeus
@@ -42,7 +36,7 @@ def test_a_plan_is_made_printed_and_written(profile: Path, tmp_path: Path) -> No
     assert [len(stage) for stage in ast.literal_eval(zeus.read_text())] == [8, 8]
 
 
-def test_the_other_targets_and_limits(profile: Path, tmp_path: Path) -> None:
+def test_the_other_targets_and_limits(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     job = (profile, "--microbatches", 4, "--blocking-power", 60, "-o", out)
     assert perseus("plan", *job, "--cheapest").returncode == 0
@@ -55,7 +49,7 @@ def test_the_other_targets_and_limits(profile: Path, tmp_path: Path) -> None:
     assert cheapest.energy_j <= limited.energy_j
 
 
-def test_gpus_wait_at_lower_clocks_unless_told_not_to(tmp_path: Path) -> None:
+def test_gpus_wait_at_lower_clocks_unless_told_not_to(perseus: Perseus, tmp_path: Path) -> None:
     path, out = tmp_path / "profile.csv", tmp_path / "plan.json"
     rows = bundled_profile(2).rows()
     save_profile(Profile.from_rows((s, k, replace(m, blocking_power_w=m.frequency_mhz / 20)) for s, k, m in rows), path)
@@ -71,7 +65,7 @@ def test_gpus_wait_at_lower_clocks_unless_told_not_to(tmp_path: Path) -> None:
     assert quick.energy_j < slow.energy_j < never.energy_j
 
 
-def test_a_schedule_file_brings_its_own_microbatches(profile: Path, tmp_path: Path) -> None:
+def test_a_schedule_file_brings_its_own_microbatches(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
     schedule, out = tmp_path / "mine.json", tmp_path / "plan.json"
     ops = [{"op": "compute", "kind": kind, "microbatch": m} for m in range(3) for kind in ("forward", "backward")]
     schedule.write_text(json.dumps({"schema": "perseus-schedule", "version": 1, "stages": [ops, ops]}))
@@ -84,7 +78,7 @@ def test_a_schedule_file_brings_its_own_microbatches(profile: Path, tmp_path: Pa
     assert "--microbatches: not allowed with a schedule file" in refused.stderr
 
 
-def test_a_frontier_is_written(profile: Path, tmp_path: Path) -> None:
+def test_a_frontier_is_written(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "frontier.json"
     done = perseus("frontier", profile, "--microbatches", 4, "--blocking-power", 60, "--tolerance", 0.01, "-o", out)
     assert done.returncode == 0, done.stderr
@@ -93,7 +87,7 @@ def test_a_frontier_is_written(profile: Path, tmp_path: Path) -> None:
     assert all(a["deadline_s"] < b["deadline_s"] for a, b in itertools.pairwise(points))
 
 
-def test_a_frontier_is_drawn(profile: Path, tmp_path: Path) -> None:
+def test_a_frontier_is_drawn(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     job = (profile, "--microbatches", 2, "--blocking-power", 60, "--tolerance", 0.05, "-o", tmp_path / "f.json")
     picture = tmp_path / "frontier.png"
@@ -104,7 +98,7 @@ def test_a_frontier_is_drawn(profile: Path, tmp_path: Path) -> None:
     assert "--plot: got" in refused.stderr
 
 
-def test_a_profile_that_says_what_waiting_draws_needs_no_option_for_it(tmp_path: Path) -> None:
+def test_a_profile_that_says_what_waiting_draws_needs_no_option_for_it(perseus: Perseus, tmp_path: Path) -> None:
     path, out = tmp_path / "profile.csv", tmp_path / "out.json"
     rows = [(s, k, replace(m, blocking_power_w=60.0)) for s, k, m in bundled_profile(2).rows()]
     save_profile(Profile.from_rows(rows), path)
@@ -133,7 +127,7 @@ def test_a_profile_that_says_what_waiting_draws_needs_no_option_for_it(tmp_path:
     ],
 )
 def test_wrong_options_give_one_line_and_status_2(
-    profile: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+    perseus: Perseus, profile: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     done = perseus("plan", profile, "--microbatches", 4, "-o", tmp_path / "plan.json", *arguments)
     assert done.returncode == 2
@@ -142,7 +136,7 @@ def test_wrong_options_give_one_line_and_status_2(
     assert not (tmp_path / "plan.json").exists()
 
 
-def test_a_bad_profile_is_refused_with_row_and_reason(tmp_path: Path) -> None:
+def test_a_bad_profile_is_refused_with_row_and_reason(perseus: Perseus, tmp_path: Path) -> None:
     path = tmp_path / "profile.csv"
     path.write_text("stage,instruction,frequency,time,energy\n0,forward,1400,0.1,-3\n")
     done = perseus("plan", path, "--microbatches", 4, "--blocking-power", 60)

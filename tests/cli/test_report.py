@@ -1,36 +1,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from perseus_plugin.cli.main import run
+from tests.cli.commands import Perseus
 from tests.reporting.job import Job
-
-
-@dataclass(frozen=True)
-class Done:
-    """What the command left."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def perseus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    def call(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["perseus", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            run()
-        out, err = capsys.readouterr()
-        return Done(int(ended.value.code or 0), out, err)
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +15,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Job(tmp_path_factory.mktemp("job") / "out").planned().finished().folder
 
 
-def test_a_report_is_printed_and_written_into_the_folder(perseus: Callable[..., Done], folder: Path) -> None:
+def test_a_report_is_printed_and_written_into_the_folder(perseus: Perseus, folder: Path) -> None:
     done = perseus("report", str(folder), "--price", "0.1", "--gpus", "1024", "--hours", "1000")
     assert done.returncode == 0, done.stderr
     for text in ("2 × test GPU", "energy saved", "1,000 hours on 1,024", "USD", "Emulated: GPU times", "11: profiled"):
@@ -47,13 +24,13 @@ def test_a_report_is_printed_and_written_into_the_folder(perseus: Callable[..., 
     assert "missing" not in done.stdout
 
 
-def test_the_page_goes_where_it_is_told(perseus: Callable[..., Done], folder: Path, tmp_path: Path) -> None:
+def test_the_page_goes_where_it_is_told(perseus: Perseus, folder: Path, tmp_path: Path) -> None:
     done = perseus("report", str(folder), "--html", str(tmp_path / "page.html"), "--no-frontier")
     assert done.returncode == 0, done.stderr
     assert 'id="frontier"' not in (tmp_path / "page.html").read_text()
 
 
-def test_no_page_on_request(perseus: Callable[..., Done], tmp_path: Path) -> None:
+def test_no_page_on_request(perseus: Perseus, tmp_path: Path) -> None:
     folder = Job(tmp_path / "out").profiled().finished().folder
     done = perseus("report", str(folder), "--no-html")
     assert done.returncode == 0, done.stderr
@@ -75,7 +52,7 @@ def test_no_page_on_request(perseus: Callable[..., Done], tmp_path: Path) -> Non
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
-    perseus: Callable[..., Done], folder: Path, tmp_path: Path, arguments: Sequence[str], message: str
+    perseus: Perseus, folder: Path, tmp_path: Path, arguments: Sequence[str], message: str
 ) -> None:
     broken, empty = tmp_path / "broken", tmp_path / "empty"
     empty.mkdir()
@@ -88,14 +65,14 @@ def test_what_is_wrong_is_said_in_one_line(
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_trace_is_written(perseus: Callable[..., Done], folder: Path, tmp_path: Path) -> None:
+def test_a_trace_is_written(perseus: Perseus, folder: Path, tmp_path: Path) -> None:
     done = perseus("trace", str(folder), "-o", str(tmp_path / "trace.json"))
     assert done.returncode == 0, done.stderr
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert f"{len(events)} events of 2 ranks" in done.stdout
 
 
-def test_a_trace_of_nothing_is_refused(perseus: Callable[..., Done], tmp_path: Path) -> None:
+def test_a_trace_of_nothing_is_refused(perseus: Perseus, tmp_path: Path) -> None:
     folder = Job(tmp_path / "out", silent=(0, 1)).planned().finished().folder
     done = perseus("trace", str(folder), "-o", str(tmp_path / "trace.json"))
     assert done.returncode == 2

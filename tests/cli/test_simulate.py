@@ -4,45 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from perseus_plugin.cli import main
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.profiling.profile import save_profile
+from tests.cli.commands import Perseus
 from tests.planning.jobs import bundled_profile
 
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Perseus = Callable[..., Done]
-
 MODEL = "layers: 6\nhidden: 64\nsequence_length: 32\nmicrobatch_size: 2\nvocabulary: 1000\n"
-
-
-@pytest.fixture
-def perseus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Perseus:
-    """The command in this process: starting it dozens of times would take minutes."""
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["perseus", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main.run()
-        code = ended.value.code
-        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from perseus_plugin.planning.frontier import make_frontier
     from perseus_plugin.planning.plan import Plan, load_plan, save_plan
     from perseus_plugin.planning.planner import Planner, make_plan
+    from perseus_plugin.planning.power.budget import PowerBudget
     from perseus_plugin.planning.streams import load_streams
-    from perseus_plugin.planning.targets import ChangeLimits, Target
+    from perseus_plugin.planning.targets import ChangeLimits, Prices, Target
     from perseus_plugin.profiling.profile import Measurement, Profile, load_profile, save_profile
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "Pipeline",
     "Plan",
     "Planner",
+    "PowerBudget",
+    "Prices",
     "Profile",
     "Target",
     "__version__",
@@ -53,6 +56,7 @@ __all__ = [
     "report_straggler",
     "save_plan",
     "save_profile",
+    "set_target",
     "simulate",
 ]
 
@@ -72,7 +76,8 @@ _HOME = {
     "planning.plan": ("Plan", "load_plan", "save_plan"),
     "planning.planner": ("Planner", "make_plan"),
     "planning.streams": ("load_streams",),
-    "planning.targets": ("ChangeLimits", "Target"),
+    "planning.power.budget": ("PowerBudget",),
+    "planning.targets": ("ChangeLimits", "Prices", "Target"),
     "profiling.profile": ("Measurement", "Profile", "load_profile", "save_profile"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _HOME.items() for name in names}
@@ -144,4 +149,54 @@ def report_straggler(
     refusals = [session.report_straggler(**report) for session in sessions] or ["no session runs in this process"]
     for reason in filter(None, refusals):
         logging.getLogger(__name__).warning("a straggler report was refused: %s; correct it and report again", reason)
+    return not any(refusals)
+
+
+def set_target(
+    *,
+    slowdown: float | str | None = None,
+    deadline_s: float | None = None,
+    cheapest: bool = False,
+    money: Prices | None = None,
+    full: bool = False,
+    power_budget_w: PowerBudget | float | str | None = None,
+    until: float | None = None,
+    for_s: float | None = None,
+    source: str = "python",
+) -> bool:
+    """Tell the job what to aim at from now on; to be called on any one rank, any number of times.
+
+    Returns at once and never raises: what is refused is logged with its reason, and training goes on. Without a wish
+    and a budget it takes back what this source said. What stands above what: `docs/targets.md`.
+
+    Args:
+        slowdown: wish: share by which an iteration may be longer than at full clocks, or words such as "10 %".
+        deadline_s: wish: an iteration may take so many seconds.
+        cheapest: wish: least energy, however long an iteration takes.
+        money: wish: least cost at these prices.
+        full: wish: full clocks; nothing is slowed, for stragglers neither.
+        power_budget_w: average power that the job may draw, in watts or words such as "180kW", whatever is wished.
+        until: Unix time at which it ends by itself.
+        for_s: or so many seconds from now.
+        source: who says so; a source's newest word stands in the place of what it said before.
+
+    Returns:
+        Whether it was sent; False also when no session runs in this process.
+    """
+    from perseus_plugin.session.running import running_sessions
+
+    said = {
+        "slowdown": slowdown,
+        "deadline_s": deadline_s,
+        "cheapest": cheapest,
+        "money": money,
+        "full": full,
+        "power_budget_w": power_budget_w,
+        "until": until,
+        "for_s": for_s,
+        "source": source,
+    }
+    refusals = [session.set_target(**said) for session in running_sessions()] or ["no session runs in this process"]
+    for reason in filter(None, refusals):
+        logging.getLogger(__name__).warning("a target was refused: %s; correct it and say it again", reason)
     return not any(refusals)

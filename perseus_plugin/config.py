@@ -333,7 +333,8 @@ class StragglersConfig(_Strict):
     socket: bool = _setting(
         True,
         "true or false",
-        "Take reports of the command line on a unix socket in the output folder that only this user can use.",
+        "Take reports, and targets, of the command line on a unix socket in the output folder that only this user can "
+        "use.",
     )
 
 
@@ -367,6 +368,12 @@ class PerseusConfig(_Strict):
         "Target: share by which an iteration may be longer than at full clocks.",
         ge=0,
         le=10,
+    )
+    target_file: str | None = _setting(
+        None,
+        "a path, or null",
+        "File that rank 0 watches: a JSON object that says what the job is to aim at, as `perseus target` does.",
+        min_length=1,
     )
     margin: float = _setting(
         0.01,
@@ -485,6 +492,8 @@ def with_whole_paths(config: PerseusConfig) -> PerseusConfig:
     }
     if profiling.load is not None:
         changes["profiling"] = profiling.model_copy(update={"load": whole(profiling.load)})
+    if config.target_file is not None:
+        changes["target_file"] = whole(config.target_file)
     if textfile is not None:
         changes["prometheus"] = config.prometheus.model_copy(update={"textfile": whole(textfile)})
     if gpus is not None:

@@ -17,6 +17,7 @@ from perseus_plugin.errors import ConfigError
 FULL: dict[str, Any] = {
     "enabled": True,
     "slowdown": 0.1,
+    "target_file": "target.json",
     "margin": 0.02,
     "quantile": 0.95,
     "catch_up": False,
@@ -410,6 +411,7 @@ def test_every_path_becomes_a_whole_one(tmp_path: Path, monkeypatch: pytest.Monk
     config = parse_config(given)
     whole = with_whole_paths(config)
     before, after = paths_of(config), paths_of(whole)
-    assert set(before) == {"output_dir", "profiling.load", "gpu.zeusd_socket", "emulation.gpus", "prometheus.textfile"}
+    below = {"profiling.load", "gpu.zeusd_socket", "emulation.gpus", "prometheus.textfile"}
+    assert set(before) == {"output_dir", "target_file", *below}
     assert after == {name: [f"{tmp_path}/{path}" for path in paths] for name, paths in before.items()}
     assert with_whole_paths(whole) == whole

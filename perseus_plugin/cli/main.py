@@ -14,6 +14,7 @@ from perseus_plugin.cli.report import report, trace
 from perseus_plugin.cli.reset import reset
 from perseus_plugin.cli.simulate import simulate
 from perseus_plugin.cli.straggler import straggler
+from perseus_plugin.cli.target import target
 from perseus_plugin.cli.timeline import timeline
 from perseus_plugin.cli.verify import verify
 from perseus_plugin.errors import PerseusError, os_problem
@@ -32,6 +33,7 @@ app.command()(config)
 app.command()(doctor)
 app.command()(reset)
 app.add_typer(straggler, name="straggler")
+app.command()(target)
 app.command()(timeline)
 app.command()(report)
 app.command()(trace)

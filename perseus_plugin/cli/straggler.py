@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from perseus_plugin.cli.moments import MOMENTS, end_of, on_clock
 from perseus_plugin.errors import ConfigError, PerseusError, shown
 from perseus_plugin.leader.job_socket import ask
 from perseus_plugin.stragglers.book import Report
@@ -32,16 +30,14 @@ def report(
     iteration_time: Annotated[
         float | None, typer.Option(help="Or: an iteration of its pipeline takes so many seconds.")
     ] = None,
-    until: Annotated[str | None, typer.Option(help="When it ends: Unix seconds or ISO 8601.")] = None,
+    until: Annotated[str | None, typer.Option(help=f"When it ends: {MOMENTS}.")] = None,
     lasting: Annotated[float | None, typer.Option("--for", help="Or: it lasts so many seconds.")] = None,
     source: Annotated[str, typer.Option(help="Who says so.")] = "cli",
 ) -> None:
     """Report that a rank is slow."""
     if (slowdown is None) == (iteration_time is None):
         raise ConfigError("give either --slowdown or --iteration-time")
-    if until is not None and lasting is not None:
-        raise ConfigError("give either --until or --for")
-    end = time.time() + lasting if lasting is not None else _time(until)
+    end = end_of(until, lasting)
     # Unchecked: the job itself says what is wrong with it, as it does to everyone.
     made = Report.model_construct(
         rank=rank, slowdown=slowdown, iteration_time_s=iteration_time, until=end, source=source
@@ -67,8 +63,8 @@ def list_reports(job: Job) -> None:
             "" if entry.slowdown is None else f"{entry.slowdown:.3f}",
             "" if entry.iteration_time_s is None else f"{entry.iteration_time_s:.4g} s",
             entry.source,
-            _shown(entry.time),
-            "" if entry.until is None else _shown(entry.until),
+            on_clock(entry.time),
+            "" if entry.until is None else on_clock(entry.until),
         )
     Console().print(table)
 
@@ -80,22 +76,3 @@ def clear(
 ) -> None:
     """Take reports back. What the job sees itself stays until it sees otherwise."""
     typer.echo(f"{shown(ask(job, {'do': 'clear', 'rank': rank}).get('cleared'))} report(s) cleared")
-
-
-def _time(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            return datetime.fromisoformat(text).timestamp()
-        except ValueError:
-            raise ConfigError(f"--until: got {text!r}; allowed: Unix seconds or ISO 8601") from None
-    if not math.isfinite(seconds):
-        raise ConfigError(f"--until: got {text!r}; allowed: Unix seconds or ISO 8601")
-    return seconds
-
-
-def _shown(unix_s: float) -> str:
-    return datetime.fromtimestamp(unix_s).astimezone().strftime("%Y-%m-%d %H:%M:%S")

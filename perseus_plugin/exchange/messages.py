@@ -15,6 +15,7 @@ from perseus_plugin.exchange.store import ANNOUNCED
 NEWS, TROUBLE, REUSE, CALIBRATION = ANNOUNCED
 RECHECKS = "recheck/"  # how their keys begin
 STRAGGLERS = "stragglers"  # list that ranks append reports and detections to
+TARGETS = "targets"  # list that ranks append to what the job is to aim at
 
 
 class _Message(BaseModel):
@@ -90,6 +91,7 @@ class News(_Message):
             clock and not tried.
         reason: for people.
         recheck: ranks shall time their instructions at full clocks and publish that.
+        limited: no iteration may run at full clocks, for no reference either.
     """
 
     sequence: Count
@@ -103,6 +105,7 @@ class News(_Message):
     paired: bool = False
     reason: str = ""
     recheck: bool = False
+    limited: bool = False
 
     def version_for(self, replica: int) -> int:
         """The set of plans that this replica follows."""

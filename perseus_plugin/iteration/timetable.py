@@ -103,16 +103,24 @@ class Follow:
         version: of the set.
         straggler: it is followed because of a straggler; changes nothing but what the iteration counts for.
         since: see `messages.News`.
+        limited: no iteration may run at full clocks, as they draw more than is allowed.
     """
 
     version: int
     straggler: bool = False
     since: int = 0
+    limited: bool = False
 
     @property
     def ran_as(self) -> RanAs:
         """What it counts as."""
         return RanAs.STRAGGLER if self.straggler else RanAs.PLAN
+
+    @property
+    def has_references(self) -> bool:
+        """Whether iterations at full clocks are run amid those that follow."""
+        # At a straggler's pace full clocks are no measure: the straggler is waited for either way.
+        return not (self.straggler or self.limited)
 
     @property
     def identity(self) -> object:
@@ -182,8 +190,7 @@ class Timetable:
         return PLANNING
 
     def _is_reference(self, directive: Directive, iteration: int) -> bool:
-        # At a straggler's pace full clocks are no measure: the straggler is waited for either way.
-        if not isinstance(directive, Follow) or directive.straggler:
+        if not isinstance(directive, Follow) or not directive.has_references:
             return False
         return is_reference(iteration - directive.since, self.reference_share)
 

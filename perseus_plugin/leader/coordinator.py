@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from perseus_plugin.exchange.messages import NEWS, TROUBLE, Placement, Trouble, part_key, receive
@@ -18,6 +19,7 @@ from perseus_plugin.iteration.instructions import StreamOf
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.iteration.timetable import Directive
+from perseus_plugin.leader.aiming import FULL_CLOCKS
 from perseus_plugin.leader.decide import (
     Answered,
     Checked,
@@ -29,6 +31,7 @@ from perseus_plugin.leader.decide import (
     Rechecked,
     Runs,
     Situated,
+    Targeted,
     Troubled,
     Turned,
     Watched,
@@ -57,8 +60,11 @@ from perseus_plugin.leader.planner_desk import Planner, PlannerDesk
 from perseus_plugin.leader.rank_reports import RankReports
 from perseus_plugin.leader.recent import RecentIterations
 from perseus_plugin.leader.state import JobState, Phase, Rules
+from perseus_plugin.leader.target_book import Goal, TargetBook
+from perseus_plugin.leader.target_desk import REQUESTS, TargetDesk
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import Plan, save_plan
+from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.failed import save_failure
 from perseus_plugin.profiling.kept import save_survey
 from perseus_plugin.profiling.known import profiled_as
@@ -84,9 +90,11 @@ class Coordinator:
         tell: takes (name, value) figures.
         wake: called when a straggler report has come, from any thread.
         monotonic: a clock that never goes back.
+        now: Unix time.
 
     Attributes:
         stragglers: where reports come in.
+        targets: where comes in what the job is to aim at.
         comparison: of the plans with full clocks.
     """
 
@@ -99,10 +107,11 @@ class Coordinator:
         tell: Callable[[list[tuple[str, float]]], None] = lambda figures: None,
         wake: Callable[[], None] = lambda: None,
         monotonic: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
     ) -> None:
         config, placement, timetable = job.config, job.placement, job.timetable
         self._job, self._exchange, self._frontier = job, job.exchange, frontier
-        self._tell, self._monotonic = tell, monotonic
+        self._tell, self._monotonic, self._now = tell, monotonic, now
         self._events = EventLog(job.output_dir)
         self._reports = RankReports(job.exchange, placement.world_size)
         self._recent = RecentIterations(job.exchange, placement.world_size)
@@ -116,6 +125,9 @@ class Coordinator:
             events=self._events,
             wake=wake,
         )
+        self.targets = TargetDesk(
+            job.exchange, file=None if config.target_file is None else Path(config.target_file), wake=wake
+        )
         self._rules = Rules(
             config,
             placement.stages,
@@ -124,6 +136,7 @@ class Coordinator:
             job.full_sweep_mhz or timetable.sweep.clocks_mhz,
             placement.replica,
         )
+        configured = Goal(Target.slowdown(config.slowdown))
         self._state = JobState(
             times=IterationTimes(config.watch.patience),
             plans=PlanShelf(placement.stages),
@@ -136,6 +149,8 @@ class Coordinator:
             sweep=SweepInForce(timetable.sweep.clocks_mhz, timetable.sweep_end),
             margin=config.margin,
             known=job.known.survey,
+            targets=TargetBook(configured.wish, configured.limit),
+            goal=configured,
         )
         self.comparison = Comparison(config.watch, job.exchange, placement.world_size, self._graph_s)
 
@@ -194,8 +209,11 @@ class Coordinator:
         self.stragglers.collect()
         if self._frontier is not None:
             self._frontier.step()
-        if self.phase is Phase.GIVEN_UP:
-            return
+        if self.phase is not Phase.GIVEN_UP:
+            self._look(iteration)
+        self._look_for_targets(iteration)
+
+    def _look(self, iteration: int) -> None:
         self._observe(Turned(iteration, self._exchange.news_take_s))
         trouble = self._exchange.heard(TROUBLE)
         if trouble is not None:
@@ -214,6 +232,22 @@ class Coordinator:
         elif self.phase is Phase.RECHECKING and self._state.times.again is not None:  # as soon as ranks can have told
             complete = self._reports.all_rechecks(self._state.recheck_sequence)
             self._observe(Rechecked(self.stragglers.corrected(self._reports.rechecks), complete))
+
+    def _look_for_targets(self, iteration: int) -> None:
+        said, unix_s = self.targets.collect(), self._now()
+        if said or unix_s >= self._state.targets.next_end:
+            self._observe(Targeted(said, unix_s))
+        state = self._state
+        self.targets.show(state.targets, FULL_CLOCKS if state.at_full else state.goal, state.phase.value, iteration)
+
+    def request(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer a request of the job's socket; on any thread.
+
+        Raises:
+            PerseusError: it is refused.
+        """
+        desk = self.targets if request.get("do") in REQUESTS else self.stragglers
+        return desk.request(request)
 
     def _look_for_measurements(self, iteration: int) -> None:
         if not self._state.schedules or iteration < self._state.sweep.end:
@@ -238,7 +272,7 @@ class Coordinator:
     def _look_at_references(self) -> None:
         if self.phase is not Phase.FOLLOWING or self._state.unanswered:
             return
-        slowed = self.comparison.too_slow(self._job.config.slowdown) if self.comparison.collect() else None
+        slowed = self.comparison.too_slow(self._state.plans.allowed_slowdown) if self.comparison.collect() else None
         said = "" if slowed is None else self.comparison.said
         self._observe(Watched(slowed, said, self._desk.idle))
 

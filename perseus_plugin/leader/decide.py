@@ -11,6 +11,7 @@ Everything that can happen to a job while it trains is an observation below, and
     Turned, Due      time passes
     Situated         who is slow, as far as is known                        (FOLLOWING) plans for their pace
     Watched          what references have shown                             (FOLLOWING) -> RECHECKING
+    Targeted         what the job is to aim at has changed                  (FOLLOWING) plans for that
     Rechecked        ranks have timed their instructions at full clocks     (RECHECKING) -> PLANNING
 
 The caller does what is asked for (`effects`), in its order, and nothing else.
@@ -20,12 +21,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from perseus_plugin.exchange.messages import RankEstimate, Recheck
 from perseus_plugin.iteration.instructions import StreamOf
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Sweep
+from perseus_plugin.leader.aiming import FULL_CLOCKS, GoOver, PlanAtFirst, PlanFor, Stay, next_move
 from perseus_plugin.leader.effects import (
     Ask,
     Effect,
@@ -41,6 +43,7 @@ from perseus_plugin.leader.effects import (
     ShowPlan,
     WithdrawSet,
 )
+from perseus_plugin.leader.goal_plans import MadePlan
 from perseus_plugin.leader.job_schedules import MAX_PLANNED
 from perseus_plugin.leader.measuring import (
     SweepInForce,
@@ -50,8 +53,16 @@ from perseus_plugin.leader.measuring import (
     plannable,
     said_of_measured,
 )
-from perseus_plugin.leader.reviews import catches_up_otherwise, clocks_of, in_force, said_of_overheads, said_of_replay
+from perseus_plugin.leader.reviews import (
+    EVERY,
+    catches_up_otherwise,
+    clocks_of,
+    in_force,
+    said_of_overheads,
+    said_of_replay,
+)
 from perseus_plugin.leader.state import JobState, Phase, Rules
+from perseus_plugin.leader.target_book import Entry, Goal
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.profiling.failed import FILE
@@ -193,6 +204,19 @@ class Rechecked:
     complete: bool
 
 
+@dataclass(frozen=True)
+class Targeted:
+    """What was said of the job's target since the last time; see `target_book`.
+
+    Attributes:
+        entries: what was said, in order.
+        unix_s: what time it is.
+    """
+
+    entries: Sequence[Entry]
+    unix_s: float
+
+
 Observed: TypeAlias = (
     Runs
     | Ended
@@ -206,6 +230,7 @@ Observed: TypeAlias = (
     | Situated
     | Watched
     | Rechecked
+    | Targeted
 )
 
 
@@ -230,6 +255,8 @@ class _Deciding:
                 self.state.schedules.use(observed.schedule, observed.stream_of)
             case Ended():
                 self._ended(observed)
+            case Targeted():
+                self._targeted(observed)
             case _ if phase is Phase.GIVEN_UP:
                 pass
             case Troubled():
@@ -239,6 +266,7 @@ class _Deciding:
             case Due() if phase is Phase.PLANNING:
                 self._ask_for_plan()
             case Due() if phase is Phase.FOLLOWING:
+                self._aim()
                 self._show_usual()
             case Answered():
                 self._answered(observed)
@@ -259,6 +287,7 @@ class _Deciding:
 
     def _ended(self, seen: Ended) -> None:
         state, directive = self.state, seen.directive
+        state.reigns.count(seen.number)
         if seen.schedule:
             state.schedules.ran(seen.schedule, seen.number)
         if not seen.counts:
@@ -269,7 +298,7 @@ class _Deciding:
             state.times.add_again(seen.schedule, seen.time_s)
         elif isinstance(directive, Follow) and self._is_current(directive):
             # References say how plans do, where there are any.
-            referred = self._config.watch.reference_share > 0 and not directive.straggler
+            referred = self._config.watch.reference_share > 0 and directive.has_references
             expected_s = None if referred else state.expected_s(seen.schedule)
             if expected_s is not None and math.isfinite(seen.size):
                 expected_s *= seen.size
@@ -349,21 +378,29 @@ class _Deciding:
             self._inform(text, MAX_PLANNED)
         return False
 
-    def _ask(self, schedule: str, **more: Any) -> None:
+    def _ask(self, schedule: str, goal: Goal | None = None, **more: Any) -> None:
         state = self.state
         assert state.survey is not None  # only asked for once there is one
         stream_of = state.schedules.stream_of(schedule)
-        self.effects.append(Ask(schedule, stream_of, state.survey, state.margin, **more))
+        more.setdefault("margin", state.margin)
+        self.effects.append(Ask(schedule, stream_of, state.survey, goal or state.goal, **more))
 
     def _answered(self, seen: Answered) -> None:
-        asked, answer = seen.asked, seen.answer
-        if asked.survey is not self.state.survey or self.state.phase not in (Phase.PLANNING, Phase.FOLLOWING):
+        state, asked, answer = self.state, seen.asked, seen.answer
+        if asked.survey is not state.survey or state.phase not in (Phase.PLANNING, Phase.FOLLOWING):
             return  # what it was made on does not hold any more
-        if asked.situation is not None:
+        if asked.quick:
+            self._take_aimed(seen)
+        elif asked.goal != state.goal:
+            return  # it is asked anew
+        elif asked.situation is not None:
             self._take_pace(seen, asked.situation)
         elif asked.review:
             self._take_review(seen)
         elif answer.plan is None:
+            if state.phase is Phase.PLANNING and self._refused(answer.error):
+                state.goal = state.targets.goal
+                return
             self._go_without(asked.schedule, answer.error, "" if answer.lost else "try looser perseus.limits")
         else:
             self._take_plan(seen, answer.plan)
@@ -387,27 +424,34 @@ class _Deciding:
         instead_of = seen.asked.instead_of
         if instead_of is not None:
             state.plans.take_out(instead_of)
+            for number in state.goal_plans.take_out(instead_of):
+                state.plans.discard(number)
             state.requests = _without(state.requests, instead_of)
             state.replayed = _without(state.replayed, instead_of)
             self.effects.append(ForgetIterations(instead_of))
         number = self._put(seen, plan)
         before = state.requests[schedule].overheads if schedule in state.requests else None
         self.effects += said_of_overheads(schedule, answer.overheads, before)
-        request = replace(seen.request, samples=None, in_force=None, overheads=answer.overheads)
-        state.requests = {**state.requests, schedule: request}
+        state.requests = {**state.requests, schedule: _kept(seen)}
         self._inform("plan %d for %s ready in %.2f s: %s", number, schedule, answer.planning_time_s, plan.promise)
         if answer.replayed is not None:
             self.effects.append(said_of_replay(number, schedule, answer.replayed, self._config.quantile))
-        self._show_usual()
-        self._follow()
+        first = state.phase is not Phase.FOLLOWING
         state.phase = Phase.FOLLOWING
+        self._show_usual()
+        begins = self._follow()
+        if first:
+            self._reached(begins)
 
     def _put(self, seen: Answered, plan: Plan) -> int:
         """Put a plan onto the shelf, to be held against newer iterations from now on."""
         state, schedule, answer = self.state, seen.asked.schedule, seen.answer
-        state.reviews.follow(schedule, in_force(plan, answer, state.margin), state.iteration)
+        known = in_force(plan, answer, seen.asked.margin)
+        state.reviews.follow(schedule, known, state.iteration)
         state.replayed = {**state.replayed, schedule: answer.replayed}
-        return state.plans.put(schedule, plan, seen.asked.survey.profile, answer.catch_up, seen.request.min_dwell_s)
+        number = state.plans.put(schedule, plan, seen.asked.survey.profile, answer.catch_up, seen.request.min_dwell_s)
+        self._keep_for(state.goal, schedule, MadePlan(number, _kept(seen), answer.replayed, known))
+        return number
 
     def _review(self) -> None:
         """Hold a plan in force against newer iterations, now and then."""
@@ -446,12 +490,117 @@ class _Deciding:
         state.plan = state.plans.of(usual)
         self.effects.append(ShowPlan(state.plan, state.requests[usual]))
 
+    # What is aimed at.
+
+    def _targeted(self, seen: Targeted) -> None:
+        targets = self.state.targets
+        for entry in seen.entries:
+            targets.take(entry)
+        targets.expire(seen.unix_s)
+        self.state.unplannable = None
+        if self.state.phase is Phase.GIVEN_UP:
+            targets.refuse_all("the job stays at full clocks")
+        self._aim()
+        self._tell_of_targets()
+
+    def _aim(self) -> None:
+        """Go over to what is aimed at, or have its plans made."""
+        state = self.state
+        move = next_move(state)
+        if isinstance(move, PlanFor):
+            request = state.requests[move.schedule]
+            kept = state.replayed.get(move.schedule)
+            margin = max(state.margin, 0.0 if kept is None else kept.margin)
+            self._ask(move.schedule, move.goal, quick=True, margin=margin, overheads=request.overheads)
+        elif isinstance(move, PlanAtFirst):
+            state.goal, state.at_full = move.goal, state.targets.goal.is_full
+            state.schedules.forget_refusals()
+        elif isinstance(move, GoOver):
+            self._go_over(move.goal)
+        elif isinstance(move, Stay):
+            assert state.orders.latest is not None  # what is followed was ordered
+            state.targets.reached(state.orders.latest.switch)
+            self._tell_of_targets()
+
+    def _go_over(self, goal: Goal) -> None:
+        """All ranks go over to the plans of this goal."""
+        state = self.state
+        made = {} if goal.is_full else state.goal_plans.of(goal)
+        if made and goal != state.goal:
+            state.goal = goal
+            state.plans.choose({schedule: one.number for schedule, one in made.items()})
+            state.requests = {schedule: one.request for schedule, one in made.items()}
+            state.replayed = {schedule: one.replayed for schedule, one in made.items()}
+            for schedule, one in made.items():
+                # It may be an old one: it is held against newer iterations soon.
+                state.reviews.follow(schedule, one.in_force, state.iteration - EVERY)
+            state.answers.forget()  # they were made beside other plans
+            state.made_anew = True
+            self._show_usual()
+        state.at_full = goal.is_full
+        self._reached(self._follow())
+
+    def _reached(self, begins: int) -> None:
+        """What is to be in force is, from this iteration on, unless something newer is on its way."""
+        state = self.state
+        now = FULL_CLOCKS if state.at_full else state.goal
+        state.reigns.begin(begins, str(now))
+        if now == state.targets.goal:
+            state.targets.reached(begins)
+        self._tell_of_targets()
+
+    def _take_aimed(self, seen: Answered) -> None:
+        state, asked, answer = self.state, seen.asked, seen.answer
+        if answer.plan is None:
+            if asked.goal == state.targets.goal and not self._refused(answer.error):
+                state.unplannable = asked.goal
+                self._warn("there is no plan for the target %s: %s. The one before stays", asked.goal, answer.error)
+        elif asked.schedule in state.plans:
+            profile, dwell_s = asked.survey.profile, seen.request.min_dwell_s
+            known = in_force(answer.plan, answer, asked.margin)
+            number = state.plans.keep(asked.schedule, answer.plan, profile, catch_up=answer.catch_up, dwell_s=dwell_s)
+            self._keep_for(asked.goal, asked.schedule, MadePlan(number, _kept(seen), answer.replayed, known))
+            self._inform(
+                "plan %d for %s at %s ready in %.2f s: %s",
+                number,
+                asked.schedule,
+                asked.goal,
+                answer.planning_time_s,
+                answer.plan.promise,
+            )
+        self._aim()
+
+    def _keep_for(self, goal: Goal, schedule: str, made: MadePlan) -> None:
+        followed = {self.state.plans.number_of(one) for one in self.state.plans.schedules}
+        for number in self.state.goal_plans.put(goal, schedule, made):
+            if number not in followed:
+                self.state.plans.discard(number)
+
+    def _refused(self, why: str) -> bool:
+        """Take what cannot be planned for out of the book; whether it was somebody's to say."""
+        refused = self.state.targets.refuse(why)
+        self._tell_of_targets()
+        return refused
+
+    def _tell_of_targets(self) -> None:
+        for outcome in self.state.targets.take_changed():
+            self.effects.append(Record("target", asdict(outcome)))
+            said = f"{outcome.says} (number {outcome.number}, said by {outcome.source})"
+            if outcome.state == "in force":
+                self._inform("target: %s is in force from iteration %d on", said, outcome.iteration)
+            elif outcome.state == "refused":
+                self._warn("a target was refused: %s: %s; correct it and say it again", said, outcome.reason)
+            elif outcome.state != "waiting":
+                self._inform("target: %s: %s, %s", said, outcome.state, outcome.reason)
+
     # Following, and who is slow.
 
     def _follow(self) -> int:
         """All ranks follow the plans there are, and what answers the stragglers there are; returns from when on."""
         answers = self.state.answers
-        if answers.situation is None or answers.answer is None:
+        if self.state.at_full:
+            begins = self._order("full", reason="full clocks are the target")
+        elif answers.situation is None or answers.answer is None:
             begins = self._order("follow", version=self._set_with())
         else:
             version, variants = answers.answer.versions_in(answers.situation, self._set_with)
@@ -468,7 +617,7 @@ class _Deciding:
     def _situated(self, situation: Situation | None, now_s: float) -> None:
         """Answer a new situation."""
         state = self.state
-        state.unanswered = situation != state.answers.situation
+        state.unanswered = not state.at_full and situation != state.answers.situation
         if not state.unanswered or not state.answers.may_answer(now_s):
             return
         answer = None if situation is None else state.answers.known(situation)
@@ -526,8 +675,10 @@ class _Deciding:
 
     def _watched(self, seen: Watched) -> None:
         state = self.state
-        if not self._ask_for_plan() and seen.planner_idle:
+        if not self._ask_for_plan() and seen.planner_idle and not state.at_full:
             self._review()
+        if state.at_full:
+            return
         if seen.slowed is not None:
             self._drop(seen.said, seen.slowed, by_references=True)
             return
@@ -566,7 +717,7 @@ class _Deciding:
         )
         state.answers.leave()
         state.times.measure_again()
-        self._order("full", reason=text, recheck=True)
+        state.reigns.begin(self._order("full", reason=text, recheck=True), "full clocks, to measure again")
         state.recheck_sequence = state.orders.sequence
         state.phase = Phase.RECHECKING
 
@@ -593,6 +744,7 @@ class _Deciding:
             state.margin += state.excess
         state.times.use_again()
         state.plans.clear()
+        state.goal_plans.clear()
         state.reviews.clear()
         state.schedules.forget_refusals()
         self.effects.append(ForgetIterations())
@@ -613,7 +765,9 @@ class _Deciding:
         else:
             self._warn("%s. Training stays at full clocks. A restart of the job tries again", why)
         self.effects.append(RefuseReports(f"the job stays at full clocks: {why}"))
-        self._order("full", reason=why)
+        self.state.targets.refuse_all(f"the job stays at full clocks: {why}")
+        self._tell_of_targets()
+        self.state.reigns.begin(self._order("full", reason=why), "full clocks, for good")
         self.state.phase = Phase.GIVEN_UP
 
     def _order(self, action: Literal["follow", "full", "sweep"], **what: Any) -> int:
@@ -637,6 +791,11 @@ class _Deciding:
 
     def _warn(self, text: str, *values: Any) -> None:
         self.effects.append(Say("warning", text, values))
+
+
+def _kept(seen: Answered) -> PlanRequest:
+    """What a plan was made for, as long as it is kept."""
+    return replace(seen.request, samples=None, in_force=None, overheads=seen.answer.overheads)
 
 
 def _without(values: Mapping[str, ValueT], key: str) -> dict[str, ValueT]:

@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeAlias
 
 from perseus_plugin.exchange.messages import News, PlanParts
 from perseus_plugin.iteration.instructions import StreamOf
-from perseus_plugin.iteration.replayed import InForce
+from perseus_plugin.iteration.replayed import InForce, Overheads
+from perseus_plugin.leader.target_book import Goal
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PaceRequest, PlanRequest
 from perseus_plugin.profiling.survey import Survey
@@ -54,7 +55,10 @@ class Ask:
         schedule: its key.
         stream_of: the instruction stream of every stage.
         survey: what is known of the job.
-        margin: the least one.
+        goal: what is aimed at.
+        margin: the least one; with `quick` the one to take.
+        quick: a target has changed: by what is known of iterations on average, so that it takes milliseconds.
+        overheads: what iterations take beside the work that is known; None: as the last iterations tell.
         instead_of: schedule whose plan makes room for it, None: there is room.
         situation: of stragglers that it is to answer; None: it is for the job's plan of a schedule.
         pace: of those stragglers.
@@ -65,7 +69,10 @@ class Ask:
     schedule: str
     stream_of: StreamOf
     survey: Survey
+    goal: Goal
     margin: float
+    quick: bool = False
+    overheads: Overheads | None = None
     instead_of: str | None = None
     situation: Situation | None = None
     pace: PaceRequest | None = None

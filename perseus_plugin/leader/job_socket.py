@@ -1,4 +1,4 @@
-"""Reports from outside the job: a unix socket in the output folder, served on rank 0's machine.
+"""Requests from outside the job: a unix socket in the output folder, served on rank 0's machine.
 
 Only the job's own user (and root) can use it: the socket file has mode 0600 and the kernel is asked who is calling. One
 JSON line per request and per reply:
@@ -6,6 +6,9 @@ JSON line per request and per reply:
     {"do": "report", "report": {"rank": 5, "slowdown": 1.25, ...}}   {"ok": true}
     {"do": "list"}                                                   {"ok": true, "reports": [...]}
     {"do": "clear", "rank": 5}                                       {"ok": true, "cleared": 1}
+    {"do": "target", "target": {"slowdown": 0.1, ...}}               {"ok": true, "number": 7}
+    {"do": "targets"}                                                {"ok": true, "outcomes": [...], ...}
+    {"do": "clear_target", "source": "cli"}                          {"ok": true, "number": 8}
 
 and `{"ok": false, "error": "the reason"}` for whatever is refused.
 """
@@ -84,7 +87,9 @@ class _Server(Bounded, socketserver.UnixStreamServer):
     def lost(self, why: str) -> None:
         """Said once."""
         logger.warning(
-            "no more reports are taken on %s: %s; all else goes on. Report from Python instead", SOCKET_NAME, why
+            "nobody is heard on %s any more: %s; all else goes on. Report stragglers and set targets from Python",
+            SOCKET_NAME,
+            why,
         )
 
     def finish_request(self, request: Any, client_address: Any) -> None:
@@ -124,7 +129,7 @@ def ask(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
             reply = parse_json(_read_line(connection))
         except (OSError, ValueError) as error:
             raise PerseusError(
-                f"{folder}: no running job takes reports here ({error}); allowed: the output folder of a running job, "
+                f"{folder}: no running job answers here ({error}); allowed: the output folder of a running job, "
                 "on the machine of its rank 0, by its own user"
             ) from error
     if not isinstance(reply, dict) or not reply.get("ok"):

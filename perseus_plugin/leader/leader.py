@@ -25,7 +25,6 @@ from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.live.progress import Progress
 from perseus_plugin.reporting.live.publishers import Publishers
 from perseus_plugin.reporting.live.reporter import Reporter, events_of
-from perseus_plugin.stragglers.desk import StragglerDesk
 from perseus_plugin.stragglers.external import ExternalFigures
 
 logger = logging.getLogger(__name__)
@@ -82,10 +81,10 @@ class Leader:
         self._coordinator: Coordinator | None = None
         self._socket: JobSocket | None = None
         if job.plans:
-            self._planner = planner or PlannerProcess()
+            self._planner = planner or PlannerProcess(wake=wake)
             self._frontier = BackgroundFrontier(job.output_dir) if job.config.frontier else None
             self._coordinator = Coordinator(job, self._planner, frontier=self._frontier, tell=tell, wake=wake)
-            self._socket = _socket(job, self._coordinator.stragglers)
+            self._socket = _socket(job, self._coordinator.request)
 
     @property
     def coordinates(self) -> bool:
@@ -199,23 +198,23 @@ class Leader:
             "predicted": None if coordinator is None else coordinator.predicted(),
             "overheads": None if coordinator is None else coordinator.overheads,
             "planned_schedules": {} if coordinator is None else coordinator.planned_schedules,
+            "targets": {} if coordinator is None else dict(coordinator.state.reigns.iterations),
             "compared": Compared() if coordinator is None else coordinator.comparison.compared,
             "dropped_plans": 0 if coordinator is None else coordinator.state.dropped,
             "stragglers": None if coordinator is None else coordinator.straggler_figures(),
         }
 
 
-def _socket(job: Job, desk: StragglerDesk) -> JobSocket | None:
-    """Where `perseus straggler` reaches the job; None if it cannot, or is not wanted."""
-    config = job.config.stragglers
-    if not (config.enabled and config.socket):
+def _socket(job: Job, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> JobSocket | None:
+    """Where `perseus target` and `perseus straggler` reach the job; None if they cannot, or are not wanted."""
+    if not job.config.stragglers.socket:
         return None
     try:
-        return JobSocket(job.output_dir, desk.request)
+        return JobSocket(job.output_dir, answer)
     except OSError as error:
         logger.warning(
-            "`perseus straggler` cannot reach this job: %s; all else goes on. Give the job a perseus.output_dir of "
-            "its own with a short path, or set perseus.stragglers.socket to false",
+            "`perseus target` and `perseus straggler` cannot reach this job: %s; all else goes on. Give the job a "
+            "perseus.output_dir of its own with a short path, or set perseus.stragglers.socket to false",
             os_problem(error),
         )
         return None

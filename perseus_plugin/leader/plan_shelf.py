@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from perseus_plugin.exchange.messages import CatchUpPart, PlanPart, PlanParts, WaitPart
@@ -114,6 +114,14 @@ class PlanShelf:
         self._kept[self._number] = _Kept(schedule, plan, tuple(parts), planned_work(plan, time_s))
         return self._number
 
+    def number_of(self, schedule: str) -> int:
+        """Number of the plan of a schedule that has one."""
+        return self._of_schedule[schedule]
+
+    def choose(self, numbers: Mapping[str, int]) -> None:
+        """These are the plans of the schedules from now on; those that they had until now are kept."""
+        self._of_schedule = dict(numbers)
+
     def take_out(self, schedule: str) -> None:
         """This schedule has no plan any more."""
         self.discard(self._of_schedule.pop(schedule))
@@ -183,6 +191,12 @@ class PlanShelf:
     def of(self, schedule: str) -> Plan:
         """The plan of a schedule that has one."""
         return self._kept[self._of_schedule[schedule]].plan
+
+    @property
+    def allowed_slowdown(self) -> float:
+        """Share by which iterations may be longer than at full clocks, for each schedule's plan to be kept to."""
+        allowed = [plan.deadline_s / plan.baseline_time_s - 1 for plan in map(self.of, self._of_schedule)]
+        return max([0.0, *allowed])
 
     def slowed_by(self, version: int, stage: int, kinds: tuple[str, ...]) -> float | None:
         """See `stragglers.external.slowed_by`; of all plans of a set together."""

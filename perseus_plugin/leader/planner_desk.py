@@ -10,7 +10,6 @@ from perseus_plugin.leader.effects import Ask
 from perseus_plugin.leader.rank_reports import RankReports
 from perseus_plugin.leader.recent import RecentIterations
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
-from perseus_plugin.planning.targets import Target
 from perseus_plugin.planning.work import tell_cut_short
 
 
@@ -57,7 +56,7 @@ class PlannerDesk:
             return
         survey = ask.survey
         streams = [ask.stream_of(stage) for stage in range(self._stages)]
-        samples = self._recent.samples(ask.schedule, streams, survey.profile)
+        samples = None if ask.quick else self._recent.samples(ask.schedule, streams, survey.profile)
         if ask.review and samples is None:
             return
         config, limits = self._config, self._config.limits
@@ -70,9 +69,10 @@ class PlannerDesk:
             profile=survey.profile,
             blocking_power_w=[survey.blocking_power_w] * self._stages,
             blocking_power_se_w=power_se_w if math.isfinite(power_se_w) else None,
-            target=Target.slowdown(config.slowdown),
+            target=ask.goal.wish,
+            limit=ask.goal.limit,
             margin=ask.margin,
-            effort=config.effort,
+            effort="quick" if ask.quick else config.effort,
             max_changes=limits.max_changes_per_iteration,
             min_dwell_s=self._reports.dwell_s if limits.dwell_s is None else limits.dwell_s,
             full_clock_only=survey.unresolved,
@@ -84,6 +84,7 @@ class PlannerDesk:
             latency_s=latency_s or None,
             lower_while_waiting=config.lower_while_waiting,
             in_force=ask.in_force,
+            overheads=ask.overheads,
         )
         self._planner.submit(request)
         self._asked = ask, request

@@ -9,14 +9,18 @@ from dataclasses import dataclass, field, replace
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.iteration.replayed import Replayed
 from perseus_plugin.leader.expectations import Expectations
+from perseus_plugin.leader.goal_plans import GoalPlans
 from perseus_plugin.leader.iteration_times import IterationTimes
 from perseus_plugin.leader.job_schedules import JobSchedules
 from perseus_plugin.leader.measuring import SweepInForce
 from perseus_plugin.leader.orders import Orders
 from perseus_plugin.leader.plan_shelf import PlanShelf
+from perseus_plugin.leader.reigns import Reigns
 from perseus_plugin.leader.reviews import Reviews
+from perseus_plugin.leader.target_book import Goal, TargetBook
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PlanRequest
+from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.survey import Survey
 from perseus_plugin.stragglers.situation import Answers
 
@@ -85,6 +89,12 @@ class JobState:
         excess: by what share the plan that was dropped last overran.
         found_by_references: iterations at full clocks on the same work have shown that.
         recheck_sequence: number of the order that ranks answer with a recheck.
+        targets: what the job is to aim at, by who said it.
+        goal: what the plans are made for.
+        goal_plans: those of goals that it had before, too.
+        at_full: full clocks are the target: no plan is followed.
+        unplannable: a goal that there is no plan for.
+        reigns: which goal was in force for how many iterations.
     """
 
     times: IterationTimes
@@ -115,6 +125,12 @@ class JobState:
     excess: float = 0.0
     found_by_references: bool = False
     recheck_sequence: int = 0
+    targets: TargetBook = field(default_factory=lambda: TargetBook(Target.slowdown()))
+    goal: Goal = Goal(Target.slowdown())  # noqa: RUF009 - frozen
+    goal_plans: GoalPlans = field(default_factory=GoalPlans)
+    at_full: bool = False
+    unplannable: Goal | None = None
+    reigns: Reigns = field(default_factory=Reigns)
 
     def copy(self) -> JobState:
         """One that changes by itself."""
@@ -125,6 +141,9 @@ class JobState:
             answers=self.answers.copy(),
             schedules=self.schedules.copy(),
             reviews=self.reviews.copy(),
+            targets=self.targets.copy(),
+            goal_plans=self.goal_plans.copy(),
+            reigns=self.reigns.copy(),
         )
 
     @property

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from perseus_plugin.errors import PerseusError, PlanError, os_problem
 from perseus_plugin.planning.child import Child, ChildLostError
@@ -32,12 +32,17 @@ class PlannerProcess:
         pauses_s: before each new start; with the last one used up, the request has failed.
         limit_s: how long a request may take; None: twice what ends its searches.
         idle_s: for how long it may take no processor time over one.
+        wake: called when it has answered, from a thread of its own.
     """
 
     def __init__(
-        self, pauses_s: Sequence[float] = PAUSES_S, limit_s: float | None = None, idle_s: float = IDLE_S
+        self,
+        pauses_s: Sequence[float] = PAUSES_S,
+        limit_s: float | None = None,
+        idle_s: float = IDLE_S,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
-        self._pauses_s, self._limit_s, self._idle_s = pauses_s, limit_s, idle_s
+        self._pauses_s, self._limit_s, self._idle_s, self._wake = pauses_s, limit_s, idle_s, wake
         self._closing = threading.Event()
         self._starting = threading.Lock()
         self._child: Child | None = None
@@ -104,6 +109,7 @@ class PlannerProcess:
             self._closing.wait(pause_s)
         self._answer = answer
         self._busy = False
+        self._wake()
 
     def _answered(self, request: PlanRequest, begin_s: float) -> PlanAnswer:
         child, limit_s = self._started(), self._limit_s

@@ -22,6 +22,7 @@ from perseus_plugin.iteration.replayed import Overheads, Replayed, Samples, Stag
 from perseus_plugin.planning.paced import Pace
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PaceRequest, PlanAnswer, PlanRequest
+from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.profile import Profile
 
 if TYPE_CHECKING:
@@ -106,6 +107,17 @@ def with_overheads(request: PlanRequest) -> PlanRequest:
     return replace(request, overheads=overheads(with_unit, request.samples))
 
 
+def within_limit(request: PlanRequest) -> PlanRequest:
+    """The request with the target that its limit leaves: its own where a plan for that keeps the limit.
+
+    Raises:
+        PerseusError: the request is inconsistent, or its target cannot be met.
+    """
+    if request.limit is None:
+        return request
+    return replace(request, target=Target.power_budget(request.limit), limit=None)
+
+
 def answer_to(request: PlanRequest) -> PlanAnswer:
     """Plan or answer stragglers in this process, over measured iterations if there are any.
 
@@ -124,7 +136,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         with_delays,
     )
 
-    request = with_overheads(request)
+    request = within_limit(with_overheads(request))
     overheads, latency_s = request.overheads or Overheads(), request.latency_s or 0.0
     graph = graph_for(request)
     problem = build_problem(graph, request.profile, request.blocking_power_w)

@@ -11,6 +11,7 @@ from perseus_plugin.iteration.instructions import StageStream
 from perseus_plugin.iteration.replayed import InForce, Overheads, Replayed, Samples, StageCatchUp
 from perseus_plugin.planning.paced import Pace, pace_from_dict, pace_to_dict
 from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
+from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.streams import stream_to_json, streams_from_json
 from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.profile import Measurement, Profile
@@ -52,6 +53,7 @@ class PlanRequest:
         blocking_power_w: one per stage.
         blocking_power_se_w: its standard error, None: unknown.
         target: what to plan for.
+        limit: binds whatever the target says: what would draw more is planned to draw no more instead.
         margin: share by which slowed instructions are planned to end before they are needed.
         effort: quick, normal or thorough.
         max_changes, min_dwell_s: limits on clock changes.
@@ -86,6 +88,7 @@ class PlanRequest:
     in_force: InForce | None = None
     overheads: Overheads | None = None
     blocking_power_se_w: float | None = None
+    limit: PowerBudget | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -110,6 +113,7 @@ class PlanRequest:
             "in_force": None if self.in_force is None else asdict(self.in_force),
             "overheads": None if self.overheads is None else asdict(self.overheads),
             "blocking_power_se_w": self.blocking_power_se_w,
+            "limit": None if self.limit is None else Target.power_budget(self.limit).to_dict(),
         }
 
     def pieces(self) -> Iterator[str]:
@@ -159,6 +163,7 @@ class PlanRequest:
             in_force=None if data["in_force"] is None else InForce.from_dict(data["in_force"]),
             overheads=None if data["overheads"] is None else Overheads(**data["overheads"]),
             blocking_power_se_w=data["blocking_power_se_w"],
+            limit=None if data["limit"] is None else Target.from_dict(data["limit"]).budget,
         )
 
 

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from perseus_plugin.exchange.parts import Parts
 from perseus_plugin.iteration.instructions import StreamOf
@@ -59,6 +59,7 @@ class Link:
         self._finished: queue.SimpleQueue[FinishedIteration] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[list[tuple[str, float]]] = queue.SimpleQueue()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._said: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
         self._external: queue.SimpleQueue[ExternalFigures] = queue.SimpleQueue()
 
     # What the worker decides and the training thread does.
@@ -127,6 +128,15 @@ class Link:
     def take_reports(self) -> list[Report]:
         """Straggler reports to be sent now."""
         return _drain(self._reports)
+
+    def say(self, said: Mapping[str, Any]) -> None:
+        """Have the worker send to rank 0 what the job is to aim at."""
+        self._said.put(said)
+        self.wake.set()
+
+    def take_said(self) -> list[Mapping[str, Any]]:
+        """What is to be sent now of what the job is to aim at."""
+        return _drain(self._said)
 
     def add_external(self, figures: ExternalFigures) -> None:
         """Have the worker of rank 0 look at another detector's figures."""

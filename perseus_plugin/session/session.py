@@ -26,6 +26,7 @@ from perseus_plugin.exchange.store import Exchange
 from perseus_plugin.iteration.instructions import Compute, Constant, StreamOf
 from perseus_plugin.iteration.record import IterationRecord, hooked_operations
 from perseus_plugin.iteration.timetable import Directive, FullClock, Sweep
+from perseus_plugin.leader.target_book import TargetError, check_say
 from perseus_plugin.reporting.live.account import begin_tag, end_tag
 from perseus_plugin.session.emulation import EmulatedStage
 from perseus_plugin.session.lifetime import Lifetime
@@ -256,6 +257,23 @@ class Session:
             )
         except StragglerError as error:
             return str(error)
+        return ""
+
+    def set_target(self, **said: Any) -> str:
+        """Send rank 0 what the job is to aim at; see `perseus_plugin.set_target`.
+
+        Returns:
+            Why it is refused, or nothing. What only rank 0 can tell is said in its log.
+        """
+        if self.closed:
+            return "the session has ended"
+        now_s = time.time()
+        try:
+            checked = check_say(said, now_s)
+        except TargetError as error:
+            return str(error)
+        until = checked.until if checked.for_s is None else now_s + checked.for_s
+        self._link.say(checked.model_copy(update={"until": until, "for_s": None}).model_dump(mode="json"))
         return ""
 
     def external_figures(self, figures: ExternalFigures) -> None:

@@ -23,6 +23,7 @@ from perseus_plugin.errors import ClockNotFreeError, GpuError, PerseusError
 from perseus_plugin.exchange.client import ExchangeError, UnansweredError
 from perseus_plugin.exchange.messages import (
     NEWS,
+    TARGETS,
     TROUBLE,
     CaughtUp,
     News,
@@ -178,6 +179,8 @@ class SessionWorker:
         for finished in self._link.take_finished():
             self._take(finished)
         self._sensing.send(self._link.take_reports())
+        for said in self._link.take_said():
+            self._exchange.append(TARGETS, said)
         self._sensing.look(monotonic())
         self._tell_trouble()
         self._finish_sweep()
@@ -473,7 +476,7 @@ class SessionWorker:
             newest = receive(PlanParts, parts)
             self._check_clocks(newest)
             self._link.use_parts(with_newest(self._link.parts, newest))
-            directive: Directive = Follow(version, news.straggler, news.since)
+            directive: Directive = Follow(version, news.straggler, news.since, news.limited)
         else:
             directive = FullClock(news.reason)
         self._news = news

@@ -105,4 +105,4 @@ def test_an_answer_that_no_job_gives_is_said_in_one_line(
 
 def test_without_a_job_it_says_so(tmp_path: Path) -> None:
     result = report(tmp_path, "--rank", "1", "--slowdown", "2")
-    assert "no running job takes reports here" in str(result.exception)
+    assert "no running job answers here" in str(result.exception)

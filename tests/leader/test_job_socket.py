@@ -124,12 +124,12 @@ def test_closing_removes_it(folder: Path, desk: Desk) -> None:
     server.close()
     assert list(folder.iterdir()) == []
     server.close()
-    with pytest.raises(PerseusError, match="no running job takes reports here"):
+    with pytest.raises(PerseusError, match="no running job answers here"):
         ask(folder, {"do": "list"})
 
 
 def test_a_missing_folder_is_no_job(tmp_path: Path) -> None:
-    with pytest.raises(PerseusError, match="no running job takes reports here"):
+    with pytest.raises(PerseusError, match="no running job answers here"):
         ask(tmp_path / "missing", {"do": "list"})
 
 

@@ -97,7 +97,7 @@ def test_a_folder_that_cannot_have_a_socket_costs_only_the_command_line(
     logging.getLogger("perseus_plugin").propagate = True
     (tmp_path / SOCKET_NAME).write_text("in the way")
     rank = ranks(0)
-    assert caplog.text.count("`perseus straggler` cannot reach this job") == 1
+    assert caplog.text.count("`perseus target` and `perseus straggler` cannot reach this job") == 1
     rank.iterate(3)
     assert came_true(lambda: stats_of(rank).hooked_iterations == 3)
     assert not rank.failures

@@ -82,6 +82,7 @@ def build_summary(
     compared: Compared | None = None,
     planned_schedules: Mapping[str, int] | None = None,
     overheads: Overheads | None = None,
+    targets: Mapping[str, int] | None = None,
 ) -> Summary:
     """The content of summary.json.
 
@@ -138,6 +139,7 @@ def build_summary(
         predicted_between=PredictedSection(saving_percent=None if between is None else _percent(between)),
         references=_references(stats, compared, full_energy_j, energy_j),
         planned_schedules=dict(planned_schedules or {}),
+        targets=dict(targets or {}),
         plan=None if plan is None else _plan_figures(plan, planning_time_s, dropped_plans),
         stragglers=None if stragglers is None else _straggler_figures(stats, stragglers),
         profiling=_profiling_cost(stats, swept_time_s, swept_energy_j),

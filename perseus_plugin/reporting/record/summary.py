@@ -185,6 +185,7 @@ class Summary(_Section):
     predicted_between: PredictedSection = _told("how well predictions are known", PredictedSection())
     references: ReferenceSection = _told("full clocks amid iterations under the plan", ReferenceSection())
     planned_schedules: dict[str, int] = _told("iterations under the plans, by key of the schedule", {})
+    targets: dict[str, int] = _told("iterations from the first plan on, by the target that was in force", {})
     plan: PlanSection | None = _told("the newest plan; null: none (yet)")
     stragglers: StragglerSection | None = _told("what stragglers were answered with; null: not looked for", None)
     profiling: ProfilingSection = _told("what profiling took more than full clocks")

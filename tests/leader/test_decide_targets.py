@@ -1,0 +1,176 @@
+"""What follows when the job is to aim at something else while it trains; told as lists of observations."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from perseus_plugin.iteration.timetable import Follow, FullClock
+from perseus_plugin.leader.decide import Answered, Due, Runs, Situated, Targeted, Troubled, Turned, Watched
+from perseus_plugin.leader.effects import Ask, Order, Record, Say
+from perseus_plugin.leader.state import Phase
+from perseus_plugin.leader.target_book import EVERYONE, Entry, Goal, Standing
+from perseus_plugin.planning.process import plan_for
+from perseus_plugin.planning.request import PlanAnswer
+from perseus_plugin.planning.targets import Target
+from tests.factories import stream_of
+from tests.leader.test_decide import MEASURED, PATIENCE, PLAN, SLOW, Story, full, request
+
+SLOWER, FASTER = Target.slowdown(0.2), Target.slowdown(0.05)
+SLOWER_PLAN = plan_for(dataclasses.replace(request(), target=SLOWER))
+
+
+def said(number: int, wish: Target | None, source: str = "cli", until: float | None = None) -> Targeted:
+    return Targeted([Entry(number, source, Standing.COMMAND, wish, until=until)], 1000.0)
+
+
+def states(story: Story) -> dict[int, tuple[str, int | None]]:
+    return {number: (one.state, one.iteration) for number, one in story.state.targets.outcomes.items()}
+
+
+def told(story: Story) -> list[tuple[int, str]]:
+    return [(one.facts["number"], one.facts["state"]) for one in story.of(Record) if one.kind == "target"]
+
+
+def planned() -> Story:
+    """The first plan is in force since iteration 22, and iteration 30 runs."""
+    return Story().planned().then(Turned(30))
+
+
+def test_a_target_is_planned_for_quickly_and_in_force_two_iterations_later() -> None:
+    story = planned().then(said(1, SLOWER))
+    (ask,) = story.of(Ask)
+    assert (ask.goal, ask.quick, ask.schedule) == (Goal(SLOWER), True, "A")
+    assert states(story) == {1: ("waiting", None)}
+    story.then(story.answered(SLOWER_PLAN))
+    assert story.orders == [("follow", 2)]
+    assert story.of(Order)[0].news.switch == 32
+    assert states(story) == {1: ("in force", 32)}
+    assert told(story) == [(1, "in force")]
+    assert story.state.expectations.graph_s("A") == SLOWER_PLAN.baseline_time_s
+
+
+def test_back_to_what_was_before_needs_no_planner() -> None:
+    story = planned().then(said(1, SLOWER, until=1060.0))
+    story.then(story.answered(SLOWER_PLAN)).then(Turned(40), Targeted([], 1060.0))
+    assert (story.of(Ask), story.orders) == ([], [("follow", 1)])
+    assert states(story) == {1: ("ended", 32)}
+    story.then(Turned(50), said(2, SLOWER))
+    assert (story.of(Ask), story.orders) == ([], [("follow", 2)])
+    assert states(story)[2] == ("in force", 52)
+
+
+def test_the_newest_wins_and_the_one_before_is_told_so() -> None:
+    story = planned().then(said(1, SLOWER))
+    first = story.answered(SLOWER_PLAN)
+    story.then(said(2, FASTER))
+    second = story.answered(SLOWER_PLAN)
+    assert states(story) == {1: ("superseded", None), 2: ("waiting", None)}
+    story.then(first)
+    assert story.orders == [], "the plan of the first is kept, not followed"
+    assert [ask.goal for ask in story.of(Ask)] == [Goal(FASTER)]
+    story.then(second)
+    assert story.orders == [("follow", 2)]
+    assert states(story)[2] == ("in force", 32)
+
+
+def test_one_order_at_a_time_so_that_every_rank_hears_of_each() -> None:
+    story = planned().then(said(1, SLOWER))
+    story.then(story.answered(SLOWER_PLAN), Turned(31), said(2, Target.full()), Due())
+    assert story.orders == [("follow", 2)], "its iteration has not begun"
+    story.then(Turned(32), Due())
+    assert story.orders == [("full", 0)]
+    assert story.of(Order)[0].news.switch == 34
+    assert states(story) == {1: ("superseded", 32), 2: ("in force", 34)}
+
+
+def test_full_clocks_need_no_plan_and_nothing_is_slowed_for_stragglers_or_reviewed() -> None:
+    story = planned().then(said(1, Target.full()))
+    assert (story.of(Ask), story.orders) == ([], [("full", 0)])
+    story.then(*full(3, FullClock("target")), Situated(SLOW, 100.0), Turned(500), Watched(0.5, "too long"), Due())
+    assert (story.effects, story.state.unanswered, story.state.phase) == ([], False, Phase.FOLLOWING)
+    story.then(Targeted([Entry(2, EVERYONE, Standing.COMMAND)], 1000.0))
+    assert story.orders == [("follow", 1)]
+    assert states(story)[1] == ("ended", 32)
+    story.then(Situated(SLOW, 100.0))
+    assert story.of(Ask)[0].situation == SLOW
+
+
+def test_what_cannot_be_planned_for_is_refused_with_the_reason_and_nothing_changes() -> None:
+    story = planned().then(said(1, Target.deadline(0.001)))
+    story.then(story.answered(None, "deadline: too short"))
+    assert states(story) == {1: ("refused", None)}
+    assert story.orders == []
+    (warning,) = [say for say in story.of(Say) if say.level == "warning"]
+    assert "deadline: too short" in warning.text % warning.values
+    assert story.state.goal == Goal(Target.slowdown())
+    story.then(Due())
+    assert story.effects == [], "not asked again"
+
+
+def test_what_is_said_before_there_is_a_plan_is_what_the_first_one_is_for() -> None:
+    story = Story().then(said(1, SLOWER), *full(4), Runs("A", stream_of(2, 4)), Turned(20), MEASURED)
+    (ask,) = story.of(Ask)
+    assert (ask.goal, ask.quick) == (Goal(SLOWER), False)
+    story.then(said(2, FASTER))
+    story.then(Answered(ask, request(), PlanAnswer(PLAN, 0.1)))
+    assert story.orders == [], "it is for another target"
+    story.then(Due())
+    (ask,) = story.of(Ask)
+    assert ask.goal == Goal(FASTER)
+    story.then(Answered(ask, request(), PlanAnswer(PLAN, 0.1)))
+    assert states(story) == {1: ("superseded", None), 2: ("in force", 22)}
+
+
+def test_one_that_cannot_be_met_does_not_cost_the_first_plan() -> None:
+    story = Story().then(said(1, Target.deadline(0.001)), *full(4), Runs("A", stream_of(2, 4)), Turned(20), MEASURED)
+    story.then(story.answered(None, "too short"))
+    assert (states(story), story.state.phase) == ({1: ("refused", None)}, Phase.PLANNING)
+    story.then(Due())
+    (ask,) = story.of(Ask)
+    assert ask.goal == Goal(Target.slowdown())
+
+
+def test_every_schedule_has_its_plan_before_all_go_over_together() -> None:
+    story = planned().then(Runs("B", stream_of(2, 8)), Watched())
+    story.then(story.answered(plan_for(request("B", 8))), Turned(40), said(1, SLOWER))
+    asked = []
+    for _ in range(2):
+        (ask,) = story.of(Ask)
+        asked.append(ask.schedule)
+        assert ("follow", 3) not in story.orders
+        plan = SLOWER_PLAN if ask.schedule == "A" else plan_for(request("B", 8))
+        story.then(Answered(ask, request(ask.schedule), PlanAnswer(plan, 0.1)))
+    assert sorted(asked) == ["A", "B"]
+    assert story.orders == [("follow", 3)]
+
+
+def test_a_plan_that_does_not_hold_under_a_target_is_dropped_and_made_again_for_it() -> None:
+    story = planned().then(said(1, SLOWER))
+    story.then(story.answered(SLOWER_PLAN))
+    expected_s = story.state.expected_s("A")
+    assert expected_s is not None
+    story.then(*full(PATIENCE, Follow(2), 1.2 * expected_s), Watched())
+    assert (story.orders, story.state.phase) == ([("full", 0)], Phase.RECHECKING)
+    assert dict(story.state.reigns.iterations) == {}, "none has run under a target that began"
+    story.then(said(2, FASTER))
+    assert (story.of(Ask), story.state.goal) == ([], Goal(FASTER)), "what is planned for once it is measured again"
+
+
+def test_giving_up_answers_everyone() -> None:
+    story = planned().then(said(1, SLOWER), Troubled(1, "lost"))
+    assert states(story) == {1: ("refused", None)}
+    story.then(said(2, FASTER))
+    assert states(story)[2] == ("refused", None)
+    assert story.orders == []
+
+
+@pytest.mark.parametrize("wish", [SLOWER, Target.full()])
+def test_iterations_are_counted_by_what_was_in_force(wish: Target) -> None:
+    story = planned().then(*full(30), said(1, wish))
+    if wish is SLOWER:
+        story.then(story.answered(SLOWER_PLAN))
+    story.then(*[one for one in full(40) if one.number >= 30])  # type: ignore[union-attr]
+    name = {SLOWER: "slowdown 20 %"}.get(wish, "full clocks")
+    assert dict(story.state.reigns.iterations) == {"slowdown 0 %": 10, name: 8}

@@ -47,25 +47,20 @@ def test_every_combination_is_planned_in_order() -> None:
     assert all(o.figures is not None and not o.error for o in outcomes)
 
 
-@pytest.mark.parametrize("limits", [ChangeLimits(), ChangeLimits(max_changes=2)])
+@pytest.mark.parametrize(("limits", "stages"), [(ChangeLimits(), 4), (ChangeLimits(max_changes=2), 2)])
 @pytest.mark.parametrize("name", ["1f1b", "gpipe"])
-def test_figures_are_the_planners(name: str, limits: ChangeLimits) -> None:
+def test_figures_are_the_planners(name: str, limits: ChangeLimits, stages: int) -> None:
     aims = [Aim(slowdown=0.05), Aim(straggler=1.3)]
-    outcomes = list(simulate([pipeline()], [named(name, 6)], aims, latency_s=0.001, limits=limits))
-    graph = build_graph(SCHEDULES[name](4, 6), latency_s=0.001)
+    outcomes = list(simulate([pipeline(stages)], [named(name, 6)], aims, latency_s=0.001, limits=limits))
+    graph = build_graph(SCHEDULES[name](stages, 6), latency_s=0.001)
     for outcome in outcomes:
         assert outcome.figures is not None
         full_s = outcome.figures.full_clock_s
         target = Target.straggler(1.3 * full_s) if outcome.aim.straggler else Target.slowdown(0.05)
-        plan = make_plan(graph, factories.profile(4), blocking_power_w=80.0, target=target, limits=limits)
+        plan = make_plan(graph, factories.profile(stages), blocking_power_w=80.0, target=target, limits=limits)
         figures = outcome.figures
         assert figures.bound_j == plan.energy_lower_bound_j
-        if limits == ChangeLimits():
-            assert (figures.energy_j, figures.iteration_s) == (plan.energy_j, plan.iteration_time_s)
-        else:
-            # The search for plans that keep limits ends with the time it is given, so two of them may differ.
-            assert plan.energy_lower_bound_j <= figures.energy_j <= plan.baseline_energy_j
-            assert figures.iteration_s <= plan.deadline_s
+        assert (figures.energy_j, figures.iteration_s) == (plan.energy_j, plan.iteration_time_s)
         assert (figures.saving, figures.slowdown, figures.gap) == (plan.saving, plan.slowdown, plan.gap)
         assert figures.full_clock_j == plan.baseline_energy_j
 

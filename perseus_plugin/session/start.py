@@ -29,6 +29,7 @@ from perseus_plugin.reporting.live.log import set_up_logging
 from perseus_plugin.reporting.live.publishers import Publishers
 from perseus_plugin.reporting.live.relay import FigureRelay
 from perseus_plugin.session.emulation import EmulatedStage
+from perseus_plugin.session.ending import close_before_the_group
 from perseus_plugin.session.lifetime import Lifetime
 from perseus_plugin.session.link import Link
 from perseus_plugin.session.running import kept_sessions, runs
@@ -77,6 +78,7 @@ def start_session(
         undone.pop_all()
     runs(session)
     atexit.register(session.close)
+    close_before_the_group()
     if gc.isenabled():
         # Building the job and importing what a session needs have made so many objects that Python is about to look
         # through all there are, for tenths of a second: now, and not amid the first iterations that are measured.

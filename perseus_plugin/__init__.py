@@ -96,19 +96,26 @@ def __dir__() -> list[str]:
 
 
 def enable(engine: Any, config: Any = None) -> PipelineSession | None:
-    """Attach to a DeepSpeed `PipelineEngine`; for sites that turn `torch.backends` entry points off.
+    """Attach to a DeepSpeed `PipelineEngine`, or to a schedule of `torch.distributed.pipelining`.
 
     Args:
-        engine: the engine `deepspeed.initialize` returned.
+        engine: the engine `deepspeed.initialize` returned, or the schedule, which need not have run yet.
         config: the `perseus` block as a dict, a path of a JSON or YAML file, or None for the one in the
             engine's own DeepSpeed config.
 
     Returns:
-        The session, the one already attached if there is one, or None when the block is absent or disabled.
+        The session, the one already attached if there is one, or None when the block is absent or disabled. A
+        schedule's session starts when the schedule first trains: None until then.
 
     Raises:
-        ConfigError: the block is wrong, or the engine is no pipeline engine.
+        ConfigError: the block is wrong, or this is neither a pipeline engine nor a schedule.
     """
+    from perseus_plugin.integrations.torch_pipelining.turning_on import is_schedule
+
+    if is_schedule(engine):
+        from perseus_plugin.integrations.torch_pipelining.adapter import enable as enable_on_schedule
+
+        return enable_on_schedule(engine, config)
     from perseus_plugin.integrations.deepspeed.adapter import enable as enable_on_engine
 
     return enable_on_engine(engine, config)

@@ -12,7 +12,7 @@ from perseus_plugin.errors import validation_problem
 from perseus_plugin.exchange.client import ExchangeError
 from perseus_plugin.exchange.store import ANNOUNCED
 
-NEWS, TROUBLE, REUSE, CALIBRATION = ANNOUNCED
+NEWS, TROUBLE, REUSE, CALIBRATION, SEATS = ANNOUNCED
 RECHECKS = "recheck/"  # how their keys begin
 STRAGGLERS = "stragglers"  # list that ranks append reports and detections to
 TARGETS = "targets"  # list that ranks append to what the job is to aim at
@@ -53,6 +53,27 @@ class Placement(_Message):
     def replicas(self) -> int:
         """How many replicas there are in the job."""
         return self.world_size // (self.stages * self.shards)
+
+
+class Seat(_Message):
+    """What a rank can tell of its place where only its own groups are known; all ranks' together make placements.
+
+    Attributes:
+        pipeline: first rank of its pipeline.
+        stage, stages: where it sits in that.
+        together: ranks that it works with in lock-step, itself among them.
+    """
+
+    pipeline: Count
+    stage: Stage
+    stages: Annotated[Stage, Field(ge=1)]
+    together: tuple[Count, ...]
+
+
+class Seats(_Message):
+    """Those of all ranks, in their order."""
+
+    seats: tuple[Seat, ...]
 
 
 class RankEstimate(_Message):
@@ -417,6 +438,11 @@ class Figures(_Message):
 def facts_key(rank: int) -> str:
     """Under which a rank tells its `RankFacts`."""
     return f"facts/{rank}"
+
+
+def seat_key(rank: int) -> str:
+    """Under which a rank tells its `Seat`."""
+    return f"{SEATS}/{rank}"
 
 
 def estimate_key(round_number: int, rank: int | None = None) -> str:

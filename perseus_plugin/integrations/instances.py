@@ -23,15 +23,15 @@ class InstanceMethods:
         made_from: by name, makes the function from one that says what is beneath.
     """
 
-    def __init__(
-        self,
-        of_object: Callable[[], Any],
-        made_from: Mapping[str, MadeFrom],
-    ) -> None:
+    def __init__(self, of_object: Callable[[], Any], made_from: Mapping[str, MadeFrom]) -> None:
         self._of_object, self._made_from = of_object, made_from
         # Those that still live, with what each is around: another tool may keep an old one and put it back at any time.
         self._put: weakref.WeakKeyDictionary[Function, list[Any]] = weakref.WeakKeyDictionary()
-        for name in made_from:
+        self.put_all()
+
+    def put_all(self) -> None:
+        """Put ours on top, where none of ours is there."""
+        for name in self._made_from:
             self.put(name)
 
     def put(self, name: str) -> None:

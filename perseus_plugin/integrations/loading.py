@@ -29,6 +29,11 @@ _FRAMEWORKS = (
         "perseus_plugin.integrations.megatron.arguments:patch_arguments_module",
     ),
     (
+        "torch.distributed.pipelining",
+        ("torch.distributed.pipelining.schedules",),
+        "perseus_plugin.integrations.torch_pipelining.turning_on:patch_schedules_module",
+    ),
+    (
         "nvidia-resiliency-ext",
         ("nvidia_resiliency_ext.straggler.straggler", "nvidia_resiliency_ext.attribution.straggler.straggler"),
         "perseus_plugin.integrations.resiliency:patch_straggler_module",

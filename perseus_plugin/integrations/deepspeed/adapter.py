@@ -48,7 +48,10 @@ def enable(engine: Any, config: Any = None) -> PipelineSession | None:
     if existing is not None:
         return existing
     if not hasattr(type(engine), "_INSTRUCTION_MAP"):
-        raise ConfigError(f"enable: got a {type(engine).__name__}; allowed: a DeepSpeed PipelineEngine")
+        raise ConfigError(
+            f"enable: got a {type(engine).__name__}; allowed: a DeepSpeed PipelineEngine, or a schedule of "
+            "torch.distributed.pipelining"
+        )
     if config is None:
         parsed = _config_of(getattr(engine, "_config", None))
     elif isinstance(config, PerseusConfig):

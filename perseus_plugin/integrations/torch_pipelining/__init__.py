@@ -1,0 +1,1 @@
+"""PyTorch: the schedules of `torch.distributed.pipelining`, and what is built on them."""

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import itertools
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from perseus_plugin.errors import PerseusError
+from perseus_plugin.exchange.messages import Seat
+from perseus_plugin.exchange.store import LocalExchange
+from perseus_plugin.integrations.torch_pipelining import places
+from perseus_plugin.integrations.torch_pipelining.places import replica_and_shards, seats_of_all
+
+
+def seats(stages: int, replicas: int, shards: int, *, pipelines_first: bool) -> list[Seat]:
+    """Of all ranks of a regular job.
+
+    Args:
+        pipelines_first: ranks of one pipeline have numbers in a row; else those of one stage.
+    """
+    names = list(itertools.product(range(replicas), range(shards), range(stages)))
+    if not pipelines_first:
+        names.sort(key=lambda name: (name[2], name[:2]))
+    rank_of = {name: rank for rank, name in enumerate(names)}
+    return [
+        Seat(
+            pipeline=rank_of[replica, shard, 0],
+            stage=stage,
+            stages=stages,
+            together=tuple(sorted(rank_of[replica, other, stage] for other in range(shards))),
+        )
+        for replica, shard, stage in names
+    ]
+
+
+@pytest.mark.parametrize("pipelines_first", [True, False])
+@pytest.mark.parametrize(("stages", "replicas", "shards"), [(2, 1, 1), (4, 2, 1), (2, 1, 4), (3, 2, 2)])
+def test_ranks_are_in_their_replica(stages: int, replicas: int, shards: int, pipelines_first: bool) -> None:
+    job = seats(stages, replicas, shards, pipelines_first=pipelines_first)
+    found = [replica_and_shards(job, rank) for rank in range(len(job))]
+    assert {each for _, each in found} == {shards}
+    for replica in range(replicas):
+        members = [job[rank] for rank, (number, _) in enumerate(found) if number == replica]
+        assert sorted(seat.stage for seat in members) == sorted(list(range(stages)) * shards)
+        assert len({seat.pipeline for seat in members}) == shards
+
+
+def test_one_stage_that_works_together_is_enough() -> None:
+    job = seats(2, 1, 2, pipelines_first=True)
+    alone = [seat if seat.stage == 1 else seat.model_copy(update={"together": ()}) for seat in job]
+    assert [replica_and_shards(alone, rank) for rank in range(4)] == [(0, 2)] * 4
+
+
+@pytest.mark.parametrize("fault", ["a longer pipeline", "a larger replica", "a stage twice"])
+def test_pipelines_that_are_not_alike_are_refused(fault: str) -> None:
+    job = seats(2, 3, 1, pipelines_first=True)
+    if fault == "a longer pipeline":
+        job[0] = job[0].model_copy(update={"stages": 3})
+    elif fault == "a larger replica":
+        job[0] = job[0].model_copy(update={"together": (0, 2)})
+    else:
+        job[0] = job[0].model_copy(update={"stage": 1})
+    with pytest.raises(PerseusError, match="the job's pipelines are not alike"):
+        replica_and_shards(job, 0)
+
+
+def test_every_rank_hears_of_all() -> None:
+    exchange, job = LocalExchange(), seats(2, 2, 1, pipelines_first=True)
+    found: dict[int, Any] = {}
+
+    def rank(number: int) -> None:
+        found[number] = seats_of_all(exchange, job[number], number, 4)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in (3, 0, 2, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(4), tuple(job))
+
+
+def test_a_rank_that_does_not_come_is_said_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_WAIT_S", 0.05)
+    exchange, job = LocalExchange(), seats(2, 1, 1, pipelines_first=True)
+    with pytest.raises(PerseusError, match="not all ranks have said"):
+        seats_of_all(exchange, job[0], 0, 2)
+    with pytest.raises(PerseusError, match="not all ranks have said"):
+        seats_of_all(exchange, job[1], 1, 2)
+
+
+def test_a_rank_that_is_none_of_the_job_is_refused() -> None:
+    odd = seats(2, 1, 1, pipelines_first=True)[0].model_copy(update={"together": (0, 7)})
+    with pytest.raises(PerseusError, match="not all ranks have said"):
+        seats_of_all(LocalExchange(), odd, 0, 1)
+
+
+MESH = torch.arange(8).reshape(2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("rank", "shared", "expected"),
+    [
+        (5, (False, False, False), [5]),
+        (5, (False, False, True), [4, 5]),
+        (5, (True, False, True), [0, 1, 4, 5]),
+        (0, (True, True, True), list(range(8))),
+        (9, (True, True, True), []),
+    ],
+)
+def test_ranks_are_together_along_dimensions_that_share(
+    rank: int, shared: tuple[bool, ...], expected: list[int]
+) -> None:
+    assert places._along(MESH, rank, shared) == expected
+
+
+def test_modules_without_shared_parameters_work_alone() -> None:
+    assert places.together_with(3, [torch.nn.Linear(2, 2), SimpleNamespace(parameters=list)]) == (3,)

@@ -11,11 +11,12 @@ MEGATRON := -m pip install --quiet --no-deps --ignore-requires-python --only-bin
 # Beside the newest, which is in the environment. Where an older one has no wheel for this Python, its tests are left out.
 MEGATRON_VERSIONS := 0.12.3 0.14.0 0.16.1 0.17.1 0.18.0
 
-# Tests run by so many processes side by side: emulated time is mostly sleep.
+# Tests run by so many processes side by side: emulated time is mostly sleep. A job's ranks need cores; unit tests wait more.
 WORKERS ?= 2
+UNIT_WORKERS ?= 3
 # Dozens of processes start from the same sources: these are compiled once, whatever the environment says.
 export PYTHONDONTWRITEBYTECODE :=
-PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup
+PYTEST := $(BIN)/pytest --dist loadgroup --numprocesses
 
 .PHONY: quickstart test test-all lint types docs unit e2e rest megatron setup clean
 
@@ -69,13 +70,13 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: setup megatron
-	$(PYTEST) -m "not e2e"
+	$(PYTEST) $(UNIT_WORKERS) -m "not e2e"
 
 e2e: setup megatron
-	$(PYTEST) -m "e2e and not matrix and not repeated"
+	$(PYTEST) $(WORKERS) -m "e2e and not matrix and not repeated"
 
 rest: setup megatron
-	$(PYTEST) -m "matrix or repeated"
+	$(PYTEST) $(WORKERS) -m "matrix or repeated"
 
 clean:
 	rm -rf $(VENV) .megatron .resiliency out build dist *.egg-info

@@ -25,7 +25,12 @@ from perseus_plugin.session.session import Session
 
 CLOCKS_MHZ = (1410, 1110, 810)
 BLOCKING_W = 80.0
-FULL_CLOCK_S: Mapping[str, float] = {"forward": 0.010, "backward": 0.020}
+FULL_CLOCK_S: Mapping[str, float] = {
+    "forward": 0.010,
+    "backward": 0.020,
+    "input_backward": 0.012,
+    "weight_backward": 0.008,
+}
 
 
 def placement(rank: int = 0, world_size: int = 2, stages: int = 2) -> Placement:

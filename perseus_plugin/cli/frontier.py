@@ -13,6 +13,7 @@ from perseus_plugin.cli.job import (
     SWITCH_LATENCY_S,
     BlockingPower,
     EffortOption,
+    InputShare,
     Latency,
     LowerWhileWaiting,
     Microbatches,
@@ -26,6 +27,7 @@ from perseus_plugin.cli.job import (
     planner_from_options,
 )
 from perseus_plugin.errors import ConfigError
+from perseus_plugin.iteration.instructions import INPUT_SHARE
 
 if TYPE_CHECKING:
     from perseus_plugin.planning.frontier import Frontier
@@ -38,6 +40,7 @@ def frontier(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write it.")] = Path("frontier.json"),
     schedule: Schedule = "1f1b",
     scale: Scale = 1.0,
+    input_share: InputShare = INPUT_SHARE,
     latency: Latency = 0.0,
     switch_latency: SwitchLatency = SWITCH_LATENCY_S,
     lower_while_waiting: LowerWhileWaiting = True,
@@ -52,7 +55,7 @@ def frontier(
     from perseus_plugin.planning.work import tell_cut_short
 
     spent = parse_effort(effort)
-    planner = planner_from_options(
+    planner, _ = planner_from_options(
         profile,
         microbatches,
         blocking_power,
@@ -61,6 +64,7 @@ def frontier(
         latency,
         lowering(lower_while_waiting, switch_latency),
         power_limit,
+        input_share,
     )
     console = Console()
     with console.status("sampling") as status:

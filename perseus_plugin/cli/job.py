@@ -14,6 +14,7 @@ from perseus_plugin.iteration.instructions import Compute, StageStream
 from perseus_plugin.iteration.schedules import SCHEDULES
 from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.planning.targets import Effort
+from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import Profile, load_profile
 
 if TYPE_CHECKING:
@@ -39,7 +40,18 @@ PowerLimit = Annotated[
     typer.Option(help="Most watts that a GPU can draw: a profile with more is refused (2000).", show_default=False),
 ]
 Schedule = Annotated[
-    str, typer.Option(help=f"{', '.join(SCHEDULES)}, or the path of a JSON file of instruction lists.")
+    str,
+    typer.Option(
+        help=f"{', '.join(SCHEDULES)}, or a file: .json with the operations of every stage, .csv with the actions of "
+        "every rank as PyTorch's pipeline schedules write them."
+    ),
+]
+InputShare = Annotated[
+    float,
+    typer.Option(
+        help="Share of a backward that computes its input's gradient, where the schedule splits backwards and the "
+        "profile does not."
+    ),
 ]
 Scale = Annotated[float, typer.Option(help="Multiply the profile's times and energies.")]
 EffortOption = Annotated[str, typer.Option(help=f"{', '.join(get_args(Effort))}.")]
@@ -68,8 +80,9 @@ def planner_from_options(
     latency: float,
     switch_latency_s: float | None,
     power_limit_w: float | None,
-) -> Planner:
-    """Read the files and set up the planner; `switch_latency_s` is from `lowering`.
+    input_share: float,
+) -> tuple[Planner, Profile]:
+    """Read the files and set up the planner; `switch_latency_s` is from `lowering`. With it the profile that it reads.
 
     Raises:
         PerseusError: an option, the profile or the schedule is wrong.
@@ -79,18 +92,20 @@ def planner_from_options(
 
     profile, power_w = profile_from_options(profile_path, blocking_power, scale, power_limit_w)
     streams = streams_for(schedule, profile.stages, microbatches)
+    profile = with_rows_for(profile, streams, share_of(input_share))
     needed = {(s, op.kind) for s, stream in enumerate(streams) for op in stream if isinstance(op, Compute)}
     missing = sorted(needed - profile.table.keys())
     if missing:
         stage, kind = missing[0]
         raise PlanError(f"{profile_path}: no row for {kind!r} in stage {stage}, which the schedule {schedule} runs")
-    return Planner(
+    planner = Planner(
         build_graph(streams, latency_s=latency),
         profile,
         blocking_power_w=power_w,
         schedule=schedule_name(schedule),
         switch_latency_s=switch_latency_s,
     )
+    return planner, profile
 
 
 def profile_from_options(
@@ -109,6 +124,17 @@ def profile_from_options(
             "blocking_power); allowed: watts, or watts per stage with commas"
         )
     return profile, 0.0 if power_w is None else power_w
+
+
+def share_of(input_share: float) -> float:
+    """`--input-share` as it was given.
+
+    Raises:
+        ConfigError: no such share.
+    """
+    if not 0 < input_share < 1:
+        raise ConfigError(f"--input-share: got {input_share:g}; allowed: a share above 0 and below 1")
+    return input_share
 
 
 def lowering(lower_while_waiting: bool, switch_latency_s: float) -> float | None:

@@ -13,6 +13,7 @@ from perseus_plugin.cli.job import (
     SWITCH_LATENCY_S,
     BlockingPower,
     EffortOption,
+    InputShare,
     Latency,
     LowerWhileWaiting,
     Microbatches,
@@ -26,11 +27,11 @@ from perseus_plugin.cli.job import (
     planner_from_options,
 )
 from perseus_plugin.errors import ConfigError
+from perseus_plugin.iteration.instructions import INPUT_SHARE
 from perseus_plugin.planning.plan import Plan, save_plan
 from perseus_plugin.planning.targets import ChangeLimits, Target
 from perseus_plugin.planning.work import tell_cut_short
 from perseus_plugin.planning.zeus import save_zeus_plan
-from perseus_plugin.profiling.profile import load_profile
 
 
 def plan(
@@ -40,6 +41,7 @@ def plan(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the plan.")] = Path("plan.json"),
     schedule: Schedule = "1f1b",
     scale: Scale = 1.0,
+    input_share: InputShare = INPUT_SHARE,
     latency: Latency = 0.0,
     switch_latency: SwitchLatency = SWITCH_LATENCY_S,
     lower_while_waiting: LowerWhileWaiting = True,
@@ -62,7 +64,7 @@ def plan(
     spent = parse_effort(effort)
     target = pick_target(slowdown, deadline, straggler, cheapest, energy_budget)
     limits = ChangeLimits(max_changes, min_dwell)
-    planner = planner_from_options(
+    planner, read = planner_from_options(
         profile,
         microbatches,
         blocking_power,
@@ -71,6 +73,7 @@ def plan(
         latency,
         lowering(lower_while_waiting, switch_latency),
         power_limit,
+        input_share,
     )
     console = Console()
     free = None
@@ -81,7 +84,7 @@ def plan(
         # Loads OR-Tools, which other subcommands do without.
         from perseus_plugin.planning.confidence import with_confidence
 
-        made = with_confidence(made, planner, load_profile(profile).scaled(scale))
+        made = with_confidence(made, planner, read)
     if made.cut_short:
         tell_cut_short()
     save_plan(made, output)

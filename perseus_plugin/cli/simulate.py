@@ -15,6 +15,7 @@ from perseus_plugin.cli.job import (
     SWITCH_LATENCY_S,
     BlockingPower,
     EffortOption,
+    InputShare,
     Latency,
     LowerWhileWaiting,
     PowerLimit,
@@ -24,6 +25,7 @@ from perseus_plugin.cli.job import (
     parse_effort,
     profile_from_options,
     schedule_name,
+    share_of,
     streams_for,
 )
 from perseus_plugin.cli.simulation.description import (
@@ -35,6 +37,7 @@ from perseus_plugin.cli.simulation.description import (
 )
 from perseus_plugin.cli.simulation.resplit import Split, resplit
 from perseus_plugin.errors import ConfigError
+from perseus_plugin.iteration.instructions import INPUT_SHARE
 from perseus_plugin.iteration.schedules import SCHEDULES
 from perseus_plugin.planning.targets import ChangeLimits
 from perseus_plugin.profiling.profile import Profile
@@ -54,7 +57,8 @@ def simulate(
         list[int] | None, typer.Option(help="Microbatches per iteration.", show_default=False)
     ] = None,
     schedule: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(SCHEDULES)}, or a schedule file (default: 1f1b).")
+        list[str] | None,
+        typer.Option(help=f"{', '.join(SCHEDULES)}, or a schedule file, as for `perseus plan` (default: 1f1b)."),
     ] = None,
     slowdown: Annotated[
         list[float] | None, typer.Option(help="Allowed slowdown against full clocks, as a share (default: 0).")
@@ -72,6 +76,7 @@ def simulate(
     ] = None,
     profile_chunks: Annotated[int, typer.Option(help="Model chunks per stage of which a profile row is one.")] = 1,
     scale: Scale = 1.0,
+    input_share: InputShare = INPUT_SHARE,
     latency: Latency = 0.0,
     switch_latency: SwitchLatency = SWITCH_LATENCY_S,
     lower_while_waiting: LowerWhileWaiting = True,
@@ -121,6 +126,7 @@ def simulate(
             pipelines,
             schedules,
             aims,
+            input_share=share_of(input_share),
             latency_s=latency,
             switch_latency_s=switch_latency_s,
             limits=limits,

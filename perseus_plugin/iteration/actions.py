@@ -256,6 +256,17 @@ def _channel(sender: int, action: Action) -> str:
     return str(Action(sender, "SEND_F" if action.type.endswith("F") else "SEND_B", action.microbatch))
 
 
+def check_size(stages: int, microbatches: int) -> None:
+    """Refuse what no schedule has.
+
+    Raises:
+        ScheduleError: fewer than one stage or microbatch.
+    """
+    for name, value in (("stages", stages), ("microbatches", microbatches)):
+        if value < 1:
+            raise ScheduleError(f"{name}: got {value}; allowed: a whole number from 1")
+
+
 def pytorch_1f1b(stages: int, microbatches: int) -> list[StageStream]:
     """PyTorch's `Schedule1F1B`: what it sends and receives at once is posted together, and both waited for.
 
@@ -304,8 +315,7 @@ def pytorch_gpipe(stages: int, microbatches: int) -> list[StageStream]:
     Raises:
         ScheduleError: fewer than one stage or microbatch.
     """
-    if stages < 1 or microbatches < 1:
-        raise ScheduleError(f"GPipe: got {stages} stages, {microbatches} microbatches; allowed: at least one of each")
+    check_size(stages, microbatches)
     streams: list[StageStream] = []
     for stage in range(stages):
         program = StageProgram(stages, stage)

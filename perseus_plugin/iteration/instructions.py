@@ -18,6 +18,13 @@ INPUT_BACKWARD = "input_backward"
 WEIGHT_BACKWARD = "weight_backward"
 """The other half: the gradient of the stage's weights."""
 
+INPUT_SHARE = 0.5
+"""Assumed share of the input's gradient in a backward, where nothing was measured.
+
+For a matrix of weights each half is one multiplication of the same size. Attention multiplies without weights, which
+leaves a little more to the input's gradient (0.51 for GPT-3), as does computing activations again.
+"""
+
 _PART = re.compile(rf"({INPUT_BACKWARD}|{WEIGHT_BACKWARD}|{FORWARD}|{BACKWARD})(?:_(\d+))?")
 
 

@@ -5,9 +5,11 @@ For planning without a framework; an integration brings the streams of its own s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from perseus_plugin.errors import ScheduleError
+from perseus_plugin.iteration.actions import Step, check_size, streams_of_steps
 from perseus_plugin.iteration.instructions import (
     BACKWARD,
     FORWARD,
@@ -17,6 +19,7 @@ from perseus_plugin.iteration.instructions import (
     StageStream,
     StreamOp,
 )
+from perseus_plugin.iteration.zero_bubble import dualpipev, interleaved_zero_bubble, zbv
 
 RECOMPUTE = "recompute"
 
@@ -26,7 +29,8 @@ class TextbookSchedule(Protocol):
 
     What a stage sends another one receives, by peer and channel, in the same order; a stage that is never sent what it
     waits for is a `ScheduleError` of `build_graph`. Instructions of one kind take the same time in a stage; what does
-    not is another kind, and every kind needs rows in the profile. A microbatch is computed with one kind once.
+    not is another kind, and every kind needs rows in the profile, or in it those that `profiling.derived` makes them
+    of. A microbatch is computed with one kind once.
 
     Raises:
         ScheduleError: there is no such schedule of so many stages and microbatches.
@@ -34,12 +38,6 @@ class TextbookSchedule(Protocol):
 
     def __call__(self, stages: int, microbatches: int) -> list[StageStream]:
         """One stream per stage."""
-
-
-def _check(stages: int, microbatches: int) -> None:
-    for name, value in (("stages", stages), ("microbatches", microbatches)):
-        if value < 1:
-            raise ScheduleError(f"{name}: got {value}; allowed: a whole number from 1")
 
 
 def _forward(stage: int, stages: int, microbatch: int) -> list[StreamOp]:
@@ -64,7 +62,7 @@ def one_f_one_b(stages: int, microbatches: int) -> list[StageStream]:
     Raises:
         ScheduleError: for fewer than one stage or microbatch.
     """
-    _check(stages, microbatches)
+    check_size(stages, microbatches)
     streams: list[StageStream] = []
     for stage in range(stages):
         ahead = min(stages - 1 - stage, microbatches)
@@ -83,7 +81,7 @@ def gpipe(stages: int, microbatches: int) -> list[StageStream]:
     Raises:
         ScheduleError: for fewer than one stage or microbatch.
     """
-    _check(stages, microbatches)
+    check_size(stages, microbatches)
     return [
         [op for m in range(microbatches) for op in _forward(stage, stages, m)]
         + [op for m in reversed(range(microbatches)) for op in _backward(stage, stages, m)]
@@ -118,7 +116,7 @@ def interleaved_1f1b(stages: int, microbatches: int, chunks: int = 2) -> list[St
     Raises:
         ScheduleError: for fewer than two stages, fewer than one chunk, or microbatches that are no multiple of stages.
     """
-    _check(stages, microbatches)
+    check_size(stages, microbatches)
     if stages < 2 or chunks < 1 or microbatches % stages:
         raise ScheduleError(
             f"interleaved 1F1B: got {stages} stages, {chunks} chunks, {microbatches} microbatches; "
@@ -166,10 +164,20 @@ def interleaved_1f1b(stages: int, microbatches: int, chunks: int = 2) -> list[St
     return streams
 
 
+def _streamed(lists: Callable[[int, int], list[list[Step]]]) -> TextbookSchedule:
+    def schedule(stages: int, microbatches: int) -> list[StageStream]:
+        return list(streams_of_steps(lists(stages, microbatches)))
+
+    return schedule
+
+
 SCHEDULES: dict[str, TextbookSchedule] = {
     "1f1b": one_f_one_b,
     "gpipe": gpipe,
     "early-recomputation-1f1b": early_recomputation_1f1b,
     "interleaved-1f1b": interleaved_1f1b,
+    "interleaved-zero-bubble": _streamed(interleaved_zero_bubble),
+    "zbv": _streamed(zbv),
+    "dualpipev": _streamed(dualpipev),
 }
 """By the name that the command line knows them by; a new one is one line here."""

@@ -1,4 +1,4 @@
-"""Instruction streams as JSON: in files, and in requests to the planner's process."""
+"""Instruction streams in files, and as JSON in requests to the planner's process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from perseus_plugin.bounds import MOST_STAGES, Count
 from perseus_plugin.errors import ScheduleError, validation_problem
-from perseus_plugin.files import read_model, write_atomically
+from perseus_plugin.files import read_model, read_text, write_atomically
+from perseus_plugin.iteration.actions import lists_from_csv, streams_of_actions
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StageStream, StreamOp
 
 SCHEDULE_SCHEMA = "perseus-schedule"
@@ -76,7 +77,7 @@ def streams_from_json(rows: Any) -> list[StageStream]:
 
 
 def load_streams(path: Path | str) -> list[StageStream]:
-    """Read streams from a JSON file.
+    """Read streams from a file that ends in .csv, with every rank's actions as PyTorch's schedules write them, or JSON.
 
     `{"schema": "perseus-schedule", "version": 1, "stages": [[op, ...], ...]}` with operations
     `{"op": "compute", "kind": "forward", "microbatch": 0, "chunk": 0}`,
@@ -86,7 +87,14 @@ def load_streams(path: Path | str) -> list[StageStream]:
     Raises:
         ScheduleError: naming the file, the place and the reason.
     """
-    return _streams(read_model(path, ScheduleFile, ScheduleError).stages)
+    if Path(path).suffix.lower() != ".csv":
+        return _streams(read_model(path, ScheduleFile, ScheduleError).stages)
+    try:
+        return list(streams_of_actions(lists_from_csv(read_text(Path(path)))))
+    except ScheduleError as error:
+        raise ScheduleError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ScheduleError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def save_streams(streams: Sequence[StageStream], path: Path | str, make: bool = False) -> None:

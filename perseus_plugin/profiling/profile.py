@@ -126,8 +126,8 @@ class Profile:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Instruction kinds of stage 0, which every stage has."""
-        return tuple(kind for stage, kind in self.table if stage == 0)
+        """Instruction kinds of all stages, sorted; a stage has rows for those that it runs."""
+        return tuple(sorted({kind for _, kind in self.table}))
 
     def rows(self) -> Iterator[tuple[int, str, Measurement]]:
         """All rows as (stage, kind, measurement)."""
@@ -341,13 +341,16 @@ def _validate(table: Mapping[tuple[int, str], tuple[Measurement, ...]]) -> None:
     if not table:
         raise ProfileError("the profile has no rows")
     stages = 1 + max(stage for stage, _ in table)
-    kinds = sorted({kind for _, kind in table})
     if min(stage for stage, _ in table) == 1:
         raise ProfileError("stages begin at 1; they count from 0: subtract 1 from every stage")
+    of_stages: dict[int, dict[str, tuple[Measurement, ...]]] = {}
+    for (stage, kind), rows in table.items():
+        of_stages.setdefault(stage, {})[kind] = rows
     for stage in range(stages):
         clocks_of_kind: dict[str, set[int]] = {}
-        for kind in kinds:
-            rows = table.get((stage, kind), ())
+        if stage not in of_stages:
+            raise ProfileError(f"stage {stage} has no row, but stage {stages - 1} has")
+        for kind, rows in of_stages[stage].items():
             if not rows:
                 raise ProfileError(f"stage {stage} has no row for instruction {kind!r}")
             clocks = {m.frequency_mhz for m in rows}

@@ -10,9 +10,17 @@ from perseus_plugin.exchange.messages import CALIBRATION, Placement
 from perseus_plugin.exchange.store import Exchange, wait_for
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.execution import EmulatedExecution
-from perseus_plugin.iteration.instructions import BACKWARD, Compute
+from perseus_plugin.iteration.instructions import (
+    BACKWARD,
+    INPUT_BACKWARD,
+    INPUT_SHARE,
+    WEIGHT_BACKWARD,
+    Compute,
+    parts_of,
+)
 
 _CALIBRATION_TIMEOUT_S = 60.0
+_PAIR = 0.9  # of its parts' times: what one of them waits for (communication within the layer) overlaps with the other
 
 
 class EmulatedStage:
@@ -20,6 +28,9 @@ class EmulatedStage:
 
     With times in the configuration these are the instructions' full-clock times from the first iteration on. Without,
     instructions run unstretched while their CPU time is measured, until `calibrate` is called.
+
+    The gradients of input and weights take a backward's time together. The first stage's first chunk has no input whose
+    gradient is computed: there the weights' takes all of it.
 
     Args:
         gpu: this rank's emulated GPU.
@@ -80,8 +91,16 @@ class EmulatedStage:
 
     def _time_s(self, kind: str) -> float:
         if self._config.forward_time_s is not None and self._config.backward_time_s is not None:
-            times = self._config.backward_time_s if BACKWARD in kind else self._config.forward_time_s
-            return times[self._placement.stage]
+            stage = self._placement.stage
+            forward_s, backward_s = self._config.forward_time_s[stage], self._config.backward_time_s[stage]
+            shares = {INPUT_BACKWARD: INPUT_SHARE, WEIGHT_BACKWARD: 1 - INPUT_SHARE}
+            parts = parts_of(kind) or ((kind, 0),)
+            times_s = [
+                (backward_s if BACKWARD in name else forward_s)
+                * (1.0 if (name, stage, chunk) == (WEIGHT_BACKWARD, 0, 0) else shares.get(name, 1.0))
+                for name, chunk in parts
+            ]
+            return sum(times_s) * (_PAIR if len(parts) > 1 else 1.0)
         known = self._times_s.get(kind)
         # A kind that first shows up after calibration (another schedule) takes what the known ones take.
         return known if known is not None else max(self._times_s.values(), default=0.01)

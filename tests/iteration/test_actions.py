@@ -169,7 +169,7 @@ def test_1f1b_runs_in_pytorchs_order() -> None:
 
 def test_gpipe_runs_in_pytorchs_order() -> None:
     assert computes(pytorch_gpipe(2, 3)[0]) == "f0 f1 f2 b0 b1 b2"
-    with pytest.raises(ScheduleError, match="got 2 stages, 0 microbatches"):
+    with pytest.raises(ScheduleError, match="microbatches: got 0"):
         pytorch_gpipe(2, 0)
 
 

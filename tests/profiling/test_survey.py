@@ -328,3 +328,25 @@ def test_work_amid_waits_on_a_gpu_at_its_limit_is_taken_for_the_limit_and_can_be
     assert row.energy_j == pytest.approx(405.0 * row.time_s)
     assert survey.too_high == ()
     assert survey.unresolved == frozenset()
+
+
+def test_stages_that_run_different_instructions_make_one_profile() -> None:
+    """As where the first stage computes no gradient of its input."""
+    kinds = {0: {"forward"}, 1: {"forward", "backward"}}
+    estimates = []
+    for stage in range(2):
+        whole = stage_estimate(stage)
+        estimates.append(
+            told(stage, replace(whole, instructions=tuple(r for r in whole.instructions if r.kind in kinds[stage])))
+        )
+    survey = surveyed(estimates)
+    assert set(survey.profile.table) == {(stage, kind) for stage, of in kinds.items() for kind in of}
+    assert certain(survey, 0.5).profile.table == survey.profile.table
+    seen = [
+        Recheck(stage=stage, steps=5, time_s={kind: survey.profile.table[stage, kind][0].time_s for kind in of})
+        for stage, of in kinds.items()
+    ]
+    assert misfit(survey, seen) == ""
+    assert rescaled(survey, seen).profile.table == survey.profile.table
+    wrong = [seen[0].model_copy(update={"time_s": {"backward": 1.0}}), seen[1]]
+    assert misfit(survey, wrong) == "stage 0 runs backward, which the profile does not have"

@@ -48,11 +48,19 @@ def burn_cpu(seconds: float) -> None:
         (1, "backward", 0.06),
         (1, "backward_1", 0.06),
         (0, "weight", 0.02),
+        (1, "input_backward", 0.03),
+        (1, "weight_backward_1", 0.03),
+        (0, "weight_backward", 0.04),  # the first stage computes no gradient of its input
+        (0, "weight_backward_1", 0.02),
+        (1, "forward_backward_1", 0.081),
     ],
 )
 def test_given_times_hold_from_the_first_instruction(gpu: EmulatedGpu, rank: int, kind: str, expected_s: float) -> None:
     emulated = stage(gpu, rank, **GIVEN)
     assert not emulated.needs_calibration
+    emulated.begin(Compute(kind, 0))
+    assert gpu.peek().work_s == pytest.approx(expected_s)
+    emulated.finish()
     assert took_s(emulated, kind) >= expected_s
 
 

@@ -37,6 +37,12 @@ def resplit(profile: Profile, before: Split, after: Split) -> Profile:
         )
     rows = []
     for kind in profile.kinds:
+        without = [stage for stage in range(profile.stages) if (stage, kind) not in profile.table]
+        if without:
+            raise ProfileError(
+                f"split: stage {without[0]} has no row for instruction {kind!r}; allowed: the same instructions in all "
+                "stages, as what a layer takes is their mean"
+            )
         stages = [profile.table[stage, kind] for stage in range(profile.stages)]
         if any([m.frequency_mhz for m in stage] != [m.frequency_mhz for m in stages[0]] for stage in stages):
             raise ProfileError(

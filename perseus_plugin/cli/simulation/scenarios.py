@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from perseus_plugin.errors import PerseusError
 from perseus_plugin.iteration.graph import build_graph
-from perseus_plugin.iteration.instructions import Compute, StageStream
+from perseus_plugin.iteration.instructions import INPUT_SHARE, Compute, StageStream
 from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
 from perseus_plugin.planning.work import tell_cut_short
+from perseus_plugin.profiling.derived import whole, with_rows_for
 from perseus_plugin.profiling.profile import Profile
 
 
@@ -19,7 +21,7 @@ class Pipeline:
     """One way to cut the model into stages, on one sort of GPU.
 
     Attributes:
-        profile_for: the profile of whole stages, given the instruction kinds that a schedule runs.
+        profile_for: the profile of whole stages, given the kinds of whole instructions that a schedule runs parts of.
         blocking_power_w: power of a GPU that waits, for all stages or one each.
         stages: of the pipeline.
         split: layers of each stage; None: as measured.
@@ -134,6 +136,7 @@ def simulate(
     schedules: Sequence[Workload],
     aims: Sequence[Aim],
     *,
+    input_share: float = INPUT_SHARE,
     latency_s: float = 0.0,
     switch_latency_s: float | None = None,
     limits: ChangeLimits | None = None,
@@ -147,6 +150,7 @@ def simulate(
         pipelines: to combine,
         schedules: with these,
         aims: and these.
+        input_share: of a backward, the input's gradient, where a schedule splits what a profile does not.
         latency_s: how long a transfer takes.
         switch_latency_s: how long a clock change takes; None: waits get no lower clocks.
         limits: as for a plan.
@@ -155,9 +159,8 @@ def simulate(
     for pipeline in pipelines:
         for schedule in schedules:
             for microbatches in schedule.microbatches:
-                yield from _of_one(
-                    pipeline, schedule, microbatches, aims, (latency_s, switch_latency_s), limits, effort
-                )
+                planner_of = partial(_planner, pipeline, schedule, microbatches, input_share, latency_s)
+                yield from _of_one(pipeline, schedule, microbatches, aims, planner_of, switch_latency_s, limits, effort)
 
 
 def _of_one(
@@ -165,7 +168,8 @@ def _of_one(
     schedule: Workload,
     microbatches: int | None,
     aims: Sequence[Aim],
-    latencies_s: tuple[float, float | None],
+    planner_of: Callable[[float | None], tuple[Planner, float]],
+    switch_latency_s: float | None,
     limits: ChangeLimits | None,
     effort: Effort,
 ) -> Iterator[Outcome]:
@@ -173,9 +177,9 @@ def _of_one(
     leaves_alone: Planner | None = None
     why_not, scale, count = "", 1.0, microbatches
     try:
-        planner, scale = _planner(pipeline, schedule, microbatches, *latencies_s)
-        if latencies_s[1] is not None and not planner.problem.waiting_costs.is_constant:
-            leaves_alone, _ = _planner(pipeline, schedule, microbatches, latencies_s[0], None)
+        planner, scale = planner_of(switch_latency_s)
+        if switch_latency_s is not None and not planner.problem.waiting_costs.is_constant:
+            leaves_alone, _ = planner_of(None)
         count = planner.problem.graph.microbatches
     except PerseusError as error:
         why_not = str(error)
@@ -193,6 +197,7 @@ def _planner(
     pipeline: Pipeline,
     schedule: Workload,
     microbatches: int | None,
+    input_share: float,
     latency_s: float,
     switch_latency_s: float | None,
 ) -> tuple[Planner, float]:
@@ -200,7 +205,7 @@ def _planner(
     computes = [op for stream in streams for op in stream if isinstance(op, Compute)]
     chunks = 1 + max((op.chunk for op in computes), default=0)
     scale = pipeline.chunks / chunks
-    profile = pipeline.profile_for({op.kind for op in computes})
+    profile = with_rows_for(pipeline.profile_for({whole(op.kind) for op in computes}), streams, input_share)
     planner = Planner(
         build_graph(streams, latency_s=latency_s),
         profile.scaled(scale),

@@ -50,11 +50,11 @@ LOAD_CLASSES = 4
 
 
 def load_class(kind: str) -> int:
-    """Which class of load an instruction kind belongs to."""
-    if "forward" in kind:
-        return FORWARD_LIKE
+    """Which class of load an instruction kind belongs to; a forward and a backward in one are mostly the latter."""
     if "backward" in kind or "weight" in kind:
         return BACKWARD_LIKE
+    if "forward" in kind:
+        return FORWARD_LIKE
     return OTHER
 
 

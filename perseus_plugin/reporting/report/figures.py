@@ -225,6 +225,7 @@ def curves(profile: Profile) -> go.Figure:
     titles = [f"<b>{kind}</b>" for kind in kinds] + [""] * len(kinds)
     figure = make_subplots(rows=2, cols=len(kinds), shared_xaxes=True, vertical_spacing=0.07, subplot_titles=titles)
     shown = min(profile.stages, _MAX_STAGES_OF_CURVES)
+    named: set[int] = set()
     for (stage, kind), rows in profile.table.items():
         if stage >= shown:
             continue
@@ -237,7 +238,7 @@ def curves(profile: Profile) -> go.Figure:
         energy_bars, time_bars = [2 * m.energy_se_j for m in rows], [2e3 * m.time_se_s for m in rows]
         figure.add_trace(
             go.Scatter(
-                y=[m.energy_j for m in rows], error_y=_error_bars(energy_bars), showlegend=kind == kinds[0],
+                y=[m.energy_j for m in rows], error_y=_error_bars(energy_bars), showlegend=stage not in named,
                 hovertemplate=about + "J ± %{error_y.array:.2f}<extra></extra>", **look,
             ), row=1, col=1 + kinds.index(kind),
         )  # fmt: skip
@@ -247,6 +248,7 @@ def curves(profile: Profile) -> go.Figure:
                 hovertemplate=about + "ms ± %{error_y.array:.2f}<extra></extra>", **look,
             ), row=2, col=1 + kinds.index(kind),
         )  # fmt: skip
+        named.add(stage)
     figure.update_yaxes(title_text="energy (J)", row=1, col=1)
     figure.update_yaxes(title_text="time (ms)", row=2, col=1)
     figure.update_xaxes(title_text="SM clock (MHz)", row=2)

@@ -95,7 +95,7 @@ def _draw_rows(axes: Axes, lanes: Lanes, end_s: float, scale: Normalize) -> Patc
             axes.text(
                 (block.start_s + block.finish_s) / 2,
                 stage,
-                f"{'B' if 'backward' in block.instruction.kind else 'F'}{block.instruction.microbatch}",
+                f"{block.instruction.kind[0].upper()}{block.instruction.microbatch}",
                 ha="center",
                 va="center",
                 fontsize=7,

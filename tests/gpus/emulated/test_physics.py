@@ -23,6 +23,7 @@ MODEL_LIST = list(MODELS.values())
 def test_kinds_map_to_classes_of_load() -> None:
     assert load_class("forward") == FORWARD_LIKE
     assert {load_class(kind) for kind in ("backward", "input_backward", "weight_backward")} == {BACKWARD_LIKE}
+    assert load_class("forward_backward_1") == BACKWARD_LIKE
     assert load_class("optimizer") == OTHER
 
 

@@ -38,6 +38,7 @@ from perseus_plugin.reporting.record.summary import load_summary
 
 READERS: dict[str, Callable[[Path], object]] = {
     "schedule.json": load_streams,
+    "schedule.csv": load_streams,
     "plan.json": load_plan,
     "frontier.json": load_curve,
     "profile.csv": load_profile,

@@ -37,7 +37,7 @@ REDUCE_GRAD = "reduce_grad"
 KIND_OF = {"F": FORWARD, "B": BACKWARD, "I": INPUT_BACKWARD, "W": WEIGHT_BACKWARD}
 """Our kinds of instruction by PyTorch's letters."""
 
-_ACTION = re.compile(r"(\d+)(F|I|B|W|UNSHARD|RESHARD|REDUCE_GRAD|SEND_F|RECV_F|SEND_B|RECV_B)(\d*)")
+_ACTION = re.compile(r"(\d{1,9})(F|I|B|W|UNSHARD|RESHARD|REDUCE_GRAD|SEND_F|RECV_F|SEND_B|RECV_B)(\d{0,9})")
 _PAIR = re.compile(r"\((.*)\)OVERLAP_F_B")
 _NO_MICROBATCH = ("UNSHARD", "RESHARD", "REDUCE_GRAD")
 
@@ -150,7 +150,7 @@ def streams_of_steps(
 
 
 def _check_whole(lists: Sequence[Sequence[Action]], stages: Sequence[int]) -> None:
-    if list(stages) != list(range(len(stages))) or not all(lists):
+    if list(stages) != list(range(len(stages))) or not (lists and all(lists)):
         raise ScheduleError(f"got stages {list(stages)} on {len(lists)} ranks; allowed: all from 0, some on every rank")
     done: set[Action] = set()
     for rank, actions in enumerate(lists):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import itertools
 import json
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.profiling.profile import Profile, save_profile
 from tests.cli.commands import Perseus
+from tests.iteration.pytorch_schedules import lists_of
 from tests.planning.jobs import bundled_profile
 
 
@@ -78,6 +80,45 @@ def test_a_schedule_file_brings_its_own_microbatches(perseus: Perseus, profile: 
     assert "--microbatches: not allowed with a schedule file" in refused.stderr
 
 
+@pytest.mark.parametrize("communicates", [False, True])
+def test_a_schedule_that_pytorch_wrote_is_planned(
+    perseus: Perseus, profile: Path, tmp_path: Path, communicates: bool
+) -> None:
+    schedule, out = tmp_path / "zbv.csv", tmp_path / "plan.json"
+    with schedule.open("w", newline="") as file:
+        csv.writer(file).writerows(lists_of("ZBVZeroBubble", 2, 4)[communicates])
+    job = (profile, "--blocking-power", 60, "--scale", 0.5, "-o", out)
+    done = perseus("plan", *job, "--schedule", schedule)
+    assert done.returncode == 0, done.stderr
+    from_file = load_plan(out)
+    assert perseus("plan", *job, "--schedule", "zbv", "--microbatches", 4).returncode == 0
+    named = load_plan(out)
+    assert (named.schedule, named.microbatches) == ("zbv", 4)
+    assert named.baseline_energy_j == pytest.approx(from_file.baseline_energy_j)
+    assert named.energy_j == pytest.approx(from_file.energy_j, rel=0.005)
+    kinds = [{kind for kind, *_ in stage} for stage in json.loads(out.read_text())["stages"]]
+    assert kinds[1] - kinds[0] == {"input_backward"}, "which the first stage does not compute"
+    # A share of what is known is known as well.
+    assert perseus("frontier", *job, "--schedule", schedule, "--tolerance", 0.05).returncode == 0
+    assert perseus("plan", *job, "--schedule", schedule, "--input-share", 0.7).returncode == 0
+    assert load_plan(out).baseline_time_s != from_file.baseline_time_s
+
+
+def test_a_csv_of_no_schedule_is_refused_with_the_place(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
+    schedule = tmp_path / "mine.csv"
+    job = ("plan", profile, "--blocking-power", 60, "--schedule", schedule)
+    for content, message in (
+        ("0F0,0B0\n1F0,1X0\n", "mine.csv: rank 1: got '1X0'; allowed: what PyTorch's schedules write"),
+        ("0F0\n1F0,1B0\n", "mine.csv: stage 0, microbatch 0: got F; allowed: F and B, or F, I and W"),
+        ('0F0,"0B0\n', "mine.csv: not valid CSV"),
+        ("0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0\n", "stage 1 sends 0 times to stage 0 on channel '1SEND_B0'"),
+    ):
+        schedule.write_text(content)
+        refused = perseus(*job)
+        assert refused.returncode == 2
+        assert message in " ".join(refused.stderr.split())
+
+
 def test_a_frontier_is_written(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "frontier.json"
     done = perseus("frontier", profile, "--microbatches", 4, "--blocking-power", 60, "--tolerance", 0.01, "-o", out)
@@ -123,6 +164,10 @@ def test_a_profile_that_says_what_waiting_draws_needs_no_option_for_it(perseus: 
         (("--blocking-power", "60", "--effort", "heroic"), "--effort: got 'heroic'; allowed: quick"),
         (("--blocking-power", "60", "--schedule", "early-recomputation-1f1b"), "no row for 'recompute' in stage 0"),
         (("--blocking-power", "60", "--scale", "0"), "scale: got 0"),
+        (
+            ("--blocking-power", "60", "--input-share", "1"),
+            "--input-share: got 1; allowed: a share above 0 and below 1",
+        ),
         (("--blocking-power", "60", "--switch-latency", "-1"), "--switch-latency: got -1; allowed: seconds"),
     ],
 )

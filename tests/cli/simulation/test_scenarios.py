@@ -95,6 +95,30 @@ def test_a_schedule_of_two_chunks_runs_halves_of_the_stages() -> None:
     assert of_chunks.full_clock_s == pytest.approx(2 * halves.full_clock_s)
 
 
+@pytest.mark.parametrize("name", ["interleaved-zero-bubble", "zbv", "dualpipev"])
+def test_split_backwards_wait_less_and_do_the_same_work(name: str) -> None:
+    """The profile has whole backwards of whole stages."""
+    outcomes = list(simulate([pipeline()], [named("1f1b", 8), named("interleaved-1f1b", 8), named(name, 8)], [Aim()]))
+    plain, interleaved, split = (o.figures for o in outcomes)
+    assert plain is not None
+    assert interleaved is not None
+    assert split is not None
+    assert split.scale == 0.5
+    assert split.full_clock_s < interleaved.full_clock_s < plain.full_clock_s
+    # All that is saved at full clocks is waiting.
+    waited_s = 4 * (plain.full_clock_s - split.full_clock_s)
+    assert plain.full_clock_j - split.full_clock_j == pytest.approx(factories.BLOCKING_W * waited_s)
+    assert split.energy_j < split.full_clock_j
+
+
+def test_the_share_of_the_input_gradient_is_the_callers() -> None:
+    times = [
+        only(list(simulate([pipeline()], [named("zbv", 8)], [Aim()], input_share=share))).figures
+        for share in (0.2, 0.5, 0.8)
+    ]
+    assert len({figures.full_clock_s for figures in times if figures is not None}) == 3
+
+
 def test_what_cannot_be_planned_says_why_and_the_rest_goes_on() -> None:
     outcomes = list(simulate([pipeline()], [named("interleaved-1f1b", 6, 8)], [Aim(slowdown=0.0)]))
     assert [o.figures is None for o in outcomes] == [True, False]

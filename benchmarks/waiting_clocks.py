@@ -10,6 +10,7 @@ baseline waits at full clocks. "left alone" is a plan whose GPUs wait at the clo
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from time import process_time
@@ -28,7 +29,7 @@ SMALL_S = {"forward": (0.030, 0.030, 0.030, 0.042), "backward": (0.060, 0.060, 0
 LARGE_S = {"forward": (0.080, *[0.083] * 6, 0.090), "backward": (0.160, *[0.166] * 6, 0.178)}
 
 
-def emulated(times_s: dict[str, tuple[float, ...]]) -> Profile:
+def emulated(times_s: Mapping[str, tuple[float, ...]]) -> Profile:
     """The emulated A100's profile of stages with these full-clock times."""
     return Profile.from_rows(
         (stage, kind, _row(kind, clock, seconds))

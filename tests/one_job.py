@@ -51,6 +51,7 @@ class Ran:
     Attributes:
         times_s: of every iteration, as the first rank saw it.
         energies_j: of every iteration, all GPUs together, by the emulated GPUs' exact integral.
+        by_replica_j: the same of each replica.
         states: what every iteration ran as, by the record of the first rank; empty without the plugin.
         summary: its summary.json; empty without the plugin.
         errors: of ranks.
@@ -58,6 +59,7 @@ class Ran:
 
     times_s: list[float] = field(default_factory=list)
     energies_j: list[float] = field(default_factory=list)
+    by_replica_j: list[list[float]] = field(default_factory=list)
     states: list[str] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     errors: list[BaseException] = field(default_factory=list)
@@ -72,12 +74,13 @@ class Sent:
 
 
 class OneJob:
-    """A pipeline of `stages` ranks, one replica.
+    """Pipelines of `stages` ranks each, which wait for each other at the end of every iteration.
 
     Args:
         folder: for its files; two jobs at once need two.
         steps: what is to be run.
         forward_s, backward_s: usual full-clock times per stage.
+        replicas: how many pipelines there are.
         plugin: the `perseus` block without what the job says itself; None: run without the plugin.
         slow: how many times as long a rank takes in an iteration, by rank and iteration.
         transfer_s: how long a transfer between stages takes.
@@ -92,6 +95,7 @@ class OneJob:
         *,
         forward_s: Sequence[float] = (0.010, 0.014),
         backward_s: Sequence[float] = (0.020, 0.028),
+        replicas: int = 1,
         plugin: dict[str, Any] | None = None,
         slow: Callable[[int, int], float] = lambda rank, iteration: 1.0,
         transfer_s: float = 0.0,
@@ -100,18 +104,19 @@ class OneJob:
     ) -> None:
         self._folder, self._steps, self._slow = folder, steps, slow
         self._end_s, self.transfer_s = end_s, transfer_s
-        self._stages = len(forward_s)
+        self._stages, self._replicas = len(forward_s), replicas
+        ranks = self._ranks = self._stages * replicas
         self._with_plugin = plugin is not None
         block = {**(plugin or {}), "output_dir": str(folder), "gpu": {"backend": "emulated"}}
         block["emulation"] = {"forward_time_s": list(forward_s), "backward_time_s": list(backward_s)}
         self._config = parse_config(block)
         self._exchange = LocalExchange()
-        self._channels: dict[tuple[int, int, str], queue.SimpleQueue[Sent]] = {}
+        self._channels: dict[tuple[int, int, int, str], queue.SimpleQueue[Sent]] = {}
         self._lock = threading.Lock()
         self._until, self._over = until, False
-        self._barrier = threading.Barrier(self._stages, timeout=_TIMEOUT_S)
-        self._turn = threading.Barrier(self._stages, self._look, timeout=_TIMEOUT_S)
-        self._energy_j = [[0.0] * self._stages for _ in range(len(steps) + 1)]
+        self._barrier = threading.Barrier(ranks, timeout=_TIMEOUT_S)
+        self._turn = threading.Barrier(ranks, self._look, timeout=_TIMEOUT_S)
+        self._energy_j = [[0.0] * ranks for _ in range(len(steps) + 1)]
         self.ran = Ran()
 
     def run(self) -> Ran:
@@ -120,7 +125,7 @@ class OneJob:
         Raises:
             BaseException: what the first rank that failed has raised.
         """
-        ranks = [threading.Thread(target=self._rank, args=(rank,), name=f"rank {rank}") for rank in range(self._stages)]
+        ranks = [threading.Thread(target=self._rank, args=(rank,), name=f"rank {rank}") for rank in range(self._ranks)]
         for rank in ranks:
             rank.start()
         for rank in ranks:
@@ -129,7 +134,10 @@ class OneJob:
             raise self.ran.errors[0]
         for number in range(len(self.ran.times_s)):
             before, after = self._energy_j[number], self._energy_j[number + 1]
-            self.ran.energies_j.append(sum(after) - sum(before))
+            each = [after[rank] - before[rank] for rank in range(self._ranks)]
+            replicas = [each[first : first + self._stages] for first in range(0, self._ranks, self._stages)]
+            self.ran.energies_j.append(sum(each))
+            self.ran.by_replica_j.append([sum(of_one) for of_one in replicas])
         if self._with_plugin:
             self.ran.summary = json.loads((self._folder / "summary.json").read_text())
             states: dict[int, str] = {}
@@ -152,10 +160,10 @@ class OneJob:
     def _train(self, rank: int) -> None:
         place = Placement(
             rank=rank,
-            world_size=self._stages,
-            stage=rank,
+            world_size=self._ranks,
+            stage=rank % self._stages,
             stages=self._stages,
-            replica=0,
+            replica=rank // self._stages,
             local_rank=rank,
             device="cpu",
         )
@@ -186,10 +194,10 @@ class OneJob:
 
     # What ranks have of each other.
 
-    def channel(self, source: int, target: int, name: str) -> queue.SimpleQueue[Sent]:
-        """Where one stage's transfers to another go through."""
+    def channel(self, replica: int, source: int, target: int, name: str) -> queue.SimpleQueue[Sent]:
+        """Where one stage's transfers to another of its replica go through."""
         with self._lock:
-            return self._channels.setdefault((source, target, name), queue.SimpleQueue())
+            return self._channels.setdefault((replica, source, target, name), queue.SimpleQueue())
 
     def _look(self) -> None:
         self._over = self._until()
@@ -235,11 +243,11 @@ class _Stage:
         stage = self._place.stage
         if isinstance(op, Send):
             sent = Sent(time.monotonic() + self._job.transfer_s)
-            self._job.channel(stage, op.peer, op.channel).put(sent)
+            self._job.channel(self._place.replica, stage, op.peer, op.channel).put(sent)
             if op.blocking and not sent.received.wait(_TIMEOUT_S):
                 raise TimeoutError(f"stage {op.peer} never received")
         elif isinstance(op, Receive):
-            sent = self._job.channel(op.peer, stage, op.channel).get(timeout=_TIMEOUT_S)
+            sent = self._job.channel(self._place.replica, op.peer, stage, op.channel).get(timeout=_TIMEOUT_S)
             time.sleep(max(0.0, sent.arrives_s - time.monotonic()))
             sent.received.set()
         elif isinstance(op, Compute):

@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.waiting_clocks import LARGE_S, SMALL_S, emulated
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.leader.job_socket import ask
 from perseus_plugin.planning.options import build_problem
 from perseus_plugin.profiling.profile import save_profile
-from perseus_plugin.stragglers.socket import ask
 from tests.one_job import OneJob, Ran, Step
 
 SCALES = {"4x8": 1.0, "8x12": 0.6, "8x96": 0.35}

@@ -79,6 +79,7 @@ class Replayed:
         raised: share of instructions that ran faster than planned, to catch up.
         kept: whether the iterations keep to their time.
         obstacle: what stands in the way of saving, where the plan is full clocks for that reason.
+        hinges: without one of the iterations another plan would save clearly more.
     """
 
     iterations: int
@@ -91,6 +92,7 @@ class Replayed:
     raised: float = 0.0
     kept: bool = True
     obstacle: str = ""
+    hinges: bool = False
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Replayed:

@@ -447,7 +447,8 @@ class _Deciding:
         """Put a plan onto the shelf, to be held against newer iterations from now on."""
         state, schedule, answer = self.state, seen.asked.schedule, seen.answer
         known = in_force(plan, answer, seen.asked.margin)
-        state.reviews.follow(schedule, known, state.iteration)
+        hinges = answer.replayed is not None and answer.replayed.hinges
+        state.reviews.follow(schedule, known, state.iteration, hinges)
         state.replayed = {**state.replayed, schedule: answer.replayed}
         number = state.plans.put(schedule, plan, seen.asked.survey.profile, answer.catch_up, seen.request.min_dwell_s)
         self._keep_for(state.goal, schedule, MadePlan(number, _kept(seen), answer.replayed, known))
@@ -473,12 +474,15 @@ class _Deciding:
             if answer.catch_up:
                 self._put(seen, before)
                 self._follow()
+                return
         elif clocks_of(answer.plan) != clocks_of(before) or catches_up_otherwise(seen.request.in_force, answer):
             if answer.held is not None:
                 kept = "there is a better one" if answer.held.kept else "it would not have kept to its time"
                 self._inform("plan for %s: over the last iterations %s", schedule, kept)
             state.made_anew |= before is state.plan  # what was measured under the usual plan says nothing of this one
             self._take_plan(seen, answer.plan)
+            return
+        state.reviews.stay(schedule, answer.replayed is not None and answer.replayed.hinges)
 
     def _show_usual(self) -> None:
         """What a person looks at is the plan of the schedule that runs most."""

@@ -12,7 +12,8 @@ from perseus_plugin.planning.request import PlanAnswer
 
 EVERY = 100
 """Iterations from one look at a plan to the next."""
-
+SOON = 12
+"""The same where a single iteration keeps a plan from saving more; twice as many from one such look to the next."""
 
 _LARGE = 0.2  # of an iteration, beside the work that is known: well above what iterations measured on GPUs have shown
 
@@ -21,6 +22,7 @@ _LARGE = 0.2  # of an iteration, beside the work that is known: well above what 
 class _Followed:
     in_force: InForce | None
     looked: int
+    sooner: int | None = None  # iterations after which it is looked at again, where that is soon
 
 
 class Reviews:
@@ -35,19 +37,26 @@ class Reviews:
         made._followed = dict(self._followed)
         return made
 
-    def follow(self, schedule: str, in_force: InForce | None, iteration: int) -> None:
+    def follow(self, schedule: str, in_force: InForce | None, iteration: int, hinges: bool = False) -> None:
         """A plan comes into force.
 
         Args:
             schedule: it is for.
             in_force: what to hold against newer iterations; None: whatever they say, another plan is looked for.
             iteration: the one that runs.
+            hinges: see `Replayed`.
         """
-        self._followed[schedule] = _Followed(in_force, iteration)
+        before = self._followed.get(schedule)
+        self._followed[schedule] = replace(_told(before, hinges), in_force=in_force, looked=iteration)
+
+    def stay(self, schedule: str, hinges: bool) -> None:
+        """A plan that was looked at stays in force; see `follow`."""
+        self._followed[schedule] = _told(self._followed[schedule], hinges)
 
     def due(self, schedules: Sequence[str], iteration: int) -> str | None:
         """The schedule whose plan is to be looked at now, if there is one; it is not due again for a while."""
-        due = [one for one in schedules if one in self._followed and iteration - self._followed[one].looked >= EVERY]
+        known = [(one, self._followed[one]) for one in schedules if one in self._followed]
+        due = [one for one, followed in known if iteration - followed.looked >= (followed.sooner or EVERY)]
         if not due:
             return None
         chosen = min(due, key=lambda one: self._followed[one].looked)
@@ -61,6 +70,12 @@ class Reviews:
     def clear(self) -> None:
         """No plan is in force any more."""
         self._followed.clear()
+
+
+def _told(before: _Followed | None, hinges: bool) -> _Followed:
+    followed = before or _Followed(None, 0)
+    sooner = SOON if followed.sooner is None else min(2 * followed.sooner, EVERY)
+    return replace(followed, sooner=sooner if hinges else None)
 
 
 def clocks_of(plan: Plan) -> tuple[tuple[int, ...], ...]:

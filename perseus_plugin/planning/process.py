@@ -186,7 +186,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
             return PlanAnswer(
                 None,
                 0.0,
-                replayed=held,
+                replayed=replace(held, hinges=robust.replayed.hinges),
                 held=held,
                 catch_up=told_anew,
                 overheads=replace(overheads, transfer_s=known.transfer_s),

@@ -56,6 +56,10 @@ class Outcome:
     energy_j: FloatArray
     raised: float = 0.0
 
+    def of(self, which: npt.NDArray[np.bool_]) -> Outcome:
+        """Some of the iterations; the share that was raised stays that of all."""
+        return Outcome(self.time_s[which], self.energy_j[which], self.raised)
+
 
 class Replay:
     """Replays iterations of one job.

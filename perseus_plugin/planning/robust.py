@@ -1,7 +1,8 @@
 """A plan that holds for iterations as they vary: margin and catching up are chosen by replaying measured iterations.
 
 Margins are tried from the least one upwards, each with a few ways of catching up. Of those under which the replayed
-iterations keep to their time, the best one is chosen; where none keeps to it, full clocks.
+iterations keep to their time, the best one is chosen; where none keeps to it, full clocks. Where that is the
+doing of one iteration it is said: a single stall tells nothing of how often there is one, and newer iterations will.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _ERRORS = 2.0  # standard errors by which the mean has to keep within its tolera
 _DELAYS_MOVED = 0.005  # share of an iteration by which usual delays may be off before ranks are told
 _WORTH_CHANGING = 0.005  # share of energy by which another plan has to be better than one that holds
 _LEAST_SAVING = 0.001  # less is not worth changing clocks for
+_HINGES = 0.01  # share of energy that must not depend on a single iteration
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,13 @@ class RobustPlan:
         plan: the plan; full clocks where nothing keeps the promise. It counts as cut short if one that was tried was.
         catch_up: what late ranks do under it; None: nothing.
         replayed: what the replay said of it.
+        but_for_one: what it said without the iteration that the plan makes longest; None: not looked at.
     """
 
     plan: Plan
     catch_up: CatchUp | None
     replayed: Replayed
+    but_for_one: Replayed | None = None
 
 
 def margins_from(least: float) -> tuple[float, ...]:
@@ -108,11 +112,16 @@ def choose(
         raise failure
     cut_short = any(one.plan.cut_short for one in seen)
     at_least = [] if only_waits is None else _candidates(only_waits, 0.0, replay, promise, False, latency_s)
-    kept = [one for one in [*seen, *at_least] if one.replayed.kept and one.replayed.saving_mean > _LEAST_SAVING]
+    kept = [one for one in [*seen, *at_least] if _saves(one.replayed)]
+    others = [one.but_for_one for one in seen if one.but_for_one is not None]
+    without_one = max((_worth(one, promise) for one in others if _saves(one)), default=0.0)
     if not kept:
         nearest = min(seen, key=lambda one: (one.replayed.kept, one.replayed.time_ratio_mean)).replayed
         at_full = judge(clocks_of(full_clocks, replay.graph), (), replay, promise, None, 0.0)
-        replayed = replace(at_full, obstacle=_obstacle(replay, promise, nearest))
+        hinges, obstacle = without_one > _HINGES, _obstacle(replay, promise, nearest)
+        if hinges:
+            obstacle += "; without one of these iterations there would be a plan, and newer ones are looked at soon"
+        replayed = replace(at_full, obstacle=obstacle, hinges=hinges)
         return RobustPlan(replace(full_clocks, cut_short=cut_short), None, replayed)
     best = max(kept, key=lambda one: _worth(one.replayed, promise))
     if refined is not None and best not in at_least:
@@ -120,7 +129,12 @@ def choose(
         more = _candidates(refined(margin), margin, replay, promise, catches_up, latency_s)
         cut_short = cut_short or any(one.plan.cut_short for one in more)
         best = max([best, *(one for one in more if one.replayed.kept)], key=lambda one: _worth(one.replayed, promise))
-    return replace(best, plan=replace(best.plan, cut_short=cut_short))
+    hinges = without_one > _worth(best.replayed, promise) + _HINGES
+    return replace(best, plan=replace(best.plan, cut_short=cut_short), replayed=replace(best.replayed, hinges=hinges))
+
+
+def _saves(replayed: Replayed) -> bool:
+    return replayed.kept and replayed.saving_mean > _LEAST_SAVING
 
 
 def _candidates(
@@ -128,8 +142,14 @@ def _candidates(
 ) -> list[RobustPlan]:
     """A plan without catching up and, if that is allowed, with each of the ways to do it."""
     ways = ways_to_catch_up(replay.problem, plan, latency_s) if catches_up else []
-    clocks, waits = clocks_of(plan, replay.graph), plan.wait_clocks_mhz
-    return [RobustPlan(plan, way, judge(clocks, waits, replay, promise, way, margin)) for way in (None, *ways)]
+    clocks, waits, found = clocks_of(plan, replay.graph), plan.wait_clocks_mhz, []
+    for way in (None, *ways):
+        outcome, full = replay.under(clocks, way, waits), replay.at_full_clocks
+        replayed = _judged(outcome, full, promise, way, margin)
+        others = np.arange(len(full.time_s)) != np.argmax(outcome.time_s / full.time_s)
+        but_for_one = _judged(outcome.of(others), full.of(others), promise, way, margin) if others.any() else None
+        found.append(RobustPlan(plan, way, replayed, but_for_one))
+    return found
 
 
 def ways_to_catch_up(problem: PlanningProblem, plan: Plan, latency_s: float) -> list[CatchUp]:
@@ -173,7 +193,17 @@ def judge(
         PlanError: the plan is not for the replay's profile.
     """
     outcome = replay.under(clocks_mhz, catch_up, wait_clocks_mhz)
-    full = replay.at_full_clocks
+    return _judged(outcome, replay.at_full_clocks, promise, catch_up, margin, errors)
+
+
+def _judged(
+    outcome: Outcome,
+    full: Outcome,
+    promise: Promise,
+    catch_up: CatchUp | None,
+    margin: float,
+    errors: float = _ERRORS,
+) -> Replayed:
     ratio = outcome.time_s / full.time_s
     mean = float(outcome.time_s.sum() / full.time_s.sum())
     at_quantile = float(np.quantile(ratio, promise.quantile, method="higher"))

@@ -148,6 +148,41 @@ def test_where_nothing_can_be_promised_the_plan_is_full_clocks_and_says_why() ->
     assert made.catch_up == ()
 
 
+def stalled(iteration: int = 3, stage: int = 0, by: float = 1.0) -> FloatArray:
+    """Iterations that vary little, but for one in which an instruction off the critical path takes twice as long."""
+    factors = noise(0.001)
+    nodes = [node for node in GRAPH.stage_nodes[stage].tolist() if GRAPH.instructions[node] is not None]
+    factors[iteration, 0, nodes[len(nodes) // 2]] += by
+    return factors
+
+
+@pytest.mark.parametrize("catch_up", [False, True])
+def test_one_stall_among_the_iterations_is_said_to_decide_and_even_ones_are_not(catch_up: bool) -> None:
+    even, one = answer(samples(noise(0.001)), catch_up), answer(samples(stalled()), catch_up)
+    assert even.replayed is not None
+    assert one.replayed is not None
+    assert not even.replayed.hinges
+    assert one.replayed.hinges == (one.replayed.saving_mean < even.replayed.saving_mean - 0.01)
+    if not catch_up:
+        assert one.replayed.hinges
+    if one.replayed.obstacle:
+        assert "without one of these iterations there would be a plan" in one.replayed.obstacle
+    kept = replace(samples(stalled()), durations_s=samples(stalled()).durations_s[4:])
+    others = answer(replace(kept, as_run_s=kept.durations_s, starts_s=kept.starts_s[4:]), catch_up)
+    assert others.replayed is not None
+    assert not others.replayed.hinges, "the stall is not among these"
+    assert others.replayed.saving_mean == pytest.approx(even.replayed.saving_mean, abs=0.01)
+
+
+def test_stalls_in_several_iterations_are_what_this_job_is_like() -> None:
+    factors = noise(0.001)
+    for iteration in range(0, 12, 3):
+        factors[iteration] = stalled(iteration)[iteration]
+    made = answer(samples(factors), catch_up=False)
+    assert made.replayed is not None
+    assert not made.replayed.hinges
+
+
 def test_more_effort_is_spent_on_the_margin_that_was_chosen() -> None:
     made = samples(noise(0.01))
     quick, normal = answer(made), answer(made, effort="normal")

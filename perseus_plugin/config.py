@@ -430,6 +430,12 @@ class PerseusConfig(_Strict):
     watch: WatchConfig = _setting(WatchConfig(), "an object", "When a plan is dropped.")
     stragglers: StragglersConfig = _setting(StragglersConfig(), "an object", "Slow ranks.")
     prometheus: PrometheusConfig = _setting(PrometheusConfig(), "an object", "Metrics for Prometheus.")
+    signals: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_tuple)] = _setting(
+        (),
+        'a list of objects with a `source` ("schedule", "price", "carbon" or that of another package) and its options',
+        "Targets, prices and carbon intensities by time; the first that says something of a matter is heard.",
+        max_length=16,
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", '"debug", "info", "warning" or "error"', "How much the plugin says."
     )
@@ -488,6 +494,9 @@ def with_whole_paths(config: PerseusConfig) -> PerseusConfig:
     profiling, textfile, gpus = config.profiling, config.prometheus.textfile, config.emulation.gpus
     changes: dict[str, Any] = {
         "output_dir": whole(config.output_dir),
+        "signals": tuple(
+            {**one, "file": whole(one["file"])} if isinstance(one.get("file"), str) else one for one in config.signals
+        ),
         "gpu": config.gpu.model_copy(update={"zeusd_socket": whole(config.gpu.zeusd_socket)}),
     }
     if profiling.load is not None:

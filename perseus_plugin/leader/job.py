@@ -12,6 +12,7 @@ from perseus_plugin.control.selection import Selection
 from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.exchange.store import Exchange
 from perseus_plugin.iteration.timetable import Timetable
+from perseus_plugin.leader.signals.desk import SignalDesk
 from perseus_plugin.profiling.known import Known
 
 
@@ -29,6 +30,7 @@ class Job:
         timetable: with the first round of the sweep.
         full_sweep_mhz: the sweep to make if a kept profile turns out not to fit.
         facts: what makes this rank's part of the job what it is, for the records.
+        signals: what is asked of the job by time, on rank 0; None: nothing is.
     """
 
     config: PerseusConfig
@@ -40,6 +42,7 @@ class Job:
     timetable: Timetable
     full_sweep_mhz: tuple[int, ...] = ()
     facts: Mapping[str, str] | None = None
+    signals: SignalDesk | None = None
 
     @property
     def gpu_facts(self) -> dict[str, Any]:

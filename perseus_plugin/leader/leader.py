@@ -21,6 +21,7 @@ from perseus_plugin.leader.planner_desk import Planner
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner_process import PlannerProcess
+from perseus_plugin.reporting.live.bill import Bill
 from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.live.progress import Progress
 from perseus_plugin.reporting.live.publishers import Publishers
@@ -72,6 +73,8 @@ class Leader:
         self._reporter = Reporter(job.output_dir, job.summary_facts)
         self._progress = Progress(job.timetable)
         self._publishers = publishers
+        self._signals = job.signals
+        self._bill = None if job.signals is None else Bill()
         self._heard: dict[int, RankStats] = {}
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
         self._plan_told: Plan | None = None
@@ -134,7 +137,9 @@ class Leader:
             return
         self._plan_told = self._plan
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
-        summary = self._reporter.update(self._all_stats(own), "running", **self._plan_facts())
+        stats = self._all_stats(own)
+        self._account_for(stats)
+        summary = self._reporter.update(stats, "running", **self._plan_facts())
         self._tell(events_of(summary))
 
     def finish(self, own: RankStats) -> None:
@@ -151,8 +156,14 @@ class Leader:
             sleep(0.05)
             stats = self._all_stats(own)
         self._take_last_references()
+        self._account_for(stats)
         summary = self._reporter.finish(stats, "crashed" if _crashing() else "finished", **self._plan_facts())
         self._tell(events_of(summary))
+
+    def _account_for(self, stats: Sequence[RankStats]) -> None:
+        """What energy has been taken since the last time had the value that held meanwhile."""
+        if self._signals is not None and self._bill is not None:
+            self._bill.add(stats, self._signals.worths())
 
     def _take_last_references(self) -> None:
         if self._coordinator is not None:
@@ -201,6 +212,7 @@ class Leader:
             "targets": {} if coordinator is None else dict(coordinator.state.reigns.iterations),
             "compared": Compared() if coordinator is None else coordinator.comparison.compared,
             "dropped_plans": 0 if coordinator is None else coordinator.state.dropped,
+            "bill": self._bill,
             "stragglers": None if coordinator is None else coordinator.straggler_figures(),
         }
 

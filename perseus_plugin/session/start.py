@@ -23,6 +23,7 @@ from perseus_plugin.files import opened_folder, own_folder
 from perseus_plugin.iteration.timetable import Round, Timetable, nearest_clocks
 from perseus_plugin.leader.job import Job
 from perseus_plugin.leader.leader import Leader
+from perseus_plugin.leader.signals.desk import SignalDesk
 from perseus_plugin.profiling.known import given_profile, kept_profile
 from perseus_plugin.profiling.sweep import choose_clocks, sweep_order
 from perseus_plugin.reporting.live.log import set_up_logging
@@ -110,6 +111,7 @@ def prepare(
     if placement.leads or emulates(config, placement):
         _make(output_dir)
     known = given_profile(config, placement)
+    signals = SignalDesk(config.signals) if config.signals and placement.leads else None
     _check_emulation(config, placement)
     if exchange is None:
         exchange = open_exchange(_next_name())
@@ -135,6 +137,7 @@ def prepare(
             timetable=_timetable(config, full_sweep_mhz[:1] if known.profile else full_sweep_mhz),
             full_sweep_mhz=full_sweep_mhz,
             facts={**(facts or {}), **(about or {})},
+            signals=signals,
         )
     except BaseException:
         if helper is not None:

@@ -60,7 +60,16 @@ from perseus_plugin.profiling.durations import KEPT as NEW_DURATIONS
 from perseus_plugin.profiling.durations import DurationsLog
 from perseus_plugin.profiling.estimator import estimate_stage
 from perseus_plugin.profiling.observations import Tick
-from perseus_plugin.reporting.live.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, REFERENCES, Account
+from perseus_plugin.reporting.live.account import (
+    EVERY,
+    FULL_CLOCK,
+    PLAN,
+    PROFILING,
+    RECHECK,
+    REFERENCES,
+    UNDER_PLANS,
+    Account,
+)
 from perseus_plugin.reporting.live.relay import FigureRelay
 from perseus_plugin.reporting.live.windows import Windows, step_size
 from perseus_plugin.reporting.record.recorder import Recorder
@@ -215,7 +224,7 @@ class SessionWorker:
         if self._selection.busy:
             directive, record = NOT_OURS, replace(record, undisturbed=False)
         duration_s = record.end_s - record.begin_s
-        sorts: list[str] = []
+        sorts: list[str] = [EVERY]
         if isinstance(directive, Sweep):
             self._poll_energy(True)
             sorts.append(PROFILING)
@@ -227,6 +236,8 @@ class SessionWorker:
                 self._plans_since = directive.since
                 self._account.clear(PLAN)
             sorts.append(directive.ran_as.value)
+            if not directive.straggler:
+                sorts.append(UNDER_PLANS)
         elif isinstance(directive, FullClock):
             if self._helper is None and directive.ran_as is not RanAs.WARM_UP and record.undisturbed:
                 sorts.append(FULL_CLOCK)

@@ -21,6 +21,8 @@ FULL_CLOCK = "full_clock"
 PROFILING, PLAN, STRAGGLER = RanAs.PROFILING.value, RanAs.PLAN.value, RanAs.STRAGGLER.value
 REFERENCES = RanAs.REFERENCE.value
 """Full clocks amid iterations under the plan, for it to be compared with."""
+EVERY, UNDER_PLANS = "every", "under_plans"
+"""All iterations of the run, and those under any of its plans."""
 RECHECK = "recheck"
 """Full clocks measured again after a plan was dropped: the reference from then on."""
 

@@ -11,6 +11,7 @@ from perseus_plugin.exchange.messages import RankStats, Totals
 from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.reporting.live.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, REFERENCES, STRAGGLER
+from perseus_plugin.reporting.live.bill import Bill
 from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.record.summary import (
     BesideSection,
@@ -83,6 +84,7 @@ def build_summary(
     planned_schedules: Mapping[str, int] | None = None,
     overheads: Overheads | None = None,
     targets: Mapping[str, int] | None = None,
+    bill: Bill | None = None,
 ) -> Summary:
     """The content of summary.json.
 
@@ -152,8 +154,17 @@ def build_summary(
             woken_early=sum(s.waited.woken_early for s in stats),
         ),
         beside=_beside(overheads),
+        worth=None if bill is None else bill.section(full_energy_j, _full_between_j(compared, energy_j)),
         overhead=_overhead(stats, time_s or full_time_s),
     )
+
+
+def _full_between_j(compared: Compared, energy_j: float | None) -> tuple[float, float] | None:
+    """Between what an iteration's energy at full clocks lies, by references: that under the plan over the ratio."""
+    if compared.energy is None or energy_j is None:
+        return None
+    low, high = compared.energy.interval
+    return energy_j / (1 + high), energy_j / (1 + low)
 
 
 def _differs(now_s: float | None, before_s: float | None) -> bool:

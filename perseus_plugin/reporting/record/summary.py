@@ -164,6 +164,25 @@ class OverheadSection(_Section):
     emulated_instructions_overrun: int = _told("of them, those that the CPU was too slow for", 0)
 
 
+class ValuedSection(_Section):
+    """A sum of energies, each at the value of its moment."""
+
+    total: Figure = _told("of all iterations", None)
+    under_plans: Figure = _told("of those under plans", None)
+    full_clocks: Figure = _told("of the same iterations, had they taken at those moments what full clocks take", None)
+    full_clocks_between: Interval = _told("between what that lies", None)
+    known_percent: Figure = _told("share of the energy whose value is known, and which alone is in these sums", None)
+
+
+class WorthSection(_Section):
+    """What energy was worth by the signals; of the GPUs alone, without what the site takes beside them."""
+
+    energy_kwh: Figure = _told("of all iterations, all GPUs", None)
+    currency: str = _told("of prices", "")
+    money: ValuedSection = _told("what energy cost", ValuedSection())
+    carbon_kg: ValuedSection = _told("what energy emitted, CO2", ValuedSection())
+
+
 class Summary(_Section):
     """The whole of summary.json. Times and energies are means per iteration, energies of all GPUs of the job."""
 
@@ -195,6 +214,7 @@ class Summary(_Section):
     beside: BesideSection = _told(
         "in an iteration, neither computing nor loading nor other timed work", BesideSection()
     )
+    worth: WorthSection | None = _told("what energy was worth by the signals; null: there are none", None)
     overhead: OverheadSection = _told("what the plugin itself takes")
 
     def to_json(self) -> str:

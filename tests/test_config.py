@@ -66,6 +66,7 @@ FULL: dict[str, Any] = {
         "socket": False,
     },
     "prometheus": {"textfile": "/var/lib/node_exporter/perseus.prom", "port": 9400, "address": "0.0.0.0"},
+    "signals": [{"source": "carbon", "file": "grid.csv", "stretch": [[0, 80, 0.0]]}],
     "log_level": "debug",
 }
 

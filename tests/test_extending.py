@@ -14,9 +14,12 @@ import pytest
 
 from perseus_plugin import build_graph
 from perseus_plugin.config import PerseusConfig
+from perseus_plugin.errors import ConfigError
 from perseus_plugin.integrations.base import start_session
 from perseus_plugin.integrations.in_memory import sessions_in_memory
 from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.leader.signals.desk import SignalDesk
+from perseus_plugin.leader.signals.registry import make_signal
 from perseus_plugin.stragglers.external import ExternalFigures
 from tests.factories import placement
 
@@ -108,6 +111,21 @@ def test_what_the_detector_reports_reaches_the_session(folder: Path, monkeypatch
         start_session(PerseusConfig(), placement())
         assert detector.report() == {0: 1.0, 1: 1.3}, "the job gets what it would get"
     assert sessions[0].took == [ExternalFigures("toy detector", {0: 1.0, 1: 1.3}, comparable=True)]
+
+
+def test_the_signal_is_found_by_its_name_and_says_what_it_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder / "packages")
+    told = {"source": "evenings", "watts": 9000, "from": 17, "to": 20}
+    now_s = 20_000 * 86400.0
+    desk = SignalDesk([told], now=lambda: now_s)
+    seen = []
+    for _ in range(4):
+        asked = desk.look()
+        seen.append(None if asked is None or asked.limit is None else asked.limit.job_w)
+        now_s = make_signal(told, "here").next_change(now_s)
+    assert seen == [None, 9000, None, 9000]
+    with pytest.raises(ConfigError, match="allowed: watts, from and to"):
+        make_signal({"source": "evenings"}, "here")
 
 
 def test_the_toys_are_short() -> None:

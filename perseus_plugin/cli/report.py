@@ -14,7 +14,15 @@ from perseus_plugin.errors import ConfigError
 from perseus_plugin.files import write_atomically
 from perseus_plugin.reporting.report.findings import Findings, Options, find
 from perseus_plugin.reporting.report.folder import load_folder, state_of
-from perseus_plugin.reporting.report.phrases import Rows, comparison, headline, job_line, rates_line, worth_rows
+from perseus_plugin.reporting.report.phrases import (
+    Rows,
+    comparison,
+    headline,
+    job_line,
+    rates_line,
+    valued_rows,
+    worth_rows,
+)
 from perseus_plugin.reporting.report.trace import trace_of
 from perseus_plugin.reporting.report.worth import AVERAGE_PUE, HOURS_PER_YEAR, WORLD_INTENSITY_G, Rates
 
@@ -84,7 +92,7 @@ def show(found: Findings, console: Console) -> None:
     for name, value, more in headline(found):
         text = f"  {name}: {value}" + (f" ({more})" if more else "")
         console.print(text, highlight=False, soft_wrap=True, markup=False)
-    for rows in (comparison(folder), worth_rows(found)):
+    for rows in (comparison(folder), valued_rows(found), worth_rows(found)):
         if rows:
             console.print(_table(rows))
     if worth_rows(found):

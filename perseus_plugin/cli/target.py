@@ -35,7 +35,7 @@ def target(
     lasting: Annotated[float | None, typer.Option("--for", help="Or: it lasts so many seconds.")] = None,
     source: Annotated[str, typer.Option(help="Who says so: a source's newest word replaces what it said.")] = "cli",
     clear: Annotated[bool, typer.Option("--clear", help="Take back what this source has said.")] = False,
-    clear_all: Annotated[bool, typer.Option("--clear-all", help="Take back what every source has said.")] = False,
+    clear_all: Annotated[bool, typer.Option("--clear-all", help="Take back what all sources have said.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Show what is aimed at, and what became of it.")] = False,
     wait: Annotated[float, typer.Option(help="Seconds to wait for the answer; 0: do not wait.")] = 30.0,
 ) -> None:

@@ -126,7 +126,10 @@ class Coordinator:
             wake=wake,
         )
         self.targets = TargetDesk(
-            job.exchange, file=None if config.target_file is None else Path(config.target_file), wake=wake
+            job.exchange,
+            signals=job.signals,
+            file=None if config.target_file is None else Path(config.target_file),
+            wake=wake,
         )
         self._rules = Rules(
             config,

@@ -28,7 +28,7 @@ from perseus_plugin.planning.targets import Prices, Target
 CONFIG = "perseus block"
 """Source of what the configuration says."""
 EVERYONE = ""
-"""In the place of a source: all but the configuration."""
+"""In the place of a source: all that have said something by a command."""
 LAST_TIME = 1e10  # Unix seconds: some three hundred years
 _OUTCOMES_KEPT = 256
 _SOURCES_AT_MOST = 64
@@ -248,7 +248,8 @@ class TargetBook:
     def take(self, entry: Entry) -> None:
         """Something is said: it stands in the place of what its source said before."""
         for before in list(self._entries.values()):
-            if before.number and (before.key == entry.key or entry.source == EVERYONE):
+            everyone = entry.source == EVERYONE and before.standing is Standing.COMMAND
+            if before.number and (before.key == entry.key or everyone):
                 if entry.says_nothing:
                     self._leave(before, "ended", "taken back")
                 else:

@@ -17,6 +17,7 @@ from perseus_plugin.errors import PerseusError, os_problem
 from perseus_plugin.exchange.messages import TARGETS
 from perseus_plugin.exchange.store import Exchange
 from perseus_plugin.files import parse_json, read_text
+from perseus_plugin.leader.signals.desk import SignalDesk
 from perseus_plugin.leader.target_book import (
     EVERYONE,
     Entry,
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 REQUESTS = ("target", "targets", "clear_target")
 """What `do` may be in a request of the socket."""
+SIGNALS = "signals"
+"""Source of what `perseus.signals` ask for at their hour."""
 FILE = "target file"
 """Source of what the watched file says."""
 _LOOK_EVERY_S = 0.5
@@ -43,6 +46,7 @@ class TargetDesk:
 
     Args:
         exchange: to all ranks.
+        signals: what is asked for by time, None: nothing is.
         file: that is watched, None: none is.
         wake: called when a request has brought something new.
         now: Unix time.
@@ -53,12 +57,13 @@ class TargetDesk:
         self,
         exchange: Exchange,
         *,
+        signals: SignalDesk | None = None,
         file: Path | None = None,
         wake: Callable[[], None] = lambda: None,
         now: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._exchange, self._file, self._wake = exchange, file, wake
+        self._exchange, self._signals, self._file, self._wake = exchange, signals, file, wake
         self._now, self._monotonic = now, monotonic
         self._lock = threading.Lock()
         self._said: list[Entry] = []
@@ -97,6 +102,9 @@ class TargetDesk:
                 self._enter(value)
             except TargetError as error:
                 logger.warning("a target was refused: %s; correct it and say it again", error)
+        asked = None if self._signals is None else self._signals.look()
+        if asked is not None:
+            self._take(Entry(0, SIGNALS, Standing.SIGNAL, asked.wish, asked.limit))
         if self._file is not None and self._monotonic() >= self._look_due_s:
             self._look_due_s = self._monotonic() + _LOOK_EVERY_S
             self._look_at(self._file)

@@ -50,7 +50,7 @@ def states(of: TargetBook) -> dict[int, str]:
         ([Entry(1, "a", COMMAND, None, KW), Entry(2, "b", COMMAND, Target.full())], Goal(Target.full(), KW)),
         ([Entry(1, "a", COMMAND, None, KW), Entry(2, "a", COMMAND, Target.full())], Goal(Target.full())),
         ([Entry(1, "a", COMMAND, SLOWER), Entry(2, "a", COMMAND)], Goal(USUAL)),
-        ([Entry(1, "a", COMMAND, SLOWER), Entry(2, "b", SIGNAL, FASTER), Entry(3, EVERYONE, COMMAND)], Goal(USUAL)),
+        ([Entry(1, "a", COMMAND, SLOWER), Entry(2, "b", SIGNAL, FASTER), Entry(3, EVERYONE, COMMAND)], Goal(FASTER)),
     ],
 )
 def test_what_is_in_force(entries: Sequence[Entry], goal: Goal) -> None:

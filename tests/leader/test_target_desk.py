@@ -10,18 +10,25 @@ import pytest
 
 from perseus_plugin.exchange.messages import TARGETS
 from perseus_plugin.exchange.store import LocalExchange
-from perseus_plugin.leader.target_book import Entry, TargetBook, TargetError
-from perseus_plugin.leader.target_desk import FILE, TargetDesk
+from perseus_plugin.leader.signals.desk import SignalDesk
+from perseus_plugin.leader.target_book import Entry, Goal, Standing, TargetBook, TargetError
+from perseus_plugin.leader.target_desk import FILE, SIGNALS, TargetDesk
+from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.targets import Target
 
 
 class Desk:
     """A desk at which it is 1,000 s, and ten seconds later at every look."""
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, file: Path | None = None, signals: list[dict[str, Any]] | None = None) -> None:
         self.exchange, self.woken, self.now_s = LocalExchange(), 0, 1000.0
         self.desk = TargetDesk(
-            self.exchange, file=file, wake=self._wake, now=lambda: self.now_s, monotonic=lambda: self.now_s
+            self.exchange,
+            signals=None if signals is None else SignalDesk(signals, now=lambda: self.now_s),
+            file=file,
+            wake=self._wake,
+            now=lambda: self.now_s,
+            monotonic=lambda: self.now_s,
         )
 
     def _wake(self) -> None:
@@ -125,3 +132,30 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.Log
     file.mkdir()
     assert desk.wishes() == []
     assert caplog.text.count("What it said before stays; correct the file") == 6
+
+
+def test_signals_stand_below_commands_and_above_the_configuration_and_are_heard_as_they_change(tmp_path: Path) -> None:
+    day = tmp_path / "day.csv"
+    day.write_text("time,power_budget_w\n1970-01-01T00:17Z,900\n1970-01-01T00:18Z,\n")
+    desk = Desk(signals=[{"source": "schedule", "file": str(day)}])
+    book = TargetBook(Target.slowdown(0.0), PowerBudget(2000.0))
+
+    def goal() -> Goal:
+        for entry in desk.look():
+            book.take(entry)
+        return book.goal
+
+    def limit_w() -> float | None:
+        limit = goal().limit
+        return None if limit is None else limit.job_w
+
+    assert limit_w() == 2000.0, "it is 00:16:50"
+    desk.now_s = 1020.0
+    assert limit_w() == 900.0
+    assert [(entry.source, entry.standing) for entry in book.entries[1:]] == [(SIGNALS, Standing.SIGNAL)]
+    desk.desk.request({"do": "target", "target": {"power_budget_w": 1000, "source": "site"}})
+    assert limit_w() == 1000.0
+    desk.desk.request({"do": "clear_target", "source": None})
+    assert limit_w() == 900.0, "what a signal asks for no command takes back"
+    desk.now_s = 1080.0
+    assert limit_w() == 2000.0

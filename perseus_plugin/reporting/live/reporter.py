@@ -162,6 +162,14 @@ def _remarks(summary: Summary) -> str:
             f"{waiting.lowered_waits} waits were spent at a lower clock, {waiting.woken_early} of them ended before it "
             "was back"
         )
+    worth = summary.worth
+    for of, unit in () if worth is None else ((worth.money, worth.currency), (worth.carbon_kg, "kg of CO2")):
+        if of.under_plans is not None and of.full_clocks is not None:
+            remarks.append(
+                f"by the signals {of.under_plans:.3g} {unit} under plans, and {of.full_clocks:.3g}"
+                + ("" if of.full_clocks_between is None else " ({:.3g} to {:.3g})".format(*of.full_clocks_between))
+                + " at full clocks"
+            )
     if summary.beside.percent is not None:
         remarks.append(f"{summary.beside.percent:.1f} % of an iteration are neither computing nor loading")
     if summary.overhead.hook_time_percent is not None:

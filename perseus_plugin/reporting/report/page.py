@@ -17,6 +17,7 @@ from perseus_plugin.reporting.report.phrases import (
     headline,
     job_line,
     rates_line,
+    valued_rows,
     worth_rows,
 )
 
@@ -120,11 +121,11 @@ def _section(name: str, figure: Any, text: str) -> str:
 
 
 def _worth(found: Findings) -> str:
-    rows = worth_rows(found)
+    rows, valued = worth_rows(found), valued_rows(found)
     if not rows:
         return ""
     return (
-        f'<section id="worth"><h2>What it is worth</h2>{table(rows)}'
+        f'<section id="worth"><h2>What it is worth</h2>{table(valued) if valued else ""}{table(rows)}'
         f'<p class="muted">{html.escape(rates_line(found.options.rates))}</p></section>'
     )
 

@@ -130,6 +130,29 @@ def worth_rows(found: Findings) -> Rows:
     return rows if len(rows) > 1 else []
 
 
+def valued_rows(found: Findings) -> Rows:
+    """What energy was worth at the value of each moment, by the job's signals; empty where they told none."""
+    summary, pue = found.folder.summary, found.options.rates.pue
+    worth = None if summary is None else summary.worth
+    if worth is None:
+        return []
+    rows: Rows = [("at the value of each moment", "as run", "under plans", "full clocks instead", "of the energy")]
+    for name, unit, of in (("money", worth.currency, worth.money), ("CO2", "kg", worth.carbon_kg)):
+        if of.total is None:
+            continue
+
+        def figure(value: float | None, unit: str = unit) -> str:
+            return "" if value is None else f"{_figure(pue * value)} {unit}".strip()
+
+        between = of.full_clocks_between
+        full = figure(of.full_clocks)
+        if full and between is not None:
+            full += f" ({_figure(pue * between[0])} to {_figure(pue * between[1])})"
+        known = "" if of.known_percent is None else f"{of.known_percent:.0f} %"
+        rows.append((name, figure(of.total), figure(of.under_plans), full, known))
+    return rows if len(rows) > 1 else []
+
+
 def _per_sample(found: Findings) -> Rows:
     per, samples, rates = found.per, found.samples, found.options.rates
     if per is None or not samples:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from perseus_plugin.exchange.messages import Totals
 from perseus_plugin.reporting.live import reporter as reporter_module
+from perseus_plugin.reporting.live.bill import Bill, Worth
 from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.live.pairs import Effect
 from perseus_plugin.reporting.live.reporter import Reporter, events_of, print_summary
@@ -119,6 +120,22 @@ def test_what_references_cost_is_said() -> None:
     references = Totals(iterations=30, time_s=30 * full.time_s / full.iterations)
     ranks = [one.model_copy(update={"totals": {**one.totals, "reference": references}}) for one in RANKS]
     assert "30 at full clocks amid them to compare with, which saved 5700 J less for it" in printed(made(ranks))
+
+
+def test_what_energy_was_worth_by_the_signals_is_said() -> None:
+    bill = Bill()
+    planned = {"every": Totals(iterations=9, energy_j=6e6), "under_plans": Totals(iterations=5, energy_j=3.6e6)}
+    ranks = [one.model_copy(update={"totals": {**one.totals, **planned}}) for one in RANKS]
+    bill.add(ranks, [(1.0, Worth(0.1, currency="EUR"))])
+    compared = Compared(None, Effect(math.log(0.8), 0.001, blocks=10, iterations=120))
+    summary = made(ranks, compared=compared, bill=bill)
+    assert summary.worth is not None
+    assert summary.energy_j.full_clock == pytest.approx(710 / 0.8)
+    money = summary.worth.money
+    assert money.full_clocks == pytest.approx(5 * 710 / 0.8 / 3.6e6 * 0.1)
+    assert money.full_clocks_between is not None
+    assert money.full_clocks_between[0] < money.full_clocks < money.full_clocks_between[1]
+    assert "by the signals 0.2 EUR under plans, and 0.000123 (0.000123 to 0.000124) at full clocks" in printed(summary)
 
 
 def test_the_table_of_a_real_gpu_names_the_backend_and_what_is_unknown_is_a_dash() -> None:

@@ -14,7 +14,15 @@ from perseus_plugin.reporting.report.findings import Options, find, full_clock_f
 from perseus_plugin.reporting.report.folder import ReportError, load_folder
 from perseus_plugin.reporting.report.lanes import planned_lanes
 from perseus_plugin.reporting.report.page import page
-from perseus_plugin.reporting.report.phrases import comparison, energy, headline, job_line, rates_line, worth_rows
+from perseus_plugin.reporting.report.phrases import (
+    comparison,
+    energy,
+    headline,
+    job_line,
+    rates_line,
+    valued_rows,
+    worth_rows,
+)
 from perseus_plugin.reporting.report.worth import Rates
 from tests.reporting.job import STEP_S, WAITING_W, Job
 
@@ -165,6 +173,17 @@ def test_intervals_stand_beside_predicted_and_measured_figures(tmp_path: Path) -
         del summary[name]
     path.write_text(json.dumps(summary))
     assert comparison(load_folder(job.folder)) == plain, "a summary of an earlier version"
+
+
+def test_what_energy_was_worth_at_each_moment_stands_beside_full_clocks(job: Job) -> None:
+    path = job.folder / "summary.json"
+    assert valued_rows(find(load_folder(job.folder))) == []
+    money = {"total": 20.0, "under_plans": 10.0, "full_clocks": 12.0, "full_clocks_between": [11.0, 13.0]}
+    worth = {"energy_kwh": 100.0, "currency": "EUR", "money": {**money, "known_percent": 99.6}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "worth": worth}))
+    found = find(load_folder(job.folder), Options(Rates(pue=2.0)))
+    assert valued_rows(found)[1:] == [("money", "40 EUR", "20 EUR", "24 EUR (22 to 26)", "100 %")]
+    assert "24 EUR (22 to 26)" in page(found)
 
 
 def test_references_are_no_changes_worth_a_mark(tmp_path: Path) -> None:

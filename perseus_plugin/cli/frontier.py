@@ -85,13 +85,14 @@ def frontier(
 
 def summary(made: Frontier) -> Table:
     """One row per sample."""
-    table = Table("deadline", "iteration time", "energy", "saving", "gap", box=None, pad_edge=False)
+    table = Table("deadline", "iteration time", "energy", "power", "saving", "gap", box=None, pad_edge=False)
     for point in made.points:
         plan = point.plan
         table.add_row(
             f"{point.deadline_s:.4f} s",
             f"{plan.iteration_time_s:.4f} s",
             f"{plan.energy_j:.1f} J",
+            f"{plan.energy_j / plan.iteration_time_s:.1f} W",
             f"{1 - plan.energy_j / made.baseline_energy_j:.2%}",
             f"{plan.energy_j / point.bound_j - 1:.3%}",
         )
@@ -99,7 +100,7 @@ def summary(made: Frontier) -> Table:
 
 
 def draw(made: Frontier, path: Path) -> None:
-    """Draw bound and plans.
+    """Draw bound and plans, energy above power.
 
     Raises:
         ConfigError: matplotlib is not installed, or it cannot write that kind of file.
@@ -108,16 +109,25 @@ def draw(made: Frontier, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("--plot: needs matplotlib, which is not installed (pip install matplotlib)") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    deadlines = [point.deadline_s for point in made.points]
-    axes.plot(deadlines, [point.bound_j for point in made.points], color="0.6", label="lower bound")
-    plans = [point.plan for point in made.points]
-    axes.plot([p.iteration_time_s for p in plans], [p.energy_j for p in plans], "o", ms=4, label="plans")
-    axes.plot([made.baseline_time_s], [made.baseline_energy_j], "s", color="C3", label="full clocks")
-    axes.set_xlabel("iteration time [s]")
-    axes.set_ylabel("energy per iteration, one GPU per stage [J]")
-    axes.legend()
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    energies, powers = figure.subplots(2, sharex=True)
+    bound = [(point.deadline_s, point.bound_j) for point in made.points]
+    plans = [(point.plan.iteration_time_s, point.plan.energy_j) for point in made.points]
+    for points, look in (
+        (bound, {"color": "0.6", "label": "lower bound"}),
+        (plans, {"color": "C0", "marker": "o", "ms": 4, "ls": "", "label": "plans"}),
+        (
+            [(made.baseline_time_s, made.baseline_energy_j)],
+            {"color": "C3", "marker": "s", "ls": "", "label": "full clocks"},
+        ),
+    ):
+        times_s = [time_s for time_s, _ in points]
+        energies.plot(times_s, [energy_j for _, energy_j in points], **look)
+        powers.plot(times_s, [energy_j / time_s for time_s, energy_j in points], **look)
+    energies.set_ylabel("energy per iteration, one GPU per stage [J]")
+    powers.set_ylabel("average power, one GPU per stage [W]")
+    powers.set_xlabel("iteration time [s]")
+    energies.legend()
     try:
         figure.savefig(path)
     except ValueError as error:

@@ -548,10 +548,23 @@ class _Deciding:
         """What is to be in force is, from this iteration on, unless something newer is on its way."""
         state = self.state
         now = FULL_CLOCKS if state.at_full else state.goal
-        state.reigns.begin(begins, str(now))
+        self._begin_reign(begins, str(now), now)
         if now == state.targets.goal:
             state.targets.reached(begins)
         self._tell_of_targets()
+
+    def _begin_reign(self, begins: int, says: str, goal: Goal = FULL_CLOCKS) -> None:
+        """This is in force from that iteration on, and written down where it is something else than before."""
+        state = self.state
+        if not state.reigns.begin(begins, says):
+            return
+        facts: dict[str, Any] = {"iteration": begins, "says": says, **goal.to_dict()}
+        if goal.limit is not None:
+            del facts["limit"]["stage_of"]  # as long as the job has ranks
+        made = None if goal == FULL_CLOCKS else state.expectations.predicted(state.plan, state.replayed)
+        if made is not None:
+            facts |= {"time_ratio": made.time_ratio, "energy_ratio": made.energy_ratio}
+        self.effects.append(Record("goal", facts))
 
     def _take_aimed(self, seen: Answered) -> None:
         state, asked, answer = self.state, seen.asked, seen.answer
@@ -721,7 +734,7 @@ class _Deciding:
         )
         state.answers.leave()
         state.times.measure_again()
-        state.reigns.begin(self._order("full", reason=text, recheck=True), "full clocks, to measure again")
+        self._begin_reign(self._order("full", reason=text, recheck=True), "full clocks, to measure again")
         state.recheck_sequence = state.orders.sequence
         state.phase = Phase.RECHECKING
 
@@ -771,7 +784,7 @@ class _Deciding:
         self.effects.append(RefuseReports(f"the job stays at full clocks: {why}"))
         self.state.targets.refuse_all(f"the job stays at full clocks: {why}")
         self._tell_of_targets()
-        self.state.reigns.begin(self._order("full", reason=why), "full clocks, for good")
+        self._begin_reign(self._order("full", reason=why), "full clocks, for good")
         self.state.phase = Phase.GIVEN_UP
 
     def _order(self, action: Literal["follow", "full", "sweep"], **what: Any) -> int:

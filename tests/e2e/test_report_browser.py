@@ -148,13 +148,13 @@ def test_the_frontier_has_its_points(page: Shown, found: Findings) -> None:
     lengths = {trace["name"]: trace["length"] for trace in page.data("frontier")}
     assert lengths["lower bound"] == lengths["plans"] == samples
     assert lengths["full clocks"] == lengths["the job's plan"] == 1
-    assert page.count("#figure-frontier .scatterlayer .point") == samples + 3
+    assert page.count("#figure-frontier .scatterlayer .point") == 2 * (samples + 3), "energy above power"
 
 
 def test_training_shows_every_iteration(page: Shown, found: Findings) -> None:
     assert found.series is not None
     shown = page.count("#figure-training .scatterlayer .point")
-    assert shown == 2 * len(found.series.stretches)
+    assert shown == 3 * len(found.series.stretches), "time, energy, power"
 
 
 def test_pointing_at_a_bar_tells_its_values(page: Shown, found: Findings) -> None:

@@ -128,7 +128,7 @@ def test_from_a_sweep_to_a_plan() -> None:
     assert [type(effect) for effect in story.effects] == [SaveProfile, Ask]
     assert story.state.phase is Phase.PLANNING
     story.then(story.answered())
-    assert [type(e) for e in story.effects if not isinstance(e, Say)] == [ShowPlan, PublishSet, Order]
+    assert [type(e) for e in story.effects if not isinstance(e, Say)] == [ShowPlan, PublishSet, Order, Record]
     (order,) = story.of(Order)
     assert (order.news.action, order.news.version, order.news.sequence) == ("follow", 1, 1)
     assert order.news.switch == 22, "two iterations of half a second are time enough for all to hear of it"

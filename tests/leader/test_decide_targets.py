@@ -171,6 +171,12 @@ def test_iterations_are_counted_by_what_was_in_force(wish: Target) -> None:
     story = planned().then(*full(30), said(1, wish))
     if wish is SLOWER:
         story.then(story.answered(SLOWER_PLAN))
-    story.then(*[one for one in full(40) if one.number >= 30])  # type: ignore[union-attr]
     name = {SLOWER: "slowdown 20 %"}.get(wish, "full clocks")
+    goals = [one.facts for one in story.of(Record) if one.kind == "goal"]
+    assert [(goal["iteration"], goal["says"]) for goal in goals] == [(32, name)]
+    assert goals[0]["wish"] == wish.to_dict()
+    predicted = (SLOWER_PLAN.iteration_time_s / SLOWER_PLAN.baseline_time_s,) if wish is SLOWER else (None,)
+    assert (goals[0].get("time_ratio"),) == pytest.approx(predicted)
+    assert story.state.reigns.changes == 1
+    story.then(*[one for one in full(40) if one.number >= 30])  # type: ignore[union-attr]
     assert dict(story.state.reigns.iterations) == {"slowdown 0 %": 10, name: 8}

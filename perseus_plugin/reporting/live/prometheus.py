@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FIGURES = ("full_clock", "predicted", "measured", "measured_low", "measured_high")
 """Last parts of event names that become the label `figure`."""
 
-_UNITS = {"_s": "_seconds", "_j": "_joules"}
+_UNITS = {"_s": "_seconds", "_j": "_joules", "_w": "_watts"}
 Event = tuple[str, float]
 
 

@@ -77,6 +77,7 @@ def events_of(summary: Summary) -> list[tuple[str, float]]:
     sections: dict[str, Columns | Changed] = {
         "iteration_time_s": summary.iteration_time_s,
         "energy_j": summary.energy_j,
+        "power_w": summary.power_w,
         "saving_percent": summary.saving_percent,
         "slowdown_percent": summary.slowdown_percent,
     }
@@ -107,6 +108,7 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     for name, columns, unit, digits in (
         ("time", summary.iteration_time_s, "s", 4),
         ("energy", summary.energy_j, "J", 1),
+        ("power", summary.power_w, "W", 1),
     ):
         values = (columns.full_clock, columns.predicted, columns.measured)
         table.add_row(name, *(_cell(value, unit, digits) for value in values))

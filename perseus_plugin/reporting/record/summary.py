@@ -22,6 +22,10 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _ratio(energy_j: float | None, time_s: float | None) -> float | None:
+    return energy_j / time_s if energy_j is not None and time_s else None
+
+
 Figure = Annotated[float | None, BeforeValidator(_finite)]
 """A number; None: not known (yet)."""
 Interval = tuple[float, float] | None
@@ -216,6 +220,16 @@ class Summary(_Section):
     )
     worth: WorthSection | None = _told("what energy was worth by the signals; null: there are none", None)
     overhead: OverheadSection = _told("what the plugin itself takes")
+
+    @property
+    def power_w(self) -> Columns:
+        """Average power over an iteration, all GPUs of the job together."""
+        energies, times = self.energy_j, self.iteration_time_s
+        return Columns(
+            full_clock=_ratio(energies.full_clock, times.full_clock),
+            predicted=_ratio(energies.predicted, times.predicted),
+            measured=_ratio(energies.measured, times.measured),
+        )
 
     def to_json(self) -> str:
         """The content of the file."""

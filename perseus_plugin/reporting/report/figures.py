@@ -13,36 +13,21 @@ from plotly.subplots import make_subplots
 from perseus_plugin.planning.curve import FrontierCurve
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Profile
-from perseus_plugin.reporting.record.iterations import FULL, PLAN, PROFILING, STRAGGLER, UNKNOWN, WARM_UP, Stretch
-from perseus_plugin.reporting.record.records import Series
 from perseus_plugin.reporting.record.samples import Sample
-from perseus_plugin.reporting.report.findings import Happening
 from perseus_plugin.reporting.report.lanes import Block, Lanes, Wait
+from perseus_plugin.reporting.report.style import (
+    BLUE,
+    CLOCKS,
+    GREEN,
+    MUTED,
+    RED,
+    TEXT,
+    WAITING,
+    legend_above,
+    styled,
+)
 from perseus_plugin.reporting.report.worth import PerIteration
 
-TEXT = "#1c2733"
-MUTED = "#5b6875"
-GRID = "#e3e7eb"
-WAITING = "#e4e8ec"
-BLUE, RED, GREEN = "#2f6fb2", "#c8442c", "#2f8f57"
-CLOCKS = ["#5aa5d6", "#9bd0c3", "#f2e394", "#f6b26b", "#ea6a47"]
-"""From the lowest clock to the highest; dark text is legible on all of them."""
-STATE_COLOURS = {
-    WARM_UP: "#9aa5b1",
-    PROFILING: "#8e6bb8",
-    FULL: RED,
-    PLAN: BLUE,
-    STRAGGLER: "#d08a1d",
-    UNKNOWN: "#5c6670",
-}
-STATE_NAMES = {
-    WARM_UP: "warm-up",
-    PROFILING: "profiling",
-    FULL: "full clocks",
-    PLAN: "plan",
-    STRAGGLER: "plan for a straggler's pace",
-    UNKNOWN: "clocks not known",
-}
 _LABELLED = 200  # most blocks of a row of pictures that carry their microbatch
 _MAX_STAGES_OF_CURVES = 32
 
@@ -94,7 +79,7 @@ def timeline(lanes: Sequence[Lanes]) -> go.Figure:
     figure.update_xaxes(title_text="time from the first instruction (s)", row=len(lanes), col=1)
     figure.update_yaxes(showgrid=False, ticks="outside", ticklen=5, tickcolor="rgba(0,0,0,0)")
     figure.update_annotations(x=0, xanchor="left", font={"size": 14})
-    return _styled(figure)
+    return styled(figure)
 
 
 def _waits(one: Lanes) -> str:
@@ -180,24 +165,14 @@ def _about(block: Block) -> str:
 
 
 def frontier(made: FrontierCurve, plan: Plan, per: PerIteration | None) -> go.Figure:
-    """Bound and plans over the iteration time, with full clocks and the plan that was chosen."""
-    points = made.samples
-    figure = go.Figure()
-    figure.add_trace(
-        go.Scatter(
-            name="lower bound", x=[p.deadline_s for p in points], y=[p.bound_j for p in points], mode="lines",
-            line={"color": "#8995a1", "width": 2}, hovertemplate="no plan takes less than %{y:.1f} J<extra></extra>",
-        )
-    )  # fmt: skip
-    savings = [100 * (1 - p.energy_j / made.baseline_energy_j) for p in points]
-    figure.add_trace(
-        go.Scatter(
-            name="plans", x=[p.iteration_time_s for p in points], y=[p.energy_j for p in points], mode="markers",
-            marker={"color": BLUE, "size": 8}, customdata=savings,
-            hovertemplate="%{x:.4f} s, %{y:.1f} J<br>%{customdata:.1f} % less than full clocks<extra>plan</extra>",
-        )
-    )  # fmt: skip
-    chosen: list[tuple[str, float, float, str, str]] = [
+    """Bound and plans over the iteration time, energy above power, with full clocks and the plan that was chosen."""
+    shapes: list[tuple[str, list[tuple[float, float]], dict[str, Any]]] = [
+        ("lower bound", [(p.deadline_s, p.bound_j) for p in made.samples],
+         {"mode": "lines", "line": {"color": "#8995a1", "width": 2}}),
+        ("plans", [(p.iteration_time_s, p.energy_j) for p in made.samples],
+         {"mode": "markers", "marker": {"color": BLUE, "size": 8}}),
+    ]  # fmt: skip
+    chosen = [
         ("full clocks", plan.baseline_time_s, plan.baseline_energy_j, "square", RED),
         ("the job's plan", plan.iteration_time_s, plan.energy_j, "star", GREEN),
     ]
@@ -206,17 +181,26 @@ def frontier(made: FrontierCurve, plan: Plan, per: PerIteration | None) -> go.Fi
         energy_j = plan.baseline_energy_j * per.plan_j / per.full_j
         chosen.append(("as run, against measured full clocks", time_s, energy_j, "diamond-open", GREEN))
     for name, time_s, energy_j, symbol, colour in chosen:
-        figure.add_trace(
-            go.Scatter(
-                name=name, x=[time_s], y=[energy_j], mode="markers",
-                marker={"symbol": symbol, "size": 14, "color": colour, "line": {"width": 2, "color": colour}},
-                hovertemplate=f"{name}<br>%{{x:.4f}} s, %{{y:.1f}} J<extra></extra>",
-            )
-        )  # fmt: skip
-    figure.update_xaxes(title_text="iteration time (s)")
-    figure.update_yaxes(title_text="energy per iteration, one GPU per stage (J)")
-    figure.update_layout(height=440, legend=_legend_above())
-    return _styled(figure)
+        marker = {"symbol": symbol, "size": 14, "color": colour, "line": {"width": 2, "color": colour}}
+        shapes.append((name, [(time_s, energy_j)], {"mode": "markers", "marker": marker}))
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06)
+    for name, points, look in shapes:
+        about = "no plan takes less than" if name == "lower bound" else f"{name}<br>%{{x:.4f}} s,"
+        saved = "<br>%{customdata:.1f} % less energy than full clocks<extra></extra>"
+        for row, unit in ((1, "J"), (2, "W")):
+            figure.add_trace(
+                go.Scatter(
+                    name=name, legendgroup=name, showlegend=row == 1, x=[time_s for time_s, _ in points],
+                    y=[energy_j if row == 1 else energy_j / time_s for time_s, energy_j in points],
+                    customdata=[100 * (1 - energy_j / made.baseline_energy_j) for _, energy_j in points],
+                    hovertemplate=f"{about} %{{y:.1f}} {unit}{saved}", **look,
+                ), row=row, col=1,
+            )  # fmt: skip
+    figure.update_xaxes(title_text="iteration time (s)", row=2, col=1)
+    figure.update_yaxes(title_text="energy per iteration (J)", row=1, col=1)
+    figure.update_yaxes(title_text="average power (W)", row=2, col=1)
+    figure.update_layout(height=640, legend=legend_above())
+    return styled(figure)
 
 
 def curves(profile: Profile) -> go.Figure:
@@ -253,7 +237,7 @@ def curves(profile: Profile) -> go.Figure:
     figure.update_yaxes(title_text="time (ms)", row=2, col=1)
     figure.update_xaxes(title_text="SM clock (MHz)", row=2)
     figure.update_layout(height=560, legend={"y": 1, "x": 1.01})
-    return _styled(figure)
+    return styled(figure)
 
 
 def _error_bars(values: list[float]) -> dict[str, Any]:
@@ -301,8 +285,8 @@ def clocks(samples: Sequence[Sample]) -> go.Figure:
         room = 20 + 0.06 * (max(seen) - min(seen))
         figure.update_yaxes(range=[min(seen) - room, max(seen) + room])
     figure.update_xaxes(title_text="time from the beginning of the iteration (s)", row=stages, col=1)
-    figure.update_layout(height=120 + 105 * stages, legend=_legend_above())
-    return _styled(figure)
+    figure.update_layout(height=120 + 105 * stages, legend=legend_above())
+    return styled(figure)
 
 
 def _steps(sample: Sample) -> tuple[list[float], list[int | None]]:
@@ -315,100 +299,3 @@ def _steps(sample: Sample) -> tuple[list[float], list[int | None]]:
         times.append(request.time_s)
         values.append(request.clock_mhz or None)
     return [*times, sample.time_s], [*values, values[-1]]
-
-
-def training(run: Series, marks: Sequence[Happening], per: PerIteration | None) -> go.Figure:
-    """Iteration time and energy over training, with what happened."""
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.07)
-    for state, colour in STATE_COLOURS.items():
-        pairs = run.of(state)
-        if not pairs:
-            continue
-        numbers = [stretch.first + (stretch.count - 1) / 2 for stretch, _ in pairs]
-        spans = [
-            f"{s.first}" if s.count == 1 else f"{s.first} to {s.first + s.count - 1} (longest {s.longest_s:.4f} s)"
-            for s, _ in pairs
-        ]
-        about = [f"iteration {span}, {_ran_as(s)}" for span, (s, _) in zip(spans, pairs, strict=True)]
-        look: dict[str, Any] = {
-            "name": STATE_NAMES[state], "legendgroup": state, "x": numbers, "mode": "markers", "customdata": about,
-            "marker": {"color": colour, "size": 6},
-        }  # fmt: skip
-        figure.add_trace(
-            go.Scatter(
-                y=[s.time_s for s, _ in pairs],
-                hovertemplate="%{customdata}<br>%{y:.4f} s<extra></extra>", **look,
-            ), row=1, col=1,
-        )  # fmt: skip
-        figure.add_trace(
-            go.Scatter(
-                y=[None if math.isnan(e) else e for _, e in pairs], showlegend=False,
-                hovertemplate="%{customdata}<br>%{y:.1f} J<extra></extra>", **look,
-            ), row=2, col=1,
-        )  # fmt: skip
-    if per is not None:
-        for row, value in ((1, per.full_s), (2, per.full_j)):
-            figure.add_hline(value, row=row, col=1, line={"color": RED, "width": 1, "dash": "dot"})
-    levels = _write_marks(figure, run, marks)
-    figure.update_yaxes(title_text="time (s)", rangemode="tozero", row=1, col=1)
-    figure.update_yaxes(title_text="energy, all GPUs (J)", rangemode="tozero", row=2, col=1)
-    figure.update_xaxes(title_text="iteration", row=2, col=1)
-    figure.update_layout(height=560, legend={"orientation": "h", "y": -0.14, "x": 0})
-    return _styled(figure, above=24 + 21 * levels)
-
-
-def _ran_as(stretch: Stretch) -> str:
-    sort = stretch.sort
-    if sort.state == PROFILING:
-        return f"profiling {sort.clock_mhz} MHz"
-    if sort.plan:
-        return f"{STATE_NAMES[sort.state]}, version {sort.plan}"
-    return STATE_NAMES[sort.state] + (f" ({sort.reason})" if sort.reason else "")
-
-
-def _write_marks(figure: go.Figure, run: Series, marks: Sequence[Happening]) -> int:
-    """Lines at what happened, their labels on as many levels as keep them apart; returns how many."""
-    last = run.stretches[-1]
-    wide = max(1, last.first + last.count)
-    free_from = [-math.inf] * 4
-    for mark in marks:
-        text = mark.text if len(mark.text) <= 48 else mark.text[:47] + "…"
-        share, width = mark.iteration / wide, 0.0075 * len(text) + 0.02
-        right = share > 0.75
-        begin = share - width if right else share
-        level = next((k for k, free in enumerate(free_from) if begin >= free), None)
-        figure.add_vline(mark.iteration - 0.5, line={"color": MUTED, "width": 1, "dash": "dash"})
-        if level is None:
-            continue
-        free_from[level] = begin + width
-        figure.add_annotation(
-            x=mark.iteration - 0.5, y=1.0, yref="paper", yanchor="bottom", yshift=4 + 20 * level, showarrow=False,
-            xanchor="right" if right else "left", text=_escaped(text), hovertext=_escaped(mark.text),
-            font={"size": 12, "color": TEXT}, bgcolor="#f3f5f7", borderpad=2,
-        )  # fmt: skip
-    return sum(math.isfinite(free) for free in free_from)
-
-
-def _escaped(text: str) -> str:
-    """Plotly reads a subset of HTML in labels."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _legend_above() -> dict[str, Any]:
-    return {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left"}
-
-
-def _styled(figure: go.Figure, above: int = 50) -> go.Figure:
-    figure.update_layout(
-        template="plotly_white",
-        font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif", "size": 13,
-              "color": TEXT},
-        margin={"l": 80, "r": 30, "t": above, "b": 55},
-        hoverlabel={"bgcolor": "#ffffff", "font": {"color": TEXT, "size": 13}, "bordercolor": MUTED, "align": "left"},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="#ffffff",
-        dragmode="zoom",
-    )  # fmt: skip
-    figure.update_xaxes(gridcolor=GRID, zeroline=False, linecolor=MUTED, title_font={"size": 13})
-    figure.update_yaxes(gridcolor=GRID, zeroline=False, title_font={"size": 13})
-    return figure

@@ -16,6 +16,7 @@ from perseus_plugin.reporting.record.samples import Sample
 from perseus_plugin.reporting.report.baseline import by_schedule
 from perseus_plugin.reporting.report.folder import JobFolder
 from perseus_plugin.reporting.report.lanes import Lanes, full_clock_lanes, planned_lanes, recorded_lanes
+from perseus_plugin.reporting.report.reigns import Reign, reigns
 from perseus_plugin.reporting.report.worth import (
     HOURS_PER_YEAR,
     FullClocks,
@@ -71,6 +72,7 @@ class Findings:
         frontier: of the schedule and profile.
         series: iterations over training.
         marks: what happened when.
+        reigns: what was aimed at when.
         clocks: the newest planned iteration kept whole, per stage.
         per: an iteration at full clocks and under the plan.
         so_far: the run.
@@ -87,6 +89,7 @@ class Findings:
     frontier: FrontierCurve | None
     series: Series | None
     marks: list[Happening]
+    reigns: list[Reign]
     clocks: list[Sample]
     per: PerIteration | None
     so_far: SoFar | None
@@ -108,6 +111,7 @@ def find(folder: JobFolder, options: Options | None = None) -> Findings:
     per = per_iteration(folder)
     full = full_clock_figures(folder, per, run)
     lanes = _lanes(folder)
+    ruled = reigns(folder.events, folder.world_size)
     projections = []
     if per is not None and folder.world_size:
         gpus = folder.world_size if options.gpus is None else options.gpus
@@ -121,7 +125,8 @@ def find(folder: JobFolder, options: Options | None = None) -> Findings:
         lanes=lanes,
         frontier=_frontier(folder) if options.frontier else None,
         series=run,
-        marks=[] if run is None else marks(run.stretches, folder),
+        marks=[] if run is None else marks(run.stretches, folder, ruled),
+        reigns=ruled,
         clocks=folder.pipeline((PLAN, STRAGGLER)),
         per=per,
         so_far=None if run is None else so_far(run, full),
@@ -247,9 +252,10 @@ def _lowered(lanes: Sequence[Lanes]) -> float | None:
 # What happened.
 
 
-def marks(stretches: Sequence[Stretch], folder: JobFolder) -> list[Happening]:
-    """What happened when: changes of what iterations ran as, straggler events, clocks that could not be held."""
-    found: list[Happening] = []
+def marks(stretches: Sequence[Stretch], folder: JobFolder, ruled: Sequence[Reign] = ()) -> list[Happening]:
+    """What happened when: changes of what iterations ran as and aim at, stragglers, clocks that were not held."""
+    # What the configuration says is what a job usually aims at.
+    found = [Happening(reign.first, f"target: {reign.says}") for reign in ruled[1:]]
     last: Stretch | None = None
     for stretch in stretches:
         if stretch.sort.reason == REFERENCE.reason:

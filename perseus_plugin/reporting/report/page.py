@@ -23,7 +23,7 @@ from perseus_plugin.reporting.report.phrases import (
 
 _TITLES = {
     "timeline": "Pipeline timeline",
-    "training": "Iteration time and energy over training",
+    "training": "Iteration time, energy and power over training",
     "frontier": "Time-energy frontier",
     "profile": "Profile",
     "clocks": "Clocks asked for and read back",
@@ -73,12 +73,13 @@ def _missing(missing: Sequence[str]) -> str:
 
 def _figures(found: Findings) -> list[tuple[str, Any, str]]:
     from perseus_plugin.reporting.report import figures
+    from perseus_plugin.reporting.report.training import training
 
     made: list[tuple[str, Any, str]] = []
     if found.lanes:
         made.append(("timeline", figures.timeline(found.lanes), _TIMELINE_TEXT))
     if found.series is not None:
-        made.append(("training", figures.training(found.series, found.marks, found.per), _TRAINING_TEXT))
+        made.append(("training", training(found.series, found.marks, found.per, found.reigns), _TRAINING_TEXT))
     if found.frontier is not None and found.folder.plan is not None:
         made.append(("frontier", figures.frontier(found.frontier, found.folder.plan, found.per), _FRONTIER_TEXT))
     if found.folder.profile is not None:
@@ -96,11 +97,12 @@ _TIMELINE_TEXT = (
 )
 _TRAINING_TEXT = (
     "Dotted: full clocks, in the newest plan's schedule. In long runs a point is the mean of several iterations. "
-    "Energy is shown where every rank has a figure."
+    "Energy and power, of all GPUs together, are shown where every rank has a figure."
 )
 _FRONTIER_TEXT = (
-    "The least energy for every iteration time, by the planner from the profile; the bound is exact at the plans and "
-    "within 0.5 % between them. The job's plan lies above it by what rounding, margin and limits on clock changes cost."
+    "The least energy for every iteration time, and the average power that makes, by the planner from the profile: of "
+    "one GPU per stage. The bound is exact at the plans and within 0.5 % between them. The job's plan lies above it by "
+    "what rounding, margin and limits on clock changes cost."
 )
 _PROFILE_TEXT = "What one instruction takes at each clock. Bars are two standard errors; often smaller than the marker."
 _CLOCKS_TEXT = "Grey: requests as they reached the driver; a gap: no lock, full clock. Blue: read with the counter."

@@ -83,12 +83,13 @@ def comparison(folder: JobFolder) -> Rows:
             ),
         )
 
-    times, energies = summary.iteration_time_s, summary.energy_j
+    times, energies, powers = summary.iteration_time_s, summary.energy_j, summary.power_w
     slower, saved = summary.slowdown_percent, summary.saving_percent
     return [
         ("per iteration", "full clocks", "predicted", "as run"),
         row("time", "{:.4f} s", times.full_clock, times.predicted, times.measured),
         row("energy", "{:,.1f} J", energies.full_clock, energies.predicted, energies.measured),
+        row("power", "{:,.1f} W", powers.full_clock, powers.predicted, powers.measured),
         between(
             row("slowdown", "{:.2f} %", None, slower.predicted, slower.measured), summary.references.slowdown_percent
         ),

@@ -64,6 +64,7 @@ def scraped(port: int) -> str:
     [
         ("Perseus/iteration_time_s/full_clock", "perseus_iteration_time_seconds", "full_clock"),
         ("Perseus/energy_j/measured", "perseus_energy_joules", "measured"),
+        ("Perseus/power_w/measured", "perseus_power_watts", "measured"),
         ("Perseus/saving_percent/predicted", "perseus_saving_percent", "predicted"),
         ("Perseus/straggler/energy_saved_j", "perseus_straggler_energy_saved_joules", ""),
         ("Perseus/straggler/switches", "perseus_straggler_switches", ""),

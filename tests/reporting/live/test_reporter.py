@@ -89,6 +89,7 @@ def test_the_table_shows_time_energy_and_saving() -> None:
     cells = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]] for line in lines if "│" in line}
     assert cells["time"] == ["1.1000 s", "1.0780 s", "1.1220 s"]
     assert cells["energy"] == ["900.0 J", "720.0 J", "710.0 J"]
+    assert cells["power"] == ["818.2 W", "667.9 W", "632.8 W"]
     assert cells["slowdown"] == ["", "-2.00 %", "2.00 %"]
     assert cells["energy saved"] == ["", "20.00 %", "21.11 %"]
     assert "4 iterations at full clocks, 10 while profiling, 5 under the plan; profiling cost 4.0 s; " in lines[-1]
@@ -143,7 +144,7 @@ def test_the_table_of_a_real_gpu_names_the_backend_and_what_is_unknown_is_a_dash
     assert "(nvml)" in text
     assert "emulated" not in text
     assert "2.0000 s" in text
-    assert text.count(" - ") == 9
+    assert text.count(" - ") == 12
 
 
 def test_events_are_the_known_main_figures() -> None:
@@ -155,6 +156,9 @@ def test_events_are_the_known_main_figures() -> None:
             "Perseus/energy_j/full_clock": 900.0,
             "Perseus/energy_j/predicted": 720.0,
             "Perseus/energy_j/measured": 710.0,
+            "Perseus/power_w/full_clock": 900.0 / 1.1,
+            "Perseus/power_w/predicted": 720.0 / 1.078,
+            "Perseus/power_w/measured": 710.0 / 1.122,
             "Perseus/saving_percent/predicted": 20.0,
             "Perseus/saving_percent/measured": 100 * 190 / 900,
             "Perseus/slowdown_percent/predicted": -2.0,

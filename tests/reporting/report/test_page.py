@@ -13,6 +13,8 @@ from perseus_plugin.reporting.report import figures
 from perseus_plugin.reporting.report.findings import Findings, Happening, find
 from perseus_plugin.reporting.report.folder import load_folder
 from perseus_plugin.reporting.report.page import page
+from perseus_plugin.reporting.report.reigns import Reign
+from perseus_plugin.reporting.report.training import training
 from tests.reporting.job import Job
 
 
@@ -104,12 +106,14 @@ def test_a_large_pipeline_carries_no_labels(tmp_path: Path) -> None:
 def test_the_frontier_has_its_points_and_the_chosen_one(found: Findings, job: Job) -> None:
     assert found.frontier is not None
     figure = figures.frontier(found.frontier, job.plan, found.per)
-    bound, plans, full, chosen, ran = figure.data
+    bound, plans, full, chosen, ran = figure.data[::2]
     assert len(bound.x) == len(plans.x) == len(found.frontier.samples)
     assert all(b <= p for b, p in zip(bound.y, plans.y, strict=True))
     assert (full.x[0], full.y[0]) == (job.plan.baseline_time_s, job.plan.baseline_energy_j)
     assert (chosen.x[0], chosen.y[0]) == (job.plan.iteration_time_s, job.plan.energy_j)
     assert ran.y[0] == pytest.approx(job.plan.energy_j, rel=0.02)
+    for energies, powers in zip(figure.data[::2], figure.data[1::2], strict=True):
+        assert list(powers.y) == pytest.approx([e / s for e, s in zip(energies.y, energies.x, strict=True)])
 
 
 def test_curves_carry_error_bars_of_two_standard_errors(found: Findings, job: Job) -> None:
@@ -122,16 +126,34 @@ def test_curves_carry_error_bars_of_two_standard_errors(found: Findings, job: Jo
 
 def test_training_shows_every_state_in_its_colour(found: Findings, job: Job) -> None:
     assert found.series is not None
-    figure = figures.training(found.series, found.marks, found.per)
+    figure = training(found.series, found.marks, found.per)
     shown = {trace.name: len(trace.x) for trace in figure.data if trace.yaxis == "y"}
     assert shown == {"warm-up": 2, "profiling": 9, "full clocks": 3, "plan": 12}
     assert [note.text for note in figure.layout.annotations] == ["profiling", "profiled", "plan 1"]
 
 
+def test_a_run_shows_power_beside_budget_and_what_was_predicted(found: Findings) -> None:
+    assert found.series is not None
+    assert found.per is not None
+    rulers = [Reign(13, "slowdown 0 %", power_ratio=0.8), Reign(20, "slowdown 0 %, within 700 W", 700.0)]
+    data = {trace.name: trace for trace in training(found.series, [], found.per, rulers).data if trace.yaxis == "y3"}
+    pairs = found.series.of("plan")
+    assert list(data["plan"].y) == pytest.approx([energy_j / stretch.time_s for stretch, energy_j in pairs])
+    end = found.series.stretches[-1].first + found.series.stretches[-1].count
+    assert (data["power budget"].x, data["power budget"].y) == (
+        (12.5, 19.5, 19.5, end - 0.5),
+        (None, None, 700.0, 700.0),
+    )
+    full_w = found.per.full_j / found.per.full_s
+    assert data["power predicted for the target"].y == (0.8 * full_w, 0.8 * full_w, None, None)
+    without = {trace.name for trace in training(found.series, [], None, rulers[:1]).data}
+    assert without == {"warm-up", "profiling", "full clocks", "plan"}, "neither is known"
+
+
 def test_labels_of_what_happened_do_not_lie_on_each_other(found: Findings) -> None:
     assert found.series is not None
     crowd = [Happening(number // 2, f"event number {number}") for number in range(40)]
-    figure = figures.training(found.series, crowd, None)
+    figure = training(found.series, crowd, None)
     notes = figure.layout.annotations
     assert 0 < len(notes) < 40
     wide = found.series.stretches[-1].first + 1

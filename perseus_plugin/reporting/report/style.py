@@ -1,0 +1,42 @@
+"""What the pictures of a report have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+TEXT = "#1c2733"
+MUTED = "#5b6875"
+GRID = "#e3e7eb"
+WAITING = "#e4e8ec"
+BLUE, RED, GREEN = "#2f6fb2", "#c8442c", "#2f8f57"
+CLOCKS = ["#5aa5d6", "#9bd0c3", "#f2e394", "#f6b26b", "#ea6a47"]
+"""From the lowest clock to the highest; dark text is legible on all of them."""
+
+
+def escaped(text: str) -> str:
+    """Plotly reads a subset of HTML in labels."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def legend_above() -> dict[str, Any]:
+    """A legend in one line above the figure."""
+    return {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "xanchor": "left"}
+
+
+def styled(figure: go.Figure, above: int = 50) -> go.Figure:
+    """The figure in the report's look, with so many pixels above it."""
+    figure.update_layout(
+        template="plotly_white",
+        font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif", "size": 13,
+              "color": TEXT},
+        margin={"l": 80, "r": 30, "t": above, "b": 55},
+        hoverlabel={"bgcolor": "#ffffff", "font": {"color": TEXT, "size": 13}, "bordercolor": MUTED, "align": "left"},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="#ffffff",
+        dragmode="zoom",
+    )  # fmt: skip
+    figure.update_xaxes(gridcolor=GRID, zeroline=False, linecolor=MUTED, title_font={"size": 13})
+    figure.update_yaxes(gridcolor=GRID, zeroline=False, title_font={"size": 13})
+    return figure

@@ -120,7 +120,8 @@ class ProfilingConfig(_Strict):
         None,
         "a number above 0 and at most 2000, or null",
         "The most that one GPU can draw, in watts: a loaded profile with more is refused, measured energies are held "
-        "below it. null: as the driver tells of this card, 2000 with `load`.",
+        "below it (below 1.25 times that for work amid waits at the limit). null: as the driver tells of this card, "
+        "2000 with `load`.",
         gt=0,
         le=MOST_W,
     )

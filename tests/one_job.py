@@ -21,6 +21,7 @@ from perseus_plugin.config import PerseusConfig, parse_config
 from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
+from perseus_plugin.gpus.emulated.physics import MODELS
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StageStream, StreamOp
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.reporting.record.records import load_record
@@ -82,6 +83,7 @@ class OneJob:
         forward_s, backward_s: usual full-clock times per stage.
         replicas: how many pipelines there are.
         plugin: the `perseus` block without what the job says itself; None: run without the plugin.
+        emulation: of the GPUs, beside the times.
         slow: how many times as long a rank takes in an iteration, by rank and iteration.
         transfer_s: how long a transfer between stages takes.
         end_s: what every rank does at the end of an iteration, which no hook sees.
@@ -97,6 +99,7 @@ class OneJob:
         backward_s: Sequence[float] = (0.020, 0.028),
         replicas: int = 1,
         plugin: dict[str, Any] | None = None,
+        emulation: dict[str, Any] | None = None,
         slow: Callable[[int, int], float] = lambda rank, iteration: 1.0,
         transfer_s: float = 0.0,
         end_s: float = 0.0,
@@ -108,7 +111,8 @@ class OneJob:
         ranks = self._ranks = self._stages * replicas
         self._with_plugin = plugin is not None
         block = {**(plugin or {}), "output_dir": str(folder), "gpu": {"backend": "emulated"}}
-        block["emulation"] = {"forward_time_s": list(forward_s), "backward_time_s": list(backward_s)}
+        times = {"forward_time_s": list(forward_s), "backward_time_s": list(backward_s)}
+        block["emulation"] = {**times, **(emulation or {})}
         self._config = parse_config(block)
         self._exchange = LocalExchange()
         self._channels: dict[tuple[int, int, int, str], queue.SimpleQueue[Sent]] = {}
@@ -173,7 +177,8 @@ class OneJob:
             session = start_session(self._config, place, exchange=self._exchange)
             gpu = EmulatedGpu(path)
         else:
-            gpu = EmulatedGpu.create(path)
+            emulation = self._config.emulation
+            gpu = EmulatedGpu.create(path, MODELS[emulation.model.lower()], power_limit_w=emulation.power_limit_w)
         stage = _Stage(self, place, session, gpu, self._config)
         self._barrier.wait()
         try:

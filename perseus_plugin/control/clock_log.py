@@ -6,6 +6,7 @@ A request is no clock: it may wait, be dropped by a full pipe, be refused, or no
 from __future__ import annotations
 
 from collections import deque
+from math import nan
 
 DEVIATION_MHZ = 20
 """A clock further than this from the one asked for is another one; clocks are rounded to steps of 15 or less."""
@@ -23,21 +24,27 @@ class ClockLog:
     def __init__(self, top_mhz: int) -> None:
         self._top_mhz = top_mhz
         self._applied: deque[tuple[float, int | None]] = deque(maxlen=_KEPT)
-        self._read: deque[tuple[float, int]] = deque(maxlen=_KEPT)
+        self._read: deque[tuple[float, int, float]] = deque(maxlen=_KEPT)
 
     def applied(self, time_s: float, frequency_mhz: int | None) -> None:
         """The driver has taken a request, None for giving up the lock."""
         self._applied.append((time_s, frequency_mhz))
 
-    def read(self, time_s: float, frequency_mhz: int) -> None:
-        """The clock was read."""
-        self._read.append((time_s, frequency_mhz))
+    def read(self, time_s: float, frequency_mhz: int, capped_s: float = nan) -> None:
+        """The clock was read, and with it how long in all the power limit has held the GPU (NaN: unknown)."""
+        self._read.append((time_s, frequency_mhz, capped_s))
+
+    @property
+    def held(self) -> bool:
+        """Whether the power limit held the GPU between the last two readings."""
+        return len(self._read) > 1 and self._read[-1][2] > self._read[-2][2]
 
     def confirms(self, frequency_mhz: int | None, begin_s: float, end_s: float) -> bool:
         """Whether the GPU had this clock from begin to end, as far as anybody can know.
 
         The driver must have taken it before, and nothing else since; and below the top clock it must have been read in
-        that time, and nothing above it. A lower reading alone is no contradiction: an idle GPU clocks down.
+        that time, and nothing above it. A lower reading alone is no contradiction: an idle GPU clocks down; and where
+        the power limit held the GPU meanwhile, a lower clock is what asking for this one comes to.
 
         Args:
             frequency_mhz: the clock, None: no lock.
@@ -53,5 +60,9 @@ class ClockLog:
             return False
         if frequency_mhz is None or frequency_mhz >= self._top_mhz:
             return True
-        seen = [mhz for time_s, mhz in self._read if begin_s <= time_s <= end_s]
-        return bool(seen) and max(seen) <= frequency_mhz + DEVIATION_MHZ and max(seen) >= frequency_mhz - DEVIATION_MHZ
+        within = [(mhz, capped_s) for time_s, mhz, capped_s in self._read if begin_s <= time_s <= end_s]
+        highest_mhz = max((mhz for mhz, _ in within), default=0)
+        held = bool(within) and within[-1][1] > within[0][1]
+        return 0 < highest_mhz <= frequency_mhz + DEVIATION_MHZ and (
+            held or highest_mhz >= frequency_mhz - DEVIATION_MHZ
+        )

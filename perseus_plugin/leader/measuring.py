@@ -76,7 +76,8 @@ def another_round(
 ) -> AnotherRound | None:
     """The round that is needed as the stages' estimates are not good enough yet; None: they are, or enough is done."""
     again = sweep.round + 1
-    lower_mhz = sorted(set(sweep.clocks_mhz) - {top_mhz})
+    as_highest = frozenset.intersection(*(estimate.as_highest_mhz for estimate in estimates)) if estimates else set()
+    lower_mhz = sorted(set(sweep.clocks_mhz) - as_highest - {top_mhz})
     if again >= config.rounds or not lower_mhz:
         return None
     in_pairs = len(estimates) > 1 and not times_known(estimates, config.max_time_error / 2)

@@ -12,7 +12,7 @@ from perseus_plugin.profiling.observations import Activity, ClockRun, Tick
 from perseus_plugin.profiling.step_sizes import usual_mean
 
 _PAUSE_SHARE = 0.1  # of an iteration's time between two, above which they are two runs
-_CAPPED_SHARE = 0.01  # of a run's time below the clock asked for, above which it does not count for that clock
+_HELD_SHARE = 0.01  # of a run's time at the power limit, above which that is what the clock comes to
 
 
 class SweepCollector:
@@ -110,7 +110,9 @@ class SweepCollector:
 
     def _run(self, frequency_mhz: int, records: Sequence[IterationRecord]) -> ClockRun:
         begin_s, end_s = records[0].begin_s, records[-1].end_s
-        capped, top = self._was_capped(begin_s, end_s), frequency_mhz == self._top_mhz
+        held = self._was_held(begin_s, end_s)
+        deviated = any(begin_s <= time_s <= end_s for time_s in self._deviations_s)
+        top = frequency_mhz == self._top_mhz
         return ClockRun(
             frequency_mhz=frequency_mhz,
             begin_s=begin_s,
@@ -121,16 +123,15 @@ class SweepCollector:
                 for operation, start_s, stop_s in _timed(record)
             ),
             ticks=tuple(tick for tick in self._ticks if begin_s <= tick.time_s <= end_s),
-            capped=capped and not top,
-            at_limit=capped and top,
+            capped=deviated and not held and not top,
+            at_limit=held or (deviated and top),
             steps=tuple((record.number, record.end_s) for record in records),
         )
 
-    def _was_capped(self, begin_s: float, end_s: float) -> bool:
-        if any(begin_s <= time_s <= end_s for time_s in self._deviations_s):
-            return True
+    def _was_held(self, begin_s: float, end_s: float) -> bool:
+        """Whether the GPU says that its power limit held it."""
         within = [capped_s for time_s, capped_s in self._capped if begin_s <= time_s <= end_s]
-        return len(within) > 1 and within[-1] - within[0] > _CAPPED_SHARE * (end_s - begin_s)
+        return len(within) > 1 and within[-1] - within[0] > _HELD_SHARE * (end_s - begin_s)
 
 
 def _timed(record: IterationRecord) -> Iterable[tuple[Compute | Constant, float, float]]:

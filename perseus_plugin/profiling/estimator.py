@@ -23,7 +23,7 @@ from perseus_plugin.profiling.observations import (
     Tick,
 )
 from perseus_plugin.profiling.pooling import blocking_power, pool, to_profile, unresolved_kinds
-from perseus_plugin.profiling.step_sizes import Duration, fit_durations, step_means
+from perseus_plugin.profiling.step_sizes import Duration, Durations, fit_durations, step_means
 
 __all__ = [
     "BLOCKING",
@@ -38,6 +38,8 @@ __all__ = [
     "to_profile",
 ]
 
+_SIGMAS = 2.0  # standard errors within which two durations are taken for the same,
+_SAME_TIME, _MOST_ALIKE = 0.003, 0.01  # at least within this share, and at most
 _ABSURD = 1e12  # seconds or joules
 
 
@@ -46,8 +48,9 @@ def estimate_stage(
 ) -> StageEstimate:
     """Estimate one stage from one GPU's runs.
 
-    Capped runs are dropped: they are not at the clock they name. Never raises for poor data; what cannot be known is
-    NaN, and what is not known well enough is in `unresolved`.
+    Capped runs are dropped: they are not at the clock they name. Those that the power limit held are what asking for
+    their clock comes to; clocks at which it leaves all work as it is at the highest are one point with that. Never
+    raises for poor data; what cannot be known is NaN, and what is not known well enough is in `unresolved`.
 
     Args:
         runs: blocks of whole iterations at one clock each, in any order; revisits of a clock measure drift.
@@ -64,6 +67,12 @@ def estimate_stage(
     wanted = [kind for kind in kinds if kind not in constant_kinds]
     steps = [step for step in steps if step.kind in wanted]
     fitted = fit_durations({0: steps})
+    same = _as_highest(usable, wanted, fitted)
+    if same:
+        top_mhz = max(run.frequency_mhz for run in usable)
+        usable = [replace(run, frequency_mhz=top_mhz) if run.frequency_mhz in same else run for run in usable]
+        steps = [replace(step, frequency_mhz=top_mhz) if step.frequency_mhz in same else step for step in steps]
+        fitted = fit_durations({0: steps})
     durations = {(kind, clock): duration for (_, kind, clock), duration in fitted.at.items()}
     never = everything - set(kinds) - set(constant_kinds)
     # A clock counts only if every kind was seen at it: a plan needs all of a stage's kinds at each of its clocks.
@@ -94,11 +103,33 @@ def estimate_stage(
             (clock, float(powers.blocking_at_w[i]), float(powers.blocking_at_se_w[i]))
             for i, clock in reversed(list(enumerate(clocks)))
         ),
+        held_mhz=frozenset(run.frequency_mhz for run in fitted_runs if run.at_limit),
+        as_highest_mhz=same,
     )
     unresolved = unresolved_kinds(estimate, max_relative_error) | never
     if not powers.waited:
         unresolved |= {BLOCKING}
     return replace(estimate, unresolved=frozenset(unresolved))
+
+
+def _as_highest(runs: Sequence[ClockRun], kinds: Sequence[str], fitted: Durations) -> frozenset[int]:
+    """Clocks next to the highest at which, as there, the power limit holds the GPU and all work takes as long."""
+    free = {run.frequency_mhz for run in runs if not run.at_limit}
+    clocks = sorted({run.frequency_mhz for run in runs}, reverse=True)
+    same: set[int] = set()
+    for clock in clocks[1:]:
+        if free & {clock, clocks[0]} or not all(_alike(fitted, kind, clock, clocks[0]) for kind in kinds):
+            break
+        same.add(clock)
+    return frozenset(same)
+
+
+def _alike(fitted: Durations, kind: str, clock: int, top: int) -> bool:
+    one, full = fitted.at.get((0, kind, clock)), fitted.at.get((0, kind, top))
+    if one is None or full is None:
+        return False
+    within = min(max(_SIGMAS * one.se_s / one.time_s, _SAME_TIME), _MOST_ALIKE)
+    return abs(one.time_s / full.time_s - 1) <= within
 
 
 def _instruction(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from perseus_plugin.bounds import MOST_W
@@ -31,18 +31,22 @@ class TooHigh:
     limit_w: float
 
 
-def possible(profile: Profile, limits_w: Mapping[int, float]) -> tuple[Profile, tuple[TooHigh, ...]]:
+def possible(
+    profile: Profile, limits_w: Mapping[int, float], held: Collection[tuple[int, int]] = ()
+) -> tuple[Profile, tuple[TooHigh, ...]]:
     """The profile as a GPU can have it.
 
     - No work draws less than waiting at the same clock: what does is taken to draw that.
     - None draws more than the card can. Within three standard errors the estimate is taken for the limit, at the
-      highest clock, where a GPU may be held at its limit, also within a quarter of it. Beyond, it is wrong: the
-      stage's clock goes as a whole, as plans need all of a stage's kinds at each. The highest clock stays, at the
-      limit.
+      highest clock, where a GPU may be held at its limit, also within a quarter of it. Where the GPU says that its
+      limit held it, up to a quarter more than that is what work amid waits really draws, and stays. Beyond, it is
+      wrong: the stage's clock goes as a whole, as plans need all of a stage's kinds at each. The highest clock stays,
+      at the most.
 
     Args:
         profile: as measured.
         limits_w: the most that a GPU of a stage can draw; 2,000 W for stages that are left out.
+        held: (stage, clock) at which the power limit held the GPU.
 
     Returns:
         The profile, and the estimates that were wrong.
@@ -54,9 +58,12 @@ def possible(profile: Profile, limits_w: Mapping[int, float]) -> tuple[Profile, 
         wrong += [
             TooHigh(stage, kind, row.frequency_mhz, row.energy_j / row.time_s, limit_w)
             for row in rows
-            if row.energy_j - _error_j(row) > limit_w * row.time_s * (_AFTER_WAITS if row is rows[0] else 1.0)
+            if row.energy_j - _error_j(row)
+            > limit_w * row.time_s * (_AFTER_WAITS if row is rows[0] or (stage, row.frequency_mhz) in held else 1.0)
         ]
-        table[stage, kind] = tuple(_within(row, limit_w) for row in rows)
+        table[stage, kind] = tuple(
+            _within(row, limit_w * (_AFTER_WAITS if (stage, row.frequency_mhz) in held else 1.0)) for row in rows
+        )
     gone = _below_top(profile, wrong)
     kept = {
         (stage, kind): tuple(row for row in rows if (stage, row.frequency_mhz) not in gone)

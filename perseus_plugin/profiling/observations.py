@@ -54,8 +54,8 @@ class ClockRun:
         begin_s, end_s: the block; between them, time outside `activities` is waiting.
         activities: every execution of a controllable instruction in the block, in any order.
         ticks: the counter's changes in the block, in order of time.
-        capped: the GPU ran below the lock for a part of the block (power or thermal limit).
-        at_limit: it did so at the highest clock, where that belongs to what full clocks are on this GPU.
+        capped: the GPU ran below the lock for a part of the block, and nobody knows why.
+        at_limit: it did so at its power limit, or at the highest clock: that is what asking for this clock comes to.
         steps: number and end of each iteration in the block, in order; without them the block counts as one.
     """
 
@@ -154,6 +154,9 @@ class StageEstimate:
         steps: what the durations were estimated from; of one rank.
         blocking_by_clock: clock, power while waiting at it and its standard error, by falling clock (empty: unknown).
         gpu: name of the GPU it was measured on (empty: unknown).
+        held_mhz: clocks at which its power limit held the GPU.
+        as_highest_mhz: further clocks that were tried, at which the limit made all work what it is at the highest one:
+            their runs are among those of the highest.
     """
 
     instructions: tuple[InstructionEstimate, ...]
@@ -165,6 +168,8 @@ class StageEstimate:
     steps: tuple[StepMean, ...] = ()
     blocking_by_clock: tuple[tuple[int, float, float], ...] = ()
     gpu: str = ""
+    held_mhz: frozenset[int] = frozenset()
+    as_highest_mhz: frozenset[int] = frozenset()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -197,6 +202,8 @@ class StageEstimate:
             "steps": [[*astuple(step)[:-1], _null(step.spread)] for step in self.steps],
             "blocking_by_clock": [[clock, _null(w), _null(se_w)] for clock, w, se_w in self.blocking_by_clock],
             "gpu": self.gpu,
+            "held_mhz": sorted(self.held_mhz),
+            "as_highest_mhz": sorted(self.as_highest_mhz),
         }
 
     @classmethod
@@ -234,6 +241,8 @@ class StageEstimate:
                     for clock, w, se_w in data["blocking_by_clock"]
                 ),
                 gpu=str(data["gpu"]),
+                held_mhz=_clocks(data["held_mhz"]),
+                as_highest_mhz=_clocks(data["as_highest_mhz"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"stage estimate: cannot be read: {error}") from error
@@ -255,6 +264,10 @@ def _row(row: Sequence[Any]) -> InstructionEstimate:
         int(number(samples, 0, MOST_COUNT, "samples")),
         Spread(*(number(value, 0.0, MOST_COUNT, "spread") for value in spread)),
     )
+
+
+def _clocks(values: Sequence[Any]) -> frozenset[int]:
+    return frozenset(int(number(value, 1, MOST_MHZ, "clock")) for value in values)
 
 
 def _power(value: Any) -> float:

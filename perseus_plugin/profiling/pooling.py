@@ -50,6 +50,8 @@ def pool(estimates: Sequence[StageEstimate], *, max_relative_error: float = 0.05
         frozenset(),
         blocking_by_clock=_pooled_blocking_by_clock(filled, clocks),
         gpu=" / ".join(sorted({e.gpu for e in estimates})),
+        held_mhz=frozenset().union(*(e.held_mhz for e in filled)),
+        as_highest_mhz=frozenset().union(*(e.as_highest_mhz for e in filled)),
     )
     unresolved = unresolved_kinds(joined, max_relative_error)
     unresolved |= set().union(*(e.unresolved for e in estimates)) - set(kinds) - {BLOCKING}

@@ -105,7 +105,8 @@ def survey_of(
     power_w, power_se_w = blocking_power(pooled)
     if not (math.isfinite(power_w) and power_w > 0):
         raise ProfileError("blocking power: no energy counter moved while a GPU waited")
-    profile, too_high = possible(profile, _limits_w(estimates, power_limit_w))
+    held = {(stage, clock) for stage, estimate in enumerate(pooled) for clock in estimate.held_mhz}
+    profile, too_high = possible(profile, _limits_w(estimates, power_limit_w), held)
     unresolved |= {
         (one.stage, one.kind)
         for one in too_high

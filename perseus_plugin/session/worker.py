@@ -152,7 +152,7 @@ class SessionWorker:
         self._plans_since: int | None = None
         self._requests = 0
         self._deviations = 0
-        self._changed_outside = self._below = self._paused = False
+        self._changed_outside = self._below = self._held = self._paused = False
         self._read_failure: tuple[float, str] | None = None
         self._stats = RankStats(placement=placement, totals={})
         self._stats_due_s = 0.0
@@ -336,11 +336,11 @@ class SessionWorker:
             self._recorder.helper_event(event)
             match event:
                 case wire.Tick() if not self._estimated:
-                    self._clocks.read(event.time_s, event.clock_mhz)
+                    self._clocks.read(event.time_s, event.clock_mhz, event.capped_s)
                     tick = Tick(event.previous_poll_s, event.time_s, event.energy_j)
                     self._collector.add_tick(tick, event.capped_s)
                 case wire.Mark():
-                    self._clocks.read(event.time_s, event.clock_mhz)
+                    self._clocks.read(event.time_s, event.clock_mhz, event.capped_s)
                     self._account.add_reading(event)
                 case wire.Applied():
                     self._clocks.applied(event.applied_s, event.frequency_mhz)
@@ -388,6 +388,14 @@ class SessionWorker:
                 logger.warning(
                     "the GPU runs at %d MHz where %d MHz were asked for: somebody else sets its clock, or the driver "
                     "does not honour locks; asked again, and said once (perseus.gpu.foreign_clock)",
+                    deviation.read_mhz,
+                    deviation.requested_mhz,
+                )
+        elif self._clocks.held:
+            if not self._held:
+                self._held = True
+                logger.info(
+                    "the GPU is at its power limit: it runs at %d MHz where %d MHz were asked for; said once",
                     deviation.read_mhz,
                     deviation.requested_mhz,
                 )

@@ -38,6 +38,22 @@ def test_a_lock_that_is_not_honoured_is_seen() -> None:
     assert not log((1.0, 1110), read=((2.1, 900), (2.9, 900))).confirms(1110, 2.0, 3.0), "capped below it"
 
 
+def test_below_the_clock_asked_for_a_gpu_is_where_its_power_limit_holds_it() -> None:
+    made = log((1.0, 1110), read=((1.9, 900),))
+    for time_s, capped_s in ((2.1, 5.0), (2.9, 5.7)):
+        made.read(time_s, 900, capped_s)
+    assert made.held
+    assert made.confirms(1110, 2.0, 3.0)
+    assert not made.confirms(1110, 2.5, 3.0), "one reading does not tell"
+    made.read(3.1, 900, 5.7)
+    made.read(3.9, 900, 5.7)
+    assert not made.held
+    assert not made.confirms(1110, 3.0, 4.0), "something else holds it"
+    made.read(4.1, 1400, 5.8)
+    made.read(4.9, 1400, 6.8)
+    assert not made.confirms(1110, 4.0, 5.0), "no limit makes a GPU faster"
+
+
 def test_an_idle_gpu_that_clocks_down_is_no_contradiction() -> None:
     assert log((1.0, 810), read=((2.0, 210), (2.5, 810))).confirms(810, 2.0, 3.0)
 

@@ -291,6 +291,17 @@ def vague(rank: int, error: float = 0.5) -> RankEstimate:
     return made
 
 
+def test_no_other_round_tries_clocks_that_are_one_point_with_the_highest(job: Job) -> None:
+    for rank in range(2):
+        made = vague(rank)
+        made.estimate["as_highest_mhz"] = list(CLOCKS_MHZ[1 : 3 - rank])
+        job.exchange.publish(estimate_key(0, rank), made.model_dump())
+    job.step()
+    news = job.newest()
+    assert news.action == "sweep"
+    assert set(news.clocks_mhz) == {CLOCKS_MHZ[0], *CLOCKS_MHZ[2:]}, "the second stage needs the third"
+
+
 def test_energies_known_badly_are_measured_in_another_round(job: Job) -> None:
     for rank in range(2):
         job.exchange.publish(estimate_key(0, rank), vague(rank).model_dump())

@@ -74,7 +74,7 @@ def test_ticks_go_to_the_run_they_fall_into() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capped_s", "capped"),
+    ("capped_s", "held"),
     [
         ((5.0, 5.0, 5.0), False),
         ((5.0, 5.0, 5.0 + 0.9), True),
@@ -84,13 +84,15 @@ def test_ticks_go_to_the_run_they_fall_into() -> None:
     ],
     ids=["never", "within", "before it", "unknown", "lost"],
 )
-def test_a_run_under_a_power_limit_is_marked(capped_s: tuple[float, ...], capped: bool) -> None:
+def test_a_run_under_a_power_limit_is_what_its_clock_comes_to(capped_s: tuple[float, ...], held: bool) -> None:
     collected = collector()
     for number in (1, 2):
         collected.add(Sweep(1, 810, kept=True), record(number, begin_s=number, gap_s=0.24))
     for time_s, so_far_s in zip((0.5, 1.1, 2.0), capped_s, strict=True):
         collected.add_tick(Tick(time_s - 0.01, time_s, 1.0), so_far_s)
-    assert collected.runs()[0].capped is capped
+    assert (collected.runs()[0].at_limit, collected.runs()[0].capped) == (held, False)
+    collected.add_deviation(1.5)
+    assert (collected.runs()[0].at_limit, collected.runs()[0].capped) == (held, not held)
 
 
 @pytest.mark.parametrize(("time_s", "capped"), [(0.99, False), (1.0, True), (2.0, True), (3.5, False)])

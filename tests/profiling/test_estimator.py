@@ -159,6 +159,39 @@ def test_capped_runs_are_dropped() -> None:
     assert nothing.unresolved == {"forward", "backward", BLOCKING}
 
 
+def test_clocks_at_which_the_power_limit_leaves_work_as_at_the_highest_are_one_point_with_it() -> None:
+    runs, truth = simulate(two_kinds(0.030, iterations=4), EXACT, seed=7, clocks=(900, 1200, 1410))
+    # Runs at 1410 MHz under two more names, as the limit makes them.
+    copies = [
+        replace(run, frequency_mhz=clock, at_limit=True)
+        for run in runs
+        if run.frequency_mhz == 1410
+        for clock in (1410, 1605, 1800)
+    ]
+    others = [run for run in runs if run.frequency_mhz < 1410]
+    estimate = estimate_stage([*others, *copies])
+    assert estimate.clocks_mhz == (1800, 1200, 900)
+    assert estimate.held_mhz == {1800}
+    assert estimate.as_highest_mhz == {1605, 1410}
+    assert StageEstimate.from_dict(json.loads(json.dumps(estimate.to_dict()))) == estimate
+    for row in estimate.instructions:
+        clock = min(row.frequency_mhz, 1410)
+        assert row.energy_j == pytest.approx(truth.energy_j[row.kind, clock], rel=0.02)
+        assert row.time_s == pytest.approx(truth.time_s[row.kind, clock], rel=0.01)
+    once = [run for run in copies if run.frequency_mhz == 1800]
+    assert estimate.instructions[0].samples == 3 * estimate_stage([*others, *once]).instructions[0].samples
+
+
+def test_a_clock_that_is_slower_or_not_at_the_limit_is_a_point_of_its_own() -> None:
+    runs, _ = simulate(two_kinds(0.030, iterations=4), EXACT, seed=7, clocks=(900, 1200, 1410))
+    held = [replace(run, at_limit=run.frequency_mhz > 900) for run in runs]
+    estimate = estimate_stage(held)
+    assert estimate.clocks_mhz == (1410, 1200, 900)
+    assert estimate.held_mhz == {1410, 1200}
+    again = [*runs, *(replace(run, frequency_mhz=1605) for run in runs if run.frequency_mhz == 1410)]
+    assert estimate_stage(again).clocks_mhz == (1605, 1410, 1200, 900), "a memory-bound job is not at its limit"
+
+
 def test_no_ticks() -> None:
     runs, truth = simulate(two_kinds(0.030, iterations=4), EXACT, seed=8, clocks=(900, 1410))
     estimate = estimate_stage([replace(run, ticks=()) for run in runs])

@@ -320,8 +320,23 @@ def test_an_energy_of_nothing_is_one_that_is_not_known() -> None:
     assert math.isnan(row.lasting(0.1, 0.01).energy_se_j)
 
 
+@pytest.mark.parametrize("held_mhz", [CLOCKS_MHZ[0], CLOCKS_MHZ[1]])
+def test_where_the_gpu_says_that_its_limit_held_it_work_amid_waits_draws_what_was_measured(held_mhz: int) -> None:
+    """Cut to the limit, what the iteration has really drawn would be lost: on an H100 a seventh."""
+    estimate = hot("backward", held_mhz, 405.0 * 816 / 700, error=0.007)
+    estimate.estimate["held_mhz"] = [held_mhz]
+    survey = surveyed(limited(405.0, rank_estimate(0), estimate))
+    row = next(row for row in survey.profile.table[1, "backward"] if row.frequency_mhz == held_mhz)
+    assert row.energy_j == pytest.approx(405.0 * 816 / 700 * row.time_s)
+    assert survey.too_high == ()
+    beyond = hot("backward", held_mhz, 405.0 * 1.3, error=0.007)
+    beyond.estimate["held_mhz"] = [held_mhz]
+    assert len(surveyed(limited(405.0, rank_estimate(0), beyond)).too_high) == 1
+
+
 def test_work_amid_waits_on_a_gpu_at_its_limit_is_taken_for_the_limit_and_can_be_slowed() -> None:
-    """As estimated on an H100 of 700 W: 816 W, to within 0.7 %, and 30 W more that seemed to be waiting."""
+    """As estimated on an H100 of 700 W: 816 W, to within 0.7 %, and 30 W more that seemed to be waiting; where the GPU
+    does not say that its limit held it."""
     top = CLOCKS_MHZ[0]
     survey = surveyed(limited(405.0, rank_estimate(0), hot("backward", top, 405.0 * 846 / 700, error=0.007)))
     row = survey.profile.table[1, "backward"][0]

@@ -406,6 +406,21 @@ def test_a_clock_changed_from_outside_is_told_from_a_power_limit(ranks: Ranks, h
     assert "Look for a power or thermal limit" in lines[1]
 
 
+def test_a_gpu_at_its_power_limit_alarms_nobody(ranks: Ranks, heard: pytest.LogCaptureFixture) -> None:
+    heard.set_level(logging.INFO, logger="perseus_plugin")
+    rank = ranks()
+    rank.helper.events += [
+        wire.Mark(0, 1.0, 100.0, 1700, 5.0, 0),
+        wire.Mark(0, 2.0, 200.0, 1700, 5.9, 0),
+        wire.Deviation(0.0, 1980, 1700),
+        wire.Deviation(0.0, 1980, 1700),
+    ]
+    assert came_true(lambda: stats_of(rank).deviations == 2)
+    told = [r for r in heard.records if "were asked for" in r.getMessage()]
+    assert [r.levelno for r in told] == [logging.INFO]
+    assert told[0].getMessage().startswith("the GPU is at its power limit: it runs at 1700 MHz where 1980 MHz")
+
+
 def test_nothing_is_said_to_be_asked_again_where_we_give_way(ranks: Ranks, heard: pytest.LogCaptureFixture) -> None:
     rank = ranks()
     rank.worker._config = parse_config({"gpu": {"foreign_clock": "give_way"}})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -284,9 +284,13 @@ def _blocking_power(given: float | Sequence[float], stages: int) -> FloatArray:
 
 def clock_options(rows: Sequence[Measurement], blocking_power_w: float) -> ClockOptions:
     """Pareto-optimal options of one (stage, kind) in (time, effective energy), and their convex hull."""
-    points = sorted((m.time_s, m.energy_j - blocking_power_w * m.time_s, m.frequency_mhz) for m in rows)
+    return _pareto((m.time_s, m.energy_j - blocking_power_w * m.time_s, m.frequency_mhz) for m in rows)
+
+
+def _pareto(points: Iterable[tuple[float, float, int]]) -> ClockOptions:
+    """Of points of time, effective energy and clock."""
     kept: list[tuple[float, float, int]] = []
-    for point in points:
+    for point in sorted(points):
         if not kept or point[1] < kept[-1][1]:
             kept.append(point)
     return ClockOptions(
@@ -308,3 +312,40 @@ def _lower_hull(points: Sequence[tuple[float, float]]) -> list[int]:
             hull.pop()
         hull.append(i)
     return hull
+
+
+def weighted(problem: PlanningProblem, weights: FloatArray) -> PlanningProblem:
+    """The problem with the energies of each stage times its weight, from 0: what a group of GPUs takes, or is worth."""
+    per_class = weights[[stage for stage, _ in problem.keys]]
+    full_clock = problem.full_clock.copy()
+    full_clock[:, 1] *= per_class
+    return replace(
+        problem,
+        classes=tuple(
+            replace(options, energy_j=options.energy_j * weight)
+            for options, weight in zip(problem.classes, per_class.tolist(), strict=True)
+        ),
+        blocking_power_w=problem.blocking_power_w * weights,
+        waiting=tuple(
+            WaitingPower(one.clocks_mhz, tuple(weight * watts for watts in one.power_w))
+            for one, weight in zip(problem.waiting, weights.tolist(), strict=True)
+        ),
+        full_clock=full_clock,
+        measured=tuple(
+            {clock: (seconds, weight * joules) for clock, (seconds, joules) in rows.items()}
+            for rows, weight in zip(problem.measured, per_class.tolist(), strict=True)
+        ),
+    )
+
+
+def capped(problem: PlanningProblem, most_w: float) -> PlanningProblem:
+    """The problem without the clocks at which an instruction draws more; each keeps that at which it draws least."""
+    classes, measured = [], []
+    for (stage, _), rows in zip(problem.keys, problem.measured, strict=True):
+        waiting_w = float(problem.blocking_power_w[stage])
+        power_w = {clock: joules / seconds + waiting_w for clock, (seconds, joules) in rows.items()}
+        allowed = max(most_w, min(power_w.values()))
+        kept = {clock: row for clock, row in rows.items() if power_w[clock] <= allowed}
+        measured.append(kept)
+        classes.append(_pareto((seconds, joules, clock) for clock, (seconds, joules) in kept.items()))
+    return replace(problem, classes=tuple(classes), measured=tuple(measured))

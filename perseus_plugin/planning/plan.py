@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -14,6 +14,7 @@ from perseus_plugin.bounds import MOST_COUNT, MOST_MHZ, MOST_S, Clock, Count, Po
 from perseus_plugin.errors import PlanError, shown, validation_problem
 from perseus_plugin.files import read_text, write_atomically
 from perseus_plugin.iteration.instructions import Instruction
+from perseus_plugin.planning.power.planned import PlannedBudget, PlannedPeaks, PlannedPower
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class Plan:
             the two instructions beside them; before the first and after the last at full clocks. Empty: there are none
             in any stage.
         waits_until_s: when something else ends the iteration; None: it ends with its last instruction.
+        power: of a plan for a power budget, what it draws of that; None of all others.
     """
 
     schedule: str
@@ -102,6 +104,12 @@ class Plan:
     cut_short: bool = False
     waits: tuple[tuple[PlannedWait, ...], ...] = ()
     waits_until_s: float | None = None
+    power: PlannedPower | None = None
+
+    @property
+    def power_w(self) -> float:
+        """Average power of one GPU per stage together, over an iteration."""
+        return self.energy_j / (self.iteration_time_s if self.waits_until_s is None else self.waits_until_s)
 
     @property
     def promise(self) -> str:
@@ -176,6 +184,27 @@ class _Confidence(_Strict):
     gap_at_most: Annotated[float, Field(ge=0)]
 
 
+class _Budget(_Strict):
+    name: str
+    allowed_w: Annotated[float, Field(gt=0)]
+    planned_w: Annotated[float, Field(ge=0)]
+
+
+class _Peaks(_Strict):
+    window_s: PositiveTime
+    job_w: Annotated[float, Field(ge=0)]
+    node_w: Annotated[float, Field(ge=0)]
+    gpu_w: Annotated[float, Field(ge=0)]
+
+
+class _Power(_Strict):
+    job_w: Annotated[float, Field(ge=0)]
+    budgets: list[_Budget]
+    peaks: _Peaks
+    time_lower_bound_s: PositiveTime
+    converged: bool
+
+
 _Wait: TypeAlias = tuple[
     Annotated[int, Field(ge=-1)],
     Clock,
@@ -201,6 +230,7 @@ class _PlanFile(_Strict):
     cut_short: bool = False
     waits: list[list[_Wait]] = []
     waits_until_s: Annotated[float, Field(gt=0)] | None = None
+    power: _Power | None = None
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -229,6 +259,7 @@ def plan_to_json(plan: Plan) -> str:
         cut_short=plan.cut_short,
         waits=[[(w.after, w.frequency_mhz, w.start_s, w.finish_s) for w in stage] for stage in plan.waits],
         waits_until_s=plan.waits_until_s,
+        power=None if plan.power is None else _Power.model_validate(asdict(plan.power), strict=False),
     )
     return json.dumps(content.model_dump(by_alias=True, exclude_defaults=True), allow_nan=False) + "\n"
 
@@ -277,10 +308,21 @@ def plan_from_json(text: str) -> Plan:
         cut_short=file.cut_short,
         waits=tuple(tuple(PlannedWait(*wait) for wait in stage) for stage in file.waits),
         waits_until_s=file.waits_until_s,
+        power=None if file.power is None else _power(file.power),
     )
     if not math.isclose(plan.gap, file.gap, abs_tol=1e-9):
         raise PlanError(f"gap: got {file.gap}; energy_j and energy_lower_bound_j make it {plan.gap}")
     return plan
+
+
+def _power(file: _Power) -> PlannedPower:
+    return PlannedPower(
+        job_w=file.job_w,
+        budgets=tuple(PlannedBudget(one.name, one.allowed_w, one.planned_w) for one in file.budgets),
+        peaks=PlannedPeaks(file.peaks.window_s, file.peaks.job_w, file.peaks.node_w, file.peaks.gpu_w),
+        time_lower_bound_s=file.time_lower_bound_s,
+        converged=file.converged,
+    )
 
 
 def _confidence(file: _Confidence) -> Confidence:

@@ -3,57 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import PipelineGraph
-from perseus_plugin.planning.few_changes.limits import keep_limits, violated
-from perseus_plugin.planning.improve import NORMAL, SMALL, THOROUGH, improve, search_whole
-from perseus_plugin.planning.options import Assignment, PlanningProblem, build_problem
+from perseus_plugin.planning.discretise import Discretiser, Solution
+from perseus_plugin.planning.options import PlanningProblem, build_problem
 from perseus_plugin.planning.plan import Plan, PlannedInstruction
-from perseus_plugin.planning.relaxation import Relaxation, Relaxed
-from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
+from perseus_plugin.planning.power.budget import PowerBudget
+from perseus_plugin.planning.power.fastest import Fastest, fastest_within
+from perseus_plugin.planning.relaxation import Relaxation
 from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
-from perseus_plugin.planning.waiting import Waits
 from perseus_plugin.planning.work import BRAKE_S, Work
 from perseus_plugin.profiling.profile import Profile
 
 __all__ = ["ChangeLimits", "Effort", "Planner", "Solution", "Target", "make_plan"]
 
-_WORK = {"normal": 5.5, "thorough": 100.0}
 _BUDGET_STEPS = 12
 _FAR = 0.005  # share above the bound from which a plan for less time may be the better one
 _SAME = 1e-9
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """A choice of options with the relaxation that it came from.
-
-    Attributes:
-        assignment: a clock for every instruction.
-        relaxed: the relaxation's optimum.
-        allowed_s: the deadline that was asked for, at least `relaxed.deadline_s`.
-        energy_j: energy of the choice, blocking included.
-        iteration_time_s: of the choice.
-        limits: on clock changes, which it keeps.
-        waits: at which clock it waits.
-        waits_until_s: when something else ends the iteration; None: it ends with its last instruction.
-        cut_short: whether the clock ended the search; see `planning.work`.
-    """
-
-    assignment: Assignment
-    relaxed: Relaxed
-    allowed_s: float
-    energy_j: float
-    iteration_time_s: float
-    limits: ChangeLimits
-    waits: Waits
-    waits_until_s: float | None = None
-    cut_short: bool = False
-
-
-class Planner:
+class Planner(Discretiser):
     """Plans one job for any number of targets; never worse for a longer deadline than before for a shorter one.
 
     Args:
@@ -80,18 +51,10 @@ class Planner:
         switch_latency_s: float | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self.problem = build_problem(graph, profile, blocking_power_w, full_clock_only)
-        self._clock = clock
-        self.switch_latency_s = switch_latency_s
+        super().__init__(build_problem(graph, profile, blocking_power_w, full_clock_only), switch_latency_s, clock)
         self._found: list[Solution] = []
         self.schedule = schedule
-        # Large jobs get coarser units: the bound loses about a part in 10,000 and the solver is several times faster.
-        size = len(graph)
-        self.relaxation = Relaxation(
-            self.problem,
-            coarser_time=min(100.0, max(1.0, size / 500)),
-            coarser_power=min(500.0, max(1.0, size / 100)),
-        )
+        self.relaxation = Relaxation.sized(self.problem)
 
     def plan(self, target: Target, limits: ChangeLimits | None = None, effort: Effort = "quick") -> Plan:
         """Choose a clock for every instruction.
@@ -99,6 +62,9 @@ class Planner:
         Raises:
             PlanError: the target cannot be met; the message says what can.
         """
+        if target.budget is not None:
+            found = self.fastest_within(target.budget, limits or ChangeLimits(), effort)
+            return replace(self.plan_of(found.solution), power=found.planned(target.budget))
         return self.to_plan(self.solve(target, limits, effort))
 
     def solve(self, target: Target, limits: ChangeLimits | None = None, effort: Effort = "quick") -> Solution:
@@ -128,8 +94,17 @@ class Planner:
                 relaxed = self.relaxation.solve(problem.full_clock_time_s)
                 return self.priced(relaxed, problem.full_clocks, problem.full_clock_time_s, limits)
             case "power_budget":
-                raise PlanError("power budget: cannot be planned for")
+                assert target.budget is not None  # a target of power has one
+                return self.fastest_within(target.budget, limits, effort).solution
         return self.best_known(found)
+
+    def fastest_within(self, budget: PowerBudget, limits: ChangeLimits, effort: Effort = "quick") -> Fastest:
+        """The shortest iteration found that keeps a power budget, with all that it promises.
+
+        Raises:
+            PlanError: none keeps it; the message names the lowest.
+        """
+        return fastest_within(self, budget, limits, effort, Work(BRAKE_S[effort], self._clock))
 
     def best_known(self, found: Solution) -> Solution:
         """The cheapest for its deadline of it and of those that this planner has found for shorter ones.
@@ -201,70 +176,6 @@ class Planner:
             return replace(quick, cut_short=work.cut_short)
         more = self.discretise(quick.relaxed, quick.allowed_s, limits, effort, work)
         return replace(min(quick, more, key=lambda solution: solution.energy_j), cut_short=work.cut_short)
-
-    def discretise(
-        self,
-        relaxed: Relaxed,
-        allowed_s: float,
-        limits: ChangeLimits,
-        effort: Effort,
-        work: Work | None = None,
-        waits_until_s: float | None = None,
-    ) -> Solution:
-        """Clocks for a relaxation's optimum, as `plan` finds them; what is done is added to `work`."""
-        problem, deadline_s = self.problem, relaxed.deadline_s
-        work = work or Work(BRAKE_S[effort], self._clock)
-
-        def priced(assignment: Assignment) -> Solution:
-            return self.priced(relaxed, assignment, allowed_s, limits, waits_until_s)
-
-        choices = []
-        for share in (0.0, 0.5, 1.0):
-            aim = relaxed.earliest_finish_s * (1 - share) + relaxed.latest_finish_s * share
-            rounded = round_to_deadline(problem, aim, deadline_s)
-            choices.append(use_up_slack(problem, rounded, deadline_s))
-        found = [priced(problem.assignment(choice)) for choice in choices]
-        best = min(range(len(choices)), key=lambda k: found[k].energy_j)
-        choice, solution = choices[best], found[best]
-        if effort != "quick" and not violated(problem, solution.assignment, limits):
-            passes = NORMAL if effort == "normal" else THOROUGH
-            choice = improve(problem, relaxed, choice, passes, work, _WORK[effort])
-            if len(problem.instruction_nodes) <= SMALL:
-                end_price_w = problem.total_blocking_w if waits_until_s is None else 0.0
-                choice = search_whole(problem, relaxed, choice, allowed_s, end_price_w, work, _WORK[effort] / 2)
-            # The searches price all waits alike.
-            solution = min(solution, priced(problem.assignment(choice)), key=lambda one: one.energy_j)
-        try:
-            kept = keep_limits(problem, relaxed, solution.assignment, limits, effort, deadline_s, work)
-        except PlanError:
-            if allowed_s <= deadline_s:
-                raise
-            # The cheapest iteration may be too short for few changes where a longer one is not.
-            kept = keep_limits(problem, relaxed, solution.assignment, limits, effort, allowed_s, work)
-        if kept is not solution.assignment:
-            solution = priced(kept)
-        return replace(solution, cut_short=work.cut_short)
-
-    def priced(
-        self,
-        relaxed: Relaxed,
-        assignment: Assignment,
-        allowed_s: float,
-        limits: ChangeLimits,
-        waits_until_s: float | None = None,
-    ) -> Solution:
-        """An assignment with the clocks of its waits and all that it takes."""
-        problem = self.problem
-        start_s, finish_s = problem.graph.times(assignment.duration_s)
-        iteration_time_s = float(finish_s.max())
-        end_s = iteration_time_s if waits_until_s is None else waits_until_s
-        waits = problem.waiting_costs.decide(
-            assignment.frequency_mhz, start_s, finish_s, end_s, self.switch_latency_s, limits
-        )
-        energy_j = assignment.energy_j + problem.total_blocking_w * end_s + waits.extra_j
-        return Solution(
-            assignment, relaxed, allowed_s, energy_j, iteration_time_s, limits, waits, waits_until_s=waits_until_s
-        )
 
     def to_plan(self, solution: Solution) -> Plan:
         """The plan of a solution; full clocks, with waits at lower ones, instead where that is no worse."""

@@ -32,13 +32,18 @@ class Waits:
     Attributes:
         frequency_mhz: shape (spans,), 0 for waits without a clock of their own.
         begin_s, end_s: shape (spans,), of the longest wait in each.
-        extra_j: what all spans take above the least that waiting takes.
+        stage_extra_j: shape (stages,), what each one's spans take above the least that waiting takes.
     """
 
     frequency_mhz: IntArray
     begin_s: FloatArray
     end_s: FloatArray
-    extra_j: float
+    stage_extra_j: FloatArray
+
+    @property
+    def extra_j(self) -> float:
+        """What all spans take above the least that waiting takes."""
+        return float(self.stage_extra_j.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +116,15 @@ class WaitingCosts:
         """
         count = len(self.spans.stage)
         if self.is_constant:
-            return Waits(np.zeros(count, dtype=np.int64), np.zeros(count), np.zeros(count), 0.0)
+            return Waits(np.zeros(count, dtype=np.int64), np.zeros(count), np.zeros(count), np.zeros(self.graph.stages))
         times = self.spans.times(start_s[:, None], finish_s[:, None], end_s)
         options = _Options(self, frequency_mhz, times, latency_s, limits)
         chosen = options.choose()
         mhz = np.where(chosen < 0, 0, options.mhz[chosen, np.arange(count)])
         cost_j = options.alone_j - np.where(chosen < 0, 0.0, options.gain_j[chosen, np.arange(count)])
         begin_s = options.begin_s
-        return Waits(mhz, begin_s, times.begin_s[:, 0] + times.wait_s[:, 0], float(cost_j.sum()))
+        by_stage_j = np.bincount(self.spans.stage, weights=cost_j, minlength=self.graph.stages).astype(np.float64)
+        return Waits(mhz, begin_s, times.begin_s[:, 0] + times.wait_s[:, 0], by_stage_j)
 
     def planned(self, waits: Waits) -> tuple[tuple[PlannedWait, ...], ...]:
         """Waits with a clock of their own, per stage; empty if there are none."""

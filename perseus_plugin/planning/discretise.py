@@ -1,0 +1,135 @@
+"""From a relaxation's optimum to clocks that exist, and what they take with their waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from perseus_plugin.errors import PlanError
+from perseus_plugin.iteration.graph import FloatArray
+from perseus_plugin.planning.few_changes.limits import keep_limits, violated
+from perseus_plugin.planning.improve import NORMAL, SMALL, THOROUGH, improve, search_whole
+from perseus_plugin.planning.options import Assignment, PlanningProblem
+from perseus_plugin.planning.relaxation import Relaxed
+from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
+from perseus_plugin.planning.targets import ChangeLimits, Effort
+from perseus_plugin.planning.waiting import Waits
+from perseus_plugin.planning.work import BRAKE_S, Work
+
+_WORK = {"normal": 5.5, "thorough": 100.0}
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A choice of options with the relaxation that it came from.
+
+    Attributes:
+        assignment: a clock for every instruction.
+        relaxed: the relaxation's optimum.
+        allowed_s: the deadline that was asked for, at least `relaxed.deadline_s`.
+        energy_j: energy of the choice, blocking included.
+        iteration_time_s: of the choice.
+        limits: on clock changes, which it keeps.
+        waits: at which clock it waits.
+        waits_until_s: when something else ends the iteration; None: it ends with its last instruction.
+        cut_short: whether the clock ended the search; see `planning.work`.
+    """
+
+    assignment: Assignment
+    relaxed: Relaxed
+    allowed_s: float
+    energy_j: float
+    iteration_time_s: float
+    limits: ChangeLimits
+    waits: Waits
+    waits_until_s: float | None = None
+    cut_short: bool = False
+
+
+class Discretiser:
+    """Finds and prices choices of clocks of one problem.
+
+    Args:
+        problem: graph and options.
+        switch_latency_s: how long a clock change takes; None: unknown, and clocks are not lowered in waits.
+        clock: monotonic, seconds, for the last brake of searches.
+    """
+
+    def __init__(
+        self, problem: PlanningProblem, switch_latency_s: float | None, clock: Callable[[], float] | None = None
+    ) -> None:
+        self.problem, self.switch_latency_s, self._clock = problem, switch_latency_s, clock
+
+    def discretise(
+        self,
+        relaxed: Relaxed,
+        allowed_s: float,
+        limits: ChangeLimits,
+        effort: Effort,
+        work: Work | None = None,
+        waits_until_s: float | None = None,
+    ) -> Solution:
+        """Clocks for a relaxation's optimum, as `plan` finds them; what is done is added to `work`."""
+        problem, deadline_s = self.problem, relaxed.deadline_s
+        work = work or Work(BRAKE_S[effort], self._clock)
+
+        def priced(assignment: Assignment) -> Solution:
+            return self.priced(relaxed, assignment, allowed_s, limits, waits_until_s)
+
+        choices = []
+        for share in (0.0, 0.5, 1.0):
+            aim = relaxed.earliest_finish_s * (1 - share) + relaxed.latest_finish_s * share
+            rounded = round_to_deadline(problem, aim, deadline_s)
+            choices.append(use_up_slack(problem, rounded, deadline_s))
+        found = [priced(problem.assignment(choice)) for choice in choices]
+        best = min(range(len(choices)), key=lambda k: found[k].energy_j)
+        choice, solution = choices[best], found[best]
+        if effort != "quick" and not violated(problem, solution.assignment, limits):
+            passes = NORMAL if effort == "normal" else THOROUGH
+            choice = improve(problem, relaxed, choice, passes, work, _WORK[effort])
+            if len(problem.instruction_nodes) <= SMALL:
+                end_price_w = problem.total_blocking_w if waits_until_s is None else 0.0
+                choice = search_whole(problem, relaxed, choice, allowed_s, end_price_w, work, _WORK[effort] / 2)
+            # The searches price all waits alike.
+            solution = min(solution, priced(problem.assignment(choice)), key=lambda one: one.energy_j)
+        try:
+            kept = keep_limits(problem, relaxed, solution.assignment, limits, effort, deadline_s, work)
+        except PlanError:
+            if allowed_s <= deadline_s:
+                raise
+            # The cheapest iteration may be too short for few changes where a longer one is not.
+            kept = keep_limits(problem, relaxed, solution.assignment, limits, effort, allowed_s, work)
+        if kept is not solution.assignment:
+            solution = priced(kept)
+        return replace(solution, cut_short=work.cut_short)
+
+    def priced(
+        self,
+        relaxed: Relaxed,
+        assignment: Assignment,
+        allowed_s: float,
+        limits: ChangeLimits,
+        waits_until_s: float | None = None,
+    ) -> Solution:
+        """An assignment with the clocks of its waits and all that it takes."""
+        problem = self.problem
+        start_s, finish_s = problem.graph.times(assignment.duration_s)
+        iteration_time_s = float(finish_s.max())
+        end_s = iteration_time_s if waits_until_s is None else waits_until_s
+        waits = problem.waiting_costs.decide(
+            assignment.frequency_mhz, start_s, finish_s, end_s, self.switch_latency_s, limits
+        )
+        energy_j = assignment.energy_j + problem.total_blocking_w * end_s + waits.extra_j
+        return Solution(
+            assignment, relaxed, allowed_s, energy_j, iteration_time_s, limits, waits, waits_until_s=waits_until_s
+        )
+
+    def stage_energy_j(self, solution: Solution) -> FloatArray:
+        """Shape (stages,): energy of each stage's GPU over an iteration, blocking included."""
+        problem, end_s = self.problem, solution.iteration_time_s
+        time_s, watts = problem.at_clocks(solution.assignment.frequency_mhz)
+        effective_j = np.bincount(problem.graph.stage, weights=time_s * watts, minlength=problem.graph.stages)
+        found: FloatArray = effective_j + problem.blocking_power_w * end_s + solution.waits.stage_extra_j
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,11 +27,30 @@ from perseus_plugin.cli.job import (
     parse_effort,
     planner_from_options,
 )
+from perseus_plugin.cli.power import (
+    BudgetOption,
+    GpusPerNode,
+    GroupOption,
+    NodeShare,
+    NodeWatts,
+    PeakOption,
+    PeakWindow,
+    PriceGpuHour,
+    PriceKwh,
+    Replicas,
+    budget_from_options,
+    prices_from_options,
+)
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.iteration.instructions import INPUT_SHARE
+from perseus_plugin.planning.power.budget import NodeOverhead
+from perseus_plugin.planning.targets import Target
 
 if TYPE_CHECKING:
     from perseus_plugin.planning.frontier import Frontier
+    from perseus_plugin.planning.plan import Plan
+
+_FULL_SPEED = 0.001  # share of the time at full clocks
 
 
 def frontier(
@@ -45,6 +65,16 @@ def frontier(
     switch_latency: SwitchLatency = SWITCH_LATENCY_S,
     lower_while_waiting: LowerWhileWaiting = True,
     power_limit: PowerLimit = None,
+    power_budget: BudgetOption = None,
+    group: GroupOption = None,
+    replicas: Replicas = 1,
+    gpus_per_node: GpusPerNode = 8,
+    node_watts: NodeWatts = 0.0,
+    node_share: NodeShare = 0.0,
+    peak_w: PeakOption = None,
+    peak_window: PeakWindow = 1.0,
+    price_kwh: PriceKwh = None,
+    price_gpu_hour: PriceGpuHour = None,
     tolerance: Annotated[float, typer.Option(help="Share to within which to know the bound.")] = 0.002,
     effort: EffortOption = "quick",
     plot: Annotated[Path | None, typer.Option(help="Also draw it (needs matplotlib).")] = None,
@@ -66,6 +96,14 @@ def frontier(
         power_limit,
         input_share,
     )
+    stages, node = planner.problem.graph.stages, NodeOverhead(node_watts, node_share)
+    budget = budget_from_options(stages, power_budget, group, replicas, gpus_per_node, node, peak_w, peak_window)
+    prices = prices_from_options(price_kwh, price_gpu_hour, node, gpus_per_node)
+    marks: dict[str, Plan] = {}
+    if budget is not None:
+        marks["within the power budget"] = planner.plan(Target.power_budget(budget), effort=spent)
+    if prices is not None:
+        marks["least cost"] = planner.plan(Target.money(prices), effort=spent)
     console = Console()
     with console.status("sampling") as status:
         made = make_frontier(
@@ -78,8 +116,13 @@ def frontier(
         tell_cut_short()
     save_frontier(made, output)
     if plot is not None:
-        draw(made, plot)
+        draw(made, plot, marks)
     console.print(summary(made))
+    for name, plan in marks.items():
+        told = f"{name}: {plan.iteration_time_s:.4f} s, {plan.energy_j:.1f} J, {plan.power_w:.1f} W"
+        if plan.slowdown <= _FULL_SPEED:
+            told += f": full speed, with {plan.saving:.2%} less energy"
+        console.print(told, highlight=False, soft_wrap=True)
     console.print(f"wrote {output}" + (f" and {plot}" if plot else ""), highlight=False, soft_wrap=True)
 
 
@@ -99,8 +142,8 @@ def summary(made: Frontier) -> Table:
     return table
 
 
-def draw(made: Frontier, path: Path) -> None:
-    """Draw bound and plans, energy above power.
+def draw(made: Frontier, path: Path, marks: Mapping[str, Plan] | None = None) -> None:
+    """Draw bound and plans, energy above power; `marks` are plans to point out.
 
     Raises:
         ConfigError: matplotlib is not installed, or it cannot write that kind of file.
@@ -119,6 +162,10 @@ def draw(made: Frontier, path: Path) -> None:
         (
             [(made.baseline_time_s, made.baseline_energy_j)],
             {"color": "C3", "marker": "s", "ls": "", "label": "full clocks"},
+        ),
+        *(
+            ([(plan.iteration_time_s, plan.energy_j)], {"marker": "D", "ls": "", "label": name})
+            for name, plan in (marks or {}).items()
         ),
     ):
         times_s = [time_s for time_s, _ in points]

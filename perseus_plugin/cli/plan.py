@@ -26,10 +26,27 @@ from perseus_plugin.cli.job import (
     parse_effort,
     planner_from_options,
 )
+from perseus_plugin.cli.power import (
+    BudgetOption,
+    GpusPerNode,
+    GroupOption,
+    NodeShare,
+    NodeWatts,
+    PeakOption,
+    PeakWindow,
+    PriceGpuHour,
+    PriceKwh,
+    Replicas,
+    add_cost,
+    add_power,
+    budget_from_options,
+    prices_from_options,
+)
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.iteration.instructions import INPUT_SHARE
 from perseus_plugin.planning.plan import Plan, save_plan
-from perseus_plugin.planning.targets import ChangeLimits, Target
+from perseus_plugin.planning.power.budget import NodeOverhead, PowerBudget
+from perseus_plugin.planning.targets import ChangeLimits, Prices, Target
 from perseus_plugin.planning.work import tell_cut_short
 from perseus_plugin.planning.zeus import save_zeus_plan
 
@@ -53,6 +70,16 @@ def plan(
     straggler: Annotated[float | None, typer.Option(help="The iteration takes this many seconds in any case.")] = None,
     cheapest: Annotated[bool, typer.Option("--cheapest", help="Least energy at any iteration time.")] = False,
     energy_budget: Annotated[float | None, typer.Option(help="Most joules per iteration.")] = None,
+    power_budget: BudgetOption = None,
+    group: GroupOption = None,
+    replicas: Replicas = 1,
+    gpus_per_node: GpusPerNode = 8,
+    node_watts: NodeWatts = 0.0,
+    node_share: NodeShare = 0.0,
+    peak_w: PeakOption = None,
+    peak_window: PeakWindow = 1.0,
+    price_kwh: PriceKwh = None,
+    price_gpu_hour: PriceGpuHour = None,
     max_changes: Annotated[int | None, typer.Option(help="Most clock changes per stage and iteration.")] = None,
     min_dwell: Annotated[float, typer.Option(help="Shortest time between clock changes, seconds.")] = 0.0,
     effort: EffortOption = "quick",
@@ -62,7 +89,6 @@ def plan(
 ) -> None:
     """Choose a clock for every instruction so that the iteration ends in time with the least energy."""
     spent = parse_effort(effort)
-    target = pick_target(slowdown, deadline, straggler, cheapest, energy_budget)
     limits = ChangeLimits(max_changes, min_dwell)
     planner, read = planner_from_options(
         profile,
@@ -75,6 +101,10 @@ def plan(
         power_limit,
         input_share,
     )
+    stages, node = planner.problem.graph.stages, NodeOverhead(node_watts, node_share)
+    budget = budget_from_options(stages, power_budget, group, replicas, gpus_per_node, node, peak_w, peak_window)
+    prices = prices_from_options(price_kwh, price_gpu_hour, node, gpus_per_node)
+    target = pick_target(slowdown, deadline, straggler, cheapest, energy_budget, budget, prices)
     console = Console()
     free = None
     if limits != ChangeLimits():
@@ -90,7 +120,10 @@ def plan(
     save_plan(made, output)
     if zeus is not None:
         save_zeus_plan(made, zeus)
-    console.print(summary(made, free))
+    table = summary(made, free)
+    if prices is not None:
+        add_cost(table, made, prices)
+    console.print(table)
     console.print(f"wrote {output}" + (f" and {zeus}" if zeus else ""), highlight=False, soft_wrap=True)
 
 
@@ -100,6 +133,8 @@ def pick_target(
     straggler: float | None,
     cheapest: bool,
     energy_budget: float | None,
+    budget: PowerBudget | None = None,
+    prices: Prices | None = None,
 ) -> Target:
     """The one target that was named; slowdown 0 without any.
 
@@ -113,6 +148,8 @@ def pick_target(
         "--straggler": straggler is not None,
         "--cheapest": cheapest,
         "--energy-budget": energy_budget is not None,
+        "--power-budget, --group or --peak-w": budget is not None,
+        "--price-kwh": prices is not None,
     }
     given = [name for name, is_given in named.items() if is_given]
     if len(given) > 1:
@@ -123,6 +160,10 @@ def pick_target(
         return Target.straggler(straggler)
     if energy_budget is not None:
         return Target.energy_budget(energy_budget)
+    if budget is not None:
+        return Target.power_budget(budget)
+    if prices is not None:
+        return Target.money(prices)
     return Target.cheapest() if cheapest else Target.slowdown(slowdown or 0.0)
 
 
@@ -136,6 +177,7 @@ def summary(made: Plan, free: Plan | None = None) -> Table:
         low, high = made.confidence.saving
         table.add_row(f"  known to be ({made.confidence.level:.0%})", "", f"{low:.3%} to {high:.3%}")
     table.add_row("slowdown", "", f"{made.slowdown:.3%}")
+    add_power(table, made)
     table.add_row("lower bound of energy", "", f"{made.energy_lower_bound_j:.3f} J")
     table.add_row("gap to the bound", "", f"{made.gap:.3%}")
     if made.confidence is not None:

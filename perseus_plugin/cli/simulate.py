@@ -39,6 +39,7 @@ from perseus_plugin.cli.simulation.resplit import Split, resplit
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.iteration.instructions import INPUT_SHARE
 from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.planning.power.words import parse_watts
 from perseus_plugin.planning.targets import ChangeLimits
 from perseus_plugin.profiling.profile import Profile
 
@@ -65,6 +66,9 @@ def simulate(
     ] = None,
     straggler: Annotated[
         list[float] | None, typer.Option(help="The iteration takes so many times full clocks in any case.")
+    ] = None,
+    power_budget: Annotated[
+        list[str] | None, typer.Option(help="Most power of one GPU per stage together, such as 2kW.")
     ] = None,
     stages: Annotated[list[int] | None, typer.Option(help="Stages of an even split of the layers.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Layers of each stage, with commas.")] = None,
@@ -99,7 +103,7 @@ def simulate(
     for path in output or ():
         if path.suffix not in {".json", ".csv"}:
             raise ConfigError(f"--output: got {path}; allowed: a path that ends in .json or .csv")
-    aims = _aims(slowdown, straggler)
+    aims = _aims(slowdown, straggler, power_budget)
     splits = [_layers("--split", text) for text in split or ()]
     modelled = source.suffix in {".yaml", ".yml"}
     if modelled:
@@ -147,7 +151,9 @@ def simulate(
         console.print(f"wrote {' and '.join(map(str, written))}", highlight=False, soft_wrap=True)
 
 
-def _aims(slowdowns: Sequence[float] | None, stragglers: Sequence[float] | None) -> list[Aim]:
+def _aims(
+    slowdowns: Sequence[float] | None, stragglers: Sequence[float] | None, budgets: Sequence[str] | None
+) -> list[Aim]:
     from perseus_plugin.cli.simulation.scenarios import Aim
 
     for value in stragglers or ():
@@ -157,6 +163,7 @@ def _aims(slowdowns: Sequence[float] | None, stragglers: Sequence[float] | None)
         if not 0 <= value < float("inf"):
             raise ConfigError(f"--slowdown: got {value:g}; allowed: a share, a finite number from 0")
     aims = [Aim(slowdown=value) for value in slowdowns or ()] + [Aim(straggler=value) for value in stragglers or ()]
+    aims += [Aim(power_budget_w=parse_watts(told, "--power-budget")) for told in budgets or ()]
     return aims or [Aim(slowdown=0.0)]
 
 

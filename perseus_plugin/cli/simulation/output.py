@@ -28,6 +28,7 @@ def outcome_row(outcome: Outcome) -> dict[str, Any]:
         "microbatches": outcome.microbatches,
         "slowdown_allowed": outcome.aim.slowdown,
         "straggler": outcome.aim.straggler,
+        "power_budget_w": outcome.aim.power_budget_w,
     }
     names = ("scale", "deadline_s", "full_clock_s", "full_clock_j", "iteration_s", "energy_j", "bound_j", "saving")
     for name in (*names, "slowdown", "gap", "most_changes", "left_alone_j"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from perseus_plugin.errors import PerseusError
+from perseus_plugin.errors import PerseusError, PlanError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import INPUT_SHARE, Compute, StageStream
+from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
 from perseus_plugin.planning.work import tell_cut_short
@@ -54,10 +56,17 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """What is planned for: a slowdown as a share, or a straggler that makes the iteration so many times as long."""
+    """What is planned for.
+
+    Attributes:
+        slowdown: as a share.
+        straggler: makes the iteration so many times as long in any case.
+        power_budget_w: of one GPU per stage together.
+    """
 
     slowdown: float | None = None
     straggler: float | None = None
+    power_budget_w: float | None = None
 
     def target(self, full_clock_s: float) -> Target:
         """As the planner wants it.
@@ -67,11 +76,15 @@ class Aim:
         """
         if self.straggler is not None:
             return Target.straggler(self.straggler * full_clock_s)
+        if self.power_budget_w is not None:
+            return Target.power_budget(self.power_budget_w)
         return Target.slowdown(self.slowdown or 0.0)
 
     def __str__(self) -> str:
         if self.straggler is not None:
             return f"straggler {self.straggler:g}x"
+        if self.power_budget_w is not None:
+            return f"power budget {self.power_budget_w:g} W"
         return f"slowdown {100 * (self.slowdown or 0.0):g} %"
 
 
@@ -226,7 +239,10 @@ def _figures(
 ) -> Figures:
     target = aim.target(planner.problem.full_clock_time_s)
     plan = planner.plan(target, limits, effort)
-    alone = leaves_alone.plan(target, limits, effort) if plan.waits and leaves_alone is not None else None
+    alone: Plan | None = None
+    if plan.waits and leaves_alone is not None:
+        with suppress(PlanError):  # it may take lower clocks in waits to keep a power budget
+            alone = leaves_alone.plan(target, limits, effort)
     if plan.cut_short or (alone is not None and alone.cut_short):
         tell_cut_short()
     return Figures(

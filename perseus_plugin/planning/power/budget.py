@@ -1,7 +1,8 @@
 """A power budget: how many watts a job's GPUs may draw together, and how many those of a group. Pure data.
 
 All watts are averages over an iteration, except those of `Peaks`. Where an overhead per node is given, all of them are
-watts at the node: every GPU counts with its own power and its share of the node's.
+watts at the node: every GPU counts with its own power and its share of the node's. Only where each GPU has a budget, or
+a limit on its peaks, for itself, that is of the GPU alone.
 """
 
 from __future__ import annotations
@@ -129,11 +130,13 @@ class StageLimit:
         name: for people.
         watts: at most; may be 0 or below where the overhead alone uses the budget up.
         gpus: per stage, how many count.
+        at_gpu: whether it was given as power of the GPU itself, whatever the overhead of its node.
     """
 
     name: str
     watts: float
     gpus: tuple[int, ...]
+    at_gpu: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,20 +191,24 @@ class PowerBudget:
         stage_of = self.ranks_by_stage(stages)
         found: dict[tuple[int, ...], StageLimit] = {}
 
-        def limit(name: str, watts: float, ranks: Sequence[int]) -> None:
+        def limit(name: str, watts: float, ranks: Sequence[int], at_gpu: bool = False) -> None:
             count = Counter(stage_of[rank] for rank in ranks)
             gpus = tuple(count[stage] for stage in range(stages))
-            own_w = self.gpu_w(watts, len(ranks))
+            own_w = watts if at_gpu else self.gpu_w(watts, len(ranks))
             if gpus not in found or own_w < found[gpus].watts:
-                found[gpus] = StageLimit(name, own_w, gpus)
+                found[gpus] = StageLimit(name, own_w, gpus, at_gpu)
 
         if self.job_w is not None:
             limit("the job", self.job_w, range(len(stage_of)))
         for group in self.groups:
             sets = group.ranks(len(stage_of), self.gpus_per_node)
             for at, ranks in enumerate(sets):
-                limit(group.name if len(sets) == 1 else f"{group.name} {at}", group.watts, ranks)
+                limit(group.name if len(sets) == 1 else f"{group.name} {at}", group.watts, ranks, group.of == EACH_GPU)
         return tuple(found.values())
+
+    def told_w(self, limit: StageLimit, gpu_w: float) -> float:
+        """The power of a budget's GPUs as the budget was given: theirs, or that of their nodes."""
+        return gpu_w if limit.at_gpu else self.node_w(gpu_w, sum(limit.gpus))
 
     def gpu_w(self, node_w: float, gpus: int) -> float:
         """The power of so many GPUs that makes `node_w` at their nodes."""

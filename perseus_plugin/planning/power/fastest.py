@@ -66,8 +66,8 @@ class Fastest:
             budgets=tuple(
                 PlannedBudget(
                     one.name,
-                    budget.node_w(one.watts, sum(one.gpus)),
-                    budget.node_w(float(np.dot(one.gpus, self.stage_w)), sum(one.gpus)),
+                    budget.told_w(one, one.watts),
+                    budget.told_w(one, float(np.dot(one.gpus, self.stage_w))),
                 )
                 for one in self.limits
             ),
@@ -311,8 +311,7 @@ class _Search:
         share = self.least_used
         if len(self.limits) == 1:
             (limit,) = self.limits
-            count = sum(limit.gpus)
-            given, lowest = (self.budget.node_w(watts, count) for watts in (limit.watts, limit.watts * share))
+            given, lowest = (self.budget.told_w(limit, watts) for watts in (limit.watts, limit.watts * share))
             return f"power budget: got {given:.1f} W for {limit.name}; the lowest plan found draws {lowest:.1f} W"
         names = ", ".join(limit.name for limit in self.limits)
         return (

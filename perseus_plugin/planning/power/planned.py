@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PlannedPeaks:
-    """The highest averages over any window of `window_s` that a plan predicts, at the nodes, in watts.
+    """The highest averages over any window of `window_s` that a plan predicts, in watts.
 
     Attributes:
         window_s: how long the window is.
-        job_w, node_w, gpu_w: of all GPUs together, of the node and of the GPU where they are highest.
+        job_w, node_w: of all nodes together, and of that where it is highest.
+        gpu_w: of the GPU where it is highest, without its node.
     """
 
     window_s: float

@@ -116,5 +116,5 @@ def planned_peaks(problem: PlanningProblem, solution: Solution, budget: PowerBud
         window_s,
         at_node(tuple(np.bincount(stage_of, minlength=stages).tolist())),
         max(map(at_node, nodes)),
-        max(at_node(tuple(int(stage == one) for stage in range(stages))) for one in range(stages)),
+        max(peak_w([trace], [1], window_s) for trace in traces),
     )

@@ -156,21 +156,17 @@ def draw(made: Frontier, path: Path, marks: Mapping[str, Plan] | None = None) ->
     energies, powers = figure.subplots(2, sharex=True)
     bound = [(point.deadline_s, point.bound_j) for point in made.points]
     plans = [(point.plan.iteration_time_s, point.plan.energy_j) for point in made.points]
-    for points, look in (
-        (bound, {"color": "0.6", "label": "lower bound"}),
-        (plans, {"color": "C0", "marker": "o", "ms": 4, "ls": "", "label": "plans"}),
-        (
-            [(made.baseline_time_s, made.baseline_energy_j)],
-            {"color": "C3", "marker": "s", "ls": "", "label": "full clocks"},
-        ),
-        *(
-            ([(plan.iteration_time_s, plan.energy_j)], {"marker": "D", "ls": "", "label": name})
-            for name, plan in (marks or {}).items()
-        ),
-    ):
+    full = [(made.baseline_time_s, made.baseline_energy_j)]
+    drawn: list[tuple[str, str, list[tuple[float, float]], str | None]] = [
+        ("lower bound", "-", bound, "0.6"),
+        ("plans", "o", plans, "C0"),
+        ("full clocks", "s", full, "C3"),
+        *((name, "D", [(plan.iteration_time_s, plan.energy_j)], None) for name, plan in (marks or {}).items()),
+    ]
+    for name, look, points, color in drawn:
         times_s = [time_s for time_s, _ in points]
-        energies.plot(times_s, [energy_j for _, energy_j in points], **look)
-        powers.plot(times_s, [energy_j / time_s for time_s, energy_j in points], **look)
+        energies.plot(times_s, [energy_j for _, energy_j in points], look, color=color, ms=4, label=name)
+        powers.plot(times_s, [energy_j / time_s for time_s, energy_j in points], look, color=color, ms=4)
     energies.set_ylabel("energy per iteration, one GPU per stage [J]")
     powers.set_ylabel("average power, one GPU per stage [W]")
     powers.set_xlabel("iteration time [s]")

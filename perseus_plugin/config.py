@@ -23,6 +23,9 @@ BLOCK = "perseus"
 
 _MOST_BYTES = 2**20  # of a configuration
 
+GPUS_OF_A_GROUP = r"^(gpu|node|node \d{1,9}|\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*)$"
+"""Which GPUs share a power budget: each one, those of each node, of the fourth node (`node 3`), or of some ranks."""
+
 _TOLERANCE_PAIRED, _TOLERANCE_SWEEP = 0.01, 0.03
 
 
@@ -369,6 +372,38 @@ class PerseusConfig(_Strict):
         "Target: share by which an iteration may be longer than at full clocks.",
         ge=0,
         le=10,
+    )
+    power_budget_w: float | None = _setting(
+        None,
+        "a number above 0, or null",
+        "Average watts that the GPUs of the whole job may draw; iterations are as fast as that allows, and no faster.",
+        gt=0,
+    )
+    power_budget_groups_w: dict[Annotated[str, Field(pattern=GPUS_OF_A_GROUP)], Annotated[float, Field(gt=0)]] = (
+        _setting(
+            {},
+            'an object of watts, by "gpu" (each), "node" (each), "node 3", or ranks such as "0-7,16"',
+            "The same for some of its GPUs together: what they may draw, by which they are.",
+        )
+    )
+    node_overhead_w: float = _setting(
+        0.0,
+        "a number from 0",
+        "Watts that a node draws beside its GPUs. With this or node_overhead_share, power budgets and peaks are of "
+        "nodes, and each GPU counts with its part; only those of each GPU stay its own.",
+        ge=0,
+    )
+    node_overhead_share: float = _setting(
+        0.0, "a number from 0", "The same as a share of the power of its GPUs (fans, losses).", ge=0
+    )
+    peak_w: float | None = _setting(
+        None,
+        "a number above 0, or null",
+        "Highest average power, in watts, that a plan of the whole job may come to over any peak_window_s seconds.",
+        gt=0,
+    )
+    peak_window_s: float = _setting(
+        1.0, "a number above 0", "Length of the window that peak power is averaged over, in seconds.", gt=0
     )
     target_file: str | None = _setting(
         None,

@@ -64,6 +64,7 @@ from perseus_plugin.leader.target_book import Goal, TargetBook
 from perseus_plugin.leader.target_desk import REQUESTS, TargetDesk
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import Plan, save_plan
+from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.failed import save_failure
 from perseus_plugin.profiling.kept import save_survey
@@ -139,7 +140,7 @@ class Coordinator:
             job.full_sweep_mhz or timetable.sweep.clocks_mhz,
             placement.replica,
         )
-        configured = Goal(Target.slowdown(config.slowdown))
+        configured = Goal(Target.slowdown(config.slowdown), PowerBudget.configured(config))
         self._state = JobState(
             times=IterationTimes(config.watch.patience),
             plans=PlanShelf(placement.stages),

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perseus_plugin.errors import PlanError
+from perseus_plugin.config import parse_config
+from perseus_plugin.errors import ConfigError, PlanError
 from perseus_plugin.planning.power.budget import GroupBudget, NodeOverhead, Peaks, PowerBudget
 from perseus_plugin.planning.power.words import parse_group, parse_share, parse_watts
 from perseus_plugin.planning.targets import Prices, Target
@@ -153,6 +154,21 @@ def test_a_group_that_is_not_in_the_job_is_refused(of: str, reason: str) -> None
 def test_a_budget_that_is_placed_on_other_stages_is_refused() -> None:
     with pytest.raises(PlanError, match="the pipeline has 3 stages"):
         PowerBudget(900.0).placed([0, 1]).limits(3)
+
+
+def test_the_configuration_says_a_budget_or_none() -> None:
+    block = {"power_budget_groups_w": {"0-7": 4e3}, "node_overhead_w": 900.0, "peak_w": 5e3, "peak_window_s": 2.0}
+    made = PowerBudget.configured(parse_config(block))
+    assert made == PowerBudget(None, (GroupBudget("0-7", "0-7", 4e3),), NodeOverhead(900.0), Peaks(2.0, 5e3))
+    assert PowerBudget.configured(parse_config({"slowdown": 0.1, "node_overhead_w": 900.0})) is None
+
+
+@pytest.mark.parametrize("of", ["rack", "0-7;8", "", "node x", "0-7\n"])
+def test_a_group_is_named_alike_in_the_configuration_and_in_a_target(of: str) -> None:
+    with pytest.raises(PlanError, match="power budget of rack: got "):
+        GroupBudget("rack", of, 4e3)
+    with pytest.raises(ConfigError, match=r"perseus\.power_budget_groups_w: got"):
+        parse_config({"power_budget_groups_w": {of: 4e3}})
 
 
 # Money.

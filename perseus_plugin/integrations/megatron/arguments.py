@@ -28,6 +28,12 @@ _SETTINGS: Mapping[str, tuple[tuple[str, ...], bool, str, str]] = {
         "SHARE",
         "Share by which an iteration may be longer than at full clocks, e.g. 0.05. Default: 0.",
     ),
+    "--perseus-power-budget": (
+        ("power_budget_w",),
+        True,
+        "WATTS",
+        "Average power that the GPUs of the job may draw. Default: no limit.",
+    ),
     "--perseus-output": (
         ("output_dir",),
         False,

@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from perseus_plugin.config import GPUS_OF_A_GROUP, PerseusConfig
 from perseus_plugin.errors import PlanError, shown
 
-_RANKS = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*")
 _NODE = re.compile(r"node (\d{1,9})")
 EACH_GPU, EACH_NODE = "gpu", "node"
 GROUPS_ALLOWED = '"gpu" (each), "node" (each), "node 3", or ranks such as "0-7,16"'
@@ -61,7 +61,7 @@ class GroupBudget:
 
     def __post_init__(self) -> None:
         check_number(f"power budget of {self.name}", self.watts)
-        if self.of not in (EACH_GPU, EACH_NODE) and not _NODE.fullmatch(self.of) and not _RANKS.fullmatch(self.of):
+        if not re.fullmatch(GPUS_OF_A_GROUP, self.of):
             raise PlanError(f"power budget of {self.name}: got {shown(self.of)}; allowed: {GROUPS_ALLOWED}")
 
     def ranks(self, world_size: int, gpus_per_node: int) -> list[tuple[int, ...]]:
@@ -166,6 +166,23 @@ class PowerBudget:
             raise PlanError(f"GPUs per node: got {self.gpus_per_node}; allowed: a whole number from 1")
         if self.job_w is None and not self.groups and not self.peaks.limited:
             raise PlanError("power budget: got none; allowed: watts of the job, of a group, or of a peak")
+
+    @classmethod
+    def configured(cls, config: PerseusConfig) -> PowerBudget | None:
+        """What the `perseus` block says; None: nothing.
+
+        Raises:
+            PlanError: a figure is out of range.
+        """
+        groups = tuple(GroupBudget(of, of, watts) for of, watts in config.power_budget_groups_w.items())
+        if config.power_budget_w is None and config.peak_w is None and not groups:
+            return None
+        return cls(
+            config.power_budget_w,
+            groups,
+            NodeOverhead(config.node_overhead_w, config.node_overhead_share),
+            Peaks(config.peak_window_s, config.peak_w),
+        )
 
     def placed(self, stage_of: Sequence[int], gpus_per_node: int | None = None) -> PowerBudget:
         """The same for a job whose ranks run these stages."""

@@ -228,7 +228,16 @@ def allowed_slowdown(request: PlanRequest) -> float:
 def _promise(request: PlanRequest) -> Promise:
     from perseus_plugin.planning.robust import Promise
 
-    return Promise(slowdown=allowed_slowdown(request), quantile=request.quantile)
+    budget, power_w = request.target.budget, None
+    if budget is not None and request.samples is not None:
+        stage_of = budget.ranks_by_stage(len(request.streams))
+        if budget.job_w is None or budget.groups or budget.peaks.limited:
+            # Where groups or peaks are tighter than the job, it may not draw more than is planned for them.
+            power_w = plan_for(replace(request, margin=0.0)).power_w
+        else:
+            power_w = budget.gpu_w(budget.job_w, len(stage_of)) * len(request.streams) / len(stage_of)
+        power_w *= len(request.samples.durations_s[0])
+    return Promise(slowdown=allowed_slowdown(request), quantile=request.quantile, power_w=power_w)
 
 
 def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Samples, promise: Promise) -> RobustPlan:
@@ -236,6 +245,11 @@ def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Sample
     from perseus_plugin.planning.robust import choose, margins_from, replay_of
 
     latency_s = request.latency_s or 0.0
+    if request.target.budget is not None:
+        # A margin that is not needed makes iterations shorter than planned, which then draw more.
+        plan = plan_for(replace(request, margin=0.0))
+        replay = replay_of(problem, samples, latency_s)
+        return choose(lambda margin: plan, plan, replay, promise, (0.0,), catches_up=False, latency_s=latency_s)
     exact = planner_for(replace(request, margin=0.0))
     never_lower = planner_for(replace(request, margin=0.0, lower_while_waiting=False))
     found = exact.solve(request.target)

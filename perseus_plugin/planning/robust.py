@@ -3,6 +3,9 @@
 Margins are tried from the least one upwards, each with a few ways of catching up. Of those under which the replayed
 iterations keep to their time, the best one is chosen; where none keeps to it, full clocks. Where that is the
 doing of one iteration it is said: a single stall tells nothing of how often there is one, and newer iterations will.
+
+Under a power budget it is power that has to be kept, and iterations are as long as they have to be: of the plans whose
+replay draws no more, the fastest is chosen.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ _TIME_WORTH = 10.0  # a percent of time is worth so many percents of energy: har
 _ERRORS = 2.0  # standard errors by which the mean has to keep within its tolerance
 _DELAYS_MOVED = 0.005  # share of an iteration by which usual delays may be off before ranks are told
 _WORTH_CHANGING = 0.005  # share of energy by which another plan has to be better than one that holds
+_POWER_TOLERANCE = 0.002  # share of a power budget within which a replay keeps it
 _LEAST_SAVING = 0.001  # less is not worth changing clocks for
 _HINGES = 0.01  # share of energy that must not depend on a single iteration
 
@@ -41,12 +45,14 @@ class Promise:
         quantile: share of iterations that must keep to it.
         tolerance: how much longer than that these may take, as a share of the iteration at full clocks.
         mean_tolerance: the same for the mean of all iterations.
+        power_w: most that all replayed pipelines together may draw on average, instead of all this; None: no limit.
     """
 
     slowdown: float = 0.0
     quantile: float = 0.9
     tolerance: float = 0.005
     mean_tolerance: float = 0.002
+    power_w: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +93,7 @@ def choose(
 
     Args:
         plan_with: makes the plan of a margin, quickly.
-        full_clocks: the plan to fall back to.
+        full_clocks: the plan to fall back to; under a power budget the one that keeps it without any variation.
         replay: of the iterations that were measured.
         promise: what has to be kept.
         margins: to try.
@@ -112,12 +118,13 @@ def choose(
         raise failure
     cut_short = any(one.plan.cut_short for one in seen)
     at_least = [] if only_waits is None else _candidates(only_waits, 0.0, replay, promise, False, latency_s)
-    kept = [one for one in [*seen, *at_least] if _saves(one.replayed)]
-    others = [one.but_for_one for one in seen if one.but_for_one is not None]
-    without_one = max((_worth(one, promise) for one in others if _saves(one)), default=0.0)
+    kept = [one for one in [*seen, *at_least] if _is_of_use(one.replayed, promise)]
+    others = [one.but_for_one for one in seen if one.but_for_one is not None and promise.power_w is None]
+    without_one = max((_worth(one, promise) for one in others if _is_of_use(one, promise)), default=-math.inf)
     if not kept:
         nearest = min(seen, key=lambda one: (one.replayed.kept, one.replayed.time_ratio_mean)).replayed
-        at_full = judge(clocks_of(full_clocks, replay.graph), (), replay, promise, None, 0.0)
+        waits = full_clocks.wait_clocks_mhz
+        at_full = judge(clocks_of(full_clocks, replay.graph), waits, replay, promise, None, 0.0)
         hinges, obstacle = without_one > _HINGES, _obstacle(replay, promise, nearest)
         if hinges:
             obstacle += "; without one of these iterations there would be a plan, and newer ones are looked at soon"
@@ -133,8 +140,8 @@ def choose(
     return replace(best, plan=replace(best.plan, cut_short=cut_short), replayed=replace(best.replayed, hinges=hinges))
 
 
-def _saves(replayed: Replayed) -> bool:
-    return replayed.kept and replayed.saving_mean > _LEAST_SAVING
+def _is_of_use(replayed: Replayed, promise: Promise) -> bool:
+    return replayed.kept and (promise.power_w is not None or replayed.saving_mean > _LEAST_SAVING)
 
 
 def _candidates(
@@ -209,7 +216,11 @@ def _judged(
     at_quantile = float(np.quantile(ratio, promise.quantile, method="higher"))
     allowed = 1 + promise.slowdown
     mean_error = float(np.std(ratio) / math.sqrt(len(ratio)))
-    kept = mean + errors * mean_error <= allowed + promise.mean_tolerance and at_quantile <= allowed + promise.tolerance
+    if promise.power_w is None:
+        kept = mean + errors * mean_error <= allowed + promise.mean_tolerance
+        kept = kept and at_quantile <= allowed + promise.tolerance
+    else:
+        kept = float(outcome.energy_j.sum() / outcome.time_s.sum()) <= promise.power_w * (1 + _POWER_TOLERANCE)
     saving, low, high = _saving(outcome, full)
     return Replayed(
         iterations=len(ratio),
@@ -230,7 +241,12 @@ def is_much_better(replayed: Replayed, held: Replayed, promise: Promise) -> bool
 
 
 def _worth(replayed: Replayed, promise: Promise) -> float:
-    """Of plans that keep the promise, one that takes a little more energy is better if it keeps it so much better."""
+    """Of plans that keep the promise, one that takes a little more energy is better if it keeps it so much better.
+
+    Within a power budget every second counts.
+    """
+    if promise.power_w is not None:
+        return replayed.saving_mean - _TIME_WORTH * (replayed.time_ratio_mean - 1)
     return replayed.saving_mean - _TIME_WORTH * max(0.0, replayed.time_ratio_mean - 1 - promise.slowdown)
 
 
@@ -249,6 +265,11 @@ def _saving(outcome: Outcome, full: Outcome) -> tuple[float, float, float]:
 
 def _obstacle(replay: Replay, promise: Promise, nearest: Replayed) -> str:
     """What stands in the way of saving."""
+    if promise.power_w is not None:
+        return (
+            f"replayed over {nearest.iterations} measured iterations, no plan keeps the power budget; the one for "
+            "iterations that do not vary is followed"
+        )
     if nearest.kept:
         return "slower clocks save next to nothing within the time that is allowed"
     (stage, kind), spread = largest_spread_within(replay)

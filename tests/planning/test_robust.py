@@ -7,10 +7,12 @@ import pytest
 
 from perseus_plugin.iteration.graph import FloatArray, build_graph
 from perseus_plugin.iteration.instructions import Compute, Constant
-from perseus_plugin.iteration.replayed import PerStage, Samples
+from perseus_plugin.iteration.replayed import InForce, PerStage, Samples
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.options import build_problem
-from perseus_plugin.planning.process import answer_to
+from perseus_plugin.planning.power.budget import PowerBudget
+from perseus_plugin.planning.process import answer_to, plan_for
+from perseus_plugin.planning.replay import clocks_of
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.planning.robust import margins_from, replay_of, usual_delays
 from perseus_plugin.planning.targets import Target
@@ -235,3 +237,46 @@ def test_usual_delays_are_against_what_the_graph_says_of_the_same_durations() ->
 def test_an_answer_passes_through_json() -> None:
     made = answer(samples(noise(0.02)))
     assert PlanAnswer.from_dict(made.to_dict(), made.planning_time_s) == made
+
+
+# Power budgets.
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.03])
+@pytest.mark.parametrize("share", [0.8, 0.6])
+def test_within_a_power_budget_power_is_kept_over_iterations_as_they_vary(share: float, sigma: float) -> None:
+    replicas = 2
+    ran = samples(noise(sigma, replicas=replicas))
+    wanted = PlanRequest(
+        schedule="1F1B",
+        streams=STREAMS,
+        constant_time_s=CONSTANTS,
+        profile=PROFILE,
+        blocking_power_w=[BLOCKING_W] * STAGES,
+        samples=ran,
+        margin=0.01,
+    )
+    full_w = plan_for(replace(wanted, target=Target.full())).power_w
+    budget = PowerBudget(replicas * share * full_w).placed(list(range(STAGES)) * replicas)
+    made = answer_to(replace(wanted, target=Target.power_budget(budget)))
+    assert made.plan is not None
+    assert made.replayed is not None
+    assert made.replayed.kept
+    assert made.replayed.obstacle == ""
+    outcome = replay_of(PROBLEM, ran).under(clocks_of(made.plan, GRAPH), None, made.plan.wait_clocks_mhz)
+    drawn_w = float(outcome.energy_j.sum() / outcome.time_s.sum())
+    assert drawn_w <= replicas * share * full_w * 1.002
+    assert drawn_w >= 0.9 * replicas * share * full_w, "it is as fast as the budget allows"
+    held = InForce(
+        tuple(tuple(made.plan.clocks_mhz(stage)) for stage in range(STAGES)),
+        (),
+        made.replayed.margin,
+        made.overheads.transfer_s,
+        made.plan.wait_clocks_mhz,
+    )
+    again = answer_to(replace(wanted, target=Target.power_budget(budget), in_force=held))
+    assert again.plan is None, "what keeps the budget stays in force"
+    tighter = replace(budget, job_w=0.8 * replicas * share * full_w)
+    anew = answer_to(replace(wanted, target=Target.power_budget(tighter), in_force=held))
+    assert anew.held is not None
+    assert not anew.held.kept

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from perseus_plugin.planning.frontier import make_frontier
     from perseus_plugin.planning.plan import Plan, load_plan, save_plan
     from perseus_plugin.planning.planner import Planner, make_plan
-    from perseus_plugin.planning.power.budget import PowerBudget
+    from perseus_plugin.planning.power.budget import GroupBudget, NodeOverhead, Peaks, PowerBudget
     from perseus_plugin.planning.streams import load_streams
     from perseus_plugin.planning.targets import ChangeLimits, Prices, Target
     from perseus_plugin.profiling.profile import Measurement, Profile, load_profile, save_profile
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 __all__ = [
     "ChangeLimits",
     "Figures",
+    "GroupBudget",
     "Measurement",
+    "NodeOverhead",
+    "Peaks",
     "Pipeline",
     "Plan",
     "Planner",
@@ -76,7 +79,7 @@ _HOME = {
     "planning.plan": ("Plan", "load_plan", "save_plan"),
     "planning.planner": ("Planner", "make_plan"),
     "planning.streams": ("load_streams",),
-    "planning.power.budget": ("PowerBudget",),
+    "planning.power.budget": ("GroupBudget", "NodeOverhead", "Peaks", "PowerBudget"),
     "planning.targets": ("ChangeLimits", "Prices", "Target"),
     "profiling.profile": ("Measurement", "Profile", "load_profile", "save_profile"),
 }

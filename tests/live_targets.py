@@ -62,12 +62,12 @@ class Changed:
 
     @property
     def latencies(self) -> list[int]:
-        """Iterations from the one in which a change was said to the first under it, of those that came into force."""
-        return [
-            self.outcomes[number]["iteration"] - iteration
-            for number, iteration in self.said
-            if self.outcomes[number]["iteration"] is not None
-        ]
+        """Iterations from the one in which a change was said to the first under it, of those that came into force.
+
+        What was said to be aimed at already is in force since before it was said.
+        """
+        begins = [(self.outcomes[number]["iteration"], iteration) for number, iteration in self.said]
+        return [begin - iteration for begin, iteration in begins if begin is not None and begin > iteration]
 
 
 def change_at_random(

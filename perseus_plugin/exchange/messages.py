@@ -113,6 +113,7 @@ class News(_Message):
         reason: for people.
         recheck: ranks shall time their instructions at full clocks and publish that.
         limited: no iteration may run at full clocks, for no reference either.
+        earlier: orders that had not begun to hold when this one was given, and do so before it.
     """
 
     sequence: Count
@@ -127,6 +128,7 @@ class News(_Message):
     reason: str = ""
     recheck: bool = False
     limited: bool = False
+    earlier: tuple[News, ...] = ()
 
     def version_for(self, replica: int) -> int:
         """The set of plans that this replica follows."""

@@ -56,9 +56,6 @@ def next_move(state: JobState) -> Move:
         return Wait()
     if goal == (FULL_CLOCKS if state.at_full else state.goal):
         return Stay()
-    latest = state.orders.latest
-    if latest is not None and latest.switch > state.iteration:
-        return Wait()  # a rank hears of the newest order only: none may come before the one before it has begun
     if goal.is_full:
         return GoOver(goal)
     missing = state.goal_plans.missing(goal, state.plans.schedules)

@@ -13,10 +13,14 @@ _SWITCH_AHEAD = 2
 
 @dataclass(frozen=True)
 class Orders:
-    """The newest order, which holds, and the one before it."""
+    """The orders that ranks follow now, or will: the one in force when the newest was given, and those after it."""
 
-    latest: News | None = None
-    before: News | None = None
+    told: tuple[News, ...] = ()
+
+    @property
+    def latest(self) -> News | None:
+        """The newest order; None before the first."""
+        return self.told[-1] if self.told else None
 
     @property
     def sequence(self) -> int:
@@ -26,8 +30,7 @@ class Orders:
     @property
     def versions(self) -> list[int]:
         """Sets of plans that ranks follow, or followed until the newest order holds."""
-        told = [news for news in (self.before, self.latest) if news is not None]
-        return [version for news in told for version in (news.version, *news.variants.values())]
+        return [version for news in self.told for version in (news.version, *news.variants.values())]
 
     def given(
         self, iteration: int, iteration_time_s: float | None, news_take_s: float, *, anew: bool = False, **what: Any
@@ -43,7 +46,13 @@ class Orders:
         """
         switch = iteration + ahead(iteration_time_s, news_take_s)
         since = switch if anew or self.latest is None else self.latest.since
-        return Orders(News(sequence=self.sequence + 1, switch=switch, since=since, **what), self.latest)
+        begun = [news for news in self.told if news.switch <= iteration][-1:]
+        # A rank that looks now and then hears of the newest order only, so that it has those before it.
+        yet_to_begin = [
+            news.model_copy(update={"earlier": ()}) for news in self.told if iteration < news.switch < switch
+        ]
+        news = News(sequence=self.sequence + 1, switch=switch, since=since, earlier=tuple(yet_to_begin), **what)
+        return Orders((*begun, *yet_to_begin, news))
 
 
 def ahead(iteration_time_s: float | None, news_take_s: float) -> int:

@@ -487,17 +487,27 @@ class SessionWorker:
         if news.action == "sweep":
             self._sweep_again(news)
             return
+        orders = [order for order in (*news.earlier, news) if order.sequence > self._news.sequence]
+        directives = [self._directive(order) for order in orders]
+        for order, directive in zip(orders, directives, strict=True):
+            if directive is None:
+                return  # published before the news; if the store lost it, the next look finds it or newer news
+            self._take_order(order, directive)
+
+    def _directive(self, news: News) -> Directive | None:
+        """What iterations run as from then on; None where this stage's parts of the plans are not there."""
         if news.action == "follow":
             version = news.version_for(self._placement.replica)
             parts = self._exchange.fetch(part_key(version, self._placement.stage))
             if parts is None:
-                return  # published before the news; if the store lost it, the next look finds it or newer news
+                return None
             newest = receive(PlanParts, parts)
             self._check_clocks(newest)
             self._link.use_parts(with_newest(self._link.parts, newest))
-            directive: Directive = Follow(version, news.straggler, news.since, news.limited)
-        else:
-            directive = FullClock(news.reason)
+            return Follow(version, news.straggler, news.since, news.limited)
+        return FullClock(news.reason)
+
+    def _take_order(self, news: News, directive: Directive) -> None:
         self._news = news
         self._recheck = {} if news.recheck else None
         if news.recheck:

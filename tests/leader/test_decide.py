@@ -249,6 +249,8 @@ def test_each_schedule_has_its_plan_and_sets_that_nobody_follows_are_withdrawn()
     assert [parts.version for made in story.of(PublishSet) for parts in made.parts] == [2, 2]
     story.then(Runs("C", stream_of(2, 6)), Watched())
     story.then(story.answered(plan_for(request("C", 6))))
+    assert [gone.version for gone in story.of(WithdrawSet)] == [2], "which never begins; the first is followed until 33"
+    story.then(Turned(33), Runs("D", stream_of(2, 10)), Watched()).then(story.answered(plan_for(request("D", 10))))
     assert [gone.version for gone in story.of(WithdrawSet)] == [1]
 
 

@@ -75,14 +75,16 @@ def test_the_newest_wins_and_the_one_before_is_told_so() -> None:
     assert states(story)[2] == ("in force", 32)
 
 
-def test_one_order_at_a_time_so_that_every_rank_hears_of_each() -> None:
+def test_an_order_has_those_before_it_that_have_not_begun() -> None:
+    """A rank hears of the newest order only."""
     story = planned().then(said(1, SLOWER))
-    story.then(story.answered(SLOWER_PLAN), Turned(31), said(2, Target.full()), Due())
-    assert story.orders == [("follow", 2)], "its iteration has not begun"
-    story.then(Turned(32), Due())
-    assert story.orders == [("full", 0)]
-    assert story.of(Order)[0].news.switch == 34
-    assert states(story) == {1: ("superseded", 32), 2: ("in force", 34)}
+    story.then(story.answered(SLOWER_PLAN), Turned(31), said(2, Target.full()), said(3, SLOWER))
+    third = story.of(Order)[-1].news
+    assert [(order.news.switch, order.news.sequence) for order in story.of(Order)] == [(32, 2), (33, 3), (33, 4)]
+    assert [(earlier.switch, earlier.version) for earlier in third.earlier] == [(32, 2)], "the second never begins"
+    assert states(story) == {1: ("superseded", 32), 2: ("superseded", None), 3: ("in force", 33)}
+    story.then(Turned(33), said(4, Target.full()))
+    assert story.of(Order)[0].news.earlier == ()
 
 
 def test_full_clocks_need_no_plan_and_nothing_is_slowed_for_stragglers_or_reviewed() -> None:

@@ -19,7 +19,6 @@ def test_whatever_is_said_when_none_is_lost_and_all_ranks_go_over_at_one_iterati
     assert first.keys() == second.keys()
     assert [(number, first[number], second[number]) for number in first if first[number] != second[number]] == []
     assert len(set(first.values())) > 4, "it did change"
-    assert all(latency >= 2 for latency in changed.latencies)
     assert changed.summary["overhead"]["late_switches"] == 0
     told = {event["number"] for event in changed.events}
     assert told == set(numbers), "each is in the log of events"

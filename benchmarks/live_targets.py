@@ -1,8 +1,8 @@
 """A running job whose target changes at random: how soon each change is in force on all ranks, and that none is lost.
 
 Ranks are threads with real sessions, helper and planner processes, on emulated GPUs (`tests/one_job.py`); what is said
-goes through the job's socket, as `perseus target` says it. Latency: iterations from the one that ran when it was said to
-the first one under it.
+goes through the job's socket, as `perseus target` says it. Latency: iterations from the one that ran when it was said
+to the first one under it.
 
     python benchmarks/live_targets.py [--changes 100] [--stages 4] [--seed 0]
 """

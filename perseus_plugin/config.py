@@ -411,6 +411,13 @@ class PerseusConfig(_Strict):
         "File that rank 0 watches: a JSON object that says what the job is to aim at, as `perseus target` does.",
         min_length=1,
     )
+    ramp_w_per_s: float | None = _setting(
+        None,
+        "a number above 0, or null",
+        "When a running job is to aim at something else, take the power of its GPUs up or down in steps, on average no "
+        "faster than this. null: in one step.",
+        gt=0,
+    )
     margin: float = _setting(
         0.01,
         "a number from 0 to 1",

@@ -139,6 +139,7 @@ class Coordinator:
             job.top_mhz,
             job.full_sweep_mhz or timetable.sweep.clocks_mhz,
             placement.replica,
+            placement.replicas * placement.shards,
         )
         configured = Goal(Target.slowdown(config.slowdown), PowerBudget.configured(config))
         self._state = JobState(
@@ -218,7 +219,7 @@ class Coordinator:
         self._look_for_targets(iteration)
 
     def _look(self, iteration: int) -> None:
-        self._observe(Turned(iteration, self._exchange.news_take_s))
+        self._observe(Turned(iteration, self._exchange.news_take_s, self._monotonic()))
         trouble = self._exchange.heard(TROUBLE)
         if trouble is not None:
             told = receive(Trouble, trouble)

@@ -154,10 +154,15 @@ class Answered:
 
 @dataclass(frozen=True)
 class Turned:
-    """This iteration runs on rank 0, and news take so long to reach all ranks."""
+    """This iteration runs on rank 0, and news take so long to reach all ranks.
+
+    Attributes:
+        now_s: by a clock that never goes back.
+    """
 
     iteration: int
     news_take_s: float = 0.0
+    now_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -263,6 +268,7 @@ class _Deciding:
                 self._give_up(f"rank {observed.rank}: {observed.reason}")
             case Turned():
                 self.state.iteration, self.state.news_take_s = observed.iteration, observed.news_take_s
+                self.state.now_s = observed.now_s
             case Due() if phase is Phase.PLANNING:
                 self._ask_for_plan()
             case Due() if phase is Phase.FOLLOWING:
@@ -501,7 +507,9 @@ class _Deciding:
         for entry in seen.entries:
             targets.take(entry)
         targets.expire(seen.unix_s)
-        self.state.unplannable = None
+        self.state.unplannable = self.state.step = None
+        # A ramp begins now, however long power has been what it is.
+        self.state.stepped_s = max(self.state.stepped_s, self.state.now_s)
         if self.state.phase is Phase.GIVEN_UP:
             targets.refuse_all("the job stays at full clocks")
         self._aim()
@@ -510,8 +518,9 @@ class _Deciding:
     def _aim(self) -> None:
         """Go over to what is aimed at, or have its plans made."""
         state = self.state
-        move = next_move(state)
+        move = next_move(state, self._rules)
         if isinstance(move, PlanFor):
+            state.step = None if move.goal == state.targets.goal else move.goal
             request = state.requests[move.schedule]
             kept = state.replayed.get(move.schedule)
             margin = max(state.margin, 0.0 if kept is None else kept.margin)
@@ -541,7 +550,7 @@ class _Deciding:
             state.answers.forget()  # they were made beside other plans
             state.made_anew = True
             self._show_usual()
-        state.at_full = goal.is_full
+        state.at_full, state.stepped_s, state.step = goal.is_full, state.now_s, None
         self._reached(self._follow())
 
     def _reached(self, begins: int) -> None:
@@ -569,6 +578,8 @@ class _Deciding:
     def _take_aimed(self, seen: Answered) -> None:
         state, asked, answer = self.state, seen.asked, seen.answer
         if answer.plan is None:
+            if asked.goal == state.step:
+                state.step, state.stepped_s = None, -math.inf  # there is nothing between: in one step
             if asked.goal == state.targets.goal and not self._refused(answer.error):
                 state.unplannable = asked.goal
                 self._warn("there is no plan for the target %s: %s. The one before stays", asked.goal, answer.error)

@@ -192,6 +192,10 @@ class PlanShelf:
         """The plan of a schedule that has one."""
         return self._kept[self._of_schedule[schedule]].plan
 
+    def numbered(self, number: int) -> Plan:
+        """The plan of this number, which is kept."""
+        return self._kept[number].plan
+
     @property
     def allowed_slowdown(self) -> float:
         """Share by which iterations may be longer than at full clocks, for each schedule's plan to be kept to."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -49,6 +50,7 @@ class Rules:
         top_mhz: the highest clock.
         full_sweep_mhz: the sweep to make if a kept profile turns out not to fit.
         replica: of the rank that decides.
+        pipelines: GPUs that run each stage.
     """
 
     config: PerseusConfig
@@ -57,6 +59,7 @@ class Rules:
     top_mhz: int
     full_sweep_mhz: tuple[int, ...]
     replica: int = 0
+    pipelines: int = 1
 
 
 @dataclass
@@ -95,6 +98,9 @@ class JobState:
         at_full: full clocks are the target: no plan is followed.
         unplannable: a goal that there is no plan for.
         reigns: which goal was in force for how many iterations.
+        now_s: by a clock that never goes back.
+        stepped_s: when the power was changed last.
+        step: on the way to the target, where power may not change faster; None: the next one is not chosen.
     """
 
     times: IterationTimes
@@ -131,6 +137,9 @@ class JobState:
     at_full: bool = False
     unplannable: Goal | None = None
     reigns: Reigns = field(default_factory=Reigns)
+    now_s: float = 0.0
+    stepped_s: float = -math.inf
+    step: Goal | None = None
 
     def copy(self) -> JobState:
         """One that changes by itself."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import count, pairwise
 
 import pytest
 
 from perseus_plugin.iteration.timetable import Follow, FullClock
+from perseus_plugin.leader import aiming
+from perseus_plugin.leader.aiming import power_w
 from perseus_plugin.leader.decide import Answered, Due, Runs, Situated, Targeted, Troubled, Turned, Watched
 from perseus_plugin.leader.effects import Ask, Order, Record, Say
 from perseus_plugin.leader.state import Phase
 from perseus_plugin.leader.target_book import EVERYONE, Entry, Goal, Standing
+from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.process import plan_for
 from perseus_plugin.planning.request import PlanAnswer
 from perseus_plugin.planning.targets import Target
@@ -182,3 +186,48 @@ def test_iterations_are_counted_by_what_was_in_force(wish: Target) -> None:
     assert story.state.reigns.changes == 1
     story.then(*[one for one in full(40) if one.number >= 30])  # type: ignore[union-attr]
     assert dict(story.state.reigns.iterations) == {"slowdown 0 %": 10, name: 8}
+
+
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_a_ramp_takes_power_down_and_up_in_steps(direction: str) -> None:
+    """From full clocks to least energy, or back, at most 40 W a second, a look every 0.3 s; the answers are real."""
+    story = Story(ramp_w_per_s=40.0)
+    story.rules = dataclasses.replace(story.rules, pipelines=2)
+    story.planned()
+    begin, end = Target.full(), Target.cheapest()
+    if direction == "up":
+        begin, end = end, begin
+    number = count(1)
+    story.then(said(next(number), begin))
+    powers: list[tuple[float, float]] = []
+    now_s, iteration = 0.0, 40
+    for phase in range(2):
+        for _ in range(200):
+            now_s, iteration = now_s + 0.3, iteration + 1
+            story.then(Turned(iteration, 0.0, now_s), Due())
+            while story.of(Ask):
+                (ask, *_) = story.of(Ask)
+                story.then(Answered(ask, request(), PlanAnswer(plan_within(ask.goal), 0.1)))
+            watts = power_w(aiming.FULL_CLOCKS if story.state.at_full else story.state.goal, story.state, story.rules)
+            assert watts is not None
+            if phase and (not powers or watts != powers[-1][1]):
+                powers.append((now_s, watts))
+        assert story.state.targets.outcomes[1 + phase].state == "in force"
+        if phase == 0:
+            story.then(said(next(number), end))
+    assert len(powers) > 4, "in steps"
+    for (before_s, before_w), (after_s, after_w) in pairwise(powers):
+        assert (after_w < before_w) == (direction == "down")
+        assert abs(after_w - before_w) <= 40.0 * (after_s - before_s) + 1e-6
+
+
+def plan_within(goal: Goal) -> Plan:
+    """As the planner's process makes it, but for a limit, which the fastest deadline that keeps it stands for."""
+    if goal.limit is None or goal.limit.job_w is None:
+        return plan_for(dataclasses.replace(request(), target=goal.wish))
+    full_s = PLAN.baseline_time_s
+    for share in range(200):
+        plan = plan_for(dataclasses.replace(request(), target=Target.deadline(full_s * (1 + share / 200))))
+        if 2 * plan.energy_j / plan.iteration_time_s <= goal.limit.job_w:
+            return plan
+    raise AssertionError(f"nothing keeps {goal}")

@@ -111,12 +111,13 @@ class Coordinator:
         now: Callable[[], float] = time.time,
     ) -> None:
         config, placement, timetable = job.config, job.placement, job.timetable
+        pipelines = placement.replicas * placement.shards
         self._job, self._exchange, self._frontier = job, job.exchange, frontier
         self._tell, self._monotonic, self._now = tell, monotonic, now
         self._events = EventLog(job.output_dir)
         self._reports = RankReports(job.exchange, placement.world_size)
         self._recent = RecentIterations(job.exchange, placement.world_size)
-        self._desk = PlannerDesk(config, planner, self._recent, self._reports, placement.stages)
+        self._desk = PlannerDesk(config, planner, self._recent, self._reports, placement.stages, pipelines)
         self.stragglers = StragglerDesk(
             config.stragglers,
             job.exchange,
@@ -139,7 +140,7 @@ class Coordinator:
             job.top_mhz,
             job.full_sweep_mhz or timetable.sweep.clocks_mhz,
             placement.replica,
-            placement.replicas * placement.shards,
+            pipelines,
         )
         configured = Goal(Target.slowdown(config.slowdown), PowerBudget.configured(config))
         self._state = JobState(

@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from perseus_plugin.exchange.messages import RankEstimate, Recheck
 from perseus_plugin.iteration.instructions import StreamOf
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Sweep
-from perseus_plugin.leader.aiming import FULL_CLOCKS, GoOver, PlanAtFirst, PlanFor, Stay, next_move
+from perseus_plugin.leader.aiming import FULL_CLOCKS, GoOver, PlanAtFirst, PlanFor, Stay, next_move, power_w
 from perseus_plugin.leader.effects import (
     Ask,
     Effect,
@@ -62,7 +62,7 @@ from perseus_plugin.leader.reviews import (
     said_of_replay,
 )
 from perseus_plugin.leader.state import JobState, Phase, Rules
-from perseus_plugin.leader.target_book import Entry, Goal
+from perseus_plugin.leader.target_book import Entry, Goal, described
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.profiling.failed import FILE
@@ -435,6 +435,7 @@ class _Deciding:
             state.requests = _without(state.requests, instead_of)
             state.replayed = _without(state.replayed, instead_of)
             self.effects.append(ForgetIterations(instead_of))
+        state.fallen = False
         number = self._put(seen, plan)
         before = state.requests[schedule].overheads if schedule in state.requests else None
         self.effects += said_of_overheads(schedule, answer.overheads, before)
@@ -457,7 +458,7 @@ class _Deciding:
         state.reviews.follow(schedule, known, state.iteration, hinges)
         state.replayed = {**state.replayed, schedule: answer.replayed}
         number = state.plans.put(schedule, plan, seen.asked.survey.profile, answer.catch_up, seen.request.min_dwell_s)
-        self._keep_for(state.goal, schedule, MadePlan(number, _kept(seen), answer.replayed, known))
+        self._keep_for(state.goal, schedule, MadePlan(number, _kept(seen), answer.replayed, known, answer.uniform))
         return number
 
     def _review(self) -> None:
@@ -550,7 +551,7 @@ class _Deciding:
             state.answers.forget()  # they were made beside other plans
             state.made_anew = True
             self._show_usual()
-        state.at_full, state.stepped_s, state.step = goal.is_full, state.now_s, None
+        state.at_full, state.stepped_s, state.step, state.fallen = goal.is_full, state.now_s, None, False
         self._reached(self._follow())
 
     def _reached(self, begins: int) -> None:
@@ -587,7 +588,9 @@ class _Deciding:
             profile, dwell_s = asked.survey.profile, seen.request.min_dwell_s
             known = in_force(answer.plan, answer, asked.margin)
             number = state.plans.keep(asked.schedule, answer.plan, profile, catch_up=answer.catch_up, dwell_s=dwell_s)
-            self._keep_for(asked.goal, asked.schedule, MadePlan(number, _kept(seen), answer.replayed, known))
+            self._keep_for(
+                asked.goal, asked.schedule, MadePlan(number, _kept(seen), answer.replayed, known, answer.uniform)
+            )
             self._inform(
                 "plan %d for %s at %s ready in %.2f s: %s",
                 number,
@@ -629,10 +632,10 @@ class _Deciding:
         if self.state.at_full:
             begins = self._order("full", reason="full clocks are the target")
         elif answers.situation is None or answers.answer is None:
-            begins = self._order("follow", version=self._set_with())
+            begins = self._order("follow", version=self._set_with(), limited=self._is_limited)
         else:
             version, variants = answers.answer.versions_in(answers.situation, self._set_with)
-            begins = self._order("follow", version=version, variants=variants, straggler=True)
+            begins = self._order("follow", version=version, variants=variants, straggler=True, limited=self._is_limited)
         self.effects += [WithdrawSet(version) for version in self.state.plans.tidy(self.state.orders.versions)]
         return begins
 
@@ -705,7 +708,7 @@ class _Deciding:
         state = self.state
         if not self._ask_for_plan() and seen.planner_idle and not state.at_full:
             self._review()
-        if state.at_full:
+        if state.at_full or state.fallen:
             return
         if seen.slowed is not None:
             self._drop(seen.said, seen.slowed, by_references=True)
@@ -727,11 +730,59 @@ class _Deciding:
             state.slow_since = state.iteration
         return config.enabled and config.detect and state.iteration - state.slow_since < patience
 
+    @property
+    def _is_limited(self) -> bool:
+        """Whether full clocks draw more than is allowed, as far as is known."""
+        state, limit = self.state, self.state.goal.limit
+        if limit is None or state.plan is None or limit.job_w is None or limit.groups or limit.peaks.limited:
+            return limit is not None
+        full_w = power_w(FULL_CLOCKS, state, self._rules)
+        return full_w is None or limit.node_w(full_w, self._rules.pipelines * self._rules.stages) > limit.job_w
+
+    def _fall_back(self, text: str) -> None:
+        """All ranks go over to one clock for all: full clocks would draw more than is allowed."""
+        state = self.state
+        assert state.survey is not None  # it was planned on
+        made = state.goal_plans.of(state.goal)
+        uniform = {schedule: one for schedule, one in made.items() if one.uniform is not None}
+        if not uniform or uniform.keys() != set(state.plans.schedules):
+            self._give_up(text)
+            return
+        for number in state.goal_plans.clear():
+            state.plans.discard(number)
+        numbers = {}
+        for schedule, one in uniform.items():
+            assert one.uniform is not None  # those only
+            numbers[schedule] = state.plans.keep(schedule, one.uniform, state.survey.profile)
+            kept = replace(one, number=numbers[schedule], replayed=None, in_force=None)
+            state.goal_plans.put(state.goal, schedule, kept)
+        state.plans.choose(numbers)
+        state.replayed = {}
+        state.reviews.clear()
+        if state.strikes <= self._config.watch.max_replans:
+            for schedule in numbers:
+                state.reviews.follow(schedule, None, state.iteration)
+        state.answers.forget()
+        state.fallen = True
+        self._warn(
+            "%s: one clock for all, as full clocks draw more than the power budget allows (%s). It is planned again "
+            "after %d iterations, %d times at most; nothing needs to be done",
+            text,
+            state.goal,
+            EVERY,
+            self._config.watch.max_replans,
+        )
+        self._show_usual()
+        state.reigns.begin(self._follow(), f"{state.goal}, one clock for all")
+
     def _drop(self, text: str, excess: float, *, by_references: bool = False) -> None:
         state = self.state
         state.dropped += 1
         state.strikes += 1
         state.held = 0
+        if self._is_limited:
+            self._fall_back(text)
+            return
         state.excess, state.found_by_references = excess, by_references
         if state.strikes > self._config.watch.max_replans:
             self._give_up(
@@ -783,6 +834,9 @@ class _Deciding:
     # What all ranks are told.
 
     def _give_up(self, why: str, kept_in: str = "") -> None:
+        limit = self.state.targets.goal.limit
+        if limit is not None:
+            self._warn("the power budget (%s) is not kept any more, as the job stays at full clocks", described(limit))
         if kept_in:
             self._warn(
                 "%s. Training stays at full clocks. A restarted job of the same sort does not profile again; remove %s "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from perseus_plugin.iteration.replayed import InForce, Replayed
 from perseus_plugin.leader.target_book import Goal
+from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PlanRequest
 
 _GOALS_KEPT = 32
@@ -22,12 +23,14 @@ class MadePlan:
         request: it answers.
         replayed: what measured iterations made of it.
         in_force: what newer iterations are held against.
+        uniform: one clock for all, within the goal's limit; None: it has none.
     """
 
     number: int
     request: PlanRequest
     replayed: Replayed | None
     in_force: InForce | None
+    uniform: Plan | None = None
 
 
 class GoalPlans:
@@ -66,6 +69,8 @@ class GoalPlans:
         gone = [plans.pop(schedule) for plans in self._made.values() if schedule in plans]
         return [one.number for one in gone]
 
-    def clear(self) -> None:
-        """What they were made on does not hold any more."""
+    def clear(self) -> list[int]:
+        """What they were made on does not hold any more; returns the numbers of all there were."""
+        gone = [one.number for plans in self._made.values() for one in plans.values()]
         self._made.clear()
+        return gone

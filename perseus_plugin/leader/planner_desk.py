@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 from perseus_plugin.config import PerseusConfig
@@ -31,15 +32,24 @@ class PlannerDesk:
         recent: the job's last iterations.
         reports: of all ranks.
         stages: of the pipeline.
+        pipelines: GPUs that run each stage.
     """
 
     def __init__(
-        self, config: PerseusConfig, planner: Planner, recent: RecentIterations, reports: RankReports, stages: int
+        self,
+        config: PerseusConfig,
+        planner: Planner,
+        recent: RecentIterations,
+        reports: RankReports,
+        stages: int,
+        pipelines: int = 1,
     ) -> None:
         self._config, self._planner = config, planner
         self._recent, self._reports, self._stages = recent, reports, stages
         self._asked: tuple[Ask, PlanRequest] | None = None
         self._told_cut_short = False
+        # As many GPUs of each stage, whichever they are.
+        self._by_stage = [stage for stage in range(stages) for _ in range(pipelines)], None
 
     @property
     def idle(self) -> bool:
@@ -59,6 +69,12 @@ class PlannerDesk:
         samples = None if ask.quick else self._recent.samples(ask.schedule, streams, survey.profile)
         if ask.review and samples is None:
             return
+        limit = ask.goal.limit
+        if limit is not None:
+            placed = self._placed()
+            if placed is None and limit.groups:
+                return  # who is in which group is not known yet
+            limit = limit.placed(*(placed or self._by_stage))
         config, limits = self._config, self._config.limits
         latency_s = self._reports.latency_s if limits.switch_latency_s is None else limits.switch_latency_s
         power_se_w = survey.blocking_power_se_w
@@ -70,7 +86,7 @@ class PlannerDesk:
             blocking_power_w=[survey.blocking_power_w] * self._stages,
             blocking_power_se_w=power_se_w if math.isfinite(power_se_w) else None,
             target=ask.goal.wish,
-            limit=ask.goal.limit,
+            limit=limit,
             margin=ask.margin,
             effort="quick" if ask.quick else config.effort,
             max_changes=limits.max_changes_per_iteration,
@@ -88,6 +104,13 @@ class PlannerDesk:
         )
         self._planner.submit(request)
         self._asked = ask, request
+
+    def _placed(self) -> tuple[Sequence[int], int] | None:
+        """The stage that each rank runs, and how many GPUs a node has; None: not all have told."""
+        placements = self._reports.placements()
+        if placements is None:
+            return None
+        return [one.stage for one in placements], 1 + max(one.local_rank for one in placements)
 
     def answer(self) -> tuple[Ask, PlanRequest, PlanAnswer] | None:
         """What was asked with what came of it, once; None while there is nothing."""

@@ -6,11 +6,14 @@ import time
 
 from perseus_plugin.exchange.messages import (
     RECHECKS,
+    Placement,
     RankEstimate,
+    RankStats,
     Recheck,
     estimate_key,
     receive,
     recheck_key,
+    stats_key,
 )
 from perseus_plugin.exchange.store import Exchange
 from perseus_plugin.gpus.base import DWELL_LATENCIES
@@ -75,6 +78,16 @@ class RankReports:
                 if value is not None:
                     self.rechecks[rank] = receive(Recheck, value)
         return len(self.rechecks) == self._world_size
+
+    def placements(self) -> list[Placement] | None:
+        """Where every rank sits, as they tell with their statistics; None while some have not.
+
+        Raises:
+            ExchangeError: the store fails.
+        """
+        told = [self._exchange.told(stats_key(rank)) for rank in range(self._world_size)]
+        values = [value for value in told if value is not None]
+        return [receive(RankStats, value).placement for value in values] if len(values) == len(told) else None
 
     @property
     def overdue(self) -> bool:

@@ -21,6 +21,7 @@ from perseus_plugin.errors import PerseusError
 from perseus_plugin.iteration.replayed import Overheads, Replayed, Samples, StageCatchUp
 from perseus_plugin.planning.paced import Pace
 from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.request import PaceRequest, PlanAnswer, PlanRequest
 from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.profile import Profile
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from perseus_plugin.planning.robust import Promise, RobustPlan
     from perseus_plugin.planning.targets import ChangeLimits, Effort
 
+
+_PACES, _PACE_FURTHER = 8, 1.5  # tries of slower paces until a limit is kept, and how much further than in proportion
 
 __all__ = [
     "PaceRequest",
@@ -113,9 +116,30 @@ def within_limit(request: PlanRequest) -> PlanRequest:
     Raises:
         PerseusError: the request is inconsistent, or its target cannot be met.
     """
+    from perseus_plugin.planning.power.fastest import is_within
+
     if request.limit is None:
         return request
-    return replace(request, target=Target.power_budget(request.limit), limit=None)
+    planner = planner_for(replace(request, margin=0.0))
+    if is_within(planner, planner.solve(request.target, limits_of(request)), request.limit):
+        return replace(request, limit=None)
+    # A margin that is not needed makes iterations shorter, and so draws more.
+    return replace(request, target=Target.power_budget(request.limit), limit=None, margin=0.0)
+
+
+def uniform_within_limit(request: PlanRequest) -> Plan | None:
+    """One clock for all, within the request's limit; None: it has none, or there is none.
+
+    Raises:
+        PerseusError: the request is inconsistent.
+    """
+    from perseus_plugin.planning.power.fastest import uniform_within
+
+    if request.limit is None:
+        return None
+    planner = planner_for(replace(request, margin=0.0))
+    found = uniform_within(planner, request.limit, limits_of(request))
+    return None if found is None else planner.plan_of(found)
 
 
 def answer_to(request: PlanRequest) -> PlanAnswer:
@@ -136,7 +160,10 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         with_delays,
     )
 
-    request = within_limit(with_overheads(request))
+    request = with_overheads(request)
+    if request.limit is not None and request.pace is None:
+        return replace(answer_to(within_limit(request)), uniform=uniform_within_limit(request))
+    limit, request = request.limit, within_limit(request)
     overheads, latency_s = request.overheads or Overheads(), request.latency_s or 0.0
     graph = graph_for(request)
     problem = build_problem(graph, request.profile, request.blocking_power_w)
@@ -148,7 +175,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         return catch_up_by_stage(on, way or usual_way_to_catch_up(on, plan, latency_s), delays_s)
 
     if request.pace is not None:
-        pace = pace_for(request)
+        pace = pace_for(request) if limit is None else _pace_within(request, limit)
         paced = zip(request.pace.variants, pace.variants, strict=True)
         return PlanAnswer(
             None,
@@ -305,6 +332,25 @@ def pace_for(request: PlanRequest) -> Pace:
         schedule=request.schedule,
         switch_latency_s=wait_latency_s(request),
     )
+
+
+def _pace_within(request: PlanRequest, limit: PowerBudget) -> Pace:
+    """As `pace_for`, at a pace at which no sort of pipeline draws more than its part of the limit on the job."""
+    assert request.pace is not None  # the caller looked
+    stage_of = limit.ranks_by_stage(len(request.streams))
+    pipelines = len(stage_of) / len(request.streams)
+    for _ in range(_PACES):
+        pace = pace_for(request)
+        if limit.job_w is None:
+            break
+        allowed_w = limit.gpu_w(limit.job_w, len(stage_of)) / pipelines
+        over = max(planned.energy_j / pace.pace_s for planned in pace.variants) / allowed_w
+        if over <= 1:
+            break
+        # Slower iterations draw less; what is waited for longer draws that as well.
+        at_least_s = pace.pace_s * (1 + _PACE_FURTHER * (over - 1))
+        request = replace(request, pace=replace(request.pace, at_least_s=at_least_s))
+    return pace
 
 
 def _with_margin(profile: Profile, margin: float, blocking_power_w: Sequence[float]) -> Profile:

@@ -184,6 +184,7 @@ class PlanAnswer:
         overheads: what iterations were taken to take beside the work that is known.
         cut_short: whether the clock ended a search that the answer depends on.
         lost: there is none as the planner's process was lost each time that it was asked.
+        uniform: one clock for all that keeps the request's limit; None: it has none, or there is none.
     """
 
     plan: Plan | None
@@ -197,6 +198,7 @@ class PlanAnswer:
     overheads: Overheads = field(default_factory=Overheads)
     cut_short: bool = False
     lost: bool = False
+    uniform: Plan | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -210,6 +212,7 @@ class PlanAnswer:
             "paced_catch_up": [[asdict(stage) for stage in variant] for variant in self.paced_catch_up],
             "overheads": asdict(self.overheads),
             "cut_short": self.cut_short,
+            "uniform": None if self.uniform is None else plan_to_json(self.uniform),
         }
 
     @classmethod
@@ -228,4 +231,5 @@ class PlanAnswer:
             ),
             overheads=Overheads(**data["overheads"]),
             cut_short=data["cut_short"],
+            uniform=None if data["uniform"] is None else plan_from_json(data["uniform"]),
         )

@@ -14,8 +14,8 @@ from perseus_plugin.leader.decide import Answered, Due, Runs, Situated, Targeted
 from perseus_plugin.leader.effects import Ask, Order, Record, Say
 from perseus_plugin.leader.state import Phase
 from perseus_plugin.leader.target_book import EVERYONE, Entry, Goal, Standing
-from perseus_plugin.planning.plan import Plan
-from perseus_plugin.planning.process import plan_for
+from perseus_plugin.planning.power.budget import PowerBudget
+from perseus_plugin.planning.process import answer_to, plan_for
 from perseus_plugin.planning.request import PlanAnswer
 from perseus_plugin.planning.targets import Target
 from tests.factories import stream_of
@@ -207,7 +207,7 @@ def test_a_ramp_takes_power_down_and_up_in_steps(direction: str) -> None:
             story.then(Turned(iteration, 0.0, now_s), Due())
             while story.of(Ask):
                 (ask, *_) = story.of(Ask)
-                story.then(Answered(ask, request(), PlanAnswer(plan_within(ask.goal), 0.1)))
+                story.then(Answered(ask, request(), answer_for(ask.goal)))
             watts = power_w(aiming.FULL_CLOCKS if story.state.at_full else story.state.goal, story.state, story.rules)
             assert watts is not None
             if phase and (not powers or watts != powers[-1][1]):
@@ -221,13 +221,65 @@ def test_a_ramp_takes_power_down_and_up_in_steps(direction: str) -> None:
         assert abs(after_w - before_w) <= 40.0 * (after_s - before_s) + 1e-6
 
 
-def plan_within(goal: Goal) -> Plan:
-    """As the planner's process makes it, but for a limit, which the fastest deadline that keeps it stands for."""
-    if goal.limit is None or goal.limit.job_w is None:
-        return plan_for(dataclasses.replace(request(), target=goal.wish))
-    full_s = PLAN.baseline_time_s
-    for share in range(200):
-        plan = plan_for(dataclasses.replace(request(), target=Target.deadline(full_s * (1 + share / 200))))
-        if 2 * plan.energy_j / plan.iteration_time_s <= goal.limit.job_w:
-            return plan
-    raise AssertionError(f"nothing keeps {goal}")
+def answer_for(goal: Goal) -> PlanAnswer:
+    """As the planner's process makes it, for a job of two pipelines."""
+    limit = None if goal.limit is None else goal.limit.placed([0, 0, 1, 1])
+    return dataclasses.replace(answer_to(dataclasses.replace(request(), target=goal.wish, limit=limit)))
+
+
+BUDGET = PowerBudget(900.0)
+
+
+def limited(watts: float = 900.0) -> Story:
+    """The first plan in force, then that for a power budget; two pipelines."""
+    story = Story()
+    story.rules = dataclasses.replace(story.rules, pipelines=2)
+    story.planned().then(Turned(30), Targeted([Entry(1, "site", Standing.COMMAND, None, PowerBudget(watts))], 0.0))
+    (ask,) = story.of(Ask)
+    return story.then(Answered(ask, request(), answer_for(ask.goal)))
+
+
+def test_under_a_budget_nothing_runs_at_full_clocks_that_would_draw_more() -> None:
+    story = limited()
+    assert story.orders == [("follow", 2)]
+    assert story.of(Order)[0].news.limited, "no reference either"
+    assert story.state.plan is not None
+    assert 2 * story.state.plan.power_w <= 900.0
+    story.then(Turned(40), Targeted([Entry(2, EVERYONE, Standing.COMMAND)], 0.0))
+    assert story.orders == [("follow", 1)]
+    assert not story.of(Order)[0].news.limited
+
+
+def test_a_budget_that_full_clocks_keep_changes_nothing_but_what_is_followed() -> None:
+    story = limited(1e5)
+    assert story.orders == [("follow", 2)]
+    assert not story.of(Order)[0].news.limited
+
+
+def test_a_plan_that_does_not_hold_under_a_budget_gives_way_to_one_clock_for_all() -> None:
+    story = limited()
+    expected_s = story.state.expected_s("A")
+    assert expected_s is not None
+    story.then(*full(PATIENCE, Follow(2, limited=True), 1.2 * expected_s), Watched())
+    assert story.orders == [("follow", 3)], "not full clocks"
+    assert story.state.phase is Phase.FOLLOWING
+    assert story.state.plan is not None
+    assert len({clock for stage in range(2) for clock in story.state.plan.clocks_mhz(stage)}) == 1
+    assert 2 * story.state.plan.power_w <= 900.0
+    (warning,) = [say for say in story.of(Say) if say.level == "warning"]
+    assert "one clock for all, as full clocks draw more than the power budget allows" in warning.text
+    story.then(*full(PATIENCE, Follow(3, limited=True), 3 * expected_s), Watched())
+    assert story.orders == [], "there is nothing to fall back to"
+    story.then(Turned(500), Watched())
+    (ask,) = story.of(Ask)
+    assert (ask.review, ask.goal) == (True, Goal(Target.slowdown(), BUDGET))
+    story.then(Answered(ask, request(), answer_for(ask.goal)))
+    assert story.orders == [("follow", 4)], "planned again"
+    assert not story.state.fallen
+
+
+def test_when_all_fails_it_is_said_that_the_budget_is_not_kept() -> None:
+    story = limited().then(Troubled(1, "lost"))
+    assert story.orders == [("full", 0)]
+    said = [say.text % say.values for say in story.of(Say) if say.level == "warning"]
+    assert any("the power budget (900 W) is not kept any more" in text for text in said)

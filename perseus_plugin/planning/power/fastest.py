@@ -28,7 +28,7 @@ from perseus_plugin.planning.power.planned import PlannedBudget, PlannedPeaks, P
 from perseus_plugin.planning.power.trace import planned_peaks
 from perseus_plugin.planning.relaxation import Relaxation
 from perseus_plugin.planning.targets import ChangeLimits, Effort
-from perseus_plugin.planning.work import Work
+from perseus_plugin.planning.work import BRAKE_S, Work
 
 _STEPS = 14
 _MORE_EFFORT = (1.0, 0.5, 0.25)  # of the way from the bound to what was found quickly
@@ -91,6 +91,24 @@ def fastest_within(
     kept = _with_low_peaks(planner, budget, found, limits, effort, work)
     # The bound is that of all clocks, and of averages alone.
     return replace(kept, limits=found.limits, bound=replace(found.bound, converged=False))
+
+
+def is_within(planner: Discretiser, solution: Solution, budget: PowerBudget) -> bool:
+    """Whether a plan that was made for something else keeps a budget, peaks included."""
+    stage_w = planner.stage_energy_j(solution) / solution.iteration_time_s
+    limits = budget.limits(planner.problem.graph.stages)
+    kept = all(float(np.dot(one.gpus, stage_w)) <= one.watts * (1 + _ROUNDED) for one in limits)
+    return kept and not _highest(planned_peaks(planner.problem, solution, budget), budget.peaks)
+
+
+def uniform_within(planner: Discretiser, budget: PowerBudget, limits: ChangeLimits) -> Solution | None:
+    """The highest clock for all that keeps the budgets; None: not even the lowest does."""
+    search = _Search(planner, budget, limits, "quick", Work(BRAKE_S["quick"]))
+    for assignment in search.uniform():
+        solution, used = search.price(assignment)
+        if used <= 1 + _ROUNDED:
+            return solution
+    return None
 
 
 def _with_low_peaks(
@@ -180,8 +198,8 @@ class _Search:
     def run(self) -> Fastest:
         problem, shortest_s = self.problem, self.problem.shortest_s
         bound = _bound_of(problem, self.limits)
-        for assignment in self._uniform():
-            self._price(assignment)
+        for assignment in self.uniform():
+            self.price(assignment)
         if bound.possible and bound.time_s <= problem.longest_s:
             self._within(bound, max(bound.time_s, shortest_s))
         if self.best is None or self.best[0].iteration_time_s > problem.longest_s:
@@ -195,7 +213,7 @@ class _Search:
         solution = replace(solution, cut_short=self.work.cut_short)
         return Fastest(solution, stage_w, self.limits, bound, planned_peaks(problem, solution, self.budget))
 
-    def _price(self, assignment: Assignment) -> tuple[Solution, float]:
+    def price(self, assignment: Assignment) -> tuple[Solution, float]:
         """As it will run, and the most that it takes of a budget, as a share of that."""
         end_s = self.problem.graph.iteration_time_s(assignment.duration_s)
         solution = self.planner.priced(self.cheapest, assignment, end_s, self.changes)
@@ -212,7 +230,7 @@ class _Search:
         time_s, watts = self.problem.at_clocks(clocks_mhz)
         return Assignment(clocks_mhz, time_s, float(time_s @ watts))
 
-    def _uniform(self) -> Iterator[Assignment]:
+    def uniform(self) -> Iterator[Assignment]:
         """One clock for all that may be slowed, and everything at its lowest."""
         measured = self.problem.measured
         free = [rows for rows in measured if len(rows) > 1]
@@ -233,7 +251,7 @@ class _Search:
         def at(deadline_s: float, effort: Effort) -> float:
             relaxed = relaxation.solve(deadline_s)
             found = rounder.discretise(relaxed, deadline_s, self.changes, effort, self.work)
-            return self._price(self._at(found.assignment.frequency_mhz))[1]
+            return self.price(self._at(found.assignment.frequency_mhz))[1]
 
         def kept(deadline_s: float, effort: Effort) -> float:
             try:
@@ -284,7 +302,7 @@ class _Search:
             for _, node, clock in steps[:count]:
                 slowed[node] = clock
             assignment = self._at(slowed)
-            return np.inf if violated(problem, assignment, self.changes) else self._price(assignment)[1]
+            return np.inf if violated(problem, assignment, self.changes) else self.price(assignment)[1]
 
         if self.changes.max_changes is not None or not steps:
             used(0)

@@ -24,6 +24,7 @@ FULL: dict[str, Any] = {
     "peak_w": 200e3,
     "peak_window_s": 0.5,
     "target_file": "target.json",
+    "ramp_w_per_s": 500.0,
     "margin": 0.02,
     "quantile": 0.95,
     "catch_up": False,

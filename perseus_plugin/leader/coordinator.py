@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ from perseus_plugin.leader.target_desk import REQUESTS, TargetDesk
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import Plan, save_plan
 from perseus_plugin.planning.power.budget import PowerBudget
+from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.failed import save_failure
 from perseus_plugin.profiling.kept import save_survey
@@ -114,6 +115,7 @@ class Coordinator:
         pipelines = placement.replicas * placement.shards
         self._job, self._exchange, self._frontier = job, job.exchange, frontier
         self._tell, self._monotonic, self._now = tell, monotonic, now
+        self._frontier_of: PlanRequest | None = None
         self._events = EventLog(job.output_dir)
         self._reports = RankReports(job.exchange, placement.world_size)
         self._recent = RecentIterations(job.exchange, placement.world_size)
@@ -130,6 +132,7 @@ class Coordinator:
         self.targets = TargetDesk(
             job.exchange,
             signals=job.signals,
+            complete=lambda limit: limit.completed(config),
             file=None if config.target_file is None else Path(config.target_file),
             wake=wake,
         )
@@ -314,7 +317,10 @@ class Coordinator:
                 try_to_write("why profiling failed", lambda: save_failure(reason, fingerprint, job.output_dir))
             case ShowPlan(plan, request):
                 try_to_write("plan.json", lambda: save_plan(plan, job.output_dir / "plan.json"))
-                if self._frontier is not None:
+                # A frontier is of all targets.
+                of = replace(request, target=Target.slowdown(), limit=None, margin=0.0, effort="quick", catch_up=False)
+                if self._frontier is not None and of != self._frontier_of:
+                    self._frontier_of = of
                     self._frontier.renew(request)
             case ForgetIterations(schedule):
                 self._recent.forget(schedule)

@@ -18,10 +18,12 @@ from perseus_plugin.leader.coordinator import Coordinator
 from perseus_plugin.leader.job import Job
 from perseus_plugin.leader.job_socket import JobSocket
 from perseus_plugin.leader.planner_desk import Planner
+from perseus_plugin.leader.target_book import described
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner_process import PlannerProcess
 from perseus_plugin.reporting.live.bill import Bill
+from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.live.progress import Progress
 from perseus_plugin.reporting.live.publishers import Publishers
@@ -88,6 +90,12 @@ class Leader:
             self._frontier = BackgroundFrontier(job.output_dir) if job.config.frontier else None
             self._coordinator = Coordinator(job, self._planner, frontier=self._frontier, tell=tell, wake=wake)
             self._socket = _socket(job, self._coordinator.request)
+        elif (limit := PowerBudget.configured(job.config)) is not None:
+            logger.warning(
+                "the power budget (%s) cannot be kept, as no clock is set. See the reason above, or limit the power of "
+                "the GPUs (nvidia-smi -pl)",
+                described(limit),
+            )
 
     @property
     def coordinates(self) -> bool:

@@ -28,6 +28,7 @@ from perseus_plugin.leader.target_book import (
     TargetError,
     check_say,
 )
+from perseus_plugin.planning.power.budget import PowerBudget
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class TargetDesk:
     Args:
         exchange: to all ranks.
         signals: what is asked for by time, None: nothing is.
+        complete: a limit with what the configuration says beside it.
         file: that is watched, None: none is.
         wake: called when a request has brought something new.
         now: Unix time.
@@ -58,12 +60,14 @@ class TargetDesk:
         exchange: Exchange,
         *,
         signals: SignalDesk | None = None,
+        complete: Callable[[PowerBudget], PowerBudget] = lambda limit: limit,
         file: Path | None = None,
         wake: Callable[[], None] = lambda: None,
         now: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._exchange, self._signals, self._file, self._wake = exchange, signals, file, wake
+        self._exchange, self._signals, self._complete = exchange, signals, complete
+        self._file, self._wake = file, wake
         self._now, self._monotonic = now, monotonic
         self._lock = threading.Lock()
         self._said: list[Entry] = []
@@ -126,7 +130,8 @@ class TargetDesk:
         now_s = self._now()
         said = check_say(value, now_s)
         until = said.until if said.for_s is None else now_s + said.for_s
-        entry = Entry(0, said.source, Standing.COMMAND, said.wish, said.power_budget_w, now_s, until)
+        limit = None if said.power_budget_w is None else self._complete(said.power_budget_w)
+        entry = Entry(0, said.source, Standing.COMMAND, said.wish, limit, now_s, until)
         return self._take(entry)
 
     def _take(self, entry: Entry) -> int:

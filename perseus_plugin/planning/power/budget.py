@@ -184,6 +184,18 @@ class PowerBudget:
             Peaks(config.peak_window_s, config.peak_w),
         )
 
+    def completed(self, config: PerseusConfig) -> PowerBudget:
+        """With the block's groups, peaks and overhead of nodes, where it has none of its own."""
+        usual = PowerBudget.configured(config)
+        return replace(
+            self,
+            groups=self.groups or (() if usual is None else usual.groups),
+            peaks=self.peaks if self.peaks.limited or usual is None else usual.peaks,
+            node=self.node
+            if self.node != NodeOverhead()
+            else NodeOverhead(config.node_overhead_w, config.node_overhead_share),
+        )
+
     def placed(self, stage_of: Sequence[int], gpus_per_node: int | None = None) -> PowerBudget:
         """The same for a job whose ranks run these stages."""
         return replace(self, stage_of=tuple(stage_of), gpus_per_node=gpus_per_node or self.gpus_per_node)

@@ -111,6 +111,8 @@ class Training:
             # Without a GPU of ours the job runs without the plugin, and there is nobody to be told.
             "report": self._report,
             "take-back": self._take_back,
+            "aim-lower": self._aim_lower,
+            "aim-at-full": self._aim_at_full,
         }
 
     def _here(self, action: Callable[[], object]) -> Callable[[], object]:
@@ -148,6 +150,19 @@ class Training:
             import perseus_plugin
 
             assert perseus_plugin.report_straggler(rank=self._at, slowdown=1.0, source="cli")
+
+    def _aim_lower(self) -> None:
+        """From Python, on the last rank."""
+        if self.gpu is not None and self.rank == torch.distributed.get_world_size() - 1:
+            import perseus_plugin
+
+            assert perseus_plugin.set_target(slowdown="20 %", source="a callback")
+
+    def _aim_at_full(self) -> None:
+        """On the command line."""
+        if self.gpu is not None and self.rank == torch.distributed.get_world_size() - 1:
+            command = [sys.executable, "-m", "perseus_plugin.cli.main", "target", "--job", "out", "--full"]
+            subprocess.run([*command, "--wait", "0"], check=True)
 
 
 class Script:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.e2e
 PLANNED = ("nothing", "plan 1 for")
 ANSWERED = ("nothing", "planned for 1 slow replica(s)")
 BACK = ("nothing", "no rank is slow any more")
+IN_FORCE = ("nothing", "is in force from iteration")
 # Iterations between a word on rank 0 and its effect on all, and some more.
 A_WHILE = "+10"
 
@@ -102,9 +103,14 @@ def test_a_slow_replica_is_reported_and_answered(tmp_path: Path) -> None:
     job.check_identical()
 
 
-def test_a_slow_stage_within_the_only_pipeline(tmp_path: Path) -> None:
+def test_a_slow_stage_within_the_only_pipeline_and_other_targets(tmp_path: Path) -> None:
     seen = [("slow", A_WHILE), ANSWERED, ("recover", A_WHILE), BACK]
-    job = slow_job(tmp_path, 2, {"detect": True}, 0, 2.0, [PLANNED, *seen, ("end", A_WHILE)], last_s=0.02)
+    aimed = [("aim-lower", A_WHILE), IN_FORCE, ("aim-at-full", A_WHILE), IN_FORCE]
+    job = slow_job(tmp_path, 2, {"detect": True}, 0, 2.0, [PLANNED, *seen, *aimed, ("end", A_WHILE)], last_s=0.02)
+    (lower,), (at_full,) = steps_of(job, "aim-lower"), steps_of(job, "aim-at-full")
+    begins = {e["says"]: e["iteration"] for e in events_of(job) if e["event"] == "target" and e["state"] == "in force"}
+    assert lower < begins["slowdown 20 %"] <= at_full < begins["full clocks"]
+    assert job.summary()["targets"].keys() >= {"slowdown 0 %", "slowdown 20 %", "full clocks"}
     replan = next(event for event in events_of(job) if event["event"] == "replan")
     (variant,) = replan["variants"]
     slowdown, other = variant["slowdown"]

@@ -22,8 +22,8 @@ from perseus_plugin.leader.target_book import described
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner_process import PlannerProcess
-from perseus_plugin.reporting.live.bill import Bill
 from perseus_plugin.planning.power.budget import PowerBudget
+from perseus_plugin.reporting.live.bill import Bill
 from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.live.progress import Progress
 from perseus_plugin.reporting.live.publishers import Publishers

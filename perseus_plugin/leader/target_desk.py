@@ -22,7 +22,6 @@ from perseus_plugin.leader.target_book import (
     EVERYONE,
     Entry,
     Goal,
-    Outcome,
     Standing,
     TargetBook,
     TargetError,
@@ -76,7 +75,6 @@ class TargetDesk:
         self._file_seen: object = None
         self._file_says = False
         self._shown: Mapping[str, Any] = {}
-        self._outcomes: Mapping[int, Outcome] = {}
 
     def request(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Answer a request of the command line (see `leader.job_socket`).
@@ -130,14 +128,13 @@ class TargetDesk:
         now_s = self._now()
         said = check_say(value, now_s)
         until = said.until if said.for_s is None else now_s + said.for_s
-        limit = None if said.power_budget_w is None else self._complete(said.power_budget_w)
-        entry = Entry(0, said.source, Standing.COMMAND, said.wish, limit, now_s, until)
-        return self._take(entry)
+        return self._take(Entry(0, said.source, Standing.COMMAND, said.wish, said.power_budget_w, now_s, until))
 
     def _take(self, entry: Entry) -> int:
+        limit = None if entry.limit is None else self._complete(entry.limit)
         with self._lock:
             self._number += 1
-            self._said.append(replace(entry, number=self._number, since=self._now()))
+            self._said.append(replace(entry, number=self._number, since=self._now(), limit=limit))
             number = self._number
         self._wake()
         return number

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from perseus_plugin.config import parse_config
 from perseus_plugin.exchange.messages import TARGETS
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.leader.signals.desk import SignalDesk
@@ -87,6 +88,18 @@ def test_ranks_say_theirs_through_the_store_and_rubbish_is_logged(caplog: pytest
         desk.exchange.append(TARGETS, value)
     assert desk.wishes() == [("rank 3", Target.slowdown(0.2)), ("python", Target.cheapest())]
     assert caplog.text.count("a target was refused: malformed target") == 2
+
+
+def test_a_live_budget_has_what_the_configuration_says_beside_it() -> None:
+    config = parse_config({"power_budget_groups_w": {"0-3": 900.0}, "node_overhead_w": 300.0, "peak_w": 5000.0})
+    desk = TargetDesk(LocalExchange(), complete=lambda limit: limit.completed(config))
+    desk.request({"do": "target", "target": {"power_budget_w": "2 kW"}})
+    desk.request({"do": "target", "target": {"power_budget_w": {"job_w": 3e3, "node": {"watts": 100.0}}}})
+    first, second = (entry.limit for entry in desk.collect())
+    assert first is not None
+    assert second is not None
+    assert (first.job_w, [group.of for group in first.groups], first.node.watts) == (2000.0, ["0-3"], 300.0)
+    assert (second.job_w, second.node.watts, second.peaks.job_w) == (3000.0, 100.0, 5000.0)
 
 
 def test_what_is_shown_is_what_the_job_aims_at() -> None:

@@ -101,6 +101,9 @@ def _show(told: dict[str, Any]) -> None:
         f"in force: {plain(str(in_force.get('says')))} ({plain(str(in_force.get('phase')))}, iteration "
         f"{shown(told.get('iteration'))}); aimed at: {plain(str(told.get('aimed_at')))}"
     )
+    match told.get("drawn"):
+        case {"power_w": float(power_w), "over_s": float(over_s)}:
+            typer.echo(f"drawn lately: {power_w:.1f} W by all GPUs, over {over_s:.1f} s")
     table = Table("number", "source", "target", "until", "state", "from iteration", "reason")
     ends = {one.get("number"): one.get("until") for one in entries if isinstance(one, dict)}
     for one in [one for one in outcomes if isinstance(one, dict)][-20:]:

@@ -19,7 +19,6 @@ from perseus_plugin.iteration.instructions import StreamOf
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.iteration.timetable import Directive
-from perseus_plugin.leader.aiming import FULL_CLOCKS
 from perseus_plugin.leader.decide import (
     Answered,
     Checked,
@@ -62,6 +61,7 @@ from perseus_plugin.leader.recent import RecentIterations
 from perseus_plugin.leader.state import JobState, Phase, Rules
 from perseus_plugin.leader.target_book import Goal, TargetBook
 from perseus_plugin.leader.target_desk import REQUESTS, TargetDesk
+from perseus_plugin.leader.target_figures import in_force
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import Plan, save_plan
 from perseus_plugin.planning.power.budget import PowerBudget
@@ -247,7 +247,7 @@ class Coordinator:
         if said or unix_s >= self._state.targets.next_end:
             self._observe(Targeted(said, unix_s))
         state = self._state
-        self.targets.show(state.targets, FULL_CLOCKS if state.at_full else state.goal, state.phase.value, iteration)
+        self.targets.show(state.targets, in_force(state), state.phase.value, iteration)
 
     def request(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer a request of the job's socket; on any thread.

@@ -19,12 +19,14 @@ from perseus_plugin.leader.job import Job
 from perseus_plugin.leader.job_socket import JobSocket
 from perseus_plugin.leader.planner_desk import Planner
 from perseus_plugin.leader.target_book import described
+from perseus_plugin.leader.target_figures import target_figures
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner_process import PlannerProcess
 from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.reporting.live.bill import Bill
 from perseus_plugin.reporting.live.comparison import Compared
+from perseus_plugin.reporting.live.power import Drawn, PowerMeter
 from perseus_plugin.reporting.live.progress import Progress
 from perseus_plugin.reporting.live.publishers import Publishers
 from perseus_plugin.reporting.live.reporter import Reporter, events_of
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 Tell = Callable[[list[tuple[str, float]]], None]
 
 _SUMMARY_EVERY_S = 30.0
+_POWER_EVERY_S, _POWER_PER_RANK_S = 5.0, 0.1  # as often as ranks tell, more rarely where there are many to ask
 _CRASH_TIMEOUT_S = 0.5
 
 
@@ -79,7 +82,10 @@ class Leader:
         self._bill = None if job.signals is None else Bill()
         self._heard: dict[int, RankStats] = {}
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
-        self._plan_told: Plan | None = None
+        self._told_of: tuple[Plan | None, int] = (None, 0)
+        self._meter = PowerMeter(job.placement.world_size)
+        self._drawn: Drawn | None = None
+        self._power_due_s = 0.0
         self._planner = planner
         self._final_stats_timeout_s = final_stats_timeout_s
         self._frontier: BackgroundFrontier | None = None
@@ -141,14 +147,16 @@ class Leader:
 
     def update_summary(self, own: RankStats) -> None:
         """Now and then: a job that dies leaves a summary of how far it came."""
-        if monotonic() < self._summary_due_s and self._plan_told is self._plan:
+        self._read_power(own)
+        told_of = self._plan, 0 if self._coordinator is None else self._coordinator.state.reigns.changes
+        if monotonic() < self._summary_due_s and self._told_of[0] is told_of[0] and self._told_of[1] == told_of[1]:
             return
-        self._plan_told = self._plan
+        self._told_of = told_of
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
         stats = self._all_stats(own)
         self._account_for(stats)
         summary = self._reporter.update(stats, "running", **self._plan_facts())
-        self._tell(events_of(summary))
+        self._tell([*events_of(summary), *self._target_figures()])
 
     def finish(self, own: RankStats) -> None:
         """Write the last summary, once all ranks have told their last figures or have had time to.
@@ -166,7 +174,21 @@ class Leader:
         self._take_last_references()
         self._account_for(stats)
         summary = self._reporter.finish(stats, "crashed" if _crashing() else "finished", **self._plan_facts())
-        self._tell(events_of(summary))
+        self._tell([*events_of(summary), *self._target_figures()])
+
+    def _read_power(self, own: RankStats) -> None:
+        """Now and then: a site that gives a budget wants to see what is drawn."""
+        if self._coordinator is None or monotonic() < self._power_due_s:
+            return
+        of_all_s = _POWER_PER_RANK_S * self._placement.world_size
+        self._power_due_s = monotonic() + min(max(_POWER_EVERY_S, of_all_s), _SUMMARY_EVERY_S)
+        self._drawn = self._meter.read(self._all_stats(own)) or self._drawn
+        self._coordinator.targets.measured(self._drawn)
+
+    def _target_figures(self) -> list[tuple[str, float]]:
+        if self._coordinator is None:
+            return []
+        return target_figures(self._coordinator.state, self._drawn, self._placement.world_size)
 
     def _account_for(self, stats: Sequence[RankStats]) -> None:
         """What energy has been taken since the last time had the value that held meanwhile."""

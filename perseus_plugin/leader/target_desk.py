@@ -28,6 +28,7 @@ from perseus_plugin.leader.target_book import (
     check_say,
 )
 from perseus_plugin.planning.power.budget import PowerBudget
+from perseus_plugin.reporting.live.power import Drawn
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class TargetDesk:
         self._file_seen: object = None
         self._file_says = False
         self._shown: Mapping[str, Any] = {}
+        self._drawn: Drawn | None = None
 
     def request(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Answer a request of the command line (see `leader.job_socket`).
@@ -90,7 +92,8 @@ class TargetDesk:
             case {"do": "targets"}:
                 with self._lock:
                     waiting = [entry.to_dict() for entry in self._said]
-                return {**self._shown, "heard": waiting}
+                drawn = self._drawn
+                return {**self._shown, "drawn": None if drawn is None else asdict(drawn), "heard": waiting}
         raise TargetError("malformed request: allowed: target with its target, targets, or clear_target with a source")
 
     def collect(self) -> Sequence[Entry]:
@@ -123,6 +126,10 @@ class TargetDesk:
             "entries": [entry.to_dict() for entry in book.entries],
             "outcomes": [asdict(outcome) for outcome in book.outcomes.values()],
         }
+
+    def measured(self, drawn: Drawn | None) -> None:
+        """What the job has drawn lately; `targets` is answered with it. None: not known."""
+        self._drawn = drawn
 
     def _enter(self, value: Any) -> int:
         now_s = self._now()

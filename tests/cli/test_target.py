@@ -23,6 +23,7 @@ from perseus_plugin.leader.target_book import Entry, TargetBook
 from perseus_plugin.leader.target_desk import TargetDesk
 from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.targets import Prices, Target
+from perseus_plugin.reporting.live.power import Drawn
 
 CLIENT = Path(__file__).parents[2] / "examples" / "targets" / "client.py"
 
@@ -87,6 +88,9 @@ def test_shown_and_taken_back(tmp_path: Path, job: Job) -> None:
     shown = run(tmp_path, "--show").output
     assert "in force: full clocks (following, iteration 38); aimed at: full clocks" in shown
     assert "slowdown 10 %" in shown
+    assert "drawn" not in shown
+    job.desk.measured(Drawn(812.345, 5.06, 9))
+    assert "drawn lately: 812.3 W by all GPUs, over 5.1 s" in run(tmp_path, "--show").output
     assert "2100-01-01 00:00:00" in shown
     assert "it stands behind other" in shown
     assert run(tmp_path, "--clear", "--source", "other").output.strip() == "taken back"

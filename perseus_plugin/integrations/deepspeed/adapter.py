@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -168,7 +169,8 @@ class _Monitor:
     def __call__(self, events: list[tuple[str, float]]) -> None:
         self.look()
         if self._monitor is not None:
-            self._monitor.write_events([(name, value, self._samples) for name, value in events])
+            known = [(name, value, self._samples) for name, value in events if not math.isnan(value)]
+            self._monitor.write_events(known)
 
 
 def _monitor_of(engine: Any) -> _Monitor | None:

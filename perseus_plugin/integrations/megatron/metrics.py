@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,7 @@ class Metrics:
     def __call__(self, events: list[tuple[str, float]]) -> None:
         """New figures; the session's `monitor`."""
         self._newest.update(events)
+        self._newest = {name: value for name, value in self._newest.items() if not math.isnan(value)}
 
     def after_iteration(self) -> None:
         """A training iteration has ended. Never raises."""

@@ -27,22 +27,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FIGURES = ("full_clock", "predicted", "measured", "measured_low", "measured_high")
+FIGURES = ("full_clock", "predicted", "measured", "measured_low", "measured_high", "recent", "in_force", "aimed_at")
 """Last parts of event names that become the label `figure`."""
+WISHES = "perseus_target_in_force"
+"""The metric whose events' last part becomes the label `wish`."""
 
 _UNITS = {"_s": "_seconds", "_j": "_joules", "_w": "_watts"}
 Event = tuple[str, float]
 
 
-def metric_of(event_name: str) -> tuple[str, str]:
-    """Metric and value of the label `figure` (empty: none) of an event such as `Perseus/energy_j/measured`."""
-    parts = event_name.lower().split("/")
-    figure = parts.pop() if parts[-1] in FIGURES else ""
-    name = "_".join(parts)
+def metric_of(event_name: str) -> tuple[str, dict[str, str]]:
+    """Metric of an event such as `Perseus/energy_j/measured`, and its label, if any, with its value."""
+    *parts, last = event_name.lower().split("/")
+    labels = {"figure": last} if last in FIGURES else {"wish": last} if "_".join(parts) == WISHES else {}
+    name = "_".join(parts if labels else [*parts, last])
     for short, long in _UNITS.items():
         if name.endswith(short):
             name = name.removesuffix(short) + long
-    return name, figure
+    return name, labels
 
 
 class PrometheusPublisher:
@@ -111,18 +113,18 @@ class PrometheusPublisher:
 
         assert self._registry is not None  # checked by the caller
         for name, value in [*events, ("Perseus/last_update_timestamp_s", time.time())]:
-            metric, figure = metric_of(name)
-            gauge = self._gauge(metric, bool(figure))
-            (gauge.labels(figure=figure) if figure else gauge).set(value)
+            metric, labels = metric_of(name)
+            gauge = self._gauge(metric, list(labels))
+            (gauge.labels(**labels) if labels else gauge).set(value)
         if self._textfile is not None:
             write_atomically(self._textfile, generate_latest(self._registry).decode())
 
-    def _gauge(self, metric: str, has_figure: bool) -> Gauge:
+    def _gauge(self, metric: str, labels: list[str]) -> Gauge:
         from prometheus_client import Gauge
 
         if metric not in self._gauges:
             text = f"{metric.removeprefix('perseus_').replace('_', ' ')}; see docs/metrics.md"
-            self._gauges[metric] = Gauge(metric, text, ["figure"] if has_figure else [], registry=self._registry)
+            self._gauges[metric] = Gauge(metric, text, labels, registry=self._registry)
         return self._gauges[metric]
 
     def _off(self, why: str) -> None:

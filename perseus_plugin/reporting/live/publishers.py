@@ -25,7 +25,7 @@ class Publisher(Protocol):
     def __call__(self, events: Sequence[Event]) -> None:
         """Figures that are new: names as `Perseus/energy_j/measured` (`docs/metrics.md`), values in the name's unit.
 
-        A name that comes again replaces what was said before.
+        A name that comes again replaces what was said before; NaN: there is no such figure any more.
         """
         ...
 

@@ -27,6 +27,7 @@ th, td { text-align: right; padding: 5px 14px; border-bottom: 1px solid #e3e7eb;
 th:first-child, td:first-child { text-align: left; padding-left: 2px; }
 thead th { border-bottom: 2px solid #b9c2cb; }
 ul { margin: 4px 0; padding-left: 20px; }
+@media (max-width: 700px) { #figure-training .annotation { display: none; } }
 .key { display: inline-block; width: 26px; height: 14px; vertical-align: -2px; margin: 0 4px 0 14px; }
 """
 

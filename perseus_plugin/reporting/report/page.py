@@ -97,7 +97,8 @@ _TIMELINE_TEXT = (
 )
 _TRAINING_TEXT = (
     "Dotted: full clocks, in the newest plan's schedule. In long runs a point is the mean of several iterations. "
-    "Energy and power, of all GPUs together, are shown where every rank has a figure."
+    "Energy and power, of all GPUs together, are shown where every rank has a figure. "
+    "Dashed lines: what happened, named on wider screens."
 )
 _FRONTIER_TEXT = (
     "The least energy for every iteration time, and the average power that makes, by the planner from the profile: of "

@@ -83,6 +83,8 @@ def training(
     figure.update_yaxes(title_text="time (s)", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title_text="energy (J)", rangemode="tozero", row=2, col=1)
     figure.update_yaxes(title_text="power (W)", rangemode="tozero", row=3, col=1)
+    # Labels would widen it.
+    figure.update_xaxes(range=[-0.01 * end - 0.5, 1.01 * end])
     figure.update_xaxes(title_text="iteration", row=3, col=1)
     figure.update_layout(height=720, legend={"orientation": "h", "y": -0.1, "x": 0})
     return styled(figure, above=24 + 21 * levels)

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import logging
+import math
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -805,7 +806,7 @@ def test_figures_go_to_the_monitor_at_the_sample_count(started: Started) -> None
         engine = Engine({"enabled": True})
         vars(engine)["monitor"] = SimpleNamespace(enabled=enabled, write_events=written.extend)
         perseus_plugin.enable(engine)
-        started[-1].events.append(("Perseus/x", 1.5))
+        started[-1].events += [("Perseus/gone", math.nan), ("Perseus/x", 1.5)]
         engine.train_batch()
     assert written == [("Perseus/x", 1.5, 32)]
 

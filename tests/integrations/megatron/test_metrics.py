@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from types import ModuleType
 from typing import Any
@@ -40,8 +41,8 @@ def test_the_newest_figures_are_written_at_the_log_interval(capsys: pytest.Captu
     for iteration in range(4):
         arguments.curr_iteration = iteration
         if iteration == 2:
-            metrics(FIGURES[:2])
-            metrics(FIGURES)
+            metrics([*FIGURES[:2], ("Perseus/power_budget_w/in_force", 900.0)])
+            metrics([*FIGURES, ("Perseus/power_budget_w/in_force", math.nan)])
         metrics.after_iteration()
     assert writer.scalars == [(name, value, 4) for name, value in FIGURES]
     assert writer.logged == [(dict(FIGURES), 4)]

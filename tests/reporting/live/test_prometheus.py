@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import logging
+import math
 import socket
 import threading
 import urllib.request
@@ -60,18 +61,29 @@ def scraped(port: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("event", "metric", "figure"),
+    ("event", "metric", "labels"),
     [
-        ("Perseus/iteration_time_s/full_clock", "perseus_iteration_time_seconds", "full_clock"),
-        ("Perseus/energy_j/measured", "perseus_energy_joules", "measured"),
-        ("Perseus/power_w/measured", "perseus_power_watts", "measured"),
-        ("Perseus/saving_percent/predicted", "perseus_saving_percent", "predicted"),
-        ("Perseus/straggler/energy_saved_j", "perseus_straggler_energy_saved_joules", ""),
-        ("Perseus/straggler/switches", "perseus_straggler_switches", ""),
+        ("Perseus/iteration_time_s/full_clock", "perseus_iteration_time_seconds", {"figure": "full_clock"}),
+        ("Perseus/energy_j/measured", "perseus_energy_joules", {"figure": "measured"}),
+        ("Perseus/power_w/recent", "perseus_power_watts", {"figure": "recent"}),
+        ("Perseus/power_budget_w/aimed_at", "perseus_power_budget_watts", {"figure": "aimed_at"}),
+        ("Perseus/saving_percent/predicted", "perseus_saving_percent", {"figure": "predicted"}),
+        ("Perseus/target_in_force/full", "perseus_target_in_force", {"wish": "full"}),
+        ("Perseus/target/under_way", "perseus_target_under_way", {}),
+        ("Perseus/straggler/energy_saved_j", "perseus_straggler_energy_saved_joules", {}),
+        ("Perseus/straggler/switches", "perseus_straggler_switches", {}),
     ],
 )
-def test_names_follow_the_customs_of_prometheus(event: str, metric: str, figure: str) -> None:
-    assert metric_of(event) == (metric, figure)
+def test_names_follow_the_customs_of_prometheus(event: str, metric: str, labels: dict[str, str]) -> None:
+    assert metric_of(event) == (metric, labels)
+
+
+def test_what_there_is_no_more_is_not_a_number(opened: Open) -> None:
+    port = free_port()
+    publisher = opened(port=port)
+    publisher([("Perseus/power_budget_w/in_force", 900.0)])
+    publisher([("Perseus/power_budget_w/in_force", math.nan)])
+    assert math.isnan(samples(scraped(port))["perseus_power_budget_watts", (("figure", "in_force"),)])
 
 
 def test_a_scrape_over_http_gets_the_newest_values(opened: Open) -> None:

@@ -1,0 +1,68 @@
+"""What the GPUs of a job have drawn lately, by what its ranks tell of their iterations. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from perseus_plugin.exchange.messages import RankStats, Totals
+from perseus_plugin.reporting.live.account import EVERY
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Average power of all GPUs of the job over the last iterations, whatever these ran as.
+
+    Attributes:
+        power_w: of all GPUs together.
+        over_s: how long those iterations took.
+        iterations: how many they were, on the first rank.
+    """
+
+    power_w: float
+    over_s: float
+    iterations: int
+
+
+@dataclass(slots=True)
+class PowerMeter:
+    """Takes what ranks tell from time to time, each for itself.
+
+    Args:
+        ranks: of the job.
+    """
+
+    ranks: int
+    _before: dict[int, Totals] = field(default_factory=dict)
+
+    def read(self, stats: Sequence[RankStats]) -> Drawn | None:
+        """Since the last figure; None: not every rank has told of another iteration with a known energy since.
+
+        Args:
+            stats: of all ranks heard of, from the beginning of the run.
+        """
+        totals = {of_rank.placement.rank: of_rank.totals.get(EVERY, Totals()) for of_rank in stats}
+        since = {rank: _since(self._before.get(rank, Totals()), now) for rank, now in totals.items()}
+        watts = [_power_w(passed) for passed in since.values()]
+        known_w = [power_w for power_w in watts if power_w is not None]
+        if len(known_w) < self.ranks:
+            return None
+        self._before = totals
+        first = since[min(since)]
+        return Drawn(math.fsum(known_w), first.time_s, first.iterations)
+
+
+def _since(before: Totals, now: Totals) -> Totals:
+    known = now.energy_j is not None
+    return Totals(
+        iterations=now.iterations - before.iterations,
+        time_s=now.time_s - before.time_s,
+        energy_j=(now.energy_j or 0.0) - (before.energy_j or 0.0) if known else None,
+        unread=now.unread - before.unread,
+    )
+
+
+def _power_w(passed: Totals) -> float | None:
+    energy_j = passed.mean_energy_j
+    return None if energy_j is None or passed.time_s <= 0 else energy_j * passed.iterations / passed.time_s

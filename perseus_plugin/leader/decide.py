@@ -773,7 +773,7 @@ class _Deciding:
             self._config.watch.max_replans,
         )
         self._show_usual()
-        state.reigns.begin(self._follow(), f"{state.goal}, one clock for all")
+        self._begin_reign(self._follow(), f"{state.goal}, one clock for all", state.goal)
 
     def _drop(self, text: str, excess: float, *, by_references: bool = False) -> None:
         state = self.state

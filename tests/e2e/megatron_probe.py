@@ -31,8 +31,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from perseus_plugin.integrations.megatron import adapter as integration  # noqa: E402
 from perseus_plugin.integrations.megatron.hooks import Hooks, Schedule  # noqa: E402
-from perseus_plugin.integrations.megatron.schedule import Shape, _Program, ids, stream  # noqa: E402
+from perseus_plugin.integrations.megatron.schedule import Shape, ids, stream  # noqa: E402
 from perseus_plugin.iteration.instructions import StreamOp  # noqa: E402
+from perseus_plugin.iteration.stage_program import StageProgram  # noqa: E402
 
 try:
     from megatron.core.pipeline_parallel import combined_1f1b
@@ -72,7 +73,7 @@ class Transfers:
     """Stands in for the transfers: notes what is posted and waited for."""
 
     def __init__(self, shape: Shape, stage: int) -> None:
-        self.program = _Program(shape.stages, stage)
+        self.program = StageProgram(shape.stages, stage)
         self.unfinished: list[str] = []
 
     def communicate(self, *_: Any, **call: Any) -> tuple[Any, Any, Any]:
@@ -129,7 +130,7 @@ class FakeSession:
 
     def _begin(self) -> None:
         if self.at < len(self.expected):
-            self.transfers.program.compute(self.expected[self.at])
+            self.transfers.program.compute(*self.expected[self.at])
         self.at += 1
 
     def evaluation(self) -> None:

@@ -63,7 +63,6 @@ class _Job:
         """
         other = _living()
         if other is not None and other is not hooks:
-            self.elsewhere(hooks)
             if not self._said:
                 self._said = True
                 logger.warning(

@@ -272,7 +272,7 @@ class Hooks:
         """Around what runs a stage once more, to learn the shapes of what it passes on: at first, and after `eval`."""
 
         def prepare(*args: Any, **kwargs: Any) -> Any:
-            if self._in_run and self.session is not None:
+            if self._open and self._in_run and self.session is not None:
                 self.session.evaluation()
             return beneath()(*args, **kwargs)
 

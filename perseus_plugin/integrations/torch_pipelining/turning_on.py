@@ -44,14 +44,7 @@ def is_schedule(candidate: Any) -> bool:
 
 
 def turn_on(path: str) -> None:
-    """Hook every schedule that is built from now on, with the settings in a file; instead of the variable.
-
-    Raises:
-        ConfigError: they are wrong.
-    """
-    from perseus_plugin.config import load_config
-
-    load_config(path)
+    """Hook every schedule that is built from now on, with the settings in a file; instead of the variable."""
     _given.append(path)
 
 

@@ -12,6 +12,7 @@ from perseus_plugin.cli.frontier import frontier
 from perseus_plugin.cli.plan import plan
 from perseus_plugin.cli.report import report, trace
 from perseus_plugin.cli.reset import reset
+from perseus_plugin.cli.share import share
 from perseus_plugin.cli.simulate import simulate
 from perseus_plugin.cli.straggler import straggler
 from perseus_plugin.cli.target import target
@@ -32,6 +33,7 @@ app.command()(simulate)
 app.command()(config)
 app.command()(doctor)
 app.command()(reset)
+app.command()(share)
 app.add_typer(straggler, name="straggler")
 app.command()(target)
 app.command()(timeline)

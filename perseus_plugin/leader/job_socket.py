@@ -139,6 +139,21 @@ def ask(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     return reply
 
 
+def is_served(folder: Path) -> bool:
+    """Whether somebody listens on the socket of this folder, be it without answering; never where it is of another
+    machine."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(_TIMEOUT_S)
+        try:
+            with _short_path(folder) as path:
+                _connect(connection, path)
+        except (BlockingIOError, TimeoutError):
+            return True
+        except OSError:
+            return False
+    return True
+
+
 @contextmanager
 def _short_path(folder: Path) -> Iterator[str]:
     """A path of the socket that fits into the 108 bytes of an address, whatever the folder's."""

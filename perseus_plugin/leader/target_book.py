@@ -175,6 +175,7 @@ class Entry:
         return {
             "number": self.number,
             "source": self.source,
+            "standing": self.standing.name.lower(),
             "wish": None if self.wish is None else self.wish.to_dict(),
             "limit": None if self.limit is None else asdict(self.limit),
             "says": " and ".join(described(of) for of in (self.wish, self.limit) if of is not None) or "nothing",

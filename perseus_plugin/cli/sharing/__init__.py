@@ -1,0 +1,1 @@
+"""How do several jobs keep one power budget?"""

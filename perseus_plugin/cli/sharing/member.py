@@ -1,0 +1,216 @@
+"""One of the jobs that share a budget, as it is seen from outside: its folder, and what it says over its socket."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from perseus_plugin.errors import PerseusError, plain
+from perseus_plugin.leader.job_socket import ask, is_served
+from perseus_plugin.planning.curve import FRONTIER_FILE, load_curve
+from perseus_plugin.planning.power.sharing import Holding, SharingJob, SpeedCurve
+from perseus_plugin.reporting.record.summary import SUMMARY_FILE, Summary, load_summary
+
+SOURCE = "share"
+"""What `perseus share` is called as a source of targets."""
+SUMMARY_EVERY_S = 30.0
+"""A job that lives writes its summary at least so often."""
+_FOLLOWING, _GIVEN_UP = "following", "given up"
+
+State = Literal["shares", "no frontier yet", "cannot be told", "left to others", "refuses", "silent", "ended"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """A job at one moment.
+
+    Attributes:
+        state: what can be done with it.
+        holding: what it takes part in the division as.
+        reason: for people; empty where there is nothing to say.
+    """
+
+    state: State
+    holding: Holding
+    reason: str = ""
+
+
+@dataclass
+class Member:
+    """See the module's docstring.
+
+    Args:
+        folder: the job's output folder.
+        weight: how much its work counts.
+        lasting_s: how long a budget that it is told lasts.
+        now: Unix time.
+    """
+
+    folder: Path
+    weight: float = 1.0
+    lasting_s: float = 60.0
+    now: Callable[[], float] = time.time
+    _told: tuple[float, float] | None = field(default=None, init=False)  # watts, and until when
+    _held_w: float | None = field(default=None, init=False)
+    _read: tuple[object, SharingJob | None] = field(default=(None, None), init=False)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return str(self.folder)
+
+    def look(self) -> Look:
+        """What the job is like now."""
+        summary = self._summary()
+        job = self._job(summary)
+        full_w = _full_w(summary, job)
+        try:
+            reply = ask(self.folder, {"do": "targets"})
+        except PerseusError as error:
+            return self._unheard(summary, full_w, str(error))
+        held_w = held(reply, full_w, self._held_w)
+        others = [one for one in _entries(reply) if one["limit"] is not None and _commands(one) != SOURCE]
+        phase = _part(reply, "in_force").get("phase")
+        self._held_w = held_w
+        if phase == _GIVEN_UP:
+            return self._fixed("cannot be told", full_w, "it stays at full clocks")
+        if job is None:
+            return self._fixed("no frontier yet", held_w, f"{FRONTIER_FILE} is not there")
+        if others:
+            return self._fixed("left to others", held_w, f"{plain(str(others[-1].get('source')))} has limited it")
+        last = _newest(reply)
+        if last.get("state") == "refused" and self._told is not None and self.now() < self._told[1]:
+            return self._fixed("refuses", held_w, plain(str(last.get("reason"))))
+        return Look("shares", Holding(self.name, job, held_w))
+
+    def tell(self, watts: float) -> None:
+        """Tell the job what it may draw from now on.
+
+        Raises:
+            PerseusError: it does not take that.
+        """
+        # What it may hold from now on, whether its answer comes or not.
+        self._held_w = max(watts, self._held_w or 0.0)
+        self._told = watts, self.now() + self.lasting_s
+        ask(self.folder, {"do": "target", "target": _say(watts, self.lasting_s)})
+
+    def _unheard(self, summary: Summary | None, full_w: float, why: str) -> Look:
+        """It does not answer: what it was told last holds until that has expired."""
+        if summary is not None and summary.state != "running" and not is_served(self.folder):
+            return self._ended()
+        if self._told is not None and self._held_w is not None:
+            held_w, until_s = self._held_w, self._told[1]
+        else:
+            held_w, until_s = full_w, self._written_s() + SUMMARY_EVERY_S + self.lasting_s
+        if self.now() < until_s:
+            return self._fixed("silent", held_w, f"kept for it for {until_s - self.now():.0f} s: {why}")
+        if is_served(self.folder):
+            return self._fixed("silent", full_w, f"it may be at full clocks: {why}")
+        return self._ended()
+
+    def _ended(self) -> Look:
+        self._told = self._held_w = None
+        return Look("ended", Holding(self.name, None, 0.0))
+
+    def _fixed(self, state: State, held_w: float, reason: str) -> Look:
+        if held_w == 0:
+            reason += ", and what it draws is not known, and not in the sum"
+        return Look(state, Holding(self.name, None, held_w), reason)
+
+    def _summary(self) -> Summary | None:
+        try:
+            return load_summary(self.folder / SUMMARY_FILE)
+        except PerseusError:
+            return None
+
+    def _job(self, summary: Summary | None) -> SharingJob | None:
+        path = self.folder / FRONTIER_FILE
+        try:
+            status = path.stat()
+            seen = (status.st_mtime_ns, status.st_ino)
+            if seen != self._read[0] and summary is not None:
+                curve = SpeedCurve.from_frontier(load_curve(path), summary.ranks / summary.stages)
+                self._read = (seen, SharingJob(self.name, curve, self.weight * summary.ranks))
+        except (OSError, PerseusError):
+            return None
+        return self._read[1]
+
+    def _written_s(self) -> float:
+        try:
+            return (self.folder / SUMMARY_FILE).stat().st_mtime
+        except OSError:
+            return -math.inf
+
+
+def held(reply: Mapping[str, Any], full_w: float, before_w: float | None) -> float:
+    """The most that a job may draw until it is known otherwise.
+
+    Args:
+        reply: of the job, to `targets`.
+        full_w: what it draws at full clocks.
+        before_w: the same as this at the last look, None: there was none.
+    """
+    in_force = _part(reply, "in_force")
+    watts = [_watts(in_force, full_w) if in_force.get("phase") == _FOLLOWING else full_w]
+    watts += [
+        _watts(one, full_w) for one in _entries(reply) if one.get("source") == SOURCE and one["limit"] is not None
+    ]
+    iteration = _number(reply.get("iteration"))
+    if any(_number(one.get("iteration")) > iteration for one in _listed(reply, "outcomes")):
+        # Ordered, and not yet in force: what was before still is.
+        watts.append(full_w if before_w is None else before_w)
+    return max(watts)
+
+
+def _say(watts: float, lasting_s: float) -> dict[str, Any]:
+    return {"power_budget_w": watts, "for_s": lasting_s, "source": SOURCE}
+
+
+def _full_w(summary: Summary | None, job: SharingJob | None) -> float:
+    """What a job draws at full clocks, by its frontier or as it was measured; 0: not known."""
+    if job is not None:
+        return job.curve.full_w
+    if summary is None or not summary.energy_j.full_clock or not summary.iteration_time_s.full_clock:
+        return 0.0
+    return summary.energy_j.full_clock / summary.iteration_time_s.full_clock
+
+
+def _newest(reply: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What became of what we said last."""
+    ours = [one for one in _listed(reply, "outcomes") if one.get("source") == SOURCE]
+    return max(ours, key=lambda one: _number(one.get("number")), default={})
+
+
+def _entries(reply: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What sources say, and what of that no iteration has seen yet."""
+    for one in (*_listed(reply, "entries"), *_listed(reply, "heard")):
+        yield {"limit": None, **one}
+
+
+def _commands(entry: Mapping[str, Any]) -> object:
+    """Whose command it is; ours for what stands below commands anyway."""
+    return entry.get("source") if entry.get("standing") == "command" else SOURCE
+
+
+def _watts(said: Mapping[str, Any], full_w: float) -> float:
+    limit = said.get("limit")
+    watts = limit.get("job_w") if isinstance(limit, dict) else None
+    return full_w if watts is None else _number(watts)
+
+
+def _part(reply: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = reply.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _listed(reply: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    told = reply.get(name)
+    return [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else -math.inf

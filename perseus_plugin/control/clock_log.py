@@ -34,10 +34,11 @@ class ClockLog:
         """The clock was read, and with it how long in all the power limit has held the GPU (NaN: unknown)."""
         self._read.append((time_s, frequency_mhz, capped_s))
 
-    @property
-    def held(self) -> bool:
-        """Whether the power limit held the GPU between the last two readings."""
-        return len(self._read) > 1 and self._read[-1][2] > self._read[-2][2]
+    def held(self, time_s: float) -> bool | None:
+        """Whether the power limit held the GPU around a moment; None: no reading after it has come yet."""
+        before = [capped_s for read_s, _, capped_s in self._read if read_s <= time_s]
+        after = [capped_s for read_s, _, capped_s in self._read if read_s > time_s]
+        return after[-1] > before[-1] if before and after else None
 
     def confirms(self, frequency_mhz: int | None, begin_s: float, end_s: float) -> bool:
         """Whether the GPU had this clock from begin to end, as far as anybody can know.

@@ -350,12 +350,15 @@ class Totals(_Message):
         time_s: of all of them.
         energy_j: of those whose energy is known; None where nothing measures it.
         unread: how many have an energy that is not known, as a reading could not be believed.
+        held_s: how long the power limit held the GPU in them, of the `told_s` seconds for which the GPU tells.
     """
 
     iterations: int = 0
     time_s: float = 0.0
     energy_j: float | None = None
     unread: int = 0
+    held_s: float = 0.0
+    told_s: float = 0.0
 
     @property
     def mean_energy_j(self) -> float | None:

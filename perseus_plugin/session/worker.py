@@ -95,6 +95,8 @@ class Timing:
         rest_s: from one look to the next. Where iterations are short, several are looked at together: this thread takes
             the interpreter from the training thread.
         ticks_after_sweep_s: the counter's last tick of the sweep shows up to a period and a lag later.
+        explanation_patience_s: for the reading that tells whether a GPU is below its clock as its power limit holds it:
+            they come at the ends of iterations.
         read_failure_patience_s: what broke reading may be about to end the session with a message of its own.
         stats_every_s, durations_every_s: from one message to the next, in jobs of up to 2,000 ranks.
     """
@@ -104,6 +106,7 @@ class Timing:
     rest_s: float = 0.1
     ticks_after_sweep_s: float = 0.4
     read_failure_patience_s: float = 2.0
+    explanation_patience_s: float = 60.0
     stats_every_s: float = 5.0
     durations_every_s: float = 20.0
 
@@ -152,6 +155,7 @@ class SessionWorker:
         self._plans_since: int | None = None
         self._requests = 0
         self._deviations = 0
+        self._unexplained: wire.Deviation | None = None
         self._changed_outside = self._below = self._held = self._paused = False
         self._read_failure: tuple[float, str] | None = None
         self._stats = RankStats(placement=placement, totals={})
@@ -367,6 +371,7 @@ class SessionWorker:
                     self._take_deviation(event)
 
         self._say_read_failure()
+        self._explain_deviation()
 
     def _say_read_failure(self) -> None:
         """Said a little later, as what broke reading may be about to end the session with a message of its own."""
@@ -391,15 +396,20 @@ class SessionWorker:
                     deviation.read_mhz,
                     deviation.requested_mhz,
                 )
-        elif self._clocks.held:
-            if not self._held:
-                self._held = True
-                logger.info(
-                    "the GPU is at its power limit: it runs at %d MHz where %d MHz were asked for; said once",
-                    deviation.read_mhz,
-                    deviation.requested_mhz,
-                )
-        elif not self._below:
+        elif self._unexplained is None and not self._below:
+            self._unexplained = deviation
+        self._deviations += 1
+
+    def _explain_deviation(self) -> None:
+        """Say why the GPU is below the clock asked for, as soon as its count of time at the power limit tells."""
+        deviation = self._unexplained
+        if deviation is None:
+            return
+        held = self._clocks.held(deviation.time_s)
+        if held is None and monotonic() < deviation.time_s + self._timing.explanation_patience_s:
+            return
+        self._unexplained = None
+        if not held:
             self._below = True
             logger.warning(
                 "the GPU runs at %d MHz where %d MHz were asked for; said once. Look for a power or thermal limit "
@@ -407,7 +417,13 @@ class SessionWorker:
                 deviation.read_mhz,
                 deviation.requested_mhz,
             )
-        self._deviations += 1
+        elif not self._held:
+            self._held = True
+            logger.info(
+                "the GPU is at its power limit: it runs at %d MHz where %d MHz were asked for; said once",
+                deviation.read_mhz,
+                deviation.requested_mhz,
+            )
 
     def _take_latency(self, latency: wire.SwitchLatency) -> None:
         why_not = why_not_obeyed(latency)

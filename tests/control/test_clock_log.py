@@ -42,12 +42,13 @@ def test_below_the_clock_asked_for_a_gpu_is_where_its_power_limit_holds_it() -> 
     made = log((1.0, 1110), read=((1.9, 900),))
     for time_s, capped_s in ((2.1, 5.0), (2.9, 5.7)):
         made.read(time_s, 900, capped_s)
-    assert made.held
+    assert made.held(2.5)
     assert made.confirms(1110, 2.0, 3.0)
     assert not made.confirms(1110, 2.5, 3.0), "one reading does not tell"
     made.read(3.1, 900, 5.7)
     made.read(3.9, 900, 5.7)
-    assert not made.held
+    assert made.held(3.5) is False
+    assert made.held(3.9) is None, "nothing was read after it"
     assert not made.confirms(1110, 3.0, 4.0), "something else holds it"
     made.read(4.1, 1400, 5.8)
     made.read(4.9, 1400, 6.8)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from perseus_plugin.gpus.emulated.physics import A100, WAITING
+from perseus_plugin.gpus.emulated.physics import A100, MODELS, WAITING
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.reporting.record.records import load_record
 from tests.one_job import OneJob, Step
 
 # On a busy machine times are noisy: with room for that there is always something to save.
-SHORT = {
+SHORT: dict[str, Any] = {
     "slowdown": 0.15,
     "profiling": {
         "warmup_steps": 2,
@@ -78,6 +80,34 @@ def test_on_gpus_that_never_reach_their_top_clock_plans_are_made_and_energies_kn
     assert ran.summary["overhead"]["switch_latency_p50_s"] is not None, "timed at clocks that they do reach"
     first = [stretch for stretch in load_record(folder, 0).stretches if stretch.first < 5]
     assert sum(stretch.read for stretch in first) >= 4, "a helper that times clock changes reads the counter meanwhile"
+
+
+@pytest.mark.parametrize("model", ["H100", "B300"])
+def test_on_gpus_at_their_power_limit_plans_are_made_of_what_was_read_back(
+    tmp_path: Path, model: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, left, card = tmp_path / "job", iter(range(25)), MODELS[model.lower()]
+    plugin = {**SHORT, "profiling": {**SHORT["profiling"], "clocks_mhz": None, "clock_count": 4, "steps_per_clock": 4}}
+
+    def planned_for_a_while() -> bool:
+        return (folder / "plan.json").exists() and next(left, None) is None
+
+    # Changes and the counter as fast as on the other emulated GPUs, so that short iterations do.
+    emulation = {"model": model, "switch_latency_s": 0.005, "counter_period_s": 0.02}
+    ran = OneJob(folder, [Step()] * 500, plugin=plugin, emulation=emulation, until=planned_for_a_while).run()
+    assert "plan" in ran.states
+    summary, plan = ran.summary, load_plan(folder / "plan.json")
+    assert card.name in summary["gpu"]
+    limit = summary["at_power_limit"]
+    assert limit["full_clock_percent"] > limit["plan_percent"] >= 0
+    assert summary["plan"]["dropped_plans"] == 0
+    said = capfd.readouterr().err
+    assert "Look for a power or thermal limit" not in said
+    # At full clocks as the limit makes them.
+    full_j = statistics.median(ran.energies_j[3:7])
+    assert plan.baseline_energy_j == pytest.approx(full_j, rel=0.15), "measured on a busy machine"
+    planned_j = statistics.median(j for j, state in zip(ran.energies_j, ran.states, strict=True) if state == "plan")
+    assert planned_j < full_j
 
 
 def test_transfers_and_what_is_there_once_are_found_and_planned_with(

@@ -8,6 +8,7 @@ time and is counted as unread.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,12 +95,22 @@ class Account:
     def _settle(self, iteration: int) -> None:
         if iteration in self._open and iteration in self._begun and iteration in self._ended:
             entry = self._open.pop(iteration)
-            energy_j = _energy_j(self._begun.pop(iteration), self._ended.pop(iteration), entry.time_s)
-            self._count(entry.sorts, entry.time_s, energy_j, unread=energy_j is None)
+            begin, end = self._begun.pop(iteration), self._ended.pop(iteration)
+            energy_j = _energy_j(begin, end, entry.time_s)
+            held_s = min(end.capped_s - begin.capped_s, entry.time_s)  # counters of real GPUs run some percent fast
+            self._count(entry.sorts, entry.time_s, energy_j, unread=energy_j is None, held_s=held_s)
             if self._on_energy is not None and energy_j is not None:
                 self._on_energy(iteration, energy_j)
 
-    def _count(self, sorts: Sequence[str], time_s: float, energy_j: float | None, unread: bool = False) -> None:
+    def _count(
+        self,
+        sorts: Sequence[str],
+        time_s: float,
+        energy_j: float | None,
+        unread: bool = False,
+        held_s: float = math.nan,
+    ) -> None:
+        told = held_s >= 0
         for sort in sorts:
             old = self._totals.get(sort, Totals(energy_j=0.0 if self._measures_energy else None))
             self._totals[sort] = Totals(
@@ -107,6 +118,8 @@ class Account:
                 time_s=old.time_s + time_s,
                 energy_j=old.energy_j if energy_j is None or old.energy_j is None else old.energy_j + energy_j,
                 unread=old.unread + unread,
+                held_s=old.held_s + (held_s if told else 0.0),
+                told_s=old.told_s + (time_s if told else 0.0),
             )
 
 

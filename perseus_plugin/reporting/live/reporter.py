@@ -164,6 +164,12 @@ def _remarks(summary: Summary) -> str:
             f"{waiting.lowered_waits} waits were spent at a lower clock, {waiting.woken_early} of them ended before it "
             "was back"
         )
+    limit = summary.at_power_limit
+    if limit.full_clock_percent:
+        under = "" if limit.plan_percent is None else f", {limit.plan_percent:.0f} % under the plan"
+        remarks.append(
+            f"GPUs were at their power limit for {limit.full_clock_percent:.0f} % of the time at full clocks{under}"
+        )
     worth = summary.worth
     for of, unit in () if worth is None else ((worth.money, worth.currency), (worth.carbon_kg, "kg of CO2")):
         if of.under_plans is not None and of.full_clocks is not None:

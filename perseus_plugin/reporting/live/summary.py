@@ -20,6 +20,7 @@ from perseus_plugin.reporting.record.summary import (
     Columns,
     ConfidenceSection,
     CountsSection,
+    LimitSection,
     MeasuredSection,
     OverheadSection,
     PlanSection,
@@ -153,6 +154,7 @@ def build_summary(
             lowered_waits=sum(s.waited.lowered for s in stats),
             woken_early=sum(s.waited.woken_early for s in stats),
         ),
+        at_power_limit=LimitSection(full_clock_percent=_held(stats, FULL_CLOCK), plan_percent=_held(stats, PLAN)),
         beside=_beside(overheads),
         worth=None if bill is None else bill.section(full_energy_j, _full_between_j(compared, energy_j)),
         overhead=_overhead(stats, time_s or full_time_s),
@@ -165,6 +167,13 @@ def _full_between_j(compared: Compared, energy_j: float | None) -> tuple[float, 
         return None
     low, high = compared.energy.interval
     return energy_j / (1 + high), energy_j / (1 + low)
+
+
+def _held(stats: Sequence[RankStats], sort: str) -> float | None:
+    """For how much of the time of these iterations the power limit held GPUs, in percent; None where none tells."""
+    told_s = math.fsum(s.totals[sort].told_s for s in stats if sort in s.totals)
+    held_s = math.fsum(s.totals[sort].held_s for s in stats if sort in s.totals)
+    return 100 * held_s / told_s if told_s > 0 else None
 
 
 def _differs(now_s: float | None, before_s: float | None) -> bool:

@@ -146,6 +146,13 @@ class WaitingSection(_Section):
     woken_early: int = _told("of those, the ones that ended before the clock was back", 0)
 
 
+class LimitSection(_Section):
+    """For how much of the time of iterations the power limit held GPUs below the clock asked for; all that tell it."""
+
+    full_clock_percent: Figure = _told("at full clocks", None)
+    plan_percent: Figure = _told("under the plan", None)
+
+
 class BesideSection(_Section):
     """What iterations took beside computing, loading and other work that is timed, when the plan was made."""
 
@@ -215,6 +222,9 @@ class Summary(_Section):
     iterations: CountsSection = _told("by what they count for")
     catching_up: CatchingUpSection = _told("ranks that were late", CatchingUpSection())
     waiting: WaitingSection = _told("at which clocks GPUs waited", WaitingSection())
+    at_power_limit: LimitSection = _told(
+        "share of the time for which the power limit held GPUs, as they tell", LimitSection()
+    )
     beside: BesideSection = _told(
         "in an iteration, neither computing nor loading nor other timed work", BesideSection()
     )

@@ -367,6 +367,13 @@ def origin(folder: JobFolder) -> list[str]:
             f"(the first iterations under a plan only watch how long waits are); {waiting.woken_early} ended before "
             "the clock was back, which costs at most the time of a clock change each."
         )
+    limit = None if folder.summary is None else folder.summary.at_power_limit
+    if limit is not None and limit.full_clock_percent:
+        under = "" if limit.plan_percent is None else f", under the plan for {limit.plan_percent:.0f} %"
+        said.append(
+            "GPUs were held by their power limit, below the clock asked for, for "
+            f"{limit.full_clock_percent:.0f} % of the time at full clocks{under}: that is what full clocks are on them."
+        )
     beside = None if folder.summary is None else folder.summary.beside
     if beside is not None and beside.time_s is not None:
         said.append(

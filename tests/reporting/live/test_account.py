@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -163,6 +164,18 @@ def test_what_readings_do_not_tell_is_no_number(begin: Mark, end: Mark) -> None:
     assert totals == Totals(iterations=2, time_s=2.0, energy_j=30.0, unread=1)
     assert totals.mean_energy_j == 30.0
     assert told == [0]
+
+
+def test_how_long_the_power_limit_held_the_gpu_is_counted_where_it_tells() -> None:
+    account = Account(measures_energy=True)
+    for number, (before_s, after_s) in enumerate(
+        [(5.0, 5.6), (5.6, 5.6), (5.6, 7.0), (math.nan, math.nan), (9.0, 1.0)]
+    ):
+        account.add(number, (FULL_CLOCK,), 1.0)
+        account.add_reading(replace(begun(number, 100.0 * number), capped_s=before_s))
+        account.add_reading(replace(ended(number, 100.0 * number + 50, 1.0), capped_s=after_s))
+    totals = account.totals[FULL_CLOCK]
+    assert (totals.held_s, totals.told_s) == (pytest.approx(0.6 + 0.0 + 1.0), 3.0)
 
 
 def test_a_sum_of_nothing_is_no_energy() -> None:

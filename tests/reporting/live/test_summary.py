@@ -119,6 +119,7 @@ def test_figures_of_a_whole_job() -> None:
             "extra_energy_per_iteration_j": 0.8,
         }
     )
+    assert made["at_power_limit"] == {"full_clock_percent": None, "plan_percent": None}
     assert made["waiting"] == {"iterations": 5, "planned_waits": 14, "lowered_waits": 12, "woken_early": 1}
     assert made["plan"] == {
         "schedule": "1F1B/2x1",
@@ -309,3 +310,14 @@ def test_figures_of_stragglers_stand_beside_what_was_measured_meanwhile() -> Non
         "time_saved_s": 0.0,
         "measured": {"iteration_time_s": 1.25, "energy_j": pytest.approx(500.0)},
     }
+
+
+def test_the_share_of_the_time_at_the_power_limit_is_that_of_all_gpus_that_tell() -> None:
+    def held(rank: int, full_s: float, plan_s: float) -> RankStats:
+        full = Totals(iterations=4, time_s=4.0, held_s=full_s, told_s=4.0)
+        return stats(rank, {}).model_copy(
+            update={"totals": {"full_clock": full, "plan": Totals(iterations=1, time_s=1.0, held_s=plan_s, told_s=1.0)}}
+        )
+
+    told = [held(0, 3.0, 0.2), held(1, 1.0, 0.0), stats(2, {"full_clock": (4, 4.0, 1.0)})]
+    assert summary(told)["at_power_limit"] == pytest.approx({"full_clock_percent": 50.0, "plan_percent": 10.0})

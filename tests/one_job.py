@@ -23,7 +23,7 @@ from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.physics import MODELS
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StageStream, StreamOp
-from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.iteration.schedules import SCHEDULES
 from perseus_plugin.reporting.record.records import load_record
 from perseus_plugin.session.emulation import EmulatedStage
 from perseus_plugin.session.session import Session
@@ -87,6 +87,7 @@ class OneJob:
         slow: how many times as long a rank takes in an iteration, by rank and iteration.
         transfer_s: how long a transfer between stages takes.
         end_s: what every rank does at the end of an iteration, which no hook sees.
+        schedule: name of what is run.
         until: asked once after every iteration; the job ends when it says so, or with its last step.
     """
 
@@ -103,10 +104,11 @@ class OneJob:
         slow: Callable[[int, int], float] = lambda rank, iteration: 1.0,
         transfer_s: float = 0.0,
         end_s: float = 0.0,
+        schedule: str = "1f1b",
         until: Callable[[], bool] = lambda: False,
     ) -> None:
         self._folder, self._steps, self._slow = folder, steps, slow
-        self._end_s, self.transfer_s = end_s, transfer_s
+        self._end_s, self.transfer_s, self.schedule = end_s, transfer_s, schedule
         self._stages, self._replicas = len(forward_s), replicas
         ranks = self._ranks = self._stages * replicas
         self._with_plugin = plugin is not None
@@ -228,13 +230,15 @@ class _Stage:
 
     def iterate(self, number: int, step: Step) -> None:
         """One training iteration."""
-        session, streams = self._session, _streams(self._place.stages, len(step.sizes))
+        session, name = self._session, self._job.schedule
+        streams = _streams(name, self._place.stages, len(step.sizes))
         if session is not None:
             session.begin_iteration()
         if self._place.stage == 0 and step.stall_s:
             time.sleep(step.stall_s)
         if session is not None:
-            session.begin_schedule(f"1F1B/{self._place.stages}x{len(step.sizes)}", lambda stage: streams[stage])
+            key = f"{name.upper()}/{self._place.stages}x{len(step.sizes)}"
+            session.begin_schedule(key, lambda stage: streams[stage])
         slowness = self._job.slowness(self._place.rank, number)
         for op in streams[self._place.stage]:
             self._execute(op, step, slowness)
@@ -272,5 +276,5 @@ class _Stage:
 
 
 @cache
-def _streams(stages: int, microbatches: int) -> list[StageStream]:
-    return one_f_one_b(stages, microbatches)
+def _streams(schedule: str, stages: int, microbatches: int) -> list[StageStream]:
+    return SCHEDULES[schedule](stages, microbatches)

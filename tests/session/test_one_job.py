@@ -56,6 +56,28 @@ def test_a_job_profiles_plans_and_saves_at_the_time_of_full_clocks(tmp_path: Pat
             assert error_w < max(4 * row.blocking_power_se_w, 10.0), f"stage {stage} at {row.frequency_mhz} MHz"
 
 
+def test_stages_that_run_different_instructions_are_profiled_and_planned(tmp_path: Path) -> None:
+    """Two chunks per rank and split backwards, of which the model's first stage computes no gradient of its input."""
+    folder, left = tmp_path / "job", iter(range(10))
+
+    def planned_for_a_while() -> bool:
+        return (folder / "plan.json").exists() and next(left, None) is None
+
+    ran = OneJob(
+        folder,
+        [Step()] * 500,
+        plugin={**SHORT, "limits": {"min_dwell_s": 0}},
+        schedule="zbv",
+        until=planned_for_a_while,
+    ).run()
+    assert "plan" in ran.states
+    assert ran.summary["state"] == "finished"
+    assert ran.summary["plan"]["saving_percent"] > 1
+    kinds = [{kind for of, kind in load_profile(folder / "profile.csv").table if of == stage} for stage in range(2)]
+    assert kinds[1] - kinds[0] == {"input_backward"}
+    assert len(kinds[1]) == 6
+
+
 def test_the_same_work_runs_without_the_plugin(tmp_path: Path) -> None:
     steps = [Step((1.0, 2.0)), Step((1.0,)), Step((1.0, 1.0), stall_s=0.05)]
     ran = OneJob(tmp_path / "job", steps).run()

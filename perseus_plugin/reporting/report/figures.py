@@ -206,7 +206,7 @@ def frontier(made: FrontierCurve, plan: Plan, per: PerIteration | None) -> go.Fi
 def curves(profile: Profile) -> go.Figure:
     """Energy and time over the clock, per stage, one column per kind of instruction; bars are 2 standard errors."""
     kinds = sorted({kind for _, kind in profile.table}, key=lambda kind: ("backward" in kind, kind))
-    titles = [f"<b>{kind}</b>" for kind in kinds] + [""] * len(kinds)
+    titles = [f"<b>{kind.replace('_backward', '<br>backward')}</b>" for kind in kinds] + [""] * len(kinds)
     figure = make_subplots(rows=2, cols=len(kinds), shared_xaxes=True, vertical_spacing=0.07, subplot_titles=titles)
     shown = min(profile.stages, _MAX_STAGES_OF_CURVES)
     named: set[int] = set()

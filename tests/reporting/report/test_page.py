@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.record.recorder import record_path
 from perseus_plugin.reporting.report import figures
 from perseus_plugin.reporting.report.findings import Findings, Happening, find
@@ -122,6 +123,13 @@ def test_curves_carry_error_bars_of_two_standard_errors(found: Findings, job: Jo
     rows = job.profile.table[0, "backward"]
     energy = next(t for t in figure.data if t.name == "stage 0" and list(t.y) == [m.energy_j for m in rows])
     assert list(energy.error_y.array) == pytest.approx([2 * m.energy_se_j for m in rows])
+
+
+def test_a_stage_is_named_once_whatever_it_runs(job: Job) -> None:
+    """As where the first stage computes no gradient of its input."""
+    without = Profile({key: rows for key, rows in job.profile.table.items() if key != (0, "backward")})
+    figure = figures.curves(without)
+    assert [trace.name for trace in figure.data if trace.showlegend] == ["stage 0", "stage 1", "stage 2"]
 
 
 def test_training_shows_every_state_in_its_colour(found: Findings, job: Job) -> None:

@@ -320,7 +320,6 @@ class LocalExchange:
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
         self._lists: dict[str, list[str]] = {}
-        self._wakes: list[Callable[[], None]] = []
 
     def publish(self, key: str, value: Any) -> None:
         self._values[key] = json.dumps(value)
@@ -350,14 +349,12 @@ class LocalExchange:
 
     def tell_all(self, key: str, value: Any) -> None:
         self.publish(key, value)
-        for wake in self._wakes:
-            wake()
 
     def heard(self, key: str) -> Any | None:
         return self.fetch(key)
 
     def on_news(self, wake: Callable[[], None]) -> None:
-        self._wakes.append(wake)
+        pass
 
     def close(self) -> None:
         pass

@@ -38,11 +38,13 @@ class FrontierCurve:
     Attributes:
         samples: by rising deadline.
         baseline_time_s, baseline_energy_j: every instruction at the profile's highest clock.
+        slower: (iteration time, energy) of plans beyond the last sample, which draw less power for more energy.
     """
 
     samples: tuple[CurveSample, ...]
     baseline_time_s: float
     baseline_energy_j: float
+    slower: tuple[tuple[float, float], ...] = ()
 
 
 class PointInFile(BaseModel):
@@ -73,6 +75,16 @@ class BaselineInFile(BaseModel):
     energy_j: PositiveEnergy
 
 
+class SlowerInFile(BaselineInFile):
+    """A plan beyond the last sample.
+
+    Attributes:
+        clocks_mhz: per stage in execution order.
+    """
+
+    clocks_mhz: tuple[tuple[Clock, ...], ...] = ()
+
+
 class FrontierFile(BaseModel):
     """The content of `frontier.json`, in the order in which it is written."""
 
@@ -83,6 +95,7 @@ class FrontierFile(BaseModel):
     tolerance: float | None = None
     baseline: BaselineInFile
     points: Annotated[tuple[PointInFile, ...], Field(min_length=1)]
+    slower: tuple[SlowerInFile, ...] = ()
 
 
 def load_curve(path: Path | str) -> FrontierCurve:
@@ -95,4 +108,5 @@ def load_curve(path: Path | str) -> FrontierCurve:
     samples = tuple(
         CurveSample(p.deadline_s, p.energy_lower_bound_j, p.iteration_time_s, p.energy_j) for p in content.points
     )
-    return FrontierCurve(samples, content.baseline.iteration_time_s, content.baseline.energy_j)
+    slower = tuple((one.iteration_time_s, one.energy_j) for one in content.slower)
+    return FrontierCurve(samples, content.baseline.iteration_time_s, content.baseline.energy_j, slower)

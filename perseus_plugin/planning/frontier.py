@@ -15,12 +15,22 @@ from pathlib import Path
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.files import write_atomically
-from perseus_plugin.planning.curve import BaselineInFile, CurveSample, FrontierCurve, FrontierFile, PointInFile
+from perseus_plugin.planning.curve import (
+    BaselineInFile,
+    CurveSample,
+    FrontierCurve,
+    FrontierFile,
+    PointInFile,
+    SlowerInFile,
+)
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import Planner
+from perseus_plugin.planning.power.fastest import power_at_lowest_w
 from perseus_plugin.planning.relaxation import Relaxed
-from perseus_plugin.planning.targets import ChangeLimits, Effort
+from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
 
+_SLOWER = (0.5, 0.9)
+"""How far down to the lowest power plans are made beyond T*."""
 Progress = Callable[[int, float], None]
 
 
@@ -47,6 +57,7 @@ class Frontier:
 
     Attributes:
         points: the samples, without those at which no plan was found that keeps the limits.
+        slower: plans beyond T*, by falling power: they take more energy, and draw less.
         tolerance: share to within which the bound curve is known between them.
         baseline_time_s, baseline_energy_j: every instruction at the profile's highest clock.
     """
@@ -55,6 +66,7 @@ class Frontier:
     tolerance: float
     baseline_time_s: float
     baseline_energy_j: float
+    slower: tuple[Plan, ...] = ()
 
     @property
     def cut_short(self) -> bool:
@@ -67,7 +79,8 @@ class Frontier:
             CurveSample(point.deadline_s, point.bound_j, point.plan.iteration_time_s, point.plan.energy_j)
             for point in self.points
         )
-        return FrontierCurve(samples, self.baseline_time_s, self.baseline_energy_j)
+        slower = tuple((plan.iteration_time_s, plan.energy_j) for plan in self.slower)
+        return FrontierCurve(samples, self.baseline_time_s, self.baseline_energy_j, slower)
 
 
 def make_frontier(
@@ -117,7 +130,22 @@ def make_frontier(
         tolerance=tolerance,
         baseline_time_s=planner.problem.full_clock_time_s,
         baseline_energy_j=planner.problem.full_clock_energy_j,
+        slower=_slower(planner, points[-1].plan, limits or ChangeLimits(), effort),
     )
+
+
+def _slower(planner: Planner, cheapest: Plan, limits: ChangeLimits, effort: Effort) -> tuple[Plan, ...]:
+    """Plans between the power of the cheapest one and the lowest, as near to that as any job surely gets."""
+    from_w = cheapest.energy_j / cheapest.iteration_time_s
+    to_w = power_at_lowest_w(planner, limits)
+    plans = []
+    for share in _SLOWER if to_w < from_w else ():
+        try:
+            target = Target.power_budget(from_w + share * (to_w - from_w))
+            plans.append(planner.to_plan(planner.solve(target, limits, effort)))
+        except PlanError:  # fewer changes may be allowed than that takes
+            continue
+    return tuple(plans)
 
 
 class _Curve:
@@ -173,6 +201,14 @@ def frontier_to_json(frontier: Frontier) -> str:
                 clocks_mhz=tuple(tuple(point.plan.clocks_mhz(stage)) for stage in range(len(point.plan.stages))),
             )
             for point in frontier.points
+        ),
+        slower=tuple(
+            SlowerInFile(
+                iteration_time_s=plan.iteration_time_s,
+                energy_j=plan.energy_j,
+                clocks_mhz=tuple(tuple(plan.clocks_mhz(stage)) for stage in range(len(plan.stages))),
+            )
+            for plan in frontier.slower
         ),
     )
     return json.dumps(content.model_dump(by_alias=True), allow_nan=False) + "\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from hypothesis import strategies as st
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import one_f_one_b
-from perseus_plugin.planning.frontier import frontier_to_json, make_frontier
+from perseus_plugin.planning.curve import load_curve
+from perseus_plugin.planning.frontier import frontier_to_json, make_frontier, save_frontier
 from perseus_plugin.planning.planner import ChangeLimits, Planner
+from perseus_plugin.planning.power.sharing import SpeedCurve
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 from .jobs import Job, bundled_profile, jobs
@@ -67,7 +71,7 @@ def test_a_finer_tolerance_takes_more_samples_and_progress_is_told() -> None:
 def test_the_file_holds_every_sample() -> None:
     frontier = make_frontier(small(), tolerance=0.01)
     content = json.loads(frontier_to_json(frontier))
-    assert list(content) == ["schema", "version", "tolerance", "baseline", "points"]
+    assert list(content) == ["schema", "version", "tolerance", "baseline", "points", "slower"]
     assert (content["schema"], content["version"]) == ("perseus-frontier", 1)
     assert list(content["points"][0]) == [
         "deadline_s",
@@ -82,6 +86,21 @@ def test_the_file_holds_every_sample() -> None:
     assert content["points"][0]["slope_w"] is None
     assert content["points"][-1]["slope_w"] == 0
     assert content["points"][0]["clocks_mhz"][0] == frontier.points[0].plan.clocks_mhz(0)
+
+
+def test_beyond_the_cheapest_there_are_plans_that_draw_less(tmp_path: Path) -> None:
+    frontier = make_frontier(small(), tolerance=0.01)
+    plans = [frontier.points[-1].plan, *frontier.slower]
+    assert len(plans) == 3
+    for faster, slower in pairwise(plans):
+        assert slower.energy_j / slower.iteration_time_s < faster.energy_j / faster.iteration_time_s
+        assert slower.iteration_time_s > faster.iteration_time_s
+    save_frontier(frontier, tmp_path / "frontier.json")
+    assert load_curve(tmp_path / "frontier.json") == frontier.curve()
+    lowest = frontier.slower[-1]
+    curve = SpeedCurve.from_frontier(frontier.curve(), pipelines=2)
+    assert curve.lowest_w == pytest.approx(2 * lowest.energy_j / lowest.iteration_time_s)
+    assert curve.most_w <= curve.full_w
 
 
 @pytest.mark.parametrize("tolerance", [0.0, -1.0, 1.0, float("nan")])

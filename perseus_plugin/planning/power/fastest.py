@@ -111,6 +111,14 @@ def uniform_within(planner: Discretiser, budget: PowerBudget, limits: ChangeLimi
     return None
 
 
+def power_at_lowest_w(planner: Discretiser, limits: ChangeLimits) -> float:
+    """What one pipeline draws with everything at its lowest clock; a plan may draw a little less still."""
+    search = _Search(planner, PowerBudget(1.0), limits, "quick", Work(BRAKE_S["quick"]))
+    *_, lowest = search.uniform()
+    solution, _ = search.price(lowest)
+    return float(planner.stage_energy_j(solution).sum()) / solution.iteration_time_s
+
+
 def _with_low_peaks(
     planner: Discretiser, budget: PowerBudget, found: Fastest, limits: ChangeLimits, effort: Effort, work: Work
 ) -> Fastest:

@@ -54,7 +54,9 @@ class SpeedCurve:
     @classmethod
     def from_frontier(cls, curve: FrontierCurve, pipelines: float) -> SpeedCurve:
         """Of a job with so many pipelines; a frontier is of one."""
-        points = [(one.energy_j / one.iteration_time_s, one.iteration_time_s) for one in curve.samples]
+        taken = [(one.energy_j, one.iteration_time_s) for one in curve.samples]
+        taken += [(energy_j, time_s) for time_s, energy_j in curve.slower]
+        points = [(energy_j / time_s, time_s) for energy_j, time_s in taken]
         full = (curve.baseline_energy_j / curve.baseline_time_s, curve.baseline_time_s)
         made = [(pipelines * power_w, curve.baseline_time_s / time_s) for power_w, time_s in [*points, full]]
         return cls.of(made, pipelines * full[0])

@@ -15,13 +15,12 @@ from perseus_plugin.errors import ConfigError
 from perseus_plugin.exchange.messages import Placement, Seat
 from perseus_plugin.exchange.store import Exchange, open_exchange
 from perseus_plugin.integrations.base import PipelineSession, job_rank, model_digest, start_session, started
-from perseus_plugin.integrations.torch_pipelining.hooks import Hooks, Microbatches
+from perseus_plugin.integrations.torch_pipelining.hooks import HOOKS, Hooks, Microbatches
 from perseus_plugin.integrations.torch_pipelining.places import replica_and_shards, seats_of_all, together_with
 from perseus_plugin.integrations.torch_pipelining.schedule import stages_of
 
 logger = logging.getLogger(__name__)
 
-_HOOKS = "_perseus_hooks"
 
 _GIVEN = ("arg_mbs", "kwarg_mbs", "target_mbs")
 """Lists of microbatches that a run of a schedule is given, in their order."""
@@ -33,7 +32,7 @@ _current: list[weakref.ref[Hooks]] = []
 
 def enable(schedule: Any, config: Any) -> PipelineSession | None:
     """See `perseus_plugin.enable`. The session starts with the schedule's first run that trains: None until then."""
-    hooks: Hooks | None = vars(schedule).get(_HOOKS)
+    hooks: Hooks | None = vars(schedule).get(HOOKS)
     if hooks is not None:
         return hooks.session
     if config is None:
@@ -44,7 +43,7 @@ def enable(schedule: Any, config: Any) -> PipelineSession | None:
         config = parse_config(config)
     if config.enabled:
         job = _Job(config)
-        vars(schedule)[_HOOKS] = Hooks(schedule, job.start, job.elsewhere)
+        Hooks(schedule, job.start, job.elsewhere)
     return None
 
 

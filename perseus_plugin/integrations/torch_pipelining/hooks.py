@@ -37,6 +37,8 @@ Operation = Compute | Constant
 Microbatches = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a run of a schedule."""
 
+HOOKS = "_perseus_hooks"
+"""Attribute of a schedule that is hooked."""
 _RUN = "_step_microbatches"
 
 
@@ -61,6 +63,7 @@ class Hooks:
         self.session: PipelineSession | None = None
         self._refused = self._in_run = False
         self._stages: list[InstanceMethods] = []
+        vars(schedule)[HOOKS] = self
         self._run_hook = InstanceMethods(self._of_schedule, {_RUN: self._run})
         self._loss_hook: InstanceMethods | None = None
         self._optimizers = OptimizerSteps()
@@ -81,6 +84,9 @@ class Hooks:
         for methods in (*self._stages, self._loss_hook, self._run_hook):
             if methods is not None:
                 methods.take_out()
+        schedule = self._of_schedule()
+        if schedule is not None:
+            vars(schedule).pop(HOOKS, None)
 
     def begins(self, session: PipelineSession) -> None:
         """The session that this schedule's iterations are told to."""

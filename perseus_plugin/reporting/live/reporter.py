@@ -87,6 +87,10 @@ def events_of(summary: Summary) -> list[tuple[str, float]]:
         for column, value in section
         if value is not None
     ]
+    worth = summary.worth
+    for name, of in () if worth is None else (("money", worth.money), ("carbon_kg", worth.carbon_kg)):
+        if of.total is not None:
+            figures.append((f"Perseus/worth/{name}", of.total))
     seen = summary.references
     intervals = (("saving_percent", seen.saving_percent), ("slowdown_percent", seen.slowdown_percent))
     return figures + [

@@ -136,6 +136,9 @@ def test_what_energy_was_worth_by_the_signals_is_said() -> None:
     assert money.full_clocks == pytest.approx(5 * 710 / 0.8 / 3.6e6 * 0.1)
     assert money.full_clocks_between is not None
     assert money.full_clocks_between[0] < money.full_clocks < money.full_clocks_between[1]
+    told = dict(events_of(summary))
+    assert told["Perseus/worth/money"] == pytest.approx(2 * 6e6 / 3.6e6 * 0.1)
+    assert "Perseus/worth/carbon_kg" not in told
     assert "by the signals 0.2 EUR under plans, and 0.000123 (0.000123 to 0.000124) at full clocks" in printed(summary)
 
 

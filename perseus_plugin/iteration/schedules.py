@@ -93,7 +93,7 @@ def early_recomputation_1f1b(stages: int, microbatches: int) -> list[StageStream
     """1F1B with activation recomputation as an instruction of its own, begun before the gradient arrives (Merak).
 
     The kind `"recompute"` needs rows in the profile. The last stage computes its backward right after its forward and
-    recomputes nothing, but for a profile with the same kinds in every stage it has the instruction too.
+    recomputes nothing.
 
     Raises:
         ScheduleError: for fewer than one stage or microbatch.
@@ -102,9 +102,8 @@ def early_recomputation_1f1b(stages: int, microbatches: int) -> list[StageStream
     for stage, stream in enumerate(one_f_one_b(stages, microbatches)):
         ops: list[StreamOp] = []
         for op in stream:
-            if isinstance(op, Compute) and op.kind == BACKWARD:
-                at = len(ops) - 1 if stage < stages - 1 else len(ops)  # ahead of the backward's receive
-                ops.insert(at, Compute(RECOMPUTE, op.microbatch))
+            if isinstance(op, Compute) and op.kind == BACKWARD and stage < stages - 1:
+                ops.insert(len(ops) - 1, Compute(RECOMPUTE, op.microbatch))  # ahead of the backward's receive
             ops.append(op)
         streams.append(ops)
     return streams

@@ -44,6 +44,8 @@ def test_recomputation_comes_before_the_gradient_is_waited_for() -> None:
     kinds = [op.kind if isinstance(op, Compute) else type(op).__name__ for op in stream]
     at = kinds.index("recompute")
     assert kinds[at + 1 : at + 3] == ["Receive", "backward"]
+    last = early_recomputation_1f1b(2, 2)[1]
+    assert {op.kind for op in last if isinstance(op, Compute)} == {"forward", "backward"}
     build_graph(early_recomputation_1f1b(4, 8))
 
 

@@ -14,6 +14,7 @@ from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Constant
 from perseus_plugin.iteration.schedules import SCHEDULES, one_f_one_b
 from perseus_plugin.planning.planner import ChangeLimits, Planner, Target, make_plan
+from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 from .jobs import Job, brute_force, bundled_profile, jobs, replay
@@ -205,7 +206,9 @@ def test_every_textbook_schedule_can_be_planned(name: str) -> None:
     table = dict(profile.table)
     if "recomputation" in name:
         table |= {(s, "recompute"): rows for (s, kind), rows in profile.table.items() if kind == "forward"}
-    plan = Planner(build_graph(SCHEDULES[name](4, 8)), Profile(table), blocking_power_w=60.0).plan(Target.slowdown())
+    streams = SCHEDULES[name](4, 8)
+    full = with_rows_for(Profile(table), streams)
+    plan = Planner(build_graph(streams), full, blocking_power_w=60.0).plan(Target.slowdown())
     assert plan.microbatches == 8
     assert plan.iteration_time_s <= plan.baseline_time_s
     assert plan.energy_j < plan.baseline_energy_j

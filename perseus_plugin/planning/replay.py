@@ -22,6 +22,8 @@ from perseus_plugin.iteration.replayed import LATE_BY
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.plan import Plan
 
+_HELD_UP = 3.0  # times the longest of all other iterations: more than sizes and clocks do
+
 
 @dataclass(frozen=True, eq=False)
 class CatchUp:
@@ -106,6 +108,26 @@ class Replay:
     def at_full_clocks(self) -> Outcome:
         """The same iterations with every instruction at the profile's highest clock."""
         return self.under(self.problem.full_clocks.frequency_mhz)
+
+    @cached_property
+    def interrupted(self) -> npt.NDArray[np.bool_]:
+        """Shape (iterations,): in which one something that no clock changes held an instruction up.
+
+        That is where an instruction took over three times as long as in any other iteration, the iteration's size (the
+        median of its instructions against their own medians) apart.
+        """
+        found = np.zeros(self._shape[0], dtype=bool)
+        nodes = self.problem.instruction_nodes
+        if self._shape[0] < 3 or not len(nodes):
+            return found
+        full_s = self.full_s[nodes].reshape(len(nodes), *self._shape)
+        usual_s = np.median(full_s, axis=1, keepdims=True)
+        relative = full_s / np.where(usual_s > 0, usual_s, np.inf)
+        relative /= np.maximum(np.median(relative, axis=0, keepdims=True), 1e-9)
+        longest, second = -np.sort(-relative, axis=1)[:, :2].transpose(1, 0, 2)
+        where = np.argmax(relative, axis=1)[longest > _HELD_UP * second]
+        found[where] = True
+        return found
 
     def under(
         self,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import FloatArray, IntArray
@@ -152,9 +153,12 @@ def _candidates(
     clocks, waits, found = clocks_of(plan, replay.graph), plan.wait_clocks_mhz, []
     for way in (None, *ways):
         outcome, full = replay.under(clocks, way, waits), replay.at_full_clocks
-        replayed = _judged(outcome, full, promise, way, margin)
+        interrupted = replay.interrupted
+        replayed = _judged(outcome, full, interrupted, promise, way, margin)
         others = np.arange(len(full.time_s)) != np.argmax(outcome.time_s / full.time_s)
-        but_for_one = _judged(outcome.of(others), full.of(others), promise, way, margin) if others.any() else None
+        but_for_one = None
+        if others.any():
+            but_for_one = _judged(outcome.of(others), full.of(others), interrupted[others], promise, way, margin)
         found.append(RobustPlan(plan, way, replayed, but_for_one))
     return found
 
@@ -200,20 +204,29 @@ def judge(
         PlanError: the plan is not for the replay's profile.
     """
     outcome = replay.under(clocks_mhz, catch_up, wait_clocks_mhz)
-    return _judged(outcome, replay.at_full_clocks, promise, catch_up, margin, errors)
+    return _judged(outcome, replay.at_full_clocks, replay.interrupted, promise, catch_up, margin, errors)
 
 
 def _judged(
     outcome: Outcome,
     full: Outcome,
+    interrupted: npt.NDArray[np.bool_],
     promise: Promise,
     catch_up: CatchUp | None,
     margin: float,
     errors: float = _ERRORS,
 ) -> Replayed:
+    """What a replay says. Interrupted iterations count as longer than allowed, and for nothing else.
+
+    Where there are more of them than may be, they are what this job is like, and count as all others do.
+    """
+    count = len(full.time_s)
+    place = math.ceil(promise.quantile * (count - 1))  # of the quantile among iterations by rising length
+    if interrupted.sum() <= count - 1 - place:
+        outcome, full = outcome.of(~interrupted), full.of(~interrupted)
     ratio = outcome.time_s / full.time_s
     mean = float(outcome.time_s.sum() / full.time_s.sum())
-    at_quantile = float(np.quantile(ratio, promise.quantile, method="higher"))
+    at_quantile = float(np.sort(ratio)[place])
     allowed = 1 + promise.slowdown
     mean_error = float(np.std(ratio) / math.sqrt(len(ratio)))
     if promise.power_w is None:

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from perseus_plugin.iteration.graph import FloatArray, build_graph
 from perseus_plugin.iteration.instructions import Compute, Constant
@@ -12,7 +14,7 @@ from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.options import build_problem
 from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.process import answer_to, plan_for
-from perseus_plugin.planning.replay import clocks_of
+from perseus_plugin.planning.replay import Replay, clocks_of
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.planning.robust import margins_from, replay_of, usual_delays
 from perseus_plugin.planning.targets import Target
@@ -183,6 +185,47 @@ def test_stalls_in_several_iterations_are_what_this_job_is_like() -> None:
     made = answer(samples(factors), catch_up=False)
     assert made.replayed is not None
     assert not made.replayed.hinges
+
+
+@pytest.mark.parametrize("catch_up", [False, True])
+@pytest.mark.parametrize("stage", range(STAGES))
+def test_one_interruption_among_the_iterations_costs_no_saving(catch_up: bool, stage: int) -> None:
+    even = answer(samples(noise(0.001)), catch_up).replayed
+    one = answer(samples(stalled(stage=stage, by=20.0)), catch_up).replayed
+    assert even is not None
+    assert one is not None
+    assert one.kept
+    assert not one.obstacle
+    assert one.iterations == even.iterations - 1
+    assert one.saving_mean == pytest.approx(even.saving_mean, abs=0.01)
+
+
+def test_an_interruption_counts_as_an_iteration_that_is_longer_than_allowed() -> None:
+    """Of twelve one may be: beside an interruption no other, and of two interruptions neither is left out."""
+    both = stalled()
+    both[7] = stalled(7, by=20.0)[7]
+    made = answer(samples(both), catch_up=False).replayed
+    alone = answer(samples(stalled()), catch_up=False).replayed
+    assert made is not None
+    assert alone is not None
+    assert made.iterations == 11
+    assert made.saving_mean <= alone.saving_mean + 1e-9, "the other stall decides as it does without the interruption"
+    twice = stalled(3, by=20.0)
+    twice[7] = stalled(7, stage=1, by=30.0)[7]
+    made = answer(samples(twice), catch_up=False).replayed
+    assert made is not None
+    assert made.iterations == 12
+
+
+@given(size=st.floats(0.2, 8.0), sigma=st.floats(0.0, 0.1), iterations=st.integers(1, 24), replicas=st.integers(1, 2))
+@settings(max_examples=20, deadline=None)
+def test_larger_steps_and_usual_variation_are_no_interruptions(
+    size: float, sigma: float, iterations: int, replicas: int
+) -> None:
+    factors = noise(sigma, iterations=iterations, replicas=replicas)
+    factors[iterations // 2] *= size
+    replay = Replay(PROBLEM, PROBLEM.full_clock_s * factors)
+    assert not replay.interrupted.any()
 
 
 def test_more_effort_is_spent_on_the_margin_that_was_chosen() -> None:

@@ -512,7 +512,7 @@ class _Deciding:
         # A ramp begins now, however long power has been what it is.
         self.state.stepped_s = max(self.state.stepped_s, self.state.now_s)
         if self.state.phase is Phase.GIVEN_UP:
-            targets.refuse_all("the job stays at full clocks")
+            targets.refuse_all(self.state.given_up_why)
         self._aim()
         self._tell_of_targets()
 
@@ -846,8 +846,9 @@ class _Deciding:
             )
         else:
             self._warn("%s. Training stays at full clocks. A restart of the job tries again", why)
-        self.effects.append(RefuseReports(f"the job stays at full clocks: {why}"))
-        self.state.targets.refuse_all(f"the job stays at full clocks: {why}")
+        self.state.given_up_why = f"the job stays at full clocks: {why}"
+        self.effects.append(RefuseReports(self.state.given_up_why))
+        self.state.targets.refuse_all(self.state.given_up_why)
         self._tell_of_targets()
         self._begin_reign(self._order("full", reason=why), "full clocks, for good")
         self.state.phase = Phase.GIVEN_UP

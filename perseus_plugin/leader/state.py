@@ -96,6 +96,7 @@ class JobState:
         goal: what the plans are made for.
         goal_plans: those of goals that it had before, too.
         at_full: full clocks are the target: no plan is followed.
+        given_up_why: why the job stays at full clocks; empty: it does not.
         fallen: a plan did not hold, and one clock for all is followed instead, as a limit forbids full clocks.
         unplannable: a goal that there is no plan for.
         reigns: which goal was in force for how many iterations.
@@ -136,6 +137,7 @@ class JobState:
     goal: Goal = Goal(Target.slowdown())  # noqa: RUF009 - frozen
     goal_plans: GoalPlans = field(default_factory=GoalPlans)
     at_full: bool = False
+    given_up_why: str = ""
     fallen: bool = False
     unplannable: Goal | None = None
     reigns: Reigns = field(default_factory=Reigns)

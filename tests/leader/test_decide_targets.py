@@ -169,6 +169,7 @@ def test_giving_up_answers_everyone() -> None:
     assert states(story) == {1: ("refused", None)}
     story.then(said(2, FASTER))
     assert states(story)[2] == ("refused", None)
+    assert story.state.targets.outcomes[2].reason == "the job stays at full clocks: rank 1: lost"
     assert story.orders == []
 
 

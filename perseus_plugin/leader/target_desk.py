@@ -75,7 +75,7 @@ class TargetDesk:
         self._look_due_s = float("-inf")
         self._file_seen: object = None
         self._file_says = False
-        self._shown: Mapping[str, Any] = {}
+        self._shown: tuple[TargetBook, Goal, str, int] | None = None
         self._drawn: Drawn | None = None
 
     def request(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class TargetDesk:
                 with self._lock:
                     waiting = [entry.to_dict() for entry in self._said]
                 drawn = self._drawn
-                return {**self._shown, "drawn": None if drawn is None else asdict(drawn), "heard": waiting}
+                return {**self._told(), "drawn": None if drawn is None else asdict(drawn), "heard": waiting}
         raise TargetError("malformed request: allowed: target with its target, targets, or clear_target with a source")
 
     def collect(self) -> Sequence[Entry]:
@@ -118,8 +118,15 @@ class TargetDesk:
         return said
 
     def show(self, book: TargetBook, in_force: Goal, phase: str, iteration: int) -> None:
-        """What `targets` is answered with from now on."""
-        self._shown = {
+        """What `targets` is answered with from now on; the book stays as it is."""
+        self._shown = book, in_force, phase, iteration
+
+    def _told(self) -> dict[str, Any]:
+        # Made when it is asked for: there may be hundreds of outcomes.
+        if self._shown is None:
+            return {}
+        book, in_force, phase, iteration = self._shown
+        return {
             "in_force": {"says": str(in_force), "phase": phase, **in_force.to_dict()},
             "aimed_at": str(book.goal),
             "iteration": iteration,

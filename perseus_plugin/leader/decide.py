@@ -561,6 +561,7 @@ class _Deciding:
         self._begin_reign(begins, str(now), now)
         if now == state.targets.goal:
             state.targets.reached(begins)
+        state.targets.ordered(begins)
         self._tell_of_targets()
 
     def _begin_reign(self, begins: int, says: str, goal: Goal = FULL_CLOCKS) -> None:

@@ -298,11 +298,14 @@ class TargetBook:
         assert wished.wish is not None  # the configuration has one
         return Goal(wished.wish, None if limiting is None else limiting.limit)
 
-    def reached(self, iteration: int) -> None:
-        """The goal is in force from this iteration on; what was to begin then or later never will."""
+    def ordered(self, iteration: int) -> None:
+        """Something else is in force from this iteration on: what was to begin then or later never will."""
         for outcome in list(self._outcomes.values()):
             if outcome.state != "in force" and outcome.iteration is not None and outcome.iteration >= iteration:
                 self._note(replace(outcome, iteration=None))
+
+    def reached(self, iteration: int) -> None:
+        """The goal is in force from this iteration on."""
         ruling = {entry.number: entry for entry in self._ruling if entry is not None}
         for entry in self._entries.values():
             before = self._outcomes.get(entry.number)
@@ -310,8 +313,7 @@ class TargetBook:
                 continue
             if entry.number not in ruling:
                 above = ", ".join(sorted({one.source for one in ruling.values()}))
-                began = before.iteration if before.iteration is not None and before.iteration < iteration else None
-                self._note(replace(before, state="behind", iteration=began, reason=f"it stands behind {above}"))
+                self._note(replace(before, state="behind", reason=f"it stands behind {above}"))
             elif before.state != "in force":
                 self._note(replace(before, state="in force", iteration=iteration, reason=""))
 

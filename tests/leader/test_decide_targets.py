@@ -79,6 +79,13 @@ def test_the_newest_wins_and_the_one_before_is_told_so() -> None:
     assert states(story)[2] == ("in force", 32)
 
 
+def test_the_same_again_is_in_force_since_before() -> None:
+    story = planned().then(said(1, SLOWER))
+    story.then(story.answered(SLOWER_PLAN)).then(Turned(40), said(2, SLOWER))
+    assert story.orders == []
+    assert states(story) == {1: ("superseded", 32), 2: ("in force", 32)}
+
+
 def test_an_order_has_those_before_it_that_have_not_begun() -> None:
     """A rank hears of the newest order only."""
     story = planned().then(said(1, SLOWER))

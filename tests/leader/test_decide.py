@@ -297,7 +297,8 @@ def test_deciding_changes_no_state_but_makes_a_new_one_and_alike(numbers: list[i
         elif asked is None:
             continue
         else:
-            seen = Answered(asked, request(asked.schedule), PlanAnswer(PLAN, 0.1))
+            plan = dataclasses.replace(PLAN, schedule=asked.schedule)
+            seen = Answered(asked, request(asked.schedule), PlanAnswer(plan, 0.1))
         before = told(state)
         first, effects = decide(state, seen, the_rules)
         again, others = decide(state, seen, the_rules)

@@ -12,8 +12,10 @@ import numpy as np
 
 from perseus_plugin.errors import ConfigError, PerseusError
 from perseus_plugin.iteration.graph import PipelineGraph, build_graph
+from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.schedules import SCHEDULES
 from perseus_plugin.planning.plan import Plan, load_plan
+from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.reporting.report.folder import load_folder
 from perseus_plugin.reporting.report.lanes import Lanes, full_clock_lanes, planned_lanes
@@ -39,7 +41,7 @@ def textbook_graph(plan: Plan) -> PipelineGraph | None:
 
 
 def lanes_of(folder: Path) -> tuple[Plan, list[Lanes]]:
-    """A folder's plan, and it beside full clocks; alone where the dependencies of its schedule are not known.
+    """A folder's plan, and it beside full clocks; alone where its schedule's dependencies or times are not known.
 
     Raises:
         PerseusError: there is no plan or no profile, or they cannot be read.
@@ -48,9 +50,12 @@ def lanes_of(folder: Path) -> tuple[Plan, list[Lanes]]:
     job = load_folder(folder)
     graph = job.graph() or textbook_graph(plan)
     made = [planned_lanes(f"plan: {plan.energy_j:.0f} J ({-100 * plan.saving:+.1f} %)", plan, profile, graph)]
-    if graph is not None:
+    planned = [[one.instruction for one in stage] for stage in plan.stages]
+    # `perseus plan` may have derived rows that the file does not have.
+    known = with_rows_for(job.profile or profile, [[Compute(i.kind, i.microbatch) for i in stage] for stage in planned])
+    if graph is not None and {(i.stage, i.kind) for stage in planned for i in stage} <= known.table.keys():
         title = f"every instruction at full clock: {plan.baseline_energy_j:.0f} J"
-        made.insert(0, full_clock_lanes(title, job.profile or profile, graph))
+        made.insert(0, full_clock_lanes(title, known, graph))
     return plan, made
 
 

@@ -10,18 +10,20 @@ from perseus_plugin.iteration.schedules import SCHEDULES
 from perseus_plugin.planning.plan import save_plan
 from perseus_plugin.planning.process import plan_for
 from perseus_plugin.planning.request import PlanRequest
-from perseus_plugin.profiling.profile import save_profile
+from perseus_plugin.profiling.derived import with_rows_for
+from perseus_plugin.profiling.profile import Profile, save_profile
 from perseus_plugin.reporting.report.timeline import draw_timeline, lanes_of, textbook_graph
 from tests.factories import BLOCKING_W, profile
 
-SCHEDULE_NAMES = ("1f1b", "gpipe", "interleaved-1f1b")
+SCHEDULE_NAMES = ("1f1b", "gpipe", "interleaved-1f1b", "zbv")
 
 
 def planned(folder: Path, schedule: str) -> Path:
     """A folder with a plan and its profile, as `perseus plan` leaves it."""
     streams = SCHEDULES[schedule](2, 4)
     table = profile(2)
-    save_plan(plan_for(PlanRequest(schedule, streams, {}, table, [BLOCKING_W] * 2)), folder / "plan.json")
+    full = with_rows_for(table, streams)
+    save_plan(plan_for(PlanRequest(schedule, streams, {}, full, [BLOCKING_W] * 2)), folder / "plan.json")
     save_profile(table, folder / "profile.csv")
     return folder
 
@@ -36,6 +38,13 @@ def test_plans_of_every_schedule_are_drawn_beside_full_clocks(tmp_path: Path, sc
     assert [block.clock_mhz for block in made.rows[0]] == plan.clocks_mhz(0)
     draw_timeline(tmp_path, tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_rows_for_what_it_runs_a_plan_is_drawn_alone(tmp_path: Path) -> None:
+    planned(tmp_path, "1f1b")
+    others = ((stage, "recompute", row) for stage, _, row in profile(2, ("forward",)).rows())
+    save_profile(Profile.from_rows(others), tmp_path / "profile.csv")
+    assert len(lanes_of(tmp_path)[1]) == 1
 
 
 def test_a_schedule_of_nobodys_textbook_is_drawn_alone(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class Leader:
         self._reporter = Reporter(job.output_dir, job.summary_facts)
         self._progress = Progress(job.timetable)
         self._publishers = publishers
-        self._signals = job.signals
+        self._signals, self._said_in_vain = job.signals, False
         self._bill = None if job.signals is None else Bill()
         self._heard: dict[int, RankStats] = {}
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
@@ -138,6 +138,7 @@ class Leader:
             ExchangeError: the store fails.
         """
         if self._coordinator is None:
+            self._look_in_vain()
             return
         if newest is not None:
             self._coordinator.use_schedules(schedules, newest)
@@ -189,6 +190,18 @@ class Leader:
         if self._coordinator is None:
             return []
         return target_figures(self._coordinator.state, self._drawn, self._placement.world_size)
+
+    def _look_in_vain(self) -> None:
+        """Where no clock is set: what signals ask for cannot be done, which is said once."""
+        asked = None if self._signals is None or self._said_in_vain else self._signals.look()
+        if asked is None or (asked.wish is None and asked.limit is None):
+            return
+        self._said_in_vain = True
+        logger.warning(
+            "what perseus.signals ask for (%s) cannot be done, as no clock is set. See the reason above; energy is "
+            "accounted for where it is measured",
+            " and ".join(described(of) for of in (asked.wish, asked.limit) if of is not None),
+        )
 
     def _account_for(self, stats: Sequence[RankStats]) -> None:
         """What energy has been taken since the last time had the value that held meanwhile."""

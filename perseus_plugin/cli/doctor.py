@@ -105,6 +105,8 @@ def examine(target: Target, *, control: bool) -> Findings:
         clocks = device.supported_clocks_mhz()
         found.facts["SM clocks"] = f"{len(clocks)} from {clocks[-1]} to {clocks[0]} MHz"
         found.facts["SM clock now"] = f"{device.read_clock_mhz()} MHz"
+        limit_w = device.power_limit_w()
+        found.facts["power limit"] = f"at most {limit_w:.0f} W can be set" if limit_w > 0 else "not told"
         counter = counter_problem(device)
         found.facts["energy counter"] = counter or counter_period(device)
         path = lock_path(spec, device.uuid)

@@ -60,6 +60,19 @@ def test_layers_are_spread_evenly() -> None:
         even_split(4, 5)
 
 
+@pytest.mark.parametrize("name", ["h100", "b300"])
+def test_a_profile_of_a_gpu_at_its_limit_has_no_clocks_that_it_does_not_reach(name: str) -> None:
+    profile, gpu = modelled_profile(ModelDescription(**SMALL), (3, 3), name, {"forward", "backward"}), MODELS[name]
+    for (_, kind), rows in profile.table.items():
+        load = FORWARD_LIKE if kind == "forward" else BACKWARD_LIKE
+        assert rows[0].frequency_mhz == gpu.max_clock_mhz
+        assert max(row.energy_j / row.time_s for row in rows) <= gpu.limit_w
+        assert rows[0].time_s > rows[-1].time_s / gpu.stretch(load, rows[-1].frequency_mhz), "held below that clock"
+        for row in rows[1:]:
+            clock = row.frequency_mhz
+            assert clock in {gpu.held_mhz(FORWARD_LIKE, clock), gpu.held_mhz(BACKWARD_LIKE, clock)}
+
+
 def test_a_profile_follows_the_gpu() -> None:
     model = ModelDescription(**SMALL, tensor_parallel=2, efficiency=0.25)
     profile = modelled_profile(model, (3, 3), "A100", {"forward", "backward"})

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -267,16 +267,35 @@ def _promise(request: PlanRequest) -> Promise:
     return Promise(slowdown=allowed_slowdown(request), quantile=request.quantile, power_w=power_w)
 
 
+def _plans_within(request: PlanRequest, budget: PowerBudget) -> Callable[[float], Plan]:
+    """Plans that draw at most so many times what a budget allows; they say of that budget what they keep."""
+    # A margin that is not needed makes iterations shorter than planned, which then draw more.
+    whole = plan_for(replace(request, margin=0.0))
+    assert whole.power is not None  # it was made for a budget
+    power = whole.power
+
+    def plan_at(share: float) -> Plan:
+        if share >= 1:
+            return whole
+        tighter = replace(budget, job_w=power.job_w * share)
+        plan = plan_for(replace(request, margin=0.0, target=Target.power_budget(tighter)))
+        assert plan.power is not None
+        drawn_w = {one.name: one.planned_w for one in plan.power.budgets}
+        kept = tuple(replace(one, planned_w=drawn_w.get(one.name, one.planned_w)) for one in power.budgets)
+        return replace(plan, power=replace(power, job_w=plan.power.job_w, budgets=kept, peaks=plan.power.peaks))
+
+    return plan_at
+
+
 def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Samples, promise: Promise) -> RobustPlan:
     """Choose margin and catching up by replaying the measured iterations."""
-    from perseus_plugin.planning.robust import choose, margins_from, replay_of
+    from perseus_plugin.planning.robust import choose, margins_from, replay_of, within_power
 
     latency_s = request.latency_s or 0.0
     if request.target.budget is not None:
-        # A margin that is not needed makes iterations shorter than planned, which then draw more.
-        plan = plan_for(replace(request, margin=0.0))
-        replay = replay_of(problem, samples, latency_s)
-        return choose(lambda margin: plan, plan, replay, promise, (0.0,), catches_up=False, latency_s=latency_s)
+        return within_power(
+            _plans_within(request, request.target.budget), replay_of(problem, samples, latency_s), promise
+        )
     exact = planner_for(replace(request, margin=0.0))
     never_lower = planner_for(replace(request, margin=0.0, lower_while_waiting=False))
     found = exact.solve(request.target)

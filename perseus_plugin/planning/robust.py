@@ -4,8 +4,7 @@ Margins are tried from the least one upwards, each with a few ways of catching u
 iterations keep to their time, the best one is chosen; where none keeps to it, full clocks. Where that is the
 doing of one iteration it is said: a single stall tells nothing of how often there is one, and newer iterations will.
 
-Under a power budget it is power that has to be kept, and iterations are as long as they have to be: of the plans whose
-replay draws no more, the fastest is chosen.
+Under a power budget it is power that has to be kept, and iterations are as long as they have to be; see `within_power`.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ _TIME_WORTH = 10.0  # a percent of time is worth so many percents of energy: har
 _ERRORS = 2.0  # standard errors by which the mean has to keep within its tolerance
 _DELAYS_MOVED = 0.005  # share of an iteration by which usual delays may be off before ranks are told
 _WORTH_CHANGING = 0.005  # share of energy by which another plan has to be better than one that holds
+_TIGHTER = 5  # times that less power is tried
 _POWER_TOLERANCE = 0.002  # share of a power budget within which a replay keeps it
 _LEAST_SAVING = 0.001  # less is not worth changing clocks for
 _HINGES = 0.01  # share of energy that must not depend on a single iteration
@@ -94,7 +94,7 @@ def choose(
 
     Args:
         plan_with: makes the plan of a margin, quickly.
-        full_clocks: the plan to fall back to; under a power budget the one that keeps it without any variation.
+        full_clocks: the plan to fall back to.
         replay: of the iterations that were measured.
         promise: what has to be kept.
         margins: to try.
@@ -119,13 +119,12 @@ def choose(
         raise failure
     cut_short = any(one.plan.cut_short for one in seen)
     at_least = [] if only_waits is None else _candidates(only_waits, 0.0, replay, promise, False, latency_s)
-    kept = [one for one in [*seen, *at_least] if _is_of_use(one.replayed, promise)]
-    others = [one.but_for_one for one in seen if one.but_for_one is not None and promise.power_w is None]
-    without_one = max((_worth(one, promise) for one in others if _is_of_use(one, promise)), default=-math.inf)
+    kept = [one for one in [*seen, *at_least] if _saves(one.replayed)]
+    others = [one.but_for_one for one in seen if one.but_for_one is not None]
+    without_one = max((_worth(one, promise) for one in others if _saves(one)), default=0.0)
     if not kept:
         nearest = min(seen, key=lambda one: (one.replayed.kept, one.replayed.time_ratio_mean)).replayed
-        waits = full_clocks.wait_clocks_mhz
-        at_full = judge(clocks_of(full_clocks, replay.graph), waits, replay, promise, None, 0.0)
+        at_full = judge(clocks_of(full_clocks, replay.graph), (), replay, promise, None, 0.0)
         hinges, obstacle = without_one > _HINGES, _obstacle(replay, promise, nearest)
         if hinges:
             obstacle += "; without one of these iterations there would be a plan, and newer ones are looked at soon"
@@ -141,8 +140,42 @@ def choose(
     return replace(best, plan=replace(best.plan, cut_short=cut_short), replayed=replace(best.replayed, hinges=hinges))
 
 
-def _is_of_use(replayed: Replayed, promise: Promise) -> bool:
-    return replayed.kept and (promise.power_w is not None or replayed.saving_mean > _LEAST_SAVING)
+def _saves(replayed: Replayed) -> bool:
+    return replayed.kept and replayed.saving_mean > _LEAST_SAVING
+
+
+def within_power(plan_at: Callable[[float], Plan], replay: Replay, promise: Promise) -> RobustPlan:
+    """The plan whose replay keeps the power that is promised, nobody catching up.
+
+    A replay knows of clock changes that take time and of iterations that vary, and may draw more than was planned.
+
+    Args:
+        plan_at: makes the plan that is planned to draw so many times the power that is allowed.
+        replay: of the iterations that were measured.
+        promise: what has to be kept, with its power.
+
+    Raises:
+        PlanError: there is no plan even for all the power that is allowed.
+    """
+    assert promise.power_w is not None  # the caller looked
+    share, found = 1.0, None
+    for _ in range(_TIGHTER):
+        try:
+            plan = plan_at(share)
+        except PlanError:  # so little may not be possible
+            if found is None:
+                raise
+            break
+        clocks, waits = clocks_of(plan, replay.graph), plan.wait_clocks_mhz
+        outcome = replay.under(clocks, None, waits)
+        replayed = _judged(outcome, replay.at_full_clocks, replay.interrupted, promise, None, 0.0)
+        found = RobustPlan(plan, None, replayed)
+        if found.replayed.kept:
+            break
+        drawn_w = float(outcome.energy_j.sum() / outcome.time_s.sum())
+        share *= min(promise.power_w / drawn_w, 1 - _POWER_TOLERANCE)  # interrupted iterations draw less
+    assert found is not None
+    return found
 
 
 def _candidates(
@@ -278,11 +311,6 @@ def _saving(outcome: Outcome, full: Outcome) -> tuple[float, float, float]:
 
 def _obstacle(replay: Replay, promise: Promise, nearest: Replayed) -> str:
     """What stands in the way of saving."""
-    if promise.power_w is not None:
-        return (
-            f"replayed over {nearest.iterations} measured iterations, no plan keeps the power budget; the one for "
-            "iterations that do not vary is followed"
-        )
     if nearest.kept:
         return "slower clocks save next to nothing within the time that is allowed"
     (stage, kind), spread = largest_spread_within(replay)

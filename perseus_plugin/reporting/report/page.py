@@ -79,7 +79,8 @@ def _figures(found: Findings) -> list[tuple[str, Any, str]]:
     if found.lanes:
         made.append(("timeline", figures.timeline(found.lanes), _TIMELINE_TEXT))
     if found.series is not None:
-        made.append(("training", training(found.series, found.marks, found.per, found.reigns), _TRAINING_TEXT))
+        text = f"Points: as run, {'emulated' if found.folder.emulated else 'measured'}. " + _TRAINING_TEXT
+        made.append(("training", training(found.series, found.marks, found.per, found.reigns), text))
     if found.frontier is not None and found.folder.plan is not None:
         made.append(("frontier", figures.frontier(found.frontier, found.folder.plan, found.per), _FRONTIER_TEXT))
     if found.folder.profile is not None:
@@ -98,7 +99,8 @@ _TIMELINE_TEXT = (
 _TRAINING_TEXT = (
     "Dotted: full clocks, in the newest plan's schedule. In long runs a point is the mean of several iterations. "
     "Energy and power, of all GPUs together, are shown where every rank has a figure. "
-    "Dashed lines: what happened, named on wider screens."
+    "Black: the power budget in force; green: the power that was predicted when a target came into force. "
+    "Upright lines: what happened, named on wider screens."
 )
 _FRONTIER_TEXT = (
     "The least energy for every iteration time, and the average power that makes, by the planner from the profile: of "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from perseus_plugin.reporting.report.findings import Findings
 from perseus_plugin.reporting.report.folder import JobFolder
 from perseus_plugin.reporting.report.worth import (
@@ -43,6 +45,10 @@ def headline(found: Findings) -> list[tuple[str, str, str]]:
         cards.append((f"energy saved, {how}", f"{100 * (1 - per.plan_j / per.full_j):.1f} %", energies))
         times = f"{per.full_s:.4f} s → {per.plan_s:.4f} s"
         cards.append((f"iteration time, {how}", f"{100 * (per.plan_s / per.full_s - 1):+.2f} %", times))
+        budget_w = found.reigns[-1].budget_w if found.reigns else math.nan
+        watts = f"{per.full_j / per.full_s:,.0f} W at full clocks"
+        watts += "" if math.isnan(budget_w) else f", budget {budget_w:,.0f} W"
+        cards.append((f"average power, {how}", f"{per.plan_j / per.plan_s:,.0f} W", watts))
     if plan is not None:
         changes = sum(plan.clock_changes(stage) for stage in range(len(plan.stages))) / len(plan.stages)
         more = f"{changes:.1f} clock changes per stage"

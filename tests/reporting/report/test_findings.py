@@ -247,6 +247,23 @@ def _events(job: Job, *rows: dict[str, object]) -> dict[str, int]:
     return {mark.text: mark.iteration for mark in find(load_folder(job.folder), Options(frontier=False)).marks}
 
 
+def test_targets_are_named_where_they_come_into_force_and_the_budget_stands_beside_the_power(job: Job) -> None:
+    begin = job.plan_from
+    events: list[dict[str, object]] = [
+        {"event": "goal", "iteration": begin, "says": "slowdown 0 %"},
+        {"event": "goal", "iteration": begin + 4, "says": "slowdown 0 %, within 700 W", "limit": {"job_w": 700.0}},
+    ]
+    marks = _events(job, *events)
+    assert {text: at for text, at in marks.items() if "target" in text} == {
+        "target: slowdown 0 %, within 700 W": begin + 4
+    }, "what the configuration says is no change"
+    found = find(load_folder(job.folder), Options(frontier=False))
+    assert found.per is not None
+    full_w, run_w = found.per.full_j / found.per.full_s, found.per.plan_j / found.per.plan_s
+    (card,) = [card for card in headline(found) if card[0] == "average power, as run"]
+    assert card[1:] == (f"{run_w:,.0f} W", f"{full_w:,.0f} W at full clocks, budget 700 W")
+
+
 def test_what_ends_a_straggler_is_told_as_a_recovery(job: Job) -> None:
     told = _events(
         job,

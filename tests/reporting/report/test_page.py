@@ -51,6 +51,7 @@ def test_the_page_has_every_part_and_fetches_nothing(found: Findings) -> None:
     assert sections.ids == ["timeline", "training", "frontier", "profile", "clocks", "worth", "origin"]
     assert [url for url in sections.fetched if not url.startswith(("#", "data:"))] == []
     assert "Emulated GPUs." in text
+    assert "Points: as run, emulated." in text
 
 
 def test_what_is_missing_stands_on_the_page(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ UNIT_WORKERS ?= 3
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/pytest --dist loadgroup --numprocesses
 
-.PHONY: quickstart test test-all lint types docs unit e2e rest megatron setup clean
+.PHONY: quickstart test test-all lint types docs unit e2e rest megatron titan setup clean
 
 quickstart: setup
 	DS_ACCELERATOR=cpu $(BIN)/torchrun --standalone --nproc-per-node 4 examples/deepspeed_gpt/train.py \
@@ -58,6 +58,18 @@ megatron: .megatron/.installed .resiliency/.installed
 	done
 	touch $@
 
+# torchtitan's own trainer, in an environment of its own, since it needs a newer torch (gigabytes, unless TORCH_OPTIONS
+# names an index of CPU builds). Without it `make test-all` leaves its test out.
+titan: setup .titan/.installed
+	$(BIN)/pytest tests/e2e/test_torchtitan.py
+
+.titan/.installed: Makefile setup.cfg
+	$(PYTHON) -m venv .titan
+	.titan/bin/python -m pip install --quiet $(TORCH_OPTIONS) torch==2.14.1
+	.titan/bin/python -m pip install --quiet torchtitan==0.3.0 setuptools wheel
+	.titan/bin/python -m pip install --quiet --no-build-isolation --editable .
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,4 +91,4 @@ rest: setup megatron
 	$(PYTEST) $(WORKERS) -m "matrix or repeated"
 
 clean:
-	rm -rf $(VENV) .megatron .resiliency out build dist *.egg-info
+	rm -rf $(VENV) .megatron .resiliency .titan out build dist *.egg-info

@@ -81,6 +81,7 @@ class Hooks:
     def remove(self) -> None:
         """Have the schedule and its stages be as they were, and follow nothing any more."""
         self._refused, self._following = True, False
+        _hearing.discard(self)
         for methods in (*self._stages, self._loss_hook, self._run_hook):
             if methods is not None:
                 methods.take_out()
@@ -90,14 +91,11 @@ class Hooks:
 
     def begins(self, session: PipelineSession) -> None:
         """The session that this schedule's iterations are told to."""
-        from torch.optim.optimizer import register_optimizer_step_post_hook
-
         self.session = session
         schedule = self._of_schedule()
         self._loss_hook = InstanceMethods(self._of_schedule, {"_maybe_compute_loss": self._loss})
         self._stages = [self._on_stage(stage) for stage in stages_of(schedule)]
-        handle = register_optimizer_step_post_hook(self._optimizer_stepped)
-        session.on_close(handle.remove)
+        _hear_optimizers(self)
         session.on_close(self.remove)
         weakref.finalize(schedule, session.close)
 
@@ -169,7 +167,8 @@ class Hooks:
             self._end_iteration()
         return result
 
-    def _optimizer_stepped(self, *_: Any) -> None:
+    def optimizer_stepped(self) -> None:
+        """An optimizer of this process has stepped."""
         self._optimizers.stepped()
         if self._optimizers.all_stepped:
             self._end_iteration()
@@ -365,6 +364,28 @@ class Hooks:
             self.session.end_schedule()
         self._known[self._shape] = (self._known[self._shape][0], None)
         self._say_not_followed(self._of_schedule(), ScheduleError(text), everywhere=True)
+
+
+_hearing: weakref.WeakSet[Hooks] = weakref.WeakSet()
+_registered: list[Any] = []
+
+
+def _hear_optimizers(hooks: Hooks) -> None:
+    """Have hooks be told of every step of an optimizer, until they are removed.
+
+    torch goes through its table of hooks while it calls them, and a session may end at any time, also in the midst of
+    one: so ours stays there for good, and does nothing once nobody is to be told.
+    """
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    if not _registered:
+        _registered.append(register_optimizer_step_post_hook(_optimizer_stepped))
+    _hearing.add(hooks)
+
+
+def _optimizer_stepped(*_: Any) -> None:
+    for hooks in list(_hearing):
+        hooks.optimizer_stepped()
 
 
 def _shown(operation: Operation | None) -> str:

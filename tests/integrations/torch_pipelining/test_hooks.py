@@ -235,3 +235,17 @@ def test_a_registered_function_is_one_operation(sessions: list[InMemorySession])
     assert whole(sessions[0].iterations) == [False, True, True]
     assert function.ran == ["1REDUCE_GRAD", "0REDUCE_GRAD"] * 3
     assert script.schedule._comp_type_to_function_map[_ComputationType.REDUCE_GRAD] is function
+
+
+def test_a_session_that_ends_within_an_optimizers_step_does_not_stop_it(
+    sessions: list[InMemorySession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = enabled()
+    script.train(2)
+    monkeypatch.setattr(sessions[0], "end_iteration", sessions[0].close)
+    after: list[Any] = []
+    handle = torch.optim.Optimizer.register_step_post_hook(script.optimizers[0], lambda *_: after.append(1))
+    script.train(2)
+    handle.remove()
+    assert sessions[0].closed
+    assert len(after) == 2

@@ -106,7 +106,7 @@ class ProfilingConfig(_Strict):
         True,
         "true or false",
         "Use the profile in the output folder again when it was measured on the same model, stage split, microbatch "
-        "size, GPUs and versions.",
+        "size, GPUs, power limit and versions.",
     )
     load: str | None = _setting(
         None, "a path of a profile CSV, or null", "Use this profile instead of measuring one.", min_length=1

@@ -20,7 +20,7 @@ from perseus_plugin.control.examination import counter_problem, why_not_obeyed, 
 from perseus_plugin.control.ownership import describe, helper_elsewhere, holder_of, lock_path, read_record
 from perseus_plugin.control.wire import SwitchLatency, Trouble
 from perseus_plugin.errors import GpuError, PerseusError
-from perseus_plugin.gpus.base import Gpu
+from perseus_plugin.gpus.base import Gpu, enforced_limit_w
 from perseus_plugin.gpus.registry import backend, names, open_gpu
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "ortools", "nvidia-ml-py")
@@ -105,8 +105,9 @@ def examine(target: Target, *, control: bool) -> Findings:
         clocks = device.supported_clocks_mhz()
         found.facts["SM clocks"] = f"{len(clocks)} from {clocks[-1]} to {clocks[0]} MHz"
         found.facts["SM clock now"] = f"{device.read_clock_mhz()} MHz"
-        limit_w = device.power_limit_w()
-        found.facts["power limit"] = f"at most {limit_w:.0f} W can be set" if limit_w > 0 else "not told"
+        limits_w = enforced_limit_w(device), device.power_limit_w()
+        said = [f"{w:.0f} W" if w > 0 else "not told" for w in limits_w]
+        found.facts["power limit"] = f"in force: {said[0]}, highest that can be set: {said[1]}"
         counter = counter_problem(device)
         found.facts["energy counter"] = counter or counter_period(device)
         path = lock_path(spec, device.uuid)

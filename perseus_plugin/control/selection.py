@@ -35,6 +35,7 @@ class Selection:
         driver: version of the GPU's driver, empty if there is none.
         busy: another session or job sets this GPU's clock.
         power_limit_w: the most that the card may be set to draw (0: not known).
+        enforced_limit_w: the power limit in force (0: not known).
     """
 
     backend: str
@@ -47,6 +48,7 @@ class Selection:
     driver: str = ""
     busy: bool = False
     power_limit_w: float = 0.0
+    enforced_limit_w: float = 0.0
 
     @property
     def emulated(self) -> bool:
@@ -117,6 +119,7 @@ def with_facts(selection: Selection, facts: DeviceFacts | None, problem: str = "
         name=facts.name,
         clocks_mhz=facts.clocks_mhz,
         power_limit_w=facts.power_limit_w,
+        enforced_limit_w=facts.enforced_limit_w,
     )
 
 

@@ -108,6 +108,7 @@ class DeviceFacts:
         counter: what is wrong with the energy counter, empty if it moves or was not looked at.
         busy: somebody else's helper controls the GPU.
         power_limit_w: the most that the card may be set to draw (0: not known).
+        enforced_limit_w: the power limit in force (0: not known).
     """
 
     name: str
@@ -124,6 +125,7 @@ class DeviceFacts:
     counter: str = ""
     busy: bool = False
     power_limit_w: float = 0.0
+    enforced_limit_w: float = 0.0
 
     def pack(self) -> bytes:
         """As the payload of READY."""

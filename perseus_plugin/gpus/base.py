@@ -111,6 +111,20 @@ class PowerReader(Protocol):
         ...
 
 
+@runtime_checkable
+class LimitReader(Protocol):
+    """What a `Gpu` may do beside: tell the power limit in force, so that a profile is not used under another one."""
+
+    def enforced_limit_w(self) -> float:
+        """The power limit in force now, in watts; NaN where the GPU does not tell. Never raises."""
+        ...
+
+
+def enforced_limit_w(gpu: Gpu) -> float:
+    """The power limit in force on a GPU; NaN where it does not tell."""
+    return gpu.enforced_limit_w() if isinstance(gpu, LimitReader) else math.nan
+
+
 @dataclass(frozen=True, slots=True)
 class FoundGpu:
     """The GPU that a rank works on: its UUID, and its name for people."""

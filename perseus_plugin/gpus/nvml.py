@@ -119,6 +119,13 @@ class NvmlGpu:
             return math.nan
         return 1e-3 * float(most_mw)
 
+    def enforced_limit_w(self) -> float:
+        """The power limit in force."""
+        try:
+            return 1e-3 * float(self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle))
+        except (self._nvml.NVMLError, TypeError, AttributeError):
+            return math.nan
+
     def mig_enabled(self) -> bool:
         """Whether the GPU is partitioned."""
         try:

@@ -79,6 +79,10 @@ class ZeusdGpu:
         """The highest power limit that can be set."""
         return self._readings.power_limit_w()
 
+    def enforced_limit_w(self) -> float:
+        """The power limit in force."""
+        return self._readings.enforced_limit_w()
+
     def close(self) -> None:
         """Hang up; does not reset the clock."""
         self._daemon.close()

@@ -99,6 +99,7 @@ def kept_profile(
         "perseus_plugin": __version__,
         "emulation": config.emulation.model_dump_json(exclude={"gpus"}) if selection.emulated else "none",
         "controlled": str(bool(selection.clocks_mhz)),
+        "power_limit": f"{selection.enforced_limit_w:.0f} W" if selection.enforced_limit_w else "not told",
     }
     exchange.tell(facts_key(placement.rank), RankFacts(stage=placement.stage, facts=mine).model_dump())
     if not placement.leads:

@@ -33,7 +33,7 @@ def test_it_tells_the_facts_of_its_gpu(helper: ClockHelper, gpu: EmulatedGpu) ->
     assert facts is not None
     assert (facts.name, facts.uuid, facts.clocks_mhz) == (gpu.name, gpu.uuid, gpu.supported_clocks_mhz())
     assert (facts.can_lock, facts.why_not, facts.leftover, facts.pid) == (True, "", "", helper.pid)
-    assert facts.power_limit_w == gpu.power_limit_w() > 400
+    assert facts.power_limit_w == facts.enforced_limit_w == gpu.power_limit_w() > 400
     assert os.getsid(helper.pid or 0) == helper.pid
 
 

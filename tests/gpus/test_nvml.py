@@ -136,7 +136,7 @@ def test_the_driver_tells_the_power_limits_and_takes_another(nvml: NvmlGpu, driv
     assert pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) == most_mw
     pynvml.nvmlDeviceSetPowerManagementLimit(handle, 300_000)
     assert pynvml.nvmlDeviceGetPowerManagementLimit(handle) == 300_000
-    assert driver.peek().limit_w == 300.0
+    assert driver.peek().limit_w == nvml.enforced_limit_w() == driver.enforced_limit_w() == 300.0
     for wrong_mw in (most_mw + 1000, 1000):
         with pytest.raises(pynvml.NVMLError_InvalidArgument):
             pynvml.nvmlDeviceSetPowerManagementLimit(handle, wrong_mw)

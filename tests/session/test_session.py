@@ -626,6 +626,17 @@ def test_a_kept_profile_of_the_same_job_is_used_again(tmp_path: Path, fakes: typ
     assert len(other.link.timetable.sweep.clocks_mhz) > 1
 
 
+def test_a_profile_is_of_the_power_limit_that_it_was_measured_under(
+    tmp_path: Path, fakes: type[FakeClockHelper]
+) -> None:
+    fakes.facts = replace(FACTS, enforced_limit_w=700.0)
+    first = start(tmp_path)
+    save_survey(Survey(profile(2), 83.0), first.job.known.fingerprint, tmp_path / "out")
+    assert start(tmp_path).job.known.profile
+    fakes.facts = replace(FACTS, enforced_limit_w=500.0)
+    assert not start(tmp_path).job.known.profile
+
+
 @pytest.mark.parametrize("facts", [None, DeviceFacts("test GPU", "GPU-0", False, (), False, "no permission", "", 1)])
 def test_a_gpu_that_cannot_be_controlled_is_observed_and_the_others_are_told(
     tmp_path: Path, fakes: type[FakeClockHelper], facts: DeviceFacts | None, heard: pytest.LogCaptureFixture

@@ -16,7 +16,7 @@ from perseus_plugin.control.helper.resetting import READ_BACK_S
 from perseus_plugin.control.ownership import GpuBusyError, Ownership, describe, helper_elsewhere, lock_path
 from perseus_plugin.control.wire import DeviceFacts
 from perseus_plugin.errors import GpuError
-from perseus_plugin.gpus.base import Gpu
+from perseus_plugin.gpus.base import Gpu, enforced_limit_w
 from perseus_plugin.gpus.registry import candidate_specs, open_gpu
 
 TAKEOVER_WAIT_S = 1.5
@@ -101,9 +101,14 @@ def take_over(
         backend=backend,
         driver=gpu.driver,
         busy=busy,
-        power_limit_w=limit_w if 0 < (limit_w := gpu.power_limit_w()) <= MOST_W else 0.0,
+        power_limit_w=_told(gpu.power_limit_w()),
+        enforced_limit_w=_told(enforced_limit_w(gpu)),
     )
     return gpu, ownership, facts
+
+
+def _told(limit_w: float) -> float:
+    return limit_w if 0 < limit_w <= MOST_W else 0.0
 
 
 def only_read(spec: str) -> tuple[Gpu, None, DeviceFacts]:

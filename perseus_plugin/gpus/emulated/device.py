@@ -184,6 +184,10 @@ class EmulatedGpu:
         """The most that it may be set to draw: the limit it is delivered with, or else what its model draws."""
         return self.tables.most_w
 
+    def enforced_limit_w(self) -> float:
+        """The power limit in force."""
+        return min(self.state.snapshot().limit_w, self.tables.most_w)
+
     def close(self) -> None:
         """Close the state file; does not reset the clock."""
         self.state.close()

@@ -7,6 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from perseus_plugin.errors import PerseusError
 from perseus_plugin.exchange.messages import Seat
@@ -118,3 +123,25 @@ def test_ranks_are_together_along_dimensions_that_share(
 
 def test_modules_without_shared_parameters_work_alone() -> None:
     assert places.together_with(3, [torch.nn.Linear(2, 2), SimpleNamespace(parameters=list)]) == (3,)
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "expected"),
+    [(("shard",), [4, 5]), (("copy", "shard"), [4, 5]), (("copy",), [4, 6])],
+    ids=["FSDP", "hybrid FSDP", "FSDP along another dimension"],
+)
+def test_ranks_that_share_parameters_out_are_together(dimensions: tuple[str, ...], expected: list[int]) -> None:
+    """Eight ranks of two stages, seen from rank 4; torch's own modules and meshes, with a group that is none."""
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=4, world_size=8)
+    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pipeline", "copy", "shard"))
+    module = fully_shard(torch.nn.Linear(4, 4), mesh=mesh[dimensions])
+    assert places.together_with(4, [module, torch.nn.Linear(2, 2)]) == tuple(expected)
+
+
+def test_tensor_parallel_ranks_are_together() -> None:
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "tensor"))
+    module = parallelize_module(torch.nn.Linear(4, 4), mesh["tensor"], ColwiseParallel())
+    assert places.together_with(3, [module]) == (2, 3)

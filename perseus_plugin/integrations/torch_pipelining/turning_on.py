@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from perseus_plugin.errors import ConfigError
-from perseus_plugin.integrations.base import job_rank, say_could_not_start, wrap_once
+from perseus_plugin.integrations.base import is_first_of_machine, say_could_not_start, wrap_once
 
 VARIABLE = "PERSEUS_CONFIG"
 """Names a YAML or JSON file with the `perseus` block."""
@@ -54,8 +54,9 @@ def _hook(schedule: Any, path: str) -> None:
 
         enable(schedule, path)
     except ConfigError:
-        if job_rank() != 0:
-            raise SystemExit(1) from None  # rank 0 says it; the same traceback from every rank would bury it
+        # Not on rank 0 alone: the file may be missing, or wrong, on another machine.
+        if not is_first_of_machine():
+            raise SystemExit(1) from None  # the same traceback from every rank would bury it
         raise
     except Exception:
         say_could_not_start()  # a fault of ours, or an incomplete installation

@@ -68,7 +68,7 @@ def test_wrong_settings_end_the_job_when_the_schedule_is_built(
     monkeypatch.setenv("PERSEUS_CONFIG", str(tmp_path / "perseus.yaml"))
     with pytest.raises(ConfigError, match="slowdwn"):
         schedules._PipelineSchedule()
-    monkeypatch.setattr(turning_on, "job_rank", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         schedules._PipelineSchedule()
 

@@ -36,7 +36,7 @@ TIMES: dict[str, tuple[float, ...]] = {
 }
 STAGES, MICROBATCHES = 4, 8
 PLUGIN: dict[str, Any] = {
-    "profiling": {"warmup_steps": 2, "clocks_mhz": [1410, 1305, 1200, 1095, 990, 885, 780], "steps_per_clock": 4},
+    "profiling": {"warmup_steps": 2, "clocks_mhz": [1410, 1305, 1200, 1095, 990, 885, 780], "steps_per_clock": 8},
     "frontier": False,
     "stragglers": {"detect": False},
     "log_level": "warning",

@@ -293,6 +293,11 @@ class WatchConfig(_Strict):
     )
 
     @property
+    def tolerance_against_sweep(self) -> float:
+        """The same where there are no references to go by: at a straggler's pace, or under a power budget."""
+        return _TOLERANCE_SWEEP if self.tolerance is None else self.tolerance
+
+    @property
     def tolerance_or_default(self) -> float:
         """Share beyond which a plan is dropped."""
         if self.tolerance is not None:

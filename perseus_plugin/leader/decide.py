@@ -717,7 +717,7 @@ class _Deciding:
         overrun, seen_s = state.times.overrun, state.times.planned_s
         if overrun is None or seen_s is None:
             return
-        if overrun <= 1 + self._config.watch.tolerance_or_default:
+        if overrun <= 1 + self._config.watch.tolerance_against_sweep:
             state.slow_since = None
         elif not self._may_be_a_straggler(seen_s):
             text = f"iterations take {seen_s:.4g} s instead of {seen_s / overrun:.4g} s under the plan"

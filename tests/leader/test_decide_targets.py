@@ -286,6 +286,20 @@ def test_a_plan_that_does_not_hold_under_a_budget_gives_way_to_one_clock_for_all
     assert not story.state.fallen
 
 
+def test_without_references_a_plan_is_judged_by_the_sweeps_tolerance() -> None:
+    story = Story(watch={"patience": PATIENCE})
+    story.rules = dataclasses.replace(story.rules, pipelines=2)
+    story.planned().then(Turned(30), Targeted([Entry(1, "site", Standing.COMMAND, None, BUDGET)], 0.0))
+    (ask,) = story.of(Ask)
+    story.then(Answered(ask, request(), answer_for(ask.goal)))
+    expected_s = story.state.expected_s("A")
+    assert expected_s is not None
+    story.then(*full(PATIENCE, Follow(2, limited=True), 1.02 * expected_s), Watched())
+    assert not story.state.fallen
+    story.then(*full(PATIENCE, Follow(2, limited=True), 1.04 * expected_s), Watched())
+    assert story.state.fallen
+
+
 def test_when_all_fails_it_is_said_that_the_budget_is_not_kept() -> None:
     story = limited().then(Troubled(1, "lost"))
     assert story.orders == [("full", 0)]

@@ -410,6 +410,7 @@ class RankStats(_Message):
         switch_latency_s: median and 95 % of how long a clock change takes; None where that was not measured.
         caught_up: how it has caught up with plans.
         waited: at which clocks it has waited.
+        plan_since: first iteration of those that the total of "plan" is of; None before the first.
         final: nothing follows.
     """
 
@@ -425,6 +426,7 @@ class RankStats(_Message):
     switch_latency_s: tuple[float, float] | None = None
     caught_up: CaughtUp = CaughtUp()
     waited: Waited = Waited()
+    plan_since: Count | None = None
     final: bool = False
 
 

@@ -55,7 +55,7 @@ Move: TypeAlias = PlanAtFirst | PlanFor | GoOver | Stay | Wait
 
 def next_move(state: JobState, rules: Rules) -> Move:
     """What to do next, so that the job comes to what its book of targets says."""
-    goal, phase = state.targets.goal, state.phase
+    goal, phase = state.aimed, state.phase
     if phase in (Phase.MEASURING, Phase.PLANNING, Phase.RECHECKING):
         return PlanAtFirst(state.goal if goal.is_full else goal)
     if phase is Phase.GIVEN_UP or goal == state.unplannable:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from perseus_plugin.exchange.messages import NEWS, TROUBLE, Placement, Trouble, part_key, receive
+from perseus_plugin.exchange.messages import NEWS, TROUBLE, Placement, RankStats, Trouble, part_key, receive
 from perseus_plugin.files import try_to_write
 from perseus_plugin.iteration.instructions import StreamOf
 from perseus_plugin.iteration.record import IterationRecord
@@ -22,6 +22,7 @@ from perseus_plugin.iteration.timetable import Directive
 from perseus_plugin.leader.decide import (
     Answered,
     Checked,
+    Drew,
     Due,
     Ended,
     Measured,
@@ -72,6 +73,7 @@ from perseus_plugin.profiling.kept import save_survey
 from perseus_plugin.profiling.known import profiled_as
 from perseus_plugin.reporting.live.comparison import Comparison
 from perseus_plugin.reporting.live.events import EventLog
+from perseus_plugin.reporting.live.power import under_plan
 from perseus_plugin.reporting.live.summary import Predicted
 from perseus_plugin.stragglers.desk import StragglerDesk
 from perseus_plugin.stragglers.external import ExternalFigures
@@ -206,6 +208,15 @@ class Coordinator:
             return plans.slowed_by(news.version_for(placement.replica), placement.stage, figures.kinds)
 
         self.stragglers.take_external(figures, news.sequence, slowed)
+
+    def drew(self, stats: Sequence[RankStats]) -> None:
+        """What ranks tell of the power that their GPUs have drawn."""
+        news = self._state.orders.latest
+        if news is None or news.action != "follow":
+            return
+        drawn = under_plan(stats, self._job.placement.world_size, news.since)
+        if drawn is not None:
+            self._observe(Drew(drawn.power_w, drawn.iterations))
 
     # The loop: observe, decide, do.
 

@@ -12,6 +12,7 @@ Everything that can happen to a job while it trains is an observation below, and
     Situated         who is slow, as far as is known                        (FOLLOWING) plans for their pace
     Watched          what references have shown                             (FOLLOWING) -> RECHECKING
     Targeted         what the job is to aim at has changed                  (FOLLOWING) plans for that
+    Drew             what GPUs have drawn under the plans in force          (FOLLOWING) plans for that, under a budget
     Rechecked        ranks have timed their instructions at full clocks     (RECHECKING) -> PLANNING
 
 The caller does what is asked for (`effects`), in its order, and nothing else.
@@ -71,6 +72,9 @@ from perseus_plugin.stragglers.situation import Answer, Situation
 
 _FORGIVEN_AFTER = 1000  # iterations under plans that hold, after which dropped ones do not count any more
 _DETECTION_TAKES_S = 3.0  # ranks tell each other of their paces once a second
+_ENOUGH_DRAWN = 8  # iterations that say what is drawn
+_DRAWN_MORE, _DRAWN_LESS = 0.003, 0.02  # shares of a budget by which more, or less, is drawn until plans reckon with it
+_DRAWS_AT_MOST = 1.25  # times what the profile says: what is more is no error of a profile
 ValueT = TypeVar("ValueT")
 
 
@@ -222,6 +226,14 @@ class Targeted:
     unix_s: float
 
 
+@dataclass(frozen=True)
+class Drew:
+    """What all GPUs together have drawn on average, over so many iterations under the plans in force."""
+
+    power_w: float
+    iterations: int
+
+
 Observed: TypeAlias = (
     Runs
     | Ended
@@ -236,6 +248,7 @@ Observed: TypeAlias = (
     | Watched
     | Rechecked
     | Targeted
+    | Drew
 )
 
 
@@ -284,6 +297,8 @@ class _Deciding:
                 self._or_give_up(lambda: self._checked(observed.rechecks))
             case Situated() if phase is Phase.FOLLOWING:
                 self._situated(observed.situation, observed.now_s)
+            case Drew() if phase is Phase.FOLLOWING:
+                self._drew(observed)
             case Watched() if phase is Phase.FOLLOWING and not self.state.unanswered:
                 self._watched(observed)
             case Rechecked() if phase is Phase.RECHECKING:
@@ -405,7 +420,7 @@ class _Deciding:
             self._take_review(seen)
         elif answer.plan is None:
             if state.phase is Phase.PLANNING and self._refused(answer.error):
-                state.goal = state.targets.goal
+                state.goal = state.aimed
                 return
             self._go_without(asked.schedule, answer.error, "" if answer.lost else "try looser perseus.limits")
         else:
@@ -521,13 +536,13 @@ class _Deciding:
         state = self.state
         move = next_move(state, self._rules)
         if isinstance(move, PlanFor):
-            state.step = None if move.goal == state.targets.goal else move.goal
+            state.step = None if move.goal == state.aimed else move.goal
             request = state.requests[move.schedule]
             kept = state.replayed.get(move.schedule)
             margin = max(state.margin, 0.0 if kept is None else kept.margin)
             self._ask(move.schedule, move.goal, quick=True, margin=margin, overheads=request.overheads)
         elif isinstance(move, PlanAtFirst):
-            state.goal, state.at_full = move.goal, state.targets.goal.is_full
+            state.goal, state.at_full = move.goal, state.aimed.is_full
             state.schedules.forget_refusals()
         elif isinstance(move, GoOver):
             self._go_over(move.goal)
@@ -559,7 +574,7 @@ class _Deciding:
         state = self.state
         now = FULL_CLOCKS if state.at_full else state.goal
         self._begin_reign(begins, str(now), now)
-        if now == state.targets.goal:
+        if now == state.aimed:
             state.targets.reached(begins)
         state.targets.ordered(begins)
         self._tell_of_targets()
@@ -582,7 +597,8 @@ class _Deciding:
         if answer.plan is None:
             if asked.goal == state.step:
                 state.step, state.stepped_s = None, -math.inf  # there is nothing between: in one step
-            if asked.goal == state.targets.goal and not self._refused(answer.error):
+            corrects = replace(asked.goal, draws=state.goal.draws) == state.goal
+            if asked.goal == state.aimed and (corrects or not self._refused(answer.error)):
                 state.unplannable = asked.goal
                 self._warn("there is no plan for the target %s: %s. The one before stays", asked.goal, answer.error)
         elif asked.schedule in state.plans:
@@ -601,6 +617,24 @@ class _Deciding:
                 answer.plan.promise,
             )
         self._aim()
+
+    def _drew(self, seen: Drew) -> None:
+        """A budget is kept by what is measured: plans reckon with what GPUs draw beyond their profile, or less."""
+        state, limit = self.state, self.state.goal.limit
+        planned_w = power_w(state.goal, state, self._rules)
+        if limit is None or limit.job_w is None or planned_w is None or state.plan is None:
+            return
+        if state.at_full or state.fallen or state.answers.situation is not None or seen.iterations < _ENOUGH_DRAWN:
+            return
+        allowed_w = limit.gpu_w(limit.job_w, self._rules.pipelines * self._rules.stages)
+        draws = min(max(seen.power_w / planned_w, 1 / _DRAWS_AT_MOST), _DRAWS_AT_MOST)
+        too_much = seen.power_w > allowed_w * (1 + _DRAWN_MORE)
+        too_little = seen.power_w < allowed_w * (1 - _DRAWN_LESS) and state.plan.power is not None
+        if (too_much or too_little) and abs(draws / state.draws - 1) > _DRAWN_MORE:
+            state.draws = draws
+            text = "GPUs draw %.0f W, of %.0f W that are allowed and %.0f W by the profile: planning again with that"
+            self._inform(text, seen.power_w, allowed_w, planned_w)
+            self._aim()
 
     def _keep_for(self, goal: Goal, schedule: str, made: MadePlan) -> None:
         followed = {self.state.plans.number_of(one) for one in self.state.plans.schedules}

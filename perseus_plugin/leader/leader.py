@@ -183,7 +183,9 @@ class Leader:
             return
         of_all_s = _POWER_PER_RANK_S * self._placement.world_size
         self._power_due_s = monotonic() + min(max(_POWER_EVERY_S, of_all_s), _SUMMARY_EVERY_S)
-        self._drawn = self._meter.read(self._all_stats(own)) or self._drawn
+        stats = self._all_stats(own)
+        self._drawn = self._meter.read(stats) or self._drawn
+        self._coordinator.drew(stats)
         self._coordinator.targets.measured(self._drawn)
 
     def _target_figures(self) -> list[tuple[str, float]]:

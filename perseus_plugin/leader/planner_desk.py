@@ -74,7 +74,7 @@ class PlannerDesk:
             placed = self._placed()
             if placed is None and limit.groups:
                 return  # who is in which group is not known yet
-            limit = limit.placed(*(placed or self._by_stage))
+            limit = limit.placed(*(placed or self._by_stage)).tightened(ask.goal.draws)
         config, limits = self._config, self._config.limits
         latency_s = self._reports.latency_s if limits.switch_latency_s is None else limits.switch_latency_s
         power_se_w = survey.blocking_power_se_w

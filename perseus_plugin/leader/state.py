@@ -95,6 +95,7 @@ class JobState:
         targets: what the job is to aim at, by who said it.
         goal: what the plans are made for.
         goal_plans: those of goals that it had before, too.
+        draws: how many times what plans for a limit say GPUs are known to draw.
         at_full: full clocks are the target: no plan is followed.
         given_up_why: why the job stays at full clocks; empty: it does not.
         fallen: a plan did not hold, and one clock for all is followed instead, as a limit forbids full clocks.
@@ -136,6 +137,7 @@ class JobState:
     targets: TargetBook = field(default_factory=lambda: TargetBook(Target.slowdown()))
     goal: Goal = Goal(Target.slowdown())  # noqa: RUF009 - frozen
     goal_plans: GoalPlans = field(default_factory=GoalPlans)
+    draws: float = 1.0
     at_full: bool = False
     given_up_why: str = ""
     fallen: bool = False
@@ -158,6 +160,12 @@ class JobState:
             goal_plans=self.goal_plans.copy(),
             reigns=self.reigns.copy(),
         )
+
+    @property
+    def aimed(self) -> Goal:
+        """What is to be aimed at, with what is known of limits."""
+        goal = self.targets.goal
+        return goal if goal.limit is None else replace(goal, draws=self.draws)
 
     @property
     def expectations(self) -> Expectations:

@@ -186,10 +186,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Goal:
-    """What plans are made for: a wish, within a limit."""
+    """What plans are made for: a wish, within a limit.
+
+    Attributes:
+        wish, limit: see `Entry`.
+        draws: how many times what a plan says GPUs are known to draw.
+    """
 
     wish: Target
     limit: PowerBudget | None = None
+    draws: float = 1.0
 
     @property
     def is_full(self) -> bool:

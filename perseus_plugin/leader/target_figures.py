@@ -27,7 +27,7 @@ def target_figures(state: JobState, drawn: Drawn | None, gpus: int) -> list[tupl
         gpus: of the whole job.
     """
     followed = state.phase is Phase.FOLLOWING
-    goal, aimed = in_force(state), state.targets.goal
+    goal, aimed = in_force(state), state.aimed
     power_w = math.nan if drawn is None else drawn.power_w
     budget_w = _budget_w(goal, gpus) if followed else math.nan
     slowdown = 0.0 if state.at_full else state.plans.allowed_slowdown

@@ -595,6 +595,7 @@ class SessionWorker:
         self._stats = self._stats.model_copy(
             update={
                 "totals": self._account.totals,
+                "plan_since": self._plans_since,
                 "requests": self._requests,
                 "deviations": self._deviations,
                 "final": final,

@@ -10,7 +10,7 @@ import pytest
 from perseus_plugin.iteration.timetable import Follow, FullClock
 from perseus_plugin.leader import aiming
 from perseus_plugin.leader.aiming import power_w
-from perseus_plugin.leader.decide import Answered, Due, Runs, Situated, Targeted, Troubled, Turned, Watched
+from perseus_plugin.leader.decide import Answered, Drew, Due, Runs, Situated, Targeted, Troubled, Turned, Watched
 from perseus_plugin.leader.effects import Ask, Order, Record, Say
 from perseus_plugin.leader.state import Phase
 from perseus_plugin.leader.target_book import EVERYONE, Entry, Goal, Standing
@@ -231,7 +231,7 @@ def test_a_ramp_takes_power_down_and_up_in_steps(direction: str) -> None:
 
 def answer_for(goal: Goal) -> PlanAnswer:
     """As the planner's process makes it, for a job of two pipelines."""
-    limit = None if goal.limit is None else goal.limit.placed([0, 0, 1, 1])
+    limit = None if goal.limit is None else goal.limit.placed([0, 0, 1, 1]).tightened(goal.draws)
     return dataclasses.replace(answer_to(dataclasses.replace(request(), target=goal.wish, limit=limit)))
 
 
@@ -256,6 +256,32 @@ def test_under_a_budget_nothing_runs_at_full_clocks_that_would_draw_more() -> No
     story.then(Turned(40), Targeted([Entry(2, EVERYONE, Standing.COMMAND)], 0.0))
     assert story.orders == [("follow", 1)]
     assert not story.of(Order)[0].news.limited
+
+
+def test_a_budget_is_kept_by_what_is_measured() -> None:
+    story = limited()
+    planned_w = power_w(story.state.goal, story.state, story.rules)
+    assert planned_w is not None
+    story.then(Drew(1.05 * planned_w, 3), Drew(1.001 * planned_w, 10))
+    assert story.effects == [], "too few iterations, and next to nothing"
+    story.then(Turned(50), Drew(1.05 * planned_w, 10))
+    (ask,) = story.of(Ask)
+    assert ask.goal.draws == pytest.approx(1.05)
+    story.then(Answered(ask, request(), answer_for(ask.goal)))
+    assert story.orders == [("follow", 3)]
+    assert states(story)[1] == ("in force", 32), "since before"
+    now_w = power_w(story.state.goal, story.state, story.rules)
+    assert now_w is not None
+    assert 0.9 * 900 < 1.05 * now_w <= 900.0
+    story.then(Turned(70), Drew(1.05 * now_w, 10))
+    assert story.effects == [], "it is as expected"
+    story.then(Turned(90), Drew(0.95 * now_w, 10))
+    (ask,) = story.of(Ask)
+    assert ask.goal.draws == pytest.approx(0.95), "it could be faster"
+    story.then(story.answered(None, "the lowest budget is 2000 W"))
+    assert states(story)[1] == ("in force", 32), "what is known of GPUs takes back nobody's word"
+    story.then(Due())
+    assert story.effects == [], "nor is it asked again"
 
 
 def test_a_budget_that_full_clocks_keep_changes_nothing_but_what_is_followed() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from perseus_plugin.exchange.messages import RankStats, Totals
-from perseus_plugin.reporting.live.account import EVERY
+from perseus_plugin.reporting.live.account import EVERY, PLAN
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,21 @@ class PowerMeter:
         self._before = totals
         first = since[min(since)]
         return Drawn(math.fsum(known_w), first.time_s, first.iterations)
+
+
+def under_plan(stats: Sequence[RankStats], ranks: int, since: int) -> Drawn | None:
+    """Under the plans that are followed from an iteration on; None: some ranks have not told of that yet.
+
+    Args:
+        stats: of all ranks heard of.
+        ranks: of the job.
+        since: that iteration.
+    """
+    totals = [of_rank.totals.get(PLAN, Totals()) for of_rank in stats if of_rank.plan_since == since]
+    known_w = [watts for watts in map(_power_w, totals) if watts is not None]
+    if len(known_w) < ranks:
+        return None
+    return Drawn(math.fsum(known_w), max(one.time_s for one in totals), min(one.iterations for one in totals))
 
 
 def _since(before: Totals, now: Totals) -> Totals:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from perseus_plugin.exchange.messages import RankStats, Totals
 from perseus_plugin.reporting.live.account import EVERY
-from perseus_plugin.reporting.live.power import Drawn, PowerMeter
+from perseus_plugin.reporting.live.power import Drawn, PowerMeter, under_plan
 from tests.factories import placement
 
 
@@ -36,3 +36,21 @@ def test_iterations_without_an_energy_count_as_the_others() -> None:
 
 def test_without_a_counter_there_is_no_figure() -> None:
     assert PowerMeter(2).read([told(0, 10, 5.0, None), told(1, 10, 5.0, 500.0)]) is None
+
+
+def test_under_plans_only_what_all_ranks_tell_of_the_same_ones_counts() -> None:
+    def under(rank: int, since: int | None, energy_j: float | None = 600.0) -> RankStats:
+        totals = {
+            "plan": Totals(iterations=3, time_s=2.0, energy_j=energy_j),
+            "every": Totals(iterations=9, time_s=9.0),
+        }
+        return told(rank, 9, 9.0, 1.0).model_copy(update={"totals": totals, "plan_since": since})
+
+    assert under_plan([under(0, 40), under(1, 40)], 2, 40) == Drawn(600.0, 2.0, 3)
+    for stats in (
+        [under(0, 40)],
+        [under(0, 40), under(1, 30)],
+        [under(0, 40), under(1, None)],
+        [under(0, 40), under(1, 40, None)],
+    ):
+        assert under_plan(stats, 2, 40) is None

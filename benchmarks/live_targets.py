@@ -4,7 +4,7 @@ Ranks are threads with real sessions, helper and planner processes, on emulated 
 goes through the job's socket, as `perseus target` says it. Latency: iterations from the one that ran when it was said
 to the first one under it.
 
-    python benchmarks/live_targets.py [--changes 100] [--stages 4] [--seed 0]
+    python benchmarks/live_targets.py [--changes 100] [--stages 4] [--seed 0] [--pause 3]
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--changes", type=int, default=100)
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pause", type=float, default=3.0, help="Seconds from one change to the next, at most.")
     chosen = parser.parse_args()
     sys.setswitchinterval(0.0005)  # many threads in one interpreter, where a real job has a process per rank
     stages = chosen.stages
@@ -32,7 +33,12 @@ def main() -> None:
     backward_s = tuple(2 * one for one in forward_s)
     with tempfile.TemporaryDirectory() as folder:
         changed = change_at_random(
-            Path(folder) / "job", chosen.changes, seed=chosen.seed, forward_s=forward_s, backward_s=backward_s
+            Path(folder) / "job",
+            chosen.changes,
+            seed=chosen.seed,
+            pause_s=lambda draw: draw.uniform(0.0, chosen.pause),
+            forward_s=forward_s,
+            backward_s=backward_s,
         )
     states = Counter(outcome["state"] for outcome in changed.outcomes.values())
     ran = changed.by_rank

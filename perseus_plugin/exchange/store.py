@@ -320,6 +320,7 @@ class LocalExchange:
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
         self._lists: dict[str, list[str]] = {}
+        self._wakes: list[Callable[[], None]] = []
 
     def publish(self, key: str, value: Any) -> None:
         self._values[key] = json.dumps(value)
@@ -349,12 +350,14 @@ class LocalExchange:
 
     def tell_all(self, key: str, value: Any) -> None:
         self.publish(key, value)
+        for wake in self._wakes:
+            wake()
 
     def heard(self, key: str) -> Any | None:
         return self.fetch(key)
 
     def on_news(self, wake: Callable[[], None]) -> None:
-        pass
+        self._wakes.append(wake)
 
     def close(self) -> None:
         pass

@@ -56,6 +56,7 @@ from perseus_plugin.leader.measuring import (
 )
 from perseus_plugin.leader.reviews import (
     EVERY,
+    SOON,
     catches_up_otherwise,
     clocks_of,
     in_force,
@@ -561,8 +562,8 @@ class _Deciding:
             state.requests = {schedule: one.request for schedule, one in made.items()}
             state.replayed = {schedule: one.replayed for schedule, one in made.items()}
             for schedule, one in made.items():
-                # It may be an old one: it is held against newer iterations soon.
-                state.reviews.follow(schedule, one.in_force, state.iteration - EVERY)
+                # It was made quickly, or long ago. Not at once: another change would have to wait for the planner.
+                state.reviews.follow(schedule, one.in_force, state.iteration - EVERY + SOON)
             state.answers.forget()  # they were made beside other plans
             state.made_anew = True
             self._show_usual()

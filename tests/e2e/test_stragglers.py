@@ -80,15 +80,23 @@ def check_answered(job: Probe, begin: str, end: str, then: str = "end") -> dict[
 
 
 def test_a_slow_replica_is_answered_when_it_is_seen_and_when_it_is_reported(tmp_path: Path) -> None:
-    """Reported on the command line, when the GPU has recovered; taken back from Python. Mixed precision, ZeRO-1."""
+    """Reported on the command line, when the GPU has recovered; taken back from Python. Mixed precision, ZeRO-1.
+
+    Then the job is told to aim at something else: from Python, and on the command line.
+    """
     seen = [("slow", A_WHILE), ANSWERED, ("recover", A_WHILE), BACK]
     reported = [("report", A_WHILE), ANSWERED, ("take-back", A_WHILE), BACK]
-    do = [PLANNED, *seen, *reported, ("end", A_WHILE)]
+    aimed = [("aim-lower", A_WHILE), IN_FORCE, ("aim-at-full", A_WHILE), IN_FORCE]
+    do = [PLANNED, *seen, *reported, *aimed, ("end", A_WHILE)]
     job = slow_job(tmp_path, 4, {"detect": True}, 3, 1.25, do, config=MIXED)
     check_answered(job, "slow", "recover", "report")
     figures = check_answered(job, "report", "take-back")
     assert figures["detections"] >= 1
     assert figures["reports"] == 2
+    (lower,), (at_full,) = steps_of(job, "aim-lower"), steps_of(job, "aim-at-full")
+    begins = {e["says"]: e["iteration"] for e in events_of(job) if e["event"] == "target" and e["state"] == "in force"}
+    assert lower < begins["slowdown 20 %"] <= at_full < begins["full clocks"]
+    assert job.summary()["targets"].keys() >= {"slowdown 0 %", "slowdown 20 %", "full clocks"}
     assert not (tmp_path / "out" / "stragglers.sock").exists()
     job.check_identical()
 
@@ -103,14 +111,9 @@ def test_a_slow_replica_is_reported_and_answered(tmp_path: Path) -> None:
     job.check_identical()
 
 
-def test_a_slow_stage_within_the_only_pipeline_and_other_targets(tmp_path: Path) -> None:
+def test_a_slow_stage_within_the_only_pipeline(tmp_path: Path) -> None:
     seen = [("slow", A_WHILE), ANSWERED, ("recover", A_WHILE), BACK]
-    aimed = [("aim-lower", A_WHILE), IN_FORCE, ("aim-at-full", A_WHILE), IN_FORCE]
-    job = slow_job(tmp_path, 2, {"detect": True}, 0, 2.0, [PLANNED, *seen, *aimed, ("end", A_WHILE)], last_s=0.02)
-    (lower,), (at_full,) = steps_of(job, "aim-lower"), steps_of(job, "aim-at-full")
-    begins = {e["says"]: e["iteration"] for e in events_of(job) if e["event"] == "target" and e["state"] == "in force"}
-    assert lower < begins["slowdown 20 %"] <= at_full < begins["full clocks"]
-    assert job.summary()["targets"].keys() >= {"slowdown 0 %", "slowdown 20 %", "full clocks"}
+    job = slow_job(tmp_path, 2, {"detect": True}, 0, 2.0, [PLANNED, *seen, ("end", A_WHILE)], last_s=0.02)
     replan = next(event for event in events_of(job) if event["event"] == "replan")
     (variant,) = replan["variants"]
     slowdown, other = variant["slowdown"]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from perseus_plugin.exchange.store import ExchangeError, LocalExchange
@@ -42,6 +44,15 @@ def test_figures_reach_the_rank_that_writes() -> None:
     assert ranks.links[1].take_events() == []
     ranks.look()
     assert ranks.links[2].take_events() == [], "they come once"
+
+
+def test_that_there_is_no_such_figure_any_more_is_told_too() -> None:
+    ranks = Ranks(writing_rank=2)
+    ranks.look()
+    ranks.ends[0].tell([("gone", math.nan)])
+    ranks.look()
+    ((event,),) = ranks.links[2].take_events()
+    assert math.isnan(event[1])
 
 
 @pytest.mark.parametrize("writing_rank", [0, None])

@@ -16,8 +16,6 @@ this is about: they are left out, and their number is said.
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -26,10 +24,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from perseus_plugin.cli.simulation.traces.findings import faulty_replicas
+from perseus_plugin.cli.simulation.traces.table import load_table
+from perseus_plugin.cli.simulation.traces.traced import TracedJob
 from perseus_plugin.gpus.emulated.physics import A100, load_class
-from perseus_plugin.iteration.graph import PipelineGraph, build_graph
+from perseus_plugin.iteration.graph import PipelineGraph
 from perseus_plugin.iteration.replayed import Samples
-from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.options import PlanningProblem, build_problem
 from perseus_plugin.planning.process import answer_to, plan_for
 from perseus_plugin.planning.replay import CatchUp, Outcome, Replay, by_node, clocks_of
@@ -40,7 +40,6 @@ MARGINS = (0.0, 0.01, 0.03, 0.05, 0.1)
 FINE_MARGINS = (0.0, 0.005, *(m / 100 for m in range(1, 31)))
 SAMPLED = 12
 LATENCY_S = 0.01
-FAULTY = 1.1
 LOWEST_MHZ = 705  # half of the highest, as the sweep goes by default
 
 
@@ -50,45 +49,28 @@ class Trace:
 
     Attributes:
         name: of the trace.
-        stages, microbatches: of its schedule.
-        durations_s: shape (steps, replicas, nodes of the graph).
+        job: as it was read; all ran 1F1B.
+        durations_s: shape (steps, replicas, nodes of the graph), those of faulty replicas left out.
         left_out: how many replicas were.
     """
 
     name: str
-    stages: int
-    microbatches: int
+    job: TracedJob
     durations_s: npt.NDArray[np.float64]
     left_out: int
 
     @property
     def graph(self) -> PipelineGraph:
-        """1F1B, as the jobs ran it."""
-        return build_graph(one_f_one_b(self.stages, self.microbatches))
+        """Of an iteration."""
+        return self.job.graph
 
 
 def load(path: Path) -> Trace:
     """Read a trace; ranks that do the same work are averaged."""
-    seen: dict[tuple[int, int, int, str, int], list[float]] = defaultdict(list)
-    with gzip.open(path, "rt") as file:
-        for row in csv.DictReader(file):
-            kind, _, sort = row["optype"].partition("-")
-            if sort == "compute":
-                key = int(row["step"]), int(row["dp_rank"]), int(row["stage"]), kind, int(row["mb_id"])
-                seen[key].append(float(row["duration"]))
-    stages, microbatches = 1 + max(key[2] for key in seen), 1 + max(key[4] for key in seen)
-    graph = build_graph(one_f_one_b(stages, microbatches))
-    steps, replicas = sorted({key[0] for key in seen}), sorted({key[1] for key in seen})
-    durations_s = np.zeros((len(steps), len(replicas), len(graph)))
-    for i, step in enumerate(steps):
-        for j, replica in enumerate(replicas):
-            for node, one in enumerate(graph.instructions):
-                assert one is not None  # the textbook schedule has no constant-time work
-                durations_s[i, j, node] = np.mean(seen[step, replica, one.stage, one.kind, one.microbatch])
-    by_stage = np.stack([durations_s[:, :, nodes].mean(axis=(0, 2)) for nodes in graph.stage_nodes])
-    healthy = (by_stage <= FAULTY * np.median(by_stage, axis=1, keepdims=True)).all(axis=0)
+    job = load_table(path)
     name = path.name.removeprefix("trace-").removesuffix(".csv.gz")
-    return Trace(name, stages, microbatches, durations_s[:, healthy], int((~healthy).sum()))
+    healthy = ~faulty_replicas(job)
+    return Trace(name, job, job.durations_s[:, healthy], int((~healthy).sum()))
 
 
 def profile_of(trace: Trace, steps: npt.NDArray[np.int64]) -> Profile:
@@ -110,9 +92,8 @@ def profile_of(trace: Trace, steps: npt.NDArray[np.int64]) -> Profile:
 
 def request(trace: Trace, profile: Profile, margin: float) -> PlanRequest:
     """What the planner is asked."""
-    streams = one_f_one_b(trace.stages, trace.microbatches)
-    power_w = [A100.blocking_w] * trace.stages
-    return PlanRequest("1F1B", streams, {}, profile, power_w, margin=margin, latency_s=LATENCY_S)
+    power_w = [A100.blocking_w] * trace.job.stages
+    return PlanRequest("1F1B", trace.job.streams, {}, profile, power_w, margin=margin, latency_s=LATENCY_S)
 
 
 def samples_of(trace: Trace, steps: npt.NDArray[np.int64]) -> Samples:

@@ -32,6 +32,7 @@ _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _MODE = 0o666  # less what the user's umask takes away
 MOST_BYTES = 256 * 2**20
 _PIECE = 1 << 20
+_GZIP = b"\x1f\x8b"
 _MOST_DEPTH = 64
 _MOST_NODES = 100_000
 _TOO_DEEP = f"nested more than {_MOST_DEPTH} deep"
@@ -259,6 +260,33 @@ def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
             size = max(size, sum(map(len, pieces)))
     if size > most:
         raise ValueError(f"it has more than {most} bytes, the most that is read of such a file")
+    return b"".join(pieces)
+
+
+def read_unpacked(path: Path | str, most: int = MOST_BYTES) -> bytes:
+    """As `read_bytes`; of a file that gzip made what it holds, which may have `most` bytes too.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger, or what gzip made is damaged.
+    """
+    import gzip
+    import io
+    import zlib
+
+    data = read_bytes(path, most)
+    if not data.startswith(_GZIP):
+        return data
+    pieces, size = [], 0
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
+            while size <= most and (piece := packed.read(_PIECE)):
+                pieces.append(piece)
+                size += len(piece)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"damaged: {error}") from error
+    if size > most:
+        raise ValueError(f"it holds more than {most} bytes, the most that is read of such a file")
     return b"".join(pieces)
 
 

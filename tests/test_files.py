@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
 import threading
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from perseus_plugin.errors import os_problem
-from perseus_plugin.files import append, open_file, opened_folder, own_folder, remove, write_atomically
+from perseus_plugin.files import append, open_file, opened_folder, own_folder, read_unpacked, remove, write_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -205,3 +206,20 @@ def test_a_folder_that_this_rank_cannot_see_is_for_whoever_writes_there_to_compl
 
     monkeypatch.setattr(Path, "lstat", hidden)
     assert own_folder(tmp_path / "out") == tmp_path / "out"
+
+
+def test_what_gzip_packed_is_unpacked_within_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "packed"
+    path.write_bytes(gzip.compress(b"one ") + gzip.compress(b"two") + b"\0" * 8)
+    assert read_unpacked(path) == b"one two"
+    path.write_bytes(b"as it is")
+    assert read_unpacked(path) == b"as it is"
+    path.write_bytes(gzip.compress(b"0" * 10_000_000))  # a bomb: it is never unpacked whole
+    with pytest.raises(ValueError, match="it holds more than 1000000 bytes"):
+        read_unpacked(path, most=1_000_000)
+    path.write_bytes(gzip.compress(b"cut off")[:-9])
+    with pytest.raises(ValueError, match=r"damaged: .*end-of-stream"):
+        read_unpacked(path)
+    path.write_bytes(gzip.compress(b"one") + b"no more gzip")
+    with pytest.raises(ValueError, match="damaged"):
+        read_unpacked(path)

@@ -267,7 +267,7 @@ def _judged(
         kept = kept and at_quantile <= allowed + promise.tolerance
     else:
         kept = float(outcome.energy_j.sum() / outcome.time_s.sum()) <= promise.power_w * (1 + _POWER_TOLERANCE)
-    saving, low, high = _saving(outcome, full)
+    saving, low, high = saving_of(outcome, full)
     return Replayed(
         iterations=len(ratio),
         margin=margin,
@@ -296,17 +296,21 @@ def _worth(replayed: Replayed, promise: Promise) -> float:
     return replayed.saving_mean - _TIME_WORTH * max(0.0, replayed.time_ratio_mean - 1 - promise.slowdown)
 
 
-def _saving(outcome: Outcome, full: Outcome) -> tuple[float, float, float]:
+def saving_of(outcome: Outcome, full: Outcome) -> tuple[float, float, float]:
     """Share of energy saved over all iterations, and the interval in which it would be over many more such ones."""
     share = 1 - float(outcome.energy_j.sum() / full.energy_j.sum())
-    count = len(full.energy_j)
-    if count < 2:
-        return share, share, share
     weight = full.energy_j / full.energy_j.mean()
-    each = weight * (1 - outcome.energy_j / full.energy_j - share)
-    # Close to Student's 97.5 % point.
-    error = (1.96 + 2.4 / (count - 1) + 2.4 / (count - 1) ** 2) * float(np.std(each, ddof=1)) / math.sqrt(count)
+    error = error_of_mean(weight * (1 - outcome.energy_j / full.energy_j - share))
     return share, share - error, share + error
+
+
+def error_of_mean(values: npt.NDArray[np.float64]) -> float:
+    """How far from the mean of these that of many more such values would be at most, to 95 %; 0 for a single one."""
+    count = len(values)
+    if count < 2:
+        return 0.0
+    # Close to Student's 97.5 % point.
+    return (1.96 + 2.4 / (count - 1) + 2.4 / (count - 1) ** 2) * float(np.std(values, ddof=1)) / math.sqrt(count)
 
 
 def _obstacle(replay: Replay, promise: Promise, nearest: Replayed) -> str:

@@ -7,7 +7,7 @@ comes from the emulated GPU (`gpus.emulated.physics`), which is fitted to publis
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -73,8 +73,7 @@ class ModelDescription(BaseModel):
         """What a GPU that waits draws: as described, or else as the emulated one."""
         if self.waiting_power is not None:
             return WaitingPower(*zip(*sorted(self.waiting_power.items()), strict=True))
-        clocks = gpu.clocks_mhz()[::-1]
-        return WaitingPower(clocks, tuple(gpu.power_w(WAITING, clock) for clock in clocks))
+        return waiting_on(gpu)
 
     def stage_flops(self, split: Split) -> list[float]:
         """Floating-point operations of one microbatch's forward in each stage, all its GPUs together.
@@ -154,7 +153,30 @@ def modelled_profile(description: ModelDescription, split: Split, gpu_name: str,
     forwards = {FORWARD: 1.0, RECOMPUTE: 1.0, BACKWARD: 2.0}
     if description.recompute and RECOMPUTE not in kinds:
         forwards[BACKWARD] += 1.0
-    loads = {_load_of(kind) for kind in kinds}
+    times_s = {
+        (stage, kind): forwards[kind] * forward_s for stage, forward_s in enumerate(full_s) for kind in sorted(kinds)
+    }
+    return profile_on(gpu, times_s, description.waiting_power_of(gpu))
+
+
+def waiting_on(gpu: GpuModel) -> WaitingPower:
+    """What the emulated GPU draws while it waits."""
+    clocks = gpu.clocks_mhz()[::-1]
+    return WaitingPower(clocks, tuple(gpu.power_w(WAITING, clock) for clock in clocks))
+
+
+def profile_on(gpu: GpuModel, times_s: Mapping[tuple[int, str], float], waiting: WaitingPower) -> Profile:
+    """The profile that a GPU would have of instructions that take so long at its highest clock.
+
+    Args:
+        gpu: of the catalogue.
+        times_s: by stage and kind.
+        waiting: what it draws while it waits.
+
+    Raises:
+        ConfigError: waiting would draw more than work.
+    """
+    loads = {_load_of(kind) for _, kind in times_s}
     clocks = [
         mhz
         for mhz in gpu.clocks_mhz()
@@ -162,11 +184,9 @@ def modelled_profile(description: ModelDescription, split: Split, gpu_name: str,
         if mhz >= LOWEST_CLOCK_MHZ
         and (mhz == gpu.max_clock_mhz or any(gpu.held_mhz(load, mhz) == mhz for load in loads))
     ]
-    waiting = description.waiting_power_of(gpu)
     return Profile.from_rows(
-        (stage, kind, _measurement(gpu, kind, clock, forwards[kind] * forward_s, waiting.at_w(clock)))
-        for stage, forward_s in enumerate(full_s)
-        for kind in sorted(kinds)
+        (stage, kind, _measurement(gpu, kind, clock, time_s, waiting.at_w(clock)))
+        for (stage, kind), time_s in times_s.items()
         for clock in clocks
     )
 

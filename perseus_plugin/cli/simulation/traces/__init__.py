@@ -1,0 +1,1 @@
+"""What would a plan have saved in a job that was traced?"""

@@ -1,0 +1,239 @@
+"""A job's iterations as they were traced: what ran where, for how long, and in which schedule's order. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TypeAlias
+
+import numpy as np
+
+from perseus_plugin.errors import ConfigError, PerseusError
+from perseus_plugin.iteration.graph import FloatArray, PipelineGraph, build_graph
+from perseus_plugin.iteration.instructions import Compute, StageStream, parts_of
+from perseus_plugin.iteration.schedules import SCHEDULES, TextbookSchedule, interleaved_1f1b
+
+_LEAST_IN_ORDER = 0.5  # share of the iterations that have to be in the order of the schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """An instruction as it ran.
+
+    Attributes:
+        kind: without the chunk, such as "forward".
+        microbatch, chunk: 0-based.
+        start_s: on a clock that all ranks of the iteration share, or else its rank's own.
+        time_s: how long it took.
+    """
+
+    kind: str
+    microbatch: int
+    chunk: int
+    start_s: float
+    time_s: float
+
+    @property
+    def what(self) -> tuple[str, int, int]:
+        """Which instruction of its stage."""
+        return self.kind, self.microbatch, self.chunk
+
+
+Iterations: TypeAlias = Mapping[tuple[int, int], Mapping[int, Sequence[Ran]]]
+"""By step and replica, and then by stage, what ran."""
+
+
+@dataclass(frozen=True)
+class TracedJob:
+    """Whole iterations of a job.
+
+    Attributes:
+        name: of the trace.
+        schedule: name of the schedule that they ran.
+        streams: of that schedule, one per stage.
+        steps: the job's own numbers of the iterations.
+        replicas: the job's own numbers of the pipelines.
+        durations_s: shape (steps, replicas, nodes of the graph), as run.
+        starts_s: the same, since the first start of the rank's iteration.
+        times_s: shape (steps,), how long the whole iterations took, NaN where the trace does not say.
+        in_order: share of (step, replica) that ran in the schedule's order.
+        left_out: steps in which instructions are missing.
+    """
+
+    name: str
+    schedule: str
+    streams: Sequence[StageStream]
+    steps: tuple[int, ...]
+    replicas: tuple[int, ...]
+    durations_s: FloatArray
+    starts_s: FloatArray
+    times_s: FloatArray
+    in_order: float = 1.0
+    left_out: tuple[int, ...] = ()
+
+    @cached_property
+    def graph(self) -> PipelineGraph:
+        """In which transfers take no time."""
+        return build_graph(self.streams)
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline."""
+        return len(self.streams)
+
+    @property
+    def microbatches(self) -> int:
+        """Of an iteration."""
+        return self.graph.microbatches
+
+    @property
+    def classes(self) -> dict[tuple[int, str], list[int]]:
+        """The graph's nodes by stage and kind."""
+        found: dict[tuple[int, str], list[int]] = {}
+        for node, one in enumerate(self.graph.instructions):
+            if one is not None:
+                found.setdefault((one.stage, one.kind), []).append(node)
+        return found
+
+
+def traced_job(
+    name: str,
+    iterations: Iterations,
+    times_s: Mapping[int, float],
+    given: tuple[str, Sequence[StageStream]] | None = None,
+) -> TracedJob:
+    """Put what ran into the order of its schedule.
+
+    Args:
+        name: of the trace.
+        iterations: what ran.
+        times_s: how long iterations took as a whole, by step.
+        given: the schedule's name and streams; None: the textbook schedule that ran in this order.
+
+    Raises:
+        ConfigError: no iteration is whole, or they ran in the order of no known schedule.
+    """
+    if not iterations:
+        raise ConfigError(f"{name}: got no iteration; allowed: a trace with at least one whole iteration")
+    _check_numbers(name, iterations)
+    orders = {place: _order(stages) for place, stages in iterations.items()}
+    schedule, streams, in_order = _schedule_of(name, orders, given)
+    graph = build_graph(streams)
+    wanted = {_what(one.kind, one.microbatch, one.chunk, one.stage): node for one, node in graph.node_of.items()}
+    replicas = sorted({replica for _, replica in iterations})
+    steps, left_out = [], []
+    durations_s, starts_s = [], []
+    seen_in = Counter(step for step, _ in iterations)
+    for step in sorted(seen_in):
+        if seen_in[step] < len(replicas):
+            left_out.append(step)
+            continue
+        took, began = np.full((len(replicas), len(graph)), np.nan), np.zeros((len(replicas), len(graph)))
+        for place, replica in enumerate(replicas):
+            for stage, ran in iterations[step, replica].items():
+                first_s = min((one.start_s for one in ran), default=0.0)
+                for one in ran:
+                    node = wanted.get((*one.what, stage))
+                    if node is not None:
+                        took[place, node], began[place, node] = one.time_s, one.start_s - first_s
+        took[:, graph.is_constant] = 0.0
+        if np.isnan(took).any():
+            left_out.append(step)
+            continue
+        steps.append(step)
+        durations_s.append(took)
+        starts_s.append(began)
+    if not steps:
+        raise ConfigError(
+            f"{name}: got no iteration in which all {len(replicas)} replicas ran all {len(wanted)} instructions of "
+            f"{schedule}; allowed: traces of all ranks of the same iterations"
+        )
+    return TracedJob(
+        name=name,
+        schedule=schedule,
+        streams=streams,
+        steps=tuple(steps),
+        replicas=tuple(replicas),
+        durations_s=np.array(durations_s),
+        starts_s=np.array(starts_s),
+        times_s=np.array([times_s.get(step, np.nan) for step in steps]),
+        in_order=in_order,
+        left_out=tuple(left_out),
+    )
+
+
+def _check_numbers(name: str, iterations: Iterations) -> None:
+    """Refuse numbers with holes: what they stand for is made, for as many of them as there are."""
+    stages = {stage for of_stages in iterations.values() for stage in of_stages}
+    ran = [one for of_stages in iterations.values() for of_stage in of_stages.values() for one in of_stage]
+    for what, numbers in (
+        ("stages", stages),
+        ("microbatches", {one.microbatch for one in ran}),
+        ("chunks", {one.chunk for one in ran}),
+    ):
+        if not numbers or max(numbers) >= len(numbers):
+            raise ConfigError(
+                f"{name}: got {len(numbers)} {what} up to number {max(numbers, default=0)}; allowed: all from 0"
+            )
+
+
+_Order: TypeAlias = tuple[tuple[tuple[str, int, int], ...], ...]
+"""Per stage what it ran, in its order."""
+
+
+def _order(stages: Mapping[int, Sequence[Ran]]) -> _Order:
+    return tuple(tuple(one.what for one in sorted(stages[s], key=lambda one: one.start_s)) for s in sorted(stages))
+
+
+def _what(kind: str, microbatch: int, chunk: int, stage: int) -> tuple[str, int, int, int]:
+    """As the trace names it: an instruction's kind may carry its chunk."""
+    parts = parts_of(kind)
+    return parts[0][0] if len(parts) == 1 else kind, microbatch, chunk, stage
+
+
+def _schedule_of(
+    name: str,
+    orders: Mapping[tuple[int, int], _Order],
+    given: tuple[str, Sequence[StageStream]] | None,
+) -> tuple[str, Sequence[StageStream], float]:
+    """The schedule's name and streams, and the share of iterations in its order."""
+    counts = Counter(orders.values())
+    most = max(orders.values(), key=lambda order: (sum(map(len, order)), counts[order]))
+    stages = len(most)
+    microbatches = 1 + max((m for stage in most for _, m, _ in stage), default=0)
+    chunks = 1 + max((chunk for stage in most for _, _, chunk in stage), default=0)
+    if given is not None:
+        if len(given[1]) != stages:
+            raise ConfigError(f"--schedule: got {len(given[1])} stages; allowed: the {stages} of {name}")
+        return *given, _share_in(counts, given[1])
+    known: dict[str, TextbookSchedule] = dict(SCHEDULES)
+    if chunks > 1:
+        known["interleaved-1f1b"] = partial(interleaved_1f1b, chunks=chunks)
+    best: tuple[float, str, Sequence[StageStream]] = (0.0, "", ())
+    for schedule, streams_of in known.items():
+        try:
+            streams = streams_of(stages, microbatches)
+        except PerseusError:
+            continue  # there is none of this size
+        share = _share_in(counts, streams)
+        if share > best[0]:
+            best = share, schedule, streams
+    if best[0] < _LEAST_IN_ORDER:
+        first = "; ".join(
+            f"stage {s}: {', '.join(f'{kind} {m}' for kind, m, _ in stage[:6])}, ..." for s, stage in enumerate(most)
+        )
+        raise ConfigError(
+            f"--schedule: missing; {name} has {stages} stages and {microbatches} microbatches in the order of no known "
+            f"schedule ({first[:400]}); allowed: {', '.join(SCHEDULES)}, or a schedule file"
+        )
+    return best[1], best[2], best[0]
+
+
+def _share_in(counts: Counter[_Order], streams: Sequence[StageStream]) -> float:
+    order = tuple(
+        tuple(_what(op.kind, op.microbatch, op.chunk, 0)[:3] for op in stream if isinstance(op, Compute))
+        for stream in streams
+    )
+    return counts[order] / counts.total()

@@ -56,6 +56,7 @@ class Member:
     now: Callable[[], float] = time.time
     _told: tuple[float, float] | None = field(default=None, init=False)  # watts, and until when
     _held_w: float | None = field(default=None, init=False)
+    _gone: bool = field(default=False, init=False)
     _read: tuple[object, SharingJob | None] = field(default=(None, None), init=False)
 
     @property
@@ -72,6 +73,7 @@ class Member:
             reply = ask(self.folder, {"do": "targets"})
         except PerseusError as error:
             return self._unheard(summary, full_w, str(error))
+        self._gone = False
         held_w = held(reply, full_w, self._held_w)
         others = [one for one in _entries(reply) if one["limit"] is not None and _commands(one) != SOURCE]
         phase = _part(reply, "in_force").get("phase")
@@ -100,7 +102,8 @@ class Member:
 
     def _unheard(self, summary: Summary | None, full_w: float, why: str) -> Look:
         """It does not answer: what it was told last holds until that has expired."""
-        if summary is not None and summary.state != "running" and not is_served(self.folder):
+        served = is_served(self.folder)
+        if not served and (self._gone or (summary is not None and summary.state != "running")):
             return self._ended()
         if self._told is not None and self._held_w is not None:
             held_w, until_s = self._held_w, self._told[1]
@@ -108,12 +111,12 @@ class Member:
             held_w, until_s = full_w, self._written_s() + SUMMARY_EVERY_S + self.lasting_s
         if self.now() < until_s:
             return self._fixed("silent", held_w, f"kept for it for {until_s - self.now():.0f} s: {why}")
-        if is_served(self.folder):
+        if served:
             return self._fixed("silent", full_w, f"it may be at full clocks: {why}")
         return self._ended()
 
     def _ended(self) -> Look:
-        self._told = self._held_w = None
+        self._gone, self._told, self._held_w = True, None, None
         return Look("ended", Holding(self.name, None, 0.0))
 
     def _fixed(self, state: State, held_w: float, reason: str) -> Look:

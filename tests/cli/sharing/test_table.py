@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,8 +143,24 @@ def test_what_a_killed_job_was_told_is_kept_until_that_has_expired(site: Site) -
     assert done.looks[str(site.folder / "a")].state == "silent"
     assert site.drawn_w == {"b": pytest.approx(1200.0)}
     site.now_s += LASTING_S
-    assert site.turn(2400.0).looks[str(site.folder / "a")].state == "ended"
+    for _ in range(3):
+        assert site.turn(2400.0).looks[str(site.folder / "a")].state == "ended"
     assert site.drawn_w == {"b": pytest.approx(1600.0)}
+
+
+def test_a_job_that_starts_again_where_one_was_killed_takes_part_again(site: Site) -> None:
+    site.start("b")
+    site.start("a")
+    site.turn(2400.0)
+    site.jobs["a"].end("running")
+    site.now_s += LASTING_S
+    site.turn(2400.0)
+    shutil.rmtree(site.folder / "a")
+    site.start("a")
+    for _ in range(4):
+        done = site.turn(2400.0)
+    assert done.looks[str(site.folder / "a")].state == "shares"
+    assert site.total_w == pytest.approx(2400.0)
 
 
 def test_a_job_that_lives_and_does_not_answer_counts_in_full_once_its_budget_has_expired(

@@ -31,7 +31,11 @@ LAZY_FACE = "__init__"
 FILES = ("curve", "frontier", "plan", "streams", "zeus")
 PROCESSES = ("process", "planner_process", "frontier_process", "child", "work")
 """Of `planning`: what keeps plans and frontiers in files, and what runs the planner beside the job and brakes it."""
-PURE = ("iteration", "leader/decide.py", "leader/state.py", "planning")
+PURE = (
+    "iteration",
+    *(f"leader/{name}.py" for name in ("aiming", "decide", "goal_plans", "observed", "reigns", "state", "target_book")),
+    "planning",
+)
 """No torch, no clock, no file, no thread."""
 IMPURE = ("torch", "time", "pathlib", "os", "threading", "subprocess", "socket", "logging", "random")
 ROOMS_AT_MOST, ROOT_FILES = (

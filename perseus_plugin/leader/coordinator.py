@@ -19,24 +19,7 @@ from perseus_plugin.iteration.instructions import StreamOf
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.iteration.timetable import Directive
-from perseus_plugin.leader.decide import (
-    Answered,
-    Checked,
-    Drew,
-    Due,
-    Ended,
-    Measured,
-    NotMeasured,
-    Observed,
-    Rechecked,
-    Runs,
-    Situated,
-    Targeted,
-    Troubled,
-    Turned,
-    Watched,
-    decide,
-)
+from perseus_plugin.leader.decide import decide
 from perseus_plugin.leader.effects import (
     Ask,
     Effect,
@@ -55,6 +38,23 @@ from perseus_plugin.leader.effects import (
 from perseus_plugin.leader.iteration_times import IterationTimes
 from perseus_plugin.leader.job import Job
 from perseus_plugin.leader.measuring import SweepInForce
+from perseus_plugin.leader.observed import (
+    Answered,
+    Checked,
+    Drew,
+    Due,
+    Ended,
+    Measured,
+    NotMeasured,
+    Observed,
+    Rechecked,
+    Runs,
+    Situated,
+    Targeted,
+    Troubled,
+    Turned,
+    Watched,
+)
 from perseus_plugin.leader.plan_shelf import PlanShelf
 from perseus_plugin.leader.planner_desk import Planner, PlannerDesk
 from perseus_plugin.leader.rank_reports import RankReports

@@ -13,23 +13,7 @@ from hypothesis import strategies as st
 from perseus_plugin.config import parse_config
 from perseus_plugin.exchange.messages import Recheck
 from perseus_plugin.iteration.timetable import Follow, FullClock, Sweep
-from perseus_plugin.leader.decide import (
-    Answered,
-    Checked,
-    Due,
-    Ended,
-    Measured,
-    NotMeasured,
-    Observed,
-    Rechecked,
-    Runs,
-    Situated,
-    Targeted,
-    Troubled,
-    Turned,
-    Watched,
-    decide,
-)
+from perseus_plugin.leader.decide import decide
 from perseus_plugin.leader.effects import (
     Ask,
     Effect,
@@ -47,6 +31,22 @@ from perseus_plugin.leader.effects import (
 )
 from perseus_plugin.leader.iteration_times import IterationTimes
 from perseus_plugin.leader.measuring import SweepInForce
+from perseus_plugin.leader.observed import (
+    Answered,
+    Checked,
+    Due,
+    Ended,
+    Measured,
+    NotMeasured,
+    Observed,
+    Rechecked,
+    Runs,
+    Situated,
+    Targeted,
+    Troubled,
+    Turned,
+    Watched,
+)
 from perseus_plugin.leader.plan_shelf import PlanShelf
 from perseus_plugin.leader.state import JobState, Phase, Rules
 from perseus_plugin.leader.target_book import Entry, Standing

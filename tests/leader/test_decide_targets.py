@@ -10,8 +10,8 @@ import pytest
 from perseus_plugin.iteration.timetable import Follow, FullClock
 from perseus_plugin.leader import aiming
 from perseus_plugin.leader.aiming import power_w
-from perseus_plugin.leader.decide import Answered, Drew, Due, Runs, Situated, Targeted, Troubled, Turned, Watched
 from perseus_plugin.leader.effects import Ask, Order, Record, Say
+from perseus_plugin.leader.observed import Answered, Drew, Due, Runs, Situated, Targeted, Troubled, Turned, Watched
 from perseus_plugin.leader.state import Phase
 from perseus_plugin.leader.target_book import EVERYONE, Entry, Goal, Standing
 from perseus_plugin.planning.power.budget import PowerBudget

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from perseus_plugin.leader.decide import Troubled, Turned
+from perseus_plugin.leader.observed import Troubled, Turned
 from perseus_plugin.leader.target_book import Goal
 from perseus_plugin.leader.target_figures import WISHES, target_figures
 from perseus_plugin.planning.power.budget import NodeOverhead, Peaks, PowerBudget

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from perseus_plugin.config import PrometheusConfig
 from perseus_plugin.exchange.messages import Totals
-from perseus_plugin.leader.decide import Situated
 from perseus_plugin.leader.effects import Show
+from perseus_plugin.leader.observed import Situated
 from perseus_plugin.leader.target_figures import target_figures
 from perseus_plugin.reporting.live.comparison import Compared, Effect
 from perseus_plugin.reporting.live.power import Drawn

@@ -26,7 +26,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "InterleavedZeroBubble-pp4": (4, ("--schedule", "InterleavedZeroBubble", "--microbatches", "4")),
     "ZBVZeroBubble-pp4": (4, ("--schedule", "ZBVZeroBubble", "--microbatches", "4")),
     "DualPipeV-pp4": (4, ("--schedule", "DualPipeV")),
-    "1F1B-pp2-fsdp2": (4, ("--shards", "2")),
+    "1F1B-pp2-fsdp2": (4, ("--shards", "2", "--microbatches", "4")),
     "1F1B-accumulation": (2, ("--accumulate", "2", "--microbatches", "4")),
 }
 # Plans for graphs of this size with limits on clock changes take seconds of a core, which four ranks leave to nobody.
@@ -51,7 +51,7 @@ def test_training_is_bit_identical_and_the_plan_is_followed(case: str, tmp_path:
     ranks, arguments = CASES[case]
     stages = ranks // 2 if "fsdp" in case else ranks
     file = tmp_path / "perseus.json"
-    file.write_text(json.dumps(perseus_block(tmp_path / "out", stages, **(NO_LIMITS if stages == 4 else {}))))
+    file.write_text(json.dumps(perseus_block(tmp_path / "out", stages, **(NO_LIMITS if ranks == 4 else {}))))
     done = run(
         ranks,
         tmp_path,

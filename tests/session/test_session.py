@@ -723,6 +723,9 @@ def test_a_session_that_cannot_be_built_leaves_nothing_running(
     ended: list[str] = []
 
     class Planner:
+        def __init__(self, wake: Callable[[], None]) -> None:
+            pass
+
         def close(self) -> None:
             ended.append("planner")
 

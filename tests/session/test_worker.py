@@ -450,7 +450,8 @@ def test_iterations_are_counted_by_sort(ranks: Ranks) -> None:
     rank.iterate(4, directive=Follow(1))
     assert came_true(lambda: stats_of(rank).hooked_iterations == 16)
     totals = stats_of(rank).totals
-    assert {sort: total.iterations for sort, total in totals.items()} == {"profiling": 9, "full_clock": 4, "plan": 4}
+    expected = {"profiling": 9, "full_clock": 4, "plan": 4, "under_plans": 4, "every": 16}
+    assert {sort: total.iterations for sort, total in totals.items()} == expected
     for total in totals.values():
         assert total.time_s == pytest.approx(0.036 * total.iterations)
         assert total.energy_j == pytest.approx(9.0 * total.iterations)
@@ -679,7 +680,9 @@ def test_references_are_counted_apart_and_told(ranks: Ranks) -> None:
     references = sum(is_reference(offset, share) for offset in range(60))
     assert {sort: totals.iterations for sort, totals in stats_of(rank).totals.items()} == {
         "plan": 60 - references,
+        "under_plans": 60 - references,
         "reference": references,
+        "every": 60,
     }
     told = receive(RankWindows, rank.fetch(windows_key(1)))
     assert told.replica == 0

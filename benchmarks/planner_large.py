@@ -47,7 +47,8 @@ def main() -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         graph = build_graph(one_f_one_b(stages, microbatches))
         graph_s = time.perf_counter() - wall
-        plan = Planner(graph, chosen, blocking_power_w=83.64).plan(Target.slowdown(arguments.slowdown))
+        planner = Planner(graph, chosen, blocking_power_w=83.64)
+        plan = planner.to_plan(planner.solve(Target.slowdown(arguments.slowdown), search=False))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
         print(

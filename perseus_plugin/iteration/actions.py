@@ -256,15 +256,25 @@ def _channel(sender: int, action: Action) -> str:
     return str(Action(sender, "SEND_F" if action.type.endswith("F") else "SEND_B", action.microbatch))
 
 
-def check_size(stages: int, microbatches: int) -> None:
+MOST_PASSES = 500_000
+"""Forward passes of all stages in one iteration: some fifty times those of the largest jobs."""
+
+
+def check_size(stages: int, microbatches: int, chunks: int = 1) -> None:
     """Refuse what no schedule has.
 
     Raises:
-        ScheduleError: fewer than one stage or microbatch.
+        ScheduleError: fewer than one stage or microbatch, or more of them than anything here could hold.
     """
     for name, value in (("stages", stages), ("microbatches", microbatches)):
         if value < 1:
             raise ScheduleError(f"{name}: got {value}; allowed: a whole number from 1")
+    if stages * microbatches * chunks > MOST_PASSES:
+        each = f"{chunks} chunks, " if chunks > 1 else ""
+        raise ScheduleError(
+            f"schedule: got {stages} stages, {each}{microbatches} microbatches; allowed: at most {MOST_PASSES:,} "
+            "forward passes in an iteration"
+        )
 
 
 def pytorch_1f1b(stages: int, microbatches: int) -> list[StageStream]:
@@ -273,7 +283,8 @@ def pytorch_1f1b(stages: int, microbatches: int) -> list[StageStream]:
     Raises:
         ScheduleError: fewer microbatches than stages, or none.
     """
-    if not 1 <= stages <= microbatches:
+    check_size(stages, microbatches)
+    if stages > microbatches:
         raise ScheduleError(
             f"PyTorch's 1F1B: got {stages} stages, {microbatches} microbatches; allowed: at least as many microbatches"
         )

@@ -115,7 +115,7 @@ def interleaved_1f1b(stages: int, microbatches: int, chunks: int = 2) -> list[St
     Raises:
         ScheduleError: for fewer than two stages, fewer than one chunk, or microbatches that are no multiple of stages.
     """
-    check_size(stages, microbatches)
+    check_size(stages, microbatches, max(1, chunks))
     if stages < 2 or chunks < 1 or microbatches % stages:
         raise ScheduleError(
             f"interleaved 1F1B: got {stages} stages, {chunks} chunks, {microbatches} microbatches; "

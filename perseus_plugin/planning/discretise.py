@@ -10,7 +10,7 @@ import numpy as np
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import FloatArray
 from perseus_plugin.planning.few_changes.limits import keep_limits, violated
-from perseus_plugin.planning.improve import NORMAL, SMALL, THOROUGH, improve, search_whole
+from perseus_plugin.planning.improve import NORMAL, QUICK, SMALL, THOROUGH, improve, search_whole
 from perseus_plugin.planning.options import Assignment, PlanningProblem
 from perseus_plugin.planning.relaxation import Relaxed
 from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
@@ -18,7 +18,9 @@ from perseus_plugin.planning.targets import ChangeLimits, Effort
 from perseus_plugin.planning.waiting import Waits
 from perseus_plugin.planning.work import BRAKE_S, Work
 
-_WORK = {"normal": 5.5, "thorough": 100.0}
+_PASSES = {"quick": QUICK, "normal": NORMAL, "thorough": THOROUGH}
+WORK: dict[Effort, float] = {"quick": 0.7, "normal": 5.5, "thorough": 100.0}
+"""What a search in windows may do, in units of `planning.work`; one of a small job as a whole may do half of that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +72,13 @@ class Discretiser:
         effort: Effort,
         work: Work | None = None,
         waits_until_s: float | None = None,
+        *,
+        search: bool = True,
     ) -> Solution:
-        """Clocks for a relaxation's optimum, as `plan` finds them; what is done is added to `work`."""
+        """Clocks for a relaxation's optimum, as `plan` finds them; what is done is added to `work`.
+
+        Without `search` they are rounded, which takes milliseconds.
+        """
         problem, deadline_s = self.problem, relaxed.deadline_s
         work = work or Work(BRAKE_S[effort], self._clock)
 
@@ -86,12 +93,13 @@ class Discretiser:
         found = [priced(problem.assignment(choice)) for choice in choices]
         best = min(range(len(choices)), key=lambda k: found[k].energy_j)
         choice, solution = choices[best], found[best]
-        if effort != "quick" and not violated(problem, solution.assignment, limits):
-            passes = NORMAL if effort == "normal" else THOROUGH
-            choice = improve(problem, relaxed, choice, passes, work, _WORK[effort])
-            if len(problem.instruction_nodes) <= SMALL:
+        if search and not violated(problem, solution.assignment, limits):
+            small = len(problem.instruction_nodes) <= SMALL
+            if effort != "quick" or not small:
+                choice = improve(problem, relaxed, choice, _PASSES[effort], work, WORK[effort])
+            if small:
                 end_price_w = problem.total_blocking_w if waits_until_s is None else 0.0
-                choice = search_whole(problem, relaxed, choice, allowed_s, end_price_w, work, _WORK[effort] / 2)
+                choice = search_whole(problem, relaxed, choice, allowed_s, end_price_w, work, WORK[effort] / 2)
             # The searches price all waits alike.
             solution = min(solution, priced(problem.assignment(choice)), key=lambda one: one.energy_j)
         try:

@@ -97,7 +97,7 @@ def make_frontier(
         planner: the job.
         tolerance: the bound curve is to be known everywhere to within this share of it.
         limits: on clock changes of the plans; the bound is that without limits.
-        effort: spent on each sample's plan.
+        effort: spent on each sample's plan; quick is rounding alone, as there are many.
         progress: called after each sample with their number and the share to which the curve is known by now.
 
     Raises:
@@ -117,7 +117,9 @@ def make_frontier(
     failure: PlanError | None = None
     for relaxed, slope_w in curve.samples:
         try:
-            solution = planner.discretise(relaxed, relaxed.deadline_s, limits or ChangeLimits(), effort)
+            solution = planner.discretise(
+                relaxed, relaxed.deadline_s, limits or ChangeLimits(), effort, search=effort != "quick"
+            )
         except PlanError as error:
             failure = error  # so short an iteration may need more changes than are allowed
             continue

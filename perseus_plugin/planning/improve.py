@@ -49,6 +49,7 @@ NORMAL = _passes(
     (96, 0.25, 0.2, 0.02, True),
     (64, 0.75, 0.2, 0.03, True),
 )
+QUICK = NORMAL[:1]
 THOROUGH = _passes(
     (64, 0.0, 0.2, 0.02, True),
     (64, 0.5, 0.2, 0.02, True),
@@ -62,6 +63,8 @@ THOROUGH = _passes(
 
 # Making what was found meet the deadline, per level of the graph.
 _TAKE_LEVEL = 20e-6
+
+_ROUNDED = 6e-5  # share of a budget by which a window's costs may be off
 
 # A job of at most so many instructions is also searched as a whole.
 SMALL = 64
@@ -129,6 +132,34 @@ def search_whole(
     found, _ = solve_window(problem, choice, allowed_s, nodes, regret_j, limits, work, end_price_w)
     found = _repaired(problem, found, allowed_s)
     return found if cost_j(found) < now_j else choice
+
+
+def fastest_whole(
+    problem: PlanningProblem, relaxed: Relaxed, choice: IntArray, budget_j: float, work: Work, most: float
+) -> IntArray:
+    """Search a small job for the shortest iteration that keeps a budget; never returns a longer one.
+
+    Args:
+        problem: graph and options; at most `SMALL` instructions are worth it.
+        relaxed: the relaxation's optimum for the time that `choice` takes.
+        choice: shape (nodes,), keeps the budget.
+        budget_j: of energy, blocking power until the end included.
+        work: what is done is added to it.
+        most: CP-SAT's deterministic time.
+    """
+    blocking_w = problem.total_blocking_w
+    now_s = problem.graph.iteration_time_s(problem.durations(choice))
+    # A shorter iteration takes no more than the budget and blocking power until now.
+    gap_j = budget_j + blocking_w * (now_s - problem.shortest_s) - relaxed.bound_j
+    limits = WindowLimits(most, max(gap_j / problem.mean_energy_j, NORMAL[0].limits.max_regret))
+    regret_j, nodes = regrets(problem, relaxed.instruction_price_w), np.arange(len(problem.graph))
+    # Those that may keep the budget, then those that should, then those that surely do.
+    for within_j in (budget_j * (1 + _ROUNDED), budget_j, budget_j * (1 - _ROUNDED)):
+        found, _ = solve_window(problem, choice, now_s, nodes, regret_j, limits, work, blocking_w, within_j)
+        end_s = problem.graph.iteration_time_s(problem.durations(found))
+        if problem.effective_energy_j(found) + blocking_w * end_s <= budget_j and end_s < now_s:
+            return found
+    return choice
 
 
 def _repaired(problem: PlanningProblem, found: IntArray, deadline_s: float) -> IntArray:

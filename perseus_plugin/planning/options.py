@@ -179,6 +179,15 @@ class PlanningProblem:
         """Sum of the instructions' effective energies."""
         return float(self.option_table[1][self.class_of, choice].sum())
 
+    def choice(self, assignment: Assignment) -> IntArray:
+        """For every instruction the option that takes no longer, and no more energy, than an assignment's clock."""
+        choice = np.zeros(len(self.graph), dtype=np.int64)
+        for k, options in enumerate(self.classes):
+            nodes = self.class_of == k
+            latest = np.searchsorted(options.time_s, assignment.duration_s[nodes], side="right") - 1
+            choice[nodes] = np.maximum(latest, 0)
+        return choice
+
     def assignment(self, choice: IntArray) -> Assignment:
         """The clocks behind `choice`."""
         frequency = np.zeros(len(self.graph), dtype=np.int64)

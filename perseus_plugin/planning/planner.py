@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import PipelineGraph
-from perseus_plugin.planning.discretise import Discretiser, Solution
+from perseus_plugin.planning.discretise import WORK, Discretiser, Solution
+from perseus_plugin.planning.few_changes.limits import violated
+from perseus_plugin.planning.improve import SMALL, fastest_whole
 from perseus_plugin.planning.options import PlanningProblem, build_problem
 from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.power.fastest import Fastest, fastest_within
-from perseus_plugin.planning.relaxation import Relaxation
-from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
+from perseus_plugin.planning.relaxation import Relaxation, Relaxed
+from perseus_plugin.planning.targets import EFFORTS, ChangeLimits, Effort, Target
 from perseus_plugin.planning.work import BRAKE_S, Work
 from perseus_plugin.profiling.profile import Profile
 
@@ -21,6 +25,10 @@ __all__ = ["ChangeLimits", "Effort", "Planner", "Solution", "Target", "make_plan
 
 _BUDGET_STEPS = 12
 _FAR = 0.005  # share above the bound from which a plan for less time may be the better one
+_SHORTER = (0.0025, 0.005, 0.01, 0.02)  # such times are shorter by so much; or that of full clocks
+_MANY = 4096  # instructions from which only that is tried
+_MORE_EFFORT = (1.0, 0.5, 0.25)  # of the way from the shortest iteration that a budget may allow to what was found
+_SHORTEST_TO = 1e-3  # share of the time to which that is known
 _SAME = 1e-9
 
 
@@ -51,10 +59,34 @@ class Planner(Discretiser):
         switch_latency_s: float | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        super().__init__(build_problem(graph, profile, blocking_power_w, full_clock_only), switch_latency_s, clock)
+        problem = build_problem(graph, profile, blocking_power_w, full_clock_only)
+        self._begin(problem, schedule, switch_latency_s, clock)
+
+    @classmethod
+    def of(
+        cls,
+        problem: PlanningProblem,
+        schedule: str = "custom",
+        switch_latency_s: float | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> Planner:
+        """For graph and options that have been joined already."""
+        planner = cls.__new__(cls)
+        planner._begin(problem, schedule, switch_latency_s, clock)
+        return planner
+
+    def _begin(
+        self,
+        problem: PlanningProblem,
+        schedule: str,
+        switch_latency_s: float | None,
+        clock: Callable[[], float] | None,
+    ) -> None:
+        super().__init__(problem, switch_latency_s, clock)
         self._found: list[Solution] = []
+        self._relaxations: dict[float, Relaxed] = {}
         self.schedule = schedule
-        self.relaxation = Relaxation.sized(self.problem)
+        self.relaxation = Relaxation.sized(problem)
 
     def plan(self, target: Target, limits: ChangeLimits | None = None, effort: Effort = "quick") -> Plan:
         """Choose a clock for every instruction.
@@ -67,36 +99,71 @@ class Planner(Discretiser):
             return replace(self.plan_of(found.solution), power=found.planned(target.budget))
         return self.to_plan(self.solve(target, limits, effort))
 
-    def solve(self, target: Target, limits: ChangeLimits | None = None, effort: Effort = "quick") -> Solution:
-        """As `plan`, in the planner's own terms."""
-        problem = self.problem
+    def solve(
+        self, target: Target, limits: ChangeLimits | None = None, effort: Effort = "quick", *, search: bool = True
+    ) -> Solution:
+        """As `plan`, in the planner's own terms; never worse for a higher effort than for a lower one.
+
+        Without `search` clocks are only rounded, which takes milliseconds.
+        """
         limits = limits or ChangeLimits()
-        work = Work(BRAKE_S[effort], self._clock)
+        if target.budget is not None:
+            return self.fastest_within(target.budget, limits, effort).solution
+        found: list[Solution] = []
+        for spent in EFFORTS[: EFFORTS.index(effort) + 1]:
+            try:
+                found.append(self._solve(target, limits, spent, Work(BRAKE_S[spent], self._clock), search))
+            except PlanError:
+                if spent == effort and not found:
+                    raise
+        best = min(found, key=lambda one: self._cost(target, one))
+        return replace(best, cut_short=any(one.cut_short for one in found))
+
+    def _cost(self, target: Target, solution: Solution) -> tuple[float, ...]:
+        """What a target is to have least of."""
+        if target.kind == "energy_budget":
+            return solution.iteration_time_s, solution.energy_j
+        besides_w = 0.0 if target.prices is None else target.prices.gpu_w * self.problem.graph.stages
+        return (solution.energy_j + besides_w * solution.iteration_time_s,)
+
+    def _solve(self, target: Target, limits: ChangeLimits, effort: Effort, work: Work, search: bool) -> Solution:
+        full_s = self.problem.full_clock_time_s
         match target.kind:
             case "slowdown":
-                found = self._by_deadline(problem.full_clock_time_s * (1 + target.value), limits, effort, work)
+                found = self._by_deadline(full_s * (1 + target.value), limits, effort, work, search)
             case "deadline":
-                found = self._by_deadline(target.value, limits, effort, work)
+                found = self._by_deadline(target.value, limits, effort, work, search)
             case "straggler":
-                relaxed = self.relaxation.solve(target.value)
-                found = self.discretise(relaxed, target.value, limits, effort, work, waits_until_s=target.value)
-                found = self._at_full_clock_time(found, effort, work)
+                until_s = target.value
+                found = self._near(self._relaxed(until_s), until_s, limits, effort, work, search, waits_until_s=until_s)
             case "cheapest":
-                relaxed = self.relaxation.cheapest()
-                found = self.discretise(relaxed, relaxed.deadline_s, limits, effort, work)
+                found = self._cheapest(limits, effort, work, search)
             case "energy_budget":
-                return self._by_budget(target.value, limits, effort, work)
+                return self._by_budget(target.value, limits, effort, work, search)
             case "money":
                 assert target.prices is not None  # a target of money has them
-                relaxed = self.relaxation.cheapest(besides_w=target.prices.gpu_w * problem.graph.stages)
-                found = self.discretise(relaxed, relaxed.deadline_s, limits, effort, work)
-            case "full":
-                relaxed = self.relaxation.solve(problem.full_clock_time_s)
-                return self.priced(relaxed, problem.full_clocks, problem.full_clock_time_s, limits)
-            case "power_budget":
-                assert target.budget is not None  # a target of power has one
-                return self.fastest_within(target.budget, limits, effort).solution
+                found = self._dearer(target.prices.gpu_w)._cheapest(limits, effort, work, search)
+                end_s = found.iteration_time_s
+                relaxed = self._relaxed(max(end_s, self.relaxation.shortest_s))
+                cut_short = found.cut_short
+                found = replace(self.priced(relaxed, found.assignment, end_s, limits), cut_short=cut_short)
+            case _:
+                return self.priced(self._relaxed(full_s), self.problem.full_clocks, full_s, limits)
         return self.best_known(found)
+
+    def _relaxed(self, deadline_s: float) -> Relaxed:
+        if deadline_s not in self._relaxations:
+            self._relaxations[deadline_s] = self.relaxation.solve(deadline_s)
+        return self._relaxations[deadline_s]
+
+    @cached_property
+    def _energy_minimum(self) -> Relaxed:
+        return self.relaxation.cheapest()
+
+    def _dearer(self, besides_w: float) -> Planner:
+        """The same job where every second of a GPU costs that much more, whatever it does."""
+        problem = replace(self.problem, blocking_power_w=self.problem.blocking_power_w + besides_w)
+        return Planner.of(problem, self.schedule, self.switch_latency_s, self._clock)
 
     def fastest_within(self, budget: PowerBudget, limits: ChangeLimits, effort: Effort = "quick") -> Fastest:
         """The shortest iteration found that keeps a power budget, with all that it promises.
@@ -121,61 +188,120 @@ class Planner(Discretiser):
             self._found.append(found)
         return best
 
-    def _at_full_clock_time(self, found: Solution, effort: Effort, work: Work) -> Solution:
-        """Where a plan is far above its bound, that for the time of full clocks, if it is better."""
-        shorter_s = self.problem.full_clock_time_s
-        if found.energy_j <= found.relaxed.bound_j * (1 + _FAR) or found.allowed_s <= shorter_s * (1 + _SAME):
-            return found
-        try:
-            relaxed = self.relaxation.solve(shorter_s)
-            shorter = self.discretise(relaxed, shorter_s, found.limits, effort, work)
-        except PlanError:  # so short an iteration may need more changes than are allowed
-            return replace(found, cut_short=work.cut_short)
-        shorter = self.priced(found.relaxed, shorter.assignment, found.allowed_s, found.limits, found.waits_until_s)
-        return replace(min(found, shorter, key=lambda one: one.energy_j), cut_short=work.cut_short)
+    def _near(
+        self,
+        relaxed: Relaxed,
+        allowed_s: float,
+        limits: ChangeLimits,
+        effort: Effort,
+        work: Work,
+        search: bool,
+        waits_until_s: float | None = None,
+    ) -> Solution:
+        """The best for a deadline; where that is far above its bound, of those for somewhat shorter ones too."""
 
-    def _by_deadline(self, deadline_s: float, limits: ChangeLimits, effort: Effort, work: Work) -> Solution:
-        relaxed = self.relaxation.solve(deadline_s)
+        def at(shorter: Relaxed, search: bool) -> Solution:
+            found = self.discretise(shorter, shorter.deadline_s, limits, effort, work, search=search)
+            return self.priced(relaxed, found.assignment, allowed_s, limits, waits_until_s)
+
+        best = self.discretise(relaxed, allowed_s, limits, effort, work, waits_until_s, search=search)
+        full_s, size = self.problem.full_clock_time_s, len(self.problem.instruction_nodes)
+        if best.energy_j <= relaxed.bound_j * (1 + _FAR) or relaxed.deadline_s <= full_s * (1 + _SAME):
+            return best
+        tried_s = [relaxed.deadline_s * (1 - share) for share in _SHORTER if SMALL < size <= _MANY]
+        found = dict[int, tuple[Solution, Relaxed]]()
+        for number, shorter_s in enumerate([full_s, *(one for one in tried_s if one > full_s)]):
+            with suppress(PlanError):  # so short an iteration may need more changes than are allowed
+                shorter = self._relaxed(shorter_s)
+                found[number] = at(shorter, False), shorter
+        if found:
+            nearest, shorter = min(found.values(), key=lambda one: one[0].energy_j)
+            with suppress(PlanError):
+                best = min([best, nearest, *([at(shorter, True)] if search else [])], key=lambda one: one.energy_j)
+        return replace(best, cut_short=work.cut_short)
+
+    def _by_deadline(
+        self, deadline_s: float, limits: ChangeLimits, effort: Effort, work: Work, search: bool
+    ) -> Solution:
+        relaxed = self._relaxed(deadline_s)
         if relaxed.price_w < self.problem.total_blocking_w:
             relaxed = self.relaxation.cheapest(at_most_s=deadline_s)
-        found = self.discretise(relaxed, deadline_s, limits, effort, work)
-        return self._at_full_clock_time(found, effort, work)
+        return self._near(relaxed, deadline_s, limits, effort, work, search)
 
-    def _by_budget(self, budget_j: float, limits: ChangeLimits, effort: Effort, work: Work) -> Solution:
-        """Close in on the shortest deadline whose quick plan keeps the budget; then the effort that was asked for."""
-        cheapest = self.relaxation.cheapest()
-        best = self.discretise(cheapest, cheapest.deadline_s, limits, "quick", work)
-        if best.energy_j > budget_j and effort != "quick":
-            best = self.discretise(cheapest, cheapest.deadline_s, limits, effort, work)
-        if best.energy_j > budget_j:
+    def _cheapest(self, limits: ChangeLimits, effort: Effort, work: Work, search: bool) -> Solution:
+        """As for a deadline that leaves all the time that can be of use; allowed is what it takes of that."""
+        relaxed, full_s = self._energy_minimum, self.problem.full_clock_time_s
+        found = self._near(relaxed, max(self.relaxation.longest_s, full_s), limits, effort, work, search)
+        found = min(found, self.full_clocks(found), key=lambda one: one.energy_j)
+        return replace(found, allowed_s=max(relaxed.deadline_s, found.iteration_time_s))
+
+    def _by_budget(self, budget_j: float, limits: ChangeLimits, effort: Effort, work: Work, search: bool) -> Solution:
+        """Close in on the shortest deadline whose rounded plan keeps the budget; then the effort that was asked for."""
+        high = self._cheapest(limits, "quick", work, search=False)
+        if high.energy_j > budget_j and search:
+            high = self._cheapest(limits, effort, work, search)
+        if high.energy_j > budget_j:
             raise PlanError(
-                f"energy budget: got {budget_j:.3f} J; the cheapest plan found takes {best.energy_j:.3f} J "
-                f"(no plan takes less than {cheapest.bound_j:.3f} J)"
+                f"energy budget: got {budget_j:.3f} J; the cheapest plan found takes {high.energy_j:.3f} J "
+                f"(no plan takes less than {high.relaxed.bound_j:.3f} J)"
             )
-        low, high = self.relaxation.shortest_s, best
-        at_low = self.discretise(self.relaxation.solve(low), low, limits, "quick", work)
+
+        def rounded(deadline_s: float) -> Solution:
+            return self.discretise(self._relaxed(deadline_s), deadline_s, limits, "quick", work, search=False)
+
+        low = self.relaxation.shortest_s
+        at_low = rounded(low)
         if at_low.energy_j <= budget_j:
-            return self._with_effort(at_low, limits, effort, work)
+            high = at_low
         low_energy = at_low.energy_j
         for step in range(_BUDGET_STEPS):
+            if high.relaxed.deadline_s - low < 1e-4 * low:
+                break
             # Regula falsi on a convex curve creeps along one side; every other step halves the bracket instead.
             share = (low_energy - budget_j) / max(low_energy - high.energy_j, 1e-12) if step % 2 else 0.5
             middle = low + (high.relaxed.deadline_s - low) * min(max(share, 0.02), 0.98)
-            found = self.discretise(self.relaxation.solve(middle), middle, limits, "quick", work)
+            found = rounded(middle)
             if found.energy_j <= budget_j:
                 high = found
             else:
                 low, low_energy = middle, found.energy_j
-            if high.relaxed.deadline_s - low < 1e-4 * low:
-                break
-        return self._with_effort(high, limits, effort, work)
+        if search:
+            high = self._shorter(high, budget_j, effort, work)
+        return replace(high, cut_short=work.cut_short)
 
-    def _with_effort(self, quick: Solution, limits: ChangeLimits, effort: Effort, work: Work) -> Solution:
-        """The same deadline with more effort, if that is better."""
-        if effort == "quick":
-            return replace(quick, cut_short=work.cut_short)
-        more = self.discretise(quick.relaxed, quick.allowed_s, limits, effort, work)
-        return replace(min(quick, more, key=lambda solution: solution.energy_j), cut_short=work.cut_short)
+    def _shorter(self, kept: Solution, budget_j: float, effort: Effort, work: Work) -> Solution:
+        """A shorter iteration within an energy budget, as what more effort saves allows for; or what there is."""
+        problem, limits = self.problem, kept.limits
+        found = [kept]
+        if len(problem.instruction_nodes) <= SMALL and not violated(problem, kept.assignment, limits):
+            choice = problem.choice(kept.assignment)
+            relaxed = self._relaxed(max(kept.iteration_time_s, self.relaxation.shortest_s))
+            choice = fastest_whole(problem, relaxed, choice, budget_j, work, WORK[effort] / 2)
+            assignment = problem.assignment(choice)
+            if not violated(problem, assignment, limits):
+                end_s = problem.graph.iteration_time_s(assignment.duration_s)
+                relaxed = self._relaxed(max(end_s, self.relaxation.shortest_s))
+                found.append(self.priced(relaxed, assignment, end_s, limits))
+        else:
+            allowed_s, low_s = kept.relaxed.deadline_s, self._deadline_of(budget_j, kept.relaxed.deadline_s)
+            for share in _MORE_EFFORT:
+                deadline_s = low_s + share * (allowed_s - low_s)
+                with suppress(PlanError):
+                    relaxed = self._relaxed(deadline_s)
+                    found.append(self.discretise(relaxed, deadline_s, limits, effort, work))
+        kept_ones = [one for one in found if one.energy_j <= budget_j]
+        return min(kept_ones, key=lambda one: (one.iteration_time_s, one.energy_j))
+
+    def _deadline_of(self, budget_j: float, longest_s: float) -> float:
+        """The deadline, to a ten-thousandth, below which not even the bound keeps an energy budget."""
+        low, high = self.relaxation.shortest_s, longest_s
+        while high - low > _SHORTEST_TO * low:
+            middle = (low + high) / 2
+            if self._relaxed(middle).bound_j <= budget_j:
+                high = middle
+            else:
+                low = middle
+        return high
 
     def to_plan(self, solution: Solution) -> Plan:
         """The plan of a solution; full clocks, with waits at lower ones, instead where that is no worse."""

@@ -302,7 +302,8 @@ def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Sample
     only_waits = exact.plan_of(exact.full_clocks(found))
 
     def plan_with(margin: float) -> Plan:
-        return plan_for(replace(request, margin=margin, effort="quick"))
+        planner = planner_for(replace(request, margin=margin))
+        return planner.to_plan(planner.solve(request.target, limits_of(request), "quick", search=False))
 
     def refined(margin: float) -> Plan:
         return plan_for(replace(request, margin=margin))
@@ -315,7 +316,7 @@ def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Sample
         margins_from(request.margin),
         catches_up=request.catch_up,
         latency_s=latency_s,
-        refined=None if request.effort == "quick" else refined,
+        refined=refined,
         only_waits=only_waits if only_waits.waits else None,
     )
 

@@ -179,7 +179,8 @@ class Relaxation:
         self.owner = np.concatenate([*owners, np.arange(len(graph))])
         self.finite_arcs = len(finite)
         # More flow than all finite arcs together carry would have to run through unlimited arcs alone.
-        self.blocking_units = math.ceil(self.problem.total_blocking_w / self.power_unit_w)
+        # No iteration becomes shorter than with all that finite arcs together carry.
+        self.blocking_units = min(math.ceil(self.problem.total_blocking_w / self.power_unit_w), int(finite.sum()) + 1)
         unlimited = len(graph) + len(events.edge)
         most = int(finite.sum()) + self.blocking_units + 1
         self.capacity = np.concatenate([finite, np.full(unlimited, most, dtype=np.int64)])
@@ -210,25 +211,20 @@ class Relaxation:
         slowest = np.where(self.free, self.problem.slowest_s, self.least_s)
         return self.problem.graph.iteration_time_s(slowest)
 
-    def cheapest(self, at_most_s: float = math.inf, besides_w: float = 0.0) -> Relaxed:
+    def cheapest(self, at_most_s: float = math.inf) -> Relaxed:
         """Least energy at any iteration time, blocking power until its end; `deadline_s` is that end.
 
         Args:
             at_most_s: a deadline that is known not to be shorter than the cheapest iteration.
-            besides_w: what every second costs beside, in watts; the bound is that of energy alone.
         """
         longest = self.longest_s
         network = self._network(longest, sink_is_free=True)
-        # More than all finite arcs together carry makes no iteration shorter.
-        besides = min(math.ceil(besides_w / self.power_unit_w), int(self.capacity[: self.finite_arcs].sum()))
-        flow = self._flow(network, self.blocking_units + besides)
+        flow = self._flow(network, self.blocking_units)
         found = self._result(network, flow, longest, blocking_w=self.problem.total_blocking_w)
         # Rounded event times may be early by a unit per step of the longest path; the optimum is flat there.
         rounding_s = len(self.problem.graph.level_start) * self.time_unit_s
         end = max(float(found.latest_finish_s.max()) + rounding_s, self.shortest_s)
         times = self.solve(min(end, longest, at_most_s))
-        if besides_w:
-            return times
         return replace(times, bound_j=found.bound_j, instruction_price_w=found.instruction_price_w)
 
     def _network(self, deadline_s: float, sink_is_free: bool = False) -> _Network:

@@ -16,8 +16,8 @@ TIME_UNIT_S = 1e-7
 _BUILD, _BUILD_NODE = 1e-3, 8e-5  # units of work
 _ENERGY_STEPS = 100_000
 # An iteration's end is priced in watts times 0.1 us, far below a step of energy: such a model counts finer steps.
-_END_PRICE_STEPS = 100
-_MOST_STEPS = 1e10  # sums of costs stay far below 64 bits
+_END_PRICE_STEPS, _BUDGET_STEPS = 100, 10_000
+_MOST_STEPS = 1e13  # sums of costs stay far below 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ def solve_window(
     limits: WindowLimits,
     work: Work,
     end_price_w: float = 0.0,
+    budget_j: float | None = None,
 ) -> tuple[IntArray, bool]:
     """The best options found for `nodes`, the rest running as early (before them) or as late (after them) as they can.
 
@@ -69,11 +70,13 @@ def solve_window(
         limits: on the search.
         work: what is done is added to it.
         end_price_w: what every second until the last of `nodes` ends costs; only for a window of all nodes.
+        budget_j: look for the soonest end at which all that is priced takes no more than this; None: for what takes
+            least. Only for a window of all nodes; costs are rounded to steps, so the caller checks what was found.
 
     Returns:
         A choice, and whether it was proven the best for this window.
     """
-    model = _Window(problem, choice, deadline_s, nodes, regret_j, limits.max_regret, end_price_w)
+    model = _Window(problem, choice, deadline_s, nodes, regret_j, limits.max_regret, end_price_w, budget_j)
     if not model.options:
         return choice, True
     solver = cp_model.CpSolver()
@@ -104,6 +107,7 @@ class _Window:
         regret_j: FloatArray,
         max_regret: float,
         end_price_w: float,
+        budget_j: float | None,
     ) -> None:
         self.model = cp_model.CpModel()
         self.options: dict[int, list[tuple[int, cp_model.IntVar]]] = {}
@@ -117,21 +121,30 @@ class _Window:
         if end_price_w:
             # A unit of time shall cost at least so many steps that rounding the price does not matter.
             per_step = end_price_w * TIME_UNIT_S / problem.mean_energy_j
-            enough = _END_PRICE_STEPS / max(per_step, _END_PRICE_STEPS / _MOST_STEPS)
+            least = _END_PRICE_STEPS if budget_j is None else _BUDGET_STEPS
+            enough = least / max(per_step, least / _MOST_STEPS)
             self.steps = max(self.steps, math.ceil(enough))
         self.lengths: dict[int, cp_model.LinearExpr | int] = {}
         self.costs: list[cp_model.LinearExpr] = []
+        self.base_j = 0.0
+        whole = end_price_w > 0 or budget_j is not None
         allowed = regret_j[nodes] <= max_regret * problem.mean_energy_j
         allowed &= np.isfinite(regret_j[nodes])
         allowed[np.arange(len(nodes)), choice[nodes]] = True
         # A node with one option and no slack is a wall, not a variable, unless the end itself may move.
-        movable = (allowed.sum(axis=1) > 1) | (self.latest[nodes] - self.finish[nodes] > 0) | (end_price_w > 0)
+        movable = (allowed.sum(axis=1) > 1) | (self.latest[nodes] - self.finish[nodes] > 0) | whole
         for node, row in zip(nodes[movable].tolist(), allowed[movable], strict=True):
             self._add_options(node, np.flatnonzero(row), int(choice[node]))
         starts = self._add_precedence()
-        if end_price_w:
-            self._price_end(starts, end_price_w)
-        self.model.minimize(cp_model.LinearExpr.sum(self.costs))
+        if whole:
+            end = self._add_end(starts)
+            self.costs.append(end * round(end_price_w * TIME_UNIT_S / problem.mean_energy_j * self.steps))
+        if budget_j is None:
+            self.model.minimize(cp_model.LinearExpr.sum(self.costs))
+        else:
+            most = math.floor((budget_j - self.base_j) / problem.mean_energy_j * self.steps)
+            self.model.add(cp_model.LinearExpr.sum(self.costs) <= most)
+            self.model.minimize(end)
 
     def _add_options(self, node: int, ids: IntArray, now: int) -> None:
         """One literal per option, or a fixed length for a constant-time node."""
@@ -142,6 +155,7 @@ class _Window:
         times, energies = self.problem.option_table
         length = np.rint(times[k, ids] / TIME_UNIT_S).astype(np.int64).tolist()
         cost = np.rint((energies[k, ids] - energies[k, ids].min()) / self.problem.mean_energy_j * self.steps)
+        self.base_j += float(energies[k, ids].min())
         literals = [self.model.new_bool_var("") for _ in ids]
         self.model.add_exactly_one(literals)
         for option, literal in zip(ids.tolist(), literals, strict=True):
@@ -169,8 +183,8 @@ class _Window:
             self.model.add(start + self.lengths[node] <= int(last))
         return starts
 
-    def _price_end(self, starts: dict[int, cp_model.IntVar], price_w: float) -> None:
+    def _add_end(self, starts: dict[int, cp_model.IntVar]) -> cp_model.IntVar:
         end = self.model.new_int_var(0, int(self.end), "")
         for node, start in starts.items():
             self.model.add(start + self.lengths[node] <= end)
-        self.costs.append(end * round(price_w * TIME_UNIT_S / self.problem.mean_energy_j * self.steps))
+        return end

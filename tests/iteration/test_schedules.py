@@ -59,6 +59,14 @@ def test_interleaved_runs_every_chunk_of_every_microbatch_once_and_shortens_the_
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
+def test_an_absurd_size_is_refused_at_once(name: str) -> None:
+    with pytest.raises(
+        ScheduleError, match=r"4 stages, .*100000000 microbatches; allowed: at most 500,000 forward passes"
+    ):
+        SCHEDULES[name](4, 100_000_000)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_refuses_sizes_below_one(name: str) -> None:
     with pytest.raises(ScheduleError, match="microbatches: got 0"):
         SCHEDULES[name](2, 0)

@@ -90,17 +90,22 @@ def replay(job: Job, plan: Plan) -> tuple[float, float]:
     return end, sum(spent) + waiting
 
 
-def brute_force(job: Job, deadline_s: float) -> float:
-    """Least energy of all choices of clocks that meet the deadline."""
+def every_choice(job: Job) -> list[tuple[float, float]]:
+    """Iteration time and energy of all choices of clocks, blocking power until the end of each included."""
     instructions = [(s, op) for s, stream in enumerate(job.streams) for op in stream if isinstance(op, Compute)]
-    best = float("inf")
+    found = []
     for rows in itertools.product(*(job.profile.table[s, op.kind] for s, op in instructions)):
         chosen = dict(zip(instructions, rows, strict=True))
         end = simulate(job.streams, lambda s, op, chosen=chosen: chosen[s, op].time_s, latency_s=job.latency_s)
-        if end <= deadline_s * (1 + 1e-12):
-            energy = sum(row.energy_j - job.blocking_w[s] * row.time_s for (s, _), row in chosen.items())
-            best = min(best, energy + sum(job.blocking_w) * end)
-    return best
+        energy = sum(row.energy_j - job.blocking_w[s] * row.time_s for (s, _), row in chosen.items())
+        found.append((end, energy + sum(job.blocking_w) * end))
+    return found
+
+
+def brute_force(job: Job, deadline_s: float) -> float:
+    """Least energy of all choices of clocks that meet the deadline."""
+    in_time = [energy for end, energy in every_choice(job) if end <= deadline_s * (1 + 1e-12)]
+    return min(in_time, default=float("inf"))
 
 
 def blocking(streams: Sequence[StageStream]) -> list[StageStream]:

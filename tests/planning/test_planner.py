@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -13,11 +14,13 @@ from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Constant
 from perseus_plugin.iteration.schedules import SCHEDULES, one_f_one_b
-from perseus_plugin.planning.planner import ChangeLimits, Planner, Target, make_plan
+from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.planner import ChangeLimits, Effort, Planner, Target, make_plan
+from perseus_plugin.planning.targets import Prices
 from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import Measurement, Profile
 
-from .jobs import Job, brute_force, bundled_profile, jobs, replay
+from .jobs import Job, brute_force, bundled_profile, every_choice, jobs, replay
 
 
 def planner_of(job: Job) -> Planner:
@@ -54,6 +57,87 @@ def test_the_brute_force_optimum_lies_between_bound_and_plan(job: Job, slowdown:
     assert best <= plan.energy_j * (1 + 1e-9)
     # A window holds the whole of so small a job, so the search is exact up to its time unit.
     assert plan.energy_j <= best * (1 + 1e-4) + 1e-9
+
+
+PRICES = Prices(per_kwh=0.1, per_gpu_hour=2.0)
+
+
+@settings(max_examples=20)
+@given(
+    jobs(max_stages=2, max_microbatches=1, max_clocks=3),
+    st.floats(0, 0.6),
+    st.floats(0.01, 1),
+    st.sampled_from(["quick", "normal"]),
+)
+def test_every_target_of_a_small_job_is_at_its_optimum(job: Job, slowdown: float, share: float, effort: Effort) -> None:
+    problem = planner_of(job).problem
+    assume(len(problem.instruction_nodes) <= 6)
+    choices = every_choice(job)
+
+    def plan(target: Target) -> Plan:
+        return planner_of(job).plan(target, effort=effort)
+
+    until_s = problem.full_clock_time_s * (1 + slowdown)
+    waiting_w = problem.total_blocking_w
+    in_time = [(end, energy) for end, energy in choices if end <= until_s * (1 + 1e-12)]
+    least = min(energy for _, energy in choices)
+    budget = least + share * (min(choices)[1] - least) + 1e-6
+    cost_w = PRICES.gpu_w * problem.graph.stages
+    bought = plan(Target.money(PRICES))
+    for got, best in (
+        (plan(Target.deadline(until_s)).energy_j, min(energy for _, energy in in_time)),
+        (
+            plan(Target.straggler(until_s)).energy_j,
+            min(energy + waiting_w * (until_s - end) for end, energy in in_time),
+        ),
+        (plan(Target.cheapest()).energy_j, least),
+        (
+            plan(Target.energy_budget(budget)).iteration_time_s,
+            min(end for end, energy in choices if energy <= budget),
+        ),
+        (
+            bought.energy_j + cost_w * bought.iteration_time_s,
+            min(energy + cost_w * end for end, energy in choices),
+        ),
+    ):
+        # Times count in whole units of 0.1 us, and costs in steps.
+        assert best * (1 - 1e-9) - 1e-9 <= got <= best * (1 + 1e-3) + 1e-9
+
+
+@settings(max_examples=25)
+@given(jobs(max_stages=3, max_microbatches=3), st.floats(0, 0.3), st.floats(0, 0.3))
+def test_more_time_is_no_worse_for_another_planner(job: Job, slowdown: float, more: float) -> None:
+    shorter, longer, cheapest = (
+        planner_of(job).plan(target)
+        for target in (Target.slowdown(slowdown), Target.slowdown(slowdown + more), Target.cheapest())
+    )
+    assert cheapest.energy_j <= longer.energy_j * (1 + 1e-4) + 1e-9
+    assert longer.energy_j <= shorter.energy_j * (1 + 1e-4) + 1e-9
+
+
+@settings(max_examples=25)
+@given(jobs(max_stages=3, max_microbatches=4), st.floats(0, 0.3), st.sampled_from([None, 0, 2, 3]))
+def test_more_clocks_and_more_changes_are_no_worse(job: Job, slowdown: float, most: int | None) -> None:
+    planner = planner_of(job)
+    deadline = Target.deadline(planner.problem.full_clock_time_s * (1 + slowdown))
+    # The highest clock is what full clocks are, and so what the deadline is.
+    fewer = replace(job, profile=Profile({key: (rows[0], *rows[1::2]) for key, rows in job.profile.table.items()}))
+    free = planner.plan(deadline)
+    assert free.energy_j <= planner_of(fewer).plan(deadline).energy_j * (1 + 1e-4) + 1e-9
+    assert free.energy_j <= planner_of(job).plan(deadline, ChangeLimits(most)).energy_j * (1 + 1e-4) + 1e-9
+
+
+@settings(max_examples=6)
+@given(
+    jobs(max_clocks=3),
+    st.sampled_from([Target.slowdown(0.02), Target.cheapest(), Target.money(PRICES)]),
+    st.sampled_from([None, 0, 3]),
+)
+def test_a_higher_effort_is_never_worse(job: Job, target: Target, most: int | None) -> None:
+    quick, normal = (planner_of(job).plan(target, ChangeLimits(most), effort) for effort in ("quick", "normal"))
+    besides_w = 0.0 if target.prices is None else target.prices.gpu_w * len(job.streams)
+    costs = [plan.energy_j + besides_w * plan.iteration_time_s for plan in (normal, quick)]
+    assert costs[0] <= costs[1]
 
 
 @settings(max_examples=30)

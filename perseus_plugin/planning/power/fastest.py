@@ -27,7 +27,7 @@ from perseus_plugin.planning.power.budget import Peaks, PowerBudget, StageLimit
 from perseus_plugin.planning.power.planned import PlannedBudget, PlannedPeaks, PlannedPower
 from perseus_plugin.planning.power.trace import planned_peaks
 from perseus_plugin.planning.relaxation import Relaxation
-from perseus_plugin.planning.targets import ChangeLimits, Effort
+from perseus_plugin.planning.targets import EFFORTS, ChangeLimits, Effort
 from perseus_plugin.planning.work import BRAKE_S, Work
 
 _STEPS = 14
@@ -256,22 +256,22 @@ class _Search:
         rounder = Discretiser(problem, self.planner.switch_latency_s)
         longest_s = max(relaxation.longest_s, from_s)
 
-        def at(deadline_s: float, effort: Effort) -> float:
+        def at(deadline_s: float, effort: Effort, search: bool) -> float:
             relaxed = relaxation.solve(deadline_s)
-            found = rounder.discretise(relaxed, deadline_s, self.changes, effort, self.work)
+            found = rounder.discretise(relaxed, deadline_s, self.changes, effort, self.work, search=search)
             return self.price(self._at(found.assignment.frequency_mhz))[1]
 
-        def kept(deadline_s: float, effort: Effort) -> float:
+        def kept(deadline_s: float, effort: Effort = "quick", search: bool = False) -> float:
             try:
-                return at(deadline_s, effort)
+                return at(deadline_s, effort, search)
             except PlanError:  # so short an iteration may need more changes than are allowed
                 return np.inf
 
-        used = kept(from_s, "quick")
+        used = kept(from_s)
         low_s, low_used = from_s, used
         high_s = from_s if used <= 1 else longest_s
         if used > 1:
-            high_used = kept(longest_s, "quick")
+            high_used = kept(longest_s)
             if high_used > 1 and self.best is None:
                 return
             for step in range(_STEPS):
@@ -281,15 +281,15 @@ class _Search:
                 if step % 2 == 0 and np.isfinite(low_used) and low_used > high_used:
                     share = (low_used - 1) / (low_used - high_used)
                 middle_s = low_s + (high_s - low_s) * min(max(share, 0.02), 0.98)
-                used = kept(middle_s, "quick")
+                used = kept(middle_s)
                 if used <= 1:
                     high_s, high_used = middle_s, used
                 else:
                     low_s, low_used = middle_s, used
-        if self.effort != "quick":
+        for effort in EFFORTS[1 : EFFORTS.index(self.effort) + 1]:
             # More effort saves energy, and so allows for a shorter iteration.
             for share in _MORE_EFFORT:
-                kept(from_s + share * (high_s - from_s), self.effort)
+                kept(from_s + share * (high_s - from_s), effort, search=True)
 
     def _beyond(self, bound: Bound) -> None:
         """Slow a critical path beyond what takes the least energy."""

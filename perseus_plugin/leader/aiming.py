@@ -12,6 +12,7 @@ from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.targets import Target
 
 _PROGRESS = 1e-3  # of the way, for a step to be one
+_STEPS_AT_MOST = 10**9  # where power was never changed, or may change at once
 LEAST_STEP_S = 1.0
 """From one step of a ramp to the next."""
 
@@ -70,7 +71,7 @@ def next_move(state: JobState, rules: Rules) -> Move:
 
 def _ramped(goal: Goal, ramp_w_per_s: float, state: JobState, rules: Rules) -> Move:
     """Go over to a goal that there are plans for, or a step towards it."""
-    steps = math.floor((state.now_s - state.stepped_s) / LEAST_STEP_S)
+    steps = math.floor(min((state.now_s - state.stepped_s) / LEAST_STEP_S, _STEPS_AT_MOST))
     if steps < 1:
         return Wait()
     before_w, after_w = power_w(FULL_CLOCKS if state.at_full else state.goal, state, rules), power_w(goal, state, rules)

@@ -47,6 +47,7 @@ from perseus_plugin.leader.observed import (
     Measured,
     NotMeasured,
     Observed,
+    Placed,
     Rechecked,
     Runs,
     Situated,
@@ -240,6 +241,8 @@ class Coordinator:
             told = receive(Trouble, trouble)
             self._observe(Troubled(told.rank, told.reason))
             return
+        if not self._state.gpus_per_node and (placed := self._reports.placed()) is not None:
+            self._observe(Placed(placed[1]))
         answered = self._desk.answer()
         if answered is not None:
             self._observe(Answered(*answered, self._monotonic()))

@@ -13,6 +13,7 @@ page:
     Situated         who is slow, as far as is known                        (FOLLOWING) plans for their pace
     Watched          what references have shown                             (FOLLOWING) -> RECHECKING
     Targeted         what the job is to aim at has changed                  (FOLLOWING) plans for that
+    Placed           how many GPUs share a node                             (FOLLOWING) plans for that, under a budget
     Drew             what GPUs have drawn under the plans in force          (FOLLOWING) plans for that, under a budget
     Rechecked        ranks have timed their instructions at full clocks     (RECHECKING) -> PLANNING
 
@@ -63,6 +64,7 @@ from perseus_plugin.leader.observed import (
     Measured,
     NotMeasured,
     Observed,
+    Placed,
     Rechecked,
     Runs,
     Situated,
@@ -141,6 +143,9 @@ class _Deciding:
                 self._or_give_up(lambda: self._checked(observed.rechecks))
             case Situated() if phase is Phase.FOLLOWING:
                 self._situated(observed.situation, observed.now_s)
+            case Placed():
+                self.state.gpus_per_node = observed.gpus_per_node
+                self._aim()
             case Drew() if phase is Phase.FOLLOWING:
                 self._drew(observed)
             case Watched() if phase is Phase.FOLLOWING and not self.state.unanswered:
@@ -364,12 +369,13 @@ class _Deciding:
 
     def _targeted(self, seen: Targeted) -> None:
         targets = self.state.targets
+        if isinstance(next_move(self.state, self._rules), Stay) or self.state.unplannable is not None:
+            # A ramp begins now, however long power has been what it is; one that is under way goes on at its pace.
+            self.state.stepped_s = max(self.state.stepped_s, self.state.now_s)
         for entry in seen.entries:
             targets.take(entry)
         targets.expire(seen.unix_s)
         self.state.unplannable = self.state.step = None
-        # A ramp begins now, however long power has been what it is.
-        self.state.stepped_s = max(self.state.stepped_s, self.state.now_s)
         if self.state.phase is Phase.GIVEN_UP:
             targets.refuse_all(self.state.given_up_why)
         self._aim()

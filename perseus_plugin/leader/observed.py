@@ -162,6 +162,13 @@ class Targeted:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """All ranks have told where they sit: so many GPUs share a node and what it draws beside them."""
+
+    gpus_per_node: int
+
+
+@dataclass(frozen=True)
 class Drew:
     """What all GPUs together have drawn on average, over so many iterations under the plans in force."""
 
@@ -183,5 +190,6 @@ Observed: TypeAlias = (
     | Watched
     | Rechecked
     | Targeted
+    | Placed
     | Drew
 )

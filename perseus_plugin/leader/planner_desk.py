@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Protocol
 
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.leader.effects import Ask
 from perseus_plugin.leader.rank_reports import RankReports
 from perseus_plugin.leader.recent import RecentIterations
+from perseus_plugin.planning.power.budget import NodeOverhead
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.planning.work import tell_cut_short
 
@@ -71,9 +71,9 @@ class PlannerDesk:
             return
         limit = ask.goal.limit
         if limit is not None:
-            placed = self._placed()
-            if placed is None and limit.groups:
-                return  # who is in which group is not known yet
+            placed = self._reports.placed()
+            if placed is None and (limit.groups or limit.node != NodeOverhead() or limit.peaks.node_w is not None):
+                return  # who is in which group, or on which node, is not known yet
             limit = limit.placed(*(placed or self._by_stage)).tightened(ask.goal.draws)
         config, limits = self._config, self._config.limits
         latency_s = self._reports.latency_s if limits.switch_latency_s is None else limits.switch_latency_s
@@ -104,13 +104,6 @@ class PlannerDesk:
         )
         self._planner.submit(request)
         self._asked = ask, request
-
-    def _placed(self) -> tuple[Sequence[int], int] | None:
-        """The stage that each rank runs, and how many GPUs a node has; None: not all have told."""
-        placements = self._reports.placements()
-        if placements is None:
-            return None
-        return [one.stage for one in placements], 1 + max(one.local_rank for one in placements)
 
     def answer(self) -> tuple[Ask, PlanRequest, PlanAnswer] | None:
         """What was asked with what came of it, once; None while there is nothing."""

@@ -6,7 +6,6 @@ import time
 
 from perseus_plugin.exchange.messages import (
     RECHECKS,
-    Placement,
     RankEstimate,
     RankStats,
     Recheck,
@@ -79,15 +78,18 @@ class RankReports:
                     self.rechecks[rank] = receive(Recheck, value)
         return len(self.rechecks) == self._world_size
 
-    def placements(self) -> list[Placement] | None:
-        """Where every rank sits, as they tell with their statistics; None while some have not.
+    def placed(self) -> tuple[list[int], int] | None:
+        """The stage that each rank runs, and how many GPUs a node has; None while some have not told, by statistics.
 
         Raises:
             ExchangeError: the store fails.
         """
         told = [self._exchange.told(stats_key(rank)) for rank in range(self._world_size)]
         values = [value for value in told if value is not None]
-        return [receive(RankStats, value).placement for value in values] if len(values) == len(told) else None
+        if len(values) < len(told):
+            return None
+        placements = [receive(RankStats, value).placement for value in values]
+        return [one.stage for one in placements], 1 + max(one.local_rank for one in placements)
 
     @property
     def overdue(self) -> bool:

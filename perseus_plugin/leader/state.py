@@ -96,6 +96,7 @@ class JobState:
         goal: what the plans are made for.
         goal_plans: those of goals that it had before, too.
         draws: how many times what plans for a limit say GPUs are known to draw.
+        gpus_per_node: 0: not known yet.
         at_full: full clocks are the target: no plan is followed.
         given_up_why: why the job stays at full clocks; empty: it does not.
         fallen: a plan did not hold, and one clock for all is followed instead, as a limit forbids full clocks.
@@ -138,6 +139,7 @@ class JobState:
     goal: Goal = Goal(Target.slowdown())  # noqa: RUF009 - frozen
     goal_plans: GoalPlans = field(default_factory=GoalPlans)
     draws: float = 1.0
+    gpus_per_node: int = 0
     at_full: bool = False
     given_up_why: str = ""
     fallen: bool = False
@@ -165,7 +167,10 @@ class JobState:
     def aimed(self) -> Goal:
         """What is to be aimed at, with what is known of limits."""
         goal = self.targets.goal
-        return goal if goal.limit is None else replace(goal, draws=self.draws)
+        if goal.limit is None:
+            return goal
+        gpus_per_node = self.gpus_per_node or goal.limit.gpus_per_node
+        return replace(goal, draws=self.draws, limit=replace(goal.limit, gpus_per_node=gpus_per_node))
 
     @property
     def expectations(self) -> Expectations:

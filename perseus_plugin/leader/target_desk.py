@@ -87,7 +87,7 @@ class TargetDesk:
         match request:
             case {"do": "target", "target": said, **more} if not more:
                 return {"number": self._enter(said)}
-            case {"do": "clear_target", "source": str() | None as source}:
+            case {"do": "clear_target", "source": str() | None as source} if source != "":
                 return {"number": self._take(Entry(0, source or EVERYONE, Standing.COMMAND))}
             case {"do": "targets"}:
                 with self._lock:

@@ -11,10 +11,21 @@ from perseus_plugin.iteration.timetable import Follow, FullClock
 from perseus_plugin.leader import aiming
 from perseus_plugin.leader.aiming import power_w
 from perseus_plugin.leader.effects import Ask, Order, Record, Say
-from perseus_plugin.leader.observed import Answered, Drew, Due, Runs, Situated, Targeted, Troubled, Turned, Watched
+from perseus_plugin.leader.observed import (
+    Answered,
+    Drew,
+    Due,
+    Placed,
+    Runs,
+    Situated,
+    Targeted,
+    Troubled,
+    Turned,
+    Watched,
+)
 from perseus_plugin.leader.state import Phase
-from perseus_plugin.leader.target_book import EVERYONE, Entry, Goal, Standing
-from perseus_plugin.planning.power.budget import PowerBudget
+from perseus_plugin.leader.target_book import EVERYONE, Entry, Goal, Standing, TargetBook
+from perseus_plugin.planning.power.budget import NodeOverhead, PowerBudget
 from perseus_plugin.planning.process import answer_to, plan_for
 from perseus_plugin.planning.request import PlanAnswer
 from perseus_plugin.planning.targets import Target
@@ -229,6 +240,34 @@ def test_a_ramp_takes_power_down_and_up_in_steps(direction: str) -> None:
         assert abs(after_w - before_w) <= 40.0 * (after_s - before_s) + 1e-6
 
 
+def test_a_ramp_goes_on_however_often_its_target_is_said_again() -> None:
+    story = Story(ramp_w_per_s=40.0)
+    story.rules = dataclasses.replace(story.rules, pipelines=2)
+    story.planned()
+    for number in range(1, 101):
+        story.then(Turned(40 + number, 0.0, 0.3 * number), said(number, Target.cheapest()), Due())
+        while story.of(Ask):
+            (ask, *_) = story.of(Ask)
+            story.then(Answered(ask, request(), answer_for(ask.goal)))
+    assert story.state.goal == Goal(Target.cheapest())
+    assert story.state.targets.outcomes[100].state == "in force"
+
+
+def test_a_correction_of_what_is_drawn_is_ramped_where_power_was_never_changed() -> None:
+    story = Story(ramp_w_per_s=40.0)
+    story.rules = dataclasses.replace(story.rules, pipelines=2)
+    story.state.targets = TargetBook(Target.slowdown(), BUDGET)
+    story.state.goal = story.state.aimed
+    story.then(*full(4), Runs("A", stream_of(2, 4)), Turned(20), MEASURED)
+    story.then(Answered(story.of(Ask)[0], request(), answer_for(story.state.goal)))
+    planned_w = power_w(story.state.goal, story.state, story.rules)
+    assert planned_w is not None
+    story.then(Turned(40), Drew(1.02 * planned_w, 10))
+    (ask,) = story.of(Ask)
+    story.then(Answered(ask, request(), answer_for(ask.goal)))
+    assert story.state.goal.draws == pytest.approx(1.02)
+
+
 def answer_for(goal: Goal) -> PlanAnswer:
     """As the planner's process makes it, for a job of two pipelines."""
     limit = None if goal.limit is None else goal.limit.placed([0, 0, 1, 1]).tightened(goal.draws)
@@ -282,6 +321,38 @@ def test_a_budget_is_kept_by_what_is_measured() -> None:
     assert states(story)[1] == ("in force", 32), "what is known of GPUs takes back nobody's word"
     story.then(Due())
     assert story.effects == [], "nor is it asked again"
+
+
+def test_what_nodes_draw_beside_is_shared_by_as_many_gpus_as_ranks_tell() -> None:
+    """Four GPUs on one node of 400 W; 200 of them would count if a node had eight."""
+    node = NodeOverhead(400.0)
+    story = Story()
+    story.rules = dataclasses.replace(story.rules, pipelines=2)
+    story.planned().then(Placed(4), Turned(30))
+    story.then(Targeted([Entry(1, "site", Standing.COMMAND, None, PowerBudget(1300.0, node=node))], 0.0))
+    (ask,) = story.of(Ask)
+    assert ask.goal.limit == PowerBudget(1300.0, node=node, gpus_per_node=4)
+    story.then(Answered(ask, request(), answer_for(ask.goal)))
+    (news,) = [order.news for order in story.of(Order)]
+    assert news.limited, "full clocks draw more than 900 W"
+    planned_w = power_w(story.state.goal, story.state, story.rules)
+    assert planned_w is not None
+    assert planned_w <= 900.0
+    story.then(Turned(50), Drew(1.001 * planned_w, 10))
+    assert story.of(Ask) == [], "nothing is to be gained up to 1100 W"
+    story.then(Drew(960.0, 10))
+    assert story.of(Ask)[0].goal.draws > 1
+
+
+def test_where_ranks_sit_is_heard_before_the_first_plan() -> None:
+    story = Story()
+    story.state.targets = TargetBook(Target.slowdown(), BUDGET)
+    story.state.goal = story.state.aimed
+    story.then(*full(4), Runs("A", stream_of(2, 4)), Turned(20), Placed(2), MEASURED)
+    (ask,) = story.of(Ask)
+    assert ask.goal.limit == dataclasses.replace(BUDGET, gpus_per_node=2)
+    story.then(Answered(ask, request(), answer_for(ask.goal)))
+    assert story.state.goal == story.state.aimed, "nothing is planned again"
 
 
 def test_a_budget_that_full_clocks_keep_changes_nothing_but_what_is_followed() -> None:

@@ -72,6 +72,7 @@ def test_what_the_socket_says_is_numbered_and_comes_in_order() -> None:
         {"do": "target", "target": {"slowdown": 0.1}, "more": 1},
         {"do": "clear_target"},
         {"do": "clear_target", "source": 1},
+        {"do": "clear_target", "source": ""},
     ],
 )
 def test_other_requests_are_refused(request_: dict[str, Any]) -> None:

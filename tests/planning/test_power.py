@@ -271,3 +271,10 @@ def test_wide_graphs_of_several_groups_converge() -> None:
     assert plan.power is not None
     assert plan.power.converged
     assert plan.iteration_time_s <= plan.power.time_lower_bound_s * 1.02
+
+
+def test_what_is_drawn_less_by_all_lets_no_group_draw_more() -> None:
+    budget = PowerBudget(900.0, (GroupBudget("a", "0", 300.0),), peaks=Peaks(gpu_w=350.0)).placed([0, 1])
+    more, less = budget.tightened(1.25), budget.tightened(0.9)
+    assert (more.job_w, more.groups[0].watts, more.peaks.gpu_w) == pytest.approx((720.0, 240.0, 280.0))
+    assert (less.job_w, less.groups[0].watts, less.peaks.gpu_w) == pytest.approx((1000.0, 300.0, 350.0))

@@ -78,7 +78,7 @@ def test_watts(told: object, watts: float) -> None:
     assert parse_watts(told) == pytest.approx(watts)
 
 
-@pytest.mark.parametrize("told", ["", "kW", "-3", "3 J", True, None, [3], "3 kWh", "nan"])
+@pytest.mark.parametrize("told", ["", "kW", "-3", "3 J", True, None, [3], "3 kWh", "nan", "1_", "1__0 W", "_1"])
 def test_what_are_no_watts(told: object) -> None:
     with pytest.raises(PlanError, match="power: got"):
         parse_watts(told)

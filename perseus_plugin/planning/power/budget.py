@@ -201,21 +201,25 @@ class PowerBudget:
         return replace(self, stage_of=tuple(stage_of), gpus_per_node=gpus_per_node or self.gpus_per_node)
 
     def tightened(self, draws: float) -> PowerBudget:
-        """For GPUs that draw so many times what their profile says."""
+        """For GPUs that draw so many times what their profile says, all together.
+
+        Where that is less, a group, or a moment, may still draw what the profile says.
+        """
         if draws == 1:
             return self
         job_w, gpus = self.job_w, len(self.stage_of)
         if job_w is not None and gpus:
             job_w = self.node_w(self.gpu_w(job_w, gpus) / draws, gpus)
 
-        def less(watts: float | None) -> float | None:
-            return None if watts is None else watts / draws
+        peaks, more = self.peaks, max(draws, 1.0)
 
-        peaks = self.peaks
+        def less(watts: float | None) -> float | None:
+            return None if watts is None else watts / more
+
         return replace(
             self,
             job_w=job_w,
-            groups=tuple(replace(group, watts=group.watts / draws) for group in self.groups),
+            groups=tuple(replace(group, watts=group.watts / more) for group in self.groups),
             peaks=replace(peaks, job_w=less(peaks.job_w), node_w=less(peaks.node_w), gpu_w=less(peaks.gpu_w)),
         )
 

@@ -8,7 +8,7 @@ from perseus_plugin.errors import PlanError, shown
 from perseus_plugin.planning.power.budget import GroupBudget
 
 _UNITS_W = {"": 1.0, "w": 1.0, "kw": 1e3, "mw": 1e6, "gw": 1e9}
-_WATTS = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([kKMG]?[wW]?)\s*")
+_WATTS = re.compile(r"\s*(\d+(?:_\d+)*(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([kKMG]?[wW]?)\s*")
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(%?)\s*")
 
 

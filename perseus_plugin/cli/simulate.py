@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -46,12 +46,20 @@ from perseus_plugin.profiling.profile import Profile
 if TYPE_CHECKING:
     from perseus_plugin.cli.simulation.scenarios import Aim, Outcome, Pipeline, Workload
 
+Value = TypeVar("Value")
+
 _MODELLED = "a model, no measurement: times from counted operations, clock and power curves of an emulated GPU"
 
 
 def simulate(
-    source: Annotated[
-        Path, typer.Argument(help="Profile (.csv) or model description (.yaml, .yml).", show_default=False)
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Profile (.csv), model description (.yaml, .yml), or traces of a job: a table of operations (.csv, "
+            ".csv.gz).",
+            metavar="SOURCE...",
+            show_default=False,
+        ),
     ],
     blocking_power: BlockingPower = None,
     microbatches: Annotated[
@@ -76,7 +84,11 @@ def simulate(
         str | None, typer.Option(help="Layers of each stage of the profile, with commas; for another split of it.")
     ] = None,
     gpu: Annotated[
-        list[str] | None, typer.Option(help="GPU of the catalogue; with a model description (default: a100).")
+        list[str] | None,
+        typer.Option(help="GPU of the catalogue; with a model description or a trace (default: a100)."),
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="With a trace: profile with the GPU's curves.", show_default=False)
     ] = None,
     profile_chunks: Annotated[int, typer.Option(help="Model chunks per stage of which a profile row is one.")] = 1,
     scale: Scale = 1.0,
@@ -92,18 +104,64 @@ def simulate(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw it (needs matplotlib).")] = None,
     power_limit: PowerLimit = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(help="With a trace: write one of a step before and after.", show_default=False)
+    ] = None,
 ) -> None:
-    """Say what saving to expect; several values per option are combined, each combination with each target."""
+    """Say what saving to expect; several values per option are combined, each combination with each target.
+
+    Of traces of a job: what it wasted, who is slow in it, and what plans would have saved over its own durations.
+    """
     # Loads OR-Tools, which other subcommands do without.
     from perseus_plugin.cli.simulation.output import draw, save_outcomes
     from perseus_plugin.cli.simulation.scenarios import simulate as run
+    from perseus_plugin.cli.simulation.traces.command import Options, is_trace, simulate_trace
 
     spent, limits = parse_effort(effort), ChangeLimits(max_changes, min_dwell)
     switch_latency_s = lowering(lower_while_waiting, switch_latency)
+    aims = _aims(slowdown, straggler, power_budget)
+    if is_trace(sources):
+        _refuse(
+            "with a trace, which says it",
+            microbatches=microbatches,
+            straggler=straggler,
+            power_budget=power_budget,
+            stages=stages,
+            split=split,
+            layers=layers,
+            profile_chunks=None if profile_chunks == 1 else profile_chunks,
+            scale=None if scale == 1.0 else scale,
+            latency=latency or None,
+            plot=plot,
+        )
+        if profile is None:
+            _refuse("without --profile, as the GPU says it", blocking_power=blocking_power, power_limit=power_limit)
+        else:
+            _refuse("with --profile, which is of its own GPU", gpu=gpu)
+        how = Options(
+            schedule=_one("--schedule", schedule),
+            gpu=_one("--gpu", gpu) or "a100",
+            profile=profile,
+            blocking_power=blocking_power,
+            power_limit_w=power_limit,
+            input_share=share_of(input_share),
+            slowdown=_one("--slowdown", slowdown) or 0.0,
+            latency_s=switch_latency,
+            lower_while_waiting=lower_while_waiting,
+            effort=spent,
+            limits=limits,
+            outputs=output or (),
+            perfetto=perfetto,
+        )
+        simulate_trace(sources, how, Console())
+        return
+    _refuse("without a trace", profile=profile, perfetto=perfetto)
+    if len(sources) > 1:
+        raise ConfigError(f"got {len(sources)} files; allowed: one profile or model description, or traces of one job")
+    source = sources[0]
     for path in output or ():
         if path.suffix not in {".json", ".csv"}:
             raise ConfigError(f"--output: got {path}; allowed: a path that ends in .json or .csv")
-    aims = _aims(slowdown, straggler, power_budget)
     splits = [_layers("--split", text) for text in split or ()]
     modelled = source.suffix in {".yaml", ".yml"}
     if modelled:
@@ -118,10 +176,12 @@ def simulate(
     elif source.suffix == ".csv":
         if gpu:
             raise ConfigError(f"--gpu: got {gpu[0]!r}; allowed: nothing with a profile, which is of its own GPU")
-        profile, power_w = profile_from_options(source, blocking_power, scale, power_limit)
-        pipelines = _measured(profile, power_w, layers, stages or [], splits, profile_chunks)
+        measured, power_w = profile_from_options(source, blocking_power, scale, power_limit)
+        pipelines = _measured(measured, power_w, layers, stages or [], splits, profile_chunks)
     else:
-        raise ConfigError(f"got {source}; allowed: a profile (.csv) or a model description (.yaml, .yml)")
+        raise ConfigError(
+            f"got {source}; allowed: a profile (.csv) or a model description (.yaml, .yml), or a trace (.csv, .csv.gz)"
+        )
     schedules = _schedules(schedule or ["1f1b"], microbatches)
     console = Console()
     outcomes: list[Outcome] = []
@@ -149,6 +209,20 @@ def simulate(
     written = [*(output or ()), *([plot] if plot else [])]
     if written:
         console.print(f"wrote {' and '.join(map(str, written))}", highlight=False, soft_wrap=True)
+
+
+def _refuse(why: str, **given: object) -> None:
+    """Options that mean nothing here."""
+    for name, value in given.items():
+        if value is not None and value != []:
+            raise ConfigError(f"--{name.replace('_', '-')}: got {value}; allowed: nothing {why}")
+
+
+def _one(option: str, values: Sequence[Value] | None) -> Value | None:
+    """Of an option that may be given several times, but not here."""
+    if values and len(values) > 1:
+        raise ConfigError(f"{option}: got {len(values)} of them; allowed: one, with a trace")
+    return values[0] if values else None
 
 
 def _aims(

@@ -6,13 +6,14 @@ asked for, the clock that was read back, and power.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.reporting.record.iterations import PLAN
 from perseus_plugin.reporting.record.samples import Sample
 from perseus_plugin.reporting.report.folder import JobFolder
+from perseus_plugin.reporting.report.lanes import Lanes
 
 Event = dict[str, Any]
 
@@ -39,15 +40,42 @@ def trace_of(folder: JobFolder) -> dict[str, Any]:
             if sample.state == PLAN and folder.plan is not None and sample.plan in of_plan:
                 origin_s = origins[record.placement.replica, sample.number] - zero_s
                 events += _planned(rank, sample, folder.plan, stage, origin_s)
+    return _file(
+        events,
+        gpu=folder.gpu,
+        emulated=str(bool(folder.emulated)).lower(),
+        unix_time_of_zero_s=repr(zero_s),
+    )
+
+
+def trace_of_lanes(several: Sequence[Lanes], **facts: str) -> dict[str, Any]:
+    """Iterations beside each other: each is a process, its stages are threads, and counters are the stages' clocks.
+
+    Args:
+        several: the iterations.
+        facts: what else the file says of itself.
+    """
+    events: list[Event] = []
+    for pid, lanes in enumerate(several):
+        events.append(_meta(pid, 0, "process_name", name=lanes.title))
+        events.append(_meta(pid, 0, "process_sort_index", sort_index=pid))
+        for stage, row in enumerate(lanes.rows):
+            events.append(_meta(pid, stage + 1, "thread_name", name=f"stage {stage}"))
+            for one in row:
+                name = _label(one.instruction.kind, one.instruction.microbatch, one.instruction.chunk)
+                args = {"clock_mhz": one.clock_mhz or "full clock"}
+                time_s = one.finish_s - one.start_s
+                events.append(_span(pid, stage + 1, name, "instruction", one.start_s, time_s, args))
+                if one.clock_mhz:
+                    events.append(_counter(pid, f"clock of stage {stage} (MHz)", one.start_s, one.clock_mhz))
+    return _file(events, **facts)
+
+
+def _file(events: list[Event], **facts: str) -> dict[str, Any]:
     return {
         "traceEvents": events,
         "displayTimeUnit": "ms",
-        "otherData": {
-            "source": "perseus_plugin",
-            "gpu": folder.gpu,
-            "emulated": str(bool(folder.emulated)).lower(),
-            "unix_time_of_zero_s": repr(zero_s),
-        },
+        "otherData": {"source": "perseus_plugin", **facts},
     }
 
 

@@ -18,7 +18,8 @@ from perseus_plugin.planning.replay import finishes
 
 FAULTY = 1.1
 """A stage that is so many times as slow as in the median replica has a fault of its own, or another batch."""
-_LASTING = 0.5  # share of the steps in which a stage has to be slow to be so for long
+LASTING = 0.75
+"""Share of the steps in which a stage has to be slow to be so for long."""
 _SELDOM = 0.1  # less often is not worth a line
 _SAME = 0.5  # share of the steps in which one replica is the slowest, if it is always the same
 _MATTERS = 0.01  # share of an iteration that the slowest replica has to be behind to be a straggler
@@ -86,7 +87,7 @@ class SlowStage:
     @property
     def lasts(self) -> bool:
         """Whether it is slow for long."""
-        return self.steps >= _LASTING
+        return self.steps >= LASTING
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,16 +13,15 @@ import csv
 import io
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from perseus_plugin.bounds import MOST_COUNT, MOST_S, MOST_STAGES
-from perseus_plugin.cli.simulation.traces.traced import Ran, TracedJob, traced_job
+from perseus_plugin.cli.simulation.traces.traced import GivenSchedule, Ran, TracedJob, traced_job
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.files import read_unpacked
-from perseus_plugin.iteration.instructions import StageStream
 
 NEEDED = ("dp_rank", "stage", "step", "optype", "mb_id", "duration")
 _MOST_ROWS = 10_000_000
@@ -41,7 +40,7 @@ def is_table(path: Path) -> bool:
     return set(NEEDED) <= set(next(csv.reader([_text(path).partition("\n")[0]]), []))
 
 
-def load_table(path: Path, given: tuple[str, Sequence[StageStream]] | None = None) -> TracedJob:
+def load_table(path: Path, given: GivenSchedule | None = None) -> TracedJob:
     """Read a table.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TypeAlias
@@ -39,6 +39,19 @@ class Ran:
     def what(self) -> tuple[str, int, int]:
         """Which instruction of its stage."""
         return self.kind, self.microbatch, self.chunk
+
+
+@dataclass(frozen=True, slots=True)
+class GivenSchedule:
+    """A schedule that is known beforehand.
+
+    Attributes:
+        name: for people.
+        streams_of: its streams, given stages and microbatches.
+    """
+
+    name: str
+    streams_of: Callable[[int, int], Sequence[StageStream]]
 
 
 Iterations: TypeAlias = Mapping[tuple[int, int], Mapping[int, Sequence[Ran]]]
@@ -102,7 +115,7 @@ def traced_job(
     name: str,
     iterations: Iterations,
     times_s: Mapping[int, float],
-    given: tuple[str, Sequence[StageStream]] | None = None,
+    given: GivenSchedule | None = None,
 ) -> TracedJob:
     """Put what ran into the order of its schedule.
 
@@ -110,7 +123,7 @@ def traced_job(
         name: of the trace.
         iterations: what ran.
         times_s: how long iterations took as a whole, by step.
-        given: the schedule's name and streams; None: the textbook schedule that ran in this order.
+        given: the schedule; None: the textbook schedule that ran in this order.
 
     Raises:
         ConfigError: no iteration is whole, or they ran in the order of no known schedule.
@@ -196,7 +209,7 @@ def _what(kind: str, microbatch: int, chunk: int, stage: int) -> tuple[str, int,
 def _schedule_of(
     name: str,
     orders: Mapping[tuple[int, int], _Order],
-    given: tuple[str, Sequence[StageStream]] | None,
+    given: GivenSchedule | None,
 ) -> tuple[str, Sequence[StageStream], float]:
     """The schedule's name and streams, and the share of iterations in its order."""
     counts = Counter(orders.values())
@@ -205,9 +218,10 @@ def _schedule_of(
     microbatches = 1 + max((m for stage in most for _, m, _ in stage), default=0)
     chunks = 1 + max((chunk for stage in most for _, _, chunk in stage), default=0)
     if given is not None:
-        if len(given[1]) != stages:
-            raise ConfigError(f"--schedule: got {len(given[1])} stages; allowed: the {stages} of {name}")
-        return *given, _share_in(counts, given[1])
+        streams = given.streams_of(stages, microbatches)
+        if len(streams) != stages:
+            raise ConfigError(f"--schedule: got {len(streams)} stages; allowed: the {stages} of {name}")
+        return given.name, streams, _share_in(counts, streams)
     known: dict[str, TextbookSchedule] = dict(SCHEDULES)
     if chunks > 1:
         known["interleaved-1f1b"] = partial(interleaved_1f1b, chunks=chunks)

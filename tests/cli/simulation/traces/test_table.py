@@ -11,6 +11,7 @@ import pytest
 
 from perseus_plugin.cli.simulation.traces.findings import explained, faulty_replicas, spreads, stragglers
 from perseus_plugin.cli.simulation.traces.table import is_table, load_table
+from perseus_plugin.cli.simulation.traces.traced import GivenSchedule
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.iteration.schedules import SCHEDULES
 from tests.cli.simulation.traces.made import rows_of, uneven, write_table
@@ -114,11 +115,11 @@ def test_a_schedule_that_is_given_is_taken_and_an_unknown_order_needs_one(tmp_pa
     path = write_table(tmp_path / "ops.csv", rows)
     with pytest.raises(ConfigError, match=r"--schedule: missing; ops\.csv has 4 stages and 4 microbatches"):
         load_table(path)
-    given = "mine", SCHEDULES["1f1b"](4, 4)
+    given = GivenSchedule("mine", SCHEDULES["1f1b"])
     job = load_table(path, given)
     assert (job.schedule, job.in_order) == ("mine", 0.0)
     with pytest.raises(ConfigError, match="--schedule: got 3 stages; allowed: the 4"):
-        load_table(path, ("mine", SCHEDULES["1f1b"](3, 4)))
+        load_table(path, GivenSchedule("mine", lambda stages, microbatches: SCHEDULES["1f1b"](3, microbatches)))
 
 
 @pytest.mark.parametrize(

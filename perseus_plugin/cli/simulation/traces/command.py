@@ -1,0 +1,153 @@
+"""`perseus simulate` of a trace: what is asked, found, said and written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from perseus_plugin.cli.job import profile_from_options, schedule_name
+from perseus_plugin.cli.simulation.description import gpu_named, profile_on, waiting_on
+from perseus_plugin.cli.simulation.traces.findings import explained, spreads, stragglers
+from perseus_plugin.cli.simulation.traces.output import Answer, as_json, lines, notes, plan_rows, timeline
+from perseus_plugin.cli.simulation.traces.table import is_table, load_table
+from perseus_plugin.cli.simulation.traces.traced import GivenSchedule, TracedJob
+from perseus_plugin.cli.simulation.traces.worth import Asked, mean_times_s, profile_from, worth
+from perseus_plugin.errors import ConfigError
+from perseus_plugin.files import write_atomically
+from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.planning.streams import load_streams
+from perseus_plugin.planning.targets import ChangeLimits, Effort
+from perseus_plugin.profiling.derived import with_rows_for
+
+_PACKED = (".csv.gz",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says.
+
+    Attributes:
+        schedule: as for `perseus plan`; None: found in the trace.
+        gpu: of the catalogue.
+        profile: its curves instead.
+        blocking_power, power_limit_w: as for `perseus plan`, with a profile.
+        input_share: as for `perseus plan`, too.
+        slowdown: allowed, as a share.
+        latency_s: how long a clock change takes.
+        lower_while_waiting: whether waits may get lower clocks.
+        effort, limits: as for `perseus plan`.
+        outputs: JSON files to write.
+        perfetto: a trace to write.
+    """
+
+    schedule: str | None
+    gpu: str
+    profile: Path | None
+    blocking_power: str | None
+    power_limit_w: float | None
+    input_share: float
+    slowdown: float
+    latency_s: float
+    lower_while_waiting: bool
+    effort: Effort
+    limits: ChangeLimits
+    outputs: Sequence[Path]
+    perfetto: Path | None
+
+
+def is_trace(paths: Sequence[Path]) -> bool:
+    """Whether these are traces, and no profile or model description.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    return paths[0].name.endswith(_PACKED) or (paths[0].suffix == ".csv" and paths[0].exists() and is_table(paths[0]))
+
+
+def simulate_trace(paths: Sequence[Path], options: Options, console: Console) -> None:
+    """Read, find, plan, say and write.
+
+    Raises:
+        PerseusError: naming what is wrong.
+    """
+    for path in options.outputs:
+        if path.suffix != ".json":
+            raise ConfigError(f"--output: got {path}; allowed: a path that ends in .json, of a trace")
+    with console.status("reading"):
+        job = _read(paths, options)
+    with console.status("planning"):
+        answer = _answer(job, options)
+    for line in lines(answer):
+        console.print(line, highlight=False, soft_wrap=True)
+    table = Table("plan", "time", "worst step", "saving", "full clocks, plan", "", box=None, pad_edge=False)
+    for row in plan_rows(answer):
+        table.add_row(*row)
+    for column in table.columns:
+        column.no_wrap = True
+    (Console(width=max(console.width, 240)) if not console.is_terminal else console).print(table)
+    for line in notes(answer):
+        console.print(line, highlight=False, soft_wrap=True)
+    written = [*options.outputs]
+    for path in options.outputs:
+        write_atomically(path, json.dumps(as_json(answer), indent=2, allow_nan=False) + "\n")
+    if options.perfetto is not None:
+        write_atomically(options.perfetto, json.dumps(timeline(answer), allow_nan=False))
+        written.append(options.perfetto)
+    if written:
+        console.print(f"wrote {' and '.join(map(str, written))}", highlight=False, soft_wrap=True)
+
+
+def _read(paths: Sequence[Path], options: Options) -> TracedJob:
+    if len(paths) > 1:
+        raise ConfigError(f"got {len(paths)} files; allowed: one table of operations")
+    return load_table(paths[0], None if options.schedule is None else _given(options.schedule))
+
+
+def _given(schedule: str) -> GivenSchedule:
+    """What `--schedule` names."""
+    if schedule in SCHEDULES:
+        return GivenSchedule(schedule, SCHEDULES[schedule])
+    if not Path(schedule).exists():
+        raise ConfigError(f"--schedule: got {schedule!r}; allowed: {', '.join(SCHEDULES)}, or an existing file")
+    streams = load_streams(schedule)
+    return GivenSchedule(schedule_name(schedule), lambda stages, microbatches: streams)
+
+
+def _answer(job: TracedJob, options: Options) -> Answer:
+    times_s = mean_times_s(job)
+    if options.profile is None:
+        gpu = gpu_named(options.gpu)
+        profile, power_of = profile_on(gpu, times_s, waiting_on(gpu)), f"the {gpu.name}"
+        power_w: float | list[float] = gpu.blocking_w
+    else:
+        given, power_w = profile_from_options(options.profile, options.blocking_power, 1.0, options.power_limit_w)
+        profile = profile_from(with_rows_for(given, job.streams, options.input_share), times_s, str(options.profile))
+        power_of = f"the profile {options.profile.name}"
+    watts = tuple(power_w) if isinstance(power_w, list) else (power_w,) * job.stages
+    if len(watts) != job.stages:
+        raise ConfigError(
+            f"--blocking-power: got {len(watts)} figures; allowed: one, or one for each of {job.stages} stages"
+        )
+    explains = explained(job)
+    asked = Asked(
+        watts,
+        options.slowdown,
+        options.latency_s,
+        options.lower_while_waiting,
+        options.effort,
+        options.limits,
+    )
+    return Answer(
+        job,
+        power_of,
+        profile,
+        spreads(job),
+        explains,
+        stragglers(job, explains),
+        worth(job, explains, profile, asked),
+    )

@@ -202,7 +202,10 @@ def _commands(entry: Mapping[str, Any]) -> object:
 def _watts(said: Mapping[str, Any], full_w: float) -> float:
     limit = said.get("limit")
     watts = limit.get("job_w") if isinstance(limit, dict) else None
-    return full_w if watts is None else _number(watts)
+    if watts is None:
+        return full_w
+    # A limit above what it draws at full clocks keeps nothing from others.
+    return min(_number(watts), full_w) if full_w > 0 else _number(watts)
 
 
 def _part(reply: Mapping[str, Any], name: str) -> Mapping[str, Any]:

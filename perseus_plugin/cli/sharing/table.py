@@ -89,10 +89,11 @@ class Table:
         for pattern in self.patterns:
             # Not Path.glob, which takes no patterns that begin at the root.
             for found in sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]:  # noqa: PTH207
-                folder = Path(found)
-                if folder not in self._members and (folder.is_dir() or not glob.has_magic(pattern)):
+                # Under one name, however often and however it is given.
+                folder, known_as = Path(found), Path(found).resolve()
+                if known_as not in self._members and (folder.is_dir() or not glob.has_magic(pattern)):
                     weight = self.weights.get(str(folder), self.weights.get(folder.name, 1.0))
-                    self._members[folder] = self.make(folder, weight)
+                    self._members[known_as] = self.make(folder, weight)
 
 
 def parse_weights(told: Sequence[str]) -> dict[str, float]:
@@ -110,5 +111,5 @@ def parse_weights(told: Sequence[str]) -> dict[str, float]:
             weight = math.nan
         if not equals or not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"--weight: got {one!r}; allowed: JOB=NUMBER, such as perseus_out=2, above 0")
-        weights[name.rstrip("/")] = weight
+        weights[str(Path(name))] = weight
     return weights

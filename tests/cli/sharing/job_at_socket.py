@@ -76,7 +76,7 @@ class JobAtSocket:
         if self._socket is None:
             return 0.0
         goal = self._goal if self.iteration >= self._switch else self._before
-        return self.full_w if goal.limit is None or goal.limit.job_w is None else goal.limit.job_w
+        return self.full_w if goal.limit is None or goal.limit.job_w is None else min(goal.limit.job_w, self.full_w)
 
     def step(self) -> None:
         """An iteration goes by; what was said is decided on."""

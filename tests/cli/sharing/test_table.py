@@ -258,6 +258,28 @@ def test_a_limit_that_somebody_else_has_set_is_left_to_them(site: Site) -> None:
     assert site.total_w <= 2600.0
 
 
+def test_a_limit_that_allows_more_than_full_clocks_draw_keeps_nothing_from_others(site: Site) -> None:
+    site.start("a")
+    site.start("b")
+    ask(site.folder / "a", {"do": "target", "target": {"power_budget_w": "10MW", "source": "site"}})
+    for _ in range(3):
+        done = site.turn(3100.0)
+    assert done.looks[str(site.folder / "a")].holding.held_w == 1600.0, "full clocks"
+    assert done.shortfall_w == 0
+    assert site.drawn_w == {"a": 1600.0, "b": pytest.approx(1500.0)}
+
+
+def test_a_job_that_is_given_under_several_names_is_one(site: Site) -> None:
+    site.start("a")
+    link = site.folder / "b"
+    link.symlink_to(site.folder / "a")
+    patterns = [str(site.folder / "a"), f"{site.folder}/../{site.folder.name}/a/", str(link), str(site.folder / "*")]
+    table = Table(patterns, {"a": 2.0}, lambda folder, weight: Member(folder, weight, LASTING_S, lambda: site.now_s))
+    done = table.round(3000.0)
+    assert list(done.looks) == [str(site.folder / "a")]
+    assert done.held_w == 1600.0
+
+
 def test_a_wish_of_somebody_else_stays(site: Site) -> None:
     site.start("a")
     ask(site.folder / "a", {"do": "target", "target": {"full": True, "source": "site"}})
@@ -327,7 +349,7 @@ def test_whatever_happens_all_together_never_rise_above_the_budget(site: Site, s
 
 
 def test_weights() -> None:
-    assert parse_weights(["runs/a=2", "b/=0.5"]) == {"runs/a": 2.0, "b": 0.5}
+    assert parse_weights(["runs/a=2", "b/=0.5", "./c=3"]) == {"runs/a": 2.0, "b": 0.5, "c": 3.0}
     for wrong in ("a", "a=0", "a=x", "a=nan"):
         with pytest.raises(ConfigError, match="--weight"):
             parse_weights([wrong])

@@ -26,8 +26,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
-from perseus_plugin.leader.job_socket import SOCKET_NAME, ask
+from perseus_plugin.leader.job_socket import ask
 from perseus_plugin.planning.plan import Plan, load_plan
+from tests.live_targets import wait_for_plan
 from tests.one_job import OneJob, Step
 
 TIMES: dict[str, tuple[float, ...]] = {
@@ -122,8 +123,7 @@ def with_the_plugin(folder: Path, shares: Sequence[float], seconds: float) -> tu
         phases.append(Phase(first, len(job.stamps_s), plan, budget_w))
 
     def control() -> None:
-        while not ((folder / SOCKET_NAME).exists() and (folder / "plan.json").exists()):
-            time.sleep(0.2)
+        wait_for_plan(folder)
         phase({"full": True})
         full = phases[0]
         taken_s = job.stamps_s[full.end - 1] - job.stamps_s[full.first - 1]

@@ -70,6 +70,21 @@ class Changed:
         return [begin - iteration for begin, iteration in begins if begin is not None and begin > iteration]
 
 
+def wait_for_plan(folder: Path) -> None:
+    """Until the job follows its first plan.
+
+    Raises:
+        RuntimeError: it gave up, as on a machine on which times vary too much.
+    """
+    phase = ""
+    while phase != "following":
+        time.sleep(0.1)
+        if (folder / SOCKET_NAME).exists():
+            phase = ask(folder, {"do": "targets"}).get("in_force", {}).get("phase", "")
+        if phase == "given up":
+            raise RuntimeError("the job stays at full clocks: its log says why")
+
+
 def change_at_random(
     folder: Path,
     changes: int,
@@ -93,8 +108,7 @@ def change_at_random(
     def change() -> None:
         try:
             draw = random.Random(seed)
-            while not ((folder / SOCKET_NAME).exists() and (folder / "plan.json").exists()):
-                time.sleep(0.1)
+            wait_for_plan(folder)
             for _ in range(changes):
                 time.sleep(pause_s(draw))
                 said = {**draw.choice(WISHES), "source": draw.choice(("cli", "cli", "site"))}

@@ -453,6 +453,13 @@ class PerseusConfig(_Strict):
     effort: Literal["quick", "normal", "thorough"] = _setting(
         "quick", '"quick", "normal" or "thorough"', "How hard the planner tries to come near the optimum."
     )
+    refine_s: float = _setting(
+        60.0,
+        "seconds from 0",
+        "For how long a plan in force is searched on, at the next higher effort, by a process of lowest priority; what "
+        "it finds is adopted if it saves 0.1 % more over the last iterations. 0: never.",
+        ge=0,
+    )
     output_dir: str = _setting(
         "perseus_out",
         "a path",

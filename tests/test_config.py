@@ -30,6 +30,7 @@ FULL: dict[str, Any] = {
     "catch_up": False,
     "lower_while_waiting": False,
     "effort": "normal",
+    "refine_s": 30.0,
     "output_dir": "somewhere",
     "frontier": False,
     "record": False,

@@ -91,6 +91,7 @@ class Coordinator:
     Args:
         job: what the session is about.
         planner: who plans.
+        refiner: who refines plans in force, None: nobody.
         frontier: told of every plan's request, None where no frontier is wanted.
         tell: takes (name, value) figures.
         wake: called when a straggler report has come, from any thread.
@@ -108,6 +109,7 @@ class Coordinator:
         job: Job,
         planner: Planner,
         *,
+        refiner: Planner | None = None,
         frontier: BackgroundFrontier | None = None,
         tell: Callable[[list[tuple[str, float]]], None] = lambda figures: None,
         wake: Callable[[], None] = lambda: None,
@@ -122,7 +124,7 @@ class Coordinator:
         self._events = EventLog(job.output_dir)
         self._reports = RankReports(job.exchange, placement.world_size)
         self._recent = RecentIterations(job.exchange, placement.world_size)
-        self._desk = PlannerDesk(config, planner, self._recent, self._reports, placement.stages, pipelines)
+        self._desk = PlannerDesk(config, planner, self._recent, self._reports, placement.stages, pipelines, refiner)
         self.stragglers = StragglerDesk(
             config.stragglers,
             job.exchange,
@@ -297,7 +299,7 @@ class Coordinator:
             return
         slowed = self.comparison.too_slow(self._state.plans.allowed_slowdown) if self.comparison.collect() else None
         said = "" if slowed is None else self.comparison.said
-        self._observe(Watched(slowed, said, self._desk.idle))
+        self._observe(Watched(slowed, said, self._desk.idle, self._desk.refiner_idle))
 
     def _observe(self, observed: Observed) -> None:
         self._state, effects = decide(self._state, observed, self._rules)

@@ -86,6 +86,7 @@ from perseus_plugin.leader.state import JobState, Phase, Rules
 from perseus_plugin.leader.target_book import Goal, described
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PlanRequest
+from perseus_plugin.planning.work import SMALL, WORTH_REFINING
 from perseus_plugin.profiling.failed import FILE
 from perseus_plugin.profiling.survey import Survey, misfit, rescaled
 from perseus_plugin.stragglers.situation import Answer, Situation
@@ -265,6 +266,8 @@ class _Deciding:
             return  # it is asked anew
         elif asked.situation is not None:
             self._take_pace(seen, asked.situation)
+        elif asked.refine:
+            self._take_refined(seen)
         elif asked.review:
             self._take_review(seen)
         elif answer.plan is None:
@@ -319,7 +322,7 @@ class _Deciding:
         state, schedule, answer = self.state, seen.asked.schedule, seen.answer
         known = in_force(plan, answer, seen.asked.margin)
         hinges = answer.replayed is not None and answer.replayed.hinges
-        state.reviews.follow(schedule, known, state.iteration, hinges)
+        state.reviews.follow(schedule, known, state.iteration, hinges, refined=seen.asked.refine)
         state.replayed = {**state.replayed, schedule: answer.replayed}
         number = state.plans.put(schedule, plan, seen.asked.survey.profile, answer.catch_up, seen.request.min_dwell_s)
         self._keep_for(state.goal, schedule, MadePlan(number, _kept(seen), answer.replayed, known, answer.uniform))
@@ -334,6 +337,30 @@ class _Deciding:
         if due is not None:
             self._ask(due, review=True, in_force=state.reviews.in_force(due))
 
+    def _refine(self) -> None:
+        """Have a plan in force searched on, where that can be worth it."""
+        state = self.state
+        if state.answers.situation is not None:
+            return
+        schedule = state.reviews.to_refine(state.plans.schedules, state.iteration)
+        if schedule is None:
+            return
+        plan = state.plans.of(schedule)
+        if plan.gap > WORTH_REFINING and sum(map(len, plan.stages)) > SMALL:
+            self._ask(schedule, review=True, refine=True, in_force=state.reviews.in_force(schedule))
+        else:
+            state.reviews.refined(schedule)
+
+    def _take_refined(self, seen: Answered) -> None:
+        state, schedule = self.state, seen.asked.schedule
+        if state.answers.situation is not None:
+            return  # it is tried again
+        if schedule not in state.plans or state.reviews.in_force(schedule) != seen.asked.in_force:
+            return  # another plan has come into force meanwhile
+        state.reviews.refined(schedule)
+        if seen.answer.plan is not None:
+            self._take_review(seen)
+
     def _take_review(self, seen: Answered) -> None:
         """The plan in force stays, perhaps with other usual delays; or another one holds better."""
         state, schedule, answer = self.state, seen.asked.schedule, seen.answer
@@ -347,7 +374,9 @@ class _Deciding:
                 self._follow()
                 return
         elif clocks_of(answer.plan) != clocks_of(before) or catches_up_otherwise(seen.request.in_force, answer):
-            if answer.held is not None:
+            if seen.asked.refine:
+                self._inform("plan for %s: refined in the background for %.1f s", schedule, answer.planning_time_s)
+            elif answer.held is not None:
                 kept = "there is a better one" if answer.held.kept else "it would not have kept to its time"
                 self._inform("plan for %s: over the last iterations %s", schedule, kept)
             state.made_anew |= before is state.plan  # what was measured under the usual plan says nothing of this one
@@ -595,6 +624,8 @@ class _Deciding:
             self._review()
         if state.at_full or state.fallen:
             return
+        if seen.refiner_idle:
+            self._refine()
         if seen.slowed is not None:
             self._drop(seen.said, seen.slowed, by_references=True)
             return
@@ -763,7 +794,7 @@ class _Deciding:
 
 def _kept(seen: Answered) -> PlanRequest:
     """What a plan was made for, as long as it is kept."""
-    return replace(seen.request, samples=None, in_force=None, overheads=seen.answer.overheads)
+    return replace(seen.request, samples=None, in_force=None, refine_s=0.0, overheads=seen.answer.overheads)
 
 
 def _without(values: Mapping[str, ValueT], key: str) -> dict[str, ValueT]:

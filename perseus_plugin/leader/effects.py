@@ -64,6 +64,7 @@ class Ask:
         pace: of those stragglers.
         review: a plan in force is held against newer iterations; not asked where there are too few.
         in_force: that plan.
+        refine: look for a better one beside all else, with more effort; it is not waited for.
     """
 
     schedule: str
@@ -78,6 +79,7 @@ class Ask:
     pace: PaceRequest | None = None
     review: bool = False
     in_force: InForce | None = None
+    refine: bool = False
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Leader:
         tell: takes (name, value) figures, for the framework's monitor and others.
         wake: called when there is something to be done, from any thread.
         publishers: closed with the leader.
-        planner: who plans; closed with the leader. None: a process that is started for it.
+        planner: who plans; closed with the leader. None: a process that is started for it, and one that refines.
         final_stats_timeout_s: how long a job that ends waits for what its ranks tell last.
 
     Attributes:
@@ -87,6 +87,7 @@ class Leader:
         self._drawn: Drawn | None = None
         self._power_due_s = 0.0
         self._planner = planner
+        self._refiner: PlannerProcess | None = None
         self._final_stats_timeout_s = final_stats_timeout_s
         self._frontier: BackgroundFrontier | None = None
         self._coordinator: Coordinator | None = None
@@ -94,7 +95,12 @@ class Leader:
         if job.plans:
             self._planner = planner or PlannerProcess(wake=wake)
             self._frontier = BackgroundFrontier(job.output_dir) if job.config.frontier else None
-            self._coordinator = Coordinator(job, self._planner, frontier=self._frontier, tell=tell, wake=wake)
+            # It may be lost: there is a plan already, and nobody waits for a better one.
+            if planner is None and job.config.refine_s:
+                self._refiner = PlannerProcess(pauses_s=(), wake=wake, ahead=False)
+            self._coordinator = Coordinator(
+                job, self._planner, refiner=self._refiner, frontier=self._frontier, tell=tell, wake=wake
+            )
             self._socket = _socket(job, self._coordinator.request)
         elif (limit := PowerBudget.configured(job.config)) is not None:
             logger.warning(
@@ -225,7 +231,7 @@ class Leader:
     def close(self) -> None:
         """End what was started."""
         self.stop_taking_reports()
-        for part in (self._planner, self._frontier, self._publishers):
+        for part in (self._planner, self._refiner, self._frontier, self._publishers):
             if part is not None:
                 part.close()
 

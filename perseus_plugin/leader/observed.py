@@ -129,11 +129,13 @@ class Watched:
         slowed: share by which iterations are too long beyond doubt, None: they are not.
         said: that, for people.
         planner_idle: whether the planner works on nothing.
+        refiner_idle: whether there is somebody to refine plans who works on nothing.
     """
 
     slowed: float | None = None
     said: str = ""
     planner_idle: bool = True
+    refiner_idle: bool = False
 
 
 @dataclass(frozen=True)

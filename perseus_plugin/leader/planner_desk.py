@@ -11,6 +11,7 @@ from perseus_plugin.leader.rank_reports import RankReports
 from perseus_plugin.leader.recent import RecentIterations
 from perseus_plugin.planning.power.budget import NodeOverhead
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
+from perseus_plugin.planning.targets import more_than
 from perseus_plugin.planning.work import tell_cut_short
 
 
@@ -33,6 +34,7 @@ class PlannerDesk:
         reports: of all ranks.
         stages: of the pipeline.
         pipelines: GPUs that run each stage.
+        refiner: who refines plans; None: nobody.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class PlannerDesk:
         reports: RankReports,
         stages: int,
         pipelines: int = 1,
+        refiner: Planner | None = None,
     ) -> None:
-        self._config, self._planner = config, planner
+        self._config, self._planner, self._refiner = config, planner, refiner
         self._recent, self._reports, self._stages = recent, reports, stages
         self._asked: tuple[Ask, PlanRequest] | None = None
+        self._refined: tuple[Ask, PlanRequest] | None = None
         self._told_cut_short = False
         # As many GPUs of each stage, whichever they are.
         self._by_stage = [stage for stage in range(stages) for _ in range(pipelines)], None
@@ -56,13 +60,18 @@ class PlannerDesk:
         """Whether nothing is being worked on."""
         return self._asked is None and not self._planner.busy
 
+    @property
+    def refiner_idle(self) -> bool:
+        """Whether there is somebody to refine plans who works on nothing."""
+        return self._refiner is not None and self._refined is None and not self._refiner.busy
+
     def ask(self, ask: Ask) -> None:
         """Submit a request, if nothing is being worked on, and there are iterations for a review.
 
         Raises:
             ExchangeError: the store fails.
         """
-        if not self.idle:
+        if not (self.refiner_idle if ask.refine else self.idle):
             return
         survey = ask.survey
         streams = [ask.stream_of(stage) for stage in range(self._stages)]
@@ -88,7 +97,7 @@ class PlannerDesk:
             target=ask.goal.wish,
             limit=limit,
             margin=ask.margin,
-            effort="quick" if ask.quick else config.effort,
+            effort="quick" if ask.quick else more_than(config.effort) if ask.refine else config.effort,
             max_changes=limits.max_changes_per_iteration,
             min_dwell_s=self._reports.dwell_s if limits.dwell_s is None else limits.dwell_s,
             full_clock_only=survey.unresolved,
@@ -101,17 +110,30 @@ class PlannerDesk:
             lower_while_waiting=config.lower_while_waiting,
             in_force=ask.in_force,
             overheads=ask.overheads,
+            refine_s=config.refine_s if ask.refine else 0.0,
         )
-        self._planner.submit(request)
-        self._asked = ask, request
+        if ask.refine:
+            assert self._refiner is not None  # it is idle
+            self._refiner.submit(request)
+            self._refined = ask, request
+        else:
+            self._planner.submit(request)
+            self._asked = ask, request
 
     def answer(self) -> tuple[Ask, PlanRequest, PlanAnswer] | None:
         """What was asked with what came of it, once; None while there is nothing."""
         answer = self._planner.poll()
         if answer is None or self._asked is None:
-            return None
+            return self._refiners_answer()
         (ask, request), self._asked = self._asked, None
         if answer.cut_short and not self._told_cut_short:
             self._told_cut_short = True
             tell_cut_short()
+        return ask, request, answer
+
+    def _refiners_answer(self) -> tuple[Ask, PlanRequest, PlanAnswer] | None:
+        answer = None if self._refiner is None else self._refiner.poll()
+        if answer is None or self._refined is None:
+            return None
+        (ask, request), self._refined = self._refined, None
         return ask, request, answer

@@ -22,6 +22,8 @@ _LARGE = 0.2  # of an iteration, beside the work that is known: well above what 
 class _Followed:
     in_force: InForce | None
     looked: int
+    refine_at: int = 0  # iteration from which it may be refined: before, there is nothing to hold another one against
+    refined: bool = False
     sooner: int | None = None  # iterations after which it is looked at again, where that is soon
 
 
@@ -37,7 +39,9 @@ class Reviews:
         made._followed = dict(self._followed)
         return made
 
-    def follow(self, schedule: str, in_force: InForce | None, iteration: int, hinges: bool = False) -> None:
+    def follow(
+        self, schedule: str, in_force: InForce | None, iteration: int, hinges: bool = False, refined: bool = False
+    ) -> None:
         """A plan comes into force.
 
         Args:
@@ -45,9 +49,12 @@ class Reviews:
             in_force: what to hold against newer iterations; None: whatever they say, another plan is looked for.
             iteration: the one that runs.
             hinges: see `Replayed`.
+            refined: it need not be refined any more.
         """
-        before = self._followed.get(schedule)
-        self._followed[schedule] = replace(_told(before, hinges), in_force=in_force, looked=iteration)
+        told = _told(self._followed.get(schedule), hinges)
+        self._followed[schedule] = replace(
+            told, in_force=in_force, looked=iteration, refined=refined, refine_at=iteration + SOON
+        )
 
     def stay(self, schedule: str, hinges: bool) -> None:
         """A plan that was looked at stays in force; see `follow`."""
@@ -62,6 +69,20 @@ class Reviews:
         chosen = min(due, key=lambda one: self._followed[one].looked)
         self._followed[chosen] = replace(self._followed[chosen], looked=iteration)
         return chosen
+
+    def to_refine(self, schedules: Sequence[str], iteration: int) -> str | None:
+        """A schedule whose plan is to be refined; tried again after a while unless it is said to be `refined`."""
+        for schedule in schedules:
+            one = self._followed.get(schedule)
+            if one is None or one.in_force is None or one.refined or iteration < one.refine_at:
+                continue
+            self._followed[schedule] = replace(one, refine_at=iteration + EVERY)
+            return schedule
+        return None
+
+    def refined(self, schedule: str) -> None:
+        """There is no more to be had from a plan."""
+        self._followed[schedule] = replace(self._followed[schedule], refined=True)
 
     def in_force(self, schedule: str) -> InForce | None:
         """See `follow`."""

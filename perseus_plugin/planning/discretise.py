@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,13 +11,13 @@ import numpy as np
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import FloatArray
 from perseus_plugin.planning.few_changes.limits import keep_limits, violated
-from perseus_plugin.planning.improve import NORMAL, QUICK, SMALL, THOROUGH, improve, search_whole
+from perseus_plugin.planning.improve import NORMAL, QUICK, THOROUGH, improve, search_whole
 from perseus_plugin.planning.options import Assignment, PlanningProblem
 from perseus_plugin.planning.relaxation import Relaxed
 from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
 from perseus_plugin.planning.targets import ChangeLimits, Effort
 from perseus_plugin.planning.waiting import Waits
-from perseus_plugin.planning.work import BRAKE_S, Work
+from perseus_plugin.planning.work import BRAKE_S, SMALL, Work
 
 _PASSES = {"quick": QUICK, "normal": NORMAL, "thorough": THOROUGH}
 WORK: dict[Effort, float] = {"quick": 0.7, "normal": 5.5, "thorough": 100.0}
@@ -57,12 +58,21 @@ class Discretiser:
         problem: graph and options.
         switch_latency_s: how long a clock change takes; None: unknown, and clocks are not lowered in waits.
         clock: monotonic, seconds, for the last brake of searches.
+        brake_s: when that acts, if it is sooner than usual.
     """
 
     def __init__(
-        self, problem: PlanningProblem, switch_latency_s: float | None, clock: Callable[[], float] | None = None
+        self,
+        problem: PlanningProblem,
+        switch_latency_s: float | None,
+        clock: Callable[[], float] | None = None,
+        brake_s: float = math.inf,
     ) -> None:
-        self.problem, self.switch_latency_s, self._clock = problem, switch_latency_s, clock
+        self.problem, self.switch_latency_s, self._clock, self._brake_s = problem, switch_latency_s, clock, brake_s
+
+    def work(self, effort: Effort) -> Work:
+        """For a search that begins now."""
+        return Work(min(BRAKE_S[effort], self._brake_s), self._clock)
 
     def discretise(
         self,
@@ -80,7 +90,7 @@ class Discretiser:
         Without `search` they are rounded, which takes milliseconds.
         """
         problem, deadline_s = self.problem, relaxed.deadline_s
-        work = work or Work(BRAKE_S[effort], self._clock)
+        work = work or self.work(effort)
 
         def priced(assignment: Assignment) -> Solution:
             return self.priced(relaxed, assignment, allowed_s, limits, waits_until_s)

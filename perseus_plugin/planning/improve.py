@@ -66,9 +66,6 @@ _TAKE_LEVEL = 20e-6
 
 _ROUNDED = 6e-5  # share of a budget by which a window's costs may be off
 
-# A job of at most so many instructions is also searched as a whole.
-SMALL = 64
-
 
 def improve(
     problem: PlanningProblem,
@@ -110,7 +107,7 @@ def search_whole(
     better plan.
 
     Args:
-        problem: graph and options; at most `SMALL` instructions are worth it.
+        problem: graph and options; at most `work.SMALL` instructions are worth it.
         relaxed: the relaxation's optimum for the deadline, or for the cheapest one before it.
         choice: shape (nodes,), meets the deadline.
         allowed_s: the deadline.
@@ -140,7 +137,7 @@ def fastest_whole(
     """Search a small job for the shortest iteration that keeps a budget; never returns a longer one.
 
     Args:
-        problem: graph and options; at most `SMALL` instructions are worth it.
+        problem: graph and options; at most `work.SMALL` instructions are worth it.
         relaxed: the relaxation's optimum for the time that `choice` takes.
         choice: shape (nodes,), keeps the budget.
         budget_j: of energy, blocking power until the end included.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -11,14 +12,14 @@ from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import PipelineGraph
 from perseus_plugin.planning.discretise import WORK, Discretiser, Solution
 from perseus_plugin.planning.few_changes.limits import violated
-from perseus_plugin.planning.improve import SMALL, fastest_whole
+from perseus_plugin.planning.improve import fastest_whole
 from perseus_plugin.planning.options import PlanningProblem, build_problem
 from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.power.fastest import Fastest, fastest_within
 from perseus_plugin.planning.relaxation import Relaxation, Relaxed
 from perseus_plugin.planning.targets import EFFORTS, ChangeLimits, Effort, Target
-from perseus_plugin.planning.work import BRAKE_S, Work
+from perseus_plugin.planning.work import SMALL, Work
 from perseus_plugin.profiling.profile import Profile
 
 __all__ = ["ChangeLimits", "Effort", "Planner", "Solution", "Target", "make_plan"]
@@ -43,6 +44,7 @@ class Planner(Discretiser):
         schedule: name to put into plans.
         switch_latency_s: how long a clock change takes; None: unknown, and clocks are not lowered in waits.
         clock: monotonic, seconds, for the last brake of searches.
+        brake_s: when that acts, if it is sooner than usual.
 
     Raises:
         PlanError: the profile does not fit the graph.
@@ -58,9 +60,10 @@ class Planner(Discretiser):
         schedule: str = "custom",
         switch_latency_s: float | None = None,
         clock: Callable[[], float] | None = None,
+        brake_s: float = math.inf,
     ) -> None:
         problem = build_problem(graph, profile, blocking_power_w, full_clock_only)
-        self._begin(problem, schedule, switch_latency_s, clock)
+        self._begin(problem, schedule, switch_latency_s, clock, brake_s)
 
     @classmethod
     def of(
@@ -69,10 +72,11 @@ class Planner(Discretiser):
         schedule: str = "custom",
         switch_latency_s: float | None = None,
         clock: Callable[[], float] | None = None,
+        brake_s: float = math.inf,
     ) -> Planner:
         """For graph and options that have been joined already."""
         planner = cls.__new__(cls)
-        planner._begin(problem, schedule, switch_latency_s, clock)
+        planner._begin(problem, schedule, switch_latency_s, clock, brake_s)
         return planner
 
     def _begin(
@@ -81,8 +85,9 @@ class Planner(Discretiser):
         schedule: str,
         switch_latency_s: float | None,
         clock: Callable[[], float] | None,
+        brake_s: float,
     ) -> None:
-        super().__init__(problem, switch_latency_s, clock)
+        super().__init__(problem, switch_latency_s, clock, brake_s)
         self._found: list[Solution] = []
         self._relaxations: dict[float, Relaxed] = {}
         self.schedule = schedule
@@ -112,7 +117,7 @@ class Planner(Discretiser):
         found: list[Solution] = []
         for spent in EFFORTS[: EFFORTS.index(effort) + 1]:
             try:
-                found.append(self._solve(target, limits, spent, Work(BRAKE_S[spent], self._clock), search))
+                found.append(self._solve(target, limits, spent, self.work(spent), search))
             except PlanError:
                 if spent == effort and not found:
                     raise
@@ -163,7 +168,7 @@ class Planner(Discretiser):
     def _dearer(self, besides_w: float) -> Planner:
         """The same job where every second of a GPU costs that much more, whatever it does."""
         problem = replace(self.problem, blocking_power_w=self.problem.blocking_power_w + besides_w)
-        return Planner.of(problem, self.schedule, self.switch_latency_s, self._clock)
+        return Planner.of(problem, self.schedule, self.switch_latency_s, self._clock, self._brake_s)
 
     def fastest_within(self, budget: PowerBudget, limits: ChangeLimits, effort: Effort = "quick") -> Fastest:
         """The shortest iteration found that keeps a power budget, with all that it promises.
@@ -171,7 +176,7 @@ class Planner(Discretiser):
         Raises:
             PlanError: none keeps it; the message names the lowest.
         """
-        return fastest_within(self, budget, limits, effort, Work(BRAKE_S[effort], self._clock))
+        return fastest_within(self, budget, limits, effort, self.work(effort))
 
     def best_known(self, found: Solution) -> Solution:
         """The cheapest for its deadline of it and of those that this planner has found for shorter ones.

@@ -33,6 +33,7 @@ class PlannerProcess:
         limit_s: how long a request may take; None: twice what ends its searches.
         idle_s: for how long it may take no processor time over one.
         wake: called when it has answered, from a thread of its own.
+        ahead: whether the process is there ahead of requests; else it is started for each and ends with it.
     """
 
     def __init__(
@@ -41,13 +42,17 @@ class PlannerProcess:
         limit_s: float | None = None,
         idle_s: float = IDLE_S,
         wake: Callable[[], None] = lambda: None,
+        ahead: bool = True,
     ) -> None:
+        self._ahead = ahead
         self._pauses_s, self._limit_s, self._idle_s, self._wake = pauses_s, limit_s, idle_s, wake
         self._closing = threading.Event()
         self._starting = threading.Lock()
         self._child: Child | None = None
         self._answer: PlanAnswer | None = None
         self._busy = False
+        if not ahead:
+            return
         try:
             self._started()
         except OSError as error:  # it is tried again when there is something to ask
@@ -81,6 +86,10 @@ class PlannerProcess:
         """End the process."""
         with self._starting:
             self._closing.set()
+        self._rest()
+
+    def _rest(self) -> None:
+        with self._starting:
             child, self._child = self._child, None
         if child is not None:
             child.end(patience_s=1.0)
@@ -107,6 +116,8 @@ class PlannerProcess:
                 pause_s,
             )
             self._closing.wait(pause_s)
+        if not self._ahead:
+            self._rest()
         self._answer = answer
         self._busy = False
         self._wake()

@@ -7,6 +7,7 @@ standard input does, so that it cannot outlive the trainer. Rank 0's side is `pl
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -24,6 +25,7 @@ from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.request import PaceRequest, PlanAnswer, PlanRequest
 from perseus_plugin.planning.targets import Target
+from perseus_plugin.planning.work import WORTH_REFINING
 from perseus_plugin.profiling.profile import Profile
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from perseus_plugin.planning.targets import ChangeLimits, Effort
 
 
+_LAST = 19  # niceness that only takes what nobody else wants
 _PACES, _PACE_FURTHER = 8, 1.5  # tries of slower paces until a limit is kept, and how much further than in proportion
 
 __all__ = [
@@ -76,6 +79,7 @@ def planner_for(request: PlanRequest) -> Planner:
         full_clock_only=request.full_clock_only,
         schedule=request.schedule,
         switch_latency_s=wait_latency_s(request),
+        brake_s=request.refine_s or math.inf,
     )
 
 
@@ -151,6 +155,7 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
     from perseus_plugin.planning.options import build_problem
     from perseus_plugin.planning.pace import slowed
     from perseus_plugin.planning.robust import (
+        WORTH_CHANGING,
         catch_up_by_stage,
         held_against,
         is_much_better,
@@ -208,7 +213,8 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         delays_now_s = usual_delays(seen_from_it, request.samples)
         replay = replay_of(problem, request.samples, latency_s)
         held = held_against(known, replay, promise, latency_s, delays_now_s - delays_s)
-        if held.kept and not is_much_better(robust.replayed, held, promise):
+        least = WORTH_REFINING if request.refine_s else WORTH_CHANGING
+        if held.kept and not is_much_better(robust.replayed, held, promise, least):
             told_anew = with_delays(known, seen_from_it, delays_now_s) if request.samples.starts_s else ()
             return PlanAnswer(
                 None,
@@ -411,7 +417,10 @@ def main() -> None:
 def answered(line: str) -> str:
     """The answer to a line that holds a request, as a line; whatever is wrong with it is said in the answer."""
     try:
-        return json.dumps(answer_to(PlanRequest.from_dict(json.loads(line))).to_dict())
+        request = PlanRequest.from_dict(json.loads(line))
+        if request.refine_s:
+            yield_to_training(_LAST)
+        return json.dumps(answer_to(request).to_dict())
     except Exception as failure:
         reason = str(failure) if isinstance(failure, PerseusError) else repr(failure)
         return json.dumps(PlanAnswer(None, 0.0, reason).to_dict())

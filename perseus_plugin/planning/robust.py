@@ -30,7 +30,7 @@ _USUAL_WEIGHT = 2.0
 _TIME_WORTH = 10.0  # a percent of time is worth so many percents of energy: hardware costs more than electricity
 _ERRORS = 2.0  # standard errors by which the mean has to keep within its tolerance
 _DELAYS_MOVED = 0.005  # share of an iteration by which usual delays may be off before ranks are told
-_WORTH_CHANGING = 0.005  # share of energy by which another plan has to be better than one that holds
+WORTH_CHANGING = 0.005  # share of energy by which another plan has to be better than one that holds
 _TIGHTER = 5  # times that less power is tried
 _POWER_TOLERANCE = 0.002  # share of a power budget within which a replay keeps it
 _LEAST_SAVING = 0.001  # less is not worth changing clocks for
@@ -281,9 +281,16 @@ def _judged(
     )
 
 
-def is_much_better(replayed: Replayed, held: Replayed, promise: Promise) -> bool:
-    """Whether another plan is so much better than the one in force that it is worth going over to it."""
-    return not replayed.obstacle and _worth(replayed, promise) > _worth(held, promise) + _WORTH_CHANGING
+def is_much_better(replayed: Replayed, held: Replayed, promise: Promise, least: float = WORTH_CHANGING) -> bool:
+    """Whether another plan is so much better than the one in force that it is worth going over to it.
+
+    Args:
+        replayed: the other plan.
+        held: the one in force.
+        promise: what has to be kept.
+        least: share of energy by which it has to be better.
+    """
+    return not replayed.obstacle and _worth(replayed, promise) > _worth(held, promise) + least
 
 
 def _worth(replayed: Replayed, promise: Promise) -> float:

@@ -14,6 +14,11 @@ EFFORTS: tuple[Effort, ...] = get_args(Effort)
 """Rising."""
 
 
+def more_than(effort: Effort) -> Effort:
+    """The next higher effort; the highest itself."""
+    return EFFORTS[min(EFFORTS.index(effort) + 1, len(EFFORTS) - 1)]
+
+
 @dataclass(frozen=True, slots=True)
 class Prices:
     """What an iteration costs, in any one currency.

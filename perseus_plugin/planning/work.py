@@ -17,6 +17,11 @@ logger = logging.getLogger(__name__)
 BRAKE_S: dict[Effort, float] = {"quick": 300.0, "normal": 1200.0, "thorough": 7200.0}
 """Seconds after which the clock ends a search whatever it has done: some fifty times what one usually takes."""
 
+SMALL = 64
+"""A job of at most so many instructions is searched as a whole, at any effort."""
+WORTH_REFINING = 0.001
+"""Share of energy that a search in the background has to save for a running job to go over to what it found."""
+
 CP_SAT = 1.5  # per unit of its deterministic time
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ from perseus_plugin.leader.observed import (
     Watched,
 )
 from perseus_plugin.leader.plan_shelf import PlanShelf
+from perseus_plugin.leader.reviews import SOON, clocks_of
 from perseus_plugin.leader.state import JobState, Phase, Rules
 from perseus_plugin.leader.target_book import Entry, Standing
 from perseus_plugin.planning.paced import Pace, PacedPlan
@@ -202,6 +204,70 @@ def test_what_references_have_shown_drops_a_plan_beyond_doubt() -> None:
     story = Story().planned().then(Watched(None), Watched(0.3, "iterations take 30 % longer"))
     assert story.orders == [("full", 0)]
     assert story.state.found_by_references
+
+
+MANY = 40  # microbatches: more instructions than are searched as a whole at once
+
+
+def refinable(gap: float = 0.02) -> Story:
+    """A job whose plan is so far above its bound, twelve iterations on."""
+    plan = plan_for(request("A", MANY))
+    story = Story().then(*full(4), Runs("A", stream_of(2, MANY)), Turned(20), MEASURED)
+    story.then(story.answered(replace(plan, energy_lower_bound_j=plan.energy_j / (1 + gap))))
+    return story.then(Turned(20 + SOON))
+
+
+REFINES = Watched(planner_idle=False, refiner_idle=True)
+
+
+def lowest(plan: Plan) -> Plan:
+    """Another one."""
+    stages = tuple(tuple(replace(one, frequency_mhz=CLOCKS_MHZ[-1]) for one in stage) for stage in plan.stages)
+    return replace(plan, stages=stages)
+
+
+def test_a_plan_is_refined_once_while_the_planner_is_asked_for_other_things() -> None:
+    story = refinable()
+    assert not Story().planned().then(Turned(20 + SOON), REFINES).of(Ask), "so small a job was searched as a whole"
+    assert not refinable(gap=0.0005).then(REFINES).of(Ask), "it would gain too little"
+    assert not story.then(Watched(planner_idle=True)).of(Ask), "nobody refines here"
+    (ask,) = story.then(REFINES).of(Ask)
+    assert (ask.refine, ask.review, ask.in_force is not None) == (True, True, True)
+    answered = story.answered(lowest(story.state.plans.of("A")))
+    assert not story.then(REFINES).of(Ask)
+    story.then(answered)
+    assert story.orders == [("follow", 2)]
+    assert not story.then(Turned(900), REFINES).of(Ask), "what is followed has been refined"
+
+
+def test_what_was_refined_stays_where_nothing_better_was_found_or_another_plan_has_come() -> None:
+    story = refinable().then(REFINES)
+    nothing = story.answered(None)
+    story.then(nothing)
+    assert story.orders == []
+    assert not story.then(Turned(900), REFINES).of(Ask)
+    story = refinable().then(REFINES)
+    late = story.answered(lowest(story.state.plans.of("A")))
+    other = replace(late.asked, refine=False, in_force=None)
+    plan = plan_for(replace(request("A", MANY), target=Target.slowdown(0.3)))
+    plan = replace(plan, energy_lower_bound_j=0.98 * plan.energy_j)
+    story.then(replace(late, asked=other, answer=PlanAnswer(plan, 0.1)))
+    assert story.orders == [("follow", 2)]
+    story.then(late)
+    assert story.orders == []
+    (ask,) = story.then(Turned(900), REFINES).of(Ask)
+    assert ask.in_force.clocks_mhz == clocks_of(plan), "the other one has not been refined"
+
+
+def test_a_straggler_is_answered_first_and_a_plan_is_refined_once_it_is_gone() -> None:
+    story = refinable().then(REFINES)
+    refined = story.answered(lowest(story.state.plans.of("A")))
+    story.then(Situated(SLOW, 100.0))
+    story.then(story.answered(None, "no plan is better", 100.0))
+    story.then(refined)
+    assert story.orders == []
+    assert not story.then(Turned(900), REFINES).of(Ask)
+    assert story.then(Situated(None, 200.0), Situated(None, 201.0), REFINES).of(Ask)
 
 
 def test_a_straggler_is_planned_for_and_left_when_it_is_back() -> None:

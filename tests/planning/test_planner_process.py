@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import subprocess
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,21 @@ def test_what_the_script_has_opened_in_place_of_our_pipes_is_left_alone(tmp_path
     finally:
         for number in pipes:
             os.close(number)
+
+
+def test_one_that_refines_is_there_for_its_request_alone_and_takes_what_nobody_else_wants() -> None:
+    refiner = PlannerProcess(pauses_s=(), ahead=False)
+    assert refiner.pid is None
+    refiner.submit(replace(request(), refine_s=30.0))
+    wait_until(lambda: refiner.pid is not None or not refiner.busy)
+    with suppress(OSError):  # it may have ended
+        wait_until(lambda: not refiner.busy or os.getpriority(os.PRIO_PROCESS, refiner.pid or 0) == 19)
+    wait_until(lambda: not refiner.busy)
+    got = refiner.poll()
+    assert got is not None
+    assert got.plan is not None, got.error
+    assert refiner.pid is None
+    refiner.close()
 
 
 def test_when_memory_runs_out_the_planner_goes_before_the_trainer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,29 @@ def test_a_job_profiles_plans_and_saves_at_the_time_of_full_clocks(tmp_path: Pat
         for row in rows:
             error_w = abs(row.blocking_power_w - A100.power_w(WAITING, row.frequency_mhz))
             assert error_w < max(4 * row.blocking_power_se_w, 10.0), f"stage {stage} at {row.frequency_mhz} MHz"
+
+
+def test_a_job_keeps_the_power_budget_of_its_configuration(tmp_path: Path) -> None:
+    """At the node, of whose GPUs there are two, and of each GPU; 100 W of the node are not the GPUs'."""
+    folder, left, allowed_w = tmp_path / "job", iter(range(20)), 400.0
+
+    def planned_for_a_while() -> bool:
+        return (folder / "plan.json").exists() and next(left, None) is None
+
+    budget = {"power_budget_w": allowed_w + 100, "node_overhead_w": 100, "power_budget_groups_w": {"gpu": 220}}
+    ran = OneJob(folder, [Step()] * 500, plugin={**SHORT, "slowdown": 0.0, **budget}, until=planned_for_a_while).run()
+    plan = load_plan(folder / "plan.json")
+    assert plan.power is not None
+    assert 0.8 * allowed_w < plan.power.job_w - 100 <= allowed_w < plan.baseline_energy_j / plan.baseline_time_s
+    assert [one.allowed_w for one in plan.power.budgets] == pytest.approx([allowed_w + 100, 220, 220])
+    assert all(one.planned_w <= 1.000001 * one.allowed_w for one in plan.power.budgets)
+    at = [number for number, state in enumerate(ran.states) if state == "plan"]
+    drawn_w = sum(ran.energies_j[number] for number in at) / sum(ran.times_s[number] for number in at)
+    assert drawn_w < 1.02 * allowed_w, "as run"
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    goals = [one for one in events if one["event"] == "goal"]
+    assert [one["limit"]["gpus_per_node"] for one in goals] == [2] * len(goals) != []
+    assert ran.summary["plan"]["dropped_plans"] == 0
 
 
 def test_stages_that_run_different_instructions_are_profiled_and_planned(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from perseus_plugin.reporting.report.phrases import (
     comparison,
     headline,
     job_line,
+    least_cost_line,
     rates_line,
     valued_rows,
     worth_rows,
@@ -39,6 +40,10 @@ def report(
     price: Annotated[
         float | None, typer.Option(help="Price of a kWh; without, no money is stated.", show_default=False)
     ] = None,
+    price_gpu_hour: Annotated[
+        float | None,
+        typer.Option(help="Price of an hour of one GPU: with --price, the plan that costs least.", show_default=False),
+    ] = None,
     currency: Annotated[str, typer.Option(help="Of the price.")] = "USD",
     intensity: Annotated[float, typer.Option(help="Grams of CO2 per kWh.")] = WORLD_INTENSITY_G,
     pue: Annotated[float, typer.Option(help="Energy of the site per energy of its computers.")] = AVERAGE_PUE,
@@ -53,7 +58,7 @@ def report(
     """Report on a job, running or ended: a summary here, and a page with pictures that works offline."""
     if html is not None and no_html:
         raise ConfigError("got --html and --no-html; allowed: one of them")
-    rates = Rates(price, currency, intensity, pue)
+    rates = Rates(price, currency, intensity, pue, price_gpu_hour)
     options = Options(rates, hours, gpus, tokens_per_sample, frontier=not (no_frontier or no_html))
     console = Console()
     found = find(load_folder(folder), options)
@@ -97,6 +102,8 @@ def show(found: Findings, console: Console) -> None:
             console.print(_table(rows))
     if worth_rows(found):
         console.print(rates_line(found.options.rates), highlight=False, markup=False)
+    if line := least_cost_line(found):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     if found.marks:
         told = "; ".join(f"{mark.iteration}: {mark.text}" for mark in found.marks)
         console.print(f"What happened, by iteration: {told}", highlight=False, markup=False)

@@ -274,7 +274,7 @@ class _Deciding:
             if state.phase is Phase.PLANNING and self._refused(answer.error):
                 state.goal = state.aimed
                 return
-            self._go_without(asked.schedule, answer.error, "" if answer.lost else "try looser perseus.limits")
+            self._go_without(asked.schedule, answer.error, "" if answer.lost else _advice(asked.goal))
         else:
             self._take_plan(seen, answer.plan)
 
@@ -752,7 +752,7 @@ class _Deciding:
     def _give_up(self, why: str, kept_in: str = "") -> None:
         limit = self.state.targets.goal.limit
         if limit is not None:
-            self._warn("the power budget (%s) is not kept any more, as the job stays at full clocks", described(limit))
+            self._warn("the power budget (%s) is not kept, as the job stays at full clocks", described(limit))
         if kept_in:
             self._warn(
                 "%s. Training stays at full clocks. A restarted job of the same sort does not profile again; remove %s "
@@ -790,6 +790,11 @@ class _Deciding:
 
     def _warn(self, text: str, *values: Any) -> None:
         self.effects.append(Say("warning", text, values))
+
+
+def _advice(goal: Goal) -> str:
+    """What to change where there is no plan for what the configuration asks for."""
+    return "try looser perseus.limits" + ("" if goal.limit is None else ", or more power: see perseus.power_budget_w")
 
 
 def _kept(seen: Answered) -> PlanRequest:

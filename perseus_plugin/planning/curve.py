@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from perseus_plugin.bounds import Clock, PositiveEnergy, PositiveTime
 from perseus_plugin.errors import PlanError
 from perseus_plugin.files import read_model
+from perseus_plugin.planning.targets import Prices
 
 FRONTIER_FILE = "frontier.json"
 
@@ -45,6 +46,10 @@ class FrontierCurve:
     baseline_time_s: float
     baseline_energy_j: float
     slower: tuple[tuple[float, float], ...] = ()
+
+    def least_cost(self, prices: Prices, gpus: int) -> CurveSample:
+        """The sample whose iteration costs least on so many GPUs, of which energies are."""
+        return min(self.samples, key=lambda one: prices.cost(one.iteration_time_s, one.energy_j, gpus))
 
 
 class PointInFile(BaseModel):

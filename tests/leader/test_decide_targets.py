@@ -401,4 +401,4 @@ def test_when_all_fails_it_is_said_that_the_budget_is_not_kept() -> None:
     story = limited().then(Troubled(1, "lost"))
     assert story.orders == [("full", 0)]
     said = [say.text % say.values for say in story.of(Say) if say.level == "warning"]
-    assert any("the power budget (900 W) is not kept any more" in text for text in said)
+    assert any("the power budget (900 W) is not kept, as the job" in text for text in said)

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from perseus_plugin.planning.curve import FrontierCurve
+from perseus_plugin.planning.curve import CurveSample, FrontierCurve
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.record.samples import Sample
@@ -164,7 +164,9 @@ def _about(block: Block) -> str:
     return "<br>".join(lines)
 
 
-def frontier(made: FrontierCurve, plan: Plan, per: PerIteration | None) -> go.Figure:
+def frontier(
+    made: FrontierCurve, plan: Plan, per: PerIteration | None, least_cost: CurveSample | None = None
+) -> go.Figure:
     """Bound and plans over the iteration time, energy above power, with full clocks and the plan that was chosen."""
     shapes: list[tuple[str, list[tuple[float, float]], dict[str, Any]]] = [
         ("lower bound", [(p.deadline_s, p.bound_j) for p in made.samples],
@@ -180,6 +182,8 @@ def frontier(made: FrontierCurve, plan: Plan, per: PerIteration | None) -> go.Fi
         time_s = plan.baseline_time_s * per.plan_s / per.full_s
         energy_j = plan.baseline_energy_j * per.plan_j / per.full_j
         chosen.append(("as run, against measured full clocks", time_s, energy_j, "diamond-open", GREEN))
+    if least_cost is not None:
+        chosen.append(("least cost", least_cost.iteration_time_s, least_cost.energy_j, "hexagram-open", BLUE))
     for name, time_s, energy_j, symbol, colour in chosen:
         marker = {"symbol": symbol, "size": 14, "color": colour, "line": {"width": 2, "color": colour}}
         shapes.append((name, [(time_s, energy_j)], {"mode": "markers", "marker": marker}))

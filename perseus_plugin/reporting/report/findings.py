@@ -29,7 +29,7 @@ from perseus_plugin.reporting.report.worth import (
 )
 
 if TYPE_CHECKING:
-    from perseus_plugin.planning.curve import FrontierCurve
+    from perseus_plugin.planning.curve import CurveSample, FrontierCurve
 
 _TOLERANCE = 0.005
 _MAX_MARKS = 40
@@ -70,6 +70,7 @@ class Findings:
         options: see there.
         lanes: iterations to draw, above each other.
         frontier: of the schedule and profile.
+        least_cost: the plan of it that costs least at the reader's prices; None: they tell nothing of time.
         series: iterations over training.
         marks: what happened when.
         reigns: what was aimed at when.
@@ -87,6 +88,7 @@ class Findings:
     options: Options
     lanes: list[Lanes]
     frontier: FrontierCurve | None
+    least_cost: CurveSample | None
     series: Series | None
     marks: list[Happening]
     reigns: list[Reign]
@@ -119,11 +121,14 @@ def find(folder: JobFolder, options: Options | None = None) -> Findings:
             project(per, folder.world_size, hours, gpus, options.rates)
             for hours in dict.fromkeys((24.0, options.hours))
         ]
+    curve, prices = _frontier(folder) if options.frontier else None, options.rates.prices
+    stages = 0 if folder.plan is None else len(folder.plan.stages)
     return Findings(
         folder=folder,
         options=options,
         lanes=lanes,
-        frontier=_frontier(folder) if options.frontier else None,
+        frontier=curve,
+        least_cost=None if curve is None or prices is None or not stages else curve.least_cost(prices, stages),
         series=run,
         marks=[] if run is None else marks(run.stretches, folder, ruled),
         reigns=ruled,

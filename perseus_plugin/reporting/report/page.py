@@ -16,6 +16,7 @@ from perseus_plugin.reporting.report.phrases import (
     comparison,
     headline,
     job_line,
+    least_cost_line,
     rates_line,
     valued_rows,
     worth_rows,
@@ -82,7 +83,8 @@ def _figures(found: Findings) -> list[tuple[str, Any, str]]:
         text = f"Points: as run, {'emulated' if found.folder.emulated else 'measured'}. " + _TRAINING_TEXT
         made.append(("training", training(found.series, found.marks, found.per, found.reigns), text))
     if found.frontier is not None and found.folder.plan is not None:
-        made.append(("frontier", figures.frontier(found.frontier, found.folder.plan, found.per), _FRONTIER_TEXT))
+        drawn = figures.frontier(found.frontier, found.folder.plan, found.per, found.least_cost)
+        made.append(("frontier", drawn, f"{_FRONTIER_TEXT} {least_cost_line(found)}".strip()))
     if found.folder.profile is not None:
         made.append(("profile", figures.curves(found.folder.profile), _PROFILE_TEXT))
     if found.clocks:

@@ -19,6 +19,8 @@ from perseus_plugin.reporting.report.worth import (
 Rows = list[tuple[str, ...]]
 """A table: the head, then the rows."""
 
+_FULL_SPEED = 0.001  # share of the time at full clocks
+
 
 def job_line(folder: JobFolder) -> str:
     """What ran where."""
@@ -197,6 +199,23 @@ def _span(hours: float) -> str:
     if hours == HOURS_PER_YEAR:
         return "a year"
     return "a day" if hours == 24 else f"{hours:,.6g} hours"
+
+
+def least_cost_line(found: Findings) -> str:
+    """Which plan costs least at the reader's prices; empty where they tell nothing of time."""
+    best, curve, rates = found.least_cost, found.frontier, found.options.rates
+    if best is None or curve is None:
+        return ""
+    slower, saved = best.iteration_time_s / curve.baseline_time_s - 1, 1 - best.energy_j / curve.baseline_energy_j
+    at = (
+        "at full speed"
+        if slower <= _FULL_SPEED
+        else f"with iterations of {best.iteration_time_s:.4f} s ({slower:+.1%})"
+    )
+    return (
+        f"At {rates.price:g} {rates.currency} per kWh at the meter and {rates.gpu_hour:g} per GPU-hour training costs "
+        f"least {at}, by a plan that takes {saved:.1%} less energy than full clocks."
+    )
 
 
 def rates_line(rates: Rates) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from perseus_plugin.errors import ConfigError
+from perseus_plugin.planning.power.budget import NodeOverhead
+from perseus_plugin.planning.targets import Prices
 from perseus_plugin.reporting.record.iterations import PLAN, PROFILING, Stretch
 from perseus_plugin.reporting.record.records import Series
 
@@ -27,6 +29,7 @@ class Rates:
         currency: for people.
         intensity_g: grams of CO2 per kWh.
         pue: energy of the whole site for one unit of energy of its computers.
+        gpu_hour: price of an hour of one GPU, whatever it draws; None: nothing is said of what costs least.
 
     Raises:
         ConfigError: on construction, for a value that cannot be.
@@ -36,6 +39,7 @@ class Rates:
     currency: str = "USD"
     intensity_g: float = WORLD_INTENSITY_G
     pue: float = AVERAGE_PUE
+    gpu_hour: float | None = None
 
     def __post_init__(self) -> None:
         if self.price is not None and not (math.isfinite(self.price) and self.price >= 0):
@@ -44,6 +48,18 @@ class Rates:
             raise ConfigError(f"--intensity: got {self.intensity_g}; allowed: a number from 0 to 5000, grams per kWh")
         if not (math.isfinite(self.pue) and 1 <= self.pue <= 10):
             raise ConfigError(f"--pue: got {self.pue}; allowed: a number from 1 to 10")
+        if self.gpu_hour is not None:
+            if not (math.isfinite(self.gpu_hour) and self.gpu_hour >= 0):
+                raise ConfigError(f"--price-gpu-hour: got {self.gpu_hour}; allowed: a number from 0")
+            if not self.price:
+                raise ConfigError(f"--price-gpu-hour: got {self.gpu_hour}; allowed: beside a --price above 0")
+
+    @property
+    def prices(self) -> Prices | None:
+        """What time and energy at the meter cost; None: not both are known."""
+        if self.price is None or self.gpu_hour is None:
+            return None
+        return Prices(self.price, self.gpu_hour, NodeOverhead(share=self.pue - 1))
 
 
 @dataclass(frozen=True, slots=True)

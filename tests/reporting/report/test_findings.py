@@ -19,6 +19,7 @@ from perseus_plugin.reporting.report.phrases import (
     energy,
     headline,
     job_line,
+    least_cost_line,
     rates_line,
     valued_rows,
     worth_rows,
@@ -147,6 +148,22 @@ def test_worth_is_told_per_run_projection_and_sample(job: Job) -> None:
     assert rows["100 hours on 64 GPUs: full clocks"][0] == energy(iterations * found.per.full_j)
     assert "a day on 64 GPUs: saved" in rows
     assert "0.2 EUR per kWh" in rates_line(options.rates)
+
+
+@pytest.mark.parametrize(("gpu_hour", "slower"), [(0.0, True), (1000.0, False)])
+def test_what_costs_least_is_the_slowest_worth_having_where_time_is_free_and_the_fastest_where_it_is_dear(
+    job: Job, gpu_hour: float, slower: bool
+) -> None:
+    found = find(load_folder(job.folder), Options(Rates(price=0.2, gpu_hour=gpu_hour)))
+    assert found.frontier is not None
+    assert found.least_cost is not None
+    samples = found.frontier.samples
+    assert found.least_cost == (min(samples, key=lambda one: one.energy_j) if slower else samples[0])
+    assert (f"{gpu_hour:g} per GPU-hour" in least_cost_line(found), "at full speed" in least_cost_line(found)) == (
+        True,
+        not slower,
+    )
+    assert least_cost_line(find(load_folder(job.folder), Options(Rates(price=0.2)))) == ""
 
 
 def test_without_a_price_no_column_of_money(job: Job) -> None:

@@ -11,11 +11,12 @@ import pytest
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.record.recorder import record_path
 from perseus_plugin.reporting.report import figures
-from perseus_plugin.reporting.report.findings import Findings, Happening, find
+from perseus_plugin.reporting.report.findings import Findings, Happening, Options, find
 from perseus_plugin.reporting.report.folder import load_folder
 from perseus_plugin.reporting.report.page import page
 from perseus_plugin.reporting.report.reigns import Reign
 from perseus_plugin.reporting.report.training import training
+from perseus_plugin.reporting.report.worth import Rates
 from tests.reporting.job import Job
 
 
@@ -116,6 +117,15 @@ def test_the_frontier_has_its_points_and_the_chosen_one(found: Findings, job: Jo
     assert ran.y[0] == pytest.approx(job.plan.energy_j, rel=0.02)
     for energies, powers in zip(figure.data[::2], figure.data[1::2], strict=True):
         assert list(powers.y) == pytest.approx([e / s for e, s in zip(energies.y, energies.x, strict=True)])
+
+
+def test_what_costs_least_is_marked(job: Job) -> None:
+    found = find(load_folder(job.folder), Options(Rates(price=0.2, gpu_hour=0.0)))
+    assert found.frontier is not None
+    assert found.least_cost is not None
+    figure = figures.frontier(found.frontier, job.plan, found.per, found.least_cost)
+    (mark,) = [trace for trace in figure.data[::2] if trace.name == "least cost"]
+    assert (mark.x[0], mark.y[0]) == (found.least_cost.iteration_time_s, found.least_cost.energy_j)
 
 
 def test_curves_carry_error_bars_of_two_standard_errors(found: Findings, job: Job) -> None:

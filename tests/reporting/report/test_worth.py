@@ -52,6 +52,9 @@ def test_the_defaults_are_the_sourced_averages() -> None:
         ({"intensity_g": -1.0}, "--intensity: got -1.0"),
         ({"intensity_g": 1e6}, "--intensity"),
         ({"pue": 0.9}, "--pue: got 0.9"),
+        ({"price": 0.1, "gpu_hour": -1.0}, "--price-gpu-hour: got -1.0"),
+        ({"gpu_hour": 1.0}, "--price-gpu-hour: got 1.0; allowed: beside a --price"),
+        ({"price": 0.0, "gpu_hour": 1.0}, "--price-gpu-hour"),
         ({"pue": math.inf}, "--pue"),
     ],
 )

@@ -55,8 +55,8 @@ def simulate(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            help="Profile (.csv), model description (.yaml, .yml), or traces of a job: a table of operations (.csv, "
-            ".csv.gz).",
+            help="Profile (.csv), model description (.yaml, .yml), or traces of a job: PyTorch's profiler's, one "
+            "per rank (.json, .json.gz), or a table of operations (.csv, .csv.gz).",
             metavar="SOURCE...",
             show_default=False,
         ),
@@ -78,7 +78,7 @@ def simulate(
     power_budget: Annotated[
         list[str] | None, typer.Option(help="Most power of one GPU per stage together, such as 2kW.")
     ] = None,
-    stages: Annotated[list[int] | None, typer.Option(help="Stages of an even split of the layers.")] = None,
+    stages: Annotated[list[int] | None, typer.Option(help="Stages of an even split of the layers; of traces.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Layers of each stage, with commas.")] = None,
     layers: Annotated[
         str | None, typer.Option(help="Layers of each stage of the profile, with commas; for another split of it.")
@@ -126,7 +126,6 @@ def simulate(
             microbatches=microbatches,
             straggler=straggler,
             power_budget=power_budget,
-            stages=stages,
             split=split,
             layers=layers,
             profile_chunks=None if profile_chunks == 1 else profile_chunks,
@@ -140,6 +139,7 @@ def simulate(
             _refuse("with --profile, which is of its own GPU", gpu=gpu)
         how = Options(
             schedule=_one("--schedule", schedule),
+            stages=_one("--stages", stages),
             gpu=_one("--gpu", gpu) or "a100",
             profile=profile,
             blocking_power=blocking_power,
@@ -180,7 +180,8 @@ def simulate(
         pipelines = _measured(measured, power_w, layers, stages or [], splits, profile_chunks)
     else:
         raise ConfigError(
-            f"got {source}; allowed: a profile (.csv) or a model description (.yaml, .yml), or a trace (.csv, .csv.gz)"
+            f"got {source}; allowed: a profile (.csv) or a model description (.yaml, .yml), or "
+            "traces (.json, .json.gz, .csv, .csv.gz)"
         )
     schedules = _schedules(schedule or ["1f1b"], microbatches)
     console = Console()

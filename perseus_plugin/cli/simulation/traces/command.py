@@ -13,6 +13,7 @@ from rich.table import Table
 from perseus_plugin.cli.job import profile_from_options, schedule_name
 from perseus_plugin.cli.simulation.description import gpu_named, profile_on, waiting_on
 from perseus_plugin.cli.simulation.traces.findings import explained, spreads, stragglers
+from perseus_plugin.cli.simulation.traces.kineto import ENDINGS, load_traces
 from perseus_plugin.cli.simulation.traces.output import Answer, as_json, lines, notes, plan_rows, timeline
 from perseus_plugin.cli.simulation.traces.table import is_table, load_table
 from perseus_plugin.cli.simulation.traces.traced import GivenSchedule, TracedJob
@@ -33,6 +34,7 @@ class Options:
 
     Attributes:
         schedule: as for `perseus plan`; None: found in the trace.
+        stages: of the pipeline; None: found in the trace.
         gpu: of the catalogue.
         profile: its curves instead.
         blocking_power, power_limit_w: as for `perseus plan`, with a profile.
@@ -46,6 +48,7 @@ class Options:
     """
 
     schedule: str | None
+    stages: int | None
     gpu: str
     profile: Path | None
     blocking_power: str | None
@@ -66,7 +69,9 @@ def is_trace(paths: Sequence[Path]) -> bool:
     Raises:
         ConfigError: a file cannot be read.
     """
-    return paths[0].name.endswith(_PACKED) or (paths[0].suffix == ".csv" and paths[0].exists() and is_table(paths[0]))
+    return paths[0].name.endswith((*ENDINGS, *_PACKED)) or (
+        paths[0].suffix == ".csv" and paths[0].exists() and is_table(paths[0])
+    )
 
 
 def simulate_trace(paths: Sequence[Path], options: Options, console: Console) -> None:
@@ -103,9 +108,13 @@ def simulate_trace(paths: Sequence[Path], options: Options, console: Console) ->
 
 
 def _read(paths: Sequence[Path], options: Options) -> TracedJob:
-    if len(paths) > 1:
-        raise ConfigError(f"got {len(paths)} files; allowed: one table of operations")
-    return load_table(paths[0], None if options.schedule is None else _given(options.schedule))
+    given = None if options.schedule is None else _given(options.schedule)
+    if paths[0].name.endswith(ENDINGS):
+        return load_traces(paths, given, options.stages)
+    if len(paths) > 1 or options.stages is not None:
+        what = f"{len(paths)} files" if len(paths) > 1 else "--stages"
+        raise ConfigError(f"got {what}; allowed: one table of operations, which says its stages")
+    return load_table(paths[0], given)
 
 
 def _given(schedule: str) -> GivenSchedule:

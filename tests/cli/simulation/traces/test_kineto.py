@@ -1,0 +1,153 @@
+"""Traces of PyTorch's profiler: what is read of them, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from perseus_plugin.cli.simulation.traces.findings import explained
+from perseus_plugin.cli.simulation.traces.kineto import load_traces
+from perseus_plugin.cli.simulation.traces.traced import GivenSchedule, TracedJob
+from perseus_plugin.errors import ConfigError
+from perseus_plugin.iteration.schedules import SCHEDULES
+from tests.cli.commands import Perseus
+from tests.cli.simulation.traces.made import Duration, uneven
+from tests.cli.simulation.traces.made_kineto import (
+    GAP_S,
+    Framework,
+    annotated_traces,
+    event,
+    traces_with_stacks,
+    write_trace,
+)
+
+
+def assert_durations(job: TracedJob, duration: Duration) -> None:
+    for node, one in enumerate(job.graph.instructions):
+        if one is None:
+            continue
+        for step in range(len(job.steps)):
+            for replica in range(len(job.replicas)):
+                wanted = duration(step, replica, one.stage, one.kind, one.microbatch)
+                # A trace holds microseconds since the machine was started, of which a float keeps thousandths.
+                assert job.durations_s[step, replica, node] == pytest.approx(wanted, abs=1e-8)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["operators", "kernels"])
+@pytest.mark.parametrize("framework", get_args(Framework))
+def test_frames_tell_what_ran(tmp_path: Path, framework: Framework, on_gpu: bool) -> None:
+    paths = traces_with_stacks(tmp_path, framework, uneven, stages=4, microbatches=6, replicas=2, on_gpu=on_gpu)
+    job = load_traces(paths[::-1])
+    assert job.schedule == ("PyTorch's 1F1B" if framework == "pytorch" else "1f1b")
+    assert (job.stages, job.microbatches, job.replicas, job.in_order) == (4, 6, (0, 1), 1.0)
+    assert job.steps == (0, 1, 2, 3)
+    assert_durations(job, uneven)
+    explains = explained(job)
+    assert explains.end_s == pytest.approx(GAP_S, rel=0.02)
+    assert explains.error_worst < 0.002
+
+
+def test_annotations_tell_schedule_and_stages(tmp_path: Path) -> None:
+    def split(step: int, replica: int, stage: int, kind: str, microbatch: int) -> float:
+        return 0.05 * (1 + stage) + 0.01 * step + (0.02 if kind.startswith("forward") else 0.0)
+
+    job = load_traces(annotated_traces(tmp_path, split))
+    assert (job.schedule, job.stages, job.microbatches) == ("PyTorch's actions", 2, 4)
+    kinds = {kind for stage, kind in job.classes if stage == 0}
+    assert kinds == {"forward", "forward_1", "weight_backward", "weight_backward_1", "input_backward_1"}
+    assert_durations(job, split)
+
+
+def test_numbered_annotations_are_pytorchs_gpipe_and_need_the_number_of_stages(tmp_path: Path) -> None:
+    paths = []
+    for rank in range(2):
+        events: list[dict[str, Any]] = []
+        for step in range(2):
+            for part, kind in enumerate(("Forward", "Backward")):
+                for m in range(3):
+                    since_s = 1 + step + 0.4 * part + 0.1 * m
+                    events.append(event("user_annotation", f"{kind} {m}", since_s - 0.04, 0.09))
+                    events.append(event("cpu_op", "aten::mm", since_s, 0.05))
+        paths.append(write_trace(tmp_path / f"r{rank}.json", events, rank))
+    with pytest.raises(ConfigError, match="--stages: missing; the 2 traces do not tell"):
+        load_traces(paths)
+    with pytest.raises(ConfigError, match="--stages: got 3; allowed: a number that divides the 2 traces"):
+        load_traces(paths, stages=3)
+    job = load_traces(paths, stages=2)
+    assert (job.schedule, job.stages, job.microbatches, job.steps) == ("PyTorch's GPipe", 2, 3, (0, 1))
+    assert np.allclose(job.durations_s[:, :, ~job.graph.is_constant], 0.05)
+
+
+def test_a_schedule_that_is_given_says_which_microbatch_is_which(tmp_path: Path) -> None:
+    def by_microbatch(step: int, replica: int, stage: int, kind: str, microbatch: int) -> float:
+        return 0.01 * (1 + microbatch)
+
+    paths = traces_with_stacks(tmp_path, "megatron", by_microbatch, schedule="gpipe", microbatches=3)
+    job = load_traces(paths, GivenSchedule("gpipe", SCHEDULES["gpipe"]), stages=2)
+    assert_durations(job, by_microbatch)
+
+
+def test_evaluation_and_what_is_cut_off_do_not_count(tmp_path: Path) -> None:
+    paths = traces_with_stacks(tmp_path, "deepspeed", uneven)
+    for path in paths:
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        file = "/x/deepspeed/runtime/pipe/engine.py"
+        events.append(event("python_function", f"{file}(10): _exec_schedule", 90.0, 1.0))
+        for number in range(3):
+            since_s = 90.1 + 0.1 * number
+            events.append(event("python_function", f"{file}(20): _exec_forward_pass", since_s, 0.05))
+            events.append(event("cpu_op", "aten::mm", since_s, 0.05))
+        write_trace(path, events[1:], None)
+    assert load_traces(paths).steps == (0, 1, 2, 3)
+
+
+def test_the_command_takes_them(perseus: Perseus, tmp_path: Path) -> None:
+    paths = traces_with_stacks(tmp_path, "megatron", uneven, replicas=2, on_gpu=True)
+    out = tmp_path / "out.json.txt"
+    done = perseus("simulate", *paths, "-o", out.with_suffix(".json"))
+    assert done.returncode == 0, done.stderr
+    assert "rank0.json.gz and 3 more: 1f1b, 2 stages, 4 microbatches, 2 replicas, 4 steps" in done.stdout
+    assert json.loads(out.with_suffix(".json").read_text())["bloat"]["intrinsic"]["mean"] > 0.05
+
+
+def test_traces_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    paths = traces_with_stacks(tmp_path, "megatron", uneven, replicas=2)
+    with pytest.raises(ConfigError, match=r"rank0\.json\.gz: got rank 0 a second time"):
+        load_traces([paths[0], paths[0]])
+    with pytest.raises(ConfigError, match="as many of each stage"):
+        load_traces(paths[:3])
+    (tmp_path / "other").mkdir()
+    other = traces_with_stacks(tmp_path / "other", "deepspeed", uneven)
+    with pytest.raises(ConfigError, match="those of one job"):
+        load_traces([paths[0], other[1]])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "traceEvents: missing; allowed: a trace that PyTorch's profiler exported"),
+        ('{"traceEvents": 3}', "traceEvents: missing"),
+        ("no json", "cannot be read"),
+        ("[" * 100_000, "nested more than"),
+        ('{"traceEvents": []}', "got no training iteration; allowed: a trace with whole iterations"),
+        ('{"traceEvents": [3]}', r"traceEvents\[0\]: got 3; allowed: an object"),
+        ('{"traceEvents": [{"ph": "X", "cat": "cpu_op", "ts": "now"}]}', r'traceEvents\[0\]\.ts: got "now"'),
+        ('{"traceEvents": [{"ph": "X", "cat": "cpu_op", "ts": 1, "dur": NaN}]}', r"traceEvents\[0\]\.dur: got nan"),
+        (
+            '{"traceEvents": [{"ph": "X", "cat": "user_annotation", "name": "PP:0X1", "ts": 1}]}',
+            "annotation PP:0X1: got '0X1'; allowed: what PyTorch's schedules write",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "rank0.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as refused:
+        load_traces([path])
+    assert str(refused.value).startswith(str(path))
+    assert "\n" not in str(refused.value)

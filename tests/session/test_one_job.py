@@ -141,7 +141,9 @@ def test_on_gpus_at_their_power_limit_plans_are_made_of_what_was_read_back(
     summary, plan = ran.summary, load_plan(folder / "plan.json")
     assert card.name in summary["gpu"]
     limit = summary["at_power_limit"]
-    assert limit["full_clock_percent"] > limit["plan_percent"] >= 0
+    # With shorter waits there are fewer bursts beyond the limit, so that a plan may be at it for longer.
+    assert limit["full_clock_percent"] > 10
+    assert limit["plan_percent"] > 0, "the slowest stage runs at full clocks"
     assert summary["plan"]["dropped_plans"] == 0
     said = capfd.readouterr().err
     assert "Look for a power or thermal limit" not in said

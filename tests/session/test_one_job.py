@@ -124,26 +124,34 @@ def test_on_gpus_that_never_reach_their_top_clock_plans_are_made_and_energies_kn
     assert sum(stretch.read for stretch in first) >= 4, "a helper that times clock changes reads the counter meanwhile"
 
 
+@pytest.mark.e2e
+@pytest.mark.repeated  # in virtual time: tests/profiling/test_at_limit.py
 @pytest.mark.parametrize("model", ["H100", "B300"])
 def test_on_gpus_at_their_power_limit_plans_are_made_of_what_was_read_back(
     tmp_path: Path, model: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder, left, card = tmp_path / "job", iter(range(25)), MODELS[model.lower()]
-    plugin = {**SHORT, "profiling": {**SHORT["profiling"], "clocks_mhz": None, "clock_count": 4, "steps_per_clock": 4}}
+    plugin = {**SHORT, "profiling": {**SHORT["profiling"], "clocks_mhz": None, "clock_count": 4, "steps_per_clock": 6}}
 
     def planned_for_a_while() -> bool:
         return (folder / "plan.json").exists() and next(left, None) is None
 
     # Changes and the counter as fast as on the other emulated GPUs, so that short iterations do.
     emulation = {"model": model, "switch_latency_s": 0.005, "counter_period_s": 0.02}
-    ran = OneJob(folder, [Step()] * 500, plugin=plugin, emulation=emulation, until=planned_for_a_while).run()
+    ran = OneJob(
+        folder,
+        [Step()] * 500,
+        forward_s=(0.030, 0.042),
+        backward_s=(0.060, 0.084),
+        plugin=plugin,
+        emulation=emulation,
+        until=planned_for_a_while,
+    ).run()
     assert "plan" in ran.states
     summary, plan = ran.summary, load_plan(folder / "plan.json")
     assert card.name in summary["gpu"]
     limit = summary["at_power_limit"]
-    # With shorter waits there are fewer bursts beyond the limit, so that a plan may be at it for longer.
-    assert limit["full_clock_percent"] > 10
-    assert limit["plan_percent"] > 0, "the slowest stage runs at full clocks"
+    assert limit["full_clock_percent"] > limit["plan_percent"] >= 0
     assert summary["plan"]["dropped_plans"] == 0
     said = capfd.readouterr().err
     assert "Look for a power or thermal limit" not in said
@@ -151,7 +159,7 @@ def test_on_gpus_at_their_power_limit_plans_are_made_of_what_was_read_back(
     full_j = statistics.median(ran.energies_j[3:7])
     assert plan.baseline_energy_j == pytest.approx(full_j, rel=0.15), "measured on a busy machine"
     planned_j = statistics.median(j for j, state in zip(ran.energies_j, ran.states, strict=True) if state == "plan")
-    assert planned_j < full_j
+    assert planned_j < 0.98 * full_j
 
 
 def test_transfers_and_what_is_there_once_are_found_and_planned_with(

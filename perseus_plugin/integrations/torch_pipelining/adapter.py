@@ -66,7 +66,8 @@ class _Job:
                 self._said = True
                 logger.warning(
                     "a second schedule trains in this process: its iterations run at full clocks and are not "
-                    "measured; only the one that has trained first is planned for, as long as it is there"
+                    "measured, nor is one of the first schedule that comes right after; only the one that has trained "
+                    "first is planned for, as long as it is there"
                 )
             return None
         session = started(lambda: self._start(hooks, schedule, microbatches))
@@ -79,8 +80,8 @@ class _Job:
     def elsewhere(self, hooks: Hooks) -> None:
         """Something runs on the GPU that is not this job's training as planned."""
         other = _living()
-        if other is not None and other.session is not None:
-            other.session.evaluation()
+        if other is not None:
+            other.disturbed()
 
     def _start(self, hooks: Hooks, schedule: Any, microbatches: Microbatches) -> PipelineSession | None:
         stages = stages_of(schedule)

@@ -128,25 +128,25 @@ class Hooks:
             schedule = self._of_schedule()
             self._in_run = True
             try:
-                if not getattr(schedule, "_has_backward", True):
-                    self._end_iteration(whole=False)
-                    self._disturbs()
-                    return run()
-                session = self.session or self._start(self, schedule, (args, kwargs))
-                if session is None or session.closed:
-                    self._disturbs()
-                    return run()
-                return self._iteration(session, schedule, run)
+                session = self.session
+                if getattr(schedule, "_has_backward", True):
+                    session = session or self._start(self, schedule, (args, kwargs))
+                    if session is not None and not session.closed:
+                        return self._iteration(session, schedule, run)
+                (self._elsewhere if session is None else Hooks.disturbed)(self)
+                return run()
             finally:
                 self._in_run = False
 
         return run_schedule
 
-    def _disturbs(self) -> None:
+    def disturbed(self) -> None:
+        """Something else than this schedule's training runs on the GPU."""
+        if not self._following:
+            self._end_iteration(whole=False)
+            self._optimizers.elsewhere()
         if self.session is not None:
             self.session.evaluation()
-        else:
-            self._elsewhere(self)
 
     def _iteration(self, session: PipelineSession, schedule: Any, run: Callable[[], Any]) -> Any:
         # What was to end with an optimizer's step that has not come has no end that is known.
@@ -160,6 +160,7 @@ class Hooks:
         try:
             result = self._follow(session, schedule, run)
         except BaseException:
+            self._optimizers.run_failed()
             self._end_iteration(whole=False)
             raise
         self._optimizers.run_ended()
@@ -376,10 +377,12 @@ def _hear_optimizers(hooks: Hooks) -> None:
     torch goes through its table of hooks while it calls them, and a session may end at any time, also in the midst of
     one: so ours stays there for good, and does nothing once nobody is to be told.
     """
+    import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     if not _registered:
-        _registered.append(register_optimizer_step_post_hook(_optimizer_stepped))
+        # A step that is compiled is compiled without what we do after it.
+        _registered.append(register_optimizer_step_post_hook(torch.compiler.disable(_optimizer_stepped)))
     _hearing.add(hooks)
 
 

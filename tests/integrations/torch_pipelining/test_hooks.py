@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 
 import perseus_plugin
 from perseus_plugin.errors import PerseusError
@@ -183,6 +184,42 @@ def test_a_second_schedule_runs_at_full_clocks_until_the_first_is_gone(
     assert sessions[0].closed
     other.train(3)
     assert whole(sessions[1].iterations)[-2:] == [True, True]
+
+
+def test_optimizers_of_another_schedule_are_not_waited_for(sessions: list[InMemorySession]) -> None:
+    script, other = enabled(), enabled("1F1B")
+    for _ in range(3):
+        script.train(2)
+        other.train()
+    assert whole(sessions[0].iterations) == [False, *[True] * 5]
+
+
+def test_steps_after_the_run_of_another_schedule_are_not_waited_for(sessions: list[InMemorySession]) -> None:
+    script, other = enabled("1F1B"), enabled("1F1B")
+    for _ in range(4):
+        script.run()
+        other.run()
+        for optimizer in script.optimizers + other.optimizers:
+            optimizer.step()
+    assert whole(sessions[0].iterations) == [False, True, True, True]
+
+
+def test_a_compiled_step_of_an_optimizer_is_compiled_as_without(sessions: list[InMemorySession]) -> None:
+    counters = torch._dynamo.utils.counters
+    results, compiled = [], []
+    for script in (Script(), enabled()):
+        torch._dynamo.reset()
+        counters.clear()
+        step = torch.compile(lambda: [one.step() for one in script.optimizers], backend="eager")  # noqa: B023
+        losses: list[float] = []
+        for _ in range(3):
+            losses += script.run()
+            step()
+        results.append(losses)
+        compiled.append({**counters["frames"], **counters["stats"]})
+    assert results[0] == results[1]
+    assert compiled[0] == compiled[1]
+    assert whole(sessions[0].iterations) == [False, True, True]
 
 
 def test_a_session_that_cannot_start_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

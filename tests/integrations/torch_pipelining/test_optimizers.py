@@ -51,9 +51,22 @@ def test_optimizers_that_step_within_the_backward_are_not_waited_for() -> None:
     assert ends(OptimizerSteps(), [(9, 0)] * 4) == [None, 0, 0, 0]
 
 
-def test_a_step_that_is_left_out_is_noticed_and_forgotten() -> None:
+def test_a_step_that_is_left_out_is_noticed_and_makes_no_iteration_end_early() -> None:
     runs = [(0, 1)] * 3 + [(0, 0)] + [(0, 1)] * 4
-    assert ends(OptimizerSteps(), runs)[-2:] == [1, 1]
+    assert ends(OptimizerSteps(), runs) == [None, 1, 1, None, None, None, 1, 1]
+
+
+def test_a_step_after_something_else_is_not_waited_for() -> None:
+    steps = OptimizerSteps()
+    found = []
+    for _ in range(4):
+        steps.run_begins()
+        steps.run_ended()
+        steps.stepped()
+        found.append(steps.all_stepped)
+        steps.elsewhere()
+        steps.stepped()
+    assert found == [False, True, True, True]
 
 
 def test_another_number_of_runs_is_learned() -> None:

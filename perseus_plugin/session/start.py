@@ -16,7 +16,7 @@ from perseus_plugin.control.examination import why_not_planned
 from perseus_plugin.control.lasting import LastingHelper
 from perseus_plugin.control.selection import Selection, emulates, select_gpu, with_facts
 from perseus_plugin.control.wire import DeviceFacts, Trouble
-from perseus_plugin.errors import ConfigError, os_problem
+from perseus_plugin.errors import ConfigError, PlanError, os_problem
 from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.exchange.store import Exchange, open_exchange
 from perseus_plugin.files import opened_folder, own_folder
@@ -24,6 +24,7 @@ from perseus_plugin.iteration.timetable import Round, Timetable, nearest_clocks
 from perseus_plugin.leader.job import Job
 from perseus_plugin.leader.leader import Leader
 from perseus_plugin.leader.signals.desk import SignalDesk
+from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.profiling.known import given_profile, kept_profile
 from perseus_plugin.profiling.sweep import choose_clocks, sweep_order
 from perseus_plugin.reporting.live.log import set_up_logging
@@ -113,6 +114,7 @@ def prepare(
     known = given_profile(config, placement)
     signals = SignalDesk(config.signals) if config.signals and placement.leads else None
     _check_emulation(config, placement)
+    _check_budget(config, placement)
     if exchange is None:
         exchange = open_exchange(_next_name())
     helper = None
@@ -310,6 +312,17 @@ def _check_emulation(config: PerseusConfig, placement: Placement) -> None:
             "when emulated times are taken from the CPU's (or give perseus.emulation.forward_time_s and "
             "backward_time_s)"
         )
+
+
+def _check_budget(config: PerseusConfig, placement: Placement) -> None:
+    """Groups must be of GPUs that there are; how many of them share a node is not known yet."""
+    limit = PowerBudget.configured(config)
+    for group in () if limit is None else limit.groups:
+        if group.of[0].isdigit():
+            try:
+                group.ranks(placement.world_size, placement.world_size)
+            except PlanError as error:
+                raise ConfigError(f"perseus.power_budget_groups_w: {error}") from None
 
 
 def _observe_only(selection: Selection, link: Link, placement: Placement) -> None:

@@ -253,7 +253,13 @@ def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
         OSError: it cannot be read.
         ValueError: it is larger.
     """
-    with os.fdopen(open_file(Path(path), os.O_RDONLY), "rb") as file:
+    descriptor = open_file(Path(path), os.O_RDONLY)
+    try:
+        opened = os.fdopen(descriptor, "rb")
+    except OSError as error:  # it is a folder
+        os.close(descriptor)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    with opened as file:
         size, pieces = os.fstat(file.fileno()).st_size, [b""]
         while size <= most and (piece := file.read(_PIECE)):
             pieces.append(piece)

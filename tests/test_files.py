@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from perseus_plugin.errors import os_problem
-from perseus_plugin.files import append, open_file, opened_folder, own_folder, read_unpacked, remove, write_atomically
+from perseus_plugin.files import (
+    append,
+    open_file,
+    opened_folder,
+    own_folder,
+    read_text,
+    read_unpacked,
+    remove,
+    write_atomically,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -47,6 +56,12 @@ def test_a_failure_leaves_the_old_content_and_no_rest(
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["plan.json"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="directory") as caught:
+        read_text(tmp_path)
+    assert os_problem(caught.value) == f"{tmp_path}: Is a directory"
 
 
 def test_a_reader_sees_one_whole_text(tmp_path: Path) -> None:

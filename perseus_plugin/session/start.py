@@ -322,7 +322,7 @@ def _check_budget(config: PerseusConfig, placement: Placement) -> None:
             try:
                 group.ranks(placement.world_size, placement.world_size)
             except PlanError as error:
-                raise ConfigError(f"perseus.power_budget_groups_w: {error}") from None
+                raise ConfigError(str(error)) from None
 
 
 def _observe_only(selection: Selection, link: Link, placement: Placement) -> None:

@@ -679,7 +679,7 @@ def test_with_the_backend_off_nothing_is_started_and_nobody_is_alarmed(
         ),
         (
             {"power_budget_groups_w": {"node 9": 400, "0,7-9": 400}},
-            r'perseus\.power_budget_groups_w: .*: got ranks "7-9"; allowed: 0 to \d+, rising',
+            r'power budget of 0,7-9: got ranks "7-9"; allowed: 0 to \d+, rising',
         ),
         ({"output_dir": "/dev/null/out"}, r"perseus\.output_dir: got '/dev/null/out'; allowed: a folder that can"),
     ],

@@ -75,7 +75,9 @@ class _Options(BaseModel):
     time_zone: Annotated[str, AfterValidator(_zone)] | None = _setting(_ZONES, None)
     after_last: Literal["hold", "end"] | None = _setting('"hold", "end" or null', None)
 
-    def steps(self, known: Mapping[str, float], where: str) -> tuple[Steps, str]:
+    def steps(
+        self, known: Mapping[str, float], where: str, check: Callable[[str, float], object] = lambda means, value: None
+    ) -> tuple[Steps, str]:
         """Read the file."""
         how = Reading(
             known=known,
@@ -84,6 +86,7 @@ class _Options(BaseModel):
             time_column=self.time_column,
             zone=None if self.time_zone is None else zoneinfo.ZoneInfo(self.time_zone),
             holds=(self.after_last or self.holds) == "hold",
+            check=check,
         )
         try:
             text = read_text(self.file, _MOST_BYTES)
@@ -146,19 +149,12 @@ class StepSignal:
 def schedule_signal(options: Mapping[str, Any], where: str) -> StepSignal:
     """Power budgets or slowdowns by time, such as those of the day ahead; see `SignalKind`."""
     told = _checked(_ScheduleOptions, options, where)
-    steps, means = told.steps({**_POWER_W, **_SLOWDOWN}, where)
 
-    def target_of(value: float | None) -> Target | None:
-        if value is None:
-            return None
+    def target_of(means: str, value: float) -> Target:
         return Target.power_budget(value * _POWER_W[means]) if means in _POWER_W else _slowdown(value, means)
 
-    for value in steps.values:
-        try:
-            target_of(value)
-        except PlanError as error:
-            raise ConfigError(f"{where}.file: {told.file}: {error}") from None
-    return StepSignal((Path(told.file),), steps, target_of)
+    steps, means = told.steps({**_POWER_W, **_SLOWDOWN}, where, target_of)
+    return StepSignal((Path(told.file),), steps, lambda value: None if value is None else target_of(means, value))
 
 
 def price_signal(options: Mapping[str, Any], where: str) -> StepSignal:

@@ -10,12 +10,12 @@ import bisect
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from itertools import pairwise
 
-from perseus_plugin.errors import ConfigError, shown
+from perseus_plugin.errors import ConfigError, PlanError, shown
 
 UNTIL = "until"
 TIMES = "ISO 8601, such as 2026-08-03T14:00+02:00, or without offset in the signal's time zone"
@@ -55,6 +55,7 @@ class Reading:
         time_column: name of the times' column.
         zone: of times without offset; None: that of this machine.
         holds: whether the last value holds for ever, and not for as long as the one before.
+        check: raises `PlanError` for a value that cannot be, given the known name of what it is.
     """
 
     known: Mapping[str, float]
@@ -63,6 +64,7 @@ class Reading:
     time_column: str
     zone: tzinfo | None
     holds: bool
+    check: Callable[[str, float], object] = lambda means, value: None
 
 
 def steps_from_csv(text: str, how: Reading, where: str) -> tuple[Steps, str]:
@@ -102,6 +104,11 @@ def steps_from_csv(text: str, how: Reading, where: str) -> tuple[Steps, str]:
             if until[-1] <= since[-1]:
                 raise ConfigError(f"{at}, {UNTIL}: got {shown(row[until_at])}; allowed: an end after its beginning")
         values.append(_value(row[value_at], at))
+        if values[-1] is not None:
+            try:
+                how.check(means, values[-1])
+            except PlanError as error:
+                raise ConfigError(f"{at}: {error}") from None
         if len(since) > 1 and since[-1] <= since[-2]:
             raise ConfigError(f"{at}: got {shown(row[time_at])}; allowed: a time after that of the line before")
         if len(until) > 1 and until[-2] != since[-1]:

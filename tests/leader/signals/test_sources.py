@@ -108,7 +108,7 @@ def test_what_is_wrong_is_named(file: Path, told: dict[str, Any], said: str) -> 
 
 @pytest.mark.parametrize(("column", "value"), [("power_budget_w", 0), ("slowdown", -0.1), ("slowdown_percent", 1001)])
 def test_a_target_that_cannot_be_is_found_before_its_hour(file: Path, column: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=r"perseus.signals\[0\].file: .*day.csv: .*; allowed: "):
+    with pytest.raises(ConfigError, match=r"perseus.signals\[0\].file: .*day.csv, line 4: .*; allowed: "):
         signal(file, HOURS.format(column, 1, 1, value), source="schedule")
 
 

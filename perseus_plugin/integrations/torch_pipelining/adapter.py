@@ -138,8 +138,16 @@ def placement(stages: list[Any], exchange: Exchange) -> Placement:
         replica=replica,
         shards=shards,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        device=str(first.device),
+        device=device_of(first),
     )
+
+
+def device_of(stage: Any) -> str:
+    """A stage's device with its number, which scripts that have set the current one leave out."""
+    import torch
+
+    device = torch.device(stage.device)
+    return f"cuda:{torch.cuda.current_device()}" if device == torch.device("cuda") else str(device)
 
 
 def facts(stages: list[Any], microbatches: Microbatches) -> dict[str, str]:

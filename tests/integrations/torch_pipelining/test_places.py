@@ -17,6 +17,7 @@ from perseus_plugin.errors import PerseusError
 from perseus_plugin.exchange.messages import Seat
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.integrations.torch_pipelining import places
+from perseus_plugin.integrations.torch_pipelining.adapter import device_of
 from perseus_plugin.integrations.torch_pipelining.places import replica_and_shards, seats_of_all
 
 
@@ -145,3 +146,13 @@ def test_tensor_parallel_ranks_are_together() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "tensor"))
     module = parallelize_module(torch.nn.Linear(4, 4), mesh["tensor"], ColwiseParallel())
     assert places.together_with(3, [module]) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("written", "device"), [("cuda", "cuda:3"), (torch.device("cuda"), "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")]
+)
+def test_a_device_without_a_number_is_the_current_one(
+    written: object, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert device_of(SimpleNamespace(device=written)) == device

@@ -111,7 +111,9 @@ def followed(schedule: Any) -> Followed:
         streams = streams_of_actions(written, pairs_as_one=pairs, first_has_input_gradient=input_gradient)
         # A list may come from a file, or be made for one job: its name does not say what is in it.
         digest = hashlib.sha256(repr(written).encode()).hexdigest()[:6]
-        key = f"{name}{'-pairs' if pairs else ''}/{size}x{len(stages)}-{digest}"
+        # Ranks may have different numbers of stages, and have the same key.
+        chunks = -(-int(stages[0].num_stages) // int(stages[0].group_size))
+        key = f"{name}{'-pairs' if pairs else ''}/{size}x{chunks}-{digest}"
     else:
         known = next((_ONE_STAGE[one.__name__] for one in type(schedule).__mro__ if one.__name__ in _ONE_STAGE), None)
         if known is None:

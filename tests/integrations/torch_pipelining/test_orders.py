@@ -6,6 +6,7 @@ The process group is torch's fake one, whose transfers arrive at once with whate
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleSingle,
+    _PipelineScheduleRuntime,
+    get_schedule_class,
+)
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.integrations.in_memory import InMemorySession
 from perseus_plugin.integrations.torch_pipelining.hooks import Hooks, Microbatches
+from perseus_plugin.integrations.torch_pipelining.schedule import followed
+from perseus_plugin.iteration.instructions import Compute
 from tests.e2e.pipelining_job import stages_of_rank
 from tests.factories import placement
 
@@ -103,3 +110,21 @@ def test_every_rank_runs_its_stream(name: str, ranks: int, microbatches: int, ca
         keys |= {one.schedule for one in session.iterations}
     assert len(keys) == 1
     assert "perseus" not in caplog.text
+
+
+def test_a_file_may_give_ranks_different_numbers_of_stages(tmp_path: Path) -> None:
+    file = tmp_path / "lists.csv"
+    file.write_text("0F0,0F1,2F0,2B0,2F1,2B1,0B0,0B1\n1F0,1F1,1B0,1B1\n")
+    found = []
+    for rank, numbers in enumerate(([0, 2], [1])):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+        stages: list[Any] = [Stage(number, 3) for number in numbers]
+        schedule: Any = _PipelineScheduleRuntime(stages, 2, loss_fn=nn.functional.mse_loss)
+        schedule._load_csv(str(file))
+        found.append(followed(schedule))
+        dist.destroy_process_group()
+    assert found[0].key == found[1].key
+    assert found[0].streams == found[1].streams
+    computes = [[op for op in one.operations if isinstance(op, Compute)] for one in found]
+    assert [len(one) for one in computes] == [8, 4]
+    assert {op.chunk for op in computes[1]} == {0}

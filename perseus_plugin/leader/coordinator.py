@@ -219,7 +219,7 @@ class Coordinator:
             return
         drawn = under_plan(stats, self._job.placement.world_size, news.since)
         if drawn is not None:
-            self._observe(Drew(drawn.power_w, drawn.iterations))
+            self._observe(Drew(drawn.power_w, drawn.iterations, drawn.over_s))
 
     # The loop: observe, decide, do.
 

@@ -271,10 +271,10 @@ class _Deciding:
         elif asked.review:
             self._take_review(seen)
         elif answer.plan is None:
-            if state.phase is Phase.PLANNING and self._refused(answer.error):
+            if state.phase is Phase.PLANNING and self._refused(_why_not(seen)):
                 state.goal = state.aimed
                 return
-            self._go_without(asked.schedule, answer.error, "" if answer.lost else _advice(asked.goal))
+            self._go_without(asked.schedule, _why_not(seen), "" if answer.lost else _advice(asked.goal))
         else:
             self._take_plan(seen, answer.plan)
 
@@ -477,9 +477,9 @@ class _Deciding:
             if asked.goal == state.step:
                 state.step, state.stepped_s = None, -math.inf  # there is nothing between: in one step
             corrects = replace(asked.goal, draws=state.goal.draws) == state.goal
-            if asked.goal == state.aimed and (corrects or not self._refused(answer.error)):
+            if asked.goal == state.aimed and (corrects or not self._refused(_why_not(seen))):
                 state.unplannable = asked.goal
-                self._warn("there is no plan for the target %s: %s. The one before stays", asked.goal, answer.error)
+                self._warn("there is no plan for the target %s: %s. The one before stays", asked.goal, _why_not(seen))
         elif asked.schedule in state.plans:
             profile, dwell_s = asked.survey.profile, seen.request.min_dwell_s
             known = in_force(answer.plan, answer, asked.margin)
@@ -506,13 +506,17 @@ class _Deciding:
         if state.at_full or state.fallen or state.answers.situation is not None or seen.iterations < _ENOUGH_DRAWN:
             return
         allowed_w = limit.gpu_w(limit.job_w, self._rules.pipelines * self._rules.stages)
-        draws = min(max(seen.power_w / planned_w, 1 / _DRAWS_AT_MOST), _DRAWS_AT_MOST)
-        too_much = seen.power_w > allowed_w * (1 + _DRAWN_MORE)
-        too_little = seen.power_w < allowed_w * (1 - _DRAWN_LESS) and state.plan.power is not None
+        drawn_w, expected_s = seen.power_w, state.expected_s(state.plan.schedule)
+        too_much = drawn_w > allowed_w * (1 + _DRAWN_MORE)
+        if not too_much and expected_s is not None and seen.time_s > seen.iterations * expected_s:
+            # Something has held iterations up, and GPUs waited. When it is over they draw as in iterations on time.
+            drawn_w *= seen.time_s / (seen.iterations * expected_s)
+        too_little = drawn_w < allowed_w * (1 - _DRAWN_LESS) and state.plan.power is not None
+        draws = min(max(drawn_w / planned_w, 1 / _DRAWS_AT_MOST), _DRAWS_AT_MOST)
         if (too_much or too_little) and abs(draws / state.draws - 1) > _DRAWN_MORE:
             state.draws = draws
             text = "GPUs draw %.0f W, of %.0f W that are allowed and %.0f W by the profile: planning again with that"
-            self._inform(text, seen.power_w, allowed_w, planned_w)
+            self._inform(text, drawn_w, allowed_w, planned_w)
             self._aim()
 
     def _keep_for(self, goal: Goal, schedule: str, made: MadePlan) -> None:
@@ -790,6 +794,14 @@ class _Deciding:
 
     def _warn(self, text: str, *values: Any) -> None:
         self.effects.append(Say("warning", text, values))
+
+
+def _why_not(seen: Answered) -> str:
+    """Why there is no plan; its watts are those of the profile."""
+    goal, error = seen.asked.goal, seen.answer.error
+    if goal.limit is None or goal.draws == 1:
+        return error
+    return f"{error} (in watts of the profile, of which GPUs draw {goal.draws:.1%})"
 
 
 def _advice(goal: Goal) -> str:

@@ -172,10 +172,15 @@ class Placed:
 
 @dataclass(frozen=True)
 class Drew:
-    """What all GPUs together have drawn on average, over so many iterations under the plans in force."""
+    """What all GPUs together have drawn on average, over so many iterations under the plans in force.
+
+    Attributes:
+        time_s: that these took; NaN: not known.
+    """
 
     power_w: float
     iterations: int
+    time_s: float = math.nan
 
 
 Observed: TypeAlias = (

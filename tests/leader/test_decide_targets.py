@@ -344,6 +344,29 @@ def test_what_nodes_draw_beside_is_shared_by_as_many_gpus_as_ranks_tell() -> Non
     assert story.of(Ask)[0].goal.draws > 1
 
 
+def test_what_holds_iterations_up_gives_no_watts_away() -> None:
+    """GPUs that wait draw less; once nothing holds them up any more they would draw too much."""
+    story = limited()
+    planned_w = power_w(story.state.goal, story.state, story.rules)
+    expected_s = story.state.expected_s("A")
+    assert planned_w is not None
+    assert expected_s is not None
+    story.then(Turned(50), Drew(0.9 * planned_w, 10, 10 * expected_s / 0.9))
+    assert story.of(Ask) == []
+    story.then(Turned(60), Drew(0.8 * planned_w, 10, 10 * expected_s / 0.9))
+    assert story.of(Ask)[0].goal.draws == pytest.approx(0.8 / 0.9), "it would draw less on time, too"
+
+
+def test_where_a_budget_is_refused_it_is_said_that_its_watts_are_the_profiles() -> None:
+    story = limited()
+    story.state.draws = 0.95
+    story.then(Turned(50), Targeted([Entry(2, "site", Standing.COMMAND, None, PowerBudget(10.0))], 0.0))
+    (ask,) = story.of(Ask)
+    story.then(Answered(ask, request(), PlanAnswer(None, 0.1, "the lowest draws 20 W")))
+    reason = story.state.targets.outcomes[2].reason
+    assert reason == "the lowest draws 20 W (in watts of the profile, of which GPUs draw 95.0%)"
+
+
 def test_where_ranks_sit_is_heard_before_the_first_plan() -> None:
     story = Story()
     story.state.targets = TargetBook(Target.slowdown(), BUDGET)

@@ -17,7 +17,9 @@ from perseus_plugin.cli.job import (
     InputShare,
     Latency,
     LowerWhileWaiting,
+    MaxChanges,
     Microbatches,
+    MinDwell,
     PowerLimit,
     ProfileArgument,
     Scale,
@@ -44,7 +46,7 @@ from perseus_plugin.cli.power import (
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.iteration.instructions import INPUT_SHARE
 from perseus_plugin.planning.power.budget import NodeOverhead
-from perseus_plugin.planning.targets import Target
+from perseus_plugin.planning.targets import ChangeLimits, Target
 
 if TYPE_CHECKING:
     from perseus_plugin.planning.frontier import Frontier
@@ -76,6 +78,8 @@ def frontier(
     price_kwh: PriceKwh = None,
     price_gpu_hour: PriceGpuHour = None,
     tolerance: Annotated[float, typer.Option(help="Share to within which to know the bound.")] = 0.002,
+    max_changes: MaxChanges = None,
+    min_dwell: MinDwell = 0.0,
     effort: EffortOption = "quick",
     plot: Annotated[Path | None, typer.Option(help="Also draw it (needs matplotlib).")] = None,
 ) -> None:
@@ -84,7 +88,7 @@ def frontier(
     from perseus_plugin.planning.frontier import make_frontier, save_frontier
     from perseus_plugin.planning.work import tell_cut_short
 
-    spent = parse_effort(effort)
+    spent, limits = parse_effort(effort), ChangeLimits(max_changes, min_dwell)
     planner, _ = planner_from_options(
         profile,
         microbatches,
@@ -101,14 +105,15 @@ def frontier(
     prices = prices_from_options(price_kwh, price_gpu_hour, node, gpus_per_node)
     marks: dict[str, Plan] = {}
     if budget is not None:
-        marks["within the power budget"] = planner.plan(Target.power_budget(budget), effort=spent)
+        marks["within the power budget"] = planner.plan(Target.power_budget(budget), limits, spent)
     if prices is not None:
-        marks["least cost"] = planner.plan(Target.money(prices), effort=spent)
+        marks["least cost"] = planner.plan(Target.money(prices), limits, spent)
     console = Console()
     with console.status("sampling") as status:
         made = make_frontier(
             planner,
             tolerance=tolerance,
+            limits=limits,
             effort=spent,
             progress=lambda count, error: status.update(f"{count} samples, curve known to within {error:.3%}"),
         )

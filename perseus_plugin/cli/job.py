@@ -55,6 +55,8 @@ InputShare = Annotated[
 ]
 Scale = Annotated[float, typer.Option(help="Multiply the profile's times and energies.")]
 EffortOption = Annotated[str, typer.Option(help=f"{', '.join(get_args(Effort))}.")]
+MaxChanges = Annotated[int | None, typer.Option(help="Most clock changes per stage and iteration.")]
+MinDwell = Annotated[float, typer.Option(help="Shortest time between clock changes, seconds.")]
 Latency = Annotated[float, typer.Option(help="Seconds a transfer between stages takes.")]
 SwitchLatency = Annotated[
     float,

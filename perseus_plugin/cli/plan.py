@@ -16,7 +16,9 @@ from perseus_plugin.cli.job import (
     InputShare,
     Latency,
     LowerWhileWaiting,
+    MaxChanges,
     Microbatches,
+    MinDwell,
     PowerLimit,
     ProfileArgument,
     Scale,
@@ -80,8 +82,8 @@ def plan(
     peak_window: PeakWindow = 1.0,
     price_kwh: PriceKwh = None,
     price_gpu_hour: PriceGpuHour = None,
-    max_changes: Annotated[int | None, typer.Option(help="Most clock changes per stage and iteration.")] = None,
-    min_dwell: Annotated[float, typer.Option(help="Shortest time between clock changes, seconds.")] = 0.0,
+    max_changes: MaxChanges = None,
+    min_dwell: MinDwell = 0.0,
     effort: EffortOption = "quick",
     zeus: Annotated[
         Path | None, typer.Option(help="Also write the plan in the Zeus format (a Python literal).")

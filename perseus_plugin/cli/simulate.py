@@ -18,6 +18,8 @@ from perseus_plugin.cli.job import (
     InputShare,
     Latency,
     LowerWhileWaiting,
+    MaxChanges,
+    MinDwell,
     PowerLimit,
     Scale,
     SwitchLatency,
@@ -96,8 +98,8 @@ def simulate(
     latency: Latency = 0.0,
     switch_latency: SwitchLatency = SWITCH_LATENCY_S,
     lower_while_waiting: LowerWhileWaiting = True,
-    max_changes: Annotated[int | None, typer.Option(help="Most clock changes per stage and iteration.")] = None,
-    min_dwell: Annotated[float, typer.Option(help="Shortest time between clock changes, seconds.")] = 0.0,
+    max_changes: MaxChanges = None,
+    min_dwell: MinDwell = 0.0,
     effort: EffortOption = "quick",
     output: Annotated[
         list[Path] | None, typer.Option("-o", "--output", help="Also write it: a path ending in .json or .csv.")

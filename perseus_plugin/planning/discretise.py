@@ -10,6 +10,7 @@ import numpy as np
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import FloatArray
+from perseus_plugin.planning.few_changes.bound import LimitedBound
 from perseus_plugin.planning.few_changes.limits import keep_limits, violated
 from perseus_plugin.planning.improve import NORMAL, QUICK, THOROUGH, improve, search_whole
 from perseus_plugin.planning.options import Assignment, PlanningProblem
@@ -30,7 +31,7 @@ class Solution:
 
     Attributes:
         assignment: a clock for every instruction.
-        relaxed: the relaxation's optimum.
+        relaxed: the relaxation's optimum; with the bound for so few clock changes, where it has more.
         allowed_s: the deadline that was asked for, at least `relaxed.deadline_s`.
         energy_j: energy of the choice, blocking included.
         iteration_time_s: of the choice.
@@ -112,13 +113,18 @@ class Discretiser:
                 choice = search_whole(problem, relaxed, choice, allowed_s, end_price_w, work, WORK[effort] / 2)
             # The searches price all waits alike.
             solution = min(solution, priced(problem.assignment(choice)), key=lambda one: one.energy_j)
+        bound = None
+        if limits.max_changes is not None and violated(problem, solution.assignment, limits):
+            bound = LimitedBound(problem, relaxed, limits.max_changes, allowed_s, waits_until_s)
         try:
-            kept = keep_limits(problem, relaxed, solution.assignment, limits, effort, deadline_s, work)
+            kept = keep_limits(problem, relaxed, solution.assignment, limits, effort, deadline_s, work, bound)
         except PlanError:
             if allowed_s <= deadline_s:
                 raise
             # The cheapest iteration may be too short for few changes where a longer one is not.
-            kept = keep_limits(problem, relaxed, solution.assignment, limits, effort, allowed_s, work)
+            kept = keep_limits(problem, relaxed, solution.assignment, limits, effort, allowed_s, work, bound)
+        if bound is not None:
+            relaxed = replace(relaxed, bound_j=bound.bound_j)
         if kept is not solution.assignment:
             solution = priced(kept)
         return replace(solution, cut_short=work.cut_short)

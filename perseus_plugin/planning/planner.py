@@ -28,6 +28,7 @@ _BUDGET_STEPS = 12
 _FAR = 0.005  # share above the bound from which a plan for less time may be the better one
 _SHORTER = (0.0025, 0.005, 0.01, 0.02)  # such times are shorter by so much; or that of full clocks
 _MANY = 4096  # instructions from which only that is tried
+_ONE_BOUND = ("slowdown", "deadline", "straggler", "cheapest")  # whatever the plan's time
 _MORE_EFFORT = (1.0, 0.5, 0.25)  # of the way from the shortest iteration that a budget may allow to what was found
 _SHORTEST_TO = 1e-3  # share of the time to which that is known
 _SAME = 1e-9
@@ -122,6 +123,9 @@ class Planner(Discretiser):
                 if spent == effort and not found:
                     raise
         best = min(found, key=lambda one: self._cost(target, one))
+        if target.kind in _ONE_BOUND:
+            bound_j = max(one.relaxed.bound_j for one in found)
+            best = replace(best, relaxed=replace(best.relaxed, bound_j=bound_j))
         return replace(best, cut_short=any(one.cut_short for one in found))
 
     def _cost(self, target: Target, solution: Solution) -> tuple[float, ...]:
@@ -210,6 +214,7 @@ class Planner(Discretiser):
             return self.priced(relaxed, found.assignment, allowed_s, limits, waits_until_s)
 
         best = self.discretise(relaxed, allowed_s, limits, effort, work, waits_until_s, search=search)
+        relaxed = best.relaxed
         full_s, size = self.problem.full_clock_time_s, len(self.problem.instruction_nodes)
         if best.energy_j <= relaxed.bound_j * (1 + _FAR) or relaxed.deadline_s <= full_s * (1 + _SAME):
             return best
@@ -235,8 +240,11 @@ class Planner(Discretiser):
 
     def _cheapest(self, limits: ChangeLimits, effort: Effort, work: Work, search: bool) -> Solution:
         """As for a deadline that leaves all the time that can be of use; allowed is what it takes of that."""
-        relaxed, full_s = self._energy_minimum, self.problem.full_clock_time_s
-        found = self._near(relaxed, max(self.relaxation.longest_s, full_s), limits, effort, work, search)
+        relaxed, problem = self._energy_minimum, self.problem
+        # With few changes an instruction may be slower than where it takes least.
+        slowest_s = [max(seconds for seconds, _ in rows.values()) for rows in problem.measured]
+        end_s = problem.graph.iteration_time_s(problem.per_node(slowest_s) + problem.graph.constant_s)
+        found = self._near(relaxed, max(end_s, problem.full_clock_time_s), limits, effort, work, search)
         found = min(found, self.full_clocks(found), key=lambda one: one.energy_j)
         return replace(found, allowed_s=max(relaxed.deadline_s, found.iteration_time_s))
 

@@ -225,7 +225,12 @@ class Relaxation:
         rounding_s = len(self.problem.graph.level_start) * self.time_unit_s
         end = max(float(found.latest_finish_s.max()) + rounding_s, self.shortest_s)
         times = self.solve(min(end, longest, at_most_s))
-        return replace(times, bound_j=found.bound_j, instruction_price_w=found.instruction_price_w)
+        return replace(
+            times,
+            bound_j=found.bound_j,
+            price_w=self.blocking_units * self.power_unit_w,
+            instruction_price_w=found.instruction_price_w,
+        )
 
     def _network(self, deadline_s: float, sink_is_free: bool = False) -> _Network:
         graph, events = self.problem.graph, self.events

@@ -90,12 +90,24 @@ def replay(job: Job, plan: Plan) -> tuple[float, float]:
     return end, sum(spent) + waiting
 
 
-def every_choice(job: Job) -> list[tuple[float, float]]:
-    """Iteration time and energy of all choices of clocks, blocking power until the end of each included."""
+def every_choice(job: Job, max_changes: int | None = None) -> list[tuple[float, float]]:
+    """Iteration time and energy of all choices of clocks, blocking power until the end of each included.
+
+    Args:
+        job: small enough.
+        max_changes: only those in which no stage changes its clock more often, the way back to its first one included.
+    """
     instructions = [(s, op) for s, stream in enumerate(job.streams) for op in stream if isinstance(op, Compute)]
     found = []
     for rows in itertools.product(*(job.profile.table[s, op.kind] for s, op in instructions)):
         chosen = dict(zip(instructions, rows, strict=True))
+        if max_changes is not None:
+            by_stage = [
+                [row.frequency_mhz for (s, _), row in chosen.items() if s == t] for t in range(len(job.streams))
+            ]
+            changes = [sum(a != b for a, b in zip(own, own[1:] + own[:1], strict=True)) for own in by_stage]
+            if max(changes) > max_changes:
+                continue
         end = simulate(job.streams, lambda s, op, chosen=chosen: chosen[s, op].time_s, latency_s=job.latency_s)
         energy = sum(row.energy_j - job.blocking_w[s] * row.time_s for (s, _), row in chosen.items())
         found.append((end, energy + sum(job.blocking_w) * end))

@@ -11,6 +11,7 @@ import numpy as np
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import FloatArray, IntArray
+from perseus_plugin.planning.few_changes.bound import LimitedBound
 from perseus_plugin.planning.few_changes.phase_lp import PhaseMix, solve_phases
 from perseus_plugin.planning.few_changes.phases import Phases, PhaseSearch, StageClocks, assign, stage_clocks
 from perseus_plugin.planning.few_changes.segmentation import Segments, segment
@@ -35,6 +36,7 @@ def keep_limits(
     effort: Effort,
     deadline_s: float,
     work: Work,
+    bound: LimitedBound | None = None,
 ) -> Assignment:
     """`free` if it keeps the limits, else the best assignment found that does.
 
@@ -46,13 +48,14 @@ def keep_limits(
         effort: how much to search.
         deadline_s: to meet.
         work: what is done is added to it.
+        bound: sees the prices that come up; None: nobody needs it.
 
     Raises:
         PlanError: no assignment that keeps the limits was found to meet the deadline.
     """
     if not violated(problem, free, limits):
         return free
-    found = _search(problem, relaxed, free, limits, effort, deadline_s, work)
+    found = _search(problem, relaxed, free, limits, effort, deadline_s, work, bound)
     if found is None:
         raise PlanError(
             f"clock-change limits: with at most {limits.max_changes} changes and a dwell of {limits.min_dwell_s} s "
@@ -94,13 +97,14 @@ def _search(
     effort: Effort,
     deadline_s: float,
     work: Work,
+    bound: LimitedBound | None,
 ) -> Assignment | None:
     stages = stage_clocks(problem)
     stop = work.done + _WORK[effort]
     best = problem.full_clocks if problem.full_clock_time_s <= deadline_s else None
     start_s = problem.graph.times(free.duration_s)[0]
     candidates = _mixed(
-        problem, stages, relaxed, start_s, limits, deadline_s, work, stop - _WORK[effort] / 2
+        problem, stages, relaxed, start_s, limits, deadline_s, work, stop - _WORK[effort] / 2, bound
     ) or _scaled(problem, stages, relaxed, start_s, limits, deadline_s, work)
     tried: list[tuple[float, int, Phases]] = []
 
@@ -132,20 +136,25 @@ def _mixed(
     deadline_s: float,
     work: Work,
     stop: float,
+    bound: LimitedBound | None,
 ) -> list[Phases]:
     """Phases cut at the relaxation's prices, then again and again at the running mean of their programs' prices.
 
     Those whose program takes the least energy come first; none if the programs are too large for the work.
     """
-    price = relaxed.instruction_price_w
+    price, rest_j = relaxed.instruction_price_w, 0.0 if bound is None else bound.rest_j
     mixes: list[PhaseMix] = []
     for done in range(1, _ROUNDS + 1):
         phases = _cut(stages, price, start_s, limits, work)
+        if bound is not None:
+            bound.see(price, rest_j, work)
         mix = solve_phases(problem, stages, phases, deadline_s, work, stop)
         if mix is None:
             break
         mixes.append(mix)
         price = (done * price + mix.price_w) / (done + 1)
+        if bound is not None:
+            rest_j = (done * rest_j + bound.rest(mix.edge_price_w, mix.sink_price_w)) / (done + 1)
         if work.over(stop):
             break
     return [mix.phases for mix in sorted(mixes, key=lambda mix: mix.energy_j)]

@@ -25,11 +25,15 @@ class PhaseMix:
         phases: every phase at the slowest clock that makes no instruction longer than the mixture does.
         energy_j: effective energy of the mixture.
         price_w: shape (nodes,), energy that a second less of that node would save.
+        edge_price_w: shape (edges,), of that what each precedence would save.
+        sink_price_w: shape (nodes,), what the end of the iteration would.
     """
 
     phases: Phases
     energy_j: float
     price_w: FloatArray
+    edge_price_w: FloatArray
+    sink_price_w: FloatArray
 
 
 def solve_phases(
@@ -141,11 +145,16 @@ class _PhaseProgram:
         clocks = []
         for stage, shares in enumerate(self.shares):
             clocks.append(tuple(self._fast_enough(stage, phase) for phase in range(len(shares))))
-        price = np.zeros(len(self.problem.graph))
-        for node, row in self.rows:
-            price[node] += max(0.0, row.dual_value()) * self.unit_j / self.unit_s
+        graph = self.problem.graph
+        each = np.array([max(0.0, row.dual_value()) for _, row in self.rows]) * self.unit_j / self.unit_s
+        nodes = np.array([node for node, _ in self.rows])
+        price, sinks = (
+            np.bincount(nodes[which], weights=each[which], minlength=len(graph)).astype(np.float64)
+            for which in (slice(None), slice(len(graph.edge_source), None))
+        )
         energy = self.solver.Objective().Value() * self.unit_j
-        return PhaseMix(Phases(self.phases.begins, _tie(self.phases, tuple(clocks))), energy, price)
+        phases = Phases(self.phases.begins, _tie(self.phases, tuple(clocks)))
+        return PhaseMix(phases, energy, price, each[: len(graph.edge_source)], sinks)
 
     def _fast_enough(self, stage: int, phase: int) -> int:
         table, begins = self.stages[stage], self.phases.begins[stage]

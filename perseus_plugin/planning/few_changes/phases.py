@@ -77,13 +77,16 @@ class Phases:
         )
 
 
-def stage_clocks(problem: PlanningProblem) -> tuple[StageClocks, ...]:
-    """The tables of all stages."""
+def stage_clocks(problem: PlanningProblem, *, every: bool = False) -> tuple[StageClocks, ...]:
+    """The tables of all stages, with the clocks that some of their instructions are worth running at, or all."""
     stages = []
     for nodes in problem.graph.stage_nodes:
         own = nodes[problem.class_of[nodes] >= 0]
         classes = sorted(set(problem.class_of[own].tolist()))
-        useful = sorted({int(f) for k in classes for f in problem.classes[k].frequency_mhz}, reverse=True)
+        found = {int(f) for k in classes for f in problem.classes[k].frequency_mhz}
+        if every:
+            found = {f for k in classes for f in (*problem.measured[k], int(problem.full_clock_mhz[k]))}
+        useful = sorted(found, reverse=True)
         forbidden = 1e3 * problem.mean_energy_j * (1 + len(problem.graph))
         times, energies = np.zeros((len(own), len(useful))), np.full((len(own), len(useful)), forbidden)
         for k in classes:

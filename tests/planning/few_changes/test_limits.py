@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -18,7 +18,7 @@ from perseus_plugin.planning.few_changes.segmentation import Segments, segment
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import ChangeLimits, Planner, Target
 from perseus_plugin.profiling.profile import Measurement, Profile
-from tests.planning.jobs import Job, bundled_profile, jobs, replay
+from tests.planning.jobs import Job, bundled_profile, every_choice, jobs, replay
 
 costs = st.tuples(st.integers(1, 6), st.integers(1, 3)).flatmap(
     lambda shape: arrays.arrays(np.float64, shape, elements=st.floats(0, 100).map(lambda x: round(x, 3)))
@@ -75,6 +75,37 @@ def test_limits_are_kept_and_promises_hold(job: Job, most: int, slowdown: float)
     assert end <= plan.deadline_s * (1 + 1e-12)
     assert energy == pytest.approx(plan.energy_j, rel=1e-9)
     assert plan.energy_j <= plan.baseline_energy_j
+
+
+def of(job: Job) -> Planner:
+    graph = build_graph(job.streams, latency_s=job.latency_s)
+    return Planner(graph, job.profile, blocking_power_w=list(job.blocking_w))
+
+
+@settings(max_examples=40)
+@given(jobs(max_stages=2, max_microbatches=2, max_clocks=3), st.sampled_from([0, 2, 3]), st.floats(0, 0.5))
+def test_no_choice_of_clocks_with_so_few_changes_is_below_the_bound(job: Job, most: int, slowdown: float) -> None:
+    planner = of(job)
+    problem = planner.problem
+    assume(len(problem.instruction_nodes) <= 8)
+    choices = every_choice(job, most)
+    until_s = problem.full_clock_time_s * (1 + slowdown)
+    in_time = [(end, energy) for end, energy in choices if end <= until_s * (1 + 1e-12)]
+    for target, energies in (
+        (Target.deadline(until_s), [energy for _, energy in in_time]),
+        (Target.straggler(until_s), [energy + problem.total_blocking_w * (until_s - end) for end, energy in in_time]),
+        (Target.cheapest(), [energy for _, energy in choices]),
+    ):
+        plan = of(job).plan(target, ChangeLimits(most))
+        assert plan.energy_lower_bound_j <= min(energies) * (1 + 1e-9) + 1e-9
+        assert min(energies) <= plan.energy_j * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("most", [2, 4])
+def test_few_changes_have_a_bound_of_their_own(most: int) -> None:
+    planner = Planner(build_graph(one_f_one_b(4, 16)), bundled_profile(4), blocking_power_w=60.0)
+    limited, free = planner.plan(Target.slowdown(), ChangeLimits(most)), planner.plan(Target.slowdown())
+    assert free.energy_lower_bound_j * 1.001 < limited.energy_lower_bound_j <= limited.energy_j
 
 
 def test_few_changes_may_take_longer_than_the_cheapest_iteration() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from perseus_plugin.cli.simulation.description import load_description
+from perseus_plugin.cli.simulation.traces.kineto import load_traces
+from perseus_plugin.cli.simulation.traces.table import load_table
 from perseus_plugin.config import load_config, parse_config
 from perseus_plugin.errors import ConfigError, PerseusError, PlanError, ProfileError
 from perseus_plugin.exchange.client import ExchangeError, StoreClient
@@ -48,6 +50,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "samples.json": load_samples,
     "events.jsonl": read_events,
     "records/rank-0.jsonl": lambda path: load_record(path.parent.parent, 0),
+    "operations.csv": load_table,
+    "trace.json": lambda path: load_traces([path]),
     "model.yaml": load_description,
     "config.yaml": load_config,
     "config.json": load_config,

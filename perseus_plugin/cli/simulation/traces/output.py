@@ -87,13 +87,14 @@ def plan_rows(answer: Answer) -> Iterator[tuple[str, ...]]:
             f"{ride.worst_ratio - 1:+.2%}",
             f"{ride.saving.mean:.2%} ({ride.saving.low:.2%} to {ride.saving.high:.2%})",
             f"{ride.full_j:.1f} J, {ride.energy_j:.1f} J",
-            ride.obstacle or ", ".join(how),
+            "full clocks, see below" if ride.obstacle else ", ".join(how),
         )
 
 
 def notes(answer: Answer) -> Iterator[str]:
     """What is said below the table."""
     found = answer.worth
+    yield from (f"{ride.name}: full clocks, as {ride.obstacle}" for ride in found.rides if ride.obstacle)
     over = (
         "replayed over the same, as there are too few steps to keep some apart"
         if found.planned_on == found.replayed_over
@@ -198,11 +199,11 @@ def _of_stragglers(answer: Answer) -> Iterator[str]:
 
 
 def _slow(one: SlowStage, several: bool) -> str:
-    kinds = ", ".join(f"{kind} {times:.2f}" for kind, times in one.kinds.items())
     against = "the median replica" if several else "the median step"
+    kinds = ", ".join(f"{kind} {times:.2f}" for kind, times in one.kinds.items())
     return (
         f"replica {one.replica}, stage {one.stage}: {one.times:.2f} times as long as in {against} in {one.steps:.0%} "
-        f"of the steps (over all steps: {kinds})"
+        f"of the steps" + (f" (over all steps: {kinds})" if several else "")
     )
 
 

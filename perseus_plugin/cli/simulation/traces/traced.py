@@ -221,7 +221,16 @@ def _schedule_of(
         streams = given.streams_of(stages, microbatches)
         if len(streams) != stages:
             raise ConfigError(f"--schedule: got {len(streams)} stages; allowed: the {stages} of {name}")
-        return given.name, streams, _share_in(counts, streams)
+        # What is in the trace and no instruction of the schedule takes no time, as a first stage's input gradient.
+        has = [
+            {_what(op.kind, op.microbatch, op.chunk, 0)[:3] for op in stream if isinstance(op, Compute)}
+            for stream in streams
+        ]
+        of_schedule: Counter[_Order] = Counter()
+        for order, count in counts.items():
+            kept = [tuple(what for what in ran if what in own) for ran, own in zip(order, has, strict=False)]
+            of_schedule[tuple(kept)] += count
+        return given.name, streams, _share_in(of_schedule, streams)
     known: dict[str, TextbookSchedule] = dict(SCHEDULES)
     if chunks > 1:
         known["interleaved-1f1b"] = partial(interleaved_1f1b, chunks=chunks)

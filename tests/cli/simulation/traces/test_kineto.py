@@ -26,6 +26,8 @@ from tests.cli.simulation.traces.made_kineto import (
     write_trace,
 )
 
+KEPT = Path(__file__).parents[3] / "data" / "profiler-traces"
+
 
 def assert_durations(job: TracedJob, duration: Duration) -> None:
     for node, one in enumerate(job.graph.instructions):
@@ -151,3 +153,28 @@ def test_what_cannot_be_is_refused(tmp_path: Path, content: str, message: str) -
         load_traces([path])
     assert str(refused.value).startswith(str(path))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "schedule", "stages", "kinds"),
+    [
+        ("deepspeed", "1f1b", None, {"forward", "backward"}),
+        ("1f1b", "PyTorch's 1F1B", None, {"forward", "backward"}),
+        ("gpipe", "PyTorch's GPipe", 2, {"forward", "backward"}),
+        ("zbv", "PyTorch's actions", None, {"forward", "forward_1", "input_backward", "weight_backward"}),
+    ],
+)
+def test_traces_of_real_jobs_are_read(what: str, schedule: str, stages: int | None, kinds: set[str]) -> None:
+    """Two ranks each, on a busy CPU, so that durations vary; `profiled.py` has made them."""
+    job = load_traces([KEPT / f"{what}-rank{rank}.json.gz" for rank in (1, 0)], stages=stages)
+    assert (job.schedule, job.stages, job.microbatches) == (schedule, 2, 4)
+    assert (job.replicas, len(job.steps), job.left_out, job.in_order) == ((0,), 4, (), 1.0)
+    assert kinds <= {kind for _, kind in job.classes}
+    took_s = job.durations_s[:, :, ~job.graph.is_constant]
+    assert (took_s > 1e-4).all()
+    timed = np.isfinite(job.times_s)
+    assert timed.tolist() == [True, True, True, False]
+    # Work and what is waited for make up the iteration: no stage works longer than that.
+    for nodes in job.graph.stage_nodes:
+        assert (job.durations_s[timed, 0][:, nodes].sum(axis=1) < job.times_s[timed]).all()
+    assert explained(job).error_mean < 0.1

@@ -159,7 +159,7 @@ def streams_for(schedule: str, stages: int, microbatches: int | None) -> list[St
     """The instruction streams that `--schedule` and `--microbatches` name.
 
     Raises:
-        ConfigError: there is no such schedule, or microbatches are missing or too many.
+        ConfigError: there is no such schedule or it is of other stages, or microbatches are missing or too many.
         ScheduleError: the schedule does not exist for so many stages and microbatches, or its file is wrong.
     """
     if schedule in SCHEDULES:
@@ -170,7 +170,10 @@ def streams_for(schedule: str, stages: int, microbatches: int | None) -> list[St
         raise ConfigError(f"--schedule: got {schedule!r}; allowed: {', '.join(SCHEDULES)}, or an existing file")
     if microbatches is not None:
         raise ConfigError("--microbatches: not allowed with a schedule file, which has its own")
-    return load_streams(schedule)
+    streams = load_streams(schedule)
+    if len(streams) != stages:
+        raise ConfigError(f"--schedule: {schedule} has {len(streams)} stages; allowed: {stages}, as the profile has")
+    return streams
 
 
 def parse_power(text: str) -> float | list[float]:

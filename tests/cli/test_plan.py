@@ -112,6 +112,7 @@ def test_a_csv_of_no_schedule_is_refused_with_the_place(perseus: Perseus, profil
         ("0F0\n1F0,1B0\n", "mine.csv: stage 0, microbatch 0: got F; allowed: F and B, or F, I and W"),
         ('0F0,"0B0\n', "mine.csv: not valid CSV"),
         ("0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0\n", "stage 1 sends 0 times to stage 0 on channel '1SEND_B0'"),
+        ("0F0,0B0\n", "mine.csv has 1 stages; allowed: 2, as the profile has"),
     ):
         schedule.write_text(content)
         refused = perseus(*job)

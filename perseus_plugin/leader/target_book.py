@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from perseus_plugin.bounds import MOST_S
 from perseus_plugin.errors import PerseusError, PlanError, validation_problem
@@ -57,18 +57,22 @@ def _budget(told: object) -> object:
     """Watts of the job in numbers or words, or the whole of a budget as an object."""
     if isinstance(told, (str, int, float)) and not isinstance(told, bool):
         return PowerBudget(parse_watts(told))
-    return _object(PowerBudget, told)
+    return _object(PowerBudget, told, "power_budget_w")
 
 
 def _prices(told: object) -> object:
-    return _object(Prices, told)
+    return _object(Prices, told, "money")
 
 
-def _object(kind: type[Any], told: object) -> object:
+def _object(kind: type[Any], told: object, name: str) -> object:
     """From plain data where it is some; in a model of its own, as a strict one takes no lists and objects for ours."""
-    # In a tuple, as a dataclass of its own takes no settings.
-    of = TypeAdapter(tuple[kind], config=_FORBID)  # type: ignore[valid-type]
-    return of.validate_python((told,))[0] if isinstance(told, dict) else told
+    if not isinstance(told, dict):
+        return told
+    model: type[BaseModel] = create_model("told", __config__=_FORBID, **{name: (kind, ...)})  # type: ignore[call-overload]
+    try:
+        return getattr(model.model_validate({name: told}), name)
+    except ValidationError as error:
+        raise PlanError(validation_problem(error, model)) from None
 
 
 class Say(BaseModel):

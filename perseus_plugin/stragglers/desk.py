@@ -140,7 +140,9 @@ class StragglerDesk:
                     self._events.write("cleared", reports=[report.model_dump() for report in gone])
                 self._wake()
                 return {"cleared": len(gone)}
-        raise StragglerError("malformed request: allowed: report, list or clear")
+        raise StragglerError(
+            "malformed request: allowed: report, list or clear; for targets target, targets or clear_target"
+        )
 
     def _enter(self, value: Any) -> None:
         try:

@@ -190,6 +190,9 @@ def test_what_is_said_in_plain_data(said: dict[str, object], wish: Target | None
         ({"source": "a\nb"}, "source: allowed"),
         ([], "malformed target"),
         (None, "malformed target"),
+        ({"money": {"per_kwh": 0.2}}, "malformed target: money.per_gpu_hour: missing"),
+        ({"money": {"per_kwh": 0.2, "per_gpu_hour": 1, "per_hour": 1}}, "money.per_hour: unknown key"),
+        ({"power_budget_w": {"groups": [{"name": "a", "of": "0"}]}}, "target: power_budget_w.groups.0.watts: missing"),
     ],
 )
 def test_rubbish_is_refused_with_the_reason(said: object, reason: str) -> None:

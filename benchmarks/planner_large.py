@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from perseus_plugin.iteration.graph import build_graph
-from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.iteration.schedules import interleaved_1f1b, one_f_one_b
 from perseus_plugin.planning.planner import Planner, Target
 from perseus_plugin.profiling.profile import Profile, load_profile
 
@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the published profiles")
     parser.add_argument("--size", action="append", help="STAGESxMICROBATCHES, may be repeated (default: 16x256)")
+    parser.add_argument("--chunks", type=int, default=1, help="of each stage, interleaved")
     parser.add_argument("--slowdown", type=float, default=0.0)
     arguments = parser.parse_args()
     profile = load_profile(arguments.data / "gpt3-175b-a100_sxm.csv").scaled(10)
@@ -45,7 +46,9 @@ def main() -> None:
         stages, microbatches = (int(part) for part in size.split("x"))
         chosen = widened(profile, stages)
         wall, cpu = time.perf_counter(), time.process_time()
-        graph = build_graph(one_f_one_b(stages, microbatches))
+        chunks = arguments.chunks
+        streams = interleaved_1f1b(stages, microbatches, chunks) if chunks > 1 else one_f_one_b(stages, microbatches)
+        graph = build_graph(streams)
         graph_s = time.perf_counter() - wall
         planner = Planner(graph, chosen, blocking_power_w=83.64)
         plan = planner.to_plan(planner.solve(Target.slowdown(arguments.slowdown), search=False))

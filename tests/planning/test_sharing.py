@@ -65,6 +65,15 @@ def test_a_curve_is_above_its_points_and_gains_ever_less(points: list[tuple[int,
     assert curve.full_w >= curve.most_w
 
 
+@given(POINTS, st.floats(0, 20), st.floats(0, 20))
+def test_a_curve_above_a_power_is_the_same_there(points: list[tuple[int, int]], low_w: float, at_w: float) -> None:
+    curve = SpeedCurve.of([(float(w), float(s)) for w, s in points], full_w=1.0)
+    above = curve.above(low_w)
+    assert above.lowest_w == pytest.approx(min(max(low_w, curve.lowest_w), curve.most_w))
+    assert above.most_w == curve.most_w
+    assert above.speed_at(max(at_w, low_w)) == pytest.approx(curve.speed_at(max(at_w, low_w)))
+
+
 def test_nothing_is_no_curve() -> None:
     with pytest.raises(PlanError, match="at least one"):
         SpeedCurve.of([], 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ SOURCE = "share"
 """What `perseus share` is called as a source of targets."""
 SUMMARY_EVERY_S = 30.0
 """A job that lives writes its summary at least so often."""
+_MORE = 1.1
+"""What a job is told next, as a multiple of what it has refused."""
 _FOLLOWING, _GIVEN_UP = "following", "given up"
 
 State = Literal["shares", "no frontier yet", "cannot be told", "left to others", "refuses", "silent", "ended"]
@@ -57,6 +59,8 @@ class Member:
     _told: tuple[float, float] | None = field(default=None, init=False)  # watts, and until when
     _held_w: float | None = field(default=None, init=False)
     _gone: bool = field(default=False, init=False)
+    _floor_w: float = field(default=0.0, init=False)
+    _refused: object = field(default=None, init=False)  # number of what it has refused last
     _read: tuple[object, SharingJob | None] = field(default=(None, None), init=False)
 
     @property
@@ -85,9 +89,15 @@ class Member:
         if others:
             return self._fixed("left to others", held_w, f"{plain(str(others[-1].get('source')))} has limited it")
         last = _newest(reply)
-        if last.get("state") == "refused" and self._told is not None and self.now() < self._told[1]:
-            return self._fixed("refuses", held_w, plain(str(last.get("reason"))))
-        return Look("shares", Holding(self.name, job, held_w))
+        if last.get("state") == "refused" and self._told is not None:
+            if self.now() >= self._told[1]:
+                self._floor_w = 0.0  # all is tried again
+            elif self._told[0] >= job.curve.most_w:
+                return self._fixed("refuses", held_w, plain(str(last.get("reason"))))
+            elif last.get("number") != self._refused:
+                # It gets less far down than its frontier says. One that is told nothing would run at full clocks.
+                self._refused, self._floor_w = last.get("number"), _MORE * self._told[0]
+        return Look("shares", Holding(self.name, replace(job, curve=job.curve.above(self._floor_w)), held_w))
 
     def tell(self, watts: float) -> None:
         """Tell the job what it may draw from now on.
@@ -137,6 +147,7 @@ class Member:
             seen = (status.st_mtime_ns, status.st_ino)
             if seen != self._read[0] and summary is not None:
                 curve = SpeedCurve.from_frontier(load_curve(path), summary.ranks / summary.stages)
+                self._floor_w = 0.0
                 self._read = (seen, SharingJob(self.name, curve, self.weight * summary.ranks))
         except (OSError, PerseusError):
             return None

@@ -71,6 +71,14 @@ class SpeedCurve:
         """More power does not make it faster."""
         return self.power_w[-1]
 
+    def above(self, lowest_w: float) -> SpeedCurve:
+        """The same without what is below a power; at least its fastest point."""
+        if lowest_w <= self.lowest_w:
+            return self
+        at_w = min(lowest_w, self.most_w)
+        kept = [(watts, speed) for watts, speed in zip(self.power_w, self.speed, strict=True) if watts > at_w]
+        return SpeedCurve.of([(at_w, self.speed_at(at_w)), *kept], self.full_w)
+
     def speed_at(self, power_w: float) -> float:
         """Speed within a budget, as a share of that at full clocks; below `lowest_w` as at it."""
         last = self.speed[0]

@@ -299,14 +299,29 @@ def test_a_job_that_cannot_be_told_counts_as_at_full_clocks(site: Site) -> None:
     assert site.drawn_w == {"a": 1600.0, "b": pytest.approx(1400.0)}
 
 
+def test_a_job_that_refuses_is_told_of_more_until_it_takes_it(site: Site) -> None:
+    for name in ("a", "b"):
+        site.start(name)
+    for _ in range(3):
+        site.turn(3000.0)
+    site.jobs["a"].lowest_w = 1150.0  # its frontier is wrong about it
+    for _ in range(6):
+        site.turn(2300.0)
+    assert 1150.0 <= site.drawn_w["a"] < 1300.0
+    assert site.total_w == pytest.approx(2300.0)
+    for _ in range(3):
+        site.turn(2300.0)
+    assert 1150.0 <= site.drawn_w["a"] < 1300.0, "it is not tried again and again"
+
+
 def test_a_job_that_refuses_is_tried_again_once_that_would_have_expired(site: Site) -> None:
     for name in ("a", "b"):
         site.start(name)
-    site.jobs["a"].lowest_w = 1500.0  # its frontier is wrong about it
-    for _ in range(3):
+    site.jobs["a"].lowest_w = 1700.0  # its frontier is wrong about it
+    for _ in range(8):
         done = site.turn(2400.0)
     look = done.looks[str(site.folder / "a")]
-    assert (look.state, look.reason) == ("refuses", "the lowest budget is 1500.0 W")
+    assert (look.state, look.reason) == ("refuses", "the lowest budget is 1700.0 W")
     assert site.drawn_w == {"a": 1600.0, "b": pytest.approx(1000.0)}
     assert done.shortfall_w == pytest.approx(200.0)
     site.jobs["a"].lowest_w = 1000.0

@@ -22,14 +22,13 @@ def moment(text: str, option: str) -> float:
     try:
         if _TIME_OF_DAY.fullmatch(text):
             now = datetime.now()
-            then = datetime.combine(
-                now.date(), datetime.strptime(text, "%H:%M" if len(text) < 6 else "%H:%M:%S").time()
-            )
+            then = datetime.combine(now.date(), datetime.strptime(text, "%H:%M").time())
             return (then if then > now else then + timedelta(days=1)).timestamp()
         try:
             seconds = float(text)
         except ValueError:
-            seconds = datetime.fromisoformat(text).timestamp()
+            # Python 3.10 knows no Z.
+            seconds = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text)).timestamp()
         if math.isfinite(seconds):
             return seconds
     except (ValueError, OverflowError):
@@ -41,11 +40,13 @@ def end_of(until: str | None, lasting_s: float | None) -> float | None:
     """Unix seconds at which something ends by `--until` or `--for`; None: it has no end.
 
     Raises:
-        ConfigError: both are given, or it is no moment.
+        ConfigError: both are given, or it is no moment, or no time that lasts.
     """
     if until is not None and lasting_s is not None:
         raise ConfigError("give either --until or --for")
     if lasting_s is not None:
+        if not 0 < lasting_s < math.inf:
+            raise ConfigError(f"--for: got {lasting_s:g}; allowed: seconds above 0")
         return time.time() + lasting_s
     return None if until is None else moment(until, "--until")
 

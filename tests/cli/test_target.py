@@ -111,6 +111,8 @@ def test_shown_and_taken_back(tmp_path: Path, job: Job) -> None:
         (("--price-kwh", "0.2"), "give both --price-kwh and --price-gpu-hour, or none"),
         (("--full", "--until", "1000"), "until: got 1000, which has passed"),
         (("--full", "--until", "noon"), "--until: got 'noon'"),
+        (("--full", "--for", "-5"), "--for: got -5; allowed: seconds above 0"),
+        (("--full", "--for", "nan"), "--for: got nan"),
         (("--full", "--until", "18:30", "--for", "1"), "give either --until or --for"),
         (("--deadline", "0.001"), "refused: it is too short"),
     ],

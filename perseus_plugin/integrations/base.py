@@ -217,6 +217,15 @@ def job_rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
+def local_rank(device: str) -> int:
+    """This process's number on its machine: the launcher's, else (processes that a script spawns) that of its GPU.
+
+    Args:
+        device: torch device, e.g. "cuda:0" or "cpu".
+    """
+    return int(os.environ.get("LOCAL_RANK") or device.partition(":")[2] or "0")
+
+
 def is_first_of_machine() -> bool:
     """Whether this is the rank that speaks for its machine; before the job has its process group."""
     # Launchers that set no LOCAL_RANK leave rank 0 to speak for all.

@@ -21,6 +21,7 @@ from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.integrations.base import (
     PipelineSession,
     is_first_of_machine,
+    local_rank,
     model_digest,
     rank_in_front,
     start_session,
@@ -260,7 +261,7 @@ def placement(device: str) -> Placement:
         stages=stages,
         replica=int(replica),
         shards=world_size // (stages * replicas),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_rank=local_rank(device),
         device=device,
     )
 

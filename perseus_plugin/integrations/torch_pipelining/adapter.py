@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,14 @@ from perseus_plugin.config import PerseusConfig, load_config, parse_config
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.exchange.messages import Placement, Seat
 from perseus_plugin.exchange.store import Exchange, open_exchange
-from perseus_plugin.integrations.base import PipelineSession, job_rank, model_digest, start_session, started
+from perseus_plugin.integrations.base import (
+    PipelineSession,
+    job_rank,
+    local_rank,
+    model_digest,
+    start_session,
+    started,
+)
 from perseus_plugin.integrations.torch_pipelining.hooks import HOOKS, Hooks, Microbatches
 from perseus_plugin.integrations.torch_pipelining.places import replica_and_shards, seats_of_all, together_with
 from perseus_plugin.integrations.torch_pipelining.schedule import stages_of
@@ -130,6 +136,7 @@ def placement(stages: list[Any], exchange: Exchange) -> Placement:
         together=together_with(rank, (stage.submod for stage in stages)),
     )
     replica, shards = replica_and_shards(seats_of_all(exchange, mine, rank, world_size), rank)
+    device = device_of(first)
     return Placement(
         rank=rank,
         world_size=world_size,
@@ -137,8 +144,8 @@ def placement(stages: list[Any], exchange: Exchange) -> Placement:
         stages=mine.stages,
         replica=replica,
         shards=shards,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        device=device_of(first),
+        local_rank=local_rank(device),
+        device=device,
     )
 
 

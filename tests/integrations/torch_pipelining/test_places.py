@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from perseus_plugin.errors import PerseusError
 from perseus_plugin.exchange.messages import Seat
 from perseus_plugin.exchange.store import LocalExchange
+from perseus_plugin.integrations.base import local_rank
 from perseus_plugin.integrations.torch_pipelining import places
 from perseus_plugin.integrations.torch_pipelining.adapter import device_of
 from perseus_plugin.integrations.torch_pipelining.places import replica_and_shards, seats_of_all
@@ -156,3 +157,10 @@ def test_a_device_without_a_number_is_the_current_one(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert device_of(SimpleNamespace(device=written)) == device
+
+
+def test_a_rank_that_no_launcher_numbers_has_the_number_of_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert [local_rank(device) for device in ("cuda:3", "cuda", "cpu")] == [3, 0, 0]
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert [local_rank(device) for device in ("cuda:0", "cpu")] == [5, 5]

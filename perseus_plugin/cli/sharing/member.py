@@ -126,7 +126,7 @@ class Member:
         return self._ended()
 
     def _ended(self) -> Look:
-        self._gone, self._told, self._held_w = True, None, None
+        self._gone, self._told, self._held_w, self._read = True, None, None, (None, None)
         return Look("ended", Holding(self.name, None, 0.0))
 
     def _fixed(self, state: State, held_w: float, reason: str) -> Look:
@@ -149,6 +149,8 @@ class Member:
                 curve = SpeedCurve.from_frontier(load_curve(path), summary.ranks / summary.stages)
                 self._floor_w = 0.0
                 self._read = (seen, SharingJob(self.name, curve, self.weight * summary.ranks))
+        except FileNotFoundError:
+            pass  # a job that makes another one has none meanwhile: the one before holds until that is there
         except (OSError, PerseusError):
             return None
         return self._read[1]

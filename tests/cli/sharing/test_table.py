@@ -280,6 +280,18 @@ def test_a_job_that_is_given_under_several_names_is_one(site: Site) -> None:
     assert done.held_w == 1600.0
 
 
+def test_a_job_that_makes_another_frontier_is_told_by_the_one_before(site: Site) -> None:
+    for name in ("a", "b"):
+        site.start(name)
+    for _ in range(3):
+        site.turn(2600.0)
+    (site.folder / "a" / "frontier.json").unlink()
+    for _ in range(3):
+        done = site.turn(2200.0)
+    assert done.looks[str(site.folder / "a")].state == "shares"
+    assert site.total_w <= 2200.0 * 1.000001
+
+
 def test_a_wish_of_somebody_else_stays(site: Site) -> None:
     site.start("a")
     ask(site.folder / "a", {"do": "target", "target": {"full": True, "source": "site"}})

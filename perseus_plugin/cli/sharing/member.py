@@ -152,7 +152,7 @@ class Member:
         except FileNotFoundError:
             pass  # a job that makes another one has none meanwhile: the one before holds until that is there
         except (OSError, PerseusError):
-            return None
+            pass  # it is made anew for a newer plan: until then the one before is as good
         return self._read[1]
 
     def _written_s(self) -> float:

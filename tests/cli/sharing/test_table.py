@@ -244,6 +244,17 @@ def test_a_job_that_starts_is_found_and_the_others_make_room(site: Site) -> None
     assert site.total_w == pytest.approx(2400.0)
 
 
+def test_a_frontier_that_is_being_made_anew_is_taken_as_it_was(site: Site) -> None:
+    for name in ("a", "b"):
+        site.start(name)
+    site.turn(2400.0)
+    (site.folder / "a" / "frontier.json").unlink()
+    for _ in range(3):
+        done = site.turn(2200.0)
+    assert {look.state for look in done.looks.values()} == {"shares"}
+    assert site.total_w == pytest.approx(2200.0)
+
+
 def test_a_limit_that_somebody_else_has_set_is_left_to_them(site: Site) -> None:
     for name in ("a", "b"):
         site.start(name)

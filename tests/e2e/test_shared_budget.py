@@ -1,0 +1,27 @@
+"""Two real jobs under one power budget that drops by a third and comes back; one of them is killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.shared_budget import run
+
+pytestmark = pytest.mark.e2e
+
+
+def test_what_jobs_may_draw_stays_below_the_budget_and_what_a_killed_job_leaves_is_the_others(tmp_path: Path) -> None:
+    shared = run(tmp_path, seconds=12.0)
+    told_w, drawn_w = {}, {}
+    for phase in ("first", "a third less", "one is killed", "as at first"):
+        samples = shared.of(phase)
+        assert len(samples) > 6, f"{phase}: the budget is in force"
+        assert all(one.held_w <= one.budget_w * (1 + 1e-6) for one in samples)
+        told_w[phase] = samples[-1].told_w
+        drawn_w[phase] = sum(shared.drawn_w(samples[2], samples[-1]))
+    assert sum(told_w["a third less"]) < 0.7 * sum(told_w["first"])
+    assert drawn_w["a third less"] < 0.9 * drawn_w["first"], "as run"
+    one, other = told_w["one is killed"]
+    assert other == 0.0
+    assert one > told_w["a third less"][0], "the rest is the other's"

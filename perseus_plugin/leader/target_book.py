@@ -7,6 +7,8 @@ Each source has one say: what it said last. A say has a wish (how fast), a limit
 - Of wishes, and of limits, that of the highest standing is in force: a command's (a person, a scheduler, a program)
   before a signal's, a signal's before the configuration's. Of the same standing the newest is.
 - One that has an end gives way then, one that is taken back at once; what stood behind it is in force again.
+- One that cannot be planned for is refused, and what its source had in force before is its word again: a limit that is
+  too tight must not end in none.
 """
 
 from __future__ import annotations
@@ -245,6 +247,8 @@ class TargetBook:
     def __init__(self, wish: Target, limit: PowerBudget | None = None) -> None:
         configured = Entry(0, CONFIG, Standing.CONFIG, wish, limit)
         self._entries: dict[tuple[Standing, str], Entry] = {configured.key: configured}
+        self._before: dict[tuple[Standing, str], Entry] = {}  # what the newest word of a source took the place of
+        self._now_s = 0.0
         self._outcomes: OrderedDict[int, Outcome] = OrderedDict()
         self._changed: dict[int, None] = {}
 
@@ -252,6 +256,7 @@ class TargetBook:
         """One that changes by itself."""
         made = object.__new__(TargetBook)
         made._entries, made._outcomes, made._changed = dict(self._entries), self._outcomes.copy(), dict(self._changed)
+        made._before, made._now_s = dict(self._before), self._now_s
         return made
 
     # What is said.
@@ -262,8 +267,11 @@ class TargetBook:
             everyone = entry.source == EVERYONE and before.standing is Standing.COMMAND
             if before.number and (before.key == entry.key or everyone):
                 if entry.says_nothing:
+                    self._before.pop(before.key, None)
                     self._leave(before, "ended", "taken back")
                 else:
+                    if self._outcomes[before.number].state in ("in force", "behind"):
+                        self._before[before.key] = before
                     self._leave(before, "superseded", f"{entry.source} said something newer (number {entry.number})")
         if entry.says_nothing:
             self._note(Outcome(entry.number, entry.source or "everyone", "nothing", "ended", reason="nothing is said"))
@@ -275,8 +283,10 @@ class TargetBook:
 
     def expire(self, unix_s: float) -> None:
         """It is so late now."""
+        self._now_s = unix_s
         for entry in list(self._entries.values()):
             if entry.until is not None and entry.until <= unix_s:
+                self._before.pop(entry.key, None)
                 self._leave(entry, "ended", "its time is over")
 
     @property
@@ -297,6 +307,10 @@ class TargetBook:
             to_blame = wished
         if to_blame.number:
             self._leave(to_blame, "refused", reason)
+            before = self._before.pop(to_blame.key, None)
+            if before is not None and (before.until is None or before.until > self._now_s):
+                self._entries[before.key] = before
+                self._note(_of(before, "waiting", reason=f"number {to_blame.number} was refused"))
         return bool(to_blame.number)
 
     # What follows from it.

@@ -98,6 +98,28 @@ def test_what_cannot_be_planned_for_is_refused_and_what_was_before_is_aimed_at()
     assert of.goal == Goal(USUAL)
 
 
+def test_what_a_refused_word_took_the_place_of_is_its_sources_word_again() -> None:
+    tight, tighter = PowerBudget(500.0), PowerBudget(400.0)
+    of = book(Entry(1, "site", COMMAND, None, KW, until=100.0))
+    of.reached(7)
+    of.take(Entry(2, "site", COMMAND, None, tight))
+    of.take(Entry(3, "site", COMMAND, None, tighter))
+    assert of.goal == Goal(USUAL, tighter)
+    assert of.refuse("the lowest budget is 600 W")
+    assert of.goal == Goal(USUAL, KW), "a limit that is too tight does not end in none"
+    assert states(of) == {1: "waiting", 2: "superseded", 3: "refused"}
+    of.reached(7)
+    assert (of.outcomes[1].state, of.outcomes[1].iteration) == ("in force", 7)
+    of.take(Entry(4, "site", COMMAND, None, tighter))
+    of.expire(101.0)
+    assert of.refuse("the lowest budget is 600 W")
+    assert of.goal == Goal(USUAL), "its time is over"
+    of.take(Entry(5, "site", COMMAND, None, KW))
+    of.reached(9)
+    of.take(Entry(6, "site", COMMAND))
+    assert of.goal == Goal(USUAL), "it was taken back"
+
+
 def test_no_more_than_so_many_sources_have_a_word() -> None:
     of = book(*(Entry(number, f"source {number}", COMMAND, SLOWER) for number in range(1, 100)))
     assert len(of.entries) < 70
@@ -137,8 +159,12 @@ def test_none_is_lost_and_there_is_always_a_goal(story: list[object]) -> None:
         for number, outcome in of.outcomes.items():
             gone = outcome.state in ("superseded", "refused", "ended")
             assert gone == (number not in live)
-            if gone and number in before.outcomes and number not in {e.number for e in before.entries}:
+            was_over = number in before.outcomes and number not in {e.number for e in before.entries}
+            if was_over and gone:
                 assert outcome == before.outcomes[number], "what is over stays as it was"
+            elif was_over:
+                assert one == "refuse"
+                assert before.outcomes[number].state == "superseded", "by what was refused"
         assert of.goal.wish is not None
 
 

@@ -26,7 +26,7 @@ def swept(model: GpuModel, limit_w: float | None = None) -> tuple[VirtualJob, Su
     ("model", "limit_w", "within"),
     [
         (H100, None, 0.015),
-        (B300, None, 0.015),
+        (B300, None, 0.02),
         (WITHOUT_BURSTS, 450.0, 0.01),
         # Far below what work would draw, how long it runs before the limit takes hold depends on the wait before.
         (H100, 450.0, 0.03),

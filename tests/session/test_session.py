@@ -727,7 +727,7 @@ def test_a_session_that_cannot_be_built_leaves_nothing_running(
     ended: list[str] = []
 
     class Planner:
-        def __init__(self, wake: Callable[[], None]) -> None:
+        def __init__(self, **_: object) -> None:
             pass
 
         def close(self) -> None:
@@ -744,7 +744,7 @@ def test_a_session_that_cannot_be_built_leaves_nothing_running(
     monkeypatch.setattr(start_module, "Session", broken)
     with pytest.raises(OSError, match="no event could be made"):
         start_module.start_session(made.job.config, made.job.placement)
-    assert ended == ["planner"]
+    assert ended == ["planner"] * 2, "that which answers, and that which refines"
     assert publisher.closed
     assert [what for what, _ in made.helper.calls][-2:] == ["request", "close"], "full clocks first"
 

@@ -112,7 +112,8 @@ class OneJob:
         self._stages, self._replicas = len(forward_s), replicas
         ranks = self._ranks = self._stages * replicas
         self._with_plugin = plugin is not None
-        block = {**(plugin or {}), "output_dir": str(folder), "gpu": {"backend": "emulated"}}
+        # To refine a plan takes a core for as long as it may, beside ranks that share this machine's.
+        block = {"refine_s": 0.0, **(plugin or {}), "output_dir": str(folder), "gpu": {"backend": "emulated"}}
         times = {"forward_time_s": list(forward_s), "backward_time_s": list(backward_s)}
         block["emulation"] = {**times, **(emulation or {})}
         self._config = parse_config(block)

@@ -68,8 +68,9 @@ def perseus_block(output_dir: Path, stages: int, **changes: Any) -> dict[str, An
         },
         "watch": {"tolerance": 1.0},
         "stragglers": {"detect": False},
-        # Seconds of a core beside every job, and only the report looks at it.
+        # Seconds of a core beside every job: only the report looks at the one, and the quickstart has the other.
         "frontier": False,
+        "refine_s": 0.0,
     }
     block.update(changes)
     return block

@@ -18,7 +18,7 @@ from perseus_plugin.planning.targets import ChangeLimits, Target
 from perseus_plugin.profiling.profile import Profile, load_profile
 from tests import factories
 
-PUBLISHED = Path(os.environ.get("PERSEUS_PUBLISHED_PROFILES", "/work/shared/data/sosp24"))
+PUBLISHED = Path(os.environ.get("PERSEUS_PUBLISHED_PROFILES", "published-profiles"))
 
 
 def named(name: str, *microbatches: int) -> Workload:

@@ -265,14 +265,15 @@ class TargetBook:
         """Something is said: it stands in the place of what its source said before."""
         for before in list(self._entries.values()):
             everyone = entry.source == EVERYONE and before.standing is Standing.COMMAND
-            if before.number and (before.key == entry.key or everyone):
-                if entry.says_nothing:
-                    self._before.pop(before.key, None)
-                    self._leave(before, "ended", "taken back")
-                else:
-                    if self._outcomes[before.number].state in ("in force", "behind"):
-                        self._before[before.key] = before
-                    self._leave(before, "superseded", f"{entry.source} said something newer (number {entry.number})")
+            if not before.number or (before.key != entry.key and not everyone):
+                continue
+            if entry.says_nothing:
+                self._before.pop(before.key, None)
+                self._leave(before, "ended", "taken back")
+                continue
+            if self._outcomes[before.number].state in ("in force", "behind"):
+                self._before[before.key] = before
+            self._leave(before, "superseded", f"{entry.source} said something newer (number {entry.number})")
         if entry.says_nothing:
             self._note(Outcome(entry.number, entry.source or "everyone", "nothing", "ended", reason="nothing is said"))
         elif len(self._entries) > _SOURCES_AT_MOST:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -41,11 +41,6 @@ def make_signal(told: Mapping[str, Any], where: str) -> Signal:
         raise
     except Exception as error:
         raise ConfigError(f"{where}: the signal {source!r} cannot be made: {error!r}") from error
-
-
-def make_signals(told: Sequence[Mapping[str, Any]]) -> list[Signal]:
-    """All that the configuration names, in its order; see `make_signal`."""
-    return [make_signal(one, where_of(number)) for number, one in enumerate(told)]
 
 
 def where_of(number: int) -> str:

@@ -119,11 +119,6 @@ class Division:
     lowest_w: float
     marginal: float
 
-    @property
-    def total_w(self) -> float:
-        """Of all jobs."""
-        return math.fsum(self.watts.values())
-
 
 def divide(jobs: Sequence[SharingJob], budget_w: float) -> Division:
     """Split a budget so that the jobs' values times speeds add up to most.

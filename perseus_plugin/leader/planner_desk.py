@@ -110,6 +110,7 @@ class PlannerDesk:
             lower_while_waiting=config.lower_while_waiting,
             in_force=ask.in_force,
             overheads=ask.overheads,
+            search=not ask.quick,
             refine_s=config.refine_s if ask.refine else 0.0,
         )
         if ask.refine:

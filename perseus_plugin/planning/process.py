@@ -61,7 +61,10 @@ def plan_for(request: PlanRequest) -> Plan:
         PerseusError: there is no such plan, or the request is inconsistent.
     """
     effort: Effort = request.effort  # type: ignore[assignment]
-    return planner_for(request).plan(request.target, limits_of(request), effort)
+    planner, target, limits = planner_for(request), request.target, limits_of(request)
+    if request.search or target.budget is not None:
+        return planner.plan(target, limits, effort)
+    return planner.to_plan(planner.solve(target, limits, effort, search=False))
 
 
 def planner_for(request: PlanRequest) -> Planner:
@@ -304,12 +307,11 @@ def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Sample
         )
     exact = planner_for(replace(request, margin=0.0))
     never_lower = planner_for(replace(request, margin=0.0, lower_while_waiting=False))
-    found = exact.solve(request.target)
+    found = exact.solve(request.target, search=False)  # for its time alone
     only_waits = exact.plan_of(exact.full_clocks(found))
 
     def plan_with(margin: float) -> Plan:
-        planner = planner_for(replace(request, margin=margin))
-        return planner.to_plan(planner.solve(request.target, limits_of(request), "quick", search=False))
+        return plan_for(replace(request, margin=margin, effort="quick", search=False))
 
     def refined(margin: float) -> Plan:
         return plan_for(replace(request, margin=margin))

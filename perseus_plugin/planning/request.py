@@ -66,6 +66,7 @@ class PlanRequest:
         lower_while_waiting: whether waits may be spent at clocks of their own, where the latency is known.
         in_force: the plan that is followed; if it holds over the samples, no other is made.
         overheads: what iterations take beside the work that is known; None: as the samples tell.
+        search: whether clocks are searched for, or only rounded, which takes milliseconds.
         refine_s: a better plan than the one in force is looked for, at lowest priority and for about so long; 0: no.
     """
 
@@ -90,6 +91,7 @@ class PlanRequest:
     overheads: Overheads | None = None
     blocking_power_se_w: float | None = None
     limit: PowerBudget | None = None
+    search: bool = True
     refine_s: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,6 +118,7 @@ class PlanRequest:
             "overheads": None if self.overheads is None else asdict(self.overheads),
             "blocking_power_se_w": self.blocking_power_se_w,
             "limit": None if self.limit is None else Target.power_budget(self.limit).to_dict(),
+            "search": self.search,
             "refine_s": self.refine_s,
         }
 
@@ -167,6 +170,7 @@ class PlanRequest:
             overheads=None if data["overheads"] is None else Overheads(**data["overheads"]),
             blocking_power_se_w=data["blocking_power_se_w"],
             limit=None if data["limit"] is None else Target.from_dict(data["limit"]).budget,
+            search=data["search"],
             refine_s=data["refine_s"],
         )
 

@@ -21,7 +21,7 @@ from perseus_plugin.iteration.replayed import Samples
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.plan import Plan, plan_from_json
 from perseus_plugin.planning.planner_process import PlannerProcess
-from perseus_plugin.planning.process import PlanAnswer, PlanRequest, answered, plan_for
+from perseus_plugin.planning.process import PlanAnswer, PlanRequest, answered, plan_for, planner_for
 from perseus_plugin.planning.targets import Target
 from tests.factories import BLOCKING_W, CLOCKS_MHZ, profile
 
@@ -49,6 +49,7 @@ def request(stages: int = 2, microbatches: int = 4, **changes: Any) -> PlanReque
     max_changes=st.one_of(st.none(), st.integers(0, 100)),
     min_dwell_s=st.floats(0, 60),
     full_clock_only=st.frozensets(st.tuples(st.integers(0, 3), st.sampled_from(["forward", "backward"]))),
+    search=st.booleans(),
 )
 def test_a_request_passes_through_json(**changes: Any) -> None:
     made = request(**changes)
@@ -60,6 +61,15 @@ def test_a_request_passes_through_json(**changes: Any) -> None:
         [(s, k, m.frequency_mhz, m.time_s, m.energy_j) for s, k, m in p.rows()] for p in (back.profile, made.profile)
     ]
     assert rows[0] == rows[1]
+
+
+def test_without_a_search_clocks_are_rounded_and_still_keep_the_time() -> None:
+    rounded, searched = (plan_for(request(3, 4, slowdown=0.05, search=search)) for search in (False, True))
+    planner = planner_for(request(3, 4))
+    solution = planner.solve(Target.slowdown(0.05), search=False)
+    assert rounded.energy_j == planner.to_plan(solution).energy_j
+    assert rounded.iteration_time_s <= 1.05 * rounded.baseline_time_s * (1 + 1e-9)
+    assert searched.energy_j <= rounded.energy_j
 
 
 def measured(iterations: int, replicas: int) -> Samples:

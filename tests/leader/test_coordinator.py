@@ -13,6 +13,7 @@ import pytest
 from perseus_plugin.config import parse_config
 from perseus_plugin.exchange.messages import (
     NEWS,
+    TARGETS,
     TROUBLE,
     IterationDurations,
     RankDurations,
@@ -187,6 +188,16 @@ def test_the_request_holds_what_was_measured_and_configured(job: Job) -> None:
     assert request.blocking_power_w == pytest.approx([BLOCKING_W] * 2)
     assert (request.target, request.margin, request.effort) == (Target.slowdown(), 0.01, "quick")
     assert request.full_clock_only == frozenset()
+
+
+def test_a_plan_for_a_new_target_is_only_rounded_and_the_first_one_searched_for(job: Job) -> None:
+    job.following()
+    assert job.planner.requests[0].search
+    job.exchange.append(TARGETS, {"slowdown": 0.2})
+    job.step()
+    newest = job.planner.requests[-1]
+    assert newest.target == Target.slowdown(0.2)
+    assert not newest.search
 
 
 def test_the_dwell_follows_from_the_slowest_gpus_switch_latency_unless_it_is_set(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,36 +46,50 @@ def shorten(settings: Path) -> None:
     settings.write_text(json.dumps(config))
 
 
+def run(words: list[str], folder: Path) -> None:
+    done = subprocess.run(
+        words,
+        cwd=folder,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=480,
+        check=False,
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def train(words: list[str], folder: Path, steps: int) -> dict[str, Any]:
+    """The training's summary. The script knows nothing of the plugin and cannot wait for it: where the machine was so
+    busy that the job ended before its plan was measured, one of twice the length is run."""
+    for attempt in range(3):
+        run(ready(words, steps << attempt), folder)
+        summary: dict[str, Any] = json.loads((folder / "out" / "quickstart" / "summary.json").read_text())
+        assert summary["state"] == "finished"
+        if summary["saving_percent"]["measured"] is not None:
+            break
+    return summary
+
+
 @pytest.mark.parametrize("sweep", ["short", pytest.param("as-it-stands", marks=pytest.mark.repeated)])
 def test_what_the_pages_say_can_be_done_in_this_order(sweep: str, tmp_path: Path) -> None:
-    """The script knows nothing of the plugin: it is given more steps than a plan and a measurement of it need."""
     pytest.importorskip("matplotlib")
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")
     steps = 150
     if sweep == "short":
         shorten(tmp_path / "examples" / "deepspeed_gpt" / "quickstart.json")
         steps = 60
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     ran = []
     for page in (REPOSITORY / "docs" / "quickstart.md", REPOSITORY / "README.md"):
         for words in commands(page):
             if tuple(words[:2]) in ELSEWHERE or words in ran or "..." in words:  # three dots: a pattern
                 continue
             ran.append(words)
-            done = subprocess.run(
-                ready(words, steps),
-                cwd=tmp_path,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=480,
-                check=False,
-            )
-            assert done.returncode == 0, f"{shlex.join(words)}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            if words == ["make", "quickstart"]:
+                assert train(words, tmp_path, steps)["saving_percent"]["measured"] is not None
+            else:
+                run(ready(words, steps), tmp_path)
     assert ["make", "quickstart"] in ran
     assert len(ran) >= 6
-    summary = json.loads((tmp_path / "out" / "quickstart" / "summary.json").read_text())
-    assert summary["state"] == "finished"
-    assert summary["saving_percent"]["measured"] is not None
     for picture in ("timeline.png", "frontier.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")

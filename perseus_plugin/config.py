@@ -384,6 +384,16 @@ class PerseusConfig(_Strict):
         "Average watts that the GPUs of the whole job may draw; iterations are as fast as that allows, and no faster.",
         gt=0,
     )
+    price_per_kwh: float | None = _setting(
+        None,
+        "a number above 0, or null",
+        "Price of a kWh. With this and price_per_gpu_hour the target is the iteration that costs least, instead of a "
+        "slowdown.",
+        gt=0,
+    )
+    price_per_gpu_hour: float | None = _setting(
+        None, "a number from 0, or null", "Price of an hour of one GPU, in the same currency.", ge=0
+    )
     power_budget_groups_w: dict[Annotated[str, Field(pattern=GPUS_OF_A_GROUP)], Annotated[float, Field(gt=0)]] = (
         _setting(
             {},
@@ -573,9 +583,13 @@ def _check_together(config: PerseusConfig, source: str) -> None:
             f"{source}.profiling.clocks_mhz: got {list(clocks)}; allowed: a list of at least 2 different whole "
             "numbers from 1 to 10000, or null"
         )
+    prices = {"price_per_kwh": config.price_per_kwh, "price_per_gpu_hour": config.price_per_gpu_hour}
+    missing = [key for key, price in prices.items() if price is None]
+    if len(missing) == 1:
+        raise ConfigError(f"{source}.{missing[0]}: missing; give both price_per_kwh and price_per_gpu_hour or none")
+    if not missing and config.slowdown:
+        raise ConfigError(f"{source}.slowdown: got {config.slowdown:g}; allowed: 0 where prices say what costs least")
     times = config.emulation
     if (times.forward_time_s is None) != (times.backward_time_s is None):
-        missing = "forward_time_s" if times.forward_time_s is None else "backward_time_s"
-        raise ConfigError(
-            f"{source}.emulation.{missing}: missing; give both forward_time_s and backward_time_s or none"
-        )
+        one = "forward_time_s" if times.forward_time_s is None else "backward_time_s"
+        raise ConfigError(f"{source}.emulation.{one}: missing; give both forward_time_s and backward_time_s or none")

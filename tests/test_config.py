@@ -16,8 +16,10 @@ from perseus_plugin.errors import ConfigError
 
 FULL: dict[str, Any] = {
     "enabled": True,
-    "slowdown": 0.1,
+    "slowdown": 0.0,  # no other one with prices
     "power_budget_w": 180e3,
+    "price_per_kwh": 0.12,
+    "price_per_gpu_hour": 2.0,
     "power_budget_groups_w": {"0-7,16": 5e3, "node": 6e3},
     "node_overhead_w": 900.0,
     "node_overhead_share": 0.05,
@@ -290,6 +292,23 @@ def test_a_key_with_a_line_break_stays_on_one_line() -> None:
         parse_config({"slow\ndown": 1})
     assert str(caught.value).startswith('perseus."slow\\ndown": unknown key')
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"price_per_kwh": 0.1}, "perseus.price_per_gpu_hour: missing; give both"),
+        ({"price_per_gpu_hour": 0.0}, "perseus.price_per_kwh: missing; give both"),
+        (
+            {"slowdown": 0.1, "price_per_kwh": 0.1, "price_per_gpu_hour": 0.0},
+            "perseus.slowdown: got 0.1; allowed: 0 where",
+        ),
+    ],
+)
+def test_prices_are_a_target_of_their_own(block: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(block)
+    assert str(caught.value).startswith(said)
 
 
 def test_only_the_first_of_several_errors_is_told() -> None:

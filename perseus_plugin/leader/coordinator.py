@@ -150,7 +150,7 @@ class Coordinator:
             placement.replica,
             pipelines,
         )
-        configured = Goal(Target.slowdown(config.slowdown), PowerBudget.configured(config))
+        configured = Goal(Target.configured(config), PowerBudget.configured(config))
         self._state = JobState(
             times=IterationTimes(config.watch.patience),
             plans=PlanShelf(placement.stages),

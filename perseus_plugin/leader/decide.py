@@ -85,6 +85,7 @@ from perseus_plugin.leader.reviews import (
 from perseus_plugin.leader.state import JobState, Phase, Rules
 from perseus_plugin.leader.target_book import Goal, described
 from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.planning.work import SMALL, WORTH_REFINING
 from perseus_plugin.profiling.failed import FILE
@@ -254,7 +255,10 @@ class _Deciding:
         assert state.survey is not None  # only asked for once there is one
         stream_of = state.schedules.stream_of(schedule)
         more.setdefault("margin", state.margin)
-        self.effects.append(Ask(schedule, stream_of, state.survey, goal or state.goal, **more))
+        goal = goal or state.goal
+        # A new target can be refused. What is in force cannot: without a plan its iterations would draw most.
+        in_force = state.phase is Phase.FOLLOWING and replace(goal, draws=state.goal.draws) == state.goal
+        self.effects.append(Ask(schedule, stream_of, state.survey, goal, or_nearest=in_force, **more))
 
     def _answered(self, seen: Answered) -> None:
         state, asked, answer = self.state, seen.asked, seen.answer
@@ -304,6 +308,7 @@ class _Deciding:
             self.effects.append(ForgetIterations(instead_of))
         state.fallen = False
         number = self._put(seen, plan)
+        self._say_if_exceeded(seen, plan)
         before = state.requests[schedule].overheads if schedule in state.requests else None
         self.effects += said_of_overheads(schedule, answer.overheads, before)
         state.requests = {**state.requests, schedule: _kept(seen)}
@@ -495,7 +500,22 @@ class _Deciding:
                 answer.planning_time_s,
                 answer.plan.promise,
             )
+            self._say_if_exceeded(seen, answer.plan)
         self._aim()
+
+    def _say_if_exceeded(self, seen: Answered, plan: Plan) -> None:
+        """A limit that no plan keeps is come near to, which is said once."""
+        state, limit = self.state, seen.asked.goal.limit
+        exceeded = _exceeded(plan, limit)
+        if limit is None or not exceeded or limit == state.said_exceeded:
+            return
+        state.said_exceeded = limit
+        self._warn(
+            "the power budget (%s) cannot be kept: %s under the plan that comes nearest, which is followed. Allow more "
+            "power (perseus.power_budget_w, perseus target)",
+            described(limit),
+            exceeded + _by_profile(seen.asked.goal),
+        )
 
     def _drew(self, seen: Drew) -> None:
         """A budget is kept by what is measured: plans reckon with what GPUs draw beyond their profile, or less."""
@@ -507,7 +527,8 @@ class _Deciding:
             return
         allowed_w = limit.gpu_w(limit.job_w, self._rules.pipelines * self._rules.stages)
         drawn_w, expected_s = seen.power_w, state.expected_s(state.plan.schedule)
-        too_much = drawn_w > allowed_w * (1 + _DRAWN_MORE)
+        # Where the plan comes near to its limit only, there is none that draws less.
+        too_much = drawn_w > allowed_w * (1 + _DRAWN_MORE) and not _exceeded(state.plan, limit)
         if not too_much and expected_s is not None and seen.time_s > seen.iterations * expected_s:
             # Something has held iterations up, and GPUs waited. When it is over they draw as in iterations on time.
             drawn_w *= seen.time_s / (seen.iterations * expected_s)
@@ -798,10 +819,19 @@ class _Deciding:
 
 def _why_not(seen: Answered) -> str:
     """Why there is no plan; its watts are those of the profile."""
-    goal, error = seen.asked.goal, seen.answer.error
+    return seen.answer.error + _by_profile(seen.asked.goal)
+
+
+def _by_profile(goal: Goal) -> str:
+    """What watts are, where GPUs draw others than by their profile."""
     if goal.limit is None or goal.draws == 1:
-        return error
-    return f"{error} (in watts of the profile, of which GPUs draw {goal.draws:.1%})"
+        return ""
+    return f" (in watts of the profile, of which GPUs draw {goal.draws:.1%})"
+
+
+def _exceeded(plan: Plan, limit: PowerBudget | None) -> str:
+    """What of a limit a plan does not keep, as none does; empty: it keeps it all."""
+    return "" if limit is None or plan.power is None else plan.power.exceeded(limit.peaks)
 
 
 def _advice(goal: Goal) -> str:

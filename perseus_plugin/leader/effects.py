@@ -65,6 +65,7 @@ class Ask:
         review: a plan in force is held against newer iterations; not asked where there are too few.
         in_force: that plan.
         refine: look for a better one beside all else, with more effort; it is not waited for.
+        or_nearest: where no plan keeps the goal's limit, take what comes nearest, as the goal is in force already.
     """
 
     schedule: str
@@ -80,6 +81,7 @@ class Ask:
     review: bool = False
     in_force: InForce | None = None
     refine: bool = False
+    or_nearest: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class MadePlan:
         request: it answers.
         replayed: what measured iterations made of it.
         in_force: what newer iterations are held against.
-        uniform: one clock for all, within the goal's limit; None: it has none.
+        uniform: one clock for all, within the goal's limit, or else the lowest; None: it has none.
     """
 
     number: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Protocol
 
 from perseus_plugin.config import PerseusConfig
@@ -21,6 +22,7 @@ class Planner(Protocol):
     @property
     def busy(self) -> bool: ...
     def submit(self, request: PlanRequest) -> None: ...
+    def drop(self) -> None: ...
     def poll(self) -> PlanAnswer | None: ...
 
 
@@ -68,10 +70,15 @@ class PlannerDesk:
     def ask(self, ask: Ask) -> None:
         """Submit a request, if nothing is being worked on, and there are iterations for a review.
 
+        What is worked on makes room for a new target, and is asked for again by whoever still wants it.
+
         Raises:
             ExchangeError: the store fails.
         """
         if not (self.refiner_idle if ask.refine else self.idle):
+            asked = None if ask.refine or self._asked is None else self._asked[0]
+            if asked is not None and not asked.quick and (ask.quick or ask.goal != asked.goal):
+                self._planner.drop()
             return
         survey = ask.survey
         streams = [ask.stream_of(stage) for stage in range(self._stages)]
@@ -84,6 +91,7 @@ class PlannerDesk:
             if placed is None and (limit.groups or limit.node != NodeOverhead() or limit.peaks.node_w is not None):
                 return  # who is in which group, or on which node, is not known yet
             limit = limit.placed(*(placed or self._by_stage)).tightened(ask.goal.draws)
+            limit = replace(limit, or_nearest=limit.or_nearest or ask.or_nearest)
         config, limits = self._config, self._config.limits
         latency_s = self._reports.latency_s if limits.switch_latency_s is None else limits.switch_latency_s
         power_se_w = survey.blocking_power_se_w
@@ -127,6 +135,8 @@ class PlannerDesk:
         if answer is None or self._asked is None:
             return self._refiners_answer()
         (ask, request), self._asked = self._asked, None
+        if answer.dropped:
+            return self._refiners_answer()
         if answer.cut_short and not self._told_cut_short:
             self._told_cut_short = True
             tell_cut_short()

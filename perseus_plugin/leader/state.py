@@ -20,6 +20,7 @@ from perseus_plugin.leader.reigns import Reigns
 from perseus_plugin.leader.reviews import Reviews
 from perseus_plugin.leader.target_book import Goal, TargetBook
 from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.power.budget import NodeOverhead, PowerBudget
 from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.survey import Survey
@@ -101,6 +102,7 @@ class JobState:
         given_up_why: why the job stays at full clocks; empty: it does not.
         fallen: a plan did not hold, and one clock for all is followed instead, as a limit forbids full clocks.
         unplannable: a goal that there is no plan for.
+        said_exceeded: the last limit of which was said that no plan keeps it.
         reigns: which goal was in force for how many iterations.
         now_s: by a clock that never goes back.
         stepped_s: when the power was changed last.
@@ -144,6 +146,7 @@ class JobState:
     given_up_why: str = ""
     fallen: bool = False
     unplannable: Goal | None = None
+    said_exceeded: PowerBudget | None = None
     reigns: Reigns = field(default_factory=Reigns)
     now_s: float = 0.0
     stepped_s: float = -math.inf
@@ -165,8 +168,11 @@ class JobState:
 
     @property
     def aimed(self) -> Goal:
-        """What is to be aimed at, with what is known of limits."""
+        """What is to be aimed at, with what is known of limits and nodes."""
         goal = self.targets.goal
+        prices = goal.wish.prices
+        if prices is not None and prices.node != NodeOverhead() and self.gpus_per_node:
+            goal = replace(goal, wish=Target.money(replace(prices, gpus_per_node=self.gpus_per_node)))
         if goal.limit is None:
             return goal
         gpus_per_node = self.gpus_per_node or goal.limit.gpus_per_node

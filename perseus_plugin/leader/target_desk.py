@@ -109,7 +109,9 @@ class TargetDesk:
                 logger.warning("a target was refused: %s; correct it and say it again", error)
         asked = None if self._signals is None else self._signals.look()
         if asked is not None:
-            self._take(Entry(0, SIGNALS, Standing.SIGNAL, asked.wish, asked.limit))
+            # Nobody is there to be refused: it is followed as far as it can be.
+            limit = None if asked.limit is None else replace(asked.limit, or_nearest=True)
+            self._take(Entry(0, SIGNALS, Standing.SIGNAL, asked.wish, limit))
         if self._file is not None and self._monotonic() >= self._look_due_s:
             self._look_due_s = self._monotonic() + _LOOK_EVERY_S
             self._look_at(self._file)

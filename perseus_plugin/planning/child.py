@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 import threading
 import time
@@ -15,6 +16,8 @@ from typing import Any
 from perseus_plugin import processes
 from perseus_plugin.files import Descriptor
 
+DROP = signal.SIGURG
+"""Has a process give up what it works on, where it listens to that; does nothing to one that does not, or not yet."""
 _PIECE = 1 << 16
 
 
@@ -71,6 +74,11 @@ class Child:
     def running(self) -> bool:
         """Whether it has not ended."""
         return self._process.poll() is None
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal, if it has not ended."""
+        with suppress(OSError):
+            self._process.send_signal(number)
 
     def check(self) -> None:
         """Raise if it has ended.

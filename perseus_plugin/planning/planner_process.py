@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from perseus_plugin.errors import PerseusError, PlanError, os_problem
-from perseus_plugin.planning.child import Child, ChildLostError
+from perseus_plugin.planning.child import DROP, Child, ChildLostError
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.planning.work import BRAKE_S
 
@@ -74,6 +74,15 @@ class PlannerProcess:
             raise PlanError("planner: a request is being worked on already")
         self._busy, self._answer = True, None
         threading.Thread(target=self._ask, args=(request,), name="perseus-planner", daemon=True).start()
+
+    def drop(self) -> None:
+        """The request that is worked on is not wanted any more; its answer comes all the same, soon and perhaps empty.
+
+        A process that is being started does not listen yet: to be said again while no answer has come.
+        """
+        child = self._child
+        if self._busy and child is not None:
+            child.send(DROP)
 
     def poll(self) -> PlanAnswer | None:
         """The answer to the last request, once; None while there is none."""

@@ -192,7 +192,8 @@ class PlanAnswer:
         overheads: what iterations were taken to take beside the work that is known.
         cut_short: whether the clock ended a search that the answer depends on.
         lost: there is none as the planner's process was lost each time that it was asked.
-        uniform: one clock for all that keeps the request's limit; None: it has none, or there is none.
+        dropped: there is none as it was not wanted any more.
+        uniform: one clock for all that keeps the request's limit, or else the lowest; None: it has none.
     """
 
     plan: Plan | None
@@ -206,6 +207,7 @@ class PlanAnswer:
     overheads: Overheads = field(default_factory=Overheads)
     cut_short: bool = False
     lost: bool = False
+    dropped: bool = False
     uniform: Plan | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,6 +223,7 @@ class PlanAnswer:
             "overheads": asdict(self.overheads),
             "cut_short": self.cut_short,
             "uniform": None if self.uniform is None else plan_to_json(self.uniform),
+            "dropped": self.dropped,
         }
 
     @classmethod
@@ -240,4 +243,5 @@ class PlanAnswer:
             overheads=Overheads(**data["overheads"]),
             cut_short=data["cut_short"],
             uniform=None if data["uniform"] is None else plan_from_json(data["uniform"]),
+            dropped=data["dropped"],
         )

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
+from perseus_plugin.config import PerseusConfig
 from perseus_plugin.errors import PlanError, validation_problem
 from perseus_plugin.planning.power.budget import NodeOverhead, PowerBudget, check_number
 
@@ -78,6 +79,14 @@ class Target:
         for kind, given in (("power_budget", self.budget), ("money", self.prices)):
             if (self.kind == kind) != (given is not None):
                 raise PlanError(f"target: kind {self.kind}; only {kind} has what it needs, and needs it")
+
+    @classmethod
+    def configured(cls, config: PerseusConfig) -> Target:
+        """What the `perseus` block wishes for."""
+        if config.price_per_kwh is None or config.price_per_gpu_hour is None:
+            return cls.slowdown(config.slowdown)
+        node = NodeOverhead(config.node_overhead_w, config.node_overhead_share)
+        return cls.money(Prices(config.price_per_kwh, config.price_per_gpu_hour, node))
 
     @classmethod
     def slowdown(cls, share: float = 0.0) -> Target:

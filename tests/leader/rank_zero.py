@@ -37,6 +37,7 @@ class FakePlanner:
         self.requests: list[PlanRequest] = []
         self.error = ""
         self.answer: PlanAnswer | None = None
+        self.dropped = 0
 
     @property
     def busy(self) -> bool:
@@ -50,6 +51,10 @@ class FakePlanner:
         """The last request is answered."""
         made = PlanAnswer(None, 0.0, self.error) if self.error else answer_to(self.requests[-1])
         self.answer = dataclasses.replace(made, planning_time_s=0.1)
+
+    def drop(self) -> None:
+        self.dropped += 1
+        self.answer = PlanAnswer(None, 0.1, "not wanted", dropped=True)
 
     def poll(self) -> PlanAnswer | None:
         answer, self.answer = self.answer, None

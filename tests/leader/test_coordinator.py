@@ -425,6 +425,38 @@ def test_after_so_many_rounds_what_is_not_known_stays_at_full_clock(job: Job) ->
     }
 
 
+def test_a_new_target_does_not_wait_for_what_the_planner_works_on(job: Job) -> None:
+    job.following()
+    job.schedule = "B"
+    job.run(Follow(1), FULL_S, 2)
+    before = len(job.planner.requests)
+    assert job.planner.requests[-1].schedule == "B"
+    job.exchange.append(TARGETS, {"slowdown": 0.2})
+    job.step()
+    assert job.planner.dropped == 1
+    job.step()
+    assert [one.target for one in job.planner.requests[before:]] == [Target.slowdown(0.2)]
+    job.exchange.append(TARGETS, {"slowdown": 0.3})
+    job.step()
+    assert job.planner.dropped == 1, "a quick plan is there in milliseconds"
+    for _ in range(2):
+        job.planner.finish()
+        job.step()
+    assert job.coordinator.state.goal.wish == Target.slowdown(0.3)
+    assert job.planner.requests[-1].schedule == "B", "what made room is asked for again"
+
+
+def test_a_first_plan_that_is_not_wanted_any_more_is_not_waited_for(job: Job) -> None:
+    job.measured()
+    job.step()
+    assert job.planner.dropped == 0, "the same again waits"
+    job.exchange.append(TARGETS, {"slowdown": 0.2})
+    for _ in range(3):
+        job.step()
+    assert job.planner.dropped == 1
+    assert [one.target for one in job.planner.requests] == [Target.slowdown(), Target.slowdown(0.2)]
+
+
 def test_nothing_happens_while_the_planner_works(job: Job) -> None:
     job.measured()
     for _ in range(5):

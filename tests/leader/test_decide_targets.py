@@ -323,6 +323,70 @@ def test_a_budget_is_kept_by_what_is_measured() -> None:
     assert story.effects == [], "nor is it asked again"
 
 
+def of_config(watts: float) -> Story:
+    """The first plan is for a power budget of the configuration; two pipelines."""
+    story = Story()
+    story.rules = dataclasses.replace(story.rules, pipelines=2)
+    story.state.targets = TargetBook(Target.slowdown(), PowerBudget(watts, or_nearest=True))
+    story.state.goal = story.state.aimed
+    story.then(*full(4), Runs("A", stream_of(2, 4)), Turned(20), MEASURED)
+    (ask,) = story.of(Ask)
+    return story.then(Answered(ask, request(), answer_for(ask.goal)))
+
+
+def test_a_configured_budget_below_the_lowest_is_come_near_to_and_a_later_target_works() -> None:
+    story = of_config(50.0)
+    assert (story.state.phase, story.orders) == (Phase.FOLLOWING, [("follow", 1)])
+    (warning,) = [say.text % say.values for say in story.of(Say) if say.level == "warning"]
+    assert warning.startswith("the power budget (50 W) cannot be kept: the job draws ")
+    lowest_w = power_w(story.state.goal, story.state, story.rules)
+    assert lowest_w is not None
+    assert f"{lowest_w:.1f} W, and may draw 50.0 W under the plan that comes nearest" in warning
+    story.then(Turned(40), Drew(1.1 * lowest_w, 10))
+    assert story.effects == [], "there is none that draws less"
+    story.then(Turned(50), said(1, Target.slowdown()), said(2, None, "site"))
+    story.then(Targeted([Entry(3, "site", Standing.COMMAND, None, BUDGET)], 1000.0))
+    (ask,) = story.of(Ask)
+    story.then(Answered(ask, request(), answer_for(ask.goal)))
+    assert states(story)[3] == ("in force", 52)
+    story.then(Turned(60), Targeted([Entry(4, EVERYONE, Standing.COMMAND)], 1000.0))
+    assert story.orders == [("follow", 1)], "back to what comes nearest, and nothing is said again"
+    assert [say for say in story.of(Say) if say.level == "warning"] == []
+
+
+def test_a_plan_that_comes_nearest_gives_way_to_the_lowest_clock_for_all() -> None:
+    story = of_config(50.0)
+    expected_s = story.state.expected_s("A")
+    assert expected_s is not None
+    story.then(Turned(30), *full(PATIENCE, Follow(1, limited=True), 1.2 * expected_s), Watched())
+    assert (story.state.phase, story.state.fallen) == (Phase.FOLLOWING, True)
+    assert story.state.plan is not None
+    assert {clock for stage in range(2) for clock in story.state.plan.clocks_mhz(stage)} == {810}
+
+
+def test_a_command_that_gpus_turn_out_to_draw_more_than_is_come_near_to() -> None:
+    """A budget that could just be kept by the profile: it is not the lowest plan's fault that GPUs draw more."""
+    story = limited()
+    lowest_w = 2 * answer_to(dataclasses.replace(request(), limit=PowerBudget(1.0, or_nearest=True))).plan.power_w  # type: ignore[union-attr]
+    story.then(Targeted([Entry(2, "site", Standing.COMMAND, None, PowerBudget(1.02 * lowest_w))], 0.0))
+    (ask,) = story.of(Ask)
+    assert not ask.or_nearest, "a command can be refused"
+    story.then(Answered(ask, request(), answer_for(ask.goal)))
+    assert states(story)[2] == ("in force", 32)
+    planned_w = power_w(story.state.goal, story.state, story.rules)
+    assert planned_w is not None
+    story.then(Turned(50), Drew(1.1 * planned_w, 10))
+    (ask,) = story.of(Ask)
+    assert ask.or_nearest
+    nearest = dataclasses.replace(ask.goal, limit=dataclasses.replace(ask.goal.limit, or_nearest=True))  # type: ignore[type-var]
+    story.then(Answered(ask, request(), answer_for(nearest)))
+    assert [order[0] for order in story.orders] == ["follow"]
+    assert states(story)[2] == ("in force", 32)
+    assert power_w(story.state.goal, story.state, story.rules) == pytest.approx(lowest_w, rel=0.01)
+    (warning,) = [say.text % say.values for say in story.of(Say) if say.level == "warning"]
+    assert "(in watts of the profile, of which GPUs draw 110.0%)" in warning
+
+
 def test_what_nodes_draw_beside_is_shared_by_as_many_gpus_as_ranks_tell() -> None:
     """Four GPUs on one node of 400 W; 200 of them would count if a node had eight."""
     node = NodeOverhead(400.0)

@@ -167,6 +167,8 @@ def test_signals_stand_below_commands_and_above_the_configuration_and_are_heard_
     desk.now_s = 1020.0
     assert limit_w() == 900.0
     assert [(entry.source, entry.standing) for entry in book.entries[1:]] == [(SIGNALS, Standing.SIGNAL)]
+    limit = book.entries[1].limit
+    assert limit == PowerBudget(900.0, or_nearest=True), "nobody is there to be refused"
     desk.desk.request({"do": "target", "target": {"power_budget_w": 1000, "source": "site"}})
     assert limit_w() == 1000.0
     desk.desk.request({"do": "clear_target", "source": None})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
 from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.power.budget import GroupBudget, NodeOverhead, Peaks, PowerBudget
+from perseus_plugin.planning.power.fastest import uniform_within
 from perseus_plugin.planning.power.trace import PowerTrace, peak_w, traces_of
 from perseus_plugin.planning.targets import ChangeLimits, Target
 from perseus_plugin.profiling.profile import Measurement
@@ -179,6 +181,36 @@ def test_with_several_budgets_it_is_said_by_how_much_they_are_too_low() -> None:
 def test_an_overhead_that_takes_the_budget_is_named() -> None:
     with pytest.raises(PlanError, match="the job: the overhead of its nodes alone"):
         small().plan(Target.power_budget(PowerBudget(100.0, node=NodeOverhead(800.0))))
+
+
+@pytest.mark.parametrize(
+    ("budget", "exceeded"),
+    [
+        (PowerBudget(50.0, or_nearest=True), "the job draws"),
+        (PowerBudget(100.0, node=NodeOverhead(800.0), or_nearest=True), "the job draws"),
+        (PowerBudget(groups=(GroupBudget("last", "2", 20.0),), or_nearest=True), "last draws"),
+        (PowerBudget(peaks=Peaks(0.05, gpu_w=50.0), or_nearest=True), "a GPU draws"),
+        (PowerBudget(50.0, peaks=Peaks(0.05, gpu_w=50.0), or_nearest=True), "the job draws"),
+    ],
+)
+def test_what_comes_nearest_to_a_budget_that_nothing_keeps(budget: PowerBudget, exceeded: str) -> None:
+    planner = small()
+    plan = planner.plan(Target.power_budget(budget))
+    assert plan.power is not None
+    assert plan.power.exceeded(budget.peaks).startswith(exceeded)
+    slowest = planner.plan_of(uniform_within(planner, budget, ChangeLimits()))
+    if not budget.peaks.limited:
+        assert plan.power_w <= slowest.power_w * _CLOSE
+    assert {clock for stage in range(3) for clock in slowest.clocks_mhz(stage)} == {600}
+    with pytest.raises(PlanError):
+        planner.plan(Target.power_budget(replace(budget, or_nearest=False)))
+
+
+def test_a_budget_that_can_be_kept_is_planned_for_alike_whether_or_not_it_has_to_be() -> None:
+    plan, strict = steady(0.7, or_nearest=True), steady(0.7)
+    assert plan == strict
+    assert plan.power is not None
+    assert plan.power.exceeded(Peaks()) == ""
 
 
 def test_pipelines_share_the_jobs_budget_and_nodes_their_overhead() -> None:

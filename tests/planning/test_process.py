@@ -222,6 +222,19 @@ def test_an_impossible_request_is_an_error_and_the_process_lives_on(planner: Pla
     assert planner.pid == pid
 
 
+def test_what_is_not_wanted_any_more_is_given_up_and_the_process_lives_on(planner: PlannerProcess) -> None:
+    planner.drop()  # there is nothing
+    planner.submit(dataclasses.replace(request(8, 64), effort="thorough"))  # takes minutes
+    found = None
+    while found is None:
+        planner.drop()
+        time.sleep(0.05)
+        found = planner.poll()
+    assert (found.plan, found.dropped) == (None, True)
+    assert wait_until_idle(planner)
+    assert answer(planner, request()).plan is not None
+
+
 def test_one_request_at_a_time(planner: PlannerProcess) -> None:
     planner.submit(request(2, 16))
     with pytest.raises(PlanError, match="worked on already"):

@@ -159,8 +159,15 @@ def test_a_budget_that_is_placed_on_other_stages_is_refused() -> None:
 def test_the_configuration_says_a_budget_or_none() -> None:
     block = {"power_budget_groups_w": {"0-7": 4e3}, "node_overhead_w": 900.0, "peak_w": 5e3, "peak_window_s": 2.0}
     made = PowerBudget.configured(parse_config(block))
-    assert made == PowerBudget(None, (GroupBudget("0-7", "0-7", 4e3),), NodeOverhead(900.0), Peaks(2.0, 5e3))
+    groups = (GroupBudget("0-7", "0-7", 4e3),)
+    assert made == PowerBudget(None, groups, NodeOverhead(900.0), Peaks(2.0, 5e3), or_nearest=True)
     assert PowerBudget.configured(parse_config({"slowdown": 0.1, "node_overhead_w": 900.0})) is None
+
+
+def test_the_configuration_says_a_slowdown_or_prices() -> None:
+    assert Target.configured(parse_config({"slowdown": 0.1})) == Target.slowdown(0.1)
+    block = {"price_per_kwh": 0.12, "price_per_gpu_hour": 0.0, "node_overhead_w": 900.0}
+    assert Target.configured(parse_config(block)) == Target.money(Prices(0.12, 0.0, NodeOverhead(900.0)))
 
 
 @pytest.mark.parametrize("of", ["rack", "0-7;8", "", "node x", "0-7\n"])

@@ -78,7 +78,7 @@ class Member:
         except PerseusError as error:
             return self._unheard(summary, full_w, str(error))
         self._gone = False
-        held_w = held(reply, full_w, self._held_w)
+        held_w = held(reply, full_w, self._held_w, job.curve.lowest_w if job is not None else 0.0)
         others = [one for one in _entries(reply) if one["limit"] is not None and _commands(one) != SOURCE]
         phase = _part(reply, "in_force").get("phase")
         self._held_w = held_w
@@ -162,18 +162,21 @@ class Member:
             return -math.inf
 
 
-def held(reply: Mapping[str, Any], full_w: float, before_w: float | None) -> float:
+def held(reply: Mapping[str, Any], full_w: float, before_w: float | None, lowest_w: float = 0.0) -> float:
     """The most that a job may draw until it is known otherwise.
 
     Args:
         reply: of the job, to `targets`.
         full_w: what it draws at full clocks.
         before_w: the same as this at the last look, None: there was none.
+        lowest_w: what it draws at the lowest, where a limit that it can only come near to asks for less.
     """
     in_force = _part(reply, "in_force")
-    watts = [_watts(in_force, full_w) if in_force.get("phase") == _FOLLOWING else full_w]
+    watts = [_watts(in_force, full_w, lowest_w) if in_force.get("phase") == _FOLLOWING else full_w]
     watts += [
-        _watts(one, full_w) for one in _entries(reply) if one.get("source") == SOURCE and one["limit"] is not None
+        _watts(one, full_w, lowest_w)
+        for one in _entries(reply)
+        if one.get("source") == SOURCE and one["limit"] is not None
     ]
     iteration = _number(reply.get("iteration"))
     if any(_number(one.get("iteration")) > iteration for one in _listed(reply, "outcomes")):
@@ -212,13 +215,13 @@ def _commands(entry: Mapping[str, Any]) -> object:
     return entry.get("source") if entry.get("standing") == "command" else SOURCE
 
 
-def _watts(said: Mapping[str, Any], full_w: float) -> float:
+def _watts(said: Mapping[str, Any], full_w: float, lowest_w: float) -> float:
     limit = said.get("limit")
-    watts = limit.get("job_w") if isinstance(limit, dict) else None
-    if watts is None:
+    if not isinstance(limit, dict) or limit.get("job_w") is None:
         return full_w
+    watts = max(_number(limit["job_w"]), lowest_w if limit.get("or_nearest") else -math.inf)
     # A limit above what it draws at full clocks keeps nothing from others.
-    return min(_number(watts), full_w) if full_w > 0 else _number(watts)
+    return min(watts, full_w) if full_w > 0 else watts
 
 
 def _part(reply: Mapping[str, Any], name: str) -> Mapping[str, Any]:

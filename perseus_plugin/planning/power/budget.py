@@ -150,6 +150,7 @@ class PowerBudget:
         peaks: limits on short windows, and how long these are.
         gpus_per_node: ranks are numbered node by node.
         stage_of: per rank, the stage that its GPU runs; empty: one pipeline, of which rank s runs stage s.
+        or_nearest: where no plan keeps it, it is planned for what comes nearest to it, instead of for nothing.
     """
 
     job_w: float | None = None
@@ -158,6 +159,7 @@ class PowerBudget:
     peaks: Peaks = Peaks()
     gpus_per_node: int = 8
     stage_of: tuple[int, ...] = ()
+    or_nearest: bool = False
 
     def __post_init__(self) -> None:
         if self.job_w is not None:
@@ -169,7 +171,7 @@ class PowerBudget:
 
     @classmethod
     def configured(cls, config: PerseusConfig) -> PowerBudget | None:
-        """What the `perseus` block says; None: nothing.
+        """What the `perseus` block says, as far as it can be kept: nobody is there to be refused; None: nothing.
 
         Raises:
             PlanError: a figure is out of range.
@@ -182,6 +184,7 @@ class PowerBudget:
             groups,
             NodeOverhead(config.node_overhead_w, config.node_overhead_share),
             Peaks(config.peak_window_s, config.peak_w),
+            or_nearest=True,
         )
 
     def completed(self, config: PerseusConfig) -> PowerBudget:

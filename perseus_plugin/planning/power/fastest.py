@@ -7,7 +7,7 @@ that a plan is never slower than that.
 
 Iterations longer than the cheapest one draw less power, but nothing makes a GPU wait longer than its peers do. There
 the instructions of a critical path are slowed further, those first that cost least for the time that they add, and all
-others stay where they take least.
+others stay where they take least. What keeps no budget and comes nearest is an answer too, where that is asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from perseus_plugin.planning.few_changes.limits import violated
 from perseus_plugin.planning.options import Assignment, PlanningProblem, capped, weighted
 from perseus_plugin.planning.power.bound import Bound, time_bound
 from perseus_plugin.planning.power.budget import Peaks, PowerBudget, StageLimit
-from perseus_plugin.planning.power.planned import PlannedBudget, PlannedPeaks, PlannedPower
+from perseus_plugin.planning.power.planned import ROUNDED, PlannedBudget, PlannedPeaks, PlannedPower
 from perseus_plugin.planning.power.trace import planned_peaks
 from perseus_plugin.planning.relaxation import Relaxation
 from perseus_plugin.planning.targets import EFFORTS, ChangeLimits, Effort
@@ -34,7 +34,7 @@ _STEPS = 14
 _MORE_EFFORT = (1.0, 0.5, 0.25)  # of the way from the bound to what was found quickly
 _NEAR = 1e-4  # share of the iteration to which the shortest is looked for
 _BESIDES = 1e-3  # what energy counts that no budget is short of, against that which one is
-_ROUNDED = 1e-9
+_LEAST_W = 1.0  # of a budget that overheads alone use up, to come near to
 _AVERAGES = 256  # steps in which a lower average is looked for
 
 
@@ -80,13 +80,13 @@ class Fastest:
 def fastest_within(
     planner: Discretiser, budget: PowerBudget, limits: ChangeLimits, effort: Effort, work: Work
 ) -> Fastest:
-    """The shortest iteration found that keeps the budget, and its peaks.
+    """The shortest iteration found that keeps the budget, and its peaks; what comes nearest where the budget says so.
 
     Raises:
         PlanError: none keeps it; the message names the lowest budget.
     """
     found = _Search(planner, budget, limits, effort, work).run()
-    if not _highest(found.peaks, budget.peaks):
+    if not found.peaks.over(budget.peaks):
         return found
     kept = _with_low_peaks(planner, budget, found, limits, effort, work)
     # The bound is that of all clocks, and of averages alone.
@@ -97,18 +97,18 @@ def is_within(planner: Discretiser, solution: Solution, budget: PowerBudget) -> 
     """Whether a plan that was made for something else keeps a budget, peaks included."""
     stage_w = planner.stage_energy_j(solution) / solution.iteration_time_s
     limits = budget.limits(planner.problem.graph.stages)
-    kept = all(float(np.dot(one.gpus, stage_w)) <= one.watts * (1 + _ROUNDED) for one in limits)
-    return kept and not _highest(planned_peaks(planner.problem, solution, budget), budget.peaks)
+    kept = all(float(np.dot(one.gpus, stage_w)) <= one.watts * (1 + ROUNDED) for one in limits)
+    return kept and not planned_peaks(planner.problem, solution, budget).over(budget.peaks)
 
 
-def uniform_within(planner: Discretiser, budget: PowerBudget, limits: ChangeLimits) -> Solution | None:
-    """The highest clock for all that keeps the budgets; None: not even the lowest does."""
-    search = _Search(planner, budget, limits, "quick", Work(BRAKE_S["quick"]))
+def uniform_within(planner: Discretiser, budget: PowerBudget, limits: ChangeLimits) -> Solution:
+    """The highest clock for all that keeps a budget, peaks included, or else everything at its lowest."""
+    search = _Search(planner, replace(budget, or_nearest=True), limits, "quick", Work(BRAKE_S["quick"]))
     for assignment in search.uniform():
-        solution, used = search.price(assignment)
-        if used <= 1 + _ROUNDED:
-            return solution
-    return None
+        solution, _ = search.price(assignment)
+        if is_within(planner, solution, budget):
+            break
+    return solution
 
 
 def power_at_lowest_w(planner: Discretiser, limits: ChangeLimits) -> float:
@@ -127,7 +127,8 @@ def _with_low_peaks(
     Raises:
         PlanError: neither keeps the peaks; the message says what is drawn at the lowest.
     """
-    problem, peaks = planner.problem, found.peaks
+    problem, lowest = planner.problem, found
+    strict = replace(budget, or_nearest=False)
     powers_w = sorted(
         {
             joules / seconds + float(problem.blocking_power_w[stage])
@@ -139,10 +140,10 @@ def _with_low_peaks(
 
     def without_clocks(at: int, effort: Effort) -> Fastest:
         within = Discretiser(capped(problem, powers_w[at]), planner.switch_latency_s)
-        return _Search(within, budget, limits, effort, work).run()
+        return _Search(within, strict, limits, effort, work).run()
 
     def on_average(at: int, effort: Effort) -> Fastest:
-        lower = replace(budget, job_w=average_w * (at + 1) / _AVERAGES)
+        lower = replace(strict, job_w=average_w * (at + 1) / _AVERAGES)
         return _Search(planner, lower, limits, effort, work).run()
 
     best: Fastest | None = None
@@ -156,19 +157,22 @@ def _with_low_peaks(
             except PlanError:  # so little may not be possible
                 low = middle + 1
                 continue
-            if not _highest(tried.peaks, budget.peaks):
+            if not tried.peaks.over(budget.peaks):
                 low = middle + 1
                 if best is None or tried.solution.iteration_time_s < best.solution.iteration_time_s:
                     best, found_by, found_at = tried, attempt, middle
             else:
-                peaks, high = tried.peaks, middle - 1
+                lowest, high = min(lowest, tried, key=lambda one: _excess(one.peaks, budget.peaks)), middle - 1
+    if best is None and budget.or_nearest:
+        return lowest
     if best is None:
-        raise PlanError(f"peak power: {_highest(peaks, budget.peaks)}; no plan was found that keeps that")
+        drawn = ", ".join(lowest.peaks.over(budget.peaks))
+        raise PlanError(f"peak power: {drawn}; no plan was found that keeps that")
     if effort != "quick":
         # Where to look is found quickly; the effort is for the plan there.
         tried = found_by(found_at, effort)
         faster = tried.solution.iteration_time_s < best.solution.iteration_time_s
-        best = tried if faster and not _highest(tried.peaks, budget.peaks) else best
+        best = tried if faster and not tried.peaks.over(budget.peaks) else best
     return best
 
 
@@ -178,22 +182,13 @@ def _bound_of(problem: PlanningProblem, limits: tuple[StageLimit, ...]) -> Bound
     return Bound(problem.shortest_s, np.ones(problem.graph.stages), True)
 
 
-def _highest(planned: PlannedPeaks, allowed: Peaks) -> str:
-    """The limits on peaks that are broken, for people."""
-    sides = (
-        ("the job", planned.job_w, allowed.job_w),
-        ("a node", planned.node_w, allowed.node_w),
-        ("a GPU", planned.gpu_w, allowed.gpu_w),
-    )
-    return ", ".join(
-        f"{who} draws {watts:.1f} W over {planned.window_s:g} s, and may draw {most_w:.1f} W"
-        for who, watts, most_w in sides
-        if most_w is not None and watts > most_w * (1 + _ROUNDED)
-    )
+def _excess(planned: PlannedPeaks, allowed: Peaks) -> float:
+    """The peak that is farthest above its limit, as a multiple of that; 0: none is."""
+    return max(planned.over(allowed).values(), default=0.0)
 
 
 class _Search:
-    """One search; every solution it prices is remembered if it keeps the budgets and is the shortest."""
+    """One search; of all it prices it remembers the shortest that keeps the budgets, and what comes nearest to them."""
 
     def __init__(
         self, planner: Discretiser, budget: PowerBudget, limits: ChangeLimits, effort: Effort, work: Work
@@ -202,25 +197,29 @@ class _Search:
         self.changes, self.effort, self.work = limits, effort, work
         self.limits = budget.limits(self.problem.graph.stages)
         for limit in self.limits:
-            if limit.watts <= 0:
+            if limit.watts <= 0 and not budget.or_nearest:
                 raise PlanError(f"power budget of {limit.name}: the overhead of its nodes alone takes it")
-        self.per_watt = np.array([[gpus / limit.watts for gpus in limit.gpus] for limit in self.limits])
+        self.priced = tuple(replace(limit, watts=max(limit.watts, _LEAST_W)) for limit in self.limits)
+        self.per_watt = np.array([[gpus / limit.watts for gpus in limit.gpus] for limit in self.priced])
         self.relaxation = Relaxation.sized(self.problem)
         self.cheapest = self.relaxation.cheapest()
         self.best: tuple[Solution, FloatArray] | None = None
-        self.least_used = np.inf
+        self.nearest: tuple[float, Solution, FloatArray] | None = None
 
     def run(self) -> Fastest:
         problem, shortest_s = self.problem, self.problem.shortest_s
-        bound = _bound_of(problem, self.limits)
+        bound = _bound_of(problem, self.priced)
         for assignment in self.uniform():
             self.price(assignment)
         if bound.possible and bound.time_s <= problem.longest_s:
             self._within(bound, max(bound.time_s, shortest_s))
         if self.best is None or self.best[0].iteration_time_s > problem.longest_s:
             self._beyond(bound)
-        if self.best is None:
-            raise PlanError(self._lowest())
+        if self.best is None and self.nearest is not None:
+            if not self.budget.or_nearest:
+                raise PlanError(self._lowest(self.nearest[0]))
+            self.best = self.nearest[1:]
+        assert self.best is not None  # one clock for all has a price
         solution, stage_w = self.best
         if solution.iteration_time_s < self.cheapest.deadline_s:
             relaxed = self.relaxation.solve(max(solution.iteration_time_s, shortest_s))
@@ -234,11 +233,12 @@ class _Search:
         solution = self.planner.priced(self.cheapest, assignment, end_s, self.changes)
         stage_w = self.planner.stage_energy_j(solution) / solution.iteration_time_s
         used = float((self.per_watt @ stage_w).max()) if len(self.limits) else 0.0
-        if used <= 1 + _ROUNDED:
+        if used <= 1 + ROUNDED:
             key = solution.iteration_time_s, solution.energy_j
             if self.best is None or key < (self.best[0].iteration_time_s, self.best[0].energy_j):
                 self.best = solution, stage_w
-        self.least_used = min(self.least_used, used)
+        if self.nearest is None or used < self.nearest[0]:
+            self.nearest = used, solution, stage_w
         return solution, used
 
     def _at(self, clocks_mhz: IntArray) -> Assignment:
@@ -339,9 +339,8 @@ class _Search:
         for count in range(low, high + 1):
             used(count)
 
-    def _lowest(self) -> str:
-        """What is said where no plan keeps the budgets."""
-        share = self.least_used
+    def _lowest(self, share: float) -> str:
+        """What is said where no plan keeps the budgets: the lowest takes this multiple of one."""
         if len(self.limits) == 1:
             (limit,) = self.limits
             given, lowest = (self.budget.told_w(limit, watts) for watts in (limit.watts, limit.watts * share))

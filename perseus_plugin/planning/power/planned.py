@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from perseus_plugin.planning.power.budget import Peaks
+
+ROUNDED = 1e-9
+"""Share of a budget that is no more than an error of rounding."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedPeaks:
@@ -19,6 +24,19 @@ class PlannedPeaks:
     job_w: float
     node_w: float
     gpu_w: float
+
+    def over(self, allowed: Peaks) -> dict[str, float]:
+        """The limits that are broken, each in words, with what is drawn as a multiple of what may be."""
+        sides = (
+            ("the job", self.job_w, allowed.job_w),
+            ("a node", self.node_w, allowed.node_w),
+            ("a GPU", self.gpu_w, allowed.gpu_w),
+        )
+        return {
+            _draws_more(who, watts, most_w, f" over {self.window_s:g} s"): watts / most_w
+            for who, watts, most_w in sides
+            if most_w is not None and watts > most_w * (1 + ROUNDED)
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +70,16 @@ class PlannedPower:
     peaks: PlannedPeaks
     time_lower_bound_s: float
     converged: bool
+
+    def exceeded(self, peaks: Peaks) -> str:
+        """What of the budgets and of these limits on peaks is not kept, for people; empty: all is."""
+        averages = [
+            _draws_more(one.name, one.planned_w, one.allowed_w)
+            for one in self.budgets
+            if one.planned_w > one.allowed_w * (1 + ROUNDED)
+        ]
+        return ", ".join([*averages, *self.peaks.over(peaks)])
+
+
+def _draws_more(who: str, watts: float, allowed_w: float, over: str = "") -> str:
+    return f"{who} draws {watts:.1f} W{over}, and may draw {allowed_w:.1f} W"

@@ -76,7 +76,9 @@ class JobAtSocket:
         if self._socket is None:
             return 0.0
         goal = self._goal if self.iteration >= self._switch else self._before
-        return self.full_w if goal.limit is None or goal.limit.job_w is None else min(goal.limit.job_w, self.full_w)
+        if goal.limit is None or goal.limit.job_w is None:
+            return self.full_w
+        return max(min(goal.limit.job_w, self.full_w), self.lowest_w)
 
     def step(self) -> None:
         """An iteration goes by; what was said is decided on."""
@@ -85,8 +87,8 @@ class JobAtSocket:
             self.book.take(entry)
         self.book.expire(self._now())
         goal: Goal = FULL_CLOCKS if self.phase == "given up" else self.book.goal
-        limit_w = None if goal.limit is None else goal.limit.job_w
-        if limit_w is not None and limit_w < self.lowest_w * (1 - 1e-9):
+        limit = None if goal.limit is None or goal.limit.or_nearest else goal.limit.job_w
+        if limit is not None and limit < self.lowest_w * (1 - 1e-9):
             self.book.refuse(f"the lowest budget is {self.lowest_w} W")
         elif self.iteration >= self._switch:
             if goal != self._goal:

@@ -280,6 +280,17 @@ def test_a_limit_that_allows_more_than_full_clocks_draw_keeps_nothing_from_other
     assert site.drawn_w == {"a": 1600.0, "b": pytest.approx(1500.0)}
 
 
+def test_a_limit_that_a_job_can_only_come_near_to_counts_with_what_it_draws(site: Site) -> None:
+    """It says so without any word of `perseus share`: by another source, that is left alone."""
+    for name in ("a", "b"):
+        site.start(name)
+    ask(site.folder / "a", {"do": "target", "target": {"power_budget_w": {"job_w": 10, "or_nearest": True}}})
+    for _ in range(3):
+        done = site.turn(2600.0)
+    assert done.looks[str(site.folder / "a")].holding.held_w == 1000.0
+    assert site.drawn_w == {"a": 1000.0, "b": pytest.approx(1600.0)}
+
+
 def test_a_job_that_is_given_under_several_names_is_one(site: Site) -> None:
     site.start("a")
     link = site.folder / "b"

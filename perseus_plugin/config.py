@@ -371,6 +371,12 @@ class PerseusConfig(_Strict):
     """The whole `perseus` block."""
 
     enabled: bool = _setting(True, "true or false", "false: the plugin leaves no trace.")
+    enforce: bool = _setting(
+        True,
+        "true or false",
+        "false: a dry run. The job is profiled and planned for and says what the plan would do; outside the sweep no "
+        "clock is set.",
+    )
     slowdown: float = _setting(
         0.0,
         "a number from 0 to 10",

@@ -136,7 +136,7 @@ class Coordinator:
         )
         self.targets = TargetDesk(
             job.exchange,
-            signals=job.signals,
+            signals=job.signals if config.enforce else None,
             complete=lambda limit: limit.completed(config),
             file=None if config.target_file is None else Path(config.target_file),
             wake=wake,

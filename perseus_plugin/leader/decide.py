@@ -318,9 +318,16 @@ class _Deciding:
         first = state.phase is not Phase.FOLLOWING
         state.phase = Phase.FOLLOWING
         self._show_usual()
+        state.at_full |= not self._config.enforce
         begins = self._follow()
         if first:
             self._reached(begins)
+        if first and not self._config.enforce:
+            self._inform(
+                "a dry run (perseus.enforce is false): clocks are left alone from iteration %d on; what the plan would "
+                "do is in summary.json, and `perseus report` shows it",
+                begins,
+            )
 
     def _put(self, seen: Answered, plan: Plan) -> int:
         """Put a plan onto the shelf, to be held against newer iterations from now on."""
@@ -409,6 +416,8 @@ class _Deciding:
         for entry in seen.entries:
             targets.take(entry)
         targets.expire(seen.unix_s)
+        if not self._config.enforce:
+            targets.refuse_all("a dry run follows no target: set perseus.enforce to true")
         self.state.unplannable = self.state.step = None
         if self.state.phase is Phase.GIVEN_UP:
             targets.refuse_all(self.state.given_up_why)
@@ -418,6 +427,8 @@ class _Deciding:
     def _aim(self) -> None:
         """Go over to what is aimed at, or have its plans made."""
         state = self.state
+        if not self._config.enforce and state.phase is Phase.FOLLOWING:
+            return  # nothing is followed
         move = next_move(state, self._rules)
         if isinstance(move, PlanFor):
             state.step = None if move.goal == state.aimed else move.goal
@@ -569,7 +580,8 @@ class _Deciding:
         """All ranks follow the plans there are, and what answers the stragglers there are; returns from when on."""
         answers = self.state.answers
         if self.state.at_full:
-            begins = self._order("full", reason="full clocks are the target")
+            reason = "full clocks are the target" if self._config.enforce else "a dry run"
+            begins = self._order("full", reason=reason)
         elif answers.situation is None or answers.answer is None:
             begins = self._order("follow", version=self._set_with(), limited=self._is_limited)
         else:
@@ -645,7 +657,7 @@ class _Deciding:
 
     def _watched(self, seen: Watched) -> None:
         state = self.state
-        if not self._ask_for_plan() and seen.planner_idle and not state.at_full:
+        if not self._ask_for_plan() and seen.planner_idle and not (state.at_full and self._config.enforce):
             self._review()
         if state.at_full or state.fallen:
             return

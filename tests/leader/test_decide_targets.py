@@ -489,3 +489,23 @@ def test_when_all_fails_it_is_said_that_the_budget_is_not_kept() -> None:
     assert story.orders == [("full", 0)]
     said = [say.text % say.values for say in story.of(Say) if say.level == "warning"]
     assert any("the power budget (900 W) is not kept, as the job" in text for text in said)
+
+
+def test_a_dry_run_is_planned_for_and_stays_at_full_clocks() -> None:
+    story = Story(enforce=False).planned()
+    assert story.orders == [("full", 0)]
+    assert story.state.plan is not None
+    assert story.state.phase is Phase.FOLLOWING
+    assert [one.level for one in story.of(Say) if "a dry run" in one.text] == ["info"]
+    assert [one.facts["says"] for one in story.of(Record) if one.kind == "goal"] == ["full clocks"]
+    story.then(Turned(30), Due(), Situated(SLOW, 100.0), Watched(0.5, "slower", True), Placed(8))
+    assert not story.orders
+    assert not story.of(Ask)
+
+
+def test_a_dry_run_follows_no_target() -> None:
+    story = Story(enforce=False).planned().then(Turned(30), said(1, SLOWER))
+    assert states(story)[1][0] == "refused"
+    assert not story.orders
+    assert not story.of(Ask)
+    assert story.state.goal == Goal(Target.slowdown())

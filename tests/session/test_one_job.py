@@ -57,6 +57,23 @@ def test_a_job_profiles_plans_and_saves_at_the_time_of_full_clocks(tmp_path: Pat
             assert error_w < max(4 * row.blocking_power_se_w, 10.0), f"stage {stage} at {row.frequency_mhz} MHz"
 
 
+def test_a_dry_run_says_what_its_plan_would_save_and_leaves_clocks_alone(tmp_path: Path) -> None:
+    folder, left = tmp_path / "job", iter(range(8))
+
+    def planned_for_a_while() -> bool:
+        return (folder / "plan.json").exists() and next(left, None) is None
+
+    ran = OneJob(folder, [Step()] * 500, plugin={**SHORT, "enforce": False}, until=planned_for_a_while).run()
+    swept = max(number for number, state in enumerate(ran.states) if state == "profiling")
+    assert set(ran.states[swept + 1 :]) == {"planning", "a dry run"}
+    full_j = statistics.median(ran.energies_j[swept + 1 :])
+    assert full_j == pytest.approx(ran.summary["energy_j"]["full_clock"], rel=0.05)
+    assert ran.summary["saving_percent"]["predicted"] > 1
+    assert ran.summary["saving_percent"]["measured"] is None
+    assert ran.summary["iterations"]["plan"] == 0
+    assert load_plan(folder / "plan.json").saving > 0.01
+
+
 def test_a_job_keeps_the_power_budget_of_its_configuration(tmp_path: Path) -> None:
     """At the node, of whose GPUs there are two, and of each GPU; 100 W of the node are not the GPUs'."""
     folder, left, allowed_w = tmp_path / "job", iter(range(20)), 400.0

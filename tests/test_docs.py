@@ -92,7 +92,7 @@ def check_perseus(arguments: list[str]) -> None:
         if words[0] == "--help":
             return
         command = command.commands[words.pop(0)]
-    known = {option for parameter in command.params for option in parameter.opts}
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     for word in words:
         assert not word.startswith("-") or word in {*known, "--help"}, f"perseus {shlex.join(arguments)}: no {word}"
         assert not word.startswith(("examples/", "docs/")) or (ROOT / word).exists(), word

@@ -16,6 +16,7 @@ from perseus_plugin.reporting.report.findings import Findings, Options, find
 from perseus_plugin.reporting.report.folder import load_folder, state_of
 from perseus_plugin.reporting.report.phrases import (
     Rows,
+    budget_rows,
     comparison,
     headline,
     job_line,
@@ -97,7 +98,7 @@ def show(found: Findings, console: Console) -> None:
     for name, value, more in headline(found):
         text = f"  {name}: {value}" + (f" ({more})" if more else "")
         console.print(text, highlight=False, soft_wrap=True, markup=False)
-    for rows in (comparison(folder), valued_rows(found), worth_rows(found)):
+    for rows in (comparison(folder), budget_rows(found), valued_rows(found), worth_rows(found)):
         if rows:
             console.print(_table(rows))
     if worth_rows(found):

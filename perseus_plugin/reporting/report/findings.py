@@ -14,6 +14,7 @@ from perseus_plugin.reporting.record.recorder import MAX_DEVIATIONS
 from perseus_plugin.reporting.record.records import RankRecord, Series
 from perseus_plugin.reporting.record.samples import Sample
 from perseus_plugin.reporting.report.baseline import by_schedule
+from perseus_plugin.reporting.report.budgets import BudgetAsRun, as_run
 from perseus_plugin.reporting.report.folder import JobFolder
 from perseus_plugin.reporting.report.lanes import Lanes, full_clock_lanes, planned_lanes, recorded_lanes
 from perseus_plugin.reporting.report.reigns import Reign, reigns
@@ -74,6 +75,7 @@ class Findings:
         series: iterations over training.
         marks: what happened when.
         reigns: what was aimed at when.
+        budgets: those that were in force, against what was drawn.
         clocks: the newest planned iteration kept whole, per stage.
         per: an iteration at full clocks and under the plan.
         so_far: the run.
@@ -92,6 +94,7 @@ class Findings:
     series: Series | None
     marks: list[Happening]
     reigns: list[Reign]
+    budgets: list[BudgetAsRun]
     clocks: list[Sample]
     per: PerIteration | None
     so_far: SoFar | None
@@ -132,6 +135,7 @@ def find(folder: JobFolder, options: Options | None = None) -> Findings:
         series=run,
         marks=[] if run is None else marks(run.stretches, folder, ruled),
         reigns=ruled,
+        budgets=as_run(ruled, folder.records, folder.world_size),
         clocks=folder.pipeline((PLAN, STRAGGLER)),
         per=per,
         so_far=None if run is None else so_far(run, full),

@@ -13,6 +13,8 @@ from perseus_plugin.reporting.report.document import cards, document, table
 from perseus_plugin.reporting.report.findings import Findings
 from perseus_plugin.reporting.report.folder import state_of
 from perseus_plugin.reporting.report.phrases import (
+    BUDGETS,
+    budget_rows,
     comparison,
     headline,
     job_line,
@@ -43,7 +45,7 @@ def page(found: Findings) -> str:
         raise ConfigError("report: needs plotly, which is not installed (pip install plotly)") from None
     parts = [_head(found), cards(headline(found)), _summary(found), _missing(found.folder.missing)]
     parts += [_section(name, figure, text) for name, figure, text in _figures(found)]
-    parts += [_worth(found), _origin(found)]
+    parts += [_budgets(found), _worth(found), _origin(found)]
     return document(f"Perseus report: {found.folder.path.name}", parts, head=f"<script>{get_plotlyjs()}</script>\n")
 
 
@@ -125,6 +127,13 @@ def _section(name: str, figure: Any, text: str) -> str:
         config={"displaylogo": False, "responsive": True, "displayModeBar": "hover"},
     )
     return f'<section id="{name}"><h2>{_TITLES[name]}</h2><p class="muted">{text}</p>{body}</section>'
+
+
+def _budgets(found: Findings) -> str:
+    rows = budget_rows(found)
+    if not rows:
+        return ""
+    return f'<section id="budgets"><h2>Power budgets</h2>{table(rows)}<p class="muted">{BUDGETS}</p></section>'
 
 
 def _worth(found: Findings) -> str:

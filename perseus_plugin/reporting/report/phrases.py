@@ -19,6 +19,10 @@ from perseus_plugin.reporting.report.worth import (
 Rows = list[tuple[str, ...]]
 """A table: the head, then the rows."""
 
+BUDGETS = (
+    "All iterations while a budget was in force, references and stragglers included. Highest: the average over any "
+    "window, of iterations as a whole, and where one was kept whole of what the counter said within it."
+)
 _FULL_SPEED = 0.001  # share of the time at full clocks
 
 
@@ -136,6 +140,21 @@ def worth_rows(found: Findings) -> Rows:
         rows.append(_worth(f"{what}: full clocks", projection.full))
         rows.append(_worth(f"{what}: saved", projection.saved))
     rows += _per_sample(found)
+    return rows if len(rows) > 1 else []
+
+
+def budget_rows(found: Findings) -> Rows:
+    """Power budgets that were in force against what was drawn; empty where there were none, or nothing is known."""
+
+    def watts(value: float, allowed_w: float = math.nan) -> str:
+        most = "" if math.isnan(allowed_w) else f" of {allowed_w:,.0f} W"
+        return "" if math.isnan(value) else f"{value:,.0f} W{most}"
+
+    rows: Rows = [("power budgets as run", "iterations", "may draw", "drew on average", "highest")]
+    for one in found.budgets:
+        highest = watts(one.highest_w, one.peak_allowed_w)
+        highest += f" over {one.window_s:g} s" if highest else ""
+        rows.append((one.whose, f"{one.iterations:,}", watts(one.allowed_w), watts(one.average_w), highest))
     return rows if len(rows) > 1 else []
 
 

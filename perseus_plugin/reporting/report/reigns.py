@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from perseus_plugin.bounds import Count, Power, Ratio
-from perseus_plugin.planning.power.budget import NodeOverhead, PowerBudget
+from perseus_plugin.bounds import Count, PositiveTime, Power, Ratio
+from perseus_plugin.errors import PlanError
+from perseus_plugin.planning.power.budget import GroupBudget, NodeOverhead, Peaks, PowerBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,14 @@ class Reign:
         says: what it is, for people.
         budget_w: that all GPUs of the job may draw together; NaN: no budget of the whole job.
         power_ratio: average power by the plans over that at full clocks, as predicted then; NaN: not known.
+        limit: on power; None: none, or of another version.
     """
 
     first: int
     says: str
     budget_w: float = math.nan
     power_ratio: float = math.nan
+    limit: PowerBudget | None = None
 
 
 class _Node(BaseModel):
@@ -35,10 +38,41 @@ class _Node(BaseModel):
     share: Annotated[float, Field(ge=0, le=100)] = 0.0
 
 
+class _Group(BaseModel):
+    name: Annotated[str, Field(max_length=1000)]
+    of: Annotated[str, Field(max_length=1000)]
+    watts: Power
+
+
+class _Peaks(BaseModel):
+    window_s: PositiveTime = 1.0
+    job_w: Power | None = None
+    node_w: Power | None = None
+    gpu_w: Power | None = None
+
+
 class _Limit(BaseModel):
     job_w: Power | None = None
+    groups: tuple[_Group, ...] = ()
+    peaks: _Peaks = _Peaks()
     node: _Node = _Node()
     gpus_per_node: Annotated[Count, Field(ge=1)] = 8
+
+    def budget(self, world_size: int) -> PowerBudget | None:
+        """As it was in force; None: it is none that there can be in a job of so many ranks."""
+        try:
+            made = PowerBudget(
+                self.job_w,
+                tuple(GroupBudget(one.name, one.of, one.watts) for one in self.groups),
+                NodeOverhead(self.node.watts, self.node.share),
+                Peaks(**dict(self.peaks)),
+                self.gpus_per_node,
+            )
+            for group in made.groups:
+                group.ranks(world_size, made.gpus_per_node)
+        except PlanError:
+            return None
+        return made
 
 
 class _Goal(BaseModel):
@@ -64,16 +98,12 @@ def reigns(events: Sequence[Mapping[str, Any]], world_size: int) -> list[Reign]:
             told = _Goal.model_validate(event)
         except ValidationError:
             continue  # of another version; the rest is shown
-        reign = Reign(told.iteration, told.says, _budget_w(told.limit, world_size), _power_ratio(told))
+        limit = None if told.limit is None else told.limit.budget(world_size)
+        job_w = None if limit is None else limit.job_w
+        budget_w = math.nan if limit is None or job_w is None else limit.gpu_w(job_w, world_size)
+        reign = Reign(told.iteration, told.says, budget_w, _power_ratio(told), limit)
         found = [before for before in found if before.first < reign.first] + [reign]
     return found
-
-
-def _budget_w(limit: _Limit | None, world_size: int) -> float:
-    if limit is None or not limit.job_w:
-        return math.nan
-    node = NodeOverhead(limit.node.watts, limit.node.share)
-    return PowerBudget(limit.job_w, node=node, gpus_per_node=limit.gpus_per_node).gpu_w(limit.job_w, world_size)
 
 
 def _power_ratio(told: _Goal) -> float:

@@ -15,6 +15,7 @@ from perseus_plugin.reporting.report.folder import ReportError, load_folder
 from perseus_plugin.reporting.report.lanes import planned_lanes
 from perseus_plugin.reporting.report.page import page
 from perseus_plugin.reporting.report.phrases import (
+    budget_rows,
     comparison,
     energy,
     headline,
@@ -279,6 +280,12 @@ def test_targets_are_named_where_they_come_into_force_and_the_budget_stands_besi
     full_w, run_w = found.per.full_j / found.per.full_s, found.per.plan_j / found.per.plan_s
     (card,) = [card for card in headline(found) if card[0] == "average power, as run"]
     assert card[1:] == (f"{run_w:,.0f} W", f"{full_w:,.0f} W at full clocks, budget 700 W")
+    head, row = budget_rows(found)
+    assert len(head) == len(row)
+    assert row[:3] == ("the job", f"{found.budgets[0].iterations:,}", "700 W")
+    assert row[3].endswith(" W")
+    assert row[4].endswith(" W over 1 s")
+    assert "Power budgets" in page(found)
 
 
 def test_what_ends_a_straggler_is_told_as_a_recovery(job: Job) -> None:

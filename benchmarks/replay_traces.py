@@ -4,13 +4,15 @@ A plan is made from the means of some of a trace's steps, with the emulated A100
 clock, and replayed over the real durations of the others; an iteration ends with its slowest replica. The first table
 has plans with a fixed margin, made from and replayed over all steps. The second has the plan that the planner chooses
 by itself from the steps it is given, with and without ranks that catch up, and the fixed margin that saves most among
-those that are no slower.
+those that are no slower. The third has all replicas, faulty ones too, under that plan, under plans for stragglers, and
+under a plan for each step's own batch: with durations known exactly, and as a model tells them from one number per
+microbatch. Traces hold no sequence lengths; what a microbatch's forward took in the first stage stands for that number.
 
     python benchmarks/replay_traces.py DATA
 
 DATA is a folder of `trace-*.csv.gz` with the columns dp_rank, stage, step, optype, mb_id and duration (seconds).
 Replicas with a stage more than a tenth slower than in the median replica have a fault of their own, which is not what
-this is about: they are left out, and their number is said.
+the first two tables are about: they are left out, and their number is said.
 """
 
 from __future__ import annotations
@@ -24,17 +26,22 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from perseus_plugin.cli.simulation.traces.findings import faulty_replicas
+from perseus_plugin.cli.simulation.description import profile_on, waiting_on
+from perseus_plugin.cli.simulation.traces.findings import FAULTY, LASTING, explained, faulty_replicas, stage_paces
 from perseus_plugin.cli.simulation.traces.table import load_table
 from perseus_plugin.cli.simulation.traces.traced import TracedJob
+from perseus_plugin.cli.simulation.traces.worth import Asked, mean_times_s, worth
 from perseus_plugin.gpus.emulated.physics import A100, load_class
-from perseus_plugin.iteration.graph import PipelineGraph
+from perseus_plugin.iteration.graph import FloatArray, PipelineGraph
 from perseus_plugin.iteration.replayed import Samples
+from perseus_plugin.planning.batches import BatchPlanner, choose, joined, outcome_of, sizes_of
 from perseus_plugin.planning.options import PlanningProblem, build_problem
-from perseus_plugin.planning.process import answer_to, plan_for
+from perseus_plugin.planning.process import answer_to, graph_for, plan_for, with_margin
 from perseus_plugin.planning.replay import CatchUp, Outcome, Replay, by_node, clocks_of
 from perseus_plugin.planning.request import PlanRequest
+from perseus_plugin.planning.robust import Promise
 from perseus_plugin.profiling.profile import Measurement, Profile
+from perseus_plugin.profiling.work_model import WorkModel, fitted
 
 MARGINS = (0.0, 0.01, 0.03, 0.05, 0.1)
 FINE_MARGINS = (0.0, 0.005, *(m / 100 for m in range(1, 31)))
@@ -187,9 +194,126 @@ def chosen(traces: list[Trace]) -> None:
             print(f"| {label(trace)} | {name} | " + " | ".join(cells) + " |", flush=True)
 
 
+def each_step(traces: list[Trace]) -> None:
+    """Print the third table."""
+    print(
+        f"\nAll replicas; {SAMPLED} steps spread evenly to plan on and to fit the model to, replayed over the others: "
+        "time against full clocks (of the step that it lengthens most), energy saved, in percent\n"
+    )
+    print(
+        "| trace | static | straggler-aware | per batch, durations known | margin | per batch, by the model | margin |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    said = []
+    for trace in traces:
+        count = len(trace.job.durations_s)
+        steps = np.unique(np.linspace(0, count - 1, min(SAMPLED, count // 2)).astype(int))
+        explains = explained(trace.job)
+        profile = profile_on(A100, mean_times_s(trace.job), waiting_on(A100))  # as `perseus simulate` has it
+        rides = worth(trace.job, explains, profile, Asked((A100.blocking_w,) * trace.job.stages)).rides
+        cells = [
+            f"{100 * (ride.time_ratio - 1):+.2f} ({100 * (ride.worst_ratio - 1):+.2f}), {100 * ride.saving.mean:.1f}"
+            for ride in rides
+        ]
+        cells += ["-"] * (2 - len(rides))
+        asked = replace(request(trace, profile, 0.0), overheads=explains.overheads)
+        model, works, slow = work_model(trace, steps)
+        for known in (True, False):
+            cells += per_batch(trace, asked, steps, None if known else model, works, slow)
+        print(f"| {trace.name} | " + " | ".join(cells) + " |", flush=True)
+        said.append(
+            f"{trace.name}: works explain {100 * model.explained:.0f} % of the variance, and {100 * model.error:.1f} % "
+            f"of a duration is left; a pipeline's plan takes {1e3 * plan_seconds(trace, asked):.0f} ms"
+        )
+    print("\n" + "\n".join(said))
+
+
+def work_model(trace: Trace, steps: npt.NDArray[np.int64]) -> tuple[WorkModel, FloatArray, FloatArray]:
+    """What a job would know: the model, every microbatch's work, and how slow stages are that are so for long.
+
+    Returns:
+        The model; shape (steps, replicas, microbatches); shape (replicas, stages).
+    """
+    job, graph = trace.job, trace.graph
+    paces = stage_paces(job)[steps]
+    slow = np.where((paces > FAULTY).mean(axis=0) >= LASTING, np.median(paces, axis=0), 1.0)
+    healthy_s = job.durations_s / slow[:, [one.stage for one in graph.instructions if one is not None]]
+    first = {one.microbatch: node for one, node in graph.node_of.items() if (one.stage, one.kind) == (0, "forward")}
+    works = healthy_s[:, :, [first[microbatch] for microbatch in sorted(first)]]
+    observed: dict[tuple[int, str], tuple[list[FloatArray], list[FloatArray]]] = defaultdict(lambda: ([], []))
+    for one, node in graph.node_of.items():
+        of_kind = observed[one.stage, one.kind]
+        of_kind[0].append(works[steps][:, :, one.microbatch].ravel())
+        of_kind[1].append(healthy_s[steps][:, :, node].ravel())
+    model = fitted({key: (np.concatenate(x), np.concatenate(y)) for key, (x, y) in observed.items()})
+    assert model is not None  # there are enough
+    return model, works, slow
+
+
+def batch_planner(asked: PlanRequest, margin: float) -> BatchPlanner:
+    """As a job would have it."""
+    graph = graph_for(asked)
+    problem, planned_on = (
+        build_problem(graph, profile, asked.blocking_power_w)
+        for profile in (asked.profile, with_margin(asked.profile, margin, asked.blocking_power_w))
+    )
+    return BatchPlanner(problem, planned_on, latency_s=LATENCY_S, lower_while_waiting=False)
+
+
+def per_batch(
+    trace: Trace,
+    asked: PlanRequest,
+    steps: npt.NDArray[np.int64],
+    model: WorkModel | None,
+    works: FloatArray,
+    slow: FloatArray,
+) -> list[str]:
+    """Every step planned for its own batch: by the model, or (None) for the durations that it really has."""
+    planners: dict[float, BatchPlanner] = {}
+
+    def planner_with(margin: float) -> BatchPlanner:
+        return planners.setdefault(margin, batch_planner(asked, margin))
+
+    problem = planner_with(0.0).problem
+    stage_of = problem.graph.stage
+    durations_s = [
+        np.array([by_node(problem.graph, [of[nodes] for nodes in trace.graph.stage_nodes]) for of in step])
+        for step in trace.job.durations_s
+    ]
+    predicted = [
+        [
+            took_s / problem.full_clock_s.clip(1e-9)
+            if model is None
+            else sizes_of(problem, model.of, of.tolist()) * slow[replica, stage_of]
+            for replica, (took_s, of) in enumerate(zip(step, of_step, strict=True))
+        ]
+        for step, of_step in zip(durations_s, works, strict=True)
+    ]
+    on = steps.tolist()
+    chosen = choose(planner_with, [predicted[i] for i in on], [durations_s[i] for i in on], Promise(), LATENCY_S)
+    if chosen.planner is None:
+        return ["full clocks", "none"]
+    others = np.setdiff1d(np.arange(len(durations_s)), steps).tolist()
+    ran = [outcome_of(chosen.planner.step(predicted[i]), durations_s[i], LATENCY_S) for i in others]
+    under, full = joined([one for one, _ in ran]), joined([one for _, one in ran])
+    added, saved = figures(under, full)
+    worst = 100 * float((under.time_s / full.time_s).max() - 1)
+    return [f"{added:+.2f} ({worst:+.2f}), {saved:.1f}", f"{100 * chosen.replayed.margin:g} %"]
+
+
+def plan_seconds(trace: Trace, asked: PlanRequest) -> float:
+    """Processor time of a plan."""
+    planner = batch_planner(asked, 0.0)
+    sizes = [np.ones(len(planner.problem.graph))] * len(trace.job.replicas)
+    begin_s = time.process_time()
+    planner.step(sizes)
+    return (time.process_time() - begin_s) / len(sizes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of trace-*.csv.gz")
+    parser.add_argument("--per-batch", action="store_true", help="the third table alone")
     arguments = parser.parse_args()
     paths = sorted(arguments.data.glob("trace-*.csv.gz"))
     if not paths:
@@ -197,8 +321,10 @@ def main() -> None:
     begin_s = time.perf_counter()
     traces = [load(path) for path in paths]
     loaded_s = time.perf_counter()
-    fixed_margins(traces)
-    chosen(traces)
+    if not arguments.per_batch:
+        fixed_margins(traces)
+        chosen(traces)
+    each_step(traces)
     print(f"\nread in {loaded_s - begin_s:.1f} s, planned and replayed in {time.perf_counter() - loaded_s:.1f} s")
 
 

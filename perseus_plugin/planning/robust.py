@@ -168,7 +168,7 @@ def within_power(plan_at: Callable[[float], Plan], replay: Replay, promise: Prom
             break
         clocks, waits = clocks_of(plan, replay.graph), plan.wait_clocks_mhz
         outcome = replay.under(clocks, None, waits)
-        replayed = _judged(outcome, replay.at_full_clocks, replay.interrupted, promise, None, 0.0)
+        replayed = judged(outcome, replay.at_full_clocks, replay.interrupted, promise, False, 0.0)
         found = RobustPlan(plan, None, replayed)
         if found.replayed.kept:
             break
@@ -187,11 +187,13 @@ def _candidates(
     for way in (None, *ways):
         outcome, full = replay.under(clocks, way, waits), replay.at_full_clocks
         interrupted = replay.interrupted
-        replayed = _judged(outcome, full, interrupted, promise, way, margin)
+        replayed = judged(outcome, full, interrupted, promise, way is not None, margin)
         others = np.arange(len(full.time_s)) != np.argmax(outcome.time_s / full.time_s)
         but_for_one = None
         if others.any():
-            but_for_one = _judged(outcome.of(others), full.of(others), interrupted[others], promise, way, margin)
+            but_for_one = judged(
+                outcome.of(others), full.of(others), interrupted[others], promise, way is not None, margin
+            )
         found.append(RobustPlan(plan, way, replayed, but_for_one))
     return found
 
@@ -237,15 +239,15 @@ def judge(
         PlanError: the plan is not for the replay's profile.
     """
     outcome = replay.under(clocks_mhz, catch_up, wait_clocks_mhz)
-    return _judged(outcome, replay.at_full_clocks, replay.interrupted, promise, catch_up, margin, errors)
+    return judged(outcome, replay.at_full_clocks, replay.interrupted, promise, catch_up is not None, margin, errors)
 
 
-def _judged(
+def judged(
     outcome: Outcome,
     full: Outcome,
     interrupted: npt.NDArray[np.bool_],
     promise: Promise,
-    catch_up: CatchUp | None,
+    catches_up: bool,
     margin: float,
     errors: float = _ERRORS,
 ) -> Replayed:
@@ -271,7 +273,7 @@ def _judged(
     return Replayed(
         iterations=len(ratio),
         margin=margin,
-        catch_up=catch_up is not None,
+        catch_up=catches_up,
         time_ratio_mean=mean,
         time_ratio_quantile=at_quantile,
         saving_mean=saving,

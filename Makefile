@@ -91,7 +91,7 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: setup megatron
-	$(PYTEST) $(UNIT_WORKERS) -m "not e2e"
+	$(PYTEST) $(UNIT_WORKERS) -m "not e2e and not repeated"
 
 e2e: setup megatron
 	$(PYTEST) $(WORKERS) -m "e2e and not matrix and not repeated"

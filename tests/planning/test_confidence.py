@@ -40,9 +40,13 @@ def with_errors(profile: Profile, time_se: float, power_se: float) -> Profile:
     )
 
 
-def planned(profile: Profile, slowdown: float = 0.05, blocking_se_w: float | None = 0.0) -> Plan:
+def planned(
+    profile: Profile, slowdown: float = 0.05, blocking_se_w: float | None = 0.0, *, search: bool = False
+) -> Plan:
+    """Of any plan it is to be said how well it is known: one whose clocks are only rounded is there at once."""
     planner = planner_of(profile)
-    return with_confidence(planner.plan(Target.slowdown(slowdown)), planner, profile, blocking_se_w)
+    solution = planner.solve(Target.slowdown(slowdown), search=search)
+    return with_confidence(planner.to_plan(solution), planner, profile, blocking_se_w)
 
 
 def known(plan: Plan) -> Confidence:
@@ -72,14 +76,15 @@ def true_figures(plan: Plan, true: Planner) -> tuple[float, float]:
     return 1 - energy_j / problem.full_clock_energy_j, energy_j / bound_j - 1
 
 
+@pytest.mark.parametrize("search", [False, pytest.param(True, marks=pytest.mark.repeated)])
 @pytest.mark.parametrize(("time_se", "power_se"), [(0.003, 0.02), (0.01, 0.002)])
-def test_intervals_hold_what_is_true(time_se: float, power_se: float) -> None:
+def test_intervals_hold_what_is_true(time_se: float, power_se: float, search: bool) -> None:
     true = bundled_profile(STAGES)
     exact = planner_of(true)
     rng = np.random.default_rng(5)
     savings, gaps = [], []
     for _ in range(40):
-        plan = planned(measured(true, time_se, power_se, rng))
+        plan = planned(measured(true, time_se, power_se, rng), search=search)
         saving, gap = true_figures(plan, exact)
         low, high = known(plan).saving
         savings.append(low <= saving <= high)

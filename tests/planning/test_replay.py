@@ -11,7 +11,7 @@ from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.options import PlanningProblem, build_problem
 from perseus_plugin.planning.plan import Plan
-from perseus_plugin.planning.planner import make_plan
+from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.replay import CatchUp, Replay, by_node, clocks_of, latest_starts
 from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.profile import Measurement, Profile
@@ -26,10 +26,10 @@ def problem_of(job: Job) -> PlanningProblem:
     return build_problem(graph, job.profile, job.blocking_w)
 
 
-def plan_of(problem: PlanningProblem, job: Job, slowdown: float = 0.0) -> Plan:
-    return make_plan(
-        problem.graph, job.profile, blocking_power_w=job.blocking_w, target=Target.slowdown(slowdown), effort="quick"
-    )
+def plan_of(problem: PlanningProblem, slowdown: float = 0.0) -> Plan:
+    """Any plan can be replayed: clocks are only rounded."""
+    planner = Planner.of(problem)
+    return planner.to_plan(planner.solve(Target.slowdown(slowdown), search=False))
 
 
 def as_profiled(problem: PlanningProblem) -> FloatArray:
@@ -40,7 +40,7 @@ def as_profiled(problem: PlanningProblem) -> FloatArray:
 @settings(deadline=None)
 def test_with_durations_as_in_the_profile_a_replay_is_the_plan(job: Job, slowdown: float) -> None:
     problem = problem_of(job)
-    plan = plan_of(problem, job, slowdown)
+    plan = plan_of(problem, slowdown)
     outcome = Replay(problem, as_profiled(problem)).under(clocks_of(plan, problem.graph))
     time_s, energy_j = replay(job, plan)
     assert outcome.time_s[0] == pytest.approx(time_s)
@@ -72,7 +72,7 @@ def test_at_full_clocks_instructions_take_what_they_took(job: Job, data: st.Data
 @settings(deadline=None)
 def test_catching_up_never_makes_an_iteration_longer(job: Job, seed: int, latency_s: float) -> None:
     problem = problem_of(job)
-    plan = plan_of(problem, job)
+    plan = plan_of(problem)
     clocks = clocks_of(plan, problem.graph)
     factors = np.exp(0.2 * np.random.default_rng(seed).standard_normal((6, 2, len(problem.graph))))
     made = Replay(problem, problem.full_clock_s * factors)
@@ -88,7 +88,7 @@ def test_catching_up_never_makes_an_iteration_longer(job: Job, seed: int, latenc
 @settings(deadline=None)
 def test_nobody_catches_up_who_is_in_plan(job: Job) -> None:
     problem = problem_of(job)
-    plan = plan_of(problem, job)
+    plan = plan_of(problem)
     clocks = clocks_of(plan, problem.graph)
     made = Replay(problem, as_profiled(problem))
     caught = made.under(clocks, CatchUp(latest_starts(problem.graph, problem.planned_s(clocks), plan.deadline_s)))
@@ -99,9 +99,8 @@ def test_nobody_catches_up_who_is_in_plan(job: Job) -> None:
 def even_job() -> tuple[PlanningProblem, IntArray]:
     """Three stages, the last the longest, and the clocks of its plan by node."""
     profile = bundled_profile(3)
-    graph = build_graph(one_f_one_b(3, 6))
-    plan = make_plan(graph, profile, blocking_power_w=BLOCKING_W, target=Target.slowdown())
-    return build_problem(graph, profile, BLOCKING_W), clocks_of(plan, graph)
+    problem = build_problem(build_graph(one_f_one_b(3, 6)), profile, BLOCKING_W)
+    return problem, clocks_of(plan_of(problem), problem.graph)
 
 
 def test_a_late_start_is_caught_up_with() -> None:
@@ -185,7 +184,7 @@ def test_a_latency_makes_nothing_longer_and_full_clocks_no_different(
     job: Job, slowdown: float, latency_s: float
 ) -> None:
     problem = problem_of(job)
-    clocks = clocks_of(plan_of(problem, job, slowdown), problem.graph)
+    clocks = clocks_of(plan_of(problem, slowdown), problem.graph)
     at_once = Replay(problem, as_profiled(problem))
     late = Replay(problem, as_profiled(problem), latency_s=latency_s)
     fastest = all(rows[0].time_s <= min(row.time_s for row in rows) for rows in job.profile.table.values())

@@ -83,7 +83,7 @@ class FakeHelper:
         self.silences_s.append(silence_s)
 
 
-FAST = Timing(0.01, 0.01, 0.0, 0.0, 0.0, 0.0, 0.0)
+FAST = Timing(0.01, 0.01, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class FakePlanner:

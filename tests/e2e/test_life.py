@@ -80,10 +80,10 @@ def test_evaluation_and_a_number_of_microbatches_that_changes_with_every_step(tm
 def test_a_profile_is_used_again_for_the_same_job_only(tmp_path: Path) -> None:
     block = perseus_block(tmp_path / "out", 2)
     first = Probe(tmp_path / "first", block, [PLANNED, ("end", "+3")]).run().check()
-    assert "profiling clock 5 of 5" in first.output
+    assert "profiling block 5 of 5" in first.output
     again = Probe(tmp_path / "again", block, [PLANNED, ("end", "+12")]).run().check()
     assert "using the profile kept in" in again.output
-    assert "profiling clock 1 of 1" in again.output
+    assert "profiling block 1 of 1" in again.output
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["iterations"]["plan"] >= 2
     another = {"train_micro_batch_size_per_gpu": 2}
     other = Probe(tmp_path / "other", block, arguments=("--steps", "3"), config=another).run().check()

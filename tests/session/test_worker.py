@@ -803,10 +803,10 @@ def test_iterations_of_a_schedule_that_is_not_followed_are_no_progress(
         seen = replace(record(number, begin_s=0.036 * number), schedule="", undisturbed=False)
         rank.link.finished(FinishedIteration(TABLE.at(number), seen))
     assert came_true(lambda: rank.exchange.fetch(estimate_key(0, 0)) is not None)
-    assert "profiling clock" not in heard.text
+    assert "profiling block" not in heard.text
     assert "warming up" not in heard.text
     rank.iterate(directive=Sweep(1, 810, kept=False))
-    assert came_true(lambda: "profiling clock 2 of 3: 810 MHz" in heard.text)
+    assert came_true(lambda: "profiling block 2 of 3: 810 MHz" in heard.text)
 
 
 @pytest.mark.parametrize(

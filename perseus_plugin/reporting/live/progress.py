@@ -36,9 +36,11 @@ class Progress:
             self._durations_s.append(record.end_s - record.begin_s)
         elif isinstance(directive, FullClock) and record.number == 0 and self._timetable.sweep.clocks_mhz:
             logger.info(
-                "warming up for %d iterations, then profiling for %d at %d clocks; training goes on all the while",
+                "warming up for %d iterations, then profiling for %d in %d blocks at %d clocks; training goes on all "
+                "the while",
                 self._timetable.sweep.first,
                 self._timetable.sweep_end - self._timetable.sweep.first,
+                len(self._timetable.sweep.clocks_mhz),
                 len(set(self._timetable.sweep.clocks_mhz)),
             )
 
@@ -49,8 +51,8 @@ class Progress:
         if self._durations_s:
             left = f", about {(total - done) * statistics.mean(self._durations_s):.0f} s left"
         logger.info(
-            "profiling %s %d of %d: %d MHz%s (iteration %d of %d%s)",
-            "stages in turn, block" if directive.paired else "clock",
+            "profiling%s block %d of %d: %d MHz%s (iteration %d of %d%s)",
+            " stages in turn," if directive.paired else "",
             directive.block + 1,
             len(self._timetable.sweep.clocks_mhz),
             directive.frequency_mhz,

@@ -128,18 +128,10 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
 
 
 def _remarks(summary: Summary) -> str:
-    remarks = []
-    counts = summary.iterations
-    remarks.append(
-        f"{counts.full_clock} iterations at full clocks, {counts.profiling} while profiling, "
-        f"{counts.plan} under the plan"
-    )
+    remarks = [_counted(summary)]
     references = summary.references
     if references.iterations and references.energy_not_saved_j is not None:
-        remarks.append(
-            f"{references.iterations} at full clocks amid them to compare with, which saved "
-            f"{references.energy_not_saved_j:.0f} J less for it"
-        )
+        remarks.append(f"those to compare with saved {references.energy_not_saved_j:.0f} J less for it")
     if summary.profiling.extra_time_s is not None:
         remarks.append(f"profiling cost {summary.profiling.extra_time_s:.1f} s")
     plan = summary.plan
@@ -152,10 +144,7 @@ def _remarks(summary: Summary) -> str:
         remarks.append(f"planned in {plan.planning_time_s:.2f} s, at most {above}")
     stragglers = summary.stragglers
     if stragglers is not None and stragglers.iterations:
-        remarks.append(
-            f"{stragglers.iterations} iterations at a straggler's pace, about "
-            f"{stragglers.energy_saved_j:.0f} J saved by it"
-        )
+        remarks.append(f"about {stragglers.energy_saved_j:.0f} J were saved by going at a straggler's pace")
     late = summary.catching_up
     if late.raised_instructions:
         remarks.append(
@@ -187,6 +176,22 @@ def _remarks(summary: Summary) -> str:
     if summary.overhead.hook_time_percent is not None:
         remarks.append(f"hooks took {summary.overhead.hook_time_percent:.3f} % of the time")
     return "; ".join(remarks) + "."
+
+
+def _counted(summary: Summary) -> str:
+    """How many iterations there were of each sort; they add up."""
+    counts = summary.iterations
+    known = {
+        "while profiling": counts.profiling,
+        "under plans": counts.under_plans,
+        "at full clocks amid them to compare with": summary.references.iterations,
+        "at a straggler's pace": counts.straggler,
+    }
+    known["at full clocks besides"] = max(0, counts.all - sum(known.values()))
+    parts = [f"{count} {of}" for of, count in known.items() if count]
+    if 0 < counts.plan < counts.under_plans:
+        parts = [f"{part} ({counts.plan} under the newest)" if part.endswith("under plans") else part for part in parts]
+    return f"{sum(known.values())} iterations: {', '.join(parts)}"
 
 
 def _interval(percent: Sequence[float] | None) -> str:

@@ -10,7 +10,16 @@ from typing import Any, Literal
 from perseus_plugin.exchange.messages import RankStats, Totals
 from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.planning.plan import Plan
-from perseus_plugin.reporting.live.account import FULL_CLOCK, PLAN, PROFILING, RECHECK, REFERENCES, STRAGGLER
+from perseus_plugin.reporting.live.account import (
+    EVERY,
+    FULL_CLOCK,
+    PLAN,
+    PROFILING,
+    RECHECK,
+    REFERENCES,
+    STRAGGLER,
+    UNDER_PLANS,
+)
 from perseus_plugin.reporting.live.bill import Bill
 from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.record.summary import (
@@ -146,7 +155,14 @@ def build_summary(
         plan=None if plan is None else _plan_figures(plan, planning_time_s, dropped_plans),
         stragglers=None if stragglers is None else _straggler_figures(stats, stragglers),
         profiling=_profiling_cost(stats, swept_time_s, swept_energy_j),
-        iterations=CountsSection(**{sort: _iterations(stats, sort) for sort in (FULL_CLOCK, PROFILING, PLAN)}),
+        iterations=CountsSection(
+            full_clock=_iterations(stats, FULL_CLOCK),
+            profiling=_iterations(stats, PROFILING),
+            plan=_iterations(stats, PLAN),
+            under_plans=_iterations(stats, UNDER_PLANS),
+            straggler=_iterations(stats, STRAGGLER),
+            all=_iterations(stats, EVERY),
+        ),
         catching_up=_catching_up(stats),
         waiting=WaitingSection(
             iterations=max((s.waited.iterations for s in stats), default=0),

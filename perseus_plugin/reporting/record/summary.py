@@ -120,11 +120,17 @@ class ProfilingSection(_Section):
 
 
 class CountsSection(_Section):
-    """Iterations by what they count for."""
+    """Iterations by what they count for.
 
-    full_clock: int = _told("at full clocks, in the sweep")
+    Of `all`, those that are neither `profiling`, `under_plans`, `straggler` nor references ran at full clocks besides.
+    """
+
+    full_clock: int = _told("at full clocks, in the sweep: part of `profiling`")
     profiling: int = _told("while profiling")
-    plan: int = _told("under a plan")
+    plan: int = _told("under the newest plans: part of `under_plans`")
+    under_plans: int = _told("under plans", 0)
+    straggler: int = _told("at a straggler's pace", 0)
+    all: int = _told("that ran, as far as the rank that saw most has told", 0)
 
 
 class CatchingUpSection(_Section):

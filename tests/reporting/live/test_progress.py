@@ -19,10 +19,10 @@ def lines(caplog: pytest.LogCaptureFixture, table: Timetable, iterations: int) -
 
 def test_one_line_before_the_sweep_and_one_per_clock(caplog: pytest.LogCaptureFixture) -> None:
     assert lines(caplog, Timetable(Round(2, (1410, 810, 1410)), 1, 2), 14) == [
-        "warming up for 2 iterations, then profiling for 9 at 2 clocks; training goes on all the while",
-        "profiling clock 1 of 3: 1410 MHz (iteration 1 of 9)",
-        "profiling clock 2 of 3: 810 MHz (iteration 4 of 9, about 12 s left)",
-        "profiling clock 3 of 3: 1410 MHz (iteration 7 of 9, about 6 s left)",
+        "warming up for 2 iterations, then profiling for 9 in 3 blocks at 2 clocks; training goes on all the while",
+        "profiling block 1 of 3: 1410 MHz (iteration 1 of 9)",
+        "profiling block 2 of 3: 810 MHz (iteration 4 of 9, about 12 s left)",
+        "profiling block 3 of 3: 1410 MHz (iteration 7 of 9, about 6 s left)",
     ]
 
 
@@ -35,7 +35,7 @@ def test_a_paired_round_says_what_this_stage_does(caplog: pytest.LogCaptureFixtu
 
 def test_without_warm_up_the_sweep_is_told_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     assert lines(caplog, Timetable(Round(0, (1410,)), 1, 1), 2) == [
-        "profiling clock 1 of 1: 1410 MHz (iteration 1 of 2)"
+        "profiling block 1 of 1: 1410 MHz (iteration 1 of 2)"
     ]
 
 

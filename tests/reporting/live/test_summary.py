@@ -97,7 +97,8 @@ def test_figures_of_a_whole_job() -> None:
     assert made["saving_percent"] == pytest.approx({"predicted": 20.0, "measured": 100 * 190 / 900})
     assert made["slowdown_percent"] == pytest.approx({"predicted": -2.0, "measured": 2.0})
     assert made["profiling"] == pytest.approx({"extra_time_s": 10 * 0.4, "extra_energy_j": 10 * (400 + 300 - 900)})
-    assert made["iterations"] == {"full_clock": 4, "profiling": 10, "plan": 5}
+    counts = {"full_clock": 4, "profiling": 10, "plan": 5, "under_plans": 0, "straggler": 0, "all": 0}
+    assert made["iterations"] == counts
     assert made["overhead"] == pytest.approx(
         {
             "hook_time_per_iteration_s": 0.006 / 40,
@@ -207,7 +208,7 @@ def test_before_anything_is_known_all_figures_are_null() -> None:
         for name in ("iteration_time_s", "energy_j", "saving_percent", "slowdown_percent", "profiling"):
             assert set(made[name].values()) == {None}, name
         assert made["plan"] is None
-        assert made["iterations"] == {"full_clock": 0, "profiling": 0, "plan": 0}
+        assert set(made["iterations"].values()) == {0}
         assert made["overhead"]["hook_time_percent"] is None
 
 

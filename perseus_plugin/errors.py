@@ -31,6 +31,15 @@ _REMEDIES = {
     errno.ESTALE: "the network file system has lost it: mount it again",
     errno.EIO: "the disk or the network file system fails: see the kernel log",
 }
+_EXTRAS = {
+    "matplotlib": "plot",
+    "ortools": "planner",
+    "plotly": "report",
+    "prometheus_client": "prometheus",
+    "rich": "cli",
+    "typer": "cli",
+}
+"""What installs the packages that not everything needs (setup.cfg), by their modules."""
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # of models and of dataclasses
 
 
@@ -40,6 +49,14 @@ def os_problem(error: OSError) -> str:
     file = "" if error.filename is None else f"{error.filename}: "
     remedy = _REMEDIES.get(error.errno or 0, "")
     return f"{file}{text}" + (f" ({remedy})" if remedy else "")
+
+
+def lacking(error: ImportError) -> str:
+    """What a failed import asks for: the extra where its package is not installed, else as Python says it."""
+    name = (error.name or "").partition(".")[0]
+    if name not in _EXTRAS or not isinstance(error, ModuleNotFoundError):
+        return str(error)
+    return f"needs {name}, which is not installed (pip install 'perseus-plugin[{_EXTRAS[name]}]')"
 
 
 def plain(text: str) -> str:

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 
-from perseus_plugin.cli.main import app
+from perseus_plugin.cli.app import COMMANDS, command
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -85,14 +84,15 @@ def test_commands_in_code_blocks_exist(page: Path) -> None:
 
 def check_perseus(arguments: list[str]) -> None:
     """The subcommand and every option are there, and files of the repository too."""
-    command = typer.main.get_command(app)
     words = list(arguments)
-    while words and hasattr(command, "commands"):
-        assert words[0] in command.commands or words[0] == "--help", words
-        if words[0] == "--help":
-            return
-        command = command.commands[words.pop(0)]
-    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    if words[0] == "--help":
+        return
+    assert words[0] in COMMANDS, words
+    one = command(words.pop(0))
+    while words and hasattr(one, "commands"):
+        assert words[0] in one.commands, words
+        one = one.commands[words.pop(0)]
+    known = {option for parameter in one.params for option in (*parameter.opts, *parameter.secondary_opts)}
     for word in words:
         assert not word.startswith("-") or word in {*known, "--help"}, f"perseus {shlex.join(arguments)}: no {word}"
         assert not word.startswith(("examples/", "docs/")) or (ROOT / word).exists(), word

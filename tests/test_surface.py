@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-import typer
 
-from perseus_plugin.cli.main import app
+from perseus_plugin.cli.app import COMMANDS, command
 from perseus_plugin.cli.targets import ALL, NONE, SOME
 from perseus_plugin.config import PerseusConfig
 
@@ -43,15 +42,15 @@ def config_surface() -> str:
     return "".join(f"perseus.{key} = {rest}\n" for key, rest in SETTINGS.items())
 
 
-def commands(command: Any, name: str) -> Iterator[str]:
+def commands(one: Any, name: str) -> Iterator[str]:
     """A line for every command, argument and option."""
-    if hasattr(command, "commands"):
-        for inner_name in sorted(command.commands):
-            yield from commands(command.commands[inner_name], f"{name} {inner_name}")
+    if hasattr(one, "commands"):
+        for inner_name in sorted(one.commands):
+            yield from commands(one.commands[inner_name], f"{name} {inner_name}")
         return
     yield name
-    hints = get_type_hints(command.callback)
-    for parameter in command.params:
+    hints = get_type_hints(one.callback)
+    for parameter in one.params:
         names = "/".join([*parameter.opts, *parameter.secondary_opts])
         hint = hints[parameter.name]
         kind = getattr(hint, "__name__", "") if isinstance(hint, type) else str(hint)
@@ -63,7 +62,8 @@ def commands(command: Any, name: str) -> Iterator[str]:
 
 def cli_surface() -> str:
     statuses = f"exit status: {ALL} done for all, {SOME} for some, {NONE} for none; 2 wrong usage or input"
-    return "\n".join([*commands(typer.main.get_command(app), "perseus"), statuses, ""])
+    lines = [line for name in sorted(COMMANDS) for line in commands(command(name), f"perseus {name}")]
+    return "\n".join([*lines, statuses, ""])
 
 
 SURFACES = {"config_surface.txt": config_surface, "cli_surface.txt": cli_surface}

@@ -43,7 +43,7 @@ from perseus_plugin.cli.power import (
     budget_from_options,
     prices_from_options,
 )
-from perseus_plugin.errors import ConfigError
+from perseus_plugin.errors import ConfigError, lacking
 from perseus_plugin.iteration.instructions import INPUT_SHARE
 from perseus_plugin.planning.power.budget import NodeOverhead
 from perseus_plugin.planning.targets import ChangeLimits, Target
@@ -155,8 +155,8 @@ def draw(made: Frontier, path: Path, marks: Mapping[str, Plan] | None = None) ->
     """
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("--plot: needs matplotlib, which is not installed (pip install matplotlib)") from None
+    except ImportError as error:
+        raise ConfigError(f"--plot: {lacking(error)}") from error
     figure = Figure(figsize=(7, 7), layout="constrained")
     energies, powers = figure.subplots(2, sharex=True)
     bound = [(point.deadline_s, point.bound_j) for point in made.points]

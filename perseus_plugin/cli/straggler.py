@@ -15,7 +15,7 @@ from perseus_plugin.errors import ConfigError, PerseusError, shown
 from perseus_plugin.leader.job_socket import ask
 from perseus_plugin.stragglers.book import Report
 
-straggler = typer.Typer(help="Report slow ranks to a running job.", no_args_is_help=True)
+straggler = typer.Typer(help="Report slow ranks to a running job.", no_args_is_help=True, add_completion=False)
 
 Job = Annotated[Path, typer.Option(help="The job's output folder, on the machine of its rank 0.")]
 

@@ -159,7 +159,7 @@ class _Window:
         literals = [self.model.new_bool_var("") for _ in ids]
         self.model.add_exactly_one(literals)
         for option, literal in zip(ids.tolist(), literals, strict=True):
-            self.model.add_hint(literal, option == now)
+            self.model.add_hint(literal, int(option == now))
         self.lengths[node] = cp_model.LinearExpr.weighted_sum(literals, length)
         self.costs.append(cp_model.LinearExpr.weighted_sum(literals, cost.astype(np.int64).tolist()))
         self.options[node] = list(zip(ids.tolist(), literals, strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from perseus_plugin.cli.main import app
+from perseus_plugin.cli.app import app
 from perseus_plugin.cli.targets import gpu_targets
 from perseus_plugin.config import parse_config
 from perseus_plugin.control.selection import select_gpu

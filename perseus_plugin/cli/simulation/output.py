@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perseus_plugin.cli.simulation.scenarios import Outcome
-from perseus_plugin.errors import ConfigError
+from perseus_plugin.errors import ConfigError, lacking
 from perseus_plugin.files import write_atomically
 
 SIMULATION_SCHEMA = "perseus-simulation"
@@ -86,10 +86,8 @@ def draw(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "--plot: needs matplotlib, which is not installed (pip install 'perseus-plugin[plot]')"
-        ) from None
+    except ImportError as error:
+        raise ConfigError(f"--plot: {lacking(error)}") from error
     planned = [outcome for outcome in outcomes if outcome.figures is not None]
     lines: dict[str, list[tuple[int, float]]] = {}
     for outcome in planned:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from perseus_plugin.config import PrometheusConfig
+from perseus_plugin.errors import lacking
 from perseus_plugin.files import remove, write_atomically
 from perseus_plugin.serving import Bounded
 
@@ -66,8 +67,8 @@ class PrometheusPublisher:
             return
         try:
             self._open(facts)
-        except ImportError:
-            self._off("prometheus_client is not installed: pip install 'perseus-plugin[prometheus]'")
+        except ImportError as error:
+            self._off(lacking(error))
         except Exception as error:
             self._off(f"{error}")
 

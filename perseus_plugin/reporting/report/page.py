@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from perseus_plugin._version import __version__
-from perseus_plugin.errors import ConfigError
+from perseus_plugin.errors import ConfigError, lacking
 from perseus_plugin.reporting.report.document import cards, document, table
 from perseus_plugin.reporting.report.findings import Findings
 from perseus_plugin.reporting.report.folder import state_of
@@ -41,8 +41,8 @@ def page(found: Findings) -> str:
     """
     try:
         from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise ConfigError("report: needs plotly, which is not installed (pip install plotly)") from None
+    except ImportError as error:
+        raise ConfigError(f"report: {lacking(error)}") from error
     parts = [_head(found), cards(headline(found)), _summary(found), _missing(found.folder.missing)]
     parts += [_section(name, figure, text) for name, figure, text in _figures(found)]
     parts += [_budgets(found), _worth(found), _origin(found)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from perseus_plugin.errors import ConfigError, PerseusError
+from perseus_plugin.errors import ConfigError, PerseusError, lacking
 from perseus_plugin.iteration.graph import PipelineGraph, build_graph
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.schedules import SCHEDULES
@@ -69,8 +69,8 @@ def draw_timeline(folder: Path, path: Path) -> None:
     try:
         from matplotlib.colors import Normalize
         from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("timeline: needs matplotlib, which is not installed (pip install matplotlib)") from None
+    except ImportError as error:
+        raise ConfigError(f"timeline: {lacking(error)}") from error
     _, lanes = lanes_of(folder)
     clocks = [block.clock_mhz for one in lanes for block in one.blocks]
     clocks += [wait.clock_mhz for one in lanes for wait in one.waits if wait.own]

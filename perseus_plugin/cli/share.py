@@ -89,7 +89,8 @@ def _of(look: Look, told_w: float | None, problem: str) -> str:
         kept = f", {_watts(held_w)} kept for it" if held_w else ", nothing kept for it"
         why = "" if look.state == "silent" else f" ({look.reason})" if look.reason else ""
         return "ended" if look.state == "ended" else f"{look.state}{kept}{why}"
-    return f"{_watts(told_w)}, {job.curve.speed_at(told_w):.1%} of its speed at full clocks"
+    beyond = f"; was seen to draw {_watts(look.holding.beyond_w)} more than it may" if look.holding.beyond_w else ""
+    return f"{_watts(told_w)}, {job.curve.speed_at(told_w):.1%} of its speed at full clocks{beyond}"
 
 
 def _watts(watts: float) -> str:

@@ -42,6 +42,7 @@ from perseus_plugin.leader.observed import (
     Answered,
     Checked,
     Drew,
+    DrewAtFull,
     Due,
     Ended,
     Measured,
@@ -74,7 +75,7 @@ from perseus_plugin.profiling.kept import save_survey
 from perseus_plugin.profiling.known import profiled_as
 from perseus_plugin.reporting.live.comparison import Comparison
 from perseus_plugin.reporting.live.events import EventLog
-from perseus_plugin.reporting.live.power import under_plan
+from perseus_plugin.reporting.live.power import at_full_clocks, under_plan
 from perseus_plugin.reporting.live.summary import Predicted
 from perseus_plugin.stragglers.desk import StragglerDesk
 from perseus_plugin.stragglers.external import ExternalFigures
@@ -214,6 +215,9 @@ class Coordinator:
 
     def drew(self, stats: Sequence[RankStats]) -> None:
         """What ranks tell of the power that their GPUs have drawn."""
+        full = at_full_clocks(stats, self._job.placement.world_size)
+        if full is not None:
+            self._observe(DrewAtFull(full.power_w, full.iterations))
         news = self._state.orders.latest
         if news is None or news.action != "follow":
             return
@@ -263,7 +267,7 @@ class Coordinator:
         if said or unix_s >= self._state.targets.next_end:
             self._observe(Targeted(said, unix_s))
         state = self._state
-        self.targets.show(state.targets, in_force(state), state.phase.value, iteration)
+        self.targets.show(state.targets, in_force(state), state.phase.value, iteration, state.draws)
 
     def request(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer a request of the job's socket; on any thread.

@@ -15,6 +15,7 @@ page:
     Targeted         what the job is to aim at has changed                  (FOLLOWING) plans for that
     Placed           how many GPUs share a node                             (FOLLOWING) plans for that, under a budget
     Drew             what GPUs have drawn under the plans in force          (FOLLOWING) plans for that, under a budget
+    DrewAtFull       what they have drawn in the sweep at full clocks       (FOLLOWING) plans for that, under a budget
     Rechecked        ranks have timed their instructions at full clocks     (RECHECKING) -> PLANNING
 
 The caller does what is asked for (`effects`), in its order, and nothing else.
@@ -59,6 +60,7 @@ from perseus_plugin.leader.observed import (
     Answered,
     Checked,
     Drew,
+    DrewAtFull,
     Due,
     Ended,
     Measured,
@@ -96,6 +98,7 @@ _FORGIVEN_AFTER = 1000  # iterations under plans that hold, after which dropped 
 _DETECTION_TAKES_S = 3.0  # ranks tell each other of their paces once a second
 _ENOUGH_DRAWN = 8  # iterations that say what is drawn
 _DRAWN_MORE, _DRAWN_LESS = 0.003, 0.02  # shares of a budget by which more, or less, is drawn until plans reckon with it
+_AT_FULL_MORE = 0.02  # the same at full clocks, where few iterations tell, and none under a plan
 _DRAWS_AT_MOST = 1.25  # times what the profile says: what is more is no error of a profile
 ValueT = TypeVar("ValueT")
 
@@ -150,6 +153,9 @@ class _Deciding:
                 self._aim()
             case Drew() if phase is Phase.FOLLOWING:
                 self._drew(observed)
+            case DrewAtFull() if observed.iterations >= _ENOUGH_DRAWN:
+                self.state.full_w = observed.power_w
+                self._reckon_with_full_clocks()
             case Watched() if phase is Phase.FOLLOWING and not self.state.unanswered:
                 self._watched(observed)
             case Rechecked() if phase is Phase.RECHECKING:
@@ -322,6 +328,7 @@ class _Deciding:
         begins = self._follow()
         if first:
             self._reached(begins)
+            self._reckon_with_full_clocks()
         if first and not self._config.enforce:
             self._inform(
                 "a dry run (perseus.enforce is false): clocks are left alone from iteration %d on; what the plan would "
@@ -527,6 +534,19 @@ class _Deciding:
             described(limit),
             exceeded + _by_profile(seen.asked.goal),
         )
+
+    def _reckon_with_full_clocks(self) -> None:
+        """GPUs that draw more at full clocks than by their profile do so under plans, while nothing else is known."""
+        state, planned_w = self.state, power_w(FULL_CLOCKS, self.state, self._rules)
+        swept = state.plan is not None and set(state.times.full) == {state.plan.schedule}
+        if state.full_w is None or planned_w is None or not swept or state.draws != 1:
+            return
+        draws = min(state.full_w / planned_w, _DRAWS_AT_MOST)
+        if draws > 1 + _AT_FULL_MORE:
+            state.draws = draws
+            text = "GPUs draw %.0f W at full clocks, %.0f W by the profile: plans for power budgets reckon with that"
+            self._inform(text, state.full_w, planned_w)
+            self._aim()
 
     def _drew(self, seen: Drew) -> None:
         """A budget is kept by what is measured: plans reckon with what GPUs draw beyond their profile, or less."""

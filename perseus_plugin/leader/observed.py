@@ -183,6 +183,14 @@ class Drew:
     time_s: float = math.nan
 
 
+@dataclass(frozen=True)
+class DrewAtFull:
+    """What all GPUs together have drawn on average, over so many iterations of the sweep at full clocks."""
+
+    power_w: float
+    iterations: int
+
+
 Observed: TypeAlias = (
     Runs
     | Ended
@@ -199,4 +207,5 @@ Observed: TypeAlias = (
     | Targeted
     | Placed
     | Drew
+    | DrewAtFull
 )

@@ -97,6 +97,7 @@ class JobState:
         goal: what the plans are made for.
         goal_plans: those of goals that it had before, too.
         draws: how many times what plans for a limit say GPUs are known to draw.
+        full_w: what all GPUs drew together at full clocks, as measured; None: not known.
         gpus_per_node: 0: not known yet.
         at_full: full clocks are the target: no plan is followed.
         given_up_why: why the job stays at full clocks; empty: it does not.
@@ -141,6 +142,7 @@ class JobState:
     goal: Goal = Goal(Target.slowdown())  # noqa: RUF009 - frozen
     goal_plans: GoalPlans = field(default_factory=GoalPlans)
     draws: float = 1.0
+    full_w: float | None = None
     gpus_per_node: int = 0
     at_full: bool = False
     given_up_why: str = ""

@@ -75,8 +75,9 @@ class TargetDesk:
         self._look_due_s = float("-inf")
         self._file_seen: object = None
         self._file_says = False
-        self._shown: tuple[TargetBook, Goal, str, int] | None = None
+        self._shown: tuple[TargetBook, Goal, str, int, float] | None = None
         self._drawn: Drawn | None = None
+        self._drawn_until = 0.0
 
     def request(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Answer a request of the command line (see `leader.job_socket`).
@@ -92,8 +93,9 @@ class TargetDesk:
             case {"do": "targets"}:
                 with self._lock:
                     waiting = [entry.to_dict() for entry in self._said]
-                drawn = self._drawn
-                return {**self._told(), "drawn": None if drawn is None else asdict(drawn), "heard": waiting}
+                drawn, until = self._drawn, self._drawn_until
+                told = None if drawn is None else {**asdict(drawn), "until": until}
+                return {**self._told(), "drawn": told, "heard": waiting}
         raise TargetError("malformed request: allowed: target with its target, targets, or clear_target with a source")
 
     def collect(self) -> Sequence[Entry]:
@@ -119,26 +121,28 @@ class TargetDesk:
             said, self._said = self._said, []
         return said
 
-    def show(self, book: TargetBook, in_force: Goal, phase: str, iteration: int) -> None:
+    def show(self, book: TargetBook, in_force: Goal, phase: str, iteration: int, draws: float = 1.0) -> None:
         """What `targets` is answered with from now on; the book stays as it is."""
-        self._shown = book, in_force, phase, iteration
+        self._shown = book, in_force, phase, iteration, draws
 
     def _told(self) -> dict[str, Any]:
         # Made when it is asked for: there may be hundreds of outcomes.
         if self._shown is None:
             return {}
-        book, in_force, phase, iteration = self._shown
+        book, in_force, phase, iteration, draws = self._shown
         return {
             "in_force": {"says": str(in_force), "phase": phase, **in_force.to_dict()},
             "aimed_at": str(book.goal),
             "iteration": iteration,
+            "draws": draws,
             "entries": [entry.to_dict() for entry in book.entries],
             "outcomes": [asdict(outcome) for outcome in book.outcomes.values()],
         }
 
     def measured(self, drawn: Drawn | None) -> None:
-        """What the job has drawn lately; `targets` is answered with it. None: not known."""
-        self._drawn = drawn
+        """What the job has drawn until now, or until before; `targets` is answered with it. None: not known."""
+        if drawn is not self._drawn:
+            self._drawn, self._drawn_until = drawn, self._now()
 
     def _enter(self, value: Any) -> int:
         now_s = self._now()

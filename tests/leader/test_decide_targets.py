@@ -14,6 +14,7 @@ from perseus_plugin.leader.effects import Ask, Order, Record, Say
 from perseus_plugin.leader.observed import (
     Answered,
     Drew,
+    DrewAtFull,
     Due,
     Placed,
     Runs,
@@ -321,6 +322,31 @@ def test_a_budget_is_kept_by_what_is_measured() -> None:
     assert states(story)[1] == ("in force", 32), "what is known of GPUs takes back nobody's word"
     story.then(Due())
     assert story.effects == [], "nor is it asked again"
+
+
+def test_gpus_that_draw_more_at_full_clocks_than_by_their_profile_are_reckoned_with_from_the_start() -> None:
+    story = planned()
+    full_w = power_w(aiming.FULL_CLOCKS, story.state, story.rules)
+    assert full_w is not None
+    story.then(DrewAtFull(1.2 * full_w, 5), DrewAtFull(1.01 * full_w, 10))
+    assert story.state.draws == 1, "too few iterations, and next to nothing"
+    story.then(DrewAtFull(1.1 * full_w, 10))
+    assert (story.state.draws, story.of(Ask)) == (pytest.approx(1.1), []), "there is no budget"
+    story.then(Targeted([Entry(1, "site", Standing.COMMAND, None, BUDGET)], 0.0))
+    assert story.of(Ask)[0].goal.draws == pytest.approx(1.1)
+    story.then(DrewAtFull(1.2 * full_w, 20))
+    assert story.state.draws == pytest.approx(1.1), "what is known is known"
+
+
+def test_a_first_plan_for_a_budget_is_made_again_where_gpus_draw_more_at_full_clocks() -> None:
+    story = Story()
+    story.rules = dataclasses.replace(story.rules, pipelines=2)
+    story.state.targets = TargetBook(Target.slowdown(), BUDGET)
+    story.state.goal = story.state.aimed
+    story.then(*full(4), Runs("A", stream_of(2, 4)), Turned(20), DrewAtFull(5000.0, 10), MEASURED)
+    story.then(Answered(story.of(Ask)[0], request(), answer_for(story.state.goal)))
+    (ask,) = story.of(Ask)
+    assert (ask.quick, ask.goal.draws) == (True, pytest.approx(1.25)), "at most"
 
 
 def of_config(watts: float) -> Story:

@@ -21,6 +21,12 @@ SUMMARY_EVERY_S = 30.0
 """A job that lives writes its summary at least so often."""
 _MORE = 1.1
 """What a job is told next, as a multiple of what it has refused."""
+_LEAST_DRAWS = 0.5
+"""Times what is planned that GPUs may be said to draw; its inverse is the most."""
+_BEYOND = 0.01
+"""Share of what a job may draw from which on more is no matter of how well that is measured."""
+_LATE_S = 6.0
+"""Ranks tell of what they have drawn after no longer than that."""
 _FOLLOWING, _GIVEN_UP = "following", "given up"
 
 State = Literal["shares", "no frontier yet", "cannot be told", "left to others", "refuses", "silent", "ended"]
@@ -62,6 +68,8 @@ class Member:
     _floor_w: float = field(default=0.0, init=False)
     _refused: object = field(default=None, init=False)  # number of what it has refused last
     _read: tuple[object, SharingJob | None] = field(default=(None, None), init=False)
+    _draws: float = field(default=1.0, init=False)  # times what its frontier says, as it knows itself
+    _seen: _Seen = field(default_factory=lambda: _Seen(), init=False)
 
     @property
     def name(self) -> str:
@@ -71,17 +79,21 @@ class Member:
     def look(self) -> Look:
         """What the job is like now."""
         summary = self._summary()
-        job = self._job(summary)
-        full_w = _full_w(summary, job)
         try:
             reply = ask(self.folder, {"do": "targets"})
         except PerseusError as error:
-            return self._unheard(summary, full_w, str(error))
+            return self._unheard(summary, _full_w(summary, self._job(summary)), str(error))
         self._gone = False
-        held_w = held(reply, full_w, self._held_w, job.curve.lowest_w if job is not None else 0.0)
+        draws = _number(reply.get("draws", 1.0))
+        self._draws = draws if _LEAST_DRAWS <= draws <= 1 / _LEAST_DRAWS else 1.0
+        job = self._job(summary)
+        full_w = _full_w(summary, job)
+        lowest_w = 0.0 if job is None else job.curve.lowest_w
+        held_w = held(reply, full_w, self._held_w, lowest_w)
         others = [one for one in _entries(reply) if one["limit"] is not None and _commands(one) != SOURCE]
         phase = _part(reply, "in_force").get("phase")
         self._held_w = held_w
+        self._seen.look(reply, full_w, lowest_w, self.now())
         if phase == _GIVEN_UP:
             return self._fixed("cannot be told", full_w, "it stays at full clocks")
         if job is None:
@@ -97,7 +109,8 @@ class Member:
             elif last.get("number") != self._refused:
                 # It gets less far down than its frontier says. One that is told nothing would run at full clocks.
                 self._refused, self._floor_w = last.get("number"), _MORE * self._told[0]
-        return Look("shares", Holding(self.name, replace(job, curve=job.curve.above(self._floor_w)), held_w))
+        job = replace(job, curve=job.curve.above(self._floor_w))
+        return Look("shares", Holding(self.name, job, held_w, self._seen.beyond_w))
 
     def tell(self, watts: float) -> None:
         """Tell the job what it may draw from now on.
@@ -127,12 +140,13 @@ class Member:
 
     def _ended(self) -> Look:
         self._gone, self._told, self._held_w, self._read = True, None, None, (None, None)
+        self._seen = _Seen()
         return Look("ended", Holding(self.name, None, 0.0))
 
     def _fixed(self, state: State, held_w: float, reason: str) -> Look:
         if held_w == 0:
             reason += ", and what it draws is not known, and not in the sum"
-        return Look(state, Holding(self.name, None, held_w), reason)
+        return Look(state, Holding(self.name, None, held_w, self._seen.beyond_w), reason)
 
     def _summary(self) -> Summary | None:
         try:
@@ -153,13 +167,50 @@ class Member:
             pass  # a job that makes another one has none meanwhile: the one before holds until that is there
         except (OSError, PerseusError):
             pass  # it is made anew for a newer plan: until then the one before is as good
-        return self._read[1]
+        job = self._read[1]
+        return None if job is None else replace(job, curve=job.curve.drawn(self._draws))
 
     def _written_s(self) -> float:
         try:
             return (self.folder / SUMMARY_FILE).stat().st_mtime
         except OSError:
             return -math.inf
+
+
+@dataclass
+class _Seen:
+    """What a job was seen to draw beyond what it may: by figures that are of what is in force alone.
+
+    Attributes:
+        beyond_w: until it is seen otherwise.
+    """
+
+    beyond_w: float = 0.0
+    _may_w: float = math.nan
+    _since_s: float = 0.0
+    _until_s: float = 0.0
+
+    def look(self, reply: Mapping[str, Any], full_w: float, lowest_w: float, now_s: float) -> None:
+        """What it tells now, to `targets`; see `held`."""
+        in_force, drawn = _part(reply, "in_force"), _part(reply, "drawn")
+        follows = in_force.get("phase") == _FOLLOWING
+        may_w = _watts(in_force, full_w, lowest_w) if follows else full_w
+        if may_w != self._may_w or not follows or _is_on_its_way(reply):
+            self._may_w, self._since_s = may_w, now_s
+        self.beyond_w = self.beyond_w if follows else 0.0
+        power_w, over_s, until_s = (_number(drawn.get(name)) for name in ("power_w", "over_s", "until"))
+        if until_s <= self._until_s or not until_s - over_s - _LATE_S > self._since_s or not power_w > 0:
+            return
+        self._until_s = until_s
+        beyond_w = power_w - may_w if power_w > (1 + _BEYOND) * may_w else 0.0
+        if not beyond_w or abs(beyond_w - self.beyond_w) > _BEYOND * may_w:
+            self.beyond_w = beyond_w
+
+
+def _is_on_its_way(reply: Mapping[str, Any]) -> bool:
+    """Whether something is ordered and not yet in force."""
+    iteration = _number(reply.get("iteration"))
+    return any(_number(one.get("iteration")) > iteration for one in _listed(reply, "outcomes"))
 
 
 def held(reply: Mapping[str, Any], full_w: float, before_w: float | None, lowest_w: float = 0.0) -> float:
@@ -178,8 +229,7 @@ def held(reply: Mapping[str, Any], full_w: float, before_w: float | None, lowest
         for one in _entries(reply)
         if one.get("source") == SOURCE and one["limit"] is not None
     ]
-    iteration = _number(reply.get("iteration"))
-    if any(_number(one.get("iteration")) > iteration for one in _listed(reply, "outcomes")):
+    if _is_on_its_way(reply):
         # Ordered, and not yet in force: what was before still is.
         watts.append(full_w if before_w is None else before_w)
     return max(watts)

@@ -36,7 +36,7 @@ class Round:
     @property
     def held_w(self) -> float:
         """The most that all may draw together at this moment."""
-        return math.fsum(look.holding.held_w for look in self.looks.values())
+        return math.fsum(look.holding.held_w + look.holding.beyond_w for look in self.looks.values())
 
     @property
     def on_the_way(self) -> bool:
@@ -49,6 +49,7 @@ class Round:
     def shortfall_w(self) -> float:
         """How much more than the budget the lowest budgets, and what cannot be changed, come to; 0: they fit."""
         fixed_w = math.fsum(look.holding.held_w for look in self.looks.values() if look.holding.job is None)
+        fixed_w += math.fsum(look.holding.beyond_w for look in self.looks.values())
         return max(0.0, fixed_w + self.division.lowest_w - self.budget_w)
 
 

@@ -71,6 +71,10 @@ class SpeedCurve:
         """More power does not make it faster."""
         return self.power_w[-1]
 
+    def drawn(self, times: float) -> SpeedCurve:
+        """The same of GPUs that draw so many times as much."""
+        return SpeedCurve(tuple(times * watts for watts in self.power_w), self.speed, times * self.full_w)
+
     def above(self, lowest_w: float) -> SpeedCurve:
         """The same without what is below a power; at least its fastest point."""
         if lowest_w <= self.lowest_w:
@@ -154,11 +158,13 @@ class Holding:
         job: None: it cannot be told anything, and keeps what it holds.
         held_w: the most that it may draw until it is known otherwise: of what is in force and what it was told since,
             the higher.
+        beyond_w: what it was seen to draw beyond what it may.
     """
 
     name: str
     job: SharingJob | None
     held_w: float
+    beyond_w: float = 0.0
 
 
 def next_budgets(holdings: Sequence[Holding], budget_w: float) -> tuple[dict[str, float], Division]:
@@ -166,10 +172,12 @@ def next_budgets(holdings: Sequence[Holding], budget_w: float) -> tuple[dict[str
 
     Those that are to draw less are told so at once. Those that may draw more get of that what is free at this moment,
     in proportion: what the others have yet to let go of is theirs at the next time, once it is known to be in force.
+    What jobs draw beyond what they may is nobody's.
 
     Returns:
         Watts by job, and the division that this leads to.
     """
+    budget_w -= math.fsum(one.beyond_w for one in holdings)
     fixed_w = math.fsum(one.held_w for one in holdings if one.job is None)
     division = divide([one.job for one in holdings if one.job is not None], budget_w - fixed_w)
     free_w = max(0.0, budget_w - math.fsum(one.held_w for one in holdings))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from perseus_plugin.exchange.messages import RankStats, Totals
-from perseus_plugin.reporting.live.account import EVERY, PLAN
+from perseus_plugin.reporting.live.account import EVERY, FULL_CLOCK, PLAN
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,20 @@ def under_plan(stats: Sequence[RankStats], ranks: int, since: int) -> Drawn | No
         ranks: of the job.
         since: that iteration.
     """
-    totals = [of_rank.totals.get(PLAN, Totals()) for of_rank in stats if of_rank.plan_since == since]
+    return _together([one.totals.get(PLAN, Totals()) for one in stats if one.plan_since == since], ranks)
+
+
+def at_full_clocks(stats: Sequence[RankStats], ranks: int) -> Drawn | None:
+    """In the iterations of the sweep at full clocks; None: some ranks have not told of those.
+
+    Args:
+        stats: of all ranks heard of.
+        ranks: of the job.
+    """
+    return _together([of_rank.totals.get(FULL_CLOCK, Totals()) for of_rank in stats], ranks)
+
+
+def _together(totals: Sequence[Totals], ranks: int) -> Drawn | None:
     known_w = [watts for watts in map(_power_w, totals) if watts is not None]
     if len(known_w) < ranks:
         return None

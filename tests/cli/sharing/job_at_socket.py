@@ -13,6 +13,7 @@ from perseus_plugin.leader.job_socket import JobSocket
 from perseus_plugin.leader.target_book import Goal, TargetBook
 from perseus_plugin.leader.target_desk import TargetDesk
 from perseus_plugin.planning.targets import Target
+from perseus_plugin.reporting.live.power import Drawn
 from perseus_plugin.reporting.live.summary import build_summary
 
 SWITCH = 2  # iterations from an order to the first that follows it
@@ -26,6 +27,10 @@ class JobAtSocket:
         points: (watts, seconds) of its frontier, one GPU per stage; the first is full clocks too.
         ranks: two stages, so there are half as many pipelines.
         now: Unix time.
+
+    Attributes:
+        draws: times what it may, or what its frontier says.
+        says_it_draws: times what its profile says.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class JobAtSocket:
         self._desk = TargetDesk(LocalExchange(), now=now)
         self.book = TargetBook(Target.slowdown(0.0))
         self.iteration, self._switch, self.phase = 10, 0, "following"
+        self.draws, self.says_it_draws, self._drawn = 1.0, 1.0, list[float]()
         self._before, self._goal = self.book.goal, self.book.goal
         self._show()
         self._socket: JobSocket | None = JobSocket(folder, self._desk.request)
@@ -77,8 +83,8 @@ class JobAtSocket:
             return 0.0
         goal = self._goal if self.iteration >= self._switch else self._before
         if goal.limit is None or goal.limit.job_w is None:
-            return self.full_w
-        return max(min(goal.limit.job_w, self.full_w), self.lowest_w)
+            return self.draws * self.full_w
+        return self.draws * max(min(goal.limit.job_w, self.full_w), self.lowest_w)
 
     def step(self) -> None:
         """An iteration goes by; what was said is decided on."""
@@ -94,6 +100,9 @@ class JobAtSocket:
             if goal != self._goal:
                 self._before, self._goal, self._switch = self._goal, goal, self.iteration + SWITCH
             self.book.reached(self._switch)
+        self._drawn.append(self.drawn_w)
+        if self.iteration % 2 == 0:
+            self._desk.measured(Drawn(sum(self._drawn[-2:]) / 2, 2.0, 2))
         self._show()
 
     def give_up(self) -> None:
@@ -114,4 +123,4 @@ class JobAtSocket:
         os.utime(path, (self._now(), self._now()))
 
     def _show(self) -> None:
-        self._desk.show(self.book, self._goal, self.phase, self.iteration)
+        self._desk.show(self.book, self._goal, self.phase, self.iteration, self.says_it_draws)

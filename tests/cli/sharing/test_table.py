@@ -291,6 +291,50 @@ def test_a_limit_that_a_job_can_only_come_near_to_counts_with_what_it_draws(site
     assert site.drawn_w == {"a": 1000.0, "b": pytest.approx(1600.0)}
 
 
+def test_what_a_job_draws_beyond_what_it_may_is_taken_from_all_until_it_has_mended_that(site: Site) -> None:
+    for name in ("a", "b"):
+        site.start(name, FLAT)
+    for _ in range(4):
+        site.turn(2600.0)
+    before_w = site.drawn_w
+    site.jobs["a"].draws = 1.1
+    for _ in range(16):
+        done = site.turn(2600.0)
+    assert site.total_w == pytest.approx(2600.0, rel=0.02)
+    assert done.looks[str(site.folder / "a")].holding.beyond_w > 100.0
+    told = dict(done.told_w)
+    assert site.turn(2600.0).told_w == told, "nobody is told of something else for what is no matter"
+    site.jobs["a"].draws = 1.0
+    for _ in range(16):
+        site.turn(2600.0)
+    assert site.drawn_w == pytest.approx(before_w)
+
+
+def test_nobody_gets_what_others_draw_beyond_what_they_may(site: Site) -> None:
+    site.start("a").draws = 1.1
+    for _ in range(8):
+        site.turn(1300.0)
+    site.start("b")
+    highest_w = []
+    for _ in range(12):
+        site.turn(2300.0)
+        highest_w.append(site.total_w)
+    assert max(highest_w) <= 2300.0 * 1.01
+    assert site.drawn_w["b"] == pytest.approx(1000.0)
+
+
+def test_a_job_that_knows_its_gpus_to_draw_more_than_its_profile_says_is_shared_with_as_such(site: Site) -> None:
+    started = site.start("a")
+    started.says_it_draws = 1.2
+    started.step()
+    site.start("b")
+    done = site.turn(1e6)
+    assert [look.holding.held_w for look in done.looks.values()] == [pytest.approx(1920.0), 1600.0]
+    job = done.looks[str(site.folder / "a")].holding.job
+    assert job is not None
+    assert job.curve.lowest_w == pytest.approx(1200.0)
+
+
 def test_a_job_that_is_given_under_several_names_is_one(site: Site) -> None:
     site.start("a")
     link = site.folder / "b"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from perseus_plugin.exchange.messages import RankStats, Totals
 from perseus_plugin.reporting.live.account import EVERY
-from perseus_plugin.reporting.live.power import Drawn, PowerMeter, under_plan
+from perseus_plugin.reporting.live.power import Drawn, PowerMeter, at_full_clocks, under_plan
 from tests.factories import placement
 
 
@@ -36,6 +36,16 @@ def test_iterations_without_an_energy_count_as_the_others() -> None:
 
 def test_without_a_counter_there_is_no_figure() -> None:
     assert PowerMeter(2).read([told(0, 10, 5.0, None), told(1, 10, 5.0, 500.0)]) is None
+
+
+def test_at_full_clocks_every_rank_has_to_have_told() -> None:
+    def at_full(rank: int, energy_j: float | None) -> RankStats:
+        totals = {"full_clock": Totals(iterations=8, time_s=4.0, energy_j=energy_j)}
+        return told(rank, 9, 9.0, 1.0).model_copy(update={"totals": totals})
+
+    assert at_full_clocks([at_full(0, 800.0), at_full(1, 400.0)], 2) == Drawn(300.0, 4.0, 8)
+    for stats in ([at_full(0, 800.0)], [at_full(0, 800.0), at_full(1, None)], [told(0, 9, 9.0, 1.0)] * 2):
+        assert at_full_clocks(stats, 2) is None
 
 
 def test_under_plans_only_what_all_ranks_tell_of_the_same_ones_counts() -> None:

@@ -28,7 +28,7 @@ quickstart: setup
 	DS_ACCELERATOR=cpu $(BIN)/torchrun --standalone --nproc-per-node 4 examples/deepspeed_gpt/train.py \
 	    --deepspeed_config examples/deepspeed_gpt/quickstart.json --steps $(STEPS)
 
-# Every promise (tests/README.md), with the oldest and the newest Megatron.
+# Every promise (tests/README.md), with the newest Megatron in jobs.
 test: lint types docs unit e2e
 
 # Every version of Megatron in jobs of its own, and every job of a kind, too.

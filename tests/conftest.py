@@ -18,6 +18,34 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # DeepSpeed looks for an accelerator when it is imported, and finds one by compiling code unless told.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+# Where tests run side by side nothing waits for these at the end; xdist puts groups before them, the largest first.
+LONGEST = (
+    "e2e/test_shared_budget",
+    "e2e/test_stragglers",
+    "e2e/test_pipelining",
+    "e2e/test_megatron",
+    "e2e/test_life",
+    "e2e/test_nvml",
+    "test_extending",
+    "session/test_live_targets",
+    "session/test_one_job",
+    "session/test_faults",
+    "session/test_signals",
+    "session/test_frozen_store",
+    "cli/verification/test_verify",
+    "session/test_session",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first."""
+
+    def place(item: pytest.Item) -> int:
+        file = item.nodeid.partition(".py")[0].removeprefix("tests/")
+        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
 
 @pytest.fixture(autouse=True)
 def fresh_logging() -> Iterator[logging.Logger]:

@@ -108,6 +108,7 @@ def run_megatron(folder: Path, path: str, *command: str) -> subprocess.Completed
 
 @needs_megatron
 @pytest.mark.e2e
+@pytest.mark.repeated  # the patched parser alone: below; jobs with its flags: e2e/test_megatron.py
 def test_megatron_job_through_the_patched_parser(tmp_path: Path) -> None:
     assert NEWEST is not None
     copy = patched_copy("megatron.patch", NEWEST[1], ARGUMENTS, tmp_path / "copy")

@@ -30,7 +30,7 @@ def model(tmp_path: Path) -> Path:
 
 def test_the_table_and_the_files_say_what_perseus_plan_says(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
     job = (profile, "--blocking-power", 60, "--scale", 10, "--latency", 0.002)
-    options = ("--microbatches", 4, "--microbatches", 6, "--slowdown", 0, "--slowdown", 0.1, "--straggler", 1.2)
+    options = ("--microbatches", 2, "--microbatches", 3, "--slowdown", 0, "--slowdown", 0.1, "--straggler", 1.2)
     as_json, as_csv = tmp_path / "out.json", tmp_path / "out.csv"
     done = perseus("simulate", *job, *options, "-o", as_json, "-o", as_csv)
     assert done.returncode == 0, done.stderr
@@ -100,7 +100,7 @@ def test_what_is_not_possible_is_said_beside_what_is(perseus: Perseus, profile: 
     assert "no scenario can be planned; the first one: interleaved 1F1B" in refused.stderr
 
 
-@pytest.mark.parametrize("counts", [(4,), (4, 6)])
+@pytest.mark.parametrize("counts", [(2,), (2, 3)])
 def test_it_is_drawn(perseus: Perseus, profile: Path, tmp_path: Path, counts: tuple[int, ...]) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "out.png"

@@ -77,6 +77,7 @@ def test_evaluation_and_a_number_of_microbatches_that_changes_with_every_step(tm
     job.check_identical()
 
 
+@pytest.mark.repeated  # with helpers that are made up: tests/session/test_session.py
 def test_a_profile_is_used_again_for_the_same_job_only(tmp_path: Path) -> None:
     block = perseus_block(tmp_path / "out", 2)
     first = Probe(tmp_path / "first", block, [PLANNED, ("end", "+3")]).run().check()
@@ -91,6 +92,7 @@ def test_a_profile_is_used_again_for_the_same_job_only(tmp_path: Path) -> None:
     assert "stage 0: microbatch size was 1 and is 2" in other.output
 
 
+@pytest.mark.repeated  # from what ranks tell on: tests/leader/test_coordinator.py
 def test_a_plan_that_does_not_hold_is_dropped_and_made_anew(tmp_path: Path) -> None:
     watch = {"tolerance": 0.2, "patience": 3, "reference_share": 0}  # references would be as slow as the plan
     again = [("nothing", "the job itself is slower"), ("nothing", "for TrainSchedule/2x4 ready"), ("end", "+12")]

@@ -218,15 +218,10 @@ def test_a_wrong_flag_ends_the_job_at_once_with_one_line(words: list[str], messa
 
 WITH_TRAINING = list(versions(with_training=True))
 WITHOUT_TRAINING = [version for version in versions() if version not in WITH_TRAINING]
-# Between the oldest and the newest; their schedules are in `test_megatron_schedules.py` too.
-BETWEEN = [*WITHOUT_TRAINING[1:], *WITH_TRAINING[:-1]]
-OTHERS = [*WITHOUT_TRAINING, *WITH_TRAINING[:-1]]
 
 
-@pytest.mark.parametrize(
-    "version",
-    [pytest.param(v, marks=[pytest.mark.matrix] if v in BETWEEN else []) for v in OTHERS],
-)
+@pytest.mark.matrix  # their schedules alone: test_megatron_schedules.py
+@pytest.mark.parametrize("version", [*WITHOUT_TRAINING, *WITH_TRAINING[:-1]])
 def test_other_versions(version: str, tmp_path: Path) -> None:
     """With their training loop; where there is none the schedules alone, with virtual stages and evaluation."""
     path = python_path(versions()[version], REPOSITORY)

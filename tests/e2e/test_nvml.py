@@ -53,7 +53,7 @@ FAULTS = {
 
 
 # Like one of the others, and where something else is looked at too: test_megatron.py, tests/session/test_faults.py.
-REPEATED = ("kill-helper", "take-permission", "slow-calls")
+REPEATED = ("kill-helper", "lose-gpu", "take-permission", "slow-calls")
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ def test_a_slow_replica_is_reported_and_answered(tmp_path: Path) -> None:
     job.check_identical()
 
 
+@pytest.mark.repeated  # from what ranks tell on: tests/stragglers/test_answers.py
 def test_a_slow_stage_within_the_only_pipeline(tmp_path: Path) -> None:
     seen = [("slow", A_WHILE), ANSWERED, ("recover", A_WHILE), BACK]
     job = slow_job(tmp_path, 2, {"detect": True}, 0, 2.0, [PLANNED, *seen, ("end", A_WHILE)], last_s=0.02)

@@ -15,7 +15,7 @@ from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.curve import load_curve
-from perseus_plugin.planning.frontier import frontier_to_json, make_frontier, save_frontier
+from perseus_plugin.planning.frontier import Frontier, frontier_to_json, make_frontier, save_frontier
 from perseus_plugin.planning.planner import ChangeLimits, Planner
 from perseus_plugin.planning.power.sharing import SpeedCurve
 from perseus_plugin.profiling.profile import Measurement, Profile
@@ -47,11 +47,18 @@ def test_convex_monotone_and_with_plans_above_the_bound(job: Job) -> None:
     assert time[0] == pytest.approx(planner.problem.shortest_s)
 
 
-@given(st.floats(0, 1))
-@settings(max_examples=20)
-def test_between_samples_the_bound_is_where_chord_and_tangents_say(share: float) -> None:
+@pytest.fixture(scope="module")
+def fine() -> tuple[Planner, Frontier]:
     planner = small()
-    frontier = make_frontier(planner, tolerance=0.002)
+    return planner, make_frontier(planner, tolerance=0.002)
+
+
+@given(share=st.floats(0, 1))
+@settings(max_examples=20)
+def test_between_samples_the_bound_is_where_chord_and_tangents_say(
+    share: float, fine: tuple[Planner, Frontier]
+) -> None:
+    planner, frontier = fine
     points = frontier.points
     deadline = points[0].deadline_s + share * (points[-1].deadline_s - points[0].deadline_s)
     value = planner.relaxation.solve(deadline).bound_j

@@ -27,7 +27,7 @@ def wait_for(what: Callable[[], bool]) -> None:
 
 
 def test_it_is_the_frontier_of_the_plan(tmp_path: Path) -> None:
-    task = request(stages=3, microbatches=6, margin=0.02)
+    task = request(stages=2, microbatches=3, margin=0.02)
     process = FrontierProcess(task, tmp_path / FRONTIER_FILE)
     wait_for(lambda: process.ended)
     process.close()
@@ -68,10 +68,9 @@ def test_a_new_plan_replaces_the_frontier_of_the_old_one(tmp_path: Path) -> None
     background = BackgroundFrontier(tmp_path)
     background.renew(request(stages=8, microbatches=256))
     assert not path.exists()
-    background.renew(request(stages=2, microbatches=4))
+    background.renew(request(stages=2, microbatches=1))
     wait_for(path.exists)
     background.close()
-    points = json.loads(path.read_text())["points"]
     points = json.loads(path.read_text())["points"]
     assert all(len(point["clocks_mhz"]) == 2 for point in points)
 
@@ -79,6 +78,6 @@ def test_a_new_plan_replaces_the_frontier_of_the_old_one(tmp_path: Path) -> None
 def test_a_folder_that_is_not_there_costs_a_warning_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     background = BackgroundFrontier(tmp_path / "gone")
     with caplog.at_level(logging.WARNING, logger="perseus_plugin"):
-        background.renew(request())
+        background.renew(request(stages=2, microbatches=1))
         wait_for(lambda: background.step() or bool(caplog.records))
     assert "frontier.json" in caplog.text

@@ -129,7 +129,7 @@ def test_more_clocks_and_more_changes_are_no_worse(job: Job, slowdown: float, mo
 
 @settings(max_examples=6)
 @given(
-    jobs(max_clocks=3),
+    jobs(max_stages=3, max_microbatches=3, max_clocks=3),
     st.sampled_from([Target.slowdown(0.02), Target.cheapest(), Target.money(PRICES)]),
     st.sampled_from([None, 0, 3]),
 )

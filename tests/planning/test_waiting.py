@@ -53,6 +53,11 @@ def planner_of(job: Job, latency_s: float | None) -> Planner:
     return Planner(graph, job.profile, blocking_power_w=list(job.blocking_w), switch_latency_s=latency_s)
 
 
+def rounded(planner: Planner, slowdown: float) -> Plan:
+    """A plan whose clocks are not searched for, for what holds of any."""
+    return planner.to_plan(planner.solve(Target.slowdown(slowdown), search=False))
+
+
 def waiting_w(job: Job, stage: int) -> dict[int, float]:
     return {row.frequency_mhz: row.blocking_power_w for its, _, row in job.profile.rows() if its == stage}
 
@@ -214,7 +219,7 @@ def changes_of(plan: Plan, stage: int, latency_s: float) -> list[float]:
 
 @settings(max_examples=50)
 @given(
-    waiting_jobs(),
+    waiting_jobs(max_stages=3, max_microbatches=3, max_clocks=4),
     st.floats(0, 0.6),
     LATENCIES_S,
     st.one_of(st.none(), st.integers(0, 6)),
@@ -307,7 +312,7 @@ def test_an_instruction_keeps_its_measured_energy() -> None:
 @given(waiting_jobs(), st.floats(0, 0.3))
 def test_a_replay_of_iterations_as_profiled_takes_what_the_plan_promises(job: Job, slowdown: float) -> None:
     planner = planner_of(job, 0.0)
-    plan, problem = planner.plan(Target.slowdown(slowdown)), planner.problem
+    plan, problem = rounded(planner, slowdown), planner.problem
     replayed = Replay(problem, problem.full_clock_s[None, None])
     outcome = replayed.under(clocks_of(plan, problem.graph), None, plan.wait_clocks_mhz)
     assert outcome.energy_j[0] == pytest.approx(plan.energy_j, rel=1e-9)
@@ -320,7 +325,7 @@ def test_iterations_that_vary_take_no_more_with_waits_at_lower_clocks(
     job: Job, latency_s: float, seed: int, sigma: float
 ) -> None:
     planner = planner_of(job, latency_s)
-    plan, problem = planner.plan(Target.slowdown(0.05)), planner.problem
+    plan, problem = rounded(planner, 0.05), planner.problem
     factors = np.exp(sigma * np.random.default_rng(seed).standard_normal((3, 2, len(problem.graph))))
     replayed = Replay(problem, problem.full_clock_s * factors, latency_s=latency_s)
     clocks = clocks_of(plan, problem.graph)

@@ -14,7 +14,7 @@ from perseus_plugin.planning.request import PaceRequest, PlanAnswer, PlanRequest
 from perseus_plugin.planning.targets import Target
 from tests.factories import BLOCKING_W, CLOCKS_MHZ, profile, stream_of
 
-STAGES, MICROBATCHES, PIPELINES = 3, 6, 2
+STAGES, MICROBATCHES, PIPELINES = 3, 4, 2
 STAGE_OF = [stage for stage in range(STAGES) for _ in range(PIPELINES)]
 
 

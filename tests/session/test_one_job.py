@@ -33,7 +33,7 @@ SHORT: dict[str, Any] = {
 
 
 def test_a_job_profiles_plans_and_saves_at_the_time_of_full_clocks(tmp_path: Path) -> None:
-    folder, left = tmp_path / "job", iter(range(20))
+    folder, left = tmp_path / "job", iter(range(12))
 
     def planned_for_a_while() -> bool:
         return (folder / "plan.json").exists() and next(left, None) is None
@@ -76,7 +76,7 @@ def test_a_dry_run_says_what_its_plan_would_save_and_leaves_clocks_alone(tmp_pat
 
 def test_a_job_keeps_the_power_budget_of_its_configuration(tmp_path: Path) -> None:
     """At the node, of whose GPUs there are two, and of each GPU; 100 W of the node are not the GPUs'."""
-    folder, left, allowed_w = tmp_path / "job", iter(range(20)), 400.0
+    folder, left, allowed_w = tmp_path / "job", iter(range(12)), 400.0
 
     def planned_for_a_while() -> bool:
         return (folder / "plan.json").exists() and next(left, None) is None
@@ -127,7 +127,7 @@ def test_the_same_work_runs_without_the_plugin(tmp_path: Path) -> None:
 
 def test_on_gpus_that_never_reach_their_top_clock_plans_are_made_and_energies_known(tmp_path: Path) -> None:
     """As a power limit holds them: at most 1,110 of 1,410 MHz, in a job with iterations of 0.2 s."""
-    folder, left = tmp_path / "job", iter(range(15))
+    folder, left = tmp_path / "job", iter(range(12))
     for rank in range(2):
         EmulatedGpu.create(folder / "emulated_gpus" / f"rank{rank}").set_cap(1110)
 

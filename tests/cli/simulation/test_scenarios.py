@@ -51,8 +51,8 @@ def test_every_combination_is_planned_in_order() -> None:
 @pytest.mark.parametrize("name", ["1f1b", "gpipe"])
 def test_figures_are_the_planners(name: str, limits: ChangeLimits, stages: int) -> None:
     aims = [Aim(slowdown=0.05), Aim(straggler=1.3)]
-    outcomes = list(simulate([pipeline(stages)], [named(name, 6)], aims, latency_s=0.001, limits=limits))
-    graph = build_graph(SCHEDULES[name](stages, 6), latency_s=0.001)
+    outcomes = list(simulate([pipeline(stages)], [named(name, 3)], aims, latency_s=0.001, limits=limits))
+    graph = build_graph(SCHEDULES[name](stages, 3), latency_s=0.001)
     for outcome in outcomes:
         assert outcome.figures is not None
         full_s = outcome.figures.full_clock_s

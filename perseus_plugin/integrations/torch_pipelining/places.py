@@ -79,7 +79,10 @@ def together_with(rank: int, modules: Iterable[Any]) -> tuple[int, ...]:
         rank: this one, in the whole job.
         modules: of this rank's stages.
     """
-    from torch.distributed.tensor import DTensor, Replicate
+    try:
+        from torch.distributed.tensor import DTensor, Replicate
+    except ImportError:  # torch 2.4
+        from torch.distributed._tensor import DTensor, Replicate
 
     found = {rank}
     # Parameters of one mesh are mostly shared out alike; each different way is looked at once.

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib
 import itertools
+import sys
 import threading
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,6 +149,12 @@ def test_tensor_parallel_ranks_are_together() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "tensor"))
     module = parallelize_module(torch.nn.Linear(4, 4), mesh["tensor"], ColwiseParallel())
     assert places.together_with(3, [module]) == (2, 3)
+
+
+def test_older_torch_has_its_tensors_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    importlib.import_module("torch.distributed._tensor")  # here it is made from the other one
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", ModuleType("torch.distributed.tensor"))
+    assert places.together_with(3, [torch.nn.Linear(2, 2)]) == (3,)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ __all__ = [
     "Profile",
     "Target",
     "__version__",
+    "announce",
     "build_graph",
     "early_recomputation_1f1b",
     "enable",
@@ -160,6 +161,37 @@ def report_straggler(
     for reason in filter(None, refusals):
         logging.getLogger(__name__).warning("a straggler report was refused: %s; correct it and report again", reason)
     return not any(refusals)
+
+
+_said_refused = False
+
+
+def announce(work: Any, *, ahead: int = 0) -> bool:
+    """Tell how much work each microbatch of a batch to come is, so that its iteration can be planned for it.
+
+    On any one rank of every pipeline (replica), in the order of the steps. Returns at once and never raises; training
+    never waits for a plan: an iteration that is announced too late follows the job's usual one. See `docs/batches.md`.
+
+    Args:
+        work: one positive number per microbatch, in their order and on the CPU: tokens, or whatever the time of a
+            microbatch goes with. What it means for times is measured.
+        ahead: how many more steps begin before the one that runs this batch; 0: none, it is the next that begins.
+
+    Returns:
+        Whether it was sent; False also when no session runs in this process.
+    """
+    global _said_refused
+    from perseus_plugin.session.running import running_sessions
+
+    sessions = running_sessions()
+    reason = next(filter(None, (session.announce(work, ahead) for session in sessions)), "")
+    if reason and not _said_refused:
+        _said_refused = True  # steps are many
+        logging.getLogger(__name__).warning(
+            "announced work was refused: %s; said once. Such iterations follow the job's usual plan; correct the call",
+            reason,
+        )
+    return bool(sessions) and not reason
 
 
 def set_target(

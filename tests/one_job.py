@@ -37,12 +37,16 @@ class Step:
     """One iteration's work.
 
     Attributes:
-        sizes: of each microbatch, as a factor of the usual one.
+        sizes: of each microbatch, as a factor of the usual one; or of each replica's.
         stall_s: how long the first stage waits for its data.
     """
 
-    sizes: tuple[float, ...] = (1.0,) * 4
+    sizes: tuple[float, ...] | tuple[tuple[float, ...], ...] = (1.0,) * 4
     stall_s: float = 0.0
+
+    def of(self, replica: int) -> tuple[float, ...]:
+        """The sizes of one replica's microbatches."""
+        return self.sizes[replica] if isinstance(self.sizes[0], tuple) else self.sizes  # type: ignore[return-value]
 
 
 @dataclass
@@ -88,6 +92,8 @@ class OneJob:
         transfer_s: how long a transfer between stages takes.
         end_s: what every rank does at the end of an iteration, which no hook sees.
         schedule: name of what is run.
+        announced: what the first stage of a replica announces of a step; None: nothing.
+        ahead: so many steps before.
         until: asked once after every iteration; the job ends when it says so, or with its last step.
     """
 
@@ -105,6 +111,8 @@ class OneJob:
         transfer_s: float = 0.0,
         end_s: float = 0.0,
         schedule: str = "1f1b",
+        announced: Callable[[Step, int], Sequence[float]] | None = None,
+        ahead: int = 3,
         until: Callable[[], bool] = lambda: False,
     ) -> None:
         self._folder, self._steps, self._slow = folder, steps, slow
@@ -120,6 +128,7 @@ class OneJob:
         self._exchange = LocalExchange()
         self._channels: dict[tuple[int, int, int, str], queue.SimpleQueue[Sent]] = {}
         self._lock = threading.Lock()
+        self._announced, self._ahead = announced, ahead
         self._until, self._over = until, False
         self._barrier = threading.Barrier(ranks, timeout=_TIMEOUT_S)
         self._turn = threading.Barrier(ranks, self._look, timeout=_TIMEOUT_S)
@@ -187,6 +196,8 @@ class OneJob:
         try:
             for number, step in enumerate(self._steps):
                 self._energy_j[number][rank] = gpu.exact_energy_j()
+                if session is not None and place.stage == 0:
+                    self._announce(session, number, place.replica)
                 begin_s = time.monotonic()
                 stage.iterate(number, step)
                 if rank == 0:
@@ -199,6 +210,12 @@ class OneJob:
             self._barrier.wait()
             if session is not None:
                 session.close()
+
+    def _announce(self, session: Session, number: int, replica: int) -> None:
+        for ahead in range(0 if number == 0 else self._ahead, self._ahead + 1):
+            if self._announced is not None and number + ahead < len(self._steps):
+                work = self._announced(self._steps[number + ahead], replica)
+                assert session.closed or not session.announce(work, ahead)
 
     # What ranks have of each other.
 
@@ -232,24 +249,25 @@ class _Stage:
     def iterate(self, number: int, step: Step) -> None:
         """One training iteration."""
         session, name = self._session, self._job.schedule
-        streams = _streams(name, self._place.stages, len(step.sizes))
+        sizes = step.of(self._place.replica)
+        streams = _streams(name, self._place.stages, len(sizes))
         if session is not None:
             session.begin_iteration()
         if self._place.stage == 0 and step.stall_s:
             time.sleep(step.stall_s)
         if session is not None:
-            key = f"{name.upper()}/{self._place.stages}x{len(step.sizes)}"
+            key = f"{name.upper()}/{self._place.stages}x{len(sizes)}"
             session.begin_schedule(key, lambda stage: streams[stage])
         slowness = self._job.slowness(self._place.rank, number)
         for op in streams[self._place.stage]:
-            self._execute(op, step, slowness)
+            self._execute(op, sizes, slowness)
         if session is not None:
             session.end_schedule()
         self._job.wait_for_all()
         if session is not None:
             session.end_iteration()
 
-    def _execute(self, op: StreamOp, step: Step, slowness: float) -> None:
+    def _execute(self, op: StreamOp, sizes: Sequence[float], slowness: float) -> None:
         stage = self._place.stage
         if isinstance(op, Send):
             sent = Sent(time.monotonic() + self._job.transfer_s)
@@ -261,7 +279,7 @@ class _Stage:
             time.sleep(max(0.0, sent.arrives_s - time.monotonic()))
             sent.received.set()
         elif isinstance(op, Compute):
-            self._gpu.set_slowdown(step.sizes[op.microbatch] * slowness)
+            self._gpu.set_slowdown(sizes[op.microbatch] * slowness)
             self._compute(op)
         elif isinstance(op, Constant) and self._session is not None:
             self._session.tap.begin()

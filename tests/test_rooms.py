@@ -29,11 +29,14 @@ FLOORS = (
 LAZY_FACE = "__init__"
 """The public face names things of every room and loads them when they are asked for."""
 FILES = ("curve", "frontier", "plan", "streams", "zeus")
-PROCESSES = ("process", "planner_process", "frontier_process", "child", "work")
+PROCESSES = ("process", "planner_process", "frontier_process", "batch_process", "child", "work")
 """Of `planning`: what keeps plans and frontiers in files, and what runs the planner beside the job and brakes it."""
 PURE = (
     "iteration",
-    *(f"leader/{name}.py" for name in ("aiming", "decide", "goal_plans", "observed", "reigns", "state", "target_book")),
+    *(
+        f"leader/{name}.py"
+        for name in ("aiming", "batch_book", "decide", "goal_plans", "observed", "reigns", "state", "target_book")
+    ),
     "planning",
 )
 """No torch, no clock, no file, no thread."""

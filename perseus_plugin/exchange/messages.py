@@ -12,10 +12,12 @@ from perseus_plugin.errors import validation_problem
 from perseus_plugin.exchange.client import ExchangeError
 from perseus_plugin.exchange.store import ANNOUNCED
 
-NEWS, TROUBLE, REUSE, CALIBRATION, SEATS = ANNOUNCED
+NEWS, TROUBLE, REUSE, CALIBRATION, SEATS, BATCHES = ANNOUNCED
 RECHECKS = "recheck/"  # how their keys begin
 STRAGGLERS = "stragglers"  # list that ranks append reports and detections to
 TARGETS = "targets"  # list that ranks append to what the job is to aim at
+WORKS = "works"  # list that ranks append to how much work batches are
+_BATCHES_AT_ONCE = 4  # that have been planned and not run yet
 
 
 class _Message(BaseModel):
@@ -229,6 +231,42 @@ class PlanPart(_Message):
             clocks_mhz[position] = clock
             times_s[position] = next((time_s for mhz, time_s, _ in rows if mhz == clock), times_s[position])
         return tuple(clocks_mhz), tuple(times_s)
+
+
+class AnnouncedWork(_Message):
+    """How much work each microbatch of a batch is, by any measure; see `perseus_plugin.announce`.
+
+    Attributes:
+        iteration: that runs the batch.
+        replica: that does.
+        work: one per microbatch.
+    """
+
+    iteration: Count
+    replica: Count
+    work: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
+
+
+class BatchPart(PlanPart):
+    """One stage's part of one replica's plan for one iteration, in which every instruction takes what its work takes.
+
+    Attributes:
+        iteration: it is for.
+        base: the set of plans that ranks follow around it; where they follow another one, it does not hold.
+        pace_s: how long the iteration takes at full clocks, by the works of all replicas.
+        usual_s: the same of a usual batch.
+    """
+
+    iteration: Count
+    base: Count
+    pace_s: Time
+    usual_s: Time
+
+
+class BatchNews(_Message):
+    """The newest iterations that have plans of their own, rising; ranks fetch their parts."""
+
+    iterations: tuple[Count, ...]
 
 
 class IterationDurations(_Message):
@@ -460,6 +498,11 @@ def estimate_key(round_number: int, rank: int | None = None) -> str:
 def part_key(version: int, stage: int) -> str:
     """Where rank 0 publishes a stage's `PlanParts`."""
     return f"plan/{version}/{stage}"
+
+
+def batch_key(iteration: int, replica: int, stage: int) -> str:
+    """Where rank 0 publishes a `BatchPart`; a later iteration's takes its place."""
+    return f"batch/{iteration % _BATCHES_AT_ONCE}/{replica}/{stage}"
 
 
 def recheck_key(sequence: int, rank: int) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from perseus_plugin.exchange.client import ExchangeError, StoreClient
 from perseus_plugin.exchange.node import Message, Node
 
-ANNOUNCED = ("news", "trouble", "reuse", "calibration", "seats")
+ANNOUNCED = ("news", "trouble", "reuse", "calibration", "seats", "batches")
 """What may be told to all: keys of `Exchange.tell_all`."""
 LOOK_EVERY_S = 0.5
 INBOX_EVERY_S = 0.2

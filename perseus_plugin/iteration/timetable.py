@@ -104,12 +104,14 @@ class Follow:
         straggler: it is followed because of a straggler; changes nothing but what the iteration counts for.
         since: see `messages.News`.
         limited: no iteration may run at full clocks, as they draw more than is allowed.
+        batch: this one follows a plan of its own, made for its batch, in the place of that in the set.
     """
 
     version: int
     straggler: bool = False
     since: int = 0
     limited: bool = False
+    batch: bool = False
 
     @property
     def ran_as(self) -> RanAs:

@@ -19,6 +19,7 @@ from perseus_plugin.iteration.instructions import StreamOf
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.iteration.timetable import Directive
+from perseus_plugin.leader.batch_desk import BatchDesk, BatchPlannerProcess
 from perseus_plugin.leader.decide import decide
 from perseus_plugin.leader.effects import (
     Ask,
@@ -94,6 +95,7 @@ class Coordinator:
         planner: who plans.
         refiner: who refines plans in force, None: nobody.
         frontier: told of every plan's request, None where no frontier is wanted.
+        batch_process: starts who plans for single batches, None: nobody does.
         tell: takes (name, value) figures.
         wake: called when a straggler report has come, from any thread.
         monotonic: a clock that never goes back.
@@ -102,6 +104,7 @@ class Coordinator:
     Attributes:
         stragglers: where reports come in.
         targets: where comes in what the job is to aim at.
+        batches: where batches are announced and planned for; None: nobody plans for them.
         comparison: of the plans with full clocks.
     """
 
@@ -112,6 +115,7 @@ class Coordinator:
         *,
         refiner: Planner | None = None,
         frontier: BackgroundFrontier | None = None,
+        batch_process: Callable[[], BatchPlannerProcess] | None = None,
         tell: Callable[[list[tuple[str, float]]], None] = lambda figures: None,
         wake: Callable[[], None] = lambda: None,
         monotonic: Callable[[], float] = time.monotonic,
@@ -141,6 +145,11 @@ class Coordinator:
             complete=lambda limit: limit.completed(config),
             file=None if config.target_file is None else Path(config.target_file),
             wake=wake,
+        )
+        self.batches = (
+            None
+            if batch_process is None
+            else BatchDesk(job.exchange, placement, self._recent, config.watch.tolerance_against_sweep, batch_process)
         )
         self._rules = Rules(
             config,
@@ -200,6 +209,8 @@ class Coordinator:
         counts = record.undisturbed and record.complete
         time_s = record.end_s - record.begin_s
         self._observe(Ended(record.number, directive, record.schedule, time_s, counts, size))
+        if self.batches is not None:
+            self.batches.saw(directive, record)
 
     def judge_external(self, figures: ExternalFigures) -> None:
         """Enter what another detector's figures say once they are corrected for the plans in force."""
@@ -238,6 +249,8 @@ class Coordinator:
             self._frontier.step()
         if self.phase is not Phase.GIVEN_UP:
             self._look(iteration)
+        if self.batches is not None:
+            self.batches.step(self._state, self._monotonic(), self._exchange.news_take_s)
         self._look_for_targets(iteration)
 
     def _look(self, iteration: int) -> None:
@@ -288,7 +301,7 @@ class Coordinator:
             return
         estimates = self._reports.all_estimates()
         if estimates is not None:
-            self._observe(Measured(estimates))
+            self._observe(Measured(estimates, {} if self.batches is None else self.batches.step_works))
         elif overdue:
             self._observe(NotMeasured(self._reports.missing))
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal, TypeVar
 
-from perseus_plugin.exchange.messages import RankEstimate, Recheck
+from perseus_plugin.exchange.messages import Recheck
 from perseus_plugin.iteration.timetable import Follow, FullClock, Sweep
 from perseus_plugin.leader.aiming import FULL_CLOCKS, GoOver, PlanAtFirst, PlanFor, Stay, next_move, power_w
 from perseus_plugin.leader.effects import (
@@ -141,7 +141,7 @@ class _Deciding:
             case Answered():
                 self._answered(observed)
             case Measured() if phase is Phase.MEASURING:
-                self._or_give_up(lambda: self._measured(observed.estimates))
+                self._or_give_up(lambda: self._measured(observed))
             case NotMeasured() if phase is Phase.MEASURING:
                 self._give_up(observed.missing)
             case Checked() if phase is Phase.MEASURING:
@@ -193,9 +193,9 @@ class _Deciding:
 
     # Measuring.
 
-    def _measured(self, estimates: Sequence[RankEstimate]) -> None:
+    def _measured(self, seen: Measured) -> None:
         profiling = self._config.profiling
-        survey, of_stages = estimated(estimates, self._rules.stages, profiling)
+        survey, of_stages = estimated(seen.estimates, self._rules.stages, profiling, seen.works)
         another = another_round(of_stages, self.state.sweep, self._rules.top_mhz, profiling)
         if another is not None:
             self.effects.append(another.why)

@@ -20,6 +20,7 @@ from perseus_plugin.leader.job_socket import JobSocket
 from perseus_plugin.leader.planner_desk import Planner
 from perseus_plugin.leader.target_book import described
 from perseus_plugin.leader.target_figures import target_figures
+from perseus_plugin.planning.batch_process import BatchProcess
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner_process import PlannerProcess
@@ -99,7 +100,13 @@ class Leader:
             if planner is None and job.config.refine_s:
                 self._refiner = PlannerProcess(pauses_s=(), wake=wake, ahead=False)
             self._coordinator = Coordinator(
-                job, self._planner, refiner=self._refiner, frontier=self._frontier, tell=tell, wake=wake
+                job,
+                self._planner,
+                refiner=self._refiner,
+                frontier=self._frontier,
+                batch_process=lambda: BatchProcess(wake),
+                tell=tell,
+                wake=wake,
             )
             self._socket = _socket(job, self._coordinator.request)
         elif (limit := PowerBudget.configured(job.config)) is not None:
@@ -231,7 +238,8 @@ class Leader:
     def close(self) -> None:
         """End what was started."""
         self.stop_taking_reports()
-        for part in (self._planner, self._refiner, self._frontier, self._publishers):
+        batches = None if self._coordinator is None else self._coordinator.batches
+        for part in (self._planner, self._refiner, self._frontier, batches, self._publishers):
             if part is not None:
                 part.close()
 
@@ -264,6 +272,7 @@ class Leader:
             "compared": Compared() if coordinator is None else coordinator.comparison.compared,
             "dropped_plans": 0 if coordinator is None else coordinator.state.dropped,
             "bill": self._bill,
+            "batches": None if coordinator is None or coordinator.batches is None else coordinator.batches.figures,
             "stragglers": None if coordinator is None else coordinator.straggler_figures(),
         }
 

@@ -10,6 +10,7 @@ from perseus_plugin.errors import PerseusError
 from perseus_plugin.exchange.messages import RankEstimate
 from perseus_plugin.leader.effects import Say
 from perseus_plugin.profiling.observations import StageEstimate
+from perseus_plugin.profiling.same_work import Works
 from perseus_plugin.profiling.survey import Survey, certain, stage_estimates, survey_of
 from perseus_plugin.profiling.sweep import good_enough, sweep_order, times_known, worth_trying
 
@@ -57,15 +58,15 @@ class AnotherRound:
 
 
 def estimated(
-    estimates: Sequence[RankEstimate], stages: int, config: ProfilingConfig
+    estimates: Sequence[RankEstimate], stages: int, config: ProfilingConfig, works: Works | None = None
 ) -> tuple[Survey, list[StageEstimate]]:
-    """What the estimates of all ranks add up to.
+    """What the estimates of all ranks add up to, with what was announced of the steps' work.
 
     Raises:
         UnusableProfileError: nothing that can be planned on.
     """
     try:
-        of_stages = stage_estimates(estimates, stages, config.max_relative_error)
+        of_stages = stage_estimates(estimates, stages, config.max_relative_error, works)
         return survey_of(estimates, of_stages, config.power_limit_w), of_stages
     except PerseusError as error:
         raise UnusableProfileError(f"the profile cannot be used: {error} (try more steps_per_clock)") from None

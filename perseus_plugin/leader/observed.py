@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from perseus_plugin.exchange.messages import RankEstimate, Recheck
@@ -13,6 +13,7 @@ from perseus_plugin.iteration.timetable import Directive
 from perseus_plugin.leader.effects import Ask
 from perseus_plugin.leader.target_book import Entry
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
+from perseus_plugin.profiling.same_work import Works
 from perseus_plugin.stragglers.situation import Situation
 
 
@@ -55,9 +56,10 @@ class Troubled:
 
 @dataclass(frozen=True)
 class Measured:
-    """What all ranks have measured in the sweep, by rank."""
+    """What all ranks have measured in the sweep, by rank; and how much work steps were, where that was announced."""
 
     estimates: Sequence[RankEstimate]
+    works: Works = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

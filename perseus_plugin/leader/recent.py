@@ -34,6 +34,15 @@ class RecentIterations:
         Raises:
             ExchangeError: the store fails.
         """
+        chosen = list(self.numbered(schedule, streams, profile).values())
+        return together(chosen) if len(chosen) >= FEWEST else None
+
+    def numbered(self, schedule: str, streams: Sequence[Sequence[StreamOp]], profile: Profile) -> dict[int, Samples]:
+        """The same by number, each as samples of one iteration; however few there are.
+
+        Raises:
+            ExchangeError: the store fails.
+        """
         values = [self._exchange.fetch(durations_key(rank)) for rank in range(self._world_size)]
         told = [receive(RankDurations, value) for value in values if value is not None]
         kept = self._kept.setdefault(schedule, {})
@@ -42,15 +51,7 @@ class RecentIterations:
         size = max(1, sum(len(stream) for stream in streams) * replicas)
         for number in sorted(kept)[: -max(FEWEST, min(_KEPT, _VALUES // size))]:
             del kept[number]
-        chosen = [kept[number] for number in sorted(kept) if len(kept[number].durations_s[0]) == replicas]
-        if len(chosen) < FEWEST:
-            return None
-        return Samples(
-            tuple(one.durations_s[0] for one in chosen),
-            tuple(one.as_run_s[0] for one in chosen),
-            tuple(one.starts_s[0] for one in chosen),
-            tuple(one.times_s[0] for one in chosen),
-        )
+        return {number: kept[number] for number in sorted(kept) if len(kept[number].durations_s[0]) == replicas}
 
     def forget(self, schedule: str | None = None) -> None:
         """What was told of a schedule, or of all, does not hold any more.
@@ -62,3 +63,13 @@ class RecentIterations:
             self._kept.clear()
         else:
             self._kept.pop(schedule, None)
+
+
+def together(single: Sequence[Samples]) -> Samples:
+    """Samples of one iteration each, as samples of all."""
+    return Samples(
+        tuple(one.durations_s[0] for one in single),
+        tuple(one.as_run_s[0] for one in single),
+        tuple(one.starts_s[0] for one in single),
+        tuple(one.times_s[0] for one in single),
+    )

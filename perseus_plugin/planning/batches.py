@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import FloatArray
@@ -77,7 +78,7 @@ def sizes_of(
         raise PlanError(f"works: got {len(works)}; allowed: one for each of {problem.graph.microbatches} microbatches")
     missing = next((key for key in problem.keys if key not in model), None)
     if missing is not None:
-        raise PlanError(f"works: nothing is known of {missing[1]!r} in stage {missing[0]}")
+        raise PlanError(f"works: the model lacks {missing[1]!r} of stage {missing[0]}; allowed: one of all kinds")
     of_class = [model[key].at(works) / problem.full_clock[k, 0] for k, key in enumerate(problem.keys)]
     sizes = np.ones(len(problem.graph))
     for node in problem.instruction_nodes.tolist():
@@ -226,11 +227,15 @@ def choose(
     count = min(len(durations_s), max(_FEWEST, _REPLAYED // replicas))
     steps = np.unique(np.linspace(0, len(durations_s) - 1, count).astype(int)).tolist()
     replayed: Replayed | None = None
+    interrupted: npt.NDArray[np.bool_] | None = None
     for margin in margins:
         planner = planner_with(margin)
+        if interrupted is None:  # against what was predicted, as microbatches differ
+            against = [durations_s[step] / np.maximum(np.stack(list(sizes[step])), _SMALLEST) for step in steps]
+            interrupted = Replay(planner.problem, np.array(against)).interrupted
         ran = [outcome_of(planner.step(sizes[step]), durations_s[step], latency_s) for step in steps]
         under, full = joined([one for one, _ in ran]), joined([one for _, one in ran])
-        replayed = judged(under, full, np.zeros(len(steps), dtype=bool), promise, planner.catches_up, margin)
+        replayed = judged(under, full, interrupted, promise, planner.catches_up, margin)
         if replayed.kept:
             return Chosen(planner, replayed)
     assert replayed is not None  # there are margins

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
-from perseus_plugin.profiling.observations import BLOCKING, StageEstimate
+import numpy as np
+
+from perseus_plugin.profiling.observations import BLOCKING, StageEstimate, StepMean
 from perseus_plugin.profiling.pooling import pool, unresolved_kinds
 from perseus_plugin.profiling.step_sizes import Durations, averaged, fit_durations
 
@@ -14,21 +16,55 @@ Estimates = Mapping[tuple[int, int], Sequence[StageEstimate]]
 """By (replica, stage) the estimates of its ranks, which work in lock-step."""
 
 
-def on_common_work(estimates: Estimates, *, max_relative_error: float) -> dict[tuple[int, int], StageEstimate]:
+Works = Mapping[tuple[int, int], float]
+"""By (replica, iteration) the mean of what was announced of its microbatches, by whatever measure."""
+_ANNOUNCED = "announced"
+_TELLS = 0.5  # share of the variance from step to step that announced work must explain
+
+
+def on_common_work(
+    estimates: Estimates, *, max_relative_error: float, works: Works | None = None
+) -> dict[tuple[int, int], StageEstimate]:
     """One estimate per (replica, stage), with durations of what all stages did in the same steps.
 
     Each replica has steps of its own. As data differ, a replica may have had more work than another while it was
     measured; all are scaled to the mean of the replicas, so that this is not taken for a difference between clocks.
-    Estimates without steps keep their durations.
+    Estimates without steps keep their durations. Work that was announced says how large steps are as well as a further
+    stage would that always ran at one clock, where durations at one clock go with it.
     """
     result: dict[tuple[int, int], StageEstimate] = {}
     for replica in sorted({replica for replica, _ in estimates}):
         members = {stage: shards for (r, stage), shards in estimates.items() if r == replica}
-        fitted = fit_durations({stage: averaged([e.steps for e in shards]) for stage, shards in members.items()})
+        steps: dict[Hashable, Sequence[StepMean]] = {
+            stage: averaged([e.steps for e in shards]) for stage, shards in members.items()
+        }
+        announced = _announced(steps, {i: work for (r, i), work in (works or {}).items() if r == replica})
+        fitted = fit_durations({**steps, **announced})
         for stage, shards in members.items():
             joined = pool(shards, max_relative_error=max_relative_error)
             result[replica, stage] = _refitted(joined, stage, fitted, max_relative_error)
     return _scaled_alike(result) if all(e.steps for shards in estimates.values() for e in shards) else result
+
+
+def _announced(
+    members: Mapping[Hashable, Sequence[StepMean]], works: Mapping[int, float]
+) -> dict[Hashable, Sequence[StepMean]]:
+    """The announced work of a replica's steps as one more member; nothing where it says little of durations."""
+    seen: dict[tuple[Hashable, str, int], list[tuple[float, float]]] = {}
+    for member, means in members.items():
+        for mean in means:
+            if mean.step in works:
+                pair = math.log(works[mean.step]), math.log(mean.mean_s)
+                seen.setdefault((member, mean.kind, mean.frequency_mhz), []).append(pair)
+    x, y = (
+        np.concatenate([[0.0], *(np.array(pairs)[:, at] - np.mean(pairs, axis=0)[at] for pairs in seen.values())])
+        for at in (0, 1)
+    )
+    square = float(x @ x) * float(y @ y)
+    if not square > 0 or not (x @ y) > 0 or (x @ y) ** 2 / square < _TELLS:
+        return {}
+    known = {mean.step for means in members.values() for mean in means} & works.keys()
+    return {_ANNOUNCED: [StepMean(step, 0, _ANNOUNCED, works[step], 1) for step in sorted(known)]}
 
 
 def _refitted(estimate: StageEstimate, stage: int, fitted: Durations, max_relative_error: float) -> StageEstimate:

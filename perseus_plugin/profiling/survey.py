@@ -14,7 +14,7 @@ from perseus_plugin.profiling.guards import TooHigh, possible
 from perseus_plugin.profiling.observations import StageEstimate
 from perseus_plugin.profiling.pooling import blocking_power, pool, to_profile
 from perseus_plugin.profiling.profile import Profile
-from perseus_plugin.profiling.same_work import on_common_work
+from perseus_plugin.profiling.same_work import Works, on_common_work
 
 _FITS = 0.25  # a profile whose full-clock times are further off is of something else
 _SIGMAS = 2.5  # standard errors of a mean that medians of so few steps stay within
@@ -57,7 +57,10 @@ class Survey:
 
 
 def stage_estimates(
-    estimates: Sequence[RankEstimate], stages: int, max_relative_error: float = 0.05
+    estimates: Sequence[RankEstimate],
+    stages: int,
+    max_relative_error: float = 0.05,
+    works: Works | None = None,
 ) -> list[StageEstimate]:
     """The estimate of each stage: on the work that all stages of a replica did alike, pooled over the replicas.
 
@@ -72,7 +75,7 @@ def stage_estimates(
         except ProfileError as error:
             raise ProfileError(f"rank {told.placement.rank}: {error}") from error
         grouped.setdefault(where, []).append(replace(estimate, gpu=told.gpu))
-    common = on_common_work(grouped, max_relative_error=max_relative_error)
+    common = on_common_work(grouped, max_relative_error=max_relative_error, works=works)
     pooled: list[StageEstimate] = []
     for stage in range(stages):
         of_stage = [estimate for (_, its_stage), estimate in common.items() if its_stage == stage]

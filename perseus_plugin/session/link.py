@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from perseus_plugin.exchange.messages import AnnouncedWork
 from perseus_plugin.exchange.parts import Parts
 from perseus_plugin.iteration.instructions import StreamOf
 from perseus_plugin.iteration.record import IterationRecord
@@ -60,6 +61,7 @@ class Link:
         self._events: queue.SimpleQueue[list[tuple[str, float]]] = queue.SimpleQueue()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._said: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
+        self._announced: queue.SimpleQueue[AnnouncedWork] = queue.SimpleQueue()
         self._external: queue.SimpleQueue[ExternalFigures] = queue.SimpleQueue()
 
     # What the worker decides and the training thread does.
@@ -137,6 +139,15 @@ class Link:
     def take_said(self) -> list[Mapping[str, Any]]:
         """What is to be sent now of what the job is to aim at."""
         return _drain(self._said)
+
+    def announce(self, work: AnnouncedWork) -> None:
+        """Have the worker send to rank 0 how much work a batch is."""
+        self._announced.put(work)
+        self.wake.set()
+
+    def take_announced(self) -> list[AnnouncedWork]:
+        """What is to be sent now of batches to come."""
+        return _drain(self._announced)
 
     def add_external(self, figures: ExternalFigures) -> None:
         """Have the worker of rank 0 look at another detector's figures."""

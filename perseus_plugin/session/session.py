@@ -9,10 +9,11 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -20,12 +21,12 @@ from perseus_plugin.config import StragglersConfig
 from perseus_plugin.control.boundaries import boundaries_for
 from perseus_plugin.control.controller import Controller
 from perseus_plugin.control.lasting import LastingHelper
-from perseus_plugin.exchange.messages import Placement
-from perseus_plugin.exchange.parts import part_for
+from perseus_plugin.exchange.messages import AnnouncedWork, Placement
+from perseus_plugin.exchange.parts import part_for, with_own_plan
 from perseus_plugin.exchange.store import Exchange
 from perseus_plugin.iteration.instructions import Compute, Constant, StreamOf
 from perseus_plugin.iteration.record import IterationRecord, hooked_operations
-from perseus_plugin.iteration.timetable import Directive, FullClock, Sweep
+from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Sweep
 from perseus_plugin.leader.target_book import TargetError, check_say
 from perseus_plugin.reporting.live.account import begin_tag, end_tag
 from perseus_plugin.session.emulation import EmulatedStage
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_FURTHEST = 1000
+_WORK_ALLOWED = "allowed: one finite number above 0 for each microbatch"
 Monitor = Callable[[list[tuple[str, float]]], None]
 
 
@@ -108,7 +111,7 @@ class Session:
         self._iteration = 0
         self._record: IterationRecord | None = None
         self._held: tuple[object] | None = None
-        self._followed: tuple[object, str] | None = None
+        self._followed: tuple[object, str, int | None] | None = None
         self._schedule = ""
         self._operations: dict[str, tuple[tuple[Compute | Constant, ...], list[int]]] = {}
 
@@ -174,8 +177,10 @@ class Session:
         """The GPU gets to the schedule: have the controller do what the directive says, unless it does already."""
         # Whatever the schedule, an iteration under a plan ends at full clocks, and one at a single clock at that clock:
         # the next one of the same sort finds the clock as it was.
+        record.directive = with_own_plan(record.directive, self._link.parts, record)
         held, self._held = self._held, (record.directive.identity,)
-        wanted = (record.directive.identity, record.schedule)
+        own = record.number if isinstance(record.directive, Follow) and record.directive.batch else None
+        wanted = (record.directive.identity, record.schedule, own)
         if wanted != self._followed:
             self._followed = wanted if self._control(record.directive, record) else None
         if self._controller is not None:
@@ -274,6 +279,29 @@ class Session:
             return str(error)
         until = checked.until if checked.for_s is None else now_s + checked.for_s
         self._link.say(checked.model_copy(update={"until": until, "for_s": None}).model_dump(mode="json"))
+        return ""
+
+    def announce(self, work: Iterable[float], ahead: int) -> str:
+        """Send rank 0 how much work each microbatch of a batch is; see `perseus_plugin.announce`.
+
+        Returns:
+            Why it is refused, or nothing.
+        """
+        if self.closed:
+            return "the session has ended"
+        if not 0 <= ahead <= _FURTHEST:
+            return f"ahead: got {ahead}; allowed: a whole number from 0 to {_FURTHEST}"
+        if getattr(work, "is_cuda", False):
+            return "work: got a tensor on a GPU, which would have to be waited for; allowed: numbers on the CPU"
+        try:
+            given = tuple(float(one) for one in work)
+        except Exception as error:  # whatever is iterated over
+            return f"work: {error}; {_WORK_ALLOWED}"
+        wrong = next((one for one in given if not 0 < one < math.inf), None)
+        if wrong is not None or not given:
+            return f"work: got {'nothing' if wrong is None else wrong}; {_WORK_ALLOWED}"
+        following = self._iteration + (self._record is not None)
+        self._link.announce(AnnouncedWork(iteration=following + ahead, replica=self._placement.replica, work=given))
         return ""
 
     def external_figures(self, figures: ExternalFigures) -> None:

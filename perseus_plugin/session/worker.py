@@ -11,8 +11,10 @@ import math
 import statistics
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
+from typing import Any
 
 from perseus_plugin.control import wire
 from perseus_plugin.control.clock_log import ClockLog
@@ -22,17 +24,23 @@ from perseus_plugin.control.lateness import extra_energy_j
 from perseus_plugin.errors import ClockNotFreeError, GpuError, PerseusError
 from perseus_plugin.exchange.client import ExchangeError, UnansweredError
 from perseus_plugin.exchange.messages import (
+    BATCHES,
     NEWS,
     TARGETS,
     TROUBLE,
+    WORKS,
+    BatchNews,
+    BatchPart,
     CaughtUp,
     News,
+    PlanPart,
     PlanParts,
     RankEstimate,
     RankStats,
     Recheck,
     Trouble,
     Waited,
+    batch_key,
     durations_key,
     estimate_key,
     part_key,
@@ -40,7 +48,7 @@ from perseus_plugin.exchange.messages import (
     recheck_key,
     stats_key,
 )
-from perseus_plugin.exchange.parts import part_for, with_newest
+from perseus_plugin.exchange.parts import part_for, with_batch, with_newest
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import (
@@ -142,10 +150,13 @@ class SessionWorker:
         self._account = Account(helper is not None, self._take_energy)
         self._windows = Windows(exchange, placement, config.watch.reference_share, self._top_mhz)
         self._sensing = StragglerSensing(config.stragglers, placement, exchange)
+        self._plans = job.plans
         self._estimated = not job.plans
         self._polling = False
         self._sweep_ended_s: float | None = None
         self._news = News(sequence=0, switch=0, action="full")
+        self._heard_of_batches: Any = None
+        self._newest_batch = -1
         self._recheck: dict[str, list[float]] | None = None
         self._recheck_left = 0
         self._told_trouble = False
@@ -192,6 +203,9 @@ class SessionWorker:
         for finished in self._link.take_finished():
             self._take(finished)
         self._sensing.send(self._link.take_reports())
+        for announced in self._link.take_announced():
+            if self._plans:  # else nobody reads it
+                self._exchange.append(WORKS, announced.model_dump())
         for said in self._link.take_said():
             self._exchange.append(TARGETS, said)
         self._sensing.look(monotonic())
@@ -199,6 +213,7 @@ class SessionWorker:
         self._finish_sweep()
         self._look_for_trouble()
         self._look_for_news()
+        self._look_for_batches()
         if self._leader is not None:
             link = self._link
             self._leader.step(link.iteration, link.schedules, link.schedule, link.take_external())
@@ -518,7 +533,7 @@ class SessionWorker:
             if parts is None:
                 return None
             newest = receive(PlanParts, parts)
-            self._check_clocks(newest)
+            self._check_clocks(newest.parts)
             self._link.use_parts(with_newest(self._link.parts, newest))
             return Follow(version, news.straggler, news.since, news.limited)
         return FullClock(news.reason)
@@ -533,10 +548,28 @@ class SessionWorker:
         self._stats = self._stats.model_copy(update={"late": self._stats.late + late})
         self._link.run_by(self._link.timetable.switched(news.switch, directive))
 
-    def _check_clocks(self, newest: PlanParts) -> None:
+    def _look_for_batches(self) -> None:
+        """Iterations to come may have plans of their own."""
+        value = None if self._in_trouble else self._exchange.heard(BATCHES)
+        if value is None or value == self._heard_of_batches:
+            return
+        self._heard_of_batches = value
+        place = self._placement
+        for iteration in receive(BatchNews, value).iterations:
+            if iteration <= self._newest_batch:
+                continue
+            found = self._exchange.fetch(batch_key(iteration, place.replica, place.stage))
+            part = None if found is None else receive(BatchPart, found)
+            if part is None or part.iteration != iteration:
+                continue  # a newer one has taken its place
+            self._check_clocks([part])
+            self._newest_batch = iteration
+            self._link.use_parts(with_batch(self._link.parts, part))
+
+    def _check_clocks(self, parts: Sequence[PlanPart]) -> None:
         """A part that is of another GPU, or damaged, is not followed anywhere: the other ranks are told."""
         supported = self._selection.clocks_mhz
-        absent = sorted({mhz for part in newest.parts for mhz in part.all_clocks_mhz} - {*supported})
+        absent = sorted({mhz for part in parts for mhz in part.all_clocks_mhz} - {*supported})
         if absent and supported:
             raise ExchangeError(
                 f"the plan runs at {absent[0]} MHz, which this GPU does not have; allowed: one of its {len(supported)} "

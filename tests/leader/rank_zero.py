@@ -13,6 +13,7 @@ from perseus_plugin.exchange.messages import NEWS, News, PlanPart, PlanParts, pa
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.instructions import StreamOp
 from perseus_plugin.iteration.timetable import Directive, Round, Timetable
+from perseus_plugin.leader.batch_desk import BatchPlannerProcess
 from perseus_plugin.leader.coordinator import Coordinator
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
 from perseus_plugin.planning.process import PlanAnswer, PlanRequest, answer_to
@@ -88,6 +89,7 @@ class RankZero:
         planner: FakePlanner | None = None,
         survey: Survey | None = None,
         frontier: BackgroundFrontier | None = None,
+        batch_process: Callable[[], BatchPlannerProcess] | None = None,
     ) -> None:
         self.folder, self.world_size = folder, world_size
         self.exchange = exchange or LocalExchange()
@@ -101,6 +103,7 @@ class RankZero:
             about,
             self.planner,
             frontier=frontier,
+            batch_process=batch_process,
             tell=self.told.append,
             wake=lambda: self.woken.append(True),
             monotonic=lambda: self.now_s,

@@ -103,5 +103,5 @@ def test_sizes_are_those_of_the_model() -> None:
     assert sizes_of(usual, model.of, given.tolist()) == pytest.approx(sizes(0.5 + given))
     with pytest.raises(PlanError, match="works: got 5; allowed: one for each of 6 microbatches"):
         sizes_of(usual, model.of, given[:5].tolist())
-    with pytest.raises(PlanError, match="nothing is known of"):
+    with pytest.raises(PlanError, match="the model lacks"):
         sizes_of(usual, {}, given.tolist())

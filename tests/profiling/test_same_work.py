@@ -109,3 +109,41 @@ def test_what_was_never_seen_stays_unresolved() -> None:
     estimates = job(5, replicas=1)
     estimates[0, 0] = [replace(estimates[0, 0][0], unresolved=frozenset({"evaluate", BLOCKING}))]
     assert on_common_work(estimates, max_relative_error=0.05)[0, 0].unresolved == {"evaluate", BLOCKING}
+
+
+Job = dict[tuple[int, int], list[StageEstimate]]
+
+
+def announced_job(seed: int, *, told: bool) -> tuple[Job, dict[tuple[int, int], float]]:
+    """Two stages in lock-step at one clock at a time, whose steps vary by a third; and what was announced of them."""
+    draw = np.random.default_rng(seed)
+    clocks = [clock for clock in (1410, 1110, 810) for _ in range(6)]
+    sizes = draw.lognormal(0.0, 0.33, len(clocks))
+    estimates: Job = {}
+    for stage in (0, 1):
+        means_s = 0.02 * (1 + stage) * sizes * 1410 / np.array(clocks) * draw.lognormal(0, 0.01, len(clocks))
+        rows = zip(clocks, means_s.tolist(), strict=True)
+        estimates[0, stage] = [
+            estimate([StepMean(step, clock, "forward", mean_s, 8) for step, (clock, mean_s) in enumerate(rows)])
+        ]
+    known = sizes if told else draw.permutation(sizes)
+    return estimates, {(0, step): 1000.0 * size for step, size in enumerate(known.tolist())}
+
+
+def test_announced_work_tells_how_large_steps_were() -> None:
+    estimates, works = announced_job(1, told=True)
+    without = on_common_work(estimates, max_relative_error=0.05)[0, 0]
+    announced = on_common_work(estimates, max_relative_error=0.05, works=works)[0, 0]
+    for clock in (1110, 810):
+        blind, seeing = (
+            next(row for row in one.instructions if row.frequency_mhz == clock) for one in (without, announced)
+        )
+        top_s = next(row.time_s for row in announced.instructions if row.frequency_mhz == 1410)
+        assert seeing.time_s / top_s == pytest.approx(1410 / clock, rel=0.03)
+        assert seeing.time_se_s < 0.2 * blind.time_se_s
+
+
+def test_announced_work_that_says_nothing_is_not_believed() -> None:
+    estimates, works = announced_job(2, told=False)
+    with_it, without = (on_common_work(estimates, max_relative_error=0.05, works=one) for one in (works, None))
+    assert repr(with_it) == repr(without)  # NaN is not itself

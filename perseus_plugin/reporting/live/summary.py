@@ -23,6 +23,7 @@ from perseus_plugin.reporting.live.account import (
 from perseus_plugin.reporting.live.bill import Bill
 from perseus_plugin.reporting.live.comparison import Compared
 from perseus_plugin.reporting.record.summary import (
+    BatchesSection,
     BesideSection,
     CatchingUpSection,
     Changed,
@@ -95,6 +96,7 @@ def build_summary(
     overheads: Overheads | None = None,
     targets: Mapping[str, int] | None = None,
     bill: Bill | None = None,
+    batches: BatchesSection | None = None,
 ) -> Summary:
     """The content of summary.json.
 
@@ -172,6 +174,7 @@ def build_summary(
         ),
         at_power_limit=LimitSection(full_clock_percent=_held(stats, FULL_CLOCK), plan_percent=_held(stats, PLAN)),
         beside=_beside(overheads),
+        batches=batches,
         worth=None if bill is None else bill.section(full_energy_j, _full_between_j(compared, energy_j)),
         overhead=_overhead(stats, time_s or full_time_s),
     )

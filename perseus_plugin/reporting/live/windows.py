@@ -7,8 +7,16 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from perseus_plugin.exchange.messages import Placement, PlanPart, RankWindow, RankWindows, Seen, windows_key
-from perseus_plugin.exchange.parts import Parts
+from perseus_plugin.exchange.messages import (
+    BatchPart,
+    Placement,
+    PlanPart,
+    RankWindow,
+    RankWindows,
+    Seen,
+    windows_key,
+)
+from perseus_plugin.exchange.parts import Parts, batch_part
 from perseus_plugin.exchange.store import Exchange
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.record import IterationRecord
@@ -78,7 +86,8 @@ class Windows:
             self._open.append(_Open(block, following.since, {}))
         if not (record.undisturbed and record.complete):
             return
-        part = parts.get((following.version, record.schedule))
+        # What was announced of the batch tells its size, at full clocks too; else the instructions do.
+        part = batch_part(parts, record) or parts.get((following.version, record.schedule))
         if part is None:
             return  # this schedule runs at full clocks under these plans too
         spent_s, usual_s = work_seen(record, part, self._top_mhz)
@@ -113,7 +122,8 @@ class Windows:
 def work_seen(record: IterationRecord, part: PlanPart, top_mhz: int) -> tuple[float, float]:
     """Seconds that instructions which run at full clocks under the plan took, and take by the profile.
 
-    Only those with a full-clock one before them are taken, as the clock may still rise within the first one.
+    Only those with a full-clock one before them are taken, as the clock may still rise within the first one. Where the
+    batch was announced, its iteration and a usual one stand for them.
 
     Args:
         record: of an iteration under the plan, or of a reference.
@@ -123,6 +133,8 @@ def work_seen(record: IterationRecord, part: PlanPart, top_mhz: int) -> tuple[fl
     Returns:
         Zeros where there are none, or the record does not fit the part.
     """
+    if isinstance(part, BatchPart):
+        return part.pace_s, part.usual_s
     if len(part.clocks_mhz) != sum(slot >= 0 for slot in record.slots):
         return 0.0, 0.0
     held = [

@@ -14,6 +14,8 @@ from perseus_plugin.iteration.timetable import REFERENCE, Directive, Follow, Ful
 WARM_UP, FULL, PROFILING = RanAs.WARM_UP.value, RanAs.FULL.value, RanAs.PROFILING.value
 PLAN, STRAGGLER, UNKNOWN = RanAs.PLAN.value, RanAs.STRAGGLER.value, RanAs.UNKNOWN.value
 """The record's words for `RanAs`; a reference is one at full clocks, with that as its reason."""
+OWN_BATCH = "made for its batch"
+"""Reason of an iteration under a plan of its own."""
 
 _MIXING = 64  # iterations in a stretch, from which on references and schedules are not kept apart
 
@@ -26,7 +28,7 @@ class Sort:
         state: the record's word for `RanAs`.
         plan: version of the plan, 0 without one.
         clock_mhz: of the profiling sweep, 0 otherwise.
-        reason: why at full clocks, for people; else empty.
+        reason: why at full clocks, or `OWN_BATCH`, for people; else empty.
         schedule: key of the schedule that ran, empty: several, or not known.
     """
 
@@ -44,7 +46,8 @@ class Sort:
             case Sweep():
                 return cls(ran_as.value, clock_mhz=directive.frequency_mhz, schedule=schedule)
             case Follow():
-                return cls(ran_as.value, plan=directive.version, schedule=schedule)
+                reason = OWN_BATCH if directive.batch else ""
+                return cls(ran_as.value, plan=directive.version, reason=reason, schedule=schedule)
             case FullClock():
                 reason = "" if ran_as is RanAs.WARM_UP else directive.reason[:300]
                 state = FULL if ran_as is RanAs.REFERENCE else ran_as.value
@@ -102,13 +105,17 @@ class Stretch:
 def _joins(last: Stretch, one: Stretch, size: int) -> bool:
     """Whether the next stretch goes into the last one.
 
-    In a long run schedules that take turns are joined, and references go into the iterations under the plan before
-    them: both return for as long as the plan is followed. What is added up stays right, as references save nothing.
+    In a long run schedules that take turns are joined, and so are iterations under the plan and under plans for single
+    batches; references go into the iterations under the plan before them: all these return for
+    as long as the plan is followed. What is added up stays right, as references save nothing.
     """
     if last.precedes(one) or size < _MIXING or last.first + last.count != one.first:
         return last.precedes(one)
     is_reference = one.sort.state == FULL and one.sort.reason == REFERENCE.reason
-    return (last.sort.state == PLAN and is_reference) or replace(last.sort, schedule=one.sort.schedule) == one.sort
+    # Plans for single batches come and go as well.
+    reason = one.sort.reason if one.sort.state == PLAN else last.sort.reason
+    same = replace(last.sort, schedule=one.sort.schedule, reason=reason) == one.sort
+    return (last.sort.state == PLAN and is_reference) or same
 
 
 class IterationLog:

@@ -152,6 +152,18 @@ class WaitingSection(_Section):
     woken_early: int = _told("of those, the ones that ended before the clock was back", 0)
 
 
+class BatchesSection(_Section):
+    """What came of batches that were announced."""
+
+    announced: int = _told("iterations whose work was")
+    planned: int = _told("of them, those that ran under a plan of their own, on rank 0")
+    explained_percent: Figure = _told("share of the durations' variance that the work explains", None)
+    error_percent: Figure = _told("what it leaves, as a share of a duration", None)
+    margin_percent: Figure = _told("of such plans", None)
+    saving_percent: Figure = _told("over the iterations that this was learned from", None)
+    ended: str = _told("why batches are not planned for one by one; empty: they are", "")
+
+
 class LimitSection(_Section):
     """For how much of the time of iterations the power limit held GPUs below the clock asked for; all that tell it."""
 
@@ -234,6 +246,7 @@ class Summary(_Section):
     beside: BesideSection = _told(
         "in an iteration, neither computing nor loading nor other timed work", BesideSection()
     )
+    batches: BatchesSection | None = _told("announced batches; null: there were none", None)
     worth: WorthSection | None = _told("what energy was worth by the signals; null: there are none", None)
     overhead: OverheadSection = _told("what the plugin itself takes")
 

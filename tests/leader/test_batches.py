@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perseus_plugin.exchange.messages import (
+    BATCHES,
+    WORKS,
+    AnnouncedWork,
+    BatchNews,
+    BatchPart,
+    IterationDurations,
+    RankDurations,
+    batch_key,
+    durations_key,
+    estimate_key,
+    receive,
+)
+from perseus_plugin.iteration.instructions import Compute
+from perseus_plugin.iteration.timetable import Follow, Sweep
+from perseus_plugin.leader.batch_book import BatchBook, BatchWatch
+from perseus_plugin.leader.state import Phase
+from perseus_plugin.planning.batch_process import Learned, Lesson, PlannedStep, Pupil, StageOfBatch, Works, answered
+from tests.factories import CLOCKS_MHZ, placement, rank_estimate, record, time_s
+from tests.leader.rank_zero import FULL_S, SCHEDULES, RankZero
+
+MICROBATCHES = 4
+
+
+class InThisProcess:
+    """Plans when told to, with everything through JSON as from and to the real one."""
+
+    def __init__(self) -> None:
+        self.pupil, self.lines = Pupil(), list[str]()
+        self.answer: Learned | PlannedStep | None = None
+        self.busy = self.closed = False
+
+    def learn(self, lesson: Lesson) -> None:
+        self._ask({"learn": lesson.request.to_dict(), "works": lesson.works})
+
+    def plan(self, works: Works) -> None:
+        self._ask({"plan": works})
+
+    def _ask(self, what: dict[str, Any]) -> None:
+        assert not self.busy
+        self.busy = True
+        self.lines.append(json.dumps(what))
+
+    def finish(self) -> None:
+        data = json.loads(answered(self.pupil, self.lines[-1]))
+        self.busy = False
+        if "replicas" in data:
+            replicas = [[StageOfBatch(**stage) for stage in stages] for stages in data.pop("replicas")]
+            self.answer = PlannedStep(replicas, **data)
+        else:
+            self.answer = Learned(**data)
+
+    def poll(self) -> Learned | PlannedStep | None:
+        answer, self.answer = self.answer, None
+        return answer
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def works_of(iteration: int) -> tuple[float, ...]:
+    return tuple(np.random.default_rng(iteration).uniform(500.0, 1500.0, MICROBATCHES).tolist())
+
+
+class Announced(RankZero):
+    """A job whose plan is followed, and whose batches are announced."""
+
+    def __init__(self, folder: Path) -> None:
+        self.process = InThisProcess()
+        block = {
+            "margin": 0.01,
+            "stragglers": {"detect": False},
+            "watch": {"patience": 3, "tolerance": 0.05, "reference_share": 0},
+        }
+        super().__init__(folder, block, batch_process=lambda: self.process)
+        for _ in range(4):
+            self.run(Sweep(0, CLOCKS_MHZ[0], kept=True), FULL_S)
+        for rank in (0, 1):
+            self.exchange.publish(estimate_key(0, rank), rank_estimate(rank, 2).model_dump())
+        self.step()
+        self.planner.finish()
+        self.step()
+        assert self.coordinator.phase is Phase.FOLLOWING
+        self.says: Callable[[int], Sequence[float]] = works_of
+
+    def announce(self, *iterations: int) -> None:
+        for iteration in iterations:
+            message = AnnouncedWork(iteration=iteration, replica=0, work=tuple(self.says(iteration)))
+            self.exchange.append(WORKS, message.model_dump())
+
+    def tell_durations(self, *iterations: int, noise: float = 0.0) -> None:
+        """All ranks tell of iterations at full clocks."""
+        for rank in (0, 1):
+            ops = [op for op in SCHEDULES["A"](rank) if isinstance(op, Compute)]
+            told = []
+            for iteration in iterations:
+                draw = np.random.default_rng(1000 * rank + iteration)
+                durations = [
+                    time_s(op.kind, CLOCKS_MHZ[0], rank)
+                    * works_of(iteration)[op.microbatch]
+                    / 1000
+                    * float(1 + noise * draw.standard_normal())
+                    for op in ops
+                ]
+                starts_s = np.cumsum([0.0, *durations[:-1]])
+                told.append(
+                    IterationDurations(
+                        number=iteration,
+                        schedule="A",
+                        clocks_mhz=(0,),
+                        durations_s=tuple(durations),
+                        starts_s=tuple(starts_s.tolist()),
+                        time_s=FULL_S,
+                    )
+                )
+            message = RankDurations(placement=placement(rank), iterations=tuple(told))
+            self.exchange.publish(durations_key(rank), message.model_dump())
+
+    def learned(self) -> Announced:
+        numbers = range(self.iteration - 8, self.iteration)
+        self.announce(*numbers)
+        self.tell_durations(*numbers)
+        self.look()
+        self.process.finish()
+        self.look()
+        return self
+
+    def look(self) -> None:
+        self.now_s += 0.01
+        self.step()
+
+    def iterate(self, count: int = 1, time_s: float = FULL_S, *, batch: bool = False) -> None:
+        """Iterations end on rank 0, on time."""
+        for _ in range(count):
+            self.now_s += time_s
+            seen = record(self.iteration, begin_s=self.now_s - time_s, operations=(), durations_s=(), schedule="A")
+            seen.end_s = self.now_s
+            self.coordinator.saw(Follow(1, batch=batch), seen)
+            self.iteration += 1
+            self.step()
+
+    def part(self, iteration: int, stage: int) -> BatchPart:
+        return receive(BatchPart, self.exchange.fetch(batch_key(iteration, 0, stage)))
+
+    @property
+    def heard(self) -> tuple[int, ...]:
+        value = self.exchange.heard(BATCHES)
+        return () if value is None else receive(BatchNews, value).iterations
+
+
+@pytest.fixture
+def job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Announced:
+    caplog.set_level(logging.INFO)
+    return Announced(tmp_path)
+
+
+def test_nothing_is_started_where_nothing_is_announced(job: Announced) -> None:
+    job.tell_durations(*range(8))
+    job.look()
+    assert not job.process.lines
+    assert job.coordinator.batches is not None
+    assert job.coordinator.batches.figures is None
+
+
+def test_a_step_is_planned_for_before_it_runs(job: Announced, caplog: pytest.LogCaptureFixture) -> None:
+    job.learned()
+    assert "batches are planned for one by one: announced works explain 100 %" in caplog.text
+    job.iterate(9)
+    wanted = job.iteration + 4
+    job.announce(wanted)
+    job.look()
+    assert json.loads(job.process.lines[-1]) == {"plan": [list(works_of(wanted))]}
+    job.process.finish()
+    job.look()
+    assert job.heard == (wanted,)
+    for stage in (0, 1):
+        part = job.part(wanted, stage)
+        assert (part.iteration, part.base, part.schedule) == (wanted, job.newest().version, "A")
+        ops = [op for op in SCHEDULES["A"](stage) if isinstance(op, Compute)]
+        expected_s = [
+            time_s(op.kind, clock, stage) * works_of(wanted)[op.microbatch] / 1000
+            for op, clock in zip(ops, part.clocks_mhz, strict=True)
+        ]
+        assert part.times_s == pytest.approx(expected_s, rel=0.01)
+        assert min(part.clocks_mhz) < CLOCKS_MHZ[0]
+    assert job.part(wanted, 0).pace_s > 0
+
+
+def test_what_is_announced_too_late_is_not_planned_for(job: Announced) -> None:
+    job.learned()
+    job.iterate(9)
+    asked = len(job.process.lines)
+    job.announce(job.iteration, job.iteration + 1)
+    job.look()
+    assert len(job.process.lines) == asked
+    assert job.heard == ()
+
+
+def test_a_plan_that_took_too_long_is_not_told(job: Announced) -> None:
+    job.learned()
+    job.iterate(9)
+    job.announce(job.iteration + 4)
+    job.look()
+    job.now_s += 3.8 * FULL_S
+    job.process.finish()
+    job.look()
+    assert job.heard == ()
+
+
+def test_works_that_explain_nothing_are_said_once_and_the_plan_stays(
+    job: Announced, caplog: pytest.LogCaptureFixture
+) -> None:
+    job.says = lambda iteration: works_of(iteration + 500)
+    job.learned()
+    job.now_s += 60
+    job.learned()
+    assert caplog.text.count("batches are not planned for one by one: the announced works explain") == 1
+    job.iterate(9)
+    job.announce(job.iteration + 4)
+    job.look()
+    assert job.heard == ()
+
+
+def test_works_that_turn_out_wrong_end_in_the_usual_plan(job: Announced, caplog: pytest.LogCaptureFixture) -> None:
+    job.learned()
+    job.iterate(9)
+    job.says = lambda iteration: works_of(iteration + 500)
+    numbers = range(job.iteration, job.iteration + 12)
+    job.announce(*numbers)
+    job.iterate(12)
+    job.tell_durations(*numbers)
+    for _ in range(2):
+        job.now_s += 60
+        for _ in range(3):  # a step may be in work
+            job.look()
+            if job.process.busy:
+                job.process.finish()
+                job.look()
+    assert "batches are not planned for one by one any more: " in caplog.text
+    assert job.process.closed
+    assert job.coordinator.batches is not None
+    figures = job.coordinator.batches.figures
+    assert figures is not None
+    assert figures.ended
+
+
+def test_a_lost_process_ends_in_the_usual_plan(job: Announced, caplog: pytest.LogCaptureFixture) -> None:
+    job.learned()
+    job.iterate(9)
+    job.announce(job.iteration + 4)
+    job.look()
+    job.process.answer, job.process.busy = PlannedStep(why_not="the process that plans batches ended"), False
+    job.look()
+    assert "a step could not be planned for: the process that plans batches ended" in caplog.text
+    assert job.coordinator.phase is Phase.FOLLOWING
+
+
+def test_numbers_for_other_microbatches_are_said_once(job: Announced, caplog: pytest.LogCaptureFixture) -> None:
+    job.says = lambda iteration: [1.0, 2.0]
+    for _ in range(3):
+        job.announce(job.iteration)
+        job.look()
+        seen = record(job.iteration)
+        assert job.coordinator.batches is not None
+        job.coordinator.batches.saw(Follow(1), seen)
+        job.iteration += 1
+    assert caplog.text.count("announced work was of no use: 2 numbers for an iteration of 1 microbatches") == 1
+
+
+# The book.
+
+
+def announced(iteration: int, replica: int = 0, count: int = 2) -> AnnouncedWork:
+    return AnnouncedWork(iteration=iteration, replica=replica, work=(1.0,) * count)
+
+
+def test_a_step_is_known_once_all_replicas_have_announced_it() -> None:
+    book = BatchBook(2)
+    book.take(announced(5))
+    assert book.of(5, 2) is None
+    book.take(announced(5, replica=1))
+    assert book.of(5, 2) == [(1.0, 1.0), (1.0, 1.0)]
+    assert book.of(5, 3) is None
+    book.take(announced(5, replica=7))
+    assert book.counts(5) == {2}
+
+
+def test_the_next_step_is_one_that_there_is_time_for() -> None:
+    book = BatchBook(1)
+    for iteration in range(10):
+        book.take(announced(iteration))
+    assert book.next_in_time(2, -1, 0.0, 1.0) is None  # how long iterations take is not known
+    for number in range(4):
+        book.ended(number, 2.0 * number)
+    # Iteration 4 began at 6 s and takes 2 s.
+    assert book.next_in_time(2, -1, 6.5, 1.0) == 5
+    assert book.next_in_time(2, -1, 6.5, 1.6) == 6
+    assert book.next_in_time(2, 7, 6.5, 1.0) == 8
+    assert book.next_in_time(2, 9, 6.5, 1.0) is None
+
+
+# The watch.
+
+
+def test_iterations_as_long_as_the_works_make_them_are_well() -> None:
+    watch = BatchWatch(0.03)
+    for _ in range(20):
+        watch.saw(1.01, 1.0, reference=False)
+        watch.timed([0.5, 0.6], [0.5, 0.6])
+    assert watch.against == ""
+    assert watch.iterations == 20
+
+
+def test_iterations_that_take_longer_are_not() -> None:
+    watch = BatchWatch(0.03)
+    for _ in range(8):
+        watch.saw(1.05, 1.0, reference=False)
+    assert watch.against == "iterations planned by announced works take 5.0 % longer than these make them"
+
+
+def test_what_references_have_in_common_is_not_the_plans_doing() -> None:
+    watch = BatchWatch(0.03)
+    for number in range(10):
+        watch.saw(1.20, 1.0, reference=number < 2)
+    assert watch.against == ""
+    for _ in range(4):
+        watch.saw(1.00, 1.0, reference=True)  # the works make steps too long
+    assert watch.against.startswith("iterations planned by announced works take 20.0 % longer")
+
+
+def test_instructions_that_take_half_as_long_speak_against_the_works() -> None:
+    watch = BatchWatch(0.03)
+    for _ in range(8):
+        watch.saw(1.0, 1.0, reference=False)
+        watch.timed([0.25], [0.5])
+    assert watch.against == "instructions take 0.50 times as long as the announced works make them"
+
+
+def test_figures_pass_through_json() -> None:
+    learned = Learned(explained=0.9, error=0.02, margin=0.03, time_ratio=1.0, saving=0.2, saving_in_force=0.1)
+    assert Learned(**json.loads(json.dumps(asdict(learned)))) == learned

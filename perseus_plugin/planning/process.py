@@ -1,7 +1,8 @@
 """The planner in a process of its own, so that planning takes neither the interpreter nor the cores from training.
 
 Run with PARENT (see `processes`), it reads a JSON line per request and writes one per answer, and ends when its
-standard input does, so that it cannot outlive the trainer. Rank 0's side is `planner_process.PlannerProcess`.
+standard input does, so that it cannot outlive the trainer. On the signal `DROP` it gives up what it is working on, and
+says so in the answer. Rank 0's side is `planner_process.PlannerProcess`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from perseus_plugin.errors import PerseusError
 from perseus_plugin.iteration.replayed import Overheads, Replayed, Samples, StageCatchUp
+from perseus_plugin.planning.child import DROP
 from perseus_plugin.planning.paced import Pace
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.power.budget import PowerBudget
@@ -129,14 +132,15 @@ def within_limit(request: PlanRequest) -> PlanRequest:
     if request.limit is None:
         return request
     planner = planner_for(replace(request, margin=0.0))
-    if is_within(planner, planner.solve(request.target, limits_of(request)), request.limit):
+    found = planner.solve(request.target, limits_of(request), search=request.search)
+    if is_within(planner, found, request.limit):
         return replace(request, limit=None)
     # A margin that is not needed makes iterations shorter, and so draws more.
     return replace(request, target=Target.power_budget(request.limit), limit=None, margin=0.0)
 
 
 def uniform_within_limit(request: PlanRequest) -> Plan | None:
-    """One clock for all, within the request's limit; None: it has none, or there is none.
+    """One clock for all, within the request's limit or else the lowest; None: it has none.
 
     Raises:
         PerseusError: the request is inconsistent.
@@ -146,8 +150,7 @@ def uniform_within_limit(request: PlanRequest) -> Plan | None:
     if request.limit is None:
         return None
     planner = planner_for(replace(request, margin=0.0))
-    found = uniform_within(planner, request.limit, limits_of(request))
-    return None if found is None else planner.plan_of(found)
+    return planner.plan_of(uniform_within(planner, request.limit, limits_of(request)))
 
 
 def answer_to(request: PlanRequest) -> PlanAnswer:
@@ -258,7 +261,7 @@ def allowed_slowdown(request: PlanRequest) -> float:
     if request.target.kind == "slowdown":
         return request.target.value
     planner = planner_for(replace(request, margin=0.0))
-    found = planner.solve(request.target, limits_of(request))
+    found = planner.solve(request.target, limits_of(request), search=False)  # for its time alone
     return max(0.0, found.allowed_s / planner.problem.full_clock_time_s - 1)
 
 
@@ -267,14 +270,23 @@ def _promise(request: PlanRequest) -> Promise:
 
     budget, power_w = request.target.budget, None
     if budget is not None and request.samples is not None:
-        stage_of = budget.ranks_by_stage(len(request.streams))
         if budget.job_w is None or budget.groups or budget.peaks.limited:
             # Where groups or peaks are tighter than the job, it may not draw more than is planned for them.
             power_w = plan_for(replace(request, margin=0.0)).power_w
         else:
-            power_w = budget.gpu_w(budget.job_w, len(stage_of)) * len(request.streams) / len(stage_of)
+            power_w = _of_pipeline_w(request, budget, budget.job_w)
         power_w *= len(request.samples.durations_s[0])
     return Promise(slowdown=allowed_slowdown(request), quantile=request.quantile, power_w=power_w)
+
+
+def _of_pipeline_w(request: PlanRequest, budget: PowerBudget, job_w: float) -> float:
+    """What GPUs of one pipeline may draw of a budget on the job; where no plan keeps that, what the nearest draws."""
+    gpus = len(budget.ranks_by_stage(len(request.streams)))
+    allowed_w = budget.gpu_w(job_w, gpus) * len(request.streams) / gpus
+    if not budget.or_nearest:
+        return allowed_w
+    nearest = replace(request, margin=0.0, effort="quick", target=Target.power_budget(budget))
+    return max(allowed_w, plan_for(nearest).power_w)
 
 
 def _plans_within(request: PlanRequest, budget: PowerBudget) -> Callable[[float], Plan]:
@@ -287,7 +299,7 @@ def _plans_within(request: PlanRequest, budget: PowerBudget) -> Callable[[float]
     def plan_at(share: float) -> Plan:
         if share >= 1:
             return whole
-        tighter = replace(budget, job_w=power.job_w * share)
+        tighter = replace(budget, job_w=power.job_w * share, or_nearest=False)
         plan = plan_for(replace(request, margin=0.0, target=Target.power_budget(tighter)))
         assert plan.power is not None
         drawn_w = {one.name: one.planned_w for one in plan.power.budgets}
@@ -366,13 +378,11 @@ def pace_for(request: PlanRequest) -> Pace:
 def _pace_within(request: PlanRequest, limit: PowerBudget) -> Pace:
     """As `pace_for`, at a pace at which no sort of pipeline draws more than its part of the limit on the job."""
     assert request.pace is not None  # the caller looked
-    stage_of = limit.ranks_by_stage(len(request.streams))
-    pipelines = len(stage_of) / len(request.streams)
+    if limit.job_w is None:
+        return pace_for(request)
+    allowed_w = _of_pipeline_w(request, limit, limit.job_w)
     for _ in range(_PACES):
         pace = pace_for(request)
-        if limit.job_w is None:
-            break
-        allowed_w = limit.gpu_w(limit.job_w, len(stage_of)) / pipelines
         over = max(planned.energy_j / pace.pace_s for planned in pace.variants) / allowed_w
         if over <= 1:
             break
@@ -411,14 +421,40 @@ def main() -> None:
     """Answer requests on standard input until it ends."""
     threading.Thread(target=end_with, args=(int(sys.argv[1]),), daemon=True).start()
     yield_to_training(5)
+    signal.signal(DROP, _drop)
     import perseus_plugin.planning.planner  # noqa: F401  (loads OR-Tools before the first request)
 
     for line in sys.stdin:
         print(answered(line), flush=True)
 
 
+class _DroppedError(BaseException):
+    """What is worked on is not wanted any more; nothing that handles errors shall go on with it."""
+
+
+_droppable = False
+
+
+def _drop(number: int, frame: object) -> None:
+    global _droppable
+    if _droppable:
+        _droppable = False
+        raise _DroppedError
+
+
 def answered(line: str) -> str:
     """The answer to a line that holds a request, as a line; whatever is wrong with it is said in the answer."""
+    global _droppable
+    try:
+        _droppable = True
+        answer = _answered(line)
+        _droppable = False
+    except _DroppedError:
+        answer = json.dumps(PlanAnswer(None, 0.0, "it is not wanted any more", dropped=True).to_dict())
+    return answer
+
+
+def _answered(line: str) -> str:
     try:
         request = PlanRequest.from_dict(json.loads(line))
         if request.refine_s:

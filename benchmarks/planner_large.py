@@ -1,9 +1,11 @@
 """Time and memory for large jobs: more stages and microbatches than the published profiles have.
 
     python benchmarks/planner_large.py DATA --size 16x256 --size 64x512 [--slowdown 0.05]
+    python benchmarks/planner_large.py DATA --size 8x144 --chunks 8 --pair-ms 15
 
 DATA holds `gpt3-175b-a100_sxm.csv`. All stages but the last have the rows of its first stage, slowed by up to a
-tenth at random (seeded); the last stage has those of its last.
+tenth at random (seeded); the last stage has those of its last. With `--pair-ms` a forward and a backward of the first
+stage take so long together at full clocks.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import time
 from pathlib import Path
 
 from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.instructions import BACKWARD, FORWARD
 from perseus_plugin.iteration.schedules import interleaved_1f1b, one_f_one_b
 from perseus_plugin.planning.planner import Planner, Target
 from perseus_plugin.profiling.profile import Profile, load_profile
@@ -40,8 +43,13 @@ def main() -> None:
     parser.add_argument("--size", action="append", help="STAGESxMICROBATCHES, may be repeated (default: 16x256)")
     parser.add_argument("--chunks", type=int, default=1, help="of each stage, interleaved")
     parser.add_argument("--slowdown", type=float, default=0.0)
+    parser.add_argument(
+        "--pair-ms", type=float, help="a forward and a backward together (default: as profiled, times 10)"
+    )
     arguments = parser.parse_args()
-    profile = load_profile(arguments.data / "gpt3-175b-a100_sxm.csv").scaled(10)
+    profile = load_profile(arguments.data / "gpt3-175b-a100_sxm.csv")
+    pair_s = sum(profile.table[0, kind][0].time_s for kind in (FORWARD, BACKWARD))
+    profile = profile.scaled(10 if arguments.pair_ms is None else arguments.pair_ms / 1000 / pair_s)
     for size in arguments.size or ["16x256"]:
         stages, microbatches = (int(part) for part in size.split("x"))
         chosen = widened(profile, stages)

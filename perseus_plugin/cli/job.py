@@ -11,7 +11,7 @@ import typer
 from perseus_plugin.errors import ConfigError, PlanError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Compute, StageStream
-from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
 from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.planning.targets import Effort
 from perseus_plugin.profiling.derived import with_rows_for
@@ -45,6 +45,10 @@ Schedule = Annotated[
         help=f"{', '.join(SCHEDULES)}, or a file: .json with the operations of every stage, .csv with the actions of "
         "every rank as PyTorch's pipeline schedules write them."
     ),
+]
+Chunks = Annotated[
+    int | None,
+    typer.Option(help=f"Model chunks per stage, with {' or '.join(OF_CHUNKS)} (2).", show_default=False),
 ]
 InputShare = Annotated[
     float,
@@ -83,6 +87,7 @@ def planner_from_options(
     switch_latency_s: float | None,
     power_limit_w: float | None,
     input_share: float,
+    chunks: int | None = None,
 ) -> tuple[Planner, Profile]:
     """Read the files and set up the planner; `switch_latency_s` is from `lowering`. With it the profile that it reads.
 
@@ -93,7 +98,7 @@ def planner_from_options(
     from perseus_plugin.planning.planner import Planner
 
     profile, power_w = profile_from_options(profile_path, blocking_power, scale, power_limit_w)
-    streams = streams_for(schedule, profile.stages, microbatches)
+    streams = streams_for(schedule, profile.stages, microbatches, chunks)
     profile = with_rows_for(profile, streams, share_of(input_share))
     needed = {(s, op.kind) for s, stream in enumerate(streams) for op in stream if isinstance(op, Compute)}
     missing = sorted(needed - profile.table.keys())
@@ -155,16 +160,21 @@ def schedule_name(schedule: str) -> str:
     return schedule if schedule in SCHEDULES else Path(schedule).stem
 
 
-def streams_for(schedule: str, stages: int, microbatches: int | None) -> list[StageStream]:
-    """The instruction streams that `--schedule` and `--microbatches` name.
+def streams_for(schedule: str, stages: int, microbatches: int | None, chunks: int | None = None) -> list[StageStream]:
+    """The instruction streams that `--schedule`, `--microbatches` and `--chunks` name.
 
     Raises:
-        ConfigError: there is no such schedule or it is of other stages, or microbatches are missing or too many.
+        ConfigError: there is no such schedule or it is of other stages or other chunks, or microbatches are missing or
+            too many.
         ScheduleError: the schedule does not exist for so many stages and microbatches, or its file is wrong.
     """
+    if chunks is not None and schedule not in OF_CHUNKS:
+        raise ConfigError(f"--chunks: got {chunks} with {schedule}; allowed: with {' or '.join(OF_CHUNKS)}")
     if schedule in SCHEDULES:
         if microbatches is None:
             raise ConfigError(f"--microbatches: missing; the schedule {schedule} needs it")
+        if chunks is not None:
+            return OF_CHUNKS[schedule](stages, microbatches, chunks)
         return SCHEDULES[schedule](stages, microbatches)
     if not Path(schedule).exists():
         raise ConfigError(f"--schedule: got {schedule!r}; allowed: {', '.join(SCHEDULES)}, or an existing file")

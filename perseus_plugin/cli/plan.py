@@ -12,6 +12,7 @@ from rich.table import Table
 from perseus_plugin.cli.job import (
     SWITCH_LATENCY_S,
     BlockingPower,
+    Chunks,
     EffortOption,
     InputShare,
     Latency,
@@ -59,6 +60,7 @@ def plan(
     microbatches: Microbatches = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the plan.")] = Path("plan.json"),
     schedule: Schedule = "1f1b",
+    chunks: Chunks = None,
     scale: Scale = 1.0,
     input_share: InputShare = INPUT_SHARE,
     latency: Latency = 0.0,
@@ -102,6 +104,7 @@ def plan(
         lowering(lower_while_waiting, switch_latency),
         power_limit,
         input_share,
+        chunks,
     )
     stages, node = planner.problem.graph.stages, NodeOverhead(node_watts, node_share)
     budget = budget_from_options(stages, power_budget, group, replicas, gpus_per_node, node, peak_w, peak_window)

@@ -14,6 +14,7 @@ from rich.table import Table
 from perseus_plugin.cli.job import (
     SWITCH_LATENCY_S,
     BlockingPower,
+    Chunks,
     EffortOption,
     InputShare,
     Latency,
@@ -40,7 +41,7 @@ from perseus_plugin.cli.simulation.description import (
 from perseus_plugin.cli.simulation.resplit import Split, resplit
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.iteration.instructions import INPUT_SHARE
-from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
 from perseus_plugin.planning.power.words import parse_watts
 from perseus_plugin.planning.targets import ChangeLimits
 from perseus_plugin.profiling.profile import Profile
@@ -71,6 +72,7 @@ def simulate(
         list[str] | None,
         typer.Option(help=f"{', '.join(SCHEDULES)}, or a schedule file, as for `perseus plan` (default: 1f1b)."),
     ] = None,
+    chunks: Chunks = None,
     slowdown: Annotated[
         list[float] | None, typer.Option(help="Allowed slowdown against full clocks, as a share (default: 0).")
     ] = None,
@@ -126,6 +128,7 @@ def simulate(
         _refuse(
             "with a trace, which says it",
             microbatches=microbatches,
+            chunks=chunks,
             straggler=straggler,
             power_budget=power_budget,
             split=split,
@@ -185,7 +188,7 @@ def simulate(
             f"got {source}; allowed: a profile (.csv) or a model description (.yaml, .yml), or "
             "traces (.json, .json.gz, .csv, .csv.gz)"
         )
-    schedules = _schedules(schedule or ["1f1b"], microbatches)
+    schedules = _schedules(schedule or ["1f1b"], microbatches, chunks)
     console = Console()
     outcomes: list[Outcome] = []
     with console.status("planning") as status:
@@ -303,9 +306,11 @@ def _measured(
     return [Pipeline(partial(profile_for, cut), power, len(cut), cut, chunks=chunks) for cut in wanted]
 
 
-def _schedules(names: Sequence[str], microbatches: Sequence[int] | None) -> list[Workload]:
+def _schedules(names: Sequence[str], microbatches: Sequence[int] | None, chunks: int | None) -> list[Workload]:
     from perseus_plugin.cli.simulation.scenarios import Workload
 
+    if chunks is not None and not any(name in OF_CHUNKS for name in names):
+        raise ConfigError(f"--chunks: got {chunks} with {', '.join(names)}; allowed: with {' or '.join(OF_CHUNKS)}")
     made = []
     for name in names:
         if name not in SCHEDULES and not Path(name).exists():
@@ -313,7 +318,8 @@ def _schedules(names: Sequence[str], microbatches: Sequence[int] | None) -> list
         if name in SCHEDULES and not microbatches:
             raise ConfigError(f"--microbatches: missing; the schedule {name} needs it")
         counts = tuple(microbatches or ()) if name in SCHEDULES else (None,)
-        made.append(Workload(schedule_name(name), partial(streams_for, name), counts))
+        streams = partial(streams_for, name, chunks=chunks if name in OF_CHUNKS else None)
+        made.append(Workload(schedule_name(name), streams, counts))
     return made
 
 

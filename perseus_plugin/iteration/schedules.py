@@ -163,9 +163,9 @@ def interleaved_1f1b(stages: int, microbatches: int, chunks: int = 2) -> list[St
     return streams
 
 
-def _streamed(lists: Callable[[int, int], list[list[Step]]]) -> TextbookSchedule:
-    def schedule(stages: int, microbatches: int) -> list[StageStream]:
-        return list(streams_of_steps(lists(stages, microbatches)))
+def _streamed(lists: Callable[..., list[list[Step]]]) -> Callable[..., list[StageStream]]:
+    def schedule(stages: int, microbatches: int, *chunks: int) -> list[StageStream]:
+        return list(streams_of_steps(lists(stages, microbatches, *chunks)))
 
     return schedule
 
@@ -180,3 +180,9 @@ SCHEDULES: dict[str, TextbookSchedule] = {
     "dualpipev": _streamed(dualpipev),
 }
 """By the name that the command line knows them by; a new one is one line here."""
+
+OF_CHUNKS: dict[str, Callable[[int, int, int], list[StageStream]]] = {
+    "interleaved-1f1b": interleaved_1f1b,
+    "interleaved-zero-bubble": _streamed(interleaved_zero_bubble),
+}
+"""Those of them that exist for any number of model chunks per stage, which comes third."""

@@ -61,7 +61,7 @@ def interleaved_zero_bubble(stages: int, microbatches: int, chunks: int = 2) -> 
     Raises:
         ScheduleError: fewer than one stage, microbatch or chunk, or microbatches that do not make whole rounds.
     """
-    check_size(stages, microbatches)
+    check_size(stages, microbatches, max(1, chunks))
     rounds = max(1, microbatches // stages)
     if chunks < 1 or microbatches % rounds:
         raise ScheduleError(

@@ -31,6 +31,7 @@ _POWER_RESOLUTION = 1e-4
 _STEEPEST_UNITS = 1e9
 # Events that can move by no more than this share of the iteration count as forced.
 _FORCED = 1e-8
+_MORE_ROOM = 16
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -189,6 +190,17 @@ class Relaxation:
         self.tail = np.concatenate([events.start[self.owner], events.finish[source]])
         self.head = np.concatenate([events.finish[self.owner], events.start[target]])
 
+    @property
+    def room(self) -> int:
+        """What an arc without a limit gets at first: what the optimum sends through none, as a rule.
+
+        That is what one instruction of every stage can carry. Room for all that there is makes the solver take several
+        times as long in large networks.
+        """
+        steepest = max((float(options.slope_w.max(initial=0.0)) for options in self.problem.classes), default=0.0)
+        units = math.ceil(min(steepest / self.power_unit_w, _STEEPEST_UNITS))
+        return self.problem.graph.stages * units + self.blocking_units + 1
+
     def solve(self, deadline_s: float) -> Relaxed:
         """Least effective energy at `deadline_s`, with blocking power until then.
 
@@ -260,16 +272,22 @@ class Relaxation:
         flow = np.zeros(len(tail), dtype=np.int64)
         if not len(use):
             return flow
-        solver = min_cost_flow.SimpleMinCostFlow()
-        arcs = solver.add_arcs_with_capacity_and_unit_cost(tail[use], head[use], self.capacity[use], network.cost[use])
-        if sink_units is not None:
-            solver.set_node_supply(0, sink_units)
-            solver.set_node_supply(int(network.node_of[self.events.sink]), -sink_units)
-        status = solver.solve()
-        if status != solver.OPTIMAL:
-            raise PlanError(f"the min-cost flow ended with {status}")
-        flow[use] = solver.flows(arcs)
-        return flow
+        room = self.room
+        while True:
+            solver = min_cost_flow.SimpleMinCostFlow()
+            capacity = np.minimum(self.capacity[use], room)
+            arcs = solver.add_arcs_with_capacity_and_unit_cost(tail[use], head[use], capacity, network.cost[use])
+            if sink_units is not None:
+                solver.set_node_supply(0, sink_units)
+                solver.set_node_supply(int(network.node_of[self.events.sink]), -sink_units)
+            status = solver.solve()
+            if status != solver.OPTIMAL:
+                raise PlanError(f"the min-cost flow ended with {status}")
+            flow[use] = solver.flows(arcs)
+            # Where nothing is full that has no limit, more room would change nothing.
+            if not ((flow[use] == capacity) & (capacity < self.capacity[use])).any():
+                return flow
+            room *= _MORE_ROOM
 
     def _result(self, network: _Network, flow: IntArray, deadline_s: float, blocking_w: float) -> Relaxed:
         """Bound, prices and event times from a flow; `blocking_w` is paid until the end where that is free."""
@@ -358,23 +376,28 @@ class Relaxation:
 def _longest_paths(
     value: npt.NDArray[np.int64], tail: IntArray, head: IntArray, length: IntArray
 ) -> npt.NDArray[np.int64]:
-    """Longest path to every node from node 0, whose value stays 0 (Bellman-Ford on whole arrays).
+    """Longest path to every node from node 0, whose value stays 0 (Bellman-Ford; only what has risen is followed).
 
     Args:
         value: lower bounds to begin with.
     """
     if not len(tail):
         return value
-    order = np.argsort(head, kind="stable")
-    tail, head, length = tail[order], head[order], length[order]
-    first = np.flatnonzero(np.diff(head, prepend=-1))
-    targets = head[first]
+    order = np.argsort(tail, kind="stable")
+    head, length = head[order], length[order]
+    first = np.searchsorted(tail[order], np.arange(len(value) + 1))
+    risen, has_risen = np.arange(len(value)), np.zeros(len(value), dtype=bool)
     for _ in range(2 * len(value) + 2):
-        old = value[targets]
-        reached = np.maximum(old, np.maximum.reduceat(value[tail] + length, first))
-        if np.array_equal(reached, old):
+        degree = first[risen + 1] - first[risen]
+        arcs = np.repeat(first[risen] - np.cumsum(degree) + degree, degree) + np.arange(int(degree.sum()))
+        reached, targets = np.repeat(value[risen], degree) + length[arcs], head[arcs]
+        more = reached > value[targets]
+        if not more.any():
             return value
-        value[targets] = reached
+        np.maximum.at(value, targets[more], reached[more])
         if value[0] != 0:
             break
+        has_risen[targets[more]] = True
+        risen = np.flatnonzero(has_risen)
+        has_risen[risen] = False
     raise PlanError("the min-cost flow is not optimal: its residual graph has a cycle of positive length")

@@ -51,6 +51,22 @@ def test_the_other_targets_and_limits(perseus: Perseus, profile: Path, tmp_path:
     assert cheapest.energy_j <= limited.energy_j
 
 
+def test_an_interleaved_schedule_takes_any_number_of_chunks(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    job = (profile, "--microbatches", 4, "--blocking-power", 60, "--schedule", "interleaved-1f1b")
+    assert perseus("plan", *job, "--chunks", 3, "--scale", 1 / 3, "-o", out).returncode == 0
+    plan = load_plan(out)
+    assert [len(stage) for stage in plan.stages] == [24, 24]
+    written = tmp_path / "out.csv"
+    assert perseus("simulate", *job, "--chunks", 3, "-o", written).returncode == 0
+    (row,) = csv.DictReader(written.open())
+    assert float(row["energy_j"]) == pytest.approx(plan.energy_j)
+    for command in ("plan", "simulate", "frontier"):
+        refused = perseus(command, profile, "--microbatches", 4, "--blocking-power", 60, "--chunks", 3)
+        assert refused.returncode == 2
+        assert "--chunks: got 3 with 1f1b; allowed: with interleaved-1f1b or interleaved-zero-bubble" in refused.stderr
+
+
 def test_gpus_wait_at_lower_clocks_unless_told_not_to(perseus: Perseus, tmp_path: Path) -> None:
     path, out = tmp_path / "profile.csv", tmp_path / "plan.json"
     rows = bundled_profile(2).rows()

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from perseus_plugin.errors import ScheduleError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StageStream, StreamOp
-from perseus_plugin.iteration.schedules import SCHEDULES, early_recomputation_1f1b, gpipe, interleaved_1f1b, one_f_one_b
+from perseus_plugin.iteration.schedules import (
+    OF_CHUNKS,
+    SCHEDULES,
+    early_recomputation_1f1b,
+    gpipe,
+    interleaved_1f1b,
+    one_f_one_b,
+)
 from perseus_plugin.planning.streams import load_streams, save_streams, stream_to_json, streams_from_json
 
 
@@ -64,6 +71,16 @@ def test_an_absurd_size_is_refused_at_once(name: str) -> None:
         ScheduleError, match=r"4 stages, .*100000000 microbatches; allowed: at most 500,000 forward passes"
     ):
         SCHEDULES[name](4, 100_000_000)
+
+
+@pytest.mark.parametrize("name", OF_CHUNKS)
+def test_any_number_of_chunks_is_run_and_an_absurd_one_refused(name: str) -> None:
+    graph = build_graph(OF_CHUNKS[name](3, 6, 5))
+    forwards = {(i.stage, i.microbatch, i.chunk) for i in graph.instructions if i is not None and "forward" in i.kind}
+    assert forwards == {(stage, m, chunk) for stage in range(3) for m in range(6) for chunk in range(5)}
+    assert build_graph(OF_CHUNKS[name](3, 6, 2)).instructions == build_graph(SCHEDULES[name](3, 6)).instructions
+    with pytest.raises(ScheduleError, match="1000000 chunks, 6 microbatches; allowed: at most 500,000 forward passes"):
+        OF_CHUNKS[name](3, 6, 1_000_000)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

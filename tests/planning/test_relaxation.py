@@ -76,6 +76,38 @@ def test_event_times_can_be_run(job: Job, share: float) -> None:
     assert (relaxed.earliest_finish_s <= relaxed.latest_finish_s + tolerance).all()
 
 
+class LittleRoom(Relaxation):
+    """Has less than it takes, at first."""
+
+    @property
+    def room(self) -> int:
+        return max(1, self.blocking_units)
+
+
+class AllRoom(Relaxation):
+    """Has all that can be of use."""
+
+    @property
+    def room(self) -> int:
+        return int(self.capacity.max())
+
+
+@settings(max_examples=40)
+@given(jobs(), st.floats(0, 1))
+def test_little_room_at_first_changes_no_optimum(job: Job, share: float) -> None:
+    problem = problem_of(job)
+    deadline = problem.shortest_s + share * (problem.longest_s - problem.shortest_s)
+    relaxation, narrow = AllRoom(problem), LittleRoom(problem)
+    loose = 1e-9 * problem.mean_energy_j * len(problem.graph)
+    for wide_found, found in (
+        (relaxation.solve(deadline), narrow.solve(deadline)),
+        (relaxation.cheapest(), narrow.cheapest()),
+    ):
+        assert found.bound_j == pytest.approx(wide_found.bound_j, rel=1e-9, abs=loose)
+        assert (found.earliest_finish_s == wide_found.earliest_finish_s).all()
+        assert (found.latest_finish_s == wide_found.latest_finish_s).all()
+
+
 @pytest.mark.parametrize("slowdown", [0.0, 0.002, 0.05, 0.2])
 def test_the_bound_is_the_energy_of_its_own_schedule(slowdown: float) -> None:
     """Strong duality: the durations of the optimal event times, priced on the hulls, cost just the bound."""

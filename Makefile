@@ -27,6 +27,10 @@ OPENG2G := openg2g==0.2.0.post1 opendssdirect.py==0.9.4 dss_python==0.15.7 dss_p
 quickstart: setup
 	DS_ACCELERATOR=cpu $(BIN)/torchrun --standalone --nproc-per-node 4 examples/deepspeed_gpt/train.py \
 	    --deepspeed_config examples/deepspeed_gpt/quickstart.json --steps $(STEPS)
+	@echo
+	@echo "All that the job has left is in out/quickstart. What it did, and what it would do with a tenth more time:"
+	@echo "    $(BIN)/perseus report out/quickstart"
+	@echo "    $(BIN)/perseus plan out/quickstart --slowdown 10%"
 
 # Every promise (tests/README.md), with the newest Megatron in jobs.
 test: lint types docs unit e2e

@@ -539,7 +539,7 @@ def load_config(path: Path | str) -> PerseusConfig:
         ConfigError: the file cannot be read or parsed, or its content is wrong.
     """
     path = Path(path)
-    if path.suffix not in {".json", ".yaml", ".yml"}:
+    if path.suffix not in {".json", ".yaml", ".yml"} and not path.is_char_device() and not path.is_fifo():
         raise ConfigError(f"{path}: ending {path.suffix!r}; allowed: .json, .yaml or .yml")
     try:
         text = read_text(path, _MOST_BYTES)

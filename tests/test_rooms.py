@@ -28,7 +28,7 @@ FLOORS = (
 """From top to bottom: a room imports from floors below its own, and from itself."""
 LAZY_FACE = "__init__"
 """The public face names things of every room and loads them when they are asked for."""
-FILES = ("curve", "frontier", "plan", "streams", "zeus")
+FILES = ("curve", "frontier", "inputs", "plan", "streams")
 PROCESSES = ("process", "planner_process", "frontier_process", "batch_process", "child", "work")
 """Of `planning`: what keeps plans and frontiers in files, and what runs the planner beside the job and brakes it."""
 PURE = (

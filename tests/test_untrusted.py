@@ -28,6 +28,7 @@ from perseus_plugin.exchange.messages import (
 )
 from perseus_plugin.files import parse_json, parse_yaml, read_bytes
 from perseus_plugin.planning.curve import load_curve
+from perseus_plugin.planning.inputs import load_inputs
 from perseus_plugin.planning.plan import load_plan, plan_from_json
 from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.profiling.failed import load_failure
@@ -42,6 +43,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "schedule.json": load_streams,
     "schedule.csv": load_streams,
     "plan.json": load_plan,
+    "plan-inputs.json": load_inputs,
     "frontier.json": load_curve,
     "profile.csv": load_profile,
     "profile.json": lambda path: read_survey(path.parent),

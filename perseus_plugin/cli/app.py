@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from perseus_plugin._version import __version__
 
 COMMANDS = {
     "plan": "Choose a clock for every instruction so that the iteration ends in time with the least energy.",
@@ -60,11 +62,21 @@ app = typer.Typer(
     cls=Commands,
     help="Less GPU energy at the same speed for pipeline-parallel training.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"perseus {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def perseus() -> None:
-    """Options of every command; there are none."""
+def perseus(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say the version and end.", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    """What stands before every command."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from perseus_plugin.cli.destinations import STANDARD, check_writable, write, written
 from perseus_plugin.cli.job import (
-    SWITCH_LATENCY_S,
+    OUTPUT,
+    SEARCH,
+    AsJson,
     BlockingPower,
     Chunks,
     EffortOption,
@@ -26,9 +30,7 @@ from perseus_plugin.cli.job import (
     Scale,
     Schedule,
     SwitchLatency,
-    lowering,
-    parse_effort,
-    planner_from_options,
+    request_from_options,
 )
 from perseus_plugin.cli.power import (
     BudgetOption,
@@ -44,12 +46,15 @@ from perseus_plugin.cli.power import (
     budget_from_options,
     prices_from_options,
 )
+from perseus_plugin.cli.terminal import columns, console, progress, say
 from perseus_plugin.errors import ConfigError, lacking
 from perseus_plugin.iteration.instructions import INPUT_SHARE
 from perseus_plugin.planning.power.budget import NodeOverhead
-from perseus_plugin.planning.targets import ChangeLimits, Target
+from perseus_plugin.planning.targets import Target
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from perseus_plugin.planning.frontier import Frontier
     from perseus_plugin.planning.plan import Plan
 
@@ -60,14 +65,17 @@ def frontier(
     profile: ProfileArgument,
     blocking_power: BlockingPower = None,
     microbatches: Microbatches = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write it.")] = Path("frontier.json"),
-    schedule: Schedule = "1f1b",
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="Where to write it; - for standard output.", rich_help_panel=OUTPUT),
+    ] = Path("frontier.json"),
+    schedule: Schedule = None,
     chunks: Chunks = None,
     scale: Scale = 1.0,
     input_share: InputShare = INPUT_SHARE,
-    latency: Latency = 0.0,
-    switch_latency: SwitchLatency = SWITCH_LATENCY_S,
-    lower_while_waiting: LowerWhileWaiting = True,
+    latency: Latency = None,
+    switch_latency: SwitchLatency = None,
+    lower_while_waiting: LowerWhileWaiting = None,
     power_limit: PowerLimit = None,
     power_budget: BudgetOption = None,
     group: GroupOption = None,
@@ -79,64 +87,94 @@ def frontier(
     peak_window: PeakWindow = 1.0,
     price_kwh: PriceKwh = None,
     price_gpu_hour: PriceGpuHour = None,
-    tolerance: Annotated[float, typer.Option(help="Share to within which to know the bound.")] = 0.002,
+    tolerance: Annotated[
+        float, typer.Option(help="Share to within which to know the bound.", rich_help_panel=SEARCH)
+    ] = 0.002,
     max_changes: MaxChanges = None,
-    min_dwell: MinDwell = 0.0,
-    effort: EffortOption = "quick",
-    plot: Annotated[Path | None, typer.Option(help="Also draw it (needs matplotlib).")] = None,
+    min_dwell: MinDwell = None,
+    effort: EffortOption = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Also draw it (needs matplotlib); - for standard output, as PNG.", rich_help_panel=OUTPUT),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Sample the least energy for every iteration time, each sample with its plan and its distance to the bound."""
+    check_writable(output)
+    check_writable(plot, "--plot")
+    if sum((output == STANDARD, plot == STANDARD, as_json)) > 1:
+        raise ConfigError("got --json, --output - and --plot -; allowed: one of them, as there is one standard output")
+    request = request_from_options(
+        profile,
+        microbatches=microbatches,
+        blocking_power=blocking_power,
+        schedule=schedule,
+        chunks=chunks,
+        scale=scale,
+        latency=latency,
+        switch_latency=switch_latency,
+        lower_while_waiting=lower_while_waiting,
+        power_limit=power_limit,
+        input_share=input_share,
+        effort=effort,
+        max_changes=max_changes,
+        min_dwell=min_dwell,
+    )
     # Loads OR-Tools, which other subcommands do without.
-    from perseus_plugin.planning.frontier import make_frontier, save_frontier
+    from perseus_plugin.planning.frontier import frontier_to_json, make_frontier
+    from perseus_plugin.planning.process import limits_of, planner_for
     from perseus_plugin.planning.work import tell_cut_short
 
-    spent, limits = parse_effort(effort), ChangeLimits(max_changes, min_dwell)
-    planner, _ = planner_from_options(
-        profile,
-        microbatches,
-        blocking_power,
-        schedule,
-        scale,
-        latency,
-        lowering(lower_while_waiting, switch_latency),
-        power_limit,
-        input_share,
-        chunks,
-    )
+    # A frontier is of all targets, and many plans: without the margin of the job's, and only searched on demand.
+    planner = planner_for(replace(request, margin=0.0))
+    spent, limits = "quick" if effort is None else request.effort, limits_of(request)
     stages, node = planner.problem.graph.stages, NodeOverhead(node_watts, node_share)
     budget = budget_from_options(stages, power_budget, group, replicas, gpus_per_node, node, peak_w, peak_window)
     prices = prices_from_options(price_kwh, price_gpu_hour, node, gpus_per_node)
     marks: dict[str, Plan] = {}
     if budget is not None:
-        marks["within the power budget"] = planner.plan(Target.power_budget(budget), limits, spent)
+        marks["within the power budget"] = planner.plan(Target.power_budget(budget), limits, spent)  # type: ignore[arg-type]
     if prices is not None:
-        marks["least cost"] = planner.plan(Target.money(prices), limits, spent)
-    console = Console()
-    with console.status("sampling") as status:
+        marks["least cost"] = planner.plan(Target.money(prices), limits, spent)  # type: ignore[arg-type]
+    with progress("sampling", 1.0) as tell:
+        at_first: list[float] = []
+
+        def sampled(count: int, error: float) -> None:
+            at_first.append(error)
+            begin = max(at_first[0], tolerance)
+            way = math.log(begin / error) / math.log(begin / tolerance) if 0 < error < begin > tolerance else 0.0
+            tell(way / 2, f"{count} samples, curve known to within {error:.3%}")
+
         made = make_frontier(
             planner,
             tolerance=tolerance,
             limits=limits,
-            effort=spent,
-            progress=lambda count, error: status.update(f"{count} samples, curve known to within {error:.3%}"),
+            effort=spent,  # type: ignore[arg-type]
+            progress=sampled,
+            planned=lambda count, of: tell((1 + count / of) / 2, f"{count} of {of} samples planned"),
         )
     if made.cut_short:
         tell_cut_short()
-    save_frontier(made, output)
+    content = frontier_to_json(made)
+    write(output, content)
     if plot is not None:
-        draw(made, plot, marks)
-    console.print(summary(made))
+        write(plot, draw(made, plot, marks), "--plot")
+    if as_json:
+        write(STANDARD, content)
+        return
+    to = console(stderr=STANDARD in (output, plot))
+    to.print(summary(made))
     for name, plan in marks.items():
         told = f"{name}: {plan.iteration_time_s:.4f} s, {plan.energy_j:.1f} J, {plan.power_w:.1f} W"
         if plan.slowdown <= _FULL_SPEED:
             told += f": full speed, with {plan.saving:.2%} less energy"
-        console.print(told, highlight=False, soft_wrap=True)
-    console.print(f"wrote {output}" + (f" and {plot}" if plot else ""), highlight=False, soft_wrap=True)
+        say(told, to)
+    say(written(output, plot), to)
 
 
 def summary(made: Frontier) -> Table:
     """One row per sample."""
-    table = Table("deadline", "iteration time", "energy", "power", "saving", "gap", box=None, pad_edge=False)
+    table = columns("deadline", "iteration time", "energy", "power", "saving", "gap")
     for point in made.points:
         plan = point.plan
         table.add_row(
@@ -150,8 +188,10 @@ def summary(made: Frontier) -> Table:
     return table
 
 
-def draw(made: Frontier, path: Path, marks: Mapping[str, Plan] | None = None) -> None:
-    """Draw bound and plans, energy above power; `marks` are plans to point out.
+def draw(made: Frontier, path: Path, marks: Mapping[str, Plan] | None = None) -> bytes:
+    """Bound and plans, energy above power, as a picture of the kind that the path's ending names, or PNG.
+
+    `marks` are plans to point out.
 
     Raises:
         ConfigError: matplotlib is not installed, or it cannot write that kind of file.
@@ -179,7 +219,9 @@ def draw(made: Frontier, path: Path, marks: Mapping[str, Plan] | None = None) ->
     powers.set_ylabel("average power, one GPU per stage [W]")
     powers.set_xlabel("iteration time [s]")
     energies.legend()
+    drawn_as = io.BytesIO()
     try:
-        figure.savefig(path)
+        figure.savefig(drawn_as, format=path.suffix[1:] or "png")
     except ValueError as error:
         raise ConfigError(f"--plot: got {path}: {error}") from error
+    return drawn_as.getvalue()

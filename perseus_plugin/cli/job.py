@@ -1,31 +1,49 @@
-"""Options that every planning subcommand shares, and the planner that they describe."""
+"""Options that every planning subcommand shares, and the job that they describe."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import Annotated, get_args
 
 import typer
 
+from perseus_plugin.bounds import MOST_W
+from perseus_plugin.cli.destinations import source
 from perseus_plugin.errors import ConfigError, PlanError
-from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Compute, StageStream
+from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
+from perseus_plugin.planning.inputs import INPUTS_FILE, load_inputs
+from perseus_plugin.planning.power.words import parse_share
+from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.planning.targets import Effort
 from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import Profile, load_profile
 
-if TYPE_CHECKING:
-    from perseus_plugin.planning.planner import Planner
+JOB, TARGET, POWER, SEARCH, OUTPUT = "Job", "Target", "Power and money", "Search", "Output"
+"""Panels of the help."""
+EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
 ProfileArgument = Annotated[
-    Path, typer.Argument(help="Profile CSV: stage,instruction,frequency,time,energy.", show_default=False)
+    Path,
+    typer.Argument(
+        help="A job's output folder: its plan is made again, or another one as the options say. Or a profile: CSV "
+        "with stage,instruction,frequency,time,energy, - for standard input.",
+        metavar="FOLDER|PROFILE",
+        show_default=False,
+    ),
 ]
 Microbatches = Annotated[
     int | None,
-    typer.Option(help="Microbatches per iteration; not with a schedule file, which has them.", show_default=False),
+    typer.Option(
+        help="Microbatches per iteration; not with a schedule file, which has them.",
+        show_default=False,
+        rich_help_panel=JOB,
+    ),
 ]
 BlockingPower = Annotated[
     str | None,
@@ -33,86 +51,235 @@ BlockingPower = Annotated[
         help="Watts a GPU draws while it waits for another stage, where the profile does not say; one figure, or one "
         "per stage with commas.",
         show_default=False,
+        rich_help_panel=JOB,
     ),
 ]
 PowerLimit = Annotated[
     float | None,
-    typer.Option(help="Most watts that a GPU can draw: a profile with more is refused (2000).", show_default=False),
+    typer.Option(
+        help="Most watts that a GPU can draw: a profile with more is refused (2000).",
+        show_default=False,
+        rich_help_panel=JOB,
+    ),
 ]
+
+
+def starting_with(choices: Collection[str]) -> Callable[[str], list[str]]:
+    """Completion of an option by these."""
+    return lambda incomplete: [one for one in choices if one.startswith(incomplete)]
+
+
 Schedule = Annotated[
-    str,
+    str | None,
     typer.Option(
         help=f"{', '.join(SCHEDULES)}, or a file: .json with the operations of every stage, .csv with the actions of "
-        "every rank as PyTorch's pipeline schedules write them."
+        "every rank as PyTorch's pipeline schedules write them (default: the folder's, or 1f1b).",
+        show_default=False,
+        rich_help_panel=JOB,
+        autocompletion=starting_with(SCHEDULES),
     ),
 ]
 Chunks = Annotated[
     int | None,
-    typer.Option(help=f"Model chunks per stage, with {' or '.join(OF_CHUNKS)} (2).", show_default=False),
+    typer.Option(
+        help=f"Model chunks per stage, with {' or '.join(OF_CHUNKS)} (2).", show_default=False, rich_help_panel=JOB
+    ),
 ]
 InputShare = Annotated[
     float,
     typer.Option(
         help="Share of a backward that computes its input's gradient, where the schedule splits backwards and the "
-        "profile does not."
+        "profile does not.",
+        rich_help_panel=JOB,
     ),
 ]
-Scale = Annotated[float, typer.Option(help="Multiply the profile's times and energies.")]
-EffortOption = Annotated[str, typer.Option(help=f"{', '.join(get_args(Effort))}.")]
-MaxChanges = Annotated[int | None, typer.Option(help="Most clock changes per stage and iteration.")]
-MinDwell = Annotated[float, typer.Option(help="Shortest time between clock changes, seconds.")]
-Latency = Annotated[float, typer.Option(help="Seconds a transfer between stages takes.")]
-SwitchLatency = Annotated[
-    float,
+Scale = Annotated[float, typer.Option(help="Multiply the profile's times and energies.", rich_help_panel=JOB)]
+EffortOption = Annotated[
+    str | None,
     typer.Option(
-        help="Seconds a clock change takes at most, for waits at lower clocks (measured on A100 and A40: 3 to 9 ms)."
+        help="How hard to try (default: as hard as the folder's job, or quick).",
+        metavar="|".join(EFFORTS),
+        show_default=False,
+        rich_help_panel=SEARCH,
+        autocompletion=starting_with(EFFORTS),
+    ),
+]
+MaxChanges = Annotated[
+    int | None, typer.Option(help="Most clock changes per stage and iteration.", rich_help_panel=SEARCH)
+]
+MinDwell = Annotated[
+    float | None,
+    typer.Option(
+        help="Shortest time between clock changes, seconds (default: the folder's, or 0).",
+        show_default=False,
+        rich_help_panel=SEARCH,
+    ),
+]
+Latency = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds a transfer between stages takes (default: the folder's, or 0).",
+        show_default=False,
+        rich_help_panel=JOB,
+    ),
+]
+SwitchLatency = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds a clock change takes at most, for waits at lower clocks (measured on A100 and A40: 3 to 9 ms; "
+        "default: the folder's, or 0.01).",
+        show_default=False,
+        rich_help_panel=JOB,
     ),
 ]
 LowerWhileWaiting = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        help="Let a GPU that waits long enough wait at a lower clock, where the profile says what that takes."
+        "--lower-while-waiting/--no-lower-while-waiting",
+        help="Let a GPU that waits long enough wait at a lower clock, where the profile says what that takes (default: "
+        "as the folder's job, or let it).",
+        show_default=False,
+        rich_help_panel=SEARCH,
     ),
+]
+Slowdown = Annotated[
+    str | None,
+    typer.Option(
+        help="Allowed slowdown against full clocks, as a share: 0.1 or 10% (default: the folder's target, or 0).",
+        show_default=False,
+        rich_help_panel=TARGET,
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON in the place of text and tables.", rich_help_panel=OUTPUT)
 ]
 SWITCH_LATENCY_S = 0.01
 
 
-def planner_from_options(
-    profile_path: Path,
+def request_from_options(
+    path: Path,
+    *,
     microbatches: int | None,
     blocking_power: str | None,
-    schedule: str,
+    schedule: str | None,
+    chunks: int | None,
     scale: float,
-    latency: float,
-    switch_latency_s: float | None,
-    power_limit_w: float | None,
+    latency: float | None,
+    switch_latency: float | None,
+    lower_while_waiting: bool | None,
+    power_limit: float | None,
     input_share: float,
-    chunks: int | None = None,
-) -> tuple[Planner, Profile]:
-    """Read the files and set up the planner; `switch_latency_s` is from `lowering`. With it the profile that it reads.
+    effort: str | None,
+    max_changes: int | None = None,
+    min_dwell: float | None = None,
+) -> PlanRequest:
+    """What is to be planned: what a folder's job has planned, or a profile; options go before what a folder says.
 
     Raises:
-        PerseusError: an option, the profile or the schedule is wrong.
+        PerseusError: an option, the profile, the folder or the schedule is wrong.
     """
-    # Loads OR-Tools, which other subcommands do without.
-    from perseus_plugin.planning.planner import Planner
-
-    profile, power_w = profile_from_options(profile_path, blocking_power, scale, power_limit_w)
-    streams = streams_for(schedule, profile.stages, microbatches, chunks)
-    profile = with_rows_for(profile, streams, share_of(input_share))
+    given: dict[str, object] = {
+        "effort": parse_effort(effort),
+        "max_changes": max_changes,
+        "min_dwell_s": min_dwell,
+        "latency_s": None if switch_latency is None else _seconds("--switch-latency", switch_latency),
+        "lower_while_waiting": lower_while_waiting,
+    }
+    if path.is_dir():
+        if power_limit is not None:
+            raise ConfigError(f"--power-limit: got {power_limit:g}; allowed: nothing with a folder, which says it")
+        known = request_of_folder(path)
+        stages, profile, name = known.profile.stages, known.profile, known.schedule
+        streams = list(known.streams)
+        if (schedule, microbatches, chunks) != (None, None, None):
+            name = schedule or "1f1b"
+            streams = streams_for(name, stages, microbatches, chunks)
+        watts = known.blocking_power_w if blocking_power is None else _per_stage(parse_power(blocking_power), stages)
+        beside = known.overheads or Overheads()
+    else:
+        known = PlanRequest(
+            "",
+            [],
+            {},
+            *_profile_and_power(path, blocking_power, power_limit),
+            latency_s=SWITCH_LATENCY_S,
+            blocking_power_se_w=0.0,
+        )
+        name, profile, watts, beside = schedule or "1f1b", known.profile, known.blocking_power_w, Overheads()
+        streams = streams_for(name, profile.stages, microbatches, chunks)
+    if latency is not None:
+        beside = replace(beside, transfer_s=_seconds("--latency", latency))
+    profile = with_rows_for(profile.scaled(scale), streams, share_of(input_share))
     needed = {(s, op.kind) for s, stream in enumerate(streams) for op in stream if isinstance(op, Compute)}
     missing = sorted(needed - profile.table.keys())
     if missing:
         stage, kind = missing[0]
-        raise PlanError(f"{profile_path}: no row for {kind!r} in stage {stage}, which the schedule {schedule} runs")
-    planner = Planner(
-        build_graph(streams, latency_s=latency),
-        profile,
-        blocking_power_w=power_w,
-        schedule=schedule_name(schedule),
-        switch_latency_s=switch_latency_s,
+        raise PlanError(f"{path}: no row for {kind!r} in stage {stage}, which the schedule {name} runs")
+    asked = replace(
+        known,
+        schedule=name if name == known.schedule else schedule_name(name),
+        streams=streams,
+        profile=profile,
+        blocking_power_w=watts,
+        overheads=beside,
+        **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
-    return planner, profile
+    return asked if asked == replace(known, streams=streams, profile=profile) else searched(asked)
+
+
+def searched(request: PlanRequest) -> PlanRequest:
+    """The request for a plan that the job itself did not have to make, by a search whatever that one was made by."""
+    return replace(request, search=True, full_clocks=False, drawn=1.0)
+
+
+def request_of_folder(folder: Path) -> PlanRequest:
+    """What a job has planned by what stands in its output folder; without a plan, what it would be made from.
+
+    Raises:
+        PerseusError: it is no such folder, or something in it cannot be read.
+    """
+    # Loads what a report reads, which a profile does without.
+    from perseus_plugin.reporting.record.recorder import schedule_path
+    from perseus_plugin.reporting.report.folder import load_folder
+
+    file = folder / INPUTS_FILE
+    if file.exists():
+        inputs = load_inputs(file)
+        kept = schedule_path(folder, inputs.schedule)
+        return replace(inputs, streams=load_streams(kept if kept.exists() else folder / "schedule.json"))
+    job = load_folder(folder)
+    if job.survey is None or job.streams is None:
+        raise ConfigError(
+            f"{folder}: profile.csv, profile.json or schedule.json of this job is missing; {'; '.join(job.missing)}"
+        )
+    latency_s = None if job.summary is None else job.summary.overhead.switch_latency_p95_s
+    return PlanRequest(
+        schedule="custom" if job.plan is None else job.plan.schedule,
+        streams=job.streams,
+        constant_time_s=job.survey.constants_for(job.streams),
+        profile=job.survey.profile.scaled(job.profile_scale),
+        blocking_power_w=[job.survey.blocking_power_w] * job.survey.profile.stages,
+        full_clock_only=job.survey.unresolved,
+        latency_s=latency_s,
+        overheads=job.overheads,
+    )
+
+
+def _profile_and_power(
+    path: Path, blocking_power: str | None, power_limit_w: float | None
+) -> tuple[Profile, list[float]]:
+    profile, power_w = profile_from_options(path, blocking_power, 1.0, power_limit_w)
+    return profile, _per_stage(power_w, profile.stages)
+
+
+def _per_stage(power_w: float | list[float], stages: int) -> list[float]:
+    return power_w if isinstance(power_w, list) else [power_w] * stages
+
+
+def _seconds(option: str, value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigError(f"{option}: got {value:g}; allowed: seconds, a finite number from 0")
+    return value
 
 
 def profile_from_options(
@@ -124,7 +291,7 @@ def profile_from_options(
         PerseusError: an option or the profile is wrong, or nothing says what a waiting GPU draws.
     """
     power_w = None if blocking_power is None else parse_power(blocking_power)
-    profile = load_profile(path, power_w, power_limit_w).scaled(scale)
+    profile = load_profile(source(path), power_w, power_limit_w).scaled(scale)
     if power_w is None and not profile.says_waiting:
         raise ConfigError(
             f"--blocking-power: missing; {path} does not say what a waiting GPU draws in every stage (column "
@@ -144,15 +311,14 @@ def share_of(input_share: float) -> float:
     return input_share
 
 
-def lowering(lower_while_waiting: bool, switch_latency_s: float) -> float | None:
+def lowering(lower_while_waiting: bool | None, switch_latency_s: float | None) -> float | None:
     """What the planner has to know of clock changes in waits: how long they take, None if there are to be none.
 
     Raises:
         ConfigError: no such time.
     """
-    if not (math.isfinite(switch_latency_s) and switch_latency_s >= 0):
-        raise ConfigError(f"--switch-latency: got {switch_latency_s:g}; allowed: seconds, a finite number from 0")
-    return switch_latency_s if lower_while_waiting else None
+    takes_s = _seconds("--switch-latency", SWITCH_LATENCY_S if switch_latency_s is None else switch_latency_s)
+    return takes_s if lower_while_waiting in (None, True) else None
 
 
 def schedule_name(schedule: str) -> str:
@@ -196,16 +362,36 @@ def parse_power(text: str) -> float | list[float]:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--blocking-power: got {text!r}; allowed: watts, or watts per stage with commas") from None
+    for value in values:
+        if not 0 <= value <= MOST_W:
+            raise ConfigError(f"--blocking-power: got {value:g}; allowed: watts of one GPU, from 0 to {MOST_W:g}")
     return values if len(values) > 1 else values[0]
 
 
-def parse_effort(text: str) -> Effort:
-    """One of the efforts by name.
+def parse_effort(text: str | None) -> Effort | None:
+    """One of the efforts by name; None where none is given.
 
     Raises:
         ConfigError: there is none of that name.
     """
-    for effort in get_args(Effort):
+    for effort in EFFORTS:
         if text == effort:
-            return effort  # type: ignore[no-any-return]
-    raise ConfigError(f"--effort: got {text!r}; allowed: {', '.join(get_args(Effort))}")
+            return effort
+    if text is None:
+        return None
+    raise ConfigError(f"--effort: got {text!r}; allowed: {', '.join(EFFORTS)}")
+
+
+def parse_slowdown(text: str) -> float:
+    """`--slowdown` as a share.
+
+    Raises:
+        PerseusError: it is none, or so large that something else must be meant.
+    """
+    share = parse_share(text, "--slowdown")
+    if share > 1:
+        raise ConfigError(
+            f"--slowdown: got {text}; allowed: a share of the time at full clocks from 0 to 1, such as 0.1 or 10% (an "
+            "iteration that takes twice as long is a slowdown of 1)"
+        )
+    return share

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 
+from perseus_plugin.cli.encoding import speak_ascii_where_needed
 from perseus_plugin.errors import PerseusError, lacking, os_problem
 
 
 def run() -> None:
-    """Run the command; an error meant for the user becomes one line on stderr and exit status 2."""
+    """Run the command; an error meant for the user becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    speak_ascii_where_needed()
     try:
         from perseus_plugin.cli.app import app
 
-        app()
+        app(prog_name="perseus")
         return
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (PerseusError, OSError) as error:
         said = os_problem(error) if isinstance(error, OSError) else str(error)
     except ModuleNotFoundError as error:

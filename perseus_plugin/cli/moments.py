@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import time
 from datetime import datetime, timedelta
 
 from perseus_plugin.errors import ConfigError
 
+_LONGEST = 100.0
+_STRAGGLER = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*(x|s|)\s*")
 _TIME_OF_DAY = re.compile(r"\d{1,2}:\d\d")
 MOMENTS = "18:30 (the next time that it is), ISO 8601 or Unix seconds"
 
@@ -34,6 +37,40 @@ def moment(text: str, option: str) -> float:
     except (ValueError, OverflowError):
         pass
     raise ConfigError(f"{option}: got {text!r}; allowed: {MOMENTS}")
+
+
+def straggler_factor(text: str, option: str = "--straggler") -> float:
+    """How many times full clocks an iteration or an instruction takes: `1.2x` or `1.2`.
+
+    Raises:
+        ConfigError: it is none, or so many that something else must be meant.
+    """
+    found = _STRAGGLER.fullmatch(text)
+    if found is None or found[2] == "s" or not 1 <= float(found[1]) <= _LONGEST:
+        raise ConfigError(f"{option}: got {text!r}; allowed: times full clocks from 1 to {_LONGEST:g}, such as 1.2x")
+    return float(found[1])
+
+
+def straggler_s(text: str, full_clock_s: float) -> float:
+    """How long an iteration takes with a straggler, from times full clocks (`1.2x`) or seconds (`0.5s`).
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    found = _STRAGGLER.fullmatch(text)
+    if found is None:
+        raise ConfigError(
+            f"--straggler: got {text!r}; allowed: times full clocks, such as 1.2x, or seconds, such as 0.5s"
+        )
+    if found[2] == "x":
+        return straggler_factor(text) * full_clock_s
+    if not found[2]:
+        print(
+            f"perseus: --straggler {text}: a number alone means seconds in this version and will mean times full "
+            f"clocks in the next one; write {text}s, or {float(found[1]) / full_clock_s:.4g}x",
+            file=sys.stderr,
+        )
+    return float(found[1])
 
 
 def end_of(until: str | None, lasting_s: float | None) -> float | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from perseus_plugin.cli.destinations import STANDARD, check_writable, write, written
 from perseus_plugin.cli.job import (
-    SWITCH_LATENCY_S,
+    EFFORTS,
+    OUTPUT,
+    TARGET,
+    AsJson,
     BlockingPower,
     Chunks,
     EffortOption,
@@ -24,11 +27,13 @@ from perseus_plugin.cli.job import (
     ProfileArgument,
     Scale,
     Schedule,
+    Slowdown,
     SwitchLatency,
-    lowering,
-    parse_effort,
-    planner_from_options,
+    parse_slowdown,
+    request_from_options,
+    searched,
 )
+from perseus_plugin.cli.moments import straggler_s
 from perseus_plugin.cli.power import (
     BudgetOption,
     GpusPerNode,
@@ -45,35 +50,51 @@ from perseus_plugin.cli.power import (
     budget_from_options,
     prices_from_options,
 )
+from perseus_plugin.cli.terminal import columns, console, progress, say
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.iteration.instructions import INPUT_SHARE
-from perseus_plugin.planning.plan import Plan, save_plan
+from perseus_plugin.planning.plan import Plan, plan_to_json
 from perseus_plugin.planning.power.budget import NodeOverhead, PowerBudget
-from perseus_plugin.planning.targets import ChangeLimits, Prices, Target
+from perseus_plugin.planning.request import PlanRequest
+from perseus_plugin.planning.targets import Prices, Target
 from perseus_plugin.planning.work import tell_cut_short
-from perseus_plugin.planning.zeus import save_zeus_plan
+from perseus_plugin.planning.zeus import zeus_plan
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def plan(
     profile: ProfileArgument,
     blocking_power: BlockingPower = None,
     microbatches: Microbatches = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the plan.")] = Path("plan.json"),
-    schedule: Schedule = "1f1b",
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="Where to write the plan; - for standard output.", rich_help_panel=OUTPUT),
+    ] = Path("plan.json"),
+    schedule: Schedule = None,
     chunks: Chunks = None,
     scale: Scale = 1.0,
     input_share: InputShare = INPUT_SHARE,
-    latency: Latency = 0.0,
-    switch_latency: SwitchLatency = SWITCH_LATENCY_S,
-    lower_while_waiting: LowerWhileWaiting = True,
+    latency: Latency = None,
+    switch_latency: SwitchLatency = None,
+    lower_while_waiting: LowerWhileWaiting = None,
     power_limit: PowerLimit = None,
-    slowdown: Annotated[
-        float | None, typer.Option(help="Allowed slowdown against full clocks, as a share (the default: 0).")
+    slowdown: Slowdown = None,
+    deadline: Annotated[float | None, typer.Option(help="Longest iteration, seconds.", rich_help_panel=TARGET)] = None,
+    straggler: Annotated[
+        str | None,
+        typer.Option(
+            help="The iteration takes in any case so many times full clocks (1.2x), or so long (0.5s).",
+            rich_help_panel=TARGET,
+        ),
     ] = None,
-    deadline: Annotated[float | None, typer.Option(help="Longest iteration, seconds.")] = None,
-    straggler: Annotated[float | None, typer.Option(help="The iteration takes this many seconds in any case.")] = None,
-    cheapest: Annotated[bool, typer.Option("--cheapest", help="Least energy at any iteration time.")] = False,
-    energy_budget: Annotated[float | None, typer.Option(help="Most joules per iteration.")] = None,
+    cheapest: Annotated[
+        bool, typer.Option("--cheapest", help="Least energy at any iteration time.", rich_help_panel=TARGET)
+    ] = False,
+    energy_budget: Annotated[
+        float | None, typer.Option(help="Most joules per iteration.", rich_help_panel=TARGET)
+    ] = None,
     power_budget: BudgetOption = None,
     group: GroupOption = None,
     replicas: Replicas = 1,
@@ -85,63 +106,99 @@ def plan(
     price_kwh: PriceKwh = None,
     price_gpu_hour: PriceGpuHour = None,
     max_changes: MaxChanges = None,
-    min_dwell: MinDwell = 0.0,
-    effort: EffortOption = "quick",
+    min_dwell: MinDwell = None,
+    effort: EffortOption = None,
     zeus: Annotated[
-        Path | None, typer.Option(help="Also write the plan in the Zeus format (a Python literal).")
+        Path | None,
+        typer.Option(help="Also write the plan in the Zeus format (a Python literal).", rich_help_panel=OUTPUT),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Choose a clock for every instruction so that the iteration ends in time with the least energy."""
-    spent = parse_effort(effort)
-    limits = ChangeLimits(max_changes, min_dwell)
-    planner, read = planner_from_options(
+    check_writable(output)
+    check_writable(zeus, "--zeus")
+    if sum((output == STANDARD, zeus == STANDARD, as_json)) > 1:
+        raise ConfigError("got --json, --output - and --zeus -; allowed: one of them, as there is one standard output")
+    request = request_from_options(
         profile,
-        microbatches,
-        blocking_power,
-        schedule,
-        scale,
-        latency,
-        lowering(lower_while_waiting, switch_latency),
-        power_limit,
-        input_share,
-        chunks,
+        microbatches=microbatches,
+        blocking_power=blocking_power,
+        schedule=schedule,
+        chunks=chunks,
+        scale=scale,
+        latency=latency,
+        switch_latency=switch_latency,
+        lower_while_waiting=lower_while_waiting,
+        power_limit=power_limit,
+        input_share=input_share,
+        effort=effort,
+        max_changes=max_changes,
+        min_dwell=min_dwell,
     )
-    stages, node = planner.problem.graph.stages, NodeOverhead(node_watts, node_share)
+    stages, node = len(request.streams), NodeOverhead(node_watts, node_share)
     budget = budget_from_options(stages, power_budget, group, replicas, gpus_per_node, node, peak_w, peak_window)
     prices = prices_from_options(price_kwh, price_gpu_hour, node, gpus_per_node)
-    target = pick_target(slowdown, deadline, straggler, cheapest, energy_budget, budget, prices)
-    console = Console()
-    free = None
-    if limits != ChangeLimits():
-        free = planner.plan(target, effort=spent)
-    made = planner.plan(target, limits, spent)
-    if target.kind != "straggler":
-        # Loads OR-Tools, which other subcommands do without.
-        from perseus_plugin.planning.confidence import with_confidence
-
-        made = with_confidence(made, planner, read)
+    share = None if slowdown is None else parse_slowdown(slowdown)
+    target = pick_target(share, deadline, straggler, cheapest, energy_budget, budget, prices)
+    if target is not None:
+        # What a margin makes shorter draws more.
+        margin = 0.0 if target.budget is not None else request.margin
+        request = searched(replace(request, target=target, margin=margin))
+    made, free = _planned(request, straggler, max_changes is not None or bool(min_dwell))
     if made.cut_short:
         tell_cut_short()
-    save_plan(made, output)
+    content = plan_to_json(made)
+    write(output, content)
     if zeus is not None:
-        save_zeus_plan(made, zeus)
+        write(zeus, zeus_plan(made), "--zeus")
+    if as_json:
+        write(STANDARD, content)
+        return
     table = summary(made, free)
     if prices is not None:
         add_cost(table, made, prices)
-    console.print(table)
-    console.print(f"wrote {output}" + (f" and {zeus}" if zeus else ""), highlight=False, soft_wrap=True)
+    # What is written to standard output is alone there.
+    to = console(stderr=STANDARD in (output, zeus))
+    to.print(table)
+    say(written(output, zeus), to)
+
+
+def _planned(request: PlanRequest, straggler: str | None, limited: bool) -> tuple[Plan, Plan | None]:
+    """The plan; of one with limits on clock changes that were asked for, what it is without them."""
+    # Loads OR-Tools, which other subcommands do without.
+    from perseus_plugin.planning.discretise import WORK
+    from perseus_plugin.planning.process import plan_for, planner_for, with_errors
+
+    done, free = 0.0, None
+    total = sum(WORK[one] for one in EFFORTS[: EFFORTS.index(request.effort) + 1])
+    with progress("planning", total * (1 + limited)) as tell:
+
+        def told(units: float) -> None:
+            nonlocal done
+            done += units
+            tell(done, "")
+
+        planner = planner_for(request, told)
+        if straggler is not None:
+            seconds = straggler_s(straggler, planner.problem.full_clock_time_s)
+            request = replace(request, target=Target.straggler(seconds))
+        made = plan_for(request, planner)
+        if limited:
+            # After the other, which is a plan without limits too, and must not be the better one.
+            free = plan_for(replace(request, max_changes=None, min_dwell_s=0.0), planner)
+        return made if made.waits_until_s is not None else with_errors(request, made, planner), free
 
 
 def pick_target(
     slowdown: float | None,
     deadline: float | None,
-    straggler: float | None,
+    straggler: str | None,
     cheapest: bool,
     energy_budget: float | None,
     budget: PowerBudget | None = None,
     prices: Prices | None = None,
-) -> Target:
-    """The one target that was named; slowdown 0 without any.
+) -> Target | None:
+    """The one target that was named, of a straggler without its time; None without any.
 
     Raises:
         ConfigError: more than one.
@@ -162,19 +219,21 @@ def pick_target(
     if deadline is not None:
         return Target.deadline(deadline)
     if straggler is not None:
-        return Target.straggler(straggler)
+        return Target.straggler(1.0)
     if energy_budget is not None:
         return Target.energy_budget(energy_budget)
     if budget is not None:
         return Target.power_budget(budget)
     if prices is not None:
         return Target.money(prices)
-    return Target.cheapest() if cheapest else Target.slowdown(slowdown or 0.0)
+    if cheapest:
+        return Target.cheapest()
+    return None if slowdown is None else Target.slowdown(slowdown)
 
 
 def summary(made: Plan, free: Plan | None = None) -> Table:
     """What a plan promises, beside the baseline; `free` is the same without limits on clock changes."""
-    table = Table("", "full clocks", "plan", box=None, pad_edge=False)
+    table = columns("", "full clocks", "plan")
     table.add_row("iteration time", f"{made.baseline_time_s:.6f} s", f"{made.iteration_time_s:.6f} s")
     table.add_row("energy per iteration", f"{made.baseline_energy_j:.3f} J", f"{made.energy_j:.3f} J")
     table.add_row("saving", "", f"{made.saving:.3%}")

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
+from perseus_plugin.cli.job import POWER
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.power.budget import NodeOverhead, Peaks, PowerBudget
 from perseus_plugin.planning.power.words import parse_group, parse_watts
 from perseus_plugin.planning.targets import Prices
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 BudgetOption = Annotated[
     str | None,
     typer.Option(
-        "--power-budget", help="Most power of all GPUs of the job, such as 180kW: the fastest iteration within it."
+        "--power-budget",
+        help="Most power of all GPUs of the job, such as 180kW: the fastest iteration within it.",
+        rich_help_panel=POWER,
     ),
 ]
 GroupOption = Annotated[
@@ -25,20 +30,31 @@ GroupOption = Annotated[
     typer.Option(
         "--group",
         help="Most power of some GPUs, NAME=RANKS:WATTS; RANKS such as 0-7,16, or gpu, node (each of them), node 3.",
+        rich_help_panel=POWER,
     ),
 ]
-Replicas = Annotated[int, typer.Option(help="Pipelines of the job: rank = pipeline * stages + stage.")]
-GpusPerNode = Annotated[int, typer.Option(help="GPUs of a node; ranks are numbered node by node.")]
-NodeWatts = Annotated[float, typer.Option(help="Watts of a node beside its GPUs; budgets are at the nodes then.")]
-NodeShare = Annotated[float, typer.Option(help="The same as a share of its GPUs' power.")]
+Replicas = Annotated[
+    int, typer.Option(help="Pipelines of the job: rank = pipeline * stages + stage.", rich_help_panel=POWER)
+]
+GpusPerNode = Annotated[
+    int, typer.Option(help="GPUs of a node; ranks are numbered node by node.", rich_help_panel=POWER)
+]
+NodeWatts = Annotated[
+    float, typer.Option(help="Watts of a node beside its GPUs; budgets are at the nodes then.", rich_help_panel=POWER)
+]
+NodeShare = Annotated[float, typer.Option(help="The same as a share of its GPUs' power.", rich_help_panel=POWER)]
 PeakOption = Annotated[
-    str | None, typer.Option("--peak-w", help="Most power of the job over any window, such as 200kW.")
+    str | None,
+    typer.Option("--peak-w", help="Most power of the job over any window, such as 200kW.", rich_help_panel=POWER),
 ]
-PeakWindow = Annotated[float, typer.Option(help="Length of that window, seconds.")]
+PeakWindow = Annotated[float, typer.Option(help="Length of that window, seconds.", rich_help_panel=POWER)]
 PriceKwh = Annotated[
-    float | None, typer.Option(help="Price of a kWh: with --price-gpu-hour, the iteration that costs least.")
+    float | None,
+    typer.Option(help="Price of a kWh: with --price-gpu-hour, the iteration that costs least.", rich_help_panel=POWER),
 ]
-PriceGpuHour = Annotated[float | None, typer.Option(help="Price of an hour of one GPU, in the same currency.")]
+PriceGpuHour = Annotated[
+    float | None, typer.Option(help="Price of an hour of one GPU, in the same currency.", rich_help_panel=POWER)
+]
 
 
 def budget_from_options(

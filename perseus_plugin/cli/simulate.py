@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from perseus_plugin.cli.destinations import STANDARD, check_writable, write, written
 from perseus_plugin.cli.job import (
-    SWITCH_LATENCY_S,
+    JOB,
+    OUTPUT,
+    POWER,
+    TARGET,
+    AsJson,
     BlockingPower,
     Chunks,
     EffortOption,
@@ -26,11 +30,15 @@ from perseus_plugin.cli.job import (
     SwitchLatency,
     lowering,
     parse_effort,
+    parse_slowdown,
     profile_from_options,
+    request_from_options,
     schedule_name,
     share_of,
+    starting_with,
     streams_for,
 )
+from perseus_plugin.cli.moments import straggler_factor
 from perseus_plugin.cli.simulation.description import (
     ModelDescription,
     even_split,
@@ -39,15 +47,20 @@ from perseus_plugin.cli.simulation.description import (
     modelled_profile,
 )
 from perseus_plugin.cli.simulation.resplit import Split, resplit
+from perseus_plugin.cli.terminal import columns, console, fits, progress, say
 from perseus_plugin.errors import ConfigError
-from perseus_plugin.iteration.instructions import INPUT_SHARE
+from perseus_plugin.gpus.emulated.physics import MODELS
+from perseus_plugin.iteration.instructions import INPUT_SHARE, Compute, StageStream
 from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
 from perseus_plugin.planning.power.words import parse_watts
 from perseus_plugin.planning.targets import ChangeLimits
 from perseus_plugin.profiling.profile import Profile
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from perseus_plugin.cli.simulation.scenarios import Aim, Outcome, Pipeline, Workload
+    from perseus_plugin.planning.request import PlanRequest
 
 Value = TypeVar("Value")
 
@@ -58,70 +71,129 @@ def simulate(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            help="Profile (.csv), model description (.yaml, .yml), or traces of a job: PyTorch's profiler's, one "
-            "per rank (.json, .json.gz), or a table of operations (.csv, .csv.gz).",
+            help="A job's output folder, a profile (.csv, - for standard input), model description (.yaml, .yml), or "
+            "traces of a job: PyTorch's profiler's, one per rank (.json, .json.gz), or a table of operations (.csv, "
+            ".csv.gz).",
             metavar="SOURCE...",
             show_default=False,
         ),
     ],
     blocking_power: BlockingPower = None,
     microbatches: Annotated[
-        list[int] | None, typer.Option(help="Microbatches per iteration.", show_default=False)
+        list[int] | None,
+        typer.Option(help="Microbatches per iteration.", show_default=False, rich_help_panel=JOB),
     ] = None,
     schedule: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(SCHEDULES)}, or a schedule file, as for `perseus plan` (default: 1f1b)."),
+        typer.Option(
+            help=f"{', '.join(SCHEDULES)}, or a schedule file, as for `perseus plan` (default: the folder's, or 1f1b).",
+            show_default=False,
+            rich_help_panel=JOB,
+            autocompletion=starting_with(SCHEDULES),
+        ),
     ] = None,
     chunks: Chunks = None,
     slowdown: Annotated[
-        list[float] | None, typer.Option(help="Allowed slowdown against full clocks, as a share (default: 0).")
+        list[str] | None,
+        typer.Option(
+            help="Allowed slowdown against full clocks, as a share: 0.1 or 10% (default: the folder's, or 0).",
+            show_default=False,
+            rich_help_panel=TARGET,
+        ),
     ] = None,
     straggler: Annotated[
-        list[float] | None, typer.Option(help="The iteration takes so many times full clocks in any case.")
+        list[str] | None,
+        typer.Option(
+            help="The iteration takes so many times full clocks in any case: 1.2x.",
+            show_default=False,
+            rich_help_panel=TARGET,
+        ),
     ] = None,
     power_budget: Annotated[
-        list[str] | None, typer.Option(help="Most power of one GPU per stage together, such as 2kW.")
+        list[str] | None,
+        typer.Option(
+            help="Most power of one GPU per stage together, such as 2kW.", show_default=False, rich_help_panel=POWER
+        ),
     ] = None,
-    stages: Annotated[list[int] | None, typer.Option(help="Stages of an even split of the layers; of traces.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Layers of each stage, with commas.")] = None,
+    stages: Annotated[
+        list[int] | None,
+        typer.Option(help="Stages of an even split of the layers; of traces.", show_default=False, rich_help_panel=JOB),
+    ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers of each stage, with commas.", show_default=False, rich_help_panel=JOB),
+    ] = None,
     layers: Annotated[
-        str | None, typer.Option(help="Layers of each stage of the profile, with commas; for another split of it.")
+        str | None,
+        typer.Option(
+            help="Layers of each stage of the profile, with commas; for another split of it.",
+            show_default=False,
+            rich_help_panel=JOB,
+        ),
     ] = None,
     gpu: Annotated[
         list[str] | None,
-        typer.Option(help="GPU of the catalogue; with a model description or a trace (default: a100)."),
+        typer.Option(
+            help="GPU of the catalogue; with a model description or a trace (default: a100).",
+            show_default=False,
+            rich_help_panel=JOB,
+            autocompletion=starting_with(MODELS),
+        ),
     ] = None,
     profile: Annotated[
-        Path | None, typer.Option(help="With a trace: profile with the GPU's curves.", show_default=False)
+        Path | None,
+        typer.Option(help="With a trace: profile with the GPU's curves.", show_default=False, rich_help_panel=JOB),
     ] = None,
-    profile_chunks: Annotated[int, typer.Option(help="Model chunks per stage of which a profile row is one.")] = 1,
+    profile_chunks: Annotated[
+        int, typer.Option(help="Model chunks per stage of which a profile row is one.", rich_help_panel=JOB)
+    ] = 1,
     scale: Scale = 1.0,
     input_share: InputShare = INPUT_SHARE,
-    latency: Latency = 0.0,
-    switch_latency: SwitchLatency = SWITCH_LATENCY_S,
-    lower_while_waiting: LowerWhileWaiting = True,
+    latency: Latency = None,
+    switch_latency: SwitchLatency = None,
+    lower_while_waiting: LowerWhileWaiting = None,
     max_changes: MaxChanges = None,
-    min_dwell: MinDwell = 0.0,
-    effort: EffortOption = "quick",
+    min_dwell: MinDwell = None,
+    effort: EffortOption = None,
     output: Annotated[
-        list[Path] | None, typer.Option("-o", "--output", help="Also write it: a path ending in .json or .csv.")
+        list[Path] | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Also write it: a path ending in .json or .csv, or - for JSON on standard output.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw it (needs matplotlib).")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Also draw it (needs matplotlib).", show_default=False, rich_help_panel=OUTPUT),
+    ] = None,
     power_limit: PowerLimit = None,
     perfetto: Annotated[
-        Path | None, typer.Option(help="With a trace: write one of a step before and after.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="With a trace: write one of a step before and after.", show_default=False, rich_help_panel=OUTPUT
+        ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what saving to expect; several values per option are combined, each combination with each target.
 
     Of traces of a job: what it wasted, who is slow in it, and what plans would have saved over its own durations.
     """
     # Loads OR-Tools, which other subcommands do without.
-    from perseus_plugin.cli.simulation.output import draw, save_outcomes
+    from perseus_plugin.cli.simulation.output import draw, outcomes_as
     from perseus_plugin.cli.simulation.scenarios import simulate as run
     from perseus_plugin.cli.simulation.traces.command import Options, is_trace, simulate_trace
 
-    spent, limits = parse_effort(effort), ChangeLimits(max_changes, min_dwell)
+    for path in output or ():
+        check_writable(path)
+    check_writable(plot, "--plot")
+    check_writable(perfetto, "--perfetto")
+    if [*(output or ()), perfetto, plot].count(STANDARD) + as_json > 1:
+        raise ConfigError("got --json and - more than once; allowed: one of them, as there is one standard output")
+    spent, limits = parse_effort(effort) or "quick", ChangeLimits(max_changes, min_dwell or 0.0)
     switch_latency_s = lowering(lower_while_waiting, switch_latency)
     aims = _aims(slowdown, straggler, power_budget)
     if is_trace(sources):
@@ -150,25 +222,26 @@ def simulate(
             blocking_power=blocking_power,
             power_limit_w=power_limit,
             input_share=share_of(input_share),
-            slowdown=_one("--slowdown", slowdown) or 0.0,
-            latency_s=switch_latency,
-            lower_while_waiting=lower_while_waiting,
+            slowdown=parse_slowdown(_one("--slowdown", slowdown) or "0"),
+            latency_s=lowering(True, switch_latency) or 0.0,
+            lower_while_waiting=lower_while_waiting is not False,
             effort=spent,
             limits=limits,
             outputs=output or (),
             perfetto=perfetto,
+            as_json=as_json,
         )
-        simulate_trace(sources, how, Console())
+        simulate_trace(sources, how)
         return
     _refuse("without a trace", profile=profile, perfetto=perfetto)
     if len(sources) > 1:
         raise ConfigError(f"got {len(sources)} files; allowed: one profile or model description, or traces of one job")
     source = sources[0]
     for path in output or ():
-        if path.suffix not in {".json", ".csv"}:
+        if path != STANDARD and path.suffix not in {".json", ".csv"}:
             raise ConfigError(f"--output: got {path}; allowed: a path that ends in .json or .csv")
     splits = [_layers("--split", text) for text in split or ()]
-    modelled = source.suffix in {".yaml", ".yml"}
+    modelled, job = source.suffix in {".yaml", ".yml"}, None
     if modelled:
         for name, given in (
             ("--blocking-power", blocking_power),
@@ -178,43 +251,73 @@ def simulate(
             if given is not None:
                 raise ConfigError(f"{name}: got {given}; allowed: nothing with a model description, whose GPU says it")
         pipelines = _modelled(load_description(source), gpu or ["a100"], stages or [], splits, scale)
-    elif source.suffix == ".csv":
+    elif source.is_dir():
+        _refuse("with a folder, which says it", gpu=gpu, profile_chunks=None if profile_chunks == 1 else profile_chunks)
+        job = request_from_options(
+            source,
+            microbatches=None,
+            blocking_power=blocking_power,
+            schedule=None,
+            chunks=None,
+            scale=scale,
+            latency=latency,
+            switch_latency=switch_latency,
+            lower_while_waiting=lower_while_waiting,
+            power_limit=power_limit,
+            input_share=input_share,
+            effort=effort,
+            max_changes=max_changes,
+            min_dwell=min_dwell,
+        )
+        spent = "quick" if effort is None else spent
+        limits = ChangeLimits(job.max_changes, job.min_dwell_s)
+        switch_latency_s = job.latency_s if job.lower_while_waiting else None
+        if aims is None and job.target.kind == "slowdown":
+            aims = _aims([str(job.target.value)], None, None)
+        pipelines = _of_job(job, layers, stages or [], splits)
+    elif source.suffix == ".csv" or source == STANDARD:
         if gpu:
             raise ConfigError(f"--gpu: got {gpu[0]!r}; allowed: nothing with a profile, which is of its own GPU")
         measured, power_w = profile_from_options(source, blocking_power, scale, power_limit)
         pipelines = _measured(measured, power_w, layers, stages or [], splits, profile_chunks)
     else:
         raise ConfigError(
-            f"got {source}; allowed: a profile (.csv) or a model description (.yaml, .yml), or "
+            f"got {source}; allowed: a job's output folder, a profile (.csv), or a model description (.yaml, .yml), or "
             "traces (.json, .json.gz, .csv, .csv.gz)"
         )
-    schedules = _schedules(schedule or ["1f1b"], microbatches, chunks)
-    console = Console()
+    if job is not None and not schedule and not microbatches and chunks is None:
+        schedules = [_own_schedule(job)]
+    else:
+        schedules = _schedules(schedule or ["1f1b"], microbatches, chunks)
+    aims = aims or _aims(["0"], None, None) or []
     outcomes: list[Outcome] = []
-    with console.status("planning") as status:
+    of = len(pipelines) * sum(len(one.microbatches) for one in schedules) * len(aims)
+    with progress("planning", of) as tell:
         for outcome in run(
             pipelines,
             schedules,
             aims,
             input_share=share_of(input_share),
-            latency_s=latency,
+            latency_s=latency or 0.0,
             switch_latency_s=switch_latency_s,
             limits=limits,
             effort=spent,
         ):
             outcomes.append(outcome)
-            status.update(f"{len(outcomes)} scenarios planned")
+            tell(len(outcomes), f"{len(outcomes)} of {of} scenarios planned")
     if all(outcome.figures is None for outcome in outcomes):
         raise ConfigError(f"no scenario can be planned; the first one: {outcomes[0].error}")
-    _print(console, outcomes, modelled)
     facts: dict[str, Any] = {"source": str(source), "modelled": modelled, "energies": "one GPU of each stage"}
     for path in output or ():
-        save_outcomes(outcomes, facts, path)
+        write(path, outcomes_as(path.suffix, outcomes, facts))
     if plot is not None:
-        draw(outcomes, f"{source.name}{' (modelled, not measured)' if modelled else ''}", plot)
-    written = [*(output or ()), *([plot] if plot else [])]
-    if written:
-        console.print(f"wrote {' and '.join(map(str, written))}", highlight=False, soft_wrap=True)
+        write(plot, draw(outcomes, f"{source.name}{' (modelled, not measured)' if modelled else ''}", plot), "--plot")
+    if as_json:
+        write(STANDARD, outcomes_as(".json", outcomes, facts))
+        return
+    to = console(stderr=STANDARD in [*(output or ()), plot])
+    _print(to, outcomes, modelled)
+    say(written(*(output or ()), plot), to)
 
 
 def _refuse(why: str, **given: object) -> None:
@@ -232,19 +335,15 @@ def _one(option: str, values: Sequence[Value] | None) -> Value | None:
 
 
 def _aims(
-    slowdowns: Sequence[float] | None, stragglers: Sequence[float] | None, budgets: Sequence[str] | None
-) -> list[Aim]:
+    slowdowns: Sequence[str] | None, stragglers: Sequence[str] | None, budgets: Sequence[str] | None
+) -> list[Aim] | None:
+    """What was asked for; None: nothing."""
     from perseus_plugin.cli.simulation.scenarios import Aim
 
-    for value in stragglers or ():
-        if not 1 <= value < float("inf"):
-            raise ConfigError(f"--straggler: got {value:g}; allowed: times full clocks, a finite number from 1")
-    for value in slowdowns or ():
-        if not 0 <= value < float("inf"):
-            raise ConfigError(f"--slowdown: got {value:g}; allowed: a share, a finite number from 0")
-    aims = [Aim(slowdown=value) for value in slowdowns or ()] + [Aim(straggler=value) for value in stragglers or ()]
+    aims = [Aim(slowdown=parse_slowdown(value)) for value in slowdowns or ()]
+    aims += [Aim(straggler=straggler_factor(value)) for value in stragglers or ()]
     aims += [Aim(power_budget_w=parse_watts(told, "--power-budget")) for told in budgets or ()]
-    return aims or [Aim(slowdown=0.0)]
+    return aims or None
 
 
 def _layers(option: str, text: str) -> Split:
@@ -306,6 +405,25 @@ def _measured(
     return [Pipeline(partial(profile_for, cut), power, len(cut), cut, chunks=chunks) for cut in wanted]
 
 
+def _of_job(job: PlanRequest, layers: str | None, stages: Sequence[int], splits: Sequence[Split]) -> list[Pipeline]:
+    """A folder's pipeline, or other splits of it; its rows are of a chunk of its schedule."""
+    watts = list(job.blocking_power_w)
+    power_w = watts[0] if len(set(watts)) == 1 else watts
+    chunks = 1 + max(op.chunk for stream in job.streams for op in stream if isinstance(op, Compute))
+    return [replace(one, job=job) for one in _measured(job.profile, power_w, layers, stages, splits, chunks)]
+
+
+def _own_schedule(job: PlanRequest) -> Workload:
+    from perseus_plugin.cli.simulation.scenarios import Workload
+
+    def streams_of(stages: int, microbatches: int | None) -> Sequence[StageStream]:
+        if stages != len(job.streams):
+            raise ConfigError(f"--schedule: missing; the job's is of {len(job.streams)} stages, not of {stages}")
+        return job.streams
+
+    return Workload(job.schedule, streams_of, (None,))
+
+
 def _schedules(names: Sequence[str], microbatches: Sequence[int] | None, chunks: int | None) -> list[Workload]:
     from perseus_plugin.cli.simulation.scenarios import Workload
 
@@ -323,38 +441,49 @@ def _schedules(names: Sequence[str], microbatches: Sequence[int] | None, chunks:
     return made
 
 
-def _print(console: Console, outcomes: Sequence[Outcome], modelled: bool) -> None:
-    from perseus_plugin.cli.simulation.output import label
+def _print(to: Console, outcomes: Sequence[Outcome], modelled: bool) -> None:
+    from perseus_plugin.cli.simulation.output import label, named
 
-    table = Table(
-        "GPU", "stages", "schedule", "microbatches", "target", "full clocks", "plan", "saving", "slower", "gap",
-        "waits left alone", box=None, pad_edge=False,
-    )  # fmt: skip
-    for outcome in outcomes:
+    names = ("full clocks", "plan", "saving", "slower", "gap", "waits left alone")
+    whole = columns(*named(outcomes[0]), *names)
+    narrow = columns("", *names[:-1], "waits left\nalone")
+    kept = [outcome for outcome in outcomes if outcome.figures is not None]
+    same, varied = _varied([named(outcome) for outcome in kept])
+    for outcome, differs in zip(kept, varied, strict=True):
         figures = outcome.figures
-        if figures is None:
-            continue
-        split = "" if outcome.split is None else f" ({'-'.join(map(str, outcome.split))})"
-        table.add_row(
-            outcome.gpu or "as profiled",
-            f"{outcome.stages}{split}",
-            outcome.schedule,
-            str(outcome.microbatches),
-            str(outcome.aim),
-            f"{figures.full_clock_s:.4f} s, {figures.full_clock_j:.1f} J",
-            f"{figures.iteration_s:.4f} s, {figures.energy_j:.1f} J",
+        assert figures is not None  # filtered above
+        shares = (
             f"{figures.saving:.3%}",
             f"{figures.slowdown:.3%}",
             f"{figures.gap:.3%}",
             "" if figures.left_alone_j is None else f"{1 - figures.left_alone_j / figures.full_clock_j:.3%}",
         )
-    for column in table.columns:
-        column.no_wrap = True
-    # Figures that a narrow terminal cuts are of no use: as wide as the table is.
-    wide = Console(width=max(console.width, 240)) if not console.is_terminal else console
-    wide.print(table)
+        full = f"{figures.full_clock_s:.4f} s", f"{figures.full_clock_j:.1f} J"
+        plan = f"{figures.iteration_s:.4f} s", f"{figures.energy_j:.1f} J"
+        whole.add_row(*named(outcome).values(), ", ".join(full), ", ".join(plan), *shares)
+        narrow.add_row("\n".join(differs), "\n".join(full), "\n".join(plan), *shares)
+    if fits(whole, to):
+        to.print(whole)
+    else:
+        say(", ".join(same), to)
+        to.print(narrow)
     for why_not in dict.fromkeys(f"{label(o, but='target')}: {o.error}" for o in outcomes if o.figures is None):
-        console.print(f"not possible: {why_not}", highlight=False, soft_wrap=True)
-    console.print("Energies are of one GPU per stage and iteration, waiting included.", highlight=False, soft_wrap=True)
+        say(f"not possible: {why_not}", to)
+    say("Energies are of one GPU per stage and iteration, waiting included.", to)
     if modelled:
-        console.print(f"This is {_MODELLED}.", highlight=False, soft_wrap=True)
+        say(f"This is {_MODELLED}.", to)
+
+
+def _varied(scenarios: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """What is the same of all scenarios, and of each what is not, in words; of a single one all is."""
+
+    def words(name: str, value: str) -> str:
+        return f"{value} {name}" if name in ("stages", "microbatches") else value
+
+    same = {
+        name: value
+        for name, value in scenarios[0].items()
+        if name != "target" and all(one[name] == value for one in scenarios)
+    }
+    differs = [[words(name, value) for name, value in one.items() if name not in same] for one in scenarios]
+    return [words(name, value) for name, value in same.items()], differs

@@ -7,19 +7,29 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from perseus_plugin.cli.destinations import job_folder
+from perseus_plugin.cli.job import parse_slowdown
 from perseus_plugin.cli.moments import MOMENTS, end_of, on_clock
+from perseus_plugin.cli.terminal import console
 from perseus_plugin.errors import ConfigError, PerseusError, plain, shown
 from perseus_plugin.leader.job_socket import ask
-from perseus_plugin.planning.power.words import parse_share, parse_watts
+from perseus_plugin.planning.power.words import parse_watts
 
 _LOOK_EVERY_S = 0.1
 
 
 def target(
-    job: Annotated[Path, typer.Option(help="The job's output folder, on the machine of its rank 0.")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The job's output folder, on the machine of its rank 0.", metavar="FOLDER", show_default=False
+        ),
+    ] = None,
+    job: Annotated[
+        Path | None, typer.Option(help="The folder, too, in the place of the argument.", show_default=False)
+    ] = None,
     slowdown: Annotated[
         str | None, typer.Option(help="An iteration may be longer than at full clocks by this share: 0.1 or 10%.")
     ] = None,
@@ -40,10 +50,11 @@ def target(
     wait: Annotated[float, typer.Option(help="Seconds to wait for the answer; 0: do not wait.")] = 30.0,
 ) -> None:
     """Tell a running job what to aim at from now on."""
+    where = job_folder(folder, job)
     if (price_kwh is None) != (price_gpu_hour is None):
         raise ConfigError("give both --price-kwh and --price-gpu-hour, or none")
     said: dict[str, Any] = {
-        "slowdown": None if slowdown is None else parse_share(slowdown, "--slowdown"),
+        "slowdown": None if slowdown is None else parse_slowdown(slowdown),
         "deadline_s": deadline,
         "cheapest": cheapest or None,
         "money": None if price_kwh is None else {"per_kwh": price_kwh, "per_gpu_hour": price_gpu_hour},
@@ -57,13 +68,13 @@ def target(
             "--clear, --clear-all and --show"
         )
     if show:
-        _show(ask(job, {"do": "targets"}))
+        _show(ask(where, {"do": "targets"}))
     elif said:
         end = end_of(until, lasting)
-        number = ask(job, {"do": "target", "target": {**said, "until": end, "source": source}}).get("number")
-        _wait_for(job, number, wait)
+        number = ask(where, {"do": "target", "target": {**said, "until": end, "source": source}}).get("number")
+        _wait_for(where, number, wait)
     else:
-        ask(job, {"do": "clear_target", "source": None if clear_all else source})
+        ask(where, {"do": "clear_target", "source": None if clear_all else source})
         typer.echo("taken back")
 
 
@@ -117,4 +128,4 @@ def _show(told: dict[str, Any]) -> None:
             "" if begin is None else shown(begin),
             plain(str(one.get("reason"))),
         )
-    Console().print(table)
+    console().print(table)

@@ -7,13 +7,18 @@ from typing import Annotated
 
 import typer
 
+from perseus_plugin.cli.destinations import STANDARD, check_writable, write, written
 from perseus_plugin.reporting.report.timeline import draw_timeline
 
 
 def timeline(
     folder: Annotated[Path, typer.Argument(help="A job's output folder, with plan.json and profile.csv.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write.")] = Path("timeline.png"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Picture to write; - for standard output, as PNG.")
+    ] = Path("timeline.png"),
 ) -> None:
     """Draw a job's plan beside full clocks: stages as rows, instructions coloured by clock (needs matplotlib)."""
-    draw_timeline(folder, output)
-    print(f"wrote {output}")
+    check_writable(output)
+    write(output, draw_timeline(folder, output))
+    if output != STANDARD:
+        print(written(output))

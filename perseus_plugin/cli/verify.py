@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from perseus_plugin._version import __version__
+from perseus_plugin.cli.destinations import check_writable, write, written
 from perseus_plugin.cli.targets import DEFAULT_ZEUSD_SOCKET, Target, gpu_targets
+from perseus_plugin.cli.terminal import console
 from perseus_plugin.errors import ConfigError, GpuError
-from perseus_plugin.files import write_atomically
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.physics import A100
 from perseus_plugin.gpus.registry import EMULATED, open_gpu
@@ -61,21 +61,20 @@ def verify(
         raise ConfigError(f"--minutes: got {minutes:g}; allowed: above 0, at most {_MOST_MINUTES:g}")
     if output.suffix != ".json":
         raise ConfigError(f"--output: got {output}; allowed: a path that ends in .json")
-    if not output.parent.is_dir():
-        raise ConfigError(f"--output: got {output}; allowed: a path in a folder that is there")
+    check_writable(output)
     if emulated and gpu is not None:
         raise ConfigError("got --gpu and --emulated; allowed: one of them")
-    console = Console()
+    to = console()
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        to.print(text, soft_wrap=True)
 
     target = None if emulated else _real(gpu, zeusd_socket, say)
     with _subject(target, set_clocks) as subject:
         found = measure(subject, 60 * minutes, set_clocks, say)
-    write_atomically(output, found.to_json())
-    written = output.with_suffix(".html")
-    write_atomically(written, page(found))
+    beside = output.with_suffix(".html")
+    write(output, found.to_json())
+    write(beside, page(found))
     say(f"\n{machine_line(found)}")
     if found.machine.emulated:
         say(ONLY_EMULATED)
@@ -85,10 +84,10 @@ def verify(
             shown.add_column(name, justify="right" if index else "left")
         for row in part.rows[1:]:
             shown.add_row(*row)
-        console.print(shown)
+        to.print(shown)
     for name, why in found.missing.items():
         say(f"not measured: {name}: {why}")
-    say(f"wrote {output} and {written}")
+    say(written(output, beside))
 
 
 def measure(subject: Subject, seconds: float, set_clocks: bool, say: Callable[[str], None]) -> Verification:

@@ -67,6 +67,7 @@ from perseus_plugin.leader.target_book import Goal, TargetBook
 from perseus_plugin.leader.target_desk import REQUESTS, TargetDesk
 from perseus_plugin.leader.target_figures import in_force
 from perseus_plugin.planning.frontier_process import BackgroundFrontier
+from perseus_plugin.planning.inputs import INPUTS_FILE, save_inputs
 from perseus_plugin.planning.plan import Plan, save_plan
 from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.request import PlanRequest
@@ -350,8 +351,18 @@ class Coordinator:
                 try_to_write("why profiling failed", lambda: save_failure(reason, fingerprint, job.output_dir))
             case ShowPlan(plan, request):
                 try_to_write("plan.json", lambda: save_plan(plan, job.output_dir / "plan.json"))
+                inputs = request.as_made()
+                try_to_write(INPUTS_FILE, lambda: save_inputs(inputs, job.output_dir / INPUTS_FILE))
                 # A frontier is of all targets.
-                of = replace(request, target=Target.slowdown(), limit=None, margin=0.0, effort="quick", catch_up=False)
+                of = replace(
+                    request,
+                    target=Target.slowdown(),
+                    limit=None,
+                    margin=0.0,
+                    effort="quick",
+                    catch_up=False,
+                    made=None,
+                )
                 if self._frontier is not None and of != self._frontier_of:
                     self._frontier_of = of
                     self._frontier.renew(request)

@@ -344,7 +344,8 @@ class _Deciding:
         state.reviews.follow(schedule, known, state.iteration, hinges, refined=seen.asked.refine)
         state.replayed = {**state.replayed, schedule: answer.replayed}
         number = state.plans.put(schedule, plan, seen.asked.survey.profile, answer.catch_up, seen.request.min_dwell_s)
-        self._keep_for(state.goal, schedule, MadePlan(number, _kept(seen), answer.replayed, known, answer.uniform))
+        request = state.requests[schedule] if answer.plan is None else _kept(seen)
+        self._keep_for(state.goal, schedule, MadePlan(number, request, answer.replayed, known, answer.uniform))
         return number
 
     def _review(self) -> None:
@@ -873,7 +874,14 @@ def _advice(goal: Goal) -> str:
 
 def _kept(seen: Answered) -> PlanRequest:
     """What a plan was made for, as long as it is kept."""
-    return replace(seen.request, samples=None, in_force=None, refine_s=0.0, overheads=seen.answer.overheads)
+    return replace(
+        seen.request,
+        samples=None,
+        in_force=None,
+        refine_s=0.0,
+        overheads=seen.answer.overheads,
+        made=seen.answer.made,
+    )
 
 
 def _without(values: Mapping[str, ValueT], key: str) -> dict[str, ValueT]:

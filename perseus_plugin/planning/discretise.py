@@ -60,6 +60,7 @@ class Discretiser:
         switch_latency_s: how long a clock change takes; None: unknown, and clocks are not lowered in waits.
         clock: monotonic, seconds, for the last brake of searches.
         brake_s: when that acts, if it is sooner than usual.
+        tell: told now and then how many units of `WORK` searches have done since.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class Discretiser:
         switch_latency_s: float | None,
         clock: Callable[[], float] | None = None,
         brake_s: float = math.inf,
+        tell: Callable[[float], None] | None = None,
     ) -> None:
-        self.problem, self.switch_latency_s, self._clock, self._brake_s = problem, switch_latency_s, clock, brake_s
+        self.problem, self.switch_latency_s = problem, switch_latency_s
+        self._clock, self._brake_s, self._tell = clock, brake_s, tell
 
     def work(self, effort: Effort) -> Work:
         """For a search that begins now."""
-        return Work(min(BRAKE_S[effort], self._brake_s), self._clock)
+        return Work(min(BRAKE_S[effort], self._brake_s), self._clock, self._tell)
 
     def discretise(
         self,

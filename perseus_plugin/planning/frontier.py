@@ -90,6 +90,7 @@ def make_frontier(
     limits: ChangeLimits | None = None,
     effort: Effort = "quick",
     progress: Progress | None = None,
+    planned: Callable[[int, int], None] | None = None,
 ) -> Frontier:
     """Sample the frontier.
 
@@ -99,6 +100,7 @@ def make_frontier(
         limits: on clock changes of the plans; the bound is that without limits.
         effort: spent on each sample's plan; quick is rounding alone, as there are many.
         progress: called after each sample with their number and the share to which the curve is known by now.
+        planned: called after each sample's plan with the number of those that there are, and of samples.
 
     Raises:
         PlanError: a tolerance that is not between 0.00001 and 1, or no sample has a plan that keeps the limits.
@@ -115,7 +117,9 @@ def make_frontier(
         curve.sample(deadline_s)
     points: list[FrontierPoint] = []
     failure: PlanError | None = None
-    for relaxed, slope_w in curve.samples:
+    for number, (relaxed, slope_w) in enumerate(curve.samples):
+        if planned is not None:
+            planned(number, len(curve.samples))
         try:
             solution = planner.discretise(
                 relaxed, relaxed.deadline_s, limits or ChangeLimits(), effort, search=effort != "quick"

@@ -46,6 +46,7 @@ class Planner(Discretiser):
         switch_latency_s: how long a clock change takes; None: unknown, and clocks are not lowered in waits.
         clock: monotonic, seconds, for the last brake of searches.
         brake_s: when that acts, if it is sooner than usual.
+        tell: told now and then how many units of `discretise.WORK` searches have done since.
 
     Raises:
         PlanError: the profile does not fit the graph.
@@ -62,9 +63,10 @@ class Planner(Discretiser):
         switch_latency_s: float | None = None,
         clock: Callable[[], float] | None = None,
         brake_s: float = math.inf,
+        tell: Callable[[float], None] | None = None,
     ) -> None:
         problem = build_problem(graph, profile, blocking_power_w, full_clock_only)
-        self._begin(problem, schedule, switch_latency_s, clock, brake_s)
+        self._begin(problem, schedule, switch_latency_s, clock, brake_s, tell)
 
     @classmethod
     def of(
@@ -74,10 +76,11 @@ class Planner(Discretiser):
         switch_latency_s: float | None = None,
         clock: Callable[[], float] | None = None,
         brake_s: float = math.inf,
+        tell: Callable[[float], None] | None = None,
     ) -> Planner:
         """For graph and options that have been joined already."""
         planner = cls.__new__(cls)
-        planner._begin(problem, schedule, switch_latency_s, clock, brake_s)
+        planner._begin(problem, schedule, switch_latency_s, clock, brake_s, tell)
         return planner
 
     def _begin(
@@ -87,8 +90,9 @@ class Planner(Discretiser):
         switch_latency_s: float | None,
         clock: Callable[[], float] | None,
         brake_s: float,
+        tell: Callable[[float], None] | None,
     ) -> None:
-        super().__init__(problem, switch_latency_s, clock, brake_s)
+        super().__init__(problem, switch_latency_s, clock, brake_s, tell)
         self._found: list[Solution] = []
         self._relaxations: dict[float, Relaxed] = {}
         self.schedule = schedule
@@ -172,7 +176,7 @@ class Planner(Discretiser):
     def _dearer(self, besides_w: float) -> Planner:
         """The same job where every second of a GPU costs that much more, whatever it does."""
         problem = replace(self.problem, blocking_power_w=self.problem.blocking_power_w + besides_w)
-        return Planner.of(problem, self.schedule, self.switch_latency_s, self._clock, self._brake_s)
+        return Planner.of(problem, self.schedule, self.switch_latency_s, self._clock, self._brake_s, self._tell)
 
     def fastest_within(self, budget: PowerBudget, limits: ChangeLimits, effort: Effort = "quick") -> Fastest:
         """The shortest iteration found that keeps a power budget, with all that it promises.
@@ -183,14 +187,14 @@ class Planner(Discretiser):
         return fastest_within(self, budget, limits, effort, self.work(effort))
 
     def best_known(self, found: Solution) -> Solution:
-        """The cheapest for its deadline of it and of those that this planner has found for shorter ones.
+        """The cheapest for its deadline of it and of those found before for shorter ones, or for fewer changes.
 
         Which clocks there are decides how near a plan comes to its bound, so that more time can end in a worse one.
         """
         known = [
             self.priced(found.relaxed, one.assignment, found.allowed_s, found.limits, found.waits_until_s)
             for one in self._found
-            if one.limits == found.limits and one.iteration_time_s <= found.allowed_s
+            if one.limits.keep(found.limits) and one.iteration_time_s <= found.allowed_s
         ]
         best = replace(min([found, *known], key=lambda one: one.energy_j), cut_short=found.cut_short)
         if best.assignment is found.assignment:

@@ -54,25 +54,36 @@ __all__ = [
     "pace_for",
     "plan_for",
     "planner_for",
+    "with_errors",
     "with_margin",
 ]
 
 
-def plan_for(request: PlanRequest) -> Plan:
+def plan_for(request: PlanRequest, planner: Planner | None = None) -> Plan:
     """Plan in this process.
+
+    Args:
+        request: for what.
+        planner: of this request; None: a new one.
 
     Raises:
         PerseusError: there is no such plan, or the request is inconsistent.
     """
     effort: Effort = request.effort  # type: ignore[assignment]
-    planner, target, limits = planner_for(request), request.target, limits_of(request)
+    planner, target, limits = planner or planner_for(request), request.target, limits_of(request)
+    if request.drawn < 1:
+        assert target.budget is not None  # nothing else is drawn a share of
+        return _within_share(request, target.budget, plan_for(replace(request, drawn=1.0)))
+    if request.full_clocks:
+        # Looked for only for its time.
+        return planner.plan_of(planner.full_clocks(planner.solve(target, search=False)))
     if request.search or target.budget is not None:
         return planner.plan(target, limits, effort)
     return planner.to_plan(planner.solve(target, limits, effort, search=False))
 
 
-def planner_for(request: PlanRequest) -> Planner:
-    """The planner of a request's job, its margin kept.
+def planner_for(request: PlanRequest, tell: Callable[[float], None] | None = None) -> Planner:
+    """The planner of a request's job, its margin kept; `tell` as for it.
 
     Raises:
         PerseusError: the request is inconsistent.
@@ -87,6 +98,7 @@ def planner_for(request: PlanRequest) -> Planner:
         schedule=request.schedule,
         switch_latency_s=wait_latency_s(request),
         brake_s=request.refine_s or math.inf,
+        tell=tell,
     )
 
 
@@ -205,8 +217,15 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
             ),
         )
     if request.samples is None:
-        plan = _known(request, plan_for(request))
-        return PlanAnswer(plan, 0.0, catch_up=catches_up(problem, plan), overheads=overheads, cut_short=plan.cut_short)
+        plan = with_errors(request, plan_for(request))
+        return PlanAnswer(
+            plan,
+            0.0,
+            catch_up=catches_up(problem, plan),
+            overheads=overheads,
+            cut_short=plan.cut_short,
+            made=request.how(),
+        )
     promise = _promise(request)
     robust = _robust_plan(request, problem, request.samples, promise)
     held: Replayed | None = None
@@ -234,21 +253,22 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
             )
     way = robust.catch_up
     return PlanAnswer(
-        _known(request, robust.plan),
+        with_errors(request, robust.plan),
         0.0,
         replayed=robust.replayed,
         held=held,
         catch_up=() if way is None else catches_up(problem, robust.plan, way),
         overheads=overheads,
         cut_short=robust.plan.cut_short,
+        made=_made(request, robust).how(),
     )
 
 
-def _known(request: PlanRequest, plan: Plan) -> Plan:
-    """The plan with how well it is known."""
+def with_errors(request: PlanRequest, plan: Plan, planner: Planner | None = None) -> Plan:
+    """The plan with how well it is known; `planner` is the request's, where there is one already."""
     from perseus_plugin.planning.confidence import with_confidence
 
-    exact = planner_for(replace(request, margin=0.0))
+    exact = planner if planner is not None and not request.margin else planner_for(replace(request, margin=0.0))
     return with_confidence(plan, exact, request.profile, request.blocking_power_se_w)
 
 
@@ -293,20 +313,19 @@ def _plans_within(request: PlanRequest, budget: PowerBudget) -> Callable[[float]
     """Plans that draw at most so many times what a budget allows; they say of that budget what they keep."""
     # A margin that is not needed makes iterations shorter than planned, which then draw more.
     whole = plan_for(replace(request, margin=0.0))
-    assert whole.power is not None  # it was made for a budget
+    return lambda share: whole if share >= 1 else _within_share(replace(request, drawn=share), budget, whole)
+
+
+def _within_share(request: PlanRequest, budget: PowerBudget, whole: Plan) -> Plan:
+    """The plan that draws a share of what `whole`, which is made for all of the budget, does."""
     power = whole.power
-
-    def plan_at(share: float) -> Plan:
-        if share >= 1:
-            return whole
-        tighter = replace(budget, job_w=power.job_w * share, or_nearest=False)
-        plan = plan_for(replace(request, margin=0.0, target=Target.power_budget(tighter)))
-        assert plan.power is not None
-        drawn_w = {one.name: one.planned_w for one in plan.power.budgets}
-        kept = tuple(replace(one, planned_w=drawn_w.get(one.name, one.planned_w)) for one in power.budgets)
-        return replace(plan, power=replace(power, job_w=plan.power.job_w, budgets=kept, peaks=plan.power.peaks))
-
-    return plan_at
+    assert power is not None  # it was made for a budget
+    tighter = replace(budget, job_w=power.job_w * request.drawn, or_nearest=False)
+    plan = plan_for(replace(request, margin=0.0, drawn=1.0, target=Target.power_budget(tighter)))
+    assert plan.power is not None
+    drawn_w = {one.name: one.planned_w for one in plan.power.budgets}
+    kept = tuple(replace(one, planned_w=drawn_w.get(one.name, one.planned_w)) for one in power.budgets)
+    return replace(plan, power=replace(power, job_w=plan.power.job_w, budgets=kept, peaks=plan.power.peaks))
 
 
 def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Samples, promise: Promise) -> RobustPlan:
@@ -318,20 +337,17 @@ def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Sample
         return within_power(
             _plans_within(request, request.target.budget), replay_of(problem, samples, latency_s), promise
         )
-    exact = planner_for(replace(request, margin=0.0))
-    never_lower = planner_for(replace(request, margin=0.0, lower_while_waiting=False))
-    found = exact.solve(request.target, search=False)  # for its time alone
-    only_waits = exact.plan_of(exact.full_clocks(found))
+    only_waits = plan_for(_sorted(request, "only waits"))
 
     def plan_with(margin: float) -> Plan:
-        return plan_for(replace(request, margin=margin, effort="quick", search=False))
+        return plan_for(_sorted(request, "rounded", margin))
 
     def refined(margin: float) -> Plan:
         return plan_for(replace(request, margin=margin))
 
     return choose(
         plan_with,
-        never_lower.plan_of(never_lower.full_clocks(found)),
+        plan_for(_sorted(request, "full clocks")),
         replay_of(problem, samples, latency_s),
         promise,
         margins_from(request.margin),
@@ -340,6 +356,25 @@ def _robust_plan(request: PlanRequest, problem: PlanningProblem, samples: Sample
         refined=refined,
         only_waits=only_waits if only_waits.waits else None,
     )
+
+
+def _sorted(request: PlanRequest, sort: str, margin: float = 0.0) -> PlanRequest:
+    """The request for one of the plans that are tried, see `RobustPlan`."""
+    match sort:
+        case "rounded":
+            return replace(request, margin=margin, effort="quick", search=False)
+        case "only waits":
+            return replace(request, margin=0.0, full_clocks=True)
+        case "full clocks":
+            return replace(request, margin=0.0, full_clocks=True, lower_while_waiting=False)
+    return replace(request, margin=margin)
+
+
+def _made(request: PlanRequest, robust: RobustPlan) -> PlanRequest:
+    """The request for the plan that was chosen."""
+    if request.target.budget is not None:
+        return replace(request, margin=0.0, drawn=robust.drawn)
+    return _sorted(request, robust.sort, robust.replayed.margin)
 
 
 def limits_of(request: PlanRequest) -> ChangeLimits:

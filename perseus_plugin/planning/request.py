@@ -42,6 +42,23 @@ class PaceRequest:
 
 
 @dataclass(frozen=True)
+class Made:
+    """How the answer to a request was made of it, so that it can be made again without the iterations it was held over.
+
+    Attributes:
+        target, margin, effort, search, lower_while_waiting, full_clocks, drawn: see `PlanRequest`.
+    """
+
+    target: Target
+    margin: float
+    effort: str
+    search: bool
+    lower_while_waiting: bool
+    full_clocks: bool = False
+    drawn: float = 1.0
+
+
+@dataclass(frozen=True)
 class PlanRequest:
     """Everything a plan depends on.
 
@@ -68,6 +85,9 @@ class PlanRequest:
         overheads: what iterations take beside the work that is known; None: as the samples tell.
         search: whether clocks are searched for, or only rounded, which takes milliseconds.
         refine_s: a better plan than the one in force is looked for, at lowest priority and for about so long; 0: no.
+        full_clocks: every instruction at full clocks, so that waits alone can have other ones.
+        drawn: share of a power budget that is planned to be drawn.
+        made: of a request that was answered, how.
     """
 
     schedule: str
@@ -93,6 +113,19 @@ class PlanRequest:
     limit: PowerBudget | None = None
     search: bool = True
     refine_s: float = 0.0
+    full_clocks: bool = False
+    drawn: float = 1.0
+    made: Made | None = None
+
+    def how(self) -> Made:
+        """How its plan is made."""
+        return Made(**{one.name: getattr(self, one.name) for one in fields(Made)})
+
+    def as_made(self) -> PlanRequest:
+        """The request that has the same answer and no measured iterations."""
+        how = self.made or self.how()
+        changes = {one.name: getattr(how, one.name) for one in fields(Made)}
+        return replace(self, samples=None, in_force=None, limit=None, pace=None, refine_s=0.0, made=None, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -120,6 +153,8 @@ class PlanRequest:
             "limit": None if self.limit is None else Target.power_budget(self.limit).to_dict(),
             "search": self.search,
             "refine_s": self.refine_s,
+            "full_clocks": self.full_clocks,
+            "drawn": self.drawn,
         }
 
     def pieces(self) -> Iterator[str]:
@@ -172,6 +207,8 @@ class PlanRequest:
             limit=None if data["limit"] is None else Target.from_dict(data["limit"]).budget,
             search=data["search"],
             refine_s=data["refine_s"],
+            full_clocks=data["full_clocks"],
+            drawn=data["drawn"],
         )
 
 
@@ -194,6 +231,7 @@ class PlanAnswer:
         lost: there is none as the planner's process was lost each time that it was asked.
         dropped: there is none as it was not wanted any more.
         uniform: one clock for all that keeps the request's limit, or else the lowest; None: it has none.
+        made: how the plan was made; None: there is none.
     """
 
     plan: Plan | None
@@ -209,6 +247,7 @@ class PlanAnswer:
     lost: bool = False
     dropped: bool = False
     uniform: Plan | None = None
+    made: Made | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -224,6 +263,7 @@ class PlanAnswer:
             "cut_short": self.cut_short,
             "uniform": None if self.uniform is None else plan_to_json(self.uniform),
             "dropped": self.dropped,
+            "made": None if self.made is None else {**asdict(self.made), "target": self.made.target.to_dict()},
         }
 
     @classmethod
@@ -244,4 +284,7 @@ class PlanAnswer:
             cut_short=data["cut_short"],
             uniform=None if data["uniform"] is None else plan_from_json(data["uniform"]),
             dropped=data["dropped"],
+            made=None
+            if data["made"] is None
+            else Made(**{**data["made"], "target": Target.from_dict(data["made"]["target"])}),
         )

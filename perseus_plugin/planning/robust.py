@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -65,12 +66,16 @@ class RobustPlan:
         catch_up: what late ranks do under it; None: nothing.
         replayed: what the replay said of it.
         but_for_one: what it said without the iteration that the plan makes longest; None: not looked at.
+        sort: which of the plans that were tried it is.
+        drawn: share of a power budget that it is planned to draw.
     """
 
     plan: Plan
     catch_up: CatchUp | None
     replayed: Replayed
     but_for_one: Replayed | None = None
+    sort: Literal["rounded", "refined", "only waits", "full clocks"] = "rounded"
+    drawn: float = 1.0
 
 
 def margins_from(least: float) -> tuple[float, ...]:
@@ -119,6 +124,7 @@ def choose(
         raise failure
     cut_short = any(one.plan.cut_short for one in seen)
     at_least = [] if only_waits is None else _candidates(only_waits, 0.0, replay, promise, False, latency_s)
+    at_least = [replace(one, sort="only waits") for one in at_least]
     kept = [one for one in [*seen, *at_least] if _saves(one.replayed)]
     others = [one.but_for_one for one in seen if one.but_for_one is not None]
     without_one = max((_worth(one, promise) for one in others if _saves(one)), default=0.0)
@@ -129,11 +135,12 @@ def choose(
         if hinges:
             obstacle += "; without one of these iterations there would be a plan, and newer ones are looked at soon"
         replayed = replace(at_full, obstacle=obstacle, hinges=hinges)
-        return RobustPlan(replace(full_clocks, cut_short=cut_short), None, replayed)
+        return RobustPlan(replace(full_clocks, cut_short=cut_short), None, replayed, sort="full clocks")
     best = max(kept, key=lambda one: _worth(one.replayed, promise))
     if refined is not None and best not in at_least:
         margin = best.replayed.margin
         more = _candidates(refined(margin), margin, replay, promise, catches_up, latency_s)
+        more = [replace(one, sort="refined") for one in more]
         cut_short = cut_short or any(one.plan.cut_short for one in more)
         best = max([best, *(one for one in more if one.replayed.kept)], key=lambda one: _worth(one.replayed, promise))
     hinges = without_one > _worth(best.replayed, promise) + _HINGES
@@ -169,7 +176,7 @@ def within_power(plan_at: Callable[[float], Plan], replay: Replay, promise: Prom
         clocks, waits = clocks_of(plan, replay.graph), plan.wait_clocks_mhz
         outcome = replay.under(clocks, None, waits)
         replayed = judged(outcome, replay.at_full_clocks, replay.interrupted, promise, False, 0.0)
-        found = RobustPlan(plan, None, replayed)
+        found = RobustPlan(plan, None, replayed, drawn=share)
         if found.replayed.kept:
             break
         drawn_w = float(outcome.energy_j.sum() / outcome.time_s.sum())

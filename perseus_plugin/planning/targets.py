@@ -169,3 +169,8 @@ class ChangeLimits:
         if self.max_changes is not None and self.max_changes < 0:
             raise PlanError(f"max changes: got {self.max_changes}; allowed: a whole number from 0")
         check_number("min dwell", self.min_dwell_s, allow_zero=True)
+
+    def keep(self, others: ChangeLimits) -> bool:
+        """Whether what keeps these limits keeps the others too."""
+        fewer = others.max_changes is None or (self.max_changes is not None and self.max_changes <= others.max_changes)
+        return fewer and self.min_dwell_s >= others.min_dwell_s

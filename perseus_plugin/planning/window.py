@@ -10,6 +10,7 @@ from ortools.sat.python import cp_model
 
 from perseus_plugin.iteration.graph import FloatArray, IntArray
 from perseus_plugin.planning.options import PlanningProblem
+from perseus_plugin.planning.solvers import interruptible
 from perseus_plugin.planning.work import CP_SAT, Work
 
 TIME_UNIT_S = 1e-7
@@ -83,7 +84,9 @@ def solve_window(
     solver.parameters.num_workers = 1
     solver.parameters.max_deterministic_time = limits.work
     solver.parameters.max_time_in_seconds = work.solver_limit_s
-    status = solver.solve(model.model)
+    # It would keep the signal to itself.
+    solver.parameters.catch_sigint_signal = False
+    status = interruptible(lambda: solver.solve(model.model), solver.stop_search)
     work.done += _BUILD + _BUILD_NODE * len(nodes) + CP_SAT * solver.response_proto.deterministic_time
     if status != cp_model.OPTIMAL:
         work.brake_acts()

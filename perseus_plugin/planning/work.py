@@ -31,20 +31,30 @@ class Work:
     Args:
         brake_s: seconds from now after which the clock ends the search.
         clock: in seconds, never goes back; None: the system's.
+        tell: told now and then how many units have been done since it was told last; None: nobody.
 
     Attributes:
         done: units so far; searches add what they do.
         cut_short: whether the brake has acted: the result is valid, but depends on how fast the machine was.
     """
 
-    def __init__(self, brake_s: float, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        brake_s: float,
+        clock: Callable[[], float] | None = None,
+        tell: Callable[[float], None] | None = None,
+    ) -> None:
         self.done = 0.0
         self.cut_short = False
+        self._tell, self._told = tell, 0.0
         self._clock = clock or monotonic
         self._end_s = self._clock() + brake_s
 
     def over(self, until: float) -> bool:
         """Whether `until` units are done, or the brake acts; to be asked where there is something left to do."""
+        if self._tell is not None:
+            self._tell(self.done - self._told)
+            self._told = self.done
         return self.done >= until or self.brake_acts()
 
     def brake_acts(self) -> bool:

@@ -217,11 +217,24 @@ def load_profile(
     Raises:
         ProfileError: naming file, row and reason, for a file that cannot be read or planned on.
     """
-    path = Path(path)
     try:
         text = read_text(path, 2**26)
     except (OSError, ValueError) as error:
         raise ProfileError(f"{path}: cannot read the profile: {error}") from error
+    return profile_from_csv(text, str(path), blocking_power_w, power_limit_w)
+
+
+def profile_from_csv(
+    text: str,
+    path: str,
+    blocking_power_w: float | Sequence[float] | None = None,
+    power_limit_w: float | None = None,
+) -> Profile:
+    """As `load_profile`, of what stands in the file at `path`.
+
+    Raises:
+        ProfileError: as it.
+    """
     reader = csv.DictReader(io.StringIO(text), restkey="__extra__", strict=True)
     try:
         columns = tuple(name.strip() for name in reader.fieldnames or ())
@@ -257,11 +270,16 @@ def load_profile(
 
 def save_profile(profile: Profile, path: Path | str) -> None:
     """Write the profile as CSV, through a temporary file and a rename."""
+    write_atomically(Path(path), profile_to_csv(profile))
+
+
+def profile_to_csv(profile: Profile) -> str:
+    """What `load_profile` reads; every figure as it is."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows([stage, kind, *measurement.to_row()] for stage, kind, measurement in profile.rows())
-    write_atomically(Path(path), out.getvalue())
+    return out.getvalue()
 
 
 def _parse_record(record: Mapping[str, str | None], where: str) -> tuple[int, str, Measurement]:

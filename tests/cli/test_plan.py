@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from perseus_plugin.cli import destinations
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.profiling.profile import Profile, save_profile
 from tests.cli.commands import Perseus
@@ -176,7 +177,14 @@ def test_a_profile_that_says_what_waiting_draws_needs_no_option_for_it(perseus: 
         (("--blocking-power", "warm"), "--blocking-power: got 'warm'"),
         (("--blocking-power", "60", "--slowdown", "0.1", "--cheapest"), "got --slowdown and --cheapest"),
         (("--blocking-power", "60", "--deadline", "0.01"), "the shortest possible iteration takes"),
-        (("--blocking-power", "60", "--slowdown", "-1"), "slowdown: got -1.0; allowed"),
+        (("--blocking-power", "60", "--slowdown", "-1"), '--slowdown: got "-1"; allowed: a share'),
+        (("--blocking-power", "60", "--slowdown", "50"), "--slowdown: got 50; allowed: a share of the time at full"),
+        (("--blocking-power", "83640"), "--blocking-power: got 83640; allowed: watts of one GPU, from 0 to 2000"),
+        (("--blocking-power", "60", "--straggler", "soon"), "--straggler: got 'soon'; allowed: times full clocks"),
+        (("--blocking-power", "60", "--straggler", "0.9x"), "--straggler: got '0.9x'; allowed: times full clocks"),
+        (("--blocking-power", "60", "-o", "no/where.json"), "--output: got no/where.json; allowed: a path in a folder"),
+        (("--blocking-power", "60", "--zeus", "no/plan.py"), "--zeus: got no/plan.py; allowed: a path in a folder"),
+        (("--blocking-power", "60", "--json", "-o", "-"), "allowed: one of them, as there is one standard output"),
         (("--blocking-power", "60", "--schedule", "nonsense"), "--schedule: got 'nonsense'; allowed: 1f1b, gpipe"),
         (("--blocking-power", "60", "--effort", "heroic"), "--effort: got 'heroic'; allowed: quick"),
         (("--blocking-power", "60", "--schedule", "early-recomputation-1f1b"), "no row for 'recompute' in stage 0"),
@@ -204,3 +212,42 @@ def test_a_bad_profile_is_refused_with_row_and_reason(perseus: Perseus, tmp_path
     done = perseus("plan", path, "--microbatches", 4, "--blocking-power", 60)
     assert done.returncode == 2
     assert "row 2: energy: got '-3'" in done.stderr
+
+
+def test_standard_output_and_input_stand_for_files(
+    perseus: Perseus, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = ("--microbatches", 4, "--blocking-power", 60)
+    piped = perseus("plan", profile, *job, "-o", "-")
+    assert piped.returncode == 0, piped.stderr
+    assert "saving" in piped.stderr
+    assert "wrote" not in piped.stderr
+    assert not (tmp_path / "-").exists()
+    printed = perseus("plan", profile, *job, "--json")
+    assert json.loads(printed.stdout) == json.loads(piped.stdout) == json.loads(Path("plan.json").read_text())
+    monkeypatch.setattr(destinations, "_STDIN", profile)
+    assert perseus("plan", "-", *job, "-o", "-").stdout == piped.stdout
+
+
+def test_a_pipe_or_device_is_written_to_and_not_replaced(perseus: Perseus, profile: Path) -> None:
+    assert perseus("plan", profile, "--microbatches", 2, "--blocking-power", 60, "-o", "/dev/null").returncode == 0
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_straggler_is_a_factor_and_a_number_alone_is_seconds_with_a_note(
+    perseus: Perseus, profile: Path, tmp_path: Path
+) -> None:
+    job = ("plan", profile, "--microbatches", 2, "--blocking-power", 60, "-o", tmp_path / "plan.json")
+    assert perseus(*job, "--straggler", "1.5x").returncode == 0
+    factor = load_plan(tmp_path / "plan.json")
+    assert factor.waits_until_s == pytest.approx(1.5 * factor.baseline_time_s)
+    for text, note in (
+        (f"{factor.waits_until_s!r}s", ""),
+        (repr(factor.waits_until_s), "a number alone means seconds"),
+    ):
+        done = perseus(*job, "--straggler", text)
+        assert done.returncode == 0
+        assert note in done.stderr
+        assert bool(note) == bool(done.stderr)
+        assert load_plan(tmp_path / "plan.json") == factor

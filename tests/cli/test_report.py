@@ -24,6 +24,16 @@ def test_a_report_is_printed_and_written_into_the_folder(perseus: Perseus, folde
     assert "missing" not in done.stdout
 
 
+def test_the_figures_are_data_too(perseus: Perseus, folder: Path) -> None:
+    done = perseus("report", folder, "--no-html", "--json", "--price", "0.1")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["schema"], told["version"], told["state"]) == ("perseus-report", 1, "finished")
+    assert told["summary"] == json.loads((folder / "summary.json").read_text())
+    assert 0 < told["per_iteration"]["plan_j"] < told["per_iteration"]["full_j"]
+    assert [one["hours"] for one in told["projections"]] == [24.0, 8760.0]
+
+
 def test_the_page_goes_where_it_is_told(perseus: Perseus, folder: Path, tmp_path: Path) -> None:
     done = perseus("report", str(folder), "--html", str(tmp_path / "page.html"), "--no-frontier")
     assert done.returncode == 0, done.stderr

@@ -40,7 +40,7 @@ def test_the_table_and_the_files_say_what_perseus_plan_says(perseus: Perseus, pr
     for row in data["outcomes"]:
         target = ("--slowdown", row["slowdown_allowed"])
         if row["straggler"] is not None:
-            target = ("--straggler", repr(row["deadline_s"]))
+            target = ("--straggler", f"{row['deadline_s']!r}s")
         made = perseus("plan", *job, "--microbatches", row["microbatches"], *target, "-o", tmp_path / "plan.json")
         assert made.returncode == 0, made.stderr
         plan = load_plan(tmp_path / "plan.json")
@@ -121,8 +121,8 @@ def test_it_is_drawn(perseus: Perseus, profile: Path, tmp_path: Path, counts: tu
         ("profile", ("--blocking-power", "60"), "--microbatches: missing; the schedule 1f1b needs it"),
         ("profile", ("--blocking-power", "60", "--microbatches", "4", "--gpu", "a100"), "--gpu: got 'a100'"),
         ("profile", ("--blocking-power", "60", "--microbatches", "4", "--stages", "2"), "--layers: missing"),
-        ("profile", ("--blocking-power", "60", "--microbatches", "4", "--straggler", "0.9"), "--straggler: got 0.9"),
-        ("profile", ("--blocking-power", "60", "--microbatches", "4", "--slowdown", "-1"), "--slowdown: got -1"),
+        ("profile", ("--blocking-power", "60", "--microbatches", "4", "--straggler", "0.9"), "--straggler: got '0.9'"),
+        ("profile", ("--blocking-power", "60", "--microbatches", "4", "--slowdown", "-1"), '--slowdown: got "-1"'),
         ("profile", ("--blocking-power", "60", "--microbatches", "4", "-o", "out.txt"), "--output: got out.txt"),
         ("profile", ("--blocking-power", "60", "--microbatches", "4", "--profile-chunks", "0"), "--profile-chunks"),
         ("profile", ("--blocking-power", "60", "--schedule", "none"), "--schedule: got 'none'; allowed: 1f1b"),
@@ -131,7 +131,7 @@ def test_it_is_drawn(perseus: Perseus, profile: Path, tmp_path: Path, counts: tu
         ("model", ("--microbatches", "4", "--split", "a,b"), "--split: got 'a,b'"),
         ("model", ("--microbatches", "4", "--stages", "2", "--gpu", "v9"), "--gpu: got 'v9'; allowed: a100, a40"),
         ("model", ("--microbatches", "4", "--blocking-power", "60"), "--blocking-power: got 60; allowed: nothing"),
-        ("job.toml", (), "allowed: a profile (.csv) or a model description"),
+        ("job.toml", (), "allowed: a job's output folder, a profile (.csv), or a model description"),
     ],
 )
 def test_wrong_options_give_one_line_and_status_2(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ def report(folder: Path, *arguments: str) -> Result:
 
 def test_report_list_and_clear(tmp_path: Path, desk: StragglerDesk) -> None:
     assert run("list", "--job", str(tmp_path)).output.strip() == "no rank is slow"
-    assert report(tmp_path, "--rank", "5", "--slowdown", "1.25", "--for", "600").exit_code == 0
+    assert report(tmp_path, "--rank", "5", "--factor", "1.25x", "--for", "600").exit_code == 0
     assert report(tmp_path, "--rank", "6", "--iteration-time", "0.8", "--source", "me").exit_code == 0
     first, second = desk.book.live(time.time())
     assert (first.rank, first.slowdown, first.source) == (5, 1.25, "cli")
@@ -50,11 +51,29 @@ def test_report_list_and_clear(tmp_path: Path, desk: StragglerDesk) -> None:
     assert desk.book.live(time.time()) == []
 
 
+@pytest.mark.usefixtures("desk")
+def test_the_folder_can_be_the_argument_and_the_answer_json(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    made = run("report", folder, "--rank", "5", "--factor", "1.25x", "--json")
+    told = json.loads(run("list", folder, "--json").output)
+    assert (told["schema"], told["version"]) == ("perseus-stragglers", 1)
+    assert [(one["rank"], one["factor"], one["source"]) for one in told["reports"]] == [(5, 1.25, "cli")]
+    assert json.loads(made.output)["reports"][0]["rank"] == 5
+    assert json.loads(run("clear", folder, "--json").output)["cleared"] == 1
+    assert "allowed: one, the job's output folder" in str(run("list").exception)
+
+
+def test_a_slowdown_is_taken_as_a_factor_with_a_note(tmp_path: Path, desk: StragglerDesk) -> None:
+    result = report(tmp_path, "--rank", "5", "--slowdown", "1.25")
+    assert "--slowdown 1.25: is called --factor" in result.stderr
+    assert desk.book.live(time.time())[0].slowdown == 1.25
+
+
 def test_until_is_unix_seconds_or_a_date(tmp_path: Path, desk: StragglerDesk) -> None:
     soon = int(time.time()) + 100
     dated = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(soon))
     for text in (str(soon), dated):
-        assert report(tmp_path, "--rank", "5", "--slowdown", "1.25", "--until", text).exit_code == 0
+        assert report(tmp_path, "--rank", "5", "--factor", "1.25", "--until", text).exit_code == 0
         assert desk.book.live(time.time())[0].until == soon
 
 
@@ -62,16 +81,18 @@ def test_until_is_unix_seconds_or_a_date(tmp_path: Path, desk: StragglerDesk) ->
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("--rank", "8", "--slowdown", "1.25"), "rank: got 8; allowed: 0 to 7"),
+        (("--rank", "8", "--factor", "1.25"), "rank: got 8; allowed: 0 to 7"),
         (("--rank", "1", "--slowdown", "0.5"), "slowdown: got 0.5; allowed: 1 to 100"),
-        (("--rank", "1", "--slowdown", "nan"), "slowdown"),
-        (("--rank", "1", "--slowdown", "2", "--until", "1000"), "until: got 1000, which has passed"),
-        (("--rank", "1", "--slowdown", "2", "--until", "soon"), "--until: got 'soon'"),
-        (("--rank", "1", "--slowdown", "2", "--until", "nan"), "--until: got 'nan'"),
-        (("--rank", "1", "--slowdown", "2", "--until", "1", "--for", "1"), "either --until or --for"),
-        (("--rank", "1"), "either --slowdown or --iteration-time"),
-        (("--rank", "1", "--slowdown", "2", "--iteration-time", "2"), "either --slowdown or --iteration-time"),
-        (("--rank", "1", "--slowdown", "2", "--source", "detection"), "which is the session's own"),
+        (("--rank", "1", "--factor", "0.5"), "--factor: got '0.5'; allowed: times full clocks from 1 to 100"),
+        (("--rank", "1", "--factor", "25%"), "--factor: got '25%'; allowed: times full clocks"),
+        (("--rank", "1", "--factor", "nan"), "--factor: got 'nan'"),
+        (("--rank", "1", "--factor", "2", "--until", "1000"), "until: got 1000, which has passed"),
+        (("--rank", "1", "--factor", "2", "--until", "soon"), "--until: got 'soon'"),
+        (("--rank", "1", "--factor", "2", "--until", "nan"), "--until: got 'nan'"),
+        (("--rank", "1", "--factor", "2", "--until", "1", "--for", "1"), "either --until or --for"),
+        (("--rank", "1"), "either --factor or --iteration-time"),
+        (("--rank", "1", "--factor", "2", "--iteration-time", "2"), "either --factor or --iteration-time"),
+        (("--rank", "1", "--factor", "2", "--source", "detection"), "which is the session's own"),
     ],
 )
 def test_what_is_refused_is_said(tmp_path: Path, arguments: tuple[str, ...], reason: str) -> None:
@@ -104,5 +125,5 @@ def test_an_answer_that_no_job_gives_is_said_in_one_line(
 
 
 def test_without_a_job_it_says_so(tmp_path: Path) -> None:
-    result = report(tmp_path, "--rank", "1", "--slowdown", "2")
+    result = report(tmp_path, "--rank", "1", "--factor", "2")
     assert "no running job answers here" in str(result.exception)

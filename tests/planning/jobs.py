@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StageStream
 from perseus_plugin.iteration.schedules import early_recomputation_1f1b, gpipe, interleaved_1f1b, one_f_one_b
 from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.process import plan_for, with_errors
+from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 
@@ -183,3 +186,10 @@ def bundled_profile(stages: int, clocks: Sequence[int] = (1400, 1200, 1000, 800,
                 rows.append(Measurement(clock, seconds, (110 + 270 * relative**2.6) * seconds))
             table[stage, kind] = tuple(rows)
     return Profile(table)
+
+
+def made_again(request: PlanRequest, answer: PlanAnswer) -> Plan:
+    """A plan by what its job keeps of how it was made: nothing that was measured while iterations ran."""
+    told = PlanAnswer.from_dict(json.loads(json.dumps(answer.to_dict())), 0.0)
+    kept = replace(request, samples=None, overheads=told.overheads, made=told.made).as_made()
+    return with_errors(kept, plan_for(kept))

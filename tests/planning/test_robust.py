@@ -20,7 +20,7 @@ from perseus_plugin.planning.robust import margins_from, replay_of, usual_delays
 from perseus_plugin.planning.targets import Target
 from tests.factories import BLOCKING_W
 
-from .jobs import bundled_profile
+from .jobs import bundled_profile, made_again
 
 STAGES, MICROBATCHES = 3, 8
 STREAMS = [[*stream, Constant("step")] for stream in one_f_one_b(STAGES, MICROBATCHES)]
@@ -47,21 +47,25 @@ def samples(factors: FloatArray, delay_s: float = 0.0) -> Samples:
     return Samples(made, made, tuple(tuple(one) for one in starts))
 
 
-def answer(made_of: Samples | None, catch_up: bool = True, effort: str = "quick", slowdown: float = 0.0) -> PlanAnswer:
-    return answer_to(
-        PlanRequest(
-            schedule="1F1B",
-            streams=STREAMS,
-            constant_time_s=CONSTANTS,
-            profile=PROFILE,
-            blocking_power_w=[BLOCKING_W] * STAGES,
-            target=Target.slowdown(slowdown),
-            margin=0.01,
-            effort=effort,
-            samples=made_of,
-            catch_up=catch_up,
-        )
+def request(
+    made_of: Samples | None, catch_up: bool = True, effort: str = "quick", slowdown: float = 0.0
+) -> PlanRequest:
+    return PlanRequest(
+        schedule="1F1B",
+        streams=STREAMS,
+        constant_time_s=CONSTANTS,
+        profile=PROFILE,
+        blocking_power_w=[BLOCKING_W] * STAGES,
+        target=Target.slowdown(slowdown),
+        margin=0.01,
+        effort=effort,
+        samples=made_of,
+        catch_up=catch_up,
     )
+
+
+def answer(made_of: Samples | None, catch_up: bool = True, effort: str = "quick", slowdown: float = 0.0) -> PlanAnswer:
+    return answer_to(request(made_of, catch_up, effort, slowdown))
 
 
 def noise(sigma: float, seed: int = 0, iterations: int = 12, replicas: int = 1) -> FloatArray:
@@ -100,6 +104,7 @@ def test_variation_within_the_iteration_takes_a_larger_margin_and_is_kept_to_on_
     made = answer(samples(noise(0.03)), catch_up=False)
     assert made.replayed is not None
     assert made.replayed.margin > 0.03
+    assert made_again(request(None), made) == made.plan
     assert made.replayed.time_ratio_mean <= 1.002
     assert made.replayed.time_ratio_quantile <= 1.005
     assert made.replayed.saving_mean > 0.01
@@ -303,6 +308,7 @@ def test_within_a_power_budget_power_is_kept_over_iterations_as_they_vary(share:
     budget = PowerBudget(replicas * share * full_w).placed(list(range(STAGES)) * replicas)
     made = answer_to(replace(wanted, target=Target.power_budget(budget)))
     assert made.plan is not None
+    assert made_again(replace(wanted, target=Target.power_budget(budget)), made) == made.plan
     assert made.replayed is not None
     assert made.replayed.kept
     assert made.replayed.obstacle == ""

@@ -24,7 +24,7 @@ from perseus_plugin.planning.replay import Replay, clocks_of
 from perseus_plugin.planning.request import PaceRequest, PlanAnswer, PlanRequest
 from perseus_plugin.profiling.profile import Measurement, Profile
 
-from .jobs import Job, bundled_profile, jobs, simulate
+from .jobs import Job, bundled_profile, jobs, made_again, simulate
 
 LATENCIES_S = st.sampled_from([0.0, 0.002, 0.02])
 
@@ -410,9 +410,11 @@ def test_where_no_slower_instruction_keeps_the_time_waits_are_still_spent_low() 
     assert plan.waits_of(2)
     assert made.replayed is not None
     assert (made.replayed.kept, made.replayed.obstacle) == (True, "")
+    assert made_again(request(samples=samples(0.6)), made) == plan
     assert made.replayed.saving_mean > 0.001
     without = answer_to(request(samples=samples(0.6), lower_while_waiting=False))
     assert plan_of(without).waits == ()
+    assert made_again(request(samples=samples(0.6), lower_while_waiting=False), without) == plan_of(without)
     assert without.replayed is not None
     assert without.replayed.obstacle
 

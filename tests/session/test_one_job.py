@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from perseus_plugin.cli.plan import plan as plan_command
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.physics import A100, MODELS, WAITING
-from perseus_plugin.planning.plan import load_plan
+from perseus_plugin.planning.plan import Plan, load_plan
 from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.reporting.record.records import load_record
 from tests.one_job import OneJob, Step
@@ -32,6 +35,15 @@ SHORT: dict[str, Any] = {
 }
 
 
+def planned_again(folder: Path, *options: str) -> Plan:
+    """What `perseus plan FOLDER` makes of a job."""
+    app = typer.Typer()
+    app.command()(plan_command)
+    done = CliRunner().invoke(app, [str(folder), "-o", str(folder / "again.json"), *options])
+    assert done.exit_code == 0, done.output
+    return load_plan(folder / "again.json")
+
+
 def test_a_job_profiles_plans_and_saves_at_the_time_of_full_clocks(tmp_path: Path) -> None:
     folder, left = tmp_path / "job", iter(range(12))
 
@@ -49,6 +61,10 @@ def test_a_job_profiles_plans_and_saves_at_the_time_of_full_clocks(tmp_path: Pat
     assert ran.summary["plan"]["dropped_plans"] == 0
     assert ran.summary["plan"]["saving_percent"] > 1
     assert ran.summary["slowdown_percent"]["predicted"] <= 0.5, "what a replay may be longer"
+    assert planned_again(folder) == load_plan(folder / "plan.json"), "to the digit"
+    slower = planned_again(folder, "--slowdown", "20%")
+    assert slower.baseline_energy_j == load_plan(folder / "plan.json").baseline_energy_j
+    assert slower.deadline_s == pytest.approx(1.2 * slower.baseline_time_s)
     for (stage, _), rows in load_profile(folder / "profile.csv").table.items():
         waiting_w = [row.blocking_power_w for row in rows]
         assert waiting_w == sorted(waiting_w, reverse=True), f"stage {stage}"
@@ -84,6 +100,7 @@ def test_a_job_keeps_the_power_budget_of_its_configuration(tmp_path: Path) -> No
     budget = {"power_budget_w": allowed_w + 100, "node_overhead_w": 100, "power_budget_groups_w": {"gpu": 220}}
     ran = OneJob(folder, [Step()] * 500, plugin={**SHORT, "slowdown": 0.0, **budget}, until=planned_for_a_while).run()
     plan = load_plan(folder / "plan.json")
+    assert planned_again(folder) == plan, "to the digit"
     assert plan.power is not None
     assert 0.8 * allowed_w < plan.power.job_w - 100 <= allowed_w < plan.baseline_energy_j / plan.baseline_time_s
     assert [one.allowed_w for one in plan.power.budgets] == pytest.approx([allowed_w + 100, 220, 220])

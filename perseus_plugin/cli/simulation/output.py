@@ -11,7 +11,6 @@ from typing import Any
 
 from perseus_plugin.cli.simulation.scenarios import Outcome
 from perseus_plugin.errors import ConfigError, lacking
-from perseus_plugin.files import write_atomically
 
 SIMULATION_SCHEMA = "perseus-simulation"
 SIMULATION_VERSION = 1
@@ -36,30 +35,35 @@ def outcome_row(outcome: Outcome) -> dict[str, Any]:
     return {**row, "error": outcome.error or None}
 
 
-def save_outcomes(outcomes: Sequence[Outcome], facts: dict[str, Any], path: Path) -> None:
-    """Write the outcomes as JSON or CSV, by the file's ending.
+def outcomes_as(ending: str, outcomes: Sequence[Outcome], facts: dict[str, Any]) -> str:
+    """The outcomes as CSV for the ending .csv, else as JSON.
 
     Args:
+        ending: of the file.
         outcomes: what was simulated.
         facts: what the JSON says of the whole (source, whether it is modelled).
-        path: ends in .json or .csv.
-
-    Raises:
-        ConfigError: another ending.
-        OSError: it cannot be written.
     """
     rows = [outcome_row(outcome) for outcome in outcomes]
-    if path.suffix == ".json":
-        head = {"schema": SIMULATION_SCHEMA, "version": SIMULATION_VERSION, **facts}
-        write_atomically(path, json.dumps({**head, "outcomes": rows}, indent=2, allow_nan=False) + "\n")
-    elif path.suffix == ".csv":
+    if ending == ".csv":
         out = io.StringIO()
         writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_atomically(path, out.getvalue())
-    else:
-        raise ConfigError(f"--output: got {path}; allowed: a path that ends in .json or .csv")
+        return out.getvalue()
+    head = {"schema": SIMULATION_SCHEMA, "version": SIMULATION_VERSION, **facts}
+    return json.dumps({**head, "outcomes": rows}, indent=2, allow_nan=False) + "\n"
+
+
+def named(outcome: Outcome) -> dict[str, str]:
+    """A scenario in words, by what they are about."""
+    split = "" if outcome.split is None else f" ({'-'.join(map(str, outcome.split))})"
+    return {
+        "GPU": outcome.gpu or "as profiled",
+        "stages": f"{outcome.stages}{split}",
+        "schedule": outcome.schedule,
+        "microbatches": str(outcome.microbatches),
+        "target": str(outcome.aim),
+    }
 
 
 def label(outcome: Outcome, *, but: str = "") -> str:
@@ -78,8 +82,10 @@ def label(outcome: Outcome, *, but: str = "") -> str:
     return ", ".join(part for part in parts if part)
 
 
-def draw(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
-    """Draw the savings: over the number of microbatches where there are several, else a bar per scenario.
+def draw(outcomes: Sequence[Outcome], title: str, path: Path) -> bytes:
+    """The savings, over the number of microbatches where there are several, else a bar per scenario.
+
+    As a picture of the kind that the path's ending names, or PNG.
 
     Raises:
         ConfigError: matplotlib is not installed, or it cannot write that kind of file.
@@ -113,7 +119,9 @@ def draw(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
         axes.bar_label(bars, fmt="%.1f", padding=3)
         axes.invert_yaxis()
         axes.set_xlabel("energy saved against full clocks [%]")
+    drawn = io.BytesIO()
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(drawn, format=path.suffix[1:] or "png", dpi=120)
     except ValueError as error:
         raise ConfigError(f"--plot: got {path}: {error}") from error
+    return drawn.getvalue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from perseus_plugin.errors import PerseusError, PlanError
@@ -12,6 +12,8 @@ from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import INPUT_SHARE, Compute, StageStream
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import Planner
+from perseus_plugin.planning.process import planner_for
+from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
 from perseus_plugin.planning.work import tell_cut_short
 from perseus_plugin.profiling.derived import whole, with_rows_for
@@ -29,6 +31,7 @@ class Pipeline:
         split: layers of each stage; None: as measured.
         gpu: its name; empty: that of the profile.
         chunks: model chunks per stage of which the profile's rows hold one.
+        job: what its job has planned with, beside profile and schedule; None: nothing is known of one.
     """
 
     profile_for: Callable[[Collection[str]], Profile]
@@ -37,6 +40,7 @@ class Pipeline:
     split: tuple[int, ...] | None = None
     gpu: str = ""
     chunks: int = 1
+    job: PlanRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,19 @@ def _planner(
     chunks = 1 + max((op.chunk for op in computes), default=0)
     scale = pipeline.chunks / chunks
     profile = with_rows_for(pipeline.profile_for({whole(op.kind) for op in computes}), streams, input_share)
+    if pipeline.job is not None:
+        watts = pipeline.blocking_power_w
+        asked = replace(
+            pipeline.job,
+            schedule=schedule.name,
+            streams=streams,
+            profile=profile.scaled(scale),
+            blocking_power_w=[watts] * pipeline.stages if isinstance(watts, (int, float)) else watts,
+            full_clock_only=frozenset(one for one in pipeline.job.full_clock_only if one in profile.table),
+            latency_s=switch_latency_s,
+            lower_while_waiting=switch_latency_s is not None,
+        )
+        return planner_for(asked), scale
     planner = Planner(
         build_graph(streams, latency_s=latency_s),
         profile.scaled(scale),

@@ -10,6 +10,7 @@ from ortools.linear_solver import pywraplp
 from perseus_plugin.iteration.graph import FloatArray
 from perseus_plugin.planning.few_changes.phases import Phases, StageClocks
 from perseus_plugin.planning.options import PlanningProblem
+from perseus_plugin.planning.solvers import interruptible
 from perseus_plugin.planning.work import Work
 
 # Building, per precedence; a step of the simplex method, by itself and per row.
@@ -137,7 +138,7 @@ class _PhaseProgram:
         most = max(1, int((until - work.done) / step))
         self.solver.SetSolverSpecificParametersAsString(f"max_number_of_iterations: {most}")
         self.solver.SetTimeLimit(int(1000 * work.solver_limit_s))
-        status = self.solver.Solve()
+        status = interruptible(self.solver.Solve, self.solver.InterruptSolve)
         work.done += step * self.solver.iterations()
         if status != pywraplp.Solver.OPTIMAL:
             work.brake_acts()

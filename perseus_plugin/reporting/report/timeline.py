@@ -5,6 +5,7 @@ Waits with a clock of their own are thin bars in its colour.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,8 +60,10 @@ def lanes_of(folder: Path) -> tuple[Plan, list[Lanes]]:
     return plan, made
 
 
-def draw_timeline(folder: Path, path: Path) -> None:
-    """Draw full clocks above the plan of a job's output folder; needs matplotlib.
+def draw_timeline(folder: Path, path: Path) -> bytes:
+    """Full clocks above the plan of a job's output folder, as a picture; needs matplotlib.
+
+    Of the kind that the path's ending names, or PNG.
 
     Raises:
         ConfigError: matplotlib is missing, or cannot write that kind of file.
@@ -82,10 +85,12 @@ def draw_timeline(folder: Path, path: Path) -> None:
         mappable = _draw_rows(axes, one, max(lane.end_s for lane in lanes), scale)
     all_axes[-1].set_xlabel("time within an iteration (s)")
     figure.colorbar(mappable, ax=all_axes, label="SM clock (MHz)", aspect=30, pad=0.01)
+    drawn = io.BytesIO()
     try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
+        figure.savefig(drawn, format=path.suffix[1:] or "png", dpi=120)
+    except ValueError as error:
         raise ConfigError(f"timeline: cannot write {path}: {error}") from error
+    return drawn.getvalue()
 
 
 def _draw_rows(axes: Axes, lanes: Lanes, end_s: float, scale: Normalize) -> PatchCollection:

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from perseus_plugin.cli.destinations import STANDARD, write, written
 from perseus_plugin.cli.job import profile_from_options, schedule_name
 from perseus_plugin.cli.simulation.description import gpu_named, profile_on, waiting_on
 from perseus_plugin.cli.simulation.traces.findings import explained, spreads, stragglers
@@ -18,8 +16,8 @@ from perseus_plugin.cli.simulation.traces.output import Answer, as_json, lines, 
 from perseus_plugin.cli.simulation.traces.table import is_table, load_table
 from perseus_plugin.cli.simulation.traces.traced import GivenSchedule, TracedJob
 from perseus_plugin.cli.simulation.traces.worth import Asked, mean_times_s, profile_from, worth
+from perseus_plugin.cli.terminal import columns, console, say, working
 from perseus_plugin.errors import ConfigError
-from perseus_plugin.files import write_atomically
 from perseus_plugin.iteration.schedules import SCHEDULES
 from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.planning.targets import ChangeLimits, Effort
@@ -45,6 +43,7 @@ class Options:
         effort, limits: as for `perseus plan`.
         outputs: JSON files to write.
         perfetto: a trace to write.
+        as_json: print JSON in the place of text and tables.
     """
 
     schedule: str | None
@@ -61,6 +60,7 @@ class Options:
     limits: ChangeLimits
     outputs: Sequence[Path]
     perfetto: Path | None
+    as_json: bool = False
 
 
 def is_trace(paths: Sequence[Path]) -> bool:
@@ -74,37 +74,37 @@ def is_trace(paths: Sequence[Path]) -> bool:
     )
 
 
-def simulate_trace(paths: Sequence[Path], options: Options, console: Console) -> None:
+def simulate_trace(paths: Sequence[Path], options: Options) -> None:
     """Read, find, plan, say and write.
 
     Raises:
         PerseusError: naming what is wrong.
     """
     for path in options.outputs:
-        if path.suffix != ".json":
+        if path != STANDARD and path.suffix != ".json":
             raise ConfigError(f"--output: got {path}; allowed: a path that ends in .json, of a trace")
-    with console.status("reading"):
+    with working("reading"):
         job = _read(paths, options)
-    with console.status("planning"):
+    with working("planning"):
         answer = _answer(job, options)
+    content = json.dumps(as_json(answer), indent=2, allow_nan=False) + "\n"
+    for path in options.outputs:
+        write(path, content)
+    if options.perfetto is not None:
+        write(options.perfetto, json.dumps(timeline(answer), allow_nan=False), "--perfetto")
+    if options.as_json:
+        write(STANDARD, content)
+        return
+    to = console(stderr=STANDARD in (*options.outputs, options.perfetto))
     for line in lines(answer):
-        console.print(line, highlight=False, soft_wrap=True)
-    table = Table("plan", "time", "worst step", "saving", "full clocks, plan", "", box=None, pad_edge=False)
+        say(line, to)
+    table = columns("plan", "time", "worst step", "saving", "full clocks, plan", "")
     for row in plan_rows(answer):
         table.add_row(*row)
-    for column in table.columns:
-        column.no_wrap = True
-    (Console(width=max(console.width, 240)) if not console.is_terminal else console).print(table)
+    to.print(table)
     for line in notes(answer):
-        console.print(line, highlight=False, soft_wrap=True)
-    written = [*options.outputs]
-    for path in options.outputs:
-        write_atomically(path, json.dumps(as_json(answer), indent=2, allow_nan=False) + "\n")
-    if options.perfetto is not None:
-        write_atomically(options.perfetto, json.dumps(timeline(answer), allow_nan=False))
-        written.append(options.perfetto)
-    if written:
-        console.print(f"wrote {' and '.join(map(str, written))}", highlight=False, soft_wrap=True)
+        say(line, to)
+    say(written(*options.outputs, options.perfetto), to)
 
 
 def _read(paths: Sequence[Path], options: Options) -> TracedJob:

@@ -1,0 +1,63 @@
+"""The command as a whole: how it is asked, and how it ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from perseus_plugin import __version__
+from perseus_plugin.profiling.profile import save_profile
+from tests.cli.commands import Perseus
+from tests.planning.jobs import bundled_profile
+
+# The command itself, which says when its solver has begun; whoever started the tests may have had signals ignored.
+SAYING = """
+import signal, sys
+from ortools.sat.python import cp_model
+
+solve = cp_model.CpSolver.solve
+
+def told(*given):
+    print("solving", file=sys.stderr, flush=True)
+    return solve(*given)
+
+cp_model.CpSolver.solve = told
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from perseus_plugin.cli.main import run
+
+run()
+"""
+
+
+def test_it_says_its_version_and_helps_on_short_demand(perseus: Perseus) -> None:
+    assert perseus("--version").stdout == f"perseus {__version__}\n"
+    for command in ((), ("plan",), ("straggler", "report")):
+        done = perseus(*command, "-h")
+        assert done.returncode == 0
+        assert done.stdout == perseus(*command, "--help").stdout
+
+
+def test_choices_are_completed(perseus: Perseus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_PERSEUS_COMPLETE", "complete_bash")
+    for words, found in (("perseus plan --effort t", "thorough"), ("perseus simulate --gpu b", "b200\nb300")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", "3")
+        assert perseus().stdout.strip() == found
+
+
+def test_ctrl_c_ends_a_search_with_status_130_and_nothing_written(tmp_path: Path) -> None:
+    save_profile(bundled_profile(4), tmp_path / "profile.csv")
+    options = ("--microbatches", "16", "--blocking-power", "60", "--effort", "thorough", "-o", "out.json")
+    command = [sys.executable, "-c", SAYING, "plan", "profile.csv", *options]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "solving\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert set(said.split()) <= {"solving"}
+    assert [file.name for file in tmp_path.iterdir()] == ["profile.csv"]

@@ -1,0 +1,63 @@
+"""Solvers that take the processor for hours end when the user wants them to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+from ortools.sat.python import cp_model
+
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.planning.planner import Planner
+from perseus_plugin.planning.solvers import interruptible
+from perseus_plugin.planning.window import WindowLimits, regrets, solve_window
+from perseus_plugin.planning.work import Work
+from tests.planning.jobs import bundled_profile
+
+
+def test_ctrl_c_ends_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner(build_graph(SCHEDULES["1f1b"](4, 16)), bundled_profile(4), blocking_power_w=60.0)
+    problem = planner.problem
+    relaxed = planner.relaxation.solve(problem.full_clock_time_s)
+    begun, solve = threading.Event(), cp_model.CpSolver.solve
+
+    def told(solver: cp_model.CpSolver, *given: Any) -> object:
+        begun.set()
+        return solve(solver, *given)
+
+    def interrupt() -> None:
+        begun.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    # Whoever started the tests may have had it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(cp_model.CpSolver, "solve", told)
+    threading.Thread(target=interrupt).start()
+    work = Work(1e6)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            solve_window(
+                problem,
+                problem.choice(problem.full_clocks),
+                relaxed.deadline_s,
+                problem.instruction_nodes,
+                regrets(problem, relaxed.instruction_price_w),
+                WindowLimits(100.0, 1e6),
+                work,
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert work.done == 0, "it was not left to end by itself"
+
+
+def test_what_a_solver_raises_is_raised() -> None:
+    def fails() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        interruptible(fails, lambda: None)
+    assert interruptible(lambda: 5, lambda: None) == 5

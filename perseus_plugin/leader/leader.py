@@ -161,13 +161,13 @@ class Leader:
 
     def update_summary(self, own: RankStats) -> None:
         """Now and then: a job that dies leaves a summary of how far it came."""
-        self._read_power(own)
+        stats = self._read_power(own)
         told_of = self._plan, 0 if self._coordinator is None else self._coordinator.state.reigns.changes
         if monotonic() < self._summary_due_s and self._told_of[0] is told_of[0] and self._told_of[1] == told_of[1]:
             return
         self._told_of = told_of
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
-        stats = self._all_stats(own)
+        stats = stats or self._all_stats(own)
         self._account_for(stats)
         summary = self._reporter.update(stats, "running", **self._plan_facts())
         self._tell([*events_of(summary), *self._target_figures()])
@@ -190,16 +190,17 @@ class Leader:
         summary = self._reporter.finish(stats, "crashed" if _crashing() else "finished", **self._plan_facts())
         self._tell([*events_of(summary), *self._target_figures()])
 
-    def _read_power(self, own: RankStats) -> None:
-        """Now and then: a site that gives a budget wants to see what is drawn."""
+    def _read_power(self, own: RankStats) -> list[RankStats]:
+        """Now and then: a site that gives a budget wants to see what is drawn; returns what it has read for that."""
         if self._coordinator is None or monotonic() < self._power_due_s:
-            return
+            return []
         of_all_s = _POWER_PER_RANK_S * self._placement.world_size
         self._power_due_s = monotonic() + min(max(_POWER_EVERY_S, of_all_s), _SUMMARY_EVERY_S)
         stats = self._all_stats(own)
         self._drawn = self._meter.read(stats) or self._drawn
         self._coordinator.drew(stats)
         self._coordinator.targets.measured(self._drawn)
+        return stats
 
     def _target_figures(self) -> list[tuple[str, float]]:
         if self._coordinator is None:

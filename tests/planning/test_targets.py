@@ -164,6 +164,13 @@ def test_the_configuration_says_a_budget_or_none() -> None:
     assert PowerBudget.configured(parse_config({"slowdown": 0.1, "node_overhead_w": 900.0})) is None
 
 
+def test_a_group_of_all_ranks_is_a_cap_that_no_later_budget_of_the_job_lifts() -> None:
+    config = parse_config({"power_budget_w": 800.0, "power_budget_groups_w": {"0-3": 900.0}})
+    for told_w, kept_w in ((700.0, 700.0), (5000.0, 900.0)):
+        (limit,) = PowerBudget(told_w).completed(config).limits(4)
+        assert limit.watts == kept_w
+
+
 def test_the_configuration_says_a_slowdown_or_prices() -> None:
     assert Target.configured(parse_config({"slowdown": 0.1})) == Target.slowdown(0.1)
     block = {"price_per_kwh": 0.12, "price_per_gpu_hour": 0.0, "node_overhead_w": 900.0}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from perseus_plugin.cli.share import told as said_of
 from perseus_plugin.cli.sharing.member import Member
 from perseus_plugin.cli.sharing.table import Round, Table, parse_weights
 from perseus_plugin.errors import ConfigError
@@ -302,6 +303,7 @@ def test_what_a_job_draws_beyond_what_it_may_is_taken_from_all_until_it_has_mend
         done = site.turn(2600.0)
     assert site.total_w == pytest.approx(2600.0, rel=0.02)
     assert done.looks[str(site.folder / "a")].holding.beyond_w > 100.0
+    assert "W more than it may" in next(line for line in said_of(done) if "/a: " in line)
     told = dict(done.told_w)
     assert site.turn(2600.0).told_w == told, "nobody is told of something else for what is no matter"
     site.jobs["a"].draws = 1.0

@@ -34,8 +34,10 @@ _REMEDIES = {
 _EXTRAS = {
     "matplotlib": "plot",
     "ortools": "planner",
+    "pandas": "parquet",
     "plotly": "report",
     "prometheus_client": "prometheus",
+    "pyarrow": "parquet",
     "rich": "cli",
     "typer": "cli",
 }

@@ -73,7 +73,7 @@ def simulate(
         typer.Argument(
             help="A job's output folder, a profile (.csv, - for standard input), model description (.yaml, .yml), or "
             "traces of a job: PyTorch's profiler's, one per rank (.json, .json.gz), or a table of operations (.csv, "
-            ".csv.gz).",
+            ".csv.gz, .parquet).",
             metavar="SOURCE...",
             show_default=False,
         ),
@@ -176,6 +176,9 @@ def simulate(
             help="With a trace: write one of a step before and after.", show_default=False, rich_help_panel=OUTPUT
         ),
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="With a trace: page to write.", show_default=False, rich_help_panel=OUTPUT)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what saving to expect; several values per option are combined, each combination with each target.
@@ -229,11 +232,12 @@ def simulate(
             limits=limits,
             outputs=output or (),
             perfetto=perfetto,
+            html=html,
             as_json=as_json,
         )
         simulate_trace(sources, how)
         return
-    _refuse("without a trace", profile=profile, perfetto=perfetto)
+    _refuse("without a trace", profile=profile, perfetto=perfetto, html=html)
     if len(sources) > 1:
         raise ConfigError(f"got {len(sources)} files; allowed: one profile or model description, or traces of one job")
     source = sources[0]
@@ -283,7 +287,7 @@ def simulate(
     else:
         raise ConfigError(
             f"got {source}; allowed: a job's output folder, a profile (.csv), or a model description (.yaml, .yml), or "
-            "traces (.json, .json.gz, .csv, .csv.gz)"
+            "traces (.json, .json.gz, .csv, .csv.gz, .parquet)"
         )
     if job is not None and not schedule and not microbatches and chunks is None:
         schedules = [_own_schedule(job)]

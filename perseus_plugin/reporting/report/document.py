@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
+from typing import Any
 
+from perseus_plugin.errors import ConfigError, lacking
 from perseus_plugin.reporting.report.phrases import Rows
 
 _STYLE = """
@@ -65,3 +67,55 @@ def table(rows: Rows) -> str:
     head, *body = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
     lines = "".join(f"<tr>{line}</tr>" for line in body)
     return f"<table><thead><tr>{head.replace('td>', 'th>')}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def plotting(who: str) -> str:
+    """What the head of a page with pictures holds: the plotting library.
+
+    Args:
+        who: asks for it, for the error.
+
+    Raises:
+        ConfigError: plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ConfigError(f"{who}: {lacking(error)}") from error
+    return f"<script>{get_plotlyjs()}</script>\n"
+
+
+def picture(name: str, title: str, figure: Any, text: str) -> str:
+    """A section with a plotly figure.
+
+    Args:
+        name: of the section, to link to.
+        title: above it, as text.
+        figure: of plotly.
+        text: below the title, as HTML.
+    """
+    from plotly.io import to_html
+
+    body = to_html(
+        figure,
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=f"figure-{name}",
+        default_width="100%",
+        config={"displaylogo": False, "responsive": True, "displayModeBar": "hover"},
+    )
+    return f'<section id="{name}"><h2>{html.escape(title)}</h2><p class="muted">{text}</p>{body}</section>'
+
+
+def listed(items: Iterable[str]) -> str:
+    """A list of texts; nothing without any."""
+    made = "".join(f"<li>{html.escape(text)}</li>" for text in items)
+    return f"<ul>{made}</ul>" if made else ""
+
+
+TIMELINE_TEXT = (
+    "Stages as rows. Taller bars are backwards, lower ones forwards, each with its microbatch; colour is the SM clock. "
+    '<span class="key" style="background:#fff;border:2px solid #111"></span>critical path '
+    '<span class="key" style="background:#dfe3e7"></span>waiting. Drag to zoom, double-click to reset.'
+)
+"""What `figures.timeline` shows, as HTML."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from perseus_plugin.iteration.graph import PipelineGraph
+from perseus_plugin.iteration.graph import FloatArray, IntArray, PipelineGraph
 from perseus_plugin.iteration.instructions import Instruction
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Measurement, Profile
@@ -121,21 +121,39 @@ def planned_lanes(
 
 def full_clock_lanes(title: str, profile: Profile, graph: PipelineGraph, blocking_power_w: float = math.nan) -> Lanes:
     """Every instruction of the graph at the profile's highest clock, as early as it can; see `planned_lanes`."""
-    top = {key: rows[0] for key, rows in profile.table.items()}
-    durations = [0.0 if i is None else top[i.stage, i.kind].time_s for i in graph.instructions]
-    start, finish = graph.times(np.array(durations))
-    rows = []
-    for nodes in graph.stage_nodes:
-        pairs = [(node, graph.instructions[node]) for node in nodes.tolist()]
-        rows.append(
+    top = [None if i is None else profile.table[i.stage, i.kind][0] for i in graph.instructions]
+    durations_s = np.array([0.0 if one is None else one.time_s for one in top])
+    clocks_mhz = np.array([0 if one is None else one.frequency_mhz for one in top])
+    lanes = _marked(timed_lanes(title, graph, durations_s, clocks_mhz), graph, _by_clock(profile))
+    return _with_waits(lanes, [[] for _ in lanes.rows], profile, blocking_power_w)
+
+
+def timed_lanes(title: str, graph: PipelineGraph, durations_s: FloatArray, clocks_mhz: IntArray) -> Lanes:
+    """Every instruction of the graph as early as it can, without waits.
+
+    Args:
+        title: for people.
+        graph: which.
+        durations_s: shape (nodes,).
+        clocks_mhz: shape (nodes,); 0: not known.
+    """
+    start_s, finish_s = graph.times(durations_s)
+    return Lanes(
+        title,
+        tuple(
             tuple(
-                Block(i, float(start[node]), float(finish[node]), top[i.stage, i.kind].frequency_mhz)
-                for node, i in pairs
-                if i is not None
+                Block(one, float(start_s[node]), float(finish_s[node]), int(clocks_mhz[node]))
+                for node in nodes.tolist()
+                if (one := graph.instructions[node]) is not None
             )
-        )
-    lanes = _marked(Lanes(title, tuple(rows)), graph, _by_clock(profile))
-    return _with_waits(lanes, [[] for _ in rows], profile, blocking_power_w)
+            for nodes in graph.stage_nodes
+        ),
+    )
+
+
+def with_path_and_waits(lanes: Lanes, graph: PipelineGraph) -> Lanes:
+    """With the critical path by the blocks' own durations, and waits of which nobody knows what they take."""
+    return _with_waits(_marked(lanes, graph, {}), [[] for _ in lanes.rows], None, math.nan)
 
 
 def recorded_lanes(

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from perseus_plugin._version import __version__
-from perseus_plugin.errors import ConfigError, lacking
-from perseus_plugin.reporting.report.document import cards, document, table
+from perseus_plugin.reporting.report.document import TIMELINE_TEXT, cards, document, listed, picture, plotting, table
 from perseus_plugin.reporting.report.findings import Findings
 from perseus_plugin.reporting.report.folder import state_of
 from perseus_plugin.reporting.report.phrases import (
@@ -39,14 +38,11 @@ def page(found: Findings) -> str:
     Raises:
         ConfigError: plotly is not installed.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ConfigError(f"report: {lacking(error)}") from error
+    head = plotting("report")
     parts = [_head(found), cards(headline(found)), _summary(found), _missing(found.folder.missing)]
-    parts += [_section(name, figure, text) for name, figure, text in _figures(found)]
+    parts += [picture(name, _TITLES[name], figure, text) for name, figure, text in _figures(found)]
     parts += [_budgets(found), _worth(found), _origin(found)]
-    return document(f"Perseus report: {found.folder.path.name}", parts, head=f"<script>{get_plotlyjs()}</script>\n")
+    return document(f"Perseus report: {found.folder.path.name}", parts, head)
 
 
 def _head(found: Findings) -> str:
@@ -70,8 +66,7 @@ def _summary(found: Findings) -> str:
 def _missing(missing: Sequence[str]) -> str:
     if not missing:
         return ""
-    items = "".join(f"<li>{html.escape(text)}</li>" for text in missing)
-    return f'<section class="note" id="missing"><h2>What is missing</h2><ul>{items}</ul></section>'
+    return f'<section class="note" id="missing"><h2>What is missing</h2>{listed(missing)}</section>'
 
 
 def _figures(found: Findings) -> list[tuple[str, Any, str]]:
@@ -80,7 +75,7 @@ def _figures(found: Findings) -> list[tuple[str, Any, str]]:
 
     made: list[tuple[str, Any, str]] = []
     if found.lanes:
-        made.append(("timeline", figures.timeline(found.lanes), _TIMELINE_TEXT))
+        made.append(("timeline", figures.timeline(found.lanes), TIMELINE_TEXT))
     if found.series is not None:
         text = f"Points: as run, {'emulated' if found.folder.emulated else 'measured'}. " + _TRAINING_TEXT
         made.append(("training", training(found.series, found.marks, found.per, found.reigns), text))
@@ -95,11 +90,6 @@ def _figures(found: Findings) -> list[tuple[str, Any, str]]:
     return made
 
 
-_TIMELINE_TEXT = (
-    "Stages as rows. Taller bars are backwards, lower ones forwards, each with its microbatch; colour is the SM clock. "
-    '<span class="key" style="background:#fff;border:2px solid #111"></span>critical path '
-    '<span class="key" style="background:#dfe3e7"></span>waiting. Drag to zoom, double-click to reset.'
-)
 _TRAINING_TEXT = (
     "Dotted: full clocks, in the newest plan's schedule. In long runs a point is the mean of several iterations. "
     "Energy and power, of all GPUs together, are shown where every rank has a figure. "
@@ -113,20 +103,6 @@ _FRONTIER_TEXT = (
 )
 _PROFILE_TEXT = "What one instruction takes at each clock. Bars are two standard errors; often smaller than the marker."
 _CLOCKS_TEXT = "Grey: requests as they reached the driver; a gap: no lock, full clock. Blue: read with the counter."
-
-
-def _section(name: str, figure: Any, text: str) -> str:
-    from plotly.io import to_html
-
-    body = to_html(
-        figure,
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=f"figure-{name}",
-        default_width="100%",
-        config={"displaylogo": False, "responsive": True, "displayModeBar": "hover"},
-    )
-    return f'<section id="{name}"><h2>{_TITLES[name]}</h2><p class="muted">{text}</p>{body}</section>'
 
 
 def _budgets(found: Findings) -> str:
@@ -147,8 +123,7 @@ def _worth(found: Findings) -> str:
 
 
 def _origin(found: Findings) -> str:
-    items = "".join(f"<li>{html.escape(text)}</li>" for text in found.origin)
     return (
-        f'<section id="origin"><h2>What was measured, what was emulated</h2><ul>{items}</ul>'
+        f'<section id="origin"><h2>What was measured, what was emulated</h2>{listed(found.origin)}'
         f'<p class="muted">perseus_plugin {html.escape(__version__)}</p></section>'
     )

@@ -12,8 +12,8 @@ from perseus_plugin.cli.job import profile_from_options, schedule_name
 from perseus_plugin.cli.simulation.description import gpu_named, profile_on, waiting_on
 from perseus_plugin.cli.simulation.traces.findings import explained, spreads, stragglers
 from perseus_plugin.cli.simulation.traces.kineto import ENDINGS, load_traces
-from perseus_plugin.cli.simulation.traces.output import Answer, as_json, lines, notes, plan_rows, timeline
-from perseus_plugin.cli.simulation.traces.table import is_table, load_table
+from perseus_plugin.cli.simulation.traces.output import PLAN_HEAD, Answer, as_json, lines, notes, plan_rows, timeline
+from perseus_plugin.cli.simulation.traces.table import PARQUET, is_table, load_table
 from perseus_plugin.cli.simulation.traces.traced import GivenSchedule, TracedJob
 from perseus_plugin.cli.simulation.traces.worth import Asked, mean_times_s, profile_from, worth
 from perseus_plugin.cli.terminal import columns, console, say, working
@@ -23,7 +23,7 @@ from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.planning.targets import ChangeLimits, Effort
 from perseus_plugin.profiling.derived import with_rows_for
 
-_PACKED = (".csv.gz",)
+_TABLES = (".csv.gz", PARQUET)
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Options:
         effort, limits: as for `perseus plan`.
         outputs: JSON files to write.
         perfetto: a trace to write.
+        html: a page to write.
         as_json: print JSON in the place of text and tables.
     """
 
@@ -60,6 +61,7 @@ class Options:
     limits: ChangeLimits
     outputs: Sequence[Path]
     perfetto: Path | None
+    html: Path | None = None
     as_json: bool = False
 
 
@@ -69,7 +71,7 @@ def is_trace(paths: Sequence[Path]) -> bool:
     Raises:
         ConfigError: a file cannot be read.
     """
-    return paths[0].name.endswith((*ENDINGS, *_PACKED)) or (
+    return paths[0].name.endswith((*ENDINGS, *_TABLES)) or (
         paths[0].suffix == ".csv" and paths[0].exists() and is_table(paths[0])
     )
 
@@ -92,19 +94,24 @@ def simulate_trace(paths: Sequence[Path], options: Options) -> None:
         write(path, content)
     if options.perfetto is not None:
         write(options.perfetto, json.dumps(timeline(answer), allow_nan=False), "--perfetto")
+    if options.html is not None:
+        # Loads plotly, which the rest does without.
+        from perseus_plugin.cli.simulation.traces.page import page
+
+        write(options.html, page(answer), "--html")
     if options.as_json:
         write(STANDARD, content)
         return
-    to = console(stderr=STANDARD in (*options.outputs, options.perfetto))
+    to = console(stderr=STANDARD in (*options.outputs, options.perfetto, options.html))
     for line in lines(answer):
         say(line, to)
-    table = columns("plan", "time", "worst step", "saving", "full clocks, plan", "")
+    table = columns(*PLAN_HEAD)
     for row in plan_rows(answer):
         table.add_row(*row)
     to.print(table)
     for line in notes(answer):
         say(line, to)
-    say(written(*options.outputs, options.perfetto), to)
+    say(written(*options.outputs, options.perfetto, options.html), to)
 
 
 def _read(paths: Sequence[Path], options: Options) -> TracedJob:

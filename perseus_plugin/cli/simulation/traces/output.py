@@ -14,11 +14,12 @@ from perseus_plugin.cli.simulation.traces.traced import TracedJob
 from perseus_plugin.cli.simulation.traces.worth import Estimate, Ride, Worth, clocked
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.profiling.profile import Profile
-from perseus_plugin.reporting.report.lanes import Block, Lanes
+from perseus_plugin.reporting.report.lanes import Lanes, timed_lanes
 from perseus_plugin.reporting.report.trace import trace_of_lanes
 
 SCHEMA = "perseus-trace-simulation"
 VERSION = 1
+PLAN_HEAD = ("plan", "time", "worst step", "saving", "full clocks, plan", "")
 _STAGES_SHOWN = 3
 
 
@@ -43,29 +44,11 @@ class Answer:
 
 
 def lines(answer: Answer) -> Iterator[str]:
-    """What is said above and below the table of plans."""
-    job, explains = answer.job, answer.explained
-    yield (
-        f"{job.name}: {job.schedule}, {job.stages} stages, {job.microbatches} microbatches, {len(job.replicas)} "
-        f"{_some(len(job.replicas), 'replica')}, {len(job.steps)} {_some(len(job.steps), 'step')}"
-        + (f" ({len(job.left_out)} left out, as something is missing in them)" if job.left_out else "")
-    )
-    if job.in_order < 1:
-        yield f"{job.in_order:.0%} of the iterations ran in this order; durations are taken of all"
-    for one in answer.spreads:
-        yield (
-            f"  stage {one.stage} {one.kind}: {_ms(one.mean_s)} (one in ten below {_ms(one.p10_s)}, above "
-            f"{_ms(one.p90_s)}; {one.within:.1%} within an iteration)"
-        )
-    if math.isnan(explains.traced_s):
-        yield "The trace does not say how long iterations take; what they take beside their instructions is left out."
-    else:
-        yield (
-            f"An iteration takes {explains.traced_s:.4f} s. The graph of its instructions, with "
-            f"{_ms(explains.transfer_s)} per transfer and {_ms(explains.end_s)} once, is off by "
-            f"{explains.error_mean:.2%} on average, {explains.error_worst:.2%} at worst."
-        )
-    yield from _of_stragglers(answer)
+    """What is said above the table of plans."""
+    yield from job_lines(answer)
+    yield from (f"  {line}" for line in spread_lines(answer))
+    yield graph_line(answer)
+    yield from straggler_lines(answer)
     bloat = answer.worth.bloat
     yield (
         f"Energy by {answer.power_of}: {bloat.full_j.mean:.1f} J per pipeline and iteration at full clocks. Of that, "
@@ -73,6 +56,39 @@ def lines(answer: Answer) -> Iterator[str]:
     )
     yield f"  intrinsic bloat (stages are not balanced): {_joules(bloat.intrinsic_j, bloat.intrinsic)}"
     yield f"  extrinsic bloat (a slower replica is waited for): {_joules(bloat.extrinsic_j, bloat.extrinsic)}"
+
+
+def job_lines(answer: Answer) -> Iterator[str]:
+    """Which job it is."""
+    job = answer.job
+    yield (
+        f"{job.name}: {job.schedule}, {job.stages} stages, {job.microbatches} microbatches, {len(job.replicas)} "
+        f"{_some(len(job.replicas), 'replica')}, {len(job.steps)} {_some(len(job.steps), 'step')}"
+        + (f" ({len(job.left_out)} left out, as something is missing in them)" if job.left_out else "")
+    )
+    if job.in_order < 1:
+        yield f"{job.in_order:.0%} of the iterations ran in this order; durations are taken of all"
+
+
+def spread_lines(answer: Answer) -> list[str]:
+    """How long instructions take."""
+    return [
+        f"stage {one.stage} {one.kind}: {_ms(one.mean_s)} (one in ten below {_ms(one.p10_s)}, above "
+        f"{_ms(one.p90_s)}; {one.within:.1%} within an iteration)"
+        for one in answer.spreads
+    ]
+
+
+def graph_line(answer: Answer) -> str:
+    """How well the graph gives the iteration times."""
+    explains = answer.explained
+    if math.isnan(explains.traced_s):
+        return "The trace does not say how long iterations take; what they take beside their instructions is left out."
+    return (
+        f"An iteration takes {explains.traced_s:.4f} s. The graph of its instructions, with "
+        f"{_ms(explains.transfer_s)} per transfer and {_ms(explains.end_s)} once, is off by "
+        f"{explains.error_mean:.2%} on average, {explains.error_worst:.2%} at worst."
+    )
 
 
 def plan_rows(answer: Answer) -> Iterator[tuple[str, ...]]:
@@ -144,38 +160,35 @@ def as_json(answer: Answer) -> dict[str, Any]:
 
 
 def timeline(answer: Answer) -> dict[str, Any]:
-    """The step of median length of those that were replayed, as a Chrome trace: as traced, and under the last plan."""
-    job, ride = answer.job, answer.worth.rides[-1]
+    """The step of `median_step` as a Chrome trace: as traced, and under the last plan; of all replicas."""
+    several = [
+        lanes_of(answer, under, median_step(answer), place)
+        for under in (None, answer.worth.rides[-1])
+        for place in range(len(answer.job.replicas))
+    ]
+    return trace_of_lanes(several, job=answer.job.name, power_of=answer.power_of)
+
+
+def median_step(answer: Answer) -> int:
+    """Which of the steps that were replayed is of median length."""
+    job = answer.job
     graph = build_graph(job.streams, latency_s=answer.explained.transfer_s)
     places = [job.steps.index(step) for step in answer.worth.replayed_over]
     ends_s = [max(graph.iteration_time_s(took) for took in job.durations_s[place]) for place in places]
-    step = places[int(np.argsort(ends_s)[len(ends_s) // 2])]
-    several = []
-    for name, under in (("full clocks", None), (f"{ride.name} plan", ride)):
-        for place, replica in enumerate(job.replicas):
-            title = f"{name}, replica {replica}, step {job.steps[step]}"
-            several.append(_lanes(title, answer, under, step, place))
-    return trace_of_lanes(several, job=job.name, power_of=answer.power_of)
+    return places[int(np.argsort(ends_s)[len(ends_s) // 2])]
 
 
-def _lanes(title: str, answer: Answer, ride: Ride | None, step: int, replica: int) -> Lanes:
+def lanes_of(answer: Answer, ride: Ride | None, step: int, replica: int) -> Lanes:
+    """A replica's iteration under a plan; None: as traced."""
     job = answer.job
-    durations_s, clocks = clocked(job, ride, answer.profile, step, replica)
-    start_s, finish_s = build_graph(job.streams, latency_s=answer.explained.transfer_s).times(durations_s)
-    return Lanes(
-        title,
-        tuple(
-            tuple(
-                Block(one, float(start_s[node]), float(finish_s[node]), int(clocks[node]))
-                for node in nodes.tolist()
-                if (one := job.graph.instructions[node]) is not None
-            )
-            for nodes in job.graph.stage_nodes
-        ),
-    )
+    name = "full clocks" if ride is None else f"{ride.name} plan"
+    title = f"{name}, replica {job.replicas[replica]}, step {job.steps[step]}"
+    graph = build_graph(job.streams, latency_s=answer.explained.transfer_s)
+    return timed_lanes(title, graph, *clocked(job, ride, answer.profile, step, replica))
 
 
-def _of_stragglers(answer: Answer) -> Iterator[str]:
+def straggler_lines(answer: Answer) -> Iterator[str]:
+    """Who is slow; what it is slow in is indented."""
     found = answer.stragglers
     if found.sort == "none":
         if len(answer.job.replicas) > 1:

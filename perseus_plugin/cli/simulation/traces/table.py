@@ -1,4 +1,4 @@
-"""A table of operations: a row for each that a rank ran, as CSV (packed by gzip, or not).
+"""A table of operations: a row for each that a rank ran, as CSV (packed by gzip, or not) or parquet.
 
 The columns are those of the artifact of "Understanding Stragglers in Large Model Training Using What-if Analysis"
 (OSDI'25): `dp_rank`, `stage`, `step`, `optype`, `mb_id`, `duration` (seconds), and, where there are any, `rank`,
@@ -20,12 +20,13 @@ import numpy as np
 
 from perseus_plugin.bounds import MOST_COUNT, MOST_S, MOST_STAGES
 from perseus_plugin.cli.simulation.traces.traced import GivenSchedule, Ran, TracedJob, traced_job
-from perseus_plugin.errors import ConfigError
-from perseus_plugin.files import read_unpacked
+from perseus_plugin.errors import ConfigError, lacking
+from perseus_plugin.files import read_bytes, read_unpacked
 
 NEEDED = ("dp_rank", "stage", "step", "optype", "mb_id", "duration")
 _MOST_ROWS = 10_000_000
 _COMPUTE = "-compute"
+PARQUET = ".parquet"
 
 _Place = tuple[int, int, int]
 """Step, replica, stage."""
@@ -75,10 +76,20 @@ def load_table(path: Path, given: GivenSchedule | None = None) -> TracedJob:
 
 
 def _text(path: Path) -> str:
+    """What a file holds, as CSV."""
     try:
-        return read_unpacked(path).decode("utf-8-sig")
+        return _from_parquet(path) if path.suffix == PARQUET else read_unpacked(path).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _from_parquet(path: Path) -> str:
+    try:
+        import pandas
+        import pyarrow  # noqa: F401 (pandas asks for it)
+    except ImportError as error:
+        raise ConfigError(f"{path}: {lacking(error)}") from error
+    return str(pandas.read_parquet(io.BytesIO(read_bytes(path)), engine="pyarrow").to_csv(index=False))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, int, int, str, int, int, float | None, float]]:

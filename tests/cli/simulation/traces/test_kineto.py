@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+from plotly.offline import get_plotlyjs
 
 from perseus_plugin.cli.simulation.traces.findings import explained
 from perseus_plugin.cli.simulation.traces.kineto import load_traces
@@ -111,8 +113,18 @@ def test_evaluation_and_what_is_cut_off_do_not_count(tmp_path: Path) -> None:
 def test_the_command_takes_them(perseus: Perseus, tmp_path: Path) -> None:
     paths = traces_with_stacks(tmp_path, "megatron", uneven, replicas=2, on_gpu=True)
     out = tmp_path / "out.json.txt"
-    done = perseus("simulate", *paths, "-o", out.with_suffix(".json"))
+    done = perseus("simulate", *paths, "-o", out.with_suffix(".json"), "--html", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text()
+    for text in (
+        "intrinsic bloat",
+        "static plan saves",
+        "figure-timeline",
+        "full clocks, replica 0",
+        "static plan, replica",
+    ):
+        assert text in page, text
+    assert not re.search(r'(src|href)="(?!data:|#)', page.replace(get_plotlyjs(), "")), "it needs another file"
     assert "rank0.json.gz and 3 more: 1f1b, 2 stages, 4 microbatches, 2 replicas, 4 steps" in done.stdout
     assert json.loads(out.with_suffix(".json").read_text())["bloat"]["intrinsic"]["mean"] > 0.05
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from perseus_plugin.cli.simulation.traces.command import is_trace
 from perseus_plugin.cli.simulation.traces.findings import explained, faulty_replicas, spreads, stragglers
 from perseus_plugin.cli.simulation.traces.table import is_table, load_table
 from perseus_plugin.cli.simulation.traces.traced import GivenSchedule
@@ -30,6 +32,30 @@ def test_schedule_durations_and_places_are_found(tmp_path: Path, schedule: str) 
             for replica in range(2):
                 wanted = uneven(step, replica, one.stage, one.kind, one.microbatch)
                 assert job.durations_s[step, replica, node] == pytest.approx(wanted)
+
+
+def test_parquet_is_read_as_the_same_table_as_csv(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    csv_path = write_table(tmp_path / "ops.csv", rows_of(uneven))
+    path = tmp_path / "ops.parquet"
+    pandas.read_csv(csv_path).to_parquet(path)
+    assert is_trace([path])
+    job, same = load_table(path), load_table(csv_path)
+    assert (job.schedule, job.steps, job.replicas) == (same.schedule, same.steps, same.replicas)
+    assert np.array_equal(job.durations_s, same.durations_s)
+    assert np.array_equal(job.times_s, same.times_s)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match=r"ops\.parquet: cannot be read"):
+        load_table(path)
+
+
+def test_without_pandas_parquet_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ops.parquet"
+    path.write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ConfigError, match=r"needs pandas, .*perseus-plugin\[parquet\]"):
+        load_table(path)
 
 
 def test_ranks_that_do_the_same_work_are_averaged(tmp_path: Path) -> None:

@@ -194,7 +194,8 @@ def simulate(
         check_writable(path)
     check_writable(plot, "--plot")
     check_writable(perfetto, "--perfetto")
-    if [*(output or ()), perfetto, plot].count(STANDARD) + as_json > 1:
+    check_writable(html, "--html")
+    if [*(output or ()), perfetto, plot, html].count(STANDARD) + as_json > 1:
         raise ConfigError("got --json and - more than once; allowed: one of them, as there is one standard output")
     spent, limits = parse_effort(effort) or "quick", ChangeLimits(max_changes, min_dwell or 0.0)
     switch_latency_s = lowering(lower_while_waiting, switch_latency)

@@ -23,6 +23,8 @@ from perseus_plugin.planning.work import BRAKE_S, SMALL, Work
 _PASSES = {"quick": QUICK, "normal": NORMAL, "thorough": THOROUGH}
 WORK: dict[Effort, float] = {"quick": 0.7, "normal": 5.5, "thorough": 100.0}
 """What a search in windows may do, in units of `planning.work`; one of a small job as a whole may do half of that."""
+# What tightening the bound for few changes may do, in the same units.
+_BOUND_WORK: dict[Effort, float] = {"quick": 0.0, "normal": 9.0, "thorough": 30.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,7 @@ class Solution:
         waits: at which clock it waits.
         waits_until_s: when something else ends the iteration; None: it ends with its last instruction.
         cut_short: whether the clock ended the search; see `planning.work`.
+        limited: whether clocks were searched for anew to keep the limits.
     """
 
     assignment: Assignment
@@ -50,6 +53,7 @@ class Solution:
     waits: Waits
     waits_until_s: float | None = None
     cut_short: bool = False
+    limited: bool = False
 
 
 class Discretiser:
@@ -120,17 +124,24 @@ class Discretiser:
         if limits.max_changes is not None and violated(problem, solution.assignment, limits):
             bound = LimitedBound(problem, relaxed, limits.max_changes, allowed_s, waits_until_s)
         try:
-            kept = keep_limits(problem, relaxed, solution.assignment, limits, effort, deadline_s, work, bound)
+            kept = keep_limits(
+                problem, relaxed, solution.assignment, limits, effort, deadline_s, work, bound, search=search
+            )
         except PlanError:
             if allowed_s <= deadline_s:
                 raise
             # The cheapest iteration may be too short for few changes where a longer one is not.
-            kept = keep_limits(problem, relaxed, solution.assignment, limits, effort, allowed_s, work, bound)
+            kept = keep_limits(
+                problem, relaxed, solution.assignment, limits, effort, allowed_s, work, bound, search=search
+            )
         if bound is not None:
+            if search:
+                bound.tighten(deadline_s, work, work.done + _BOUND_WORK[effort])
             relaxed = replace(relaxed, bound_j=bound.bound_j)
-        if kept is not solution.assignment:
+        limited = kept is not solution.assignment
+        if limited:
             solution = priced(kept)
-        return replace(solution, cut_short=work.cut_short)
+        return replace(solution, relaxed=relaxed, cut_short=work.cut_short, limited=limited)
 
     def priced(
         self,

@@ -220,7 +220,9 @@ class Planner(Discretiser):
         best = self.discretise(relaxed, allowed_s, limits, effort, work, waits_until_s, search=search)
         relaxed = best.relaxed
         full_s, size = self.problem.full_clock_time_s, len(self.problem.instruction_nodes)
-        if best.energy_j <= relaxed.bound_j * (1 + _FAR) or relaxed.deadline_s <= full_s * (1 + _SAME):
+        near = best.energy_j <= relaxed.bound_j * (1 + _FAR)
+        # Where limits bind, plans for all shorter times have been searched, too.
+        if near or best.limited or relaxed.deadline_s <= full_s * (1 + _SAME):
             return best
         tried_s = [relaxed.deadline_s * (1 - share) for share in _SHORTER if SMALL < size <= _MANY]
         found = dict[int, tuple[Solution, Relaxed]]()

@@ -3,7 +3,9 @@
 Prices of the instructions' time take precedence out of the problem: each stage is left with the cheapest of its phase
 plans, which dynamic programming finds, so by weak duality all prices give a bound. The best are those of the program
 that mixes whole phase plans (Dantzig and Wolfe); those of the programs over phases, averaged over the rounds, come
-near. The bound is concave in the prices, so what belongs to them beside the instructions may be averaged as they are.
+near. From there column generation goes on: all phase plans that were the cheapest at some prices are mixed, and the
+prices of that program, brought nearer to the best ones so far, are tried. The bound is concave in the prices, so what
+belongs to them beside the instructions may be averaged as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import numpy as np
 
 from perseus_plugin.iteration.graph import FloatArray
-from perseus_plugin.planning.few_changes.phases import clock_of_instructions, stage_clocks
+from perseus_plugin.planning.few_changes.phase_lp import solve_phases
+from perseus_plugin.planning.few_changes.phases import Phases, StageClocks, clock_of_instructions, stage_clocks
 from perseus_plugin.planning.few_changes.segmentation import segment
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.relaxation import Relaxed
@@ -19,6 +22,8 @@ from perseus_plugin.planning.work import Work
 
 # Per instruction and pair of clocks, for each level.
 _CUT_PAIR = 3.5e-9
+_NEARER = 0.8  # share of the best prices in those that are tried
+_TIGHT = 1e-4  # share of the energy by which it may be below what the program mixes
 
 
 class LimitedBound:
@@ -50,7 +55,10 @@ class LimitedBound:
         for stage in self._stages:
             slowest_s[stage.nodes] = stage.time_s.max(axis=1)
         self.latest_s = min(allowed_s, problem.graph.iteration_time_s(slowest_s))
-        self.bound_j = relaxed.bound_j
+        self.bound_j = self._seen_j = relaxed.bound_j
+        self._best: tuple[FloatArray, float] | None = None
+        # Of every stage the phase plans that were cheapest, beside full clocks: times and energies of its instructions.
+        self._plans = [[(stage.time_s[:, 0], stage.energy_j[:, 0])] for stage in self._stages]
         times, energies = problem.option_table
         nodes, price = problem.instruction_nodes, relaxed.instruction_price_w
         seconds = np.where(np.isfinite(times), times, 0.0)[problem.class_of[nodes]]
@@ -84,12 +92,40 @@ class LimitedBound:
     def see(self, price_w: FloatArray, rest_j: float, work: Work) -> None:
         """Try prices of all nodes' time; what is done is added to `work`."""
         total_j = rest_j
-        for stage in self._stages:
+        for stage, plans in zip(self._stages, self._plans, strict=True):
             if not len(stage.nodes):
                 continue
             cost = stage.energy_j + price_w[stage.nodes, None] * stage.time_s
             work.done += cost.shape[0] * (self._max_changes + 1) * cost.shape[1] ** 2 * _CUT_PAIR
             found = segment(cost, np.zeros(len(cost)), self._max_changes, 0.0)
-            clocks = clock_of_instructions(stage, found.begins, found.clocks)
-            total_j += float(cost[np.arange(len(cost)), clocks].sum())
+            at = np.arange(len(cost)), clock_of_instructions(stage, found.begins, found.clocks)
+            plans.append((stage.time_s[at], stage.energy_j[at]))
+            total_j += float(cost[at].sum())
+        if self._best is None or total_j > self._seen_j:
+            self._best, self._seen_j = (price_w, rest_j), total_j
         self.bound_j = max(self.bound_j, total_j)
+
+    def tighten(self, deadline_s: float, work: Work, until: float) -> None:
+        """Column generation, until the bound is tight or `until` units of work are done."""
+        while self._best is not None and not work.over(until):
+            mix = solve_phases(self._problem, *self._columns(), deadline_s, work, until, every=True)
+            if mix is None:
+                return
+            end_s = deadline_s if self._waits_until_s is None else self._waits_until_s
+            mixed_j = mix.energy_j + self._problem.total_blocking_w * end_s
+            if mixed_j - self.bound_j <= _TIGHT * abs(mixed_j):
+                return
+            rest_j = self.rest(mix.edge_price_w, mix.sink_price_w)
+            before_j, (price_w, best_rest_j) = self._seen_j, self._best
+            for share in (_NEARER, 0.0):
+                self.see(share * price_w + (1 - share) * mix.price_w, share * best_rest_j + (1 - share) * rest_j, work)
+                if self._seen_j > before_j:
+                    break
+
+    def _columns(self) -> tuple[tuple[StageClocks, ...], Phases]:
+        """Every stage as one phase, whose clocks are its phase plans."""
+        tables = []
+        for stage, plans in zip(self._stages, self._plans, strict=True):
+            times, energies = (np.array(column).T.reshape(len(stage.nodes), -1) for column in zip(*plans, strict=True))
+            tables.append(StageClocks(stage.nodes, np.arange(times.shape[1]), times, energies, stage.forbidden_j))
+        return tuple(tables), Phases(((0,),) * len(tables), ((0,),) * len(tables))

@@ -1,8 +1,8 @@
 """Plans with few clock changes.
 
 A stage's iteration is cut into phases of one clock each. Where to cut is a shortest path at the relaxation's prices;
-which clocks the phases get is a linear program over mixtures of clocks, rounded up and then improved by moves on
-single phases, pairs of phases and cuts. The linear program's own prices cut again, until that gains nothing.
+which clocks the phases get is a linear program over mixtures of clocks, rounded up. The linear program's own prices cut
+again, and again; what comes of that is improved by annealing.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import numpy as np
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import FloatArray, IntArray
+from perseus_plugin.planning.few_changes.annealing import Annealing
 from perseus_plugin.planning.few_changes.bound import LimitedBound
 from perseus_plugin.planning.few_changes.phase_lp import PhaseMix, solve_phases
-from perseus_plugin.planning.few_changes.phases import Phases, PhaseSearch, StageClocks, assign, stage_clocks
+from perseus_plugin.planning.few_changes.phases import Phases, StageClocks, assign, stage_clocks
 from perseus_plugin.planning.few_changes.segmentation import Segments, segment
 from perseus_plugin.planning.options import Assignment, PlanningProblem
 from perseus_plugin.planning.relaxation import Relaxed
@@ -21,9 +22,13 @@ from perseus_plugin.planning.targets import ChangeLimits, Effort
 from perseus_plugin.planning.work import Work
 
 _ROUNDS = 20
-_TRIED = 3
 _SCALINGS = 16
-_WORK: dict[Effort, float] = {"quick": 2.0, "normal": 15.0, "thorough": 90.0}
+_CUTTING = 0.35  # share of the work that is for programs
+_STARTS = 8  # of these programs' phases the annealing begins with the best
+_WORK: dict[Effort, float] = {"quick": 2.4, "normal": 6.0, "thorough": 90.0}
+_LARGE = 384  # instructions from which a search may do all of that; in smaller jobs as much less
+_LEAST = 0.1  # but this share
+_ROUNDED = 0.25  # where nothing is to be searched for, this share is done
 # Cutting, per instruction: a part that is always there, and one per level and pair of clocks.
 _CUT, _CUT_PAIR = 20e-6, 3.5e-9
 
@@ -37,6 +42,8 @@ def keep_limits(
     deadline_s: float,
     work: Work,
     bound: LimitedBound | None = None,
+    *,
+    search: bool = True,
 ) -> Assignment:
     """`free` if it keeps the limits, else the best assignment found that does.
 
@@ -49,13 +56,14 @@ def keep_limits(
         deadline_s: to meet.
         work: what is done is added to it.
         bound: sees the prices that come up; None: nobody needs it.
+        search: for the best that there is; else for one that will do.
 
     Raises:
         PlanError: no assignment that keeps the limits was found to meet the deadline.
     """
     if not violated(problem, free, limits):
         return free
-    found = _search(problem, relaxed, free, limits, effort, deadline_s, work, bound)
+    found = _search(problem, relaxed, free, limits, effort, deadline_s, work, bound, search)
     if found is None:
         raise PlanError(
             f"clock-change limits: with at most {limits.max_changes} changes and a dwell of {limits.min_dwell_s} s "
@@ -98,33 +106,38 @@ def _search(
     deadline_s: float,
     work: Work,
     bound: LimitedBound | None,
+    search: bool,
 ) -> Assignment | None:
     stages = stage_clocks(problem)
-    stop = work.done + _WORK[effort]
-    best = problem.full_clocks if problem.full_clock_time_s <= deadline_s else None
+    size = min(1.0, max(_LEAST, len(problem.instruction_nodes) / _LARGE))
+    most = _WORK[effort] * size * (1.0 if search else _ROUNDED)
+    stop = work.done + most
     start_s = problem.graph.times(free.duration_s)[0]
-    candidates = _mixed(
-        problem, stages, relaxed, start_s, limits, deadline_s, work, stop - _WORK[effort] / 2, bound
-    ) or _scaled(problem, stages, relaxed, start_s, limits, deadline_s, work)
-    tried: list[tuple[float, int, Phases]] = []
+    mixes = _mixed(problem, stages, relaxed, start_s, limits, deadline_s, work, work.done + _CUTTING * most, bound)
+    candidates = [mix.phases for mix in mixes] or _scaled(problem, stages, relaxed, start_s, limits, deadline_s, work)
+    kept = [_keep_dwell(problem, stages, phases, limits) for phases in candidates[:_STARTS]]
+    if kept:
+        second_w = float(mixes[0].sink_price_w.sum()) if mixes else _second_w(problem)
+        annealing = Annealing(problem, stages, limits, deadline_s, second_w, work)
+        kept.extend(annealing.run(kept, stop))
+    found = [assign(problem, stages, phases) for phases in kept]
+    if problem.full_clock_time_s <= deadline_s:
+        found.append(problem.full_clocks)
+    in_time = [one for one in found if problem.graph.iteration_time_s(one.duration_s) <= deadline_s]
+    return min(
+        (one for one in in_time if not violated(problem, one, limits)), key=lambda one: one.energy_j, default=None
+    )
 
-    def search(phases: Phases, most: float) -> None:
-        nonlocal best
-        searched = PhaseSearch(problem, stages, deadline_s, work, work.done + most).run(phases)
-        tried.append((assign(problem, stages, searched).energy_j, len(tried), searched))
-        found = assign(problem, stages, _keep_dwell(problem, stages, searched, limits))
-        in_time = problem.graph.iteration_time_s(found.duration_s) <= deadline_s
-        if in_time and not violated(problem, found, limits) and (best is None or found.energy_j < best.energy_j):
-            best = found
 
-    # A short search from every candidate, then a long one from the best. Both count: what a search gains can be lost
-    # again where the dwell has to be restored.
-    short = 0.4 * max(0.0, stop - work.done) / max(1, len(candidates))
-    for phases in candidates:
-        search(phases, short)
-    for left, (_, _, phases) in zip(range(_TRIED, 0, -1), sorted(tried, key=lambda one: one[:2]), strict=False):
-        search(phases, max(0.0, stop - work.done) / left)
-    return best
+def _second_w(problem: PlanningProblem) -> float:
+    """About what a second of the iteration is worth, where no program has told: what all stages save per second."""
+    slopes = [0.0] * problem.graph.stages
+    for (stage, _), options in zip(problem.keys, problem.classes, strict=True):
+        if len(options.time_s) > 1:
+            first, second = options.hull[:2]
+            saved_j = options.energy_j[first] - options.energy_j[second]
+            slopes[stage] = max(slopes[stage], float(saved_j / (options.time_s[second] - options.time_s[first])))
+    return sum(slopes)
 
 
 def _mixed(
@@ -137,7 +150,7 @@ def _mixed(
     work: Work,
     stop: float,
     bound: LimitedBound | None,
-) -> list[Phases]:
+) -> list[PhaseMix]:
     """Phases cut at the relaxation's prices, then again and again at the running mean of their programs' prices.
 
     Those whose program takes the least energy come first; none if the programs are too large for the work.
@@ -157,7 +170,7 @@ def _mixed(
             rest_j = (done * rest_j + bound.rest(mix.edge_price_w, mix.sink_price_w)) / (done + 1)
         if work.over(stop):
             break
-    return [mix.phases for mix in sorted(mixes, key=lambda mix: mix.energy_j)]
+    return sorted(mixes, key=lambda mix: mix.energy_j)
 
 
 def _scaled(
@@ -203,18 +216,14 @@ def _keep_dwell(
     problem: PlanningProblem, stages: tuple[StageClocks, ...], phases: Phases, limits: ChangeLimits
 ) -> Phases:
     """Join phases that turned out too short to a neighbour, both at the faster clock of the two."""
-    broken = violated(problem, assign(problem, stages, phases), limits)
-    while broken:
-        start = problem.graph.times(assign(problem, stages, phases).duration_s)[0]
+    while True:
+        assigned = assign(problem, stages, phases)
+        broken = [stage for stage in violated(problem, assigned, limits) if len(phases.clocks[stage]) > 1]
+        if not broken:
+            return phases
+        start_s = problem.graph.times(assigned.duration_s)[0]
         for stage in broken:
             clocks = phases.clocks[stage]
-            if len(clocks) < 2:
-                continue
-            when = start[stages[stage].nodes[list(phases.begins[stage])]]
-            phase = 1 + int(np.diff(when).argmin())
+            when_s = start_s[stages[stage].nodes[list(phases.begins[stage])]]
+            phase = 1 + int(np.diff(when_s).argmin())
             phases = phases.merged(stage, phase, min(clocks[phase - 1], clocks[phase]))
-        still = violated(problem, assign(problem, stages, phases), limits)
-        if all(len(phases.clocks[stage]) < 2 for stage in still):
-            break
-        broken = still
-    return phases

@@ -16,6 +16,7 @@ from perseus_plugin.planning.work import Work
 # Building, per precedence; a step of the simplex method, by itself and per row.
 _PRECEDENCE = 2e-5
 _STEP, _STEP_ROW = 1e-5, 2e-8
+_MIXED = 4e-6  # per precedence and clock of its instruction, where all clocks are mixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,8 @@ def solve_phases(
     deadline_s: float,
     work: Work,
     until: float,
+    *,
+    every: bool = False,
 ) -> PhaseMix | None:
     """Mixtures of clocks for the phases with the least energy by the deadline; None if none are found.
 
@@ -51,17 +54,24 @@ def solve_phases(
         problem, stages, phases, deadline_s: what to solve.
         work: what is done is added to it.
         until: when to stop, in units of work.
+        every: mix all clocks, also those that are in no good mixture where a phase's instructions are alike.
     """
-    return _PhaseProgram(problem, stages, phases, deadline_s).solve(work, until)
+    return _PhaseProgram(problem, stages, phases, deadline_s, every).solve(work, until)
 
 
 class _PhaseProgram:
     """Variables: start times, and per phase the shares of its clocks; first and last phase may share theirs."""
 
     def __init__(
-        self, problem: PlanningProblem, stages: tuple[StageClocks, ...], phases: Phases, deadline_s: float
+        self,
+        problem: PlanningProblem,
+        stages: tuple[StageClocks, ...],
+        phases: Phases,
+        deadline_s: float,
+        every: bool = False,
     ) -> None:
         self.problem = problem
+        self.every = every
         self.stages = stages
         self.phases = phases
         self.solver = pywraplp.Solver.CreateSolver("GLOP")
@@ -92,6 +102,8 @@ class _PhaseProgram:
                 shares.append(shares[0])
             else:
                 usable = _hull(table.time_s[begin:end].sum(axis=0), energy, table.forbidden_j)
+                if self.every:
+                    usable = list(range(len(energy)))
                 shares.append({f: self.solver.NumVar(0.0, 1.0, "") for f in usable})
                 one = self.solver.Constraint(1.0, 1.0)
                 for share in shares[-1].values():
@@ -134,6 +146,9 @@ class _PhaseProgram:
     def solve(self, work: Work, until: float) -> PhaseMix | None:
         """The optimum, with all phases rounded to clocks that are fast enough; None if it is not found by `until`."""
         work.done += _PRECEDENCE * len(self.rows)
+        if self.every:
+            counts = [max(map(len, shares)) for shares in self.shares]
+            work.done += _MIXED * sum(counts[self.phase_of[node][0]] for node, _ in self.rows if node in self.phase_of)
         step = _STEP + _STEP_ROW * self.solver.NumConstraints()
         most = max(1, int((until - work.done) / step))
         self.solver.SetSolverSpecificParametersAsString(f"max_number_of_iterations: {most}")

@@ -17,6 +17,7 @@ from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.few_changes.segmentation import Segments, segment
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import ChangeLimits, Planner, Target
+from perseus_plugin.planning.targets import EFFORTS, Effort
 from perseus_plugin.profiling.profile import Measurement, Profile
 from tests.planning.jobs import Job, bundled_profile, every_choice, jobs, replay
 
@@ -83,8 +84,15 @@ def of(job: Job) -> Planner:
 
 
 @settings(max_examples=40)
-@given(jobs(max_stages=2, max_microbatches=2, max_clocks=3), st.sampled_from([0, 2, 3]), st.floats(0, 0.5))
-def test_no_choice_of_clocks_with_so_few_changes_is_below_the_bound(job: Job, most: int, slowdown: float) -> None:
+@given(
+    jobs(max_stages=2, max_microbatches=2, max_clocks=3),
+    st.sampled_from([0, 2, 3]),
+    st.floats(0, 0.5),
+    st.sampled_from(EFFORTS[:2]),
+)
+def test_no_choice_of_clocks_with_so_few_changes_is_below_the_bound(
+    job: Job, most: int, slowdown: float, effort: Effort
+) -> None:
     planner = of(job)
     problem = planner.problem
     assume(len(problem.instruction_nodes) <= 8)
@@ -96,7 +104,7 @@ def test_no_choice_of_clocks_with_so_few_changes_is_below_the_bound(job: Job, mo
         (Target.straggler(until_s), [energy + problem.total_blocking_w * (until_s - end) for end, energy in in_time]),
         (Target.cheapest(), [energy for _, energy in choices]),
     ):
-        plan = of(job).plan(target, ChangeLimits(most))
+        plan = of(job).plan(target, ChangeLimits(most), effort)
         assert plan.energy_lower_bound_j <= min(energies) * (1 + 1e-9) + 1e-9
         assert min(energies) <= plan.energy_j * (1 + 1e-9)
 
@@ -104,8 +112,10 @@ def test_no_choice_of_clocks_with_so_few_changes_is_below_the_bound(job: Job, mo
 @pytest.mark.parametrize("most", [2, 4])
 def test_few_changes_have_a_bound_of_their_own(most: int) -> None:
     planner = Planner(build_graph(one_f_one_b(3, 6)), bundled_profile(3), blocking_power_w=60.0)
-    limited, free = planner.plan(Target.slowdown(), ChangeLimits(most)), planner.plan(Target.slowdown())
-    assert free.energy_lower_bound_j * 1.001 < limited.energy_lower_bound_j <= limited.energy_j
+    free, quick = planner.plan(Target.slowdown()), planner.plan(Target.slowdown(), ChangeLimits(most))
+    normal = planner.plan(Target.slowdown(), ChangeLimits(most), "normal")
+    assert free.energy_lower_bound_j * 1.001 < quick.energy_lower_bound_j < normal.energy_lower_bound_j
+    assert normal.energy_lower_bound_j <= normal.energy_j <= quick.energy_j
 
 
 def test_few_changes_may_take_longer_than_the_cheapest_iteration() -> None:

@@ -76,12 +76,15 @@ class VirtualJob:
         self._number = 0
         self.of_stages: list[StageEstimate] = []
 
-    def iterate(self, clock_of: ClockOf, edge_mhz: int) -> tuple[float, float, list[IterationRecord]]:
+    def iterate(
+        self, clock_of: ClockOf, edge_mhz: int, sizes: Sequence[float] = ()
+    ) -> tuple[float, float, list[IterationRecord]]:
         """One iteration; waits are spent at the higher clock of the instructions beside them.
 
         Args:
             clock_of: the clocks.
             edge_mhz: the clock before the first and after the last instruction.
+            sizes: of microbatches, as factors of the usual one; empty: all are usual.
 
         Returns:
             Its time, the energy of all GPUs, and what each stage saw.
@@ -91,7 +94,7 @@ class VirtualJob:
         for stream in self.streams:
             operations, slots = hooked_operations(stream)
             records.append(IterationRecord(self._number, "1F1B", operations, slots, undisturbed=True, begin_s=begin_s))
-        self._run(records, clock_of, edge_mhz)
+        self._run(records, clock_of, edge_mhz, sizes)
         end_s = max(record.ends_s[-1] for record in records)
         for gpu, record in zip(self._gpus, records, strict=True):
             gpu.wait_until(end_s)
@@ -143,7 +146,9 @@ class VirtualJob:
         ran = [self.iterate(clock_of, edge_mhz)[:2] for _ in range(iterations)]
         return sum(time_s for time_s, _ in ran) / iterations, sum(energy_j for _, energy_j in ran) / iterations
 
-    def _run(self, records: Sequence[IterationRecord], clock_of: ClockOf, edge_mhz: int) -> None:
+    def _run(
+        self, records: Sequence[IterationRecord], clock_of: ClockOf, edge_mhz: int, sizes: Sequence[float]
+    ) -> None:
         arrived: dict[tuple[int, int, str], list[float]] = {}
         taken: dict[tuple[int, int, str], int] = {}
         places, ready_s = [0] * len(self.streams), [record.begin_s for record in records]
@@ -164,7 +169,7 @@ class VirtualJob:
                         mhz = clock_of(stage, slot)
                         before_mhz = clock_of(stage, slot - 1) if slot else edge_mhz
                         after_mhz = clock_of(stage, slot + 1) if slot + 1 < of_stage else edge_mhz
-                        work_s = self._work_s[op.kind][stage]
+                        work_s = self._work_s[op.kind][stage] * (sizes[op.microbatch] if sizes else 1.0)
                         gpu = self._gpus[stage]
                         gpu.wait_until(ready_s[stage], max(before_mhz, mhz))
                         records[stage].starts_s.append(gpu.at_s)

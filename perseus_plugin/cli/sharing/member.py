@@ -85,7 +85,9 @@ class Member:
             return self._unheard(summary, _full_w(summary, self._job(summary)), str(error))
         self._gone = False
         draws = _number(reply.get("draws", 1.0))
-        self._draws = draws if _LEAST_DRAWS <= draws <= 1 / _LEAST_DRAWS else 1.0
+        draws = draws if _LEAST_DRAWS <= draws <= 1 / _LEAST_DRAWS else 1.0
+        # Less is not worth another plan of every job.
+        self._draws = draws if abs(draws / self._draws - 1) > _BEYOND else self._draws
         job = self._job(summary)
         full_w = _full_w(summary, job)
         lowest_w = 0.0 if job is None else job.curve.lowest_w

@@ -335,6 +335,12 @@ def test_a_job_that_knows_its_gpus_to_draw_more_than_its_profile_says_is_shared_
     job = done.looks[str(site.folder / "a")].holding.job
     assert job is not None
     assert job.curve.lowest_w == pytest.approx(1200.0)
+    for says, taken in ((1.205, 1.2), (1.0, 1.0), (1e9, 1.0)):
+        started.says_it_draws = says
+        started.step()
+        held = site.turn(1e6).looks[str(site.folder / "a")].holding.job
+        assert held is not None
+        assert held.curve.lowest_w == pytest.approx(1000.0 * taken)
 
 
 def test_a_job_that_is_given_under_several_names_is_one(site: Site) -> None:

@@ -11,6 +11,9 @@ MEGATRON := -m pip install --quiet --no-deps --ignore-requires-python --only-bin
 # Beside the newest, which is in the environment. Where an older one has no wheel for this Python, its tests are left out.
 MEGATRON_VERSIONS := 0.12.3 0.14.0 0.16.1 0.17.1 0.18.0
 
+# Beside the newest, which is in the environment, and torchtitan's: the oldest with pipelines, and where these have changed.
+TORCH_VERSIONS := 2.4.1 2.6.0 2.9.1 2.10.0
+
 # Tests run by so many processes side by side: emulated time is mostly sleep. A job's ranks need cores; unit tests wait more.
 WORKERS ?= 2
 UNIT_WORKERS ?= 3
@@ -22,7 +25,7 @@ PYTEST := $(BIN)/pytest --dist loadgroup --numprocesses
 OPENG2G := openg2g==0.2.0.post1 opendssdirect.py==0.9.4 dss_python==0.15.7 dss_python_backend==0.14.5 \
     cffi==2.0.0 pycparser==2.23
 
-.PHONY: quickstart test test-all lint types docs unit e2e rest megatron titan setup clean
+.PHONY: quickstart test test-all lint types docs unit e2e rest megatron titan old-torch setup clean
 
 quickstart: setup
 	DS_ACCELERATOR=cpu $(BIN)/torchrun --standalone --nproc-per-node 4 examples/deepspeed_gpt/train.py \
@@ -67,7 +70,7 @@ megatron: .megatron/.installed .resiliency/.installed
 	touch $@
 
 # torchtitan's own trainer, in an environment of its own, since it needs a newer torch (gigabytes, unless TORCH_OPTIONS
-# names an index of CPU builds). Without it `make test-all` leaves its test out.
+# names an index of CPU builds). Where it is there, `make test-all` runs its test too.
 titan: setup .titan/.installed
 	$(BIN)/pytest tests/e2e/test_torchtitan.py
 
@@ -76,6 +79,19 @@ titan: setup .titan/.installed
 	.titan/bin/python -m pip install --quiet $(TORCH_OPTIONS) torch==2.14.1
 	.titan/bin/python -m pip install --quiet torchtitan==0.3.0 setuptools wheel
 	.titan/bin/python -m pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+# PyTorch's own pipelines with older versions of torch; gigabytes each, as above.
+old-torch: setup .old_torch/.installed
+	$(BIN)/pytest tests/e2e/test_old_torch.py
+
+.old_torch/.installed: Makefile setup.cfg
+	for version in $(TORCH_VERSIONS); do \
+	    $(PYTHON) -m venv .old_torch/$$version && \
+	    .old_torch/$$version/bin/python -m pip install --quiet $(TORCH_OPTIONS) torch==$$version && \
+	    .old_torch/$$version/bin/python -m pip install --quiet numpy setuptools wheel && \
+	    .old_torch/$$version/bin/python -m pip install --quiet --no-build-isolation --editable . || exit 1; \
+	done
 	touch $@
 
 .openg2g/.installed: Makefile $(VENV)/.installed
@@ -104,4 +120,4 @@ rest: setup megatron .openg2g/.installed
 	$(PYTEST) $(WORKERS) -m "matrix or repeated"
 
 clean:
-	rm -rf $(VENV) .megatron .resiliency .titan .openg2g out build dist *.egg-info
+	rm -rf $(VENV) .megatron .resiliency .titan .old_torch .openg2g out build dist *.egg-info

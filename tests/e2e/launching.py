@@ -139,7 +139,13 @@ class Job:
 
 @contextmanager
 def started_ranks(
-    ranks: int, folder: Path, *words: str, torchrun: bool = False, imports: Sequence[str] = (), **environment: str
+    ranks: int,
+    folder: Path,
+    *words: str,
+    torchrun: bool = False,
+    python: str | Path = sys.executable,
+    imports: Sequence[str] = (),
+    **environment: str,
 ) -> Iterator[Job]:
     """Run a command line on every rank, in `folder`, as a process group that ends with the block.
 
@@ -149,13 +155,14 @@ def started_ranks(
         words: a script, or `-m` and a module, with arguments.
         torchrun: start them as a user would; else they are forks of a process that has made its `imports` already,
             which is several seconds of both cores less.
+        python: another environment's.
         imports: modules, of the folders of our scripts too.
         environment: added to this process's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     said = Output()
     said.start()
-    start = _torchrun if torchrun else _forked
+    start = functools.partial(_torchrun if torchrun else _forked, str(python))
     try:
         pid, status = start(ranks, folder, words, imports, {"OMP_NUM_THREADS": "1", **environment}, said.inlet)
     finally:
@@ -172,9 +179,15 @@ _Started = tuple[int, Callable[[float], "int | None"]]
 
 
 def _torchrun(
-    ranks: int, folder: Path, words: Sequence[str], imports: Sequence[str], environment: dict[str, str], output: int
+    python: str,
+    ranks: int,
+    folder: Path,
+    words: Sequence[str],
+    imports: Sequence[str],
+    environment: dict[str, str],
+    output: int,
 ) -> _Started:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *words]
+    command = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *words]
     job = subprocess.Popen(
         command,
         stdout=output,
@@ -193,10 +206,16 @@ def _torchrun(
 
 
 def _forked(
-    ranks: int, folder: Path, words: Sequence[str], imports: Sequence[str], environment: dict[str, str], output: int
+    python: str,
+    ranks: int,
+    folder: Path,
+    words: Sequence[str],
+    imports: Sequence[str],
+    environment: dict[str, str],
+    output: int,
 ) -> _Started:
     at_start = {name: environment[name] for name in sorted(environment) if name in READ_AT_START}
-    server = _server(tuple(imports), tuple(at_start.items()))
+    server = _server(python, tuple(imports), tuple(at_start.items()))
     environment = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     job = {"ranks": ranks, "folder": str(folder), "words": words, "environment": environment}
     ours, agents = os.pipe()
@@ -216,15 +235,15 @@ def _forked(
 
 
 @functools.cache
-def _server(imports: tuple[str, ...], environment: tuple[tuple[str, str], ...]) -> socket.socket:
-    """The server whose processes have made these imports in this environment. It ends with this process."""
+def _server(python: str, imports: tuple[str, ...], environment: tuple[tuple[str, str], ...]) -> socket.socket:
+    """The server of a Python whose processes have made these imports in this environment. It ends with this process."""
     ours, servers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     added = dict(environment)
     folders = (REPOSITORY, FORK_SERVER.parent, REPOSITORY / "tests" / "megatron_support")
     path = os.pathsep.join([added.pop("PYTHONPATH", ""), *map(str, folders)]).lstrip(os.pathsep)
     with servers:
         subprocess.Popen(
-            [sys.executable, str(FORK_SERVER), str(servers.fileno()), *imports],
+            [python, str(FORK_SERVER), str(servers.fileno()), *imports],
             pass_fds=[servers.fileno()],
             env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **added, "PYTHONPATH": path},
         )

@@ -1,12 +1,14 @@
 """A script that trains with a schedule of `torch.distributed.pipelining`, as such scripts are: nothing here is ours.
 
-Every rank writes `facts<rank>.json` into the current folder: its losses and a hash of its parameters after every step.
+It runs with every torch from 2.4 on, as far as that has the schedule. Every rank writes `facts<rank>.json` into the
+current folder: its losses and a hash of its parameters after every step.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -16,9 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 WIDTH = 16
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
@@ -35,6 +36,57 @@ def stages_of_rank(schedule: type, name: str, rank: int, ranks: int) -> tuple[li
     if issubclass(schedule, PipelineScheduleSingle):
         return [rank], ranks
     return [rank, 2 * ranks - 1 - rank if name in V_SHAPED else rank + ranks], 2 * ranks
+
+
+def schedule_class_of(name: str) -> Any:
+    """PyTorch's class; 2.4 has no function that gives it."""
+    return getattr(schedules, f"Schedule{name}")
+
+
+def sharded(module: nn.Module, mesh: Any) -> nn.Module:
+    """With its parameters shared out by FSDP."""
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # up to 2.5
+        from torch.distributed._composable.fsdp import fully_shard
+
+    return fully_shard(module, mesh=mesh)
+
+
+def stage_of(module: nn.Module, number: int, in_all: int, group: Any) -> Any:
+    """A stage on the CPU."""
+    # What comes in is shown to it where it does not find that out by itself (2.4).
+    given = inspect.signature(PipelineStage).parameters["input_args"].default is inspect.Parameter.empty
+    shown: Any = {"input_args": torch.zeros(2, WIDTH)} if given else {}
+    return PipelineStage(module, number, in_all, torch.device("cpu"), group=group, **shown)
+
+
+class _All:
+    """Transfers that are waited for together."""
+
+    def __init__(self, transfers: list[Any]) -> None:
+        self._transfers = transfers
+
+    def wait(self) -> None:
+        for one in self._transfers:
+            one.wait()
+
+
+def mend_gloo() -> None:
+    """Have older versions, which were made for NCCL, run over gloo too: they fail there by themselves.
+
+    NCCL makes one transfer of those that are posted together. Up to 2.6 only the last one is kept and waited for, and
+    gloo gives up the others. Up to 2.9 ranks first send each other something of another size than its receiver expects,
+    for which gloo ends the process.
+    """
+    if not hasattr(schedules, "_wait_batch_p2p"):
+
+        def batch_p2p(transfers: list[Any], desc: str | None = None) -> _All | None:
+            return _All(dist.batch_isend_irecv(transfers)) if transfers else None
+
+        schedules._batch_p2p = batch_p2p
+    if torch.__version__ < (2, 10):
+        PipelineStage._get_init_p2p_neighbors_ops = lambda self: []
 
 
 class Ending:
@@ -83,6 +135,7 @@ def main() -> None:
     parser.add_argument("--enable", help="call perseus_plugin.enable with this file")
     parser.add_argument("--leave-the-group", action="store_true", help="exit without destroy_process_group")
     arguments = parser.parse_args()
+    mend_gloo()
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     mesh = init_device_mesh(
@@ -90,15 +143,12 @@ def main() -> None:
     )
     group = mesh.get_group("pp")
     rank, ranks = group.rank(), group.size()
-    schedule_class = get_schedule_class(arguments.schedule)
+    schedule_class = schedule_class_of(arguments.schedule)
     numbers, in_all = stages_of_rank(schedule_class, arguments.schedule, rank, ranks)
     parts = [part(number) for number in numbers]
     if arguments.shards > 1:
-        parts = [fully_shard(one, mesh=mesh["dp"]) for one in parts]
-    stages: list[Any] = [
-        PipelineStage(one, number, in_all, torch.device("cpu"), group=group)
-        for one, number in zip(parts, numbers, strict=True)
-    ]
+        parts = [sharded(one, mesh["dp"]) for one in parts]
+    stages = [stage_of(one, number, in_all, group) for one, number in zip(parts, numbers, strict=True)]
     is_single = issubclass(schedule_class, PipelineScheduleSingle)
     schedule: Any = schedule_class(
         stages[0] if is_single else stages, arguments.microbatches, loss_fn=nn.functional.mse_loss

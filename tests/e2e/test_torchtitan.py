@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.e2e.launching import REPOSITORY, perseus_block
-from tests.titan_support.titan_on_cpu import make_assets
+from tests.e2e.launching import REPOSITORY, perseus_block, started_ranks
 
 PYTHON = REPOSITORY / ".titan" / "bin" / "python"
-SUPPORT = REPOSITORY / "tests" / "titan_support"
-STEPS = 120
+PATH = os.pathsep.join(map(str, (REPOSITORY / "tests" / "titan_support", REPOSITORY)))
+TRAINING = (
+    *("-m", "titan_on_cpu", "--module", "titan_on_cpu", "--config", "debug_model"),
+    *("--training.disable_cuda_graphs", "--training.seq_len", "32", "--training.local_batch_size", "4"),
+    *("--training.steps", "1000", "--debug.seed", "42", "--debug.deterministic"),
+    *("--parallelism.pipeline_parallel_degree", "2", "--parallelism.pipeline_parallel_schedule", "1F1B"),
+)
+TIMEOUT_S = 900.0
 OVERRIDE = "perseus_plugin.integrations.torchtitan.perseus"
 
 pytestmark = [
@@ -25,40 +30,36 @@ pytestmark = [
 ]
 
 
-def train(folder: Path, *words: str) -> tuple[list[tuple[str, str]], str]:
-    """Loss and gradient norm of every step, as torchtitan logs them, and all that was said."""
-    folder.mkdir(exist_ok=True)
-    make_assets(folder)
-    command = [str(PYTHON), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command += ["titan_on_cpu", "--module", "titan_on_cpu", "--config", "debug_model"]
-    command += ["--training.disable_cuda_graphs", "--training.seq_len", "64", "--training.local_batch_size", "4"]
-    command += ["--training.steps", str(STEPS), "--debug.seed", "42", "--debug.deterministic"]
-    command += ["--parallelism.pipeline_parallel_degree", "2", "--parallelism.pipeline_parallel_schedule", "1F1B"]
-    path = os.pathsep.join(map(str, (SUPPORT, REPOSITORY)))
-    done = subprocess.run(
-        [*command, *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "LOG_RANK": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
-    return re.findall(r"step: +\d+ +loss: +([\d.]+) +grad_norm: +([\d.]+)", said), said
+def train(folder: Path, *words: str, **environment: str) -> tuple[list[list[Any]], str]:
+    """What is the same whenever the training is, step by step, and all that was said.
+
+    These are the hash of every rank's parameters, and loss and gradient norm as torchtitan logs them.
+    """
+    job = started_ranks(2, folder, *TRAINING, *words, torchrun=True, python=PYTHON, PYTHONPATH=PATH, **environment)
+    with job as started:
+        said = re.sub(r"\x1b\[[0-9;]*m", "", started.wait(TIMEOUT_S).check().output)
+    logged = re.findall(r"step: +(\d+) +loss: +([\d.]+) +grad_norm: +([\d.]+)", said)
+    parameters = [json.loads((folder / f"facts{rank}.json").read_text()) for rank in range(2)]
+    return [sorted(logged, key=lambda one: int(one[0])), *parameters], said
 
 
-def test_one_flag_turns_it_on_and_training_is_the_same(tmp_path: Path) -> None:
-    file = tmp_path / "perseus.json"
-    file.write_text(json.dumps(perseus_block(tmp_path / "out", 2)))
-    with_plugin, said = train(tmp_path / "with", "--override.imports", f'{OVERRIDE}={{"config": "{file}"}}')
-    without, _ = train(tmp_path / "without")
-    assert len(with_plugin) >= STEPS
-    assert with_plugin == without
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["state"] == "finished"
-    assert summary["ranks_reporting"] == 2
-    assert summary["iterations"]["plan"] >= 2, "the plan was never followed"
-    assert "Broken pipe" not in said
+def test_training_is_bit_identical_and_the_plan_is_followed(tmp_path: Path) -> None:
+    """A flag turns it on, or a variable."""
+    trained = []
+    for way in ("flag", "variable"):
+        folder, file = tmp_path / way, tmp_path / f"{way}.json"
+        file.write_text(json.dumps(perseus_block(folder / "out", 2)))
+        words = ("--override.imports", f'{OVERRIDE}={{"config": "{file}"}}') if way == "flag" else ()
+        environment = {} if way == "flag" else {"PERSEUS_CONFIG": str(file)}
+        with_plugin, said = train(folder, "--until-said", "plan 1 for", *words, **environment)
+        trained.append(with_plugin)
+        summary = json.loads((folder / "out" / "summary.json").read_text())
+        assert summary["state"] == "finished"
+        assert summary["ranks_reporting"] == 2
+        assert summary["iterations"]["plan"] >= 2, "the plan was never followed"
+        assert "Broken pipe" not in said
+    steps = [min(map(len, one)) for one in trained]
+    assert min(steps) > 20
+    without, _ = train(tmp_path / "without", "--end-after", str(max(steps)))
+    for with_plugin in trained:
+        assert with_plugin == [same[: len(one)] for one, same in zip(with_plugin, without, strict=True)]

@@ -2,27 +2,36 @@
 
     python -m titan_on_cpu --module titan_on_cpu --config debug_model [torchtitan's other flags]
 
-runs in a folder that `make_assets` has filled. Replaced are the kind of device, its name, memory and properties, and
-attention by PyTorch's, which has a backward on the CPU.
+fills the current folder with what to train on, and runs there. Replaced are the kind of device, its name, memory and
+properties, and attention by PyTorch's, which has a backward on the CPU. With `--until-said WORDS` or `--end-after STEP`
+training ends earlier than its settings say, and every rank leaves `facts<rank>.json`: a hash of its parameters after
+every step.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from tests.e2e.pipelining_job import Ending, parameters_of
+
 WORDS = 200
+MORE = 10
+"""Steps after the words: a plan is in force some after it has been said."""
 
 
 def make_assets(folder: Path) -> None:
     """A tokenizer of a few words, and some lines to train on."""
     tokenizer, data = folder / "tests" / "assets" / "tokenizer", folder / "tests" / "assets" / "c4_test"
-    tokenizer.mkdir(parents=True)
-    data.mkdir()
+    for one in (tokenizer, data):
+        one.mkdir(parents=True, exist_ok=True)
     words = ["<s>", "</s>", "<unk>", *(f"word{number}" for number in range(WORDS))]
     model = {"type": "WordLevel", "vocab": {word: number for number, word in enumerate(words)}, "unk_token": "<unk>"}
     content = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
@@ -58,11 +67,36 @@ def debug_model() -> Any:
     return config
 
 
+def end_earlier(ending: Ending) -> None:
+    """Have the trainer end when it is time, and leave what it has trained."""
+    from torchtitan.trainer import Trainer
+
+    parameters: list[str] = []
+
+    def continues(self: Any) -> bool:
+        if self.step:
+            parameters.append(parameters_of(self.model_parts))
+        if not ending.is_over(self.step):
+            return True
+        Path(f"facts{torch.distributed.get_rank()}.json").write_text(json.dumps(parameters))
+        return False
+
+    Trainer.should_continue_training = continues
+
+
 def main() -> None:
     """Run torchtitan's training script, which looks at the device when it is imported."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--until-said")
+    parser.add_argument("--end-after", type=int, default=1000)
+    ours, sys.argv[1:] = parser.parse_known_args()
     _stand_in()
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        make_assets(Path())
     from torchtitan.train import main as train
 
+    if ours.until_said or ours.end_after < parser.get_default("end_after"):
+        end_earlier(Ending(ours.until_said, MORE, ours.end_after))
     train()
 
 

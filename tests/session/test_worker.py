@@ -16,8 +16,13 @@ from perseus_plugin.control import wire
 from perseus_plugin.control.selection import Selection
 from perseus_plugin.exchange.client import ExchangeError, UnansweredError
 from perseus_plugin.exchange.messages import (
+    BATCHES,
     NEWS,
     TROUBLE,
+    WORKS,
+    AnnouncedWork,
+    BatchNews,
+    BatchPart,
     CatchUpPart,
     News,
     PlanPart,
@@ -30,6 +35,7 @@ from perseus_plugin.exchange.messages import (
     Trouble,
     Waited,
     WaitPart,
+    batch_key,
     durations_key,
     estimate_key,
     part_key,
@@ -622,6 +628,53 @@ def test_a_plan_whose_part_is_missing_is_not_followed_until_it_is_there(ranks: R
     assert rank.link.timetable == TABLE
     publish_news(rank.exchange, stage=1, sequence=1, switch=7, action="follow", version=1)
     assert came_true(lambda: rank.link.timetable.at(7) == Follow(1))
+
+
+def test_announced_work_goes_to_rank_0(ranks: Ranks) -> None:
+    rank = ranks()
+    told = AnnouncedWork(iteration=9, replica=0, work=(1.0, 2.0))
+    rank.link.announce(told)
+    found: list[Any] = []
+    assert came_true(lambda: bool(found.extend(rank.exchange.take_new(WORKS)) or found))
+    assert [receive(AnnouncedWork, value) for value in found] == [told]
+
+
+def publish_batch(rank: Rank, iteration: int, mhz: int = 810, stage: int = 1) -> None:
+    part = BatchPart(
+        version=0,
+        schedule="1F1B",
+        clocks_mhz=(mhz, 1410),
+        times_s=(0.1, 0.2),
+        iteration=iteration,
+        base=1,
+        pace_s=0.5,
+        usual_s=0.4,
+    )
+    rank.exchange.publish(batch_key(iteration, 0, stage), part.model_dump())
+
+
+def test_plans_of_batches_are_fetched_once_they_are_told_of(ranks: Ranks) -> None:
+    rank = ranks()
+    for iteration in (8, 9):
+        publish_batch(rank, iteration)
+    rank.exchange.tell_all(BATCHES, BatchNews(iterations=(8, 9)).model_dump())
+    assert came_true(lambda: len(rank.link.parts) == 2)
+    # Iteration 9's place has been taken by a later one, and that of 11 is another stage's.
+    publish_batch(rank, 13)
+    publish_batch(rank, 11, stage=0)
+    rank.exchange.tell_all(BATCHES, BatchNews(iterations=(9, 11, 13)).model_dump())
+    assert came_true(lambda: len(rank.link.parts) == 3)
+    assert {part.iteration for part in rank.link.parts.values() if isinstance(part, BatchPart)} == {8, 9, 13}
+    assert not rank.failures
+
+
+def test_a_batch_at_a_clock_that_the_gpu_does_not_have_is_followed_by_nobody(ranks: Ranks) -> None:
+    rank = ranks()
+    publish_batch(rank, 8, mhz=600)
+    rank.exchange.tell_all(BATCHES, BatchNews(iterations=(8,)).model_dump())
+    assert came_true(lambda: bool(rank.failures))
+    assert "600 MHz, which this GPU does not have" in rank.failures[0]
+    assert not rank.link.parts
 
 
 def test_only_newer_news_counts(ranks: Ranks) -> None:

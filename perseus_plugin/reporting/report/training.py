@@ -132,19 +132,28 @@ def _write_marks(figure: go.Figure, run: Series, marks: Sequence[Happening]) -> 
     last = run.stretches[-1]
     wide = max(1, last.first + last.count)
     free_from = [-math.inf] * 4
+    lines: list[dict[str, Any]] = []
+    labels: list[dict[str, Any]] = []
     for mark in marks:
         text = mark.text if len(mark.text) <= 48 else mark.text[:47] + "…"
         share, width = mark.iteration / wide, 0.0075 * len(text) + 0.02
         right = share > 0.75
         begin = share - width if right else share
         level = next((k for k, free in enumerate(free_from) if begin >= free), None)
-        figure.add_vline(mark.iteration - 0.5, line={"color": MUTED, "width": 1, "dash": "dash"})
+        at = mark.iteration - 0.5
+        for axis in ("", "2", "3"):
+            ends = {"x0": at, "x1": at, "xref": f"x{axis}", "y0": 0, "y1": 1, "yref": f"y{axis} domain"}
+            lines.append({"type": "line", "line": {"color": MUTED, "width": 1, "dash": "dash"}, **ends})
         if level is None:
             continue
         free_from[level] = begin + width
-        figure.add_annotation(
-            x=mark.iteration - 0.5, y=1.0, yref="paper", yanchor="bottom", yshift=4 + 20 * level, showarrow=False,
-            xanchor="right" if right else "left", text=escaped(text), hovertext=escaped(mark.text),
-            font={"size": 12, "color": TEXT}, bgcolor="#f3f5f7", borderpad=2,
-        )  # fmt: skip
+        labels.append({
+            "x": at, "y": 1.0, "yref": "paper", "yanchor": "bottom", "yshift": 4 + 20 * level, "showarrow": False,
+            "xanchor": "right" if right else "left", "text": escaped(text), "hovertext": escaped(mark.text),
+            "font": {"size": 12, "color": TEXT}, "bgcolor": "#f3f5f7", "borderpad": 2,
+        })  # fmt: skip
+    # Each call for one alone would copy all that there are.
+    figure.update_layout(
+        shapes=[*figure.layout.shapes, *lines], annotations=[*figure.layout.annotations, *labels], overwrite=True
+    )
     return sum(math.isfinite(free) for free in free_from)

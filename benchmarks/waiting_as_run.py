@@ -4,14 +4,15 @@
     python benchmarks/waiting_as_run.py --straggler 1.2 [--job 4x8] [--job 8x12] [--margin 0.04]
 
 Each job is ranks as threads with real sessions, helper and planner processes (`tests/one_job.py`) that load the
-emulated A100's own profile of uneven stages. Three run side by side: with `lower_while_waiting`,
+emulated A100's own profile of uneven stages. Three run, side by side: with `lower_while_waiting`,
 without it, and without the plugin. Energies are the emulated GPUs' exact integrals over iterations under the plan, all
 GPUs together, against the job without the plugin. With `--straggler` there is a second pipeline whose ranks are all so
 many times as slow, and are reported once there is a plan; energies are then of the first pipeline, which waits for it.
 Figures are medians over iterations, as whatever else runs on the machine disturbs single ones.
 Predicted is what the job itself said: its replay of measured iterations, and for a straggler the answer to it.
 A job chooses its margin by its own iterations; `--margin` is the least one of both, so that jobs which a busy machine
-disturbs differently still differ by their waits alone.
+disturbs differently still differ by their waits alone. With `--in-turn` jobs run one after another: many ranks at once
+would hold each other up.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from perseus_plugin.planning.options import build_problem
 from perseus_plugin.profiling.profile import save_profile
 from tests.one_job import OneJob, Ran, Step
 
-SCALES = {"4x8": 1.0, "8x12": 0.6, "8x96": 0.6}
+SCALES = {"4x8": 1.0, "8x12": 0.6, "8x96": 0.35}
 """Of the times of `waiting_clocks.py`, by stages x microbatches, so that a job ends in some minutes."""
 WAYS = ("with", "without", "off")
 _PLAIN = 20  # iterations without the plugin, the first of which are not counted: other processes start meanwhile
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--straggler", type=float, default=1.0)
     parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--margin", type=float, default=0.01)
+    parser.add_argument("--in-turn", action="store_true")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     jobs = given.job or list(SCALES)
@@ -173,7 +175,7 @@ def main() -> None:
             told: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
             return told
 
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(1 if given.in_turn else len(WAYS)) as pool:
             ran = dict(zip(WAYS, pool.map(started, WAYS), strict=True))
             print(json.dumps(ran), file=sys.stderr)
             print(row(job, ran), flush=True)

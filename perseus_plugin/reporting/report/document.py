@@ -3,33 +3,52 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from perseus_plugin.errors import ConfigError, lacking
 from perseus_plugin.reporting.report.phrases import Rows
 
 _STYLE = """
-:root { color-scheme: light; }
+:root { color-scheme: light dark; --page: #f6f8fa; --paper: #fff; --text: #1c2733; --muted: #5b6875; --line: #dfe4e8;
+  --rule: #b9c2cb; --note: #fff8ea; --link: #2f6fb2; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #10151a; --paper: #191f26; --text: #dfe6ec; --muted: #9aa7b3; --line: #2c353e; --rule: #465361;
+    --note: #2b2416; --link: #7fb4e6; }
+  /* Pictures are drawn for white paper: turned over, with their hues as they were. */
+  .js-plotly-plot, .key { filter: invert(0.9) hue-rotate(180deg); }
+}
 * { box-sizing: border-box; }
-body { margin: 0; background: #f6f8fa; color: #1c2733; line-height: 1.5;
+body { margin: 0; background: var(--page); color: var(--text); line-height: 1.5;
   font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif; }
 main { max-width: 1240px; margin: 0 auto; padding: 28px 24px 60px; }
 h1 { font-size: 26px; margin: 0 0 2px; }
 h2 { font-size: 19px; margin: 0 0 4px; }
 p { margin: 4px 0 10px; max-width: 120ch; }
-.muted { color: #5b6875; }
-section { background: #fff; border: 1px solid #dfe4e8; border-radius: 8px; padding: 18px 20px; margin-top: 18px; }
-.note { border-left: 5px solid #d08a1d; background: #fff8ea; }
+a { color: var(--link); }
+nav { margin-top: 14px; display: flex; flex-wrap: wrap; gap: 2px 16px; }
+.tag { font-size: 12px; font-weight: normal; border: 1px solid #d08a1d; border-radius: 4px; padding: 1px 6px;
+  vertical-align: 2px; margin-left: 8px; }
+.muted { color: var(--muted); overflow-wrap: anywhere; }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 18px 20px;
+  margin-top: 18px; }
+.note { border-left: 5px solid #d08a1d; background: var(--note); }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 14px; margin-top: 18px; }
-.card { background: #fff; border: 1px solid #dfe4e8; border-radius: 8px; padding: 12px 16px; }
+.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; }
 .card b { display: block; font-size: 25px; line-height: 1.25; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 8px 0; }
-th, td { text-align: right; padding: 5px 14px; border-bottom: 1px solid #e3e7eb; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 5px 14px; border-bottom: 1px solid var(--line);
+  font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; padding-left: 2px; }
-thead th { border-bottom: 2px solid #b9c2cb; }
+thead th { border-bottom: 2px solid var(--rule); }
 ul { margin: 4px 0; padding-left: 20px; }
-@media (max-width: 700px) { #figure-training .annotation { display: none; } }
+@media (max-width: 700px) {
+  main { padding: 16px 8px 40px; }
+  section { padding: 12px 10px; }
+  th, td { padding: 4px 7px; font-size: 13px; }
+  #figure-training .annotation { display: none; }
+}
 .key { display: inline-block; width: 26px; height: 14px; vertical-align: -2px; margin: 0 4px 0 14px; }
 """
 
@@ -66,7 +85,14 @@ def table(rows: Rows) -> str:
     """A table, its first row the head."""
     head, *body = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
     lines = "".join(f"<tr>{line}</tr>" for line in body)
-    return f"<table><thead><tr>{head.replace('td>', 'th>')}</tr></thead><tbody>{lines}</tbody></table>"
+    head = f"<thead><tr>{head.replace('td>', 'th>')}</tr></thead>"
+    return f"<div class='wide'><table>{head}<tbody>{lines}</tbody></table></div>"
+
+
+def contents(titles: Mapping[str, str]) -> str:
+    """Links to sections, their titles by id."""
+    links = "".join(f'<a href="#{name}">{html.escape(title)}</a>' for name, title in titles.items())
+    return f"<nav>{links}</nav>" if len(titles) > 1 else ""
 
 
 def plotting(who: str) -> str:
@@ -85,7 +111,7 @@ def plotting(who: str) -> str:
     return f"<script>{get_plotlyjs()}</script>\n"
 
 
-def picture(name: str, title: str, figure: Any, text: str) -> str:
+def picture(name: str, title: str, figure: Any, text: str, emulated: bool | None = None) -> str:
     """A section with a plotly figure.
 
     Args:
@@ -93,6 +119,7 @@ def picture(name: str, title: str, figure: Any, text: str) -> str:
         title: above it, as text.
         figure: of plotly.
         text: below the title, as HTML.
+        emulated: whether what is shown is of emulated GPUs.
     """
     from plotly.io import to_html
 
@@ -104,7 +131,8 @@ def picture(name: str, title: str, figure: Any, text: str) -> str:
         default_width="100%",
         config={"displaylogo": False, "responsive": True, "displayModeBar": "hover"},
     )
-    return f'<section id="{name}"><h2>{html.escape(title)}</h2><p class="muted">{text}</p>{body}</section>'
+    tag = '<span class="tag">emulated GPUs</span>' if emulated else ""  # a picture may be cut out and shown around
+    return f'<section id="{name}"><h2>{html.escape(title)}{tag}</h2><p class="muted">{text}</p>{body}</section>'
 
 
 def listed(items: Iterable[str]) -> str:

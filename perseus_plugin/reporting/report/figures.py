@@ -200,11 +200,31 @@ def frontier(
                     hovertemplate=f"{about} %{{y:.1f}} {unit}{saved}", **look,
                 ), row=row, col=1,
             )  # fmt: skip
-    figure.update_xaxes(title_text="iteration time (s)", row=2, col=1)
-    figure.update_yaxes(title_text="energy per iteration (J)", row=1, col=1)
+    energies_j = [energy_j for _, points, _ in shapes for _, energy_j in points]
+    times_s = [time_s for _, points, _ in shapes for time_s, _ in points]
+    ticks_s, longer = _percents(times_s, plan.baseline_time_s, "s")
+    ticks_j, less = _percents(energies_j, plan.baseline_energy_j, "J")
+    figure.update_xaxes(
+        title_text="iteration time, against full clocks", tickvals=ticks_s, ticktext=longer, row=2, col=1
+    )
+    figure.update_xaxes(tickvals=ticks_s, row=1, col=1)
+    figure.update_yaxes(title_text="energy per iteration", tickvals=ticks_j, ticktext=less, row=1, col=1)
     figure.update_yaxes(title_text="average power (W)", row=2, col=1)
     figure.update_layout(height=640, legend=legend_above())
     return styled(figure)
+
+
+def _percents(values: Sequence[float], of: float, unit: str) -> tuple[list[float], list[str]]:
+    """Ticks at round percentages of what full clocks take, each with its value."""
+    low, high = (100 * (bound(values) / of - 1) for bound in (min, max))
+    step = next((step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if (high - low) / step <= 7), 100)
+    percents = [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    digits = 1 if step < 1 else 0
+    ticks = [of * (1 + percent / 100) for percent in percents]
+    return ticks, [
+        f"{tick:,.4g} {unit}<br>" + (f"{percent:+.{digits}f} %" if percent else "full clocks")
+        for tick, percent in zip(ticks, percents, strict=True)
+    ]
 
 
 def curves(profile: Profile) -> go.Figure:

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from perseus_plugin._version import __version__
-from perseus_plugin.reporting.report.document import TIMELINE_TEXT, cards, document, listed, picture, plotting, table
+from perseus_plugin.reporting.report.document import (
+    TIMELINE_TEXT,
+    cards,
+    contents,
+    document,
+    listed,
+    picture,
+    plotting,
+    table,
+)
 from perseus_plugin.reporting.report.findings import Findings
 from perseus_plugin.reporting.report.folder import state_of
 from perseus_plugin.reporting.report.phrases import (
@@ -29,6 +38,9 @@ _TITLES = {
     "frontier": "Time-energy frontier",
     "profile": "Profile",
     "clocks": "Clocks asked for and read back",
+    "budgets": "Power budgets",
+    "worth": "What it is worth",
+    "origin": "What was measured, what was emulated",
 }
 
 
@@ -38,10 +50,12 @@ def page(found: Findings) -> str:
     Raises:
         ConfigError: plotly is not installed.
     """
-    head = plotting("report")
-    parts = [_head(found), cards(headline(found)), _summary(found), _missing(found.folder.missing)]
-    parts += [picture(name, _TITLES[name], figure, text) for name, figure, text in _figures(found)]
-    parts += [_budgets(found), _worth(found), _origin(found)]
+    head, emulated = plotting("report"), found.folder.emulated
+    sections = {name: picture(name, _TITLES[name], figure, text, emulated) for name, figure, text in _figures(found)}
+    sections |= {"budgets": _budgets(found), "worth": _worth(found), "origin": _origin(found)}
+    links = contents({name: _TITLES[name] for name, section in sections.items() if section})
+    parts = [_head(found), cards(headline(found)), links, _summary(found), _missing(found.folder.missing)]
+    parts += sections.values()
     return document(f"Perseus report: {found.folder.path.name}", parts, head)
 
 
@@ -109,7 +123,7 @@ def _budgets(found: Findings) -> str:
     rows = budget_rows(found)
     if not rows:
         return ""
-    return f'<section id="budgets"><h2>Power budgets</h2>{table(rows)}<p class="muted">{BUDGETS}</p></section>'
+    return f'<section id="budgets"><h2>{_TITLES["budgets"]}</h2>{table(rows)}<p class="muted">{BUDGETS}</p></section>'
 
 
 def _worth(found: Findings) -> str:
@@ -117,13 +131,13 @@ def _worth(found: Findings) -> str:
     if not rows:
         return ""
     return (
-        f'<section id="worth"><h2>What it is worth</h2>{table(valued) if valued else ""}{table(rows)}'
+        f'<section id="worth"><h2>{_TITLES["worth"]}</h2>{table(valued) if valued else ""}{table(rows)}'
         f'<p class="muted">{html.escape(rates_line(found.options.rates))}</p></section>'
     )
 
 
 def _origin(found: Findings) -> str:
     return (
-        f'<section id="origin"><h2>What was measured, what was emulated</h2>{listed(found.origin)}'
+        f'<section id="origin"><h2>{_TITLES["origin"]}</h2>{listed(found.origin)}'
         f'<p class="muted">perseus_plugin {html.escape(__version__)}</p></section>'
     )

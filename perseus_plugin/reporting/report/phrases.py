@@ -67,6 +67,9 @@ def headline(found: Findings) -> list[tuple[str, str, str]]:
     if run is not None and run.used_j is not None:
         saved = "" if run.saved_j is None else f"{energy(run.saved_j)} saved under plans" + left_out(run)
         cards.append((f"used in {run.iterations:,} iterations", energy(run.used_j), saved))
+    paid = payback(found)
+    if paid is not None:
+        cards.append(paid)
     return cards
 
 
@@ -127,8 +130,7 @@ def worth_rows(found: Findings) -> Rows:
         name = f"saved at a straggler's pace, {stragglers.iterations:,} iterations, estimated"
         rows.append(_worth(name, amount(stragglers.energy_saved_j, rates)))
     if run is not None and run.profiling_j:
-        seconds = "" if run.profiling_s is None else f" ({run.profiling_s:+.1f} s)"
-        rows.append(_worth(f"taken more by profiling{seconds}", amount(run.profiling_j, rates)))
+        rows.append(_worth(_profiling(run), amount(abs(run.profiling_j), rates)))
     if found.waiting_j is not None:
         before, after = found.waiting_j
         rows.append(_worth("waiting per iteration, full clocks", amount(before, rates)))
@@ -141,6 +143,45 @@ def worth_rows(found: Findings) -> Rows:
         rows.append(_worth(f"{what}: saved", projection.saved))
     rows += _per_sample(found)
     return rows if len(rows) > 1 else []
+
+
+def _profiling(run: SoFar) -> str:
+    """What profiling cost, in words: it runs at lower clocks, so that it takes longer and mostly less energy."""
+    of = (
+        "profiling took less than full clocks"
+        if (run.profiling_j or 0.0) < 0
+        else "profiling took more than full clocks"
+    )
+    return of if run.profiling_s is None else f"{of}, in {run.profiling_s:.1f} s more"
+
+
+def payback(found: Findings) -> tuple[str, str, str] | None:
+    """After how long under the plan profiling has paid for itself, as a card; None: that is not known."""
+    per, run = found.per, found.so_far
+    if per is None or run is None or run.profiling_j is None or run.profiling_s is None or per.plan_j >= per.full_j:
+        return None
+    saved_w = (per.full_j - per.plan_j) / per.plan_s
+    hour = f"saves {energy(3600 * saved_w)} an hour"
+    if run.profiling_j <= 0:
+        return (
+            "profiling",
+            f"{max(0.0, run.profiling_s):.0f} s longer",
+            f"took no more energy than full clocks; the plan {hour}",
+        )
+    took = (
+        f"took {energy(run.profiling_j)} and {max(0.0, run.profiling_s):.0f} s more than full clocks; the plan {hour}"
+    )
+    return "profiling paid for itself in", _duration(run.profiling_j / saved_w), took
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def budget_rows(found: Findings) -> Rows:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from perseus_plugin.reporting.report import figures
 from perseus_plugin.reporting.report.findings import Findings, Happening, Options, find
 from perseus_plugin.reporting.report.folder import load_folder
 from perseus_plugin.reporting.report.page import page
+from perseus_plugin.reporting.report.phrases import payback
 from perseus_plugin.reporting.report.reigns import Reign
 from perseus_plugin.reporting.report.training import training
-from perseus_plugin.reporting.report.worth import Rates
+from perseus_plugin.reporting.report.worth import PerIteration, Rates, SoFar
 from tests.reporting.job import Job
 
 
@@ -194,3 +196,47 @@ def test_clocks_show_requests_and_readings_per_stage(found: Findings) -> None:
 
 def test_every_figure_hides_the_plotting_librarys_logo(found: Findings) -> None:
     assert len(re.findall(r'"displaylogo": ?false', page(found))) == 5
+
+
+def test_the_page_links_to_each_of_its_parts_and_says_emulated_on_each_picture(found: Findings) -> None:
+    text = page(found)
+    ids = Sections(text).ids
+    assert re.findall(r'<a href="#(\w+)">', text.split("<nav>")[1].split("</nav>")[0]) == ids
+    pictures = [name for name in ids if f'id="figure-{name}"' in text]
+    assert len(pictures) == 5
+    assert text.count('<span class="tag">emulated GPUs</span>') == len(pictures)
+
+
+@pytest.mark.parametrize(
+    ("profiling_j", "name", "value"),
+    [
+        (-500.0, "profiling", "12 s longer"),
+        (6000.0, "profiling paid for itself in", "60 s"),
+        (600_000.0, "profiling paid for itself in", "100 min"),
+    ],
+)
+def test_when_profiling_has_paid_for_itself(found: Findings, profiling_j: float, name: str, value: str) -> None:
+    run = SoFar(90, 0.1, 9e5, 1e5, 0, profiling_j, 12.0)
+    paid = payback(replace(found, per=PerIteration(1000.0, 2.0, 800.0, 2.0, False), so_far=run))
+    assert paid is not None
+    assert paid[:2] == (name, value)
+    assert "saves 0.1 kWh an hour" in paid[2]
+
+
+def test_without_a_saving_nothing_is_said_of_paying_back(found: Findings) -> None:
+    run = SoFar(90, 0.1, 9e5, 1e5, 0, 600.0, 12.0)
+    assert payback(replace(found, per=PerIteration(800.0, 2.0, 800.0, 2.0, False), so_far=run)) is None
+
+
+def test_the_frontiers_axes_are_in_percent_of_full_clocks_as_well(found: Findings) -> None:
+    assert found.frontier is not None
+    assert found.folder.plan is not None
+    drawn = figures.frontier(found.frontier, found.folder.plan, found.per).to_dict()["layout"]
+    plan = found.folder.plan
+    for axis, full in (("yaxis", plan.baseline_energy_j), ("xaxis2", plan.baseline_time_s)):
+        ticks = dict(zip(drawn[axis]["ticktext"], drawn[axis]["tickvals"], strict=True))
+        assert 2 <= len(ticks) <= 8
+        for text, value in ticks.items():
+            percent = re.search(r"<br>(?:([+-][\d.]+) %|full clocks)$", text)
+            assert percent is not None, text
+            assert 100 * (value / full - 1) == pytest.approx(float(percent.group(1) or 0), abs=0.06)

@@ -13,6 +13,7 @@ from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import FloatArray, IntArray
 from perseus_plugin.planning.few_changes.annealing import Annealing
 from perseus_plugin.planning.few_changes.bound import LimitedBound
+from perseus_plugin.planning.few_changes.dwelling import dwelling_phases
 from perseus_plugin.planning.few_changes.phase_lp import PhaseMix, solve_phases
 from perseus_plugin.planning.few_changes.phases import Phases, StageClocks, assign, stage_clocks
 from perseus_plugin.planning.few_changes.segmentation import Segments, segment
@@ -29,8 +30,12 @@ _WORK: dict[Effort, float] = {"quick": 2.4, "normal": 6.0, "thorough": 90.0}
 _LARGE = 384  # instructions from which a search may do all of that; in smaller jobs as much less
 _LEAST = 0.1  # but this share
 _ROUNDED = 0.25  # where nothing is to be searched for, this share is done
+_SHARES = (0.25, 0.5, 0.75)  # between the relaxation's earliest and its latest times
+_MANY = 4096  # instructions from which phases for a dwell are cut in one pass alone
 # Cutting, per instruction: a part that is always there, and one per level and pair of clocks.
 _CUT, _CUT_PAIR = 20e-6, 3.5e-9
+# A pass that cuts for a dwell, per node.
+_DWELL = 20e-6
 
 
 def keep_limits(
@@ -113,10 +118,15 @@ def _search(
     most = _WORK[effort] * size * (1.0 if search else _ROUNDED)
     stop = work.done + most
     start_s = problem.graph.times(free.duration_s)[0]
-    mixes = _mixed(problem, stages, relaxed, start_s, limits, deadline_s, work, work.done + _CUTTING * most, bound)
-    candidates = [mix.phases for mix in mixes] or _scaled(problem, stages, relaxed, start_s, limits, deadline_s, work)
+    dwelling = _dwelling(problem, stages, relaxed, limits, deadline_s, work)
+    mixes, candidates = list[PhaseMix](), dwelling
+    large = bool(dwelling) and len(problem.instruction_nodes) >= _MANY
+    if not large:
+        mixes = _mixed(problem, stages, relaxed, start_s, limits, deadline_s, work, work.done + _CUTTING * most, bound)
+        candidates = [*dwelling, *(mix.phases for mix in mixes)]
+    candidates = candidates or _scaled(problem, stages, relaxed, start_s, limits, deadline_s, work)
     kept = [_keep_dwell(problem, stages, phases, limits) for phases in candidates[:_STARTS]]
-    if kept:
+    if kept and not large:
         second_w = float(mixes[0].sink_price_w.sum()) if mixes else _second_w(problem)
         annealing = Annealing(problem, stages, limits, deadline_s, second_w, work)
         kept.extend(annealing.run(kept, stop))
@@ -138,6 +148,25 @@ def _second_w(problem: PlanningProblem) -> float:
             saved_j = options.energy_j[first] - options.energy_j[second]
             slopes[stage] = max(slopes[stage], float(saved_j / (options.time_s[second] - options.time_s[first])))
     return sum(slopes)
+
+
+def _dwelling(
+    problem: PlanningProblem,
+    stages: tuple[StageClocks, ...],
+    relaxed: Relaxed,
+    limits: ChangeLimits,
+    deadline_s: float,
+    work: Work,
+) -> list[Phases]:
+    """Phases that are cut by the relaxation's times, where only the dwell is limited and the deadline is kept."""
+    found = list[Phases]()
+    for share in _SHARES if limits.max_changes is None else ():
+        work.done += _DWELL * len(problem.graph)
+        aim_s = relaxed.earliest_finish_s * (1 - share) + relaxed.latest_finish_s * share
+        phases = dwelling_phases(problem, stages, aim_s, deadline_s, limits.min_dwell_s)
+        if problem.graph.iteration_time_s(assign(problem, stages, phases).duration_s) <= deadline_s:
+            found.append(phases)
+    return found
 
 
 def _mixed(

@@ -13,7 +13,9 @@ from hypothesis.extra import numpy as arrays
 import perseus_plugin.planning.few_changes.limits as limits_module
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import build_graph
-from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.iteration.schedules import interleaved_1f1b, one_f_one_b
+from perseus_plugin.planning.few_changes.dwelling import dwelling_phases
+from perseus_plugin.planning.few_changes.phases import assign, stage_clocks
 from perseus_plugin.planning.few_changes.segmentation import Segments, segment
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import ChangeLimits, Planner, Target
@@ -76,6 +78,44 @@ def test_limits_are_kept_and_promises_hold(job: Job, most: int, slowdown: float)
     assert end <= plan.deadline_s * (1 + 1e-12)
     assert energy == pytest.approx(plan.energy_j, rel=1e-9)
     assert plan.energy_j <= plan.baseline_energy_j
+
+
+@settings(max_examples=25)
+@given(jobs(max_stages=3, max_microbatches=4, max_clocks=4), st.floats(0, 0.3), st.sampled_from([0.0, 0.2]))
+def test_a_dwell_is_kept_and_promises_hold(job: Job, share: float, slowdown: float) -> None:
+    planner = of(job)
+    dwell_s = share * planner.problem.full_clock_time_s
+    plan = planner.plan(Target.slowdown(slowdown), ChangeLimits(None, dwell_s))
+    for stage in range(len(plan.stages)):
+        assert min(dwells(plan, stage), default=dwell_s) >= dwell_s * (1 - 1e-9)
+    end, energy = replay(job, plan)
+    assert end <= plan.deadline_s * (1 + 1e-12)
+    assert energy == pytest.approx(plan.energy_j, rel=1e-9)
+    assert plan.energy_j <= plan.baseline_energy_j
+
+
+@settings(max_examples=40)
+@given(jobs(max_stages=3, max_microbatches=4, max_clocks=4), st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.3))
+def test_phases_cut_for_a_dwell_meet_the_deadline(job: Job, share: float, aim: float, dwell: float) -> None:
+    problem = of(job).problem
+    deadline_s = problem.shortest_s + share * (problem.longest_s - problem.shortest_s)
+    aim_s = aim * deadline_s * np.ones(len(problem.graph))
+    stages = stage_clocks(problem)
+    phases = dwelling_phases(problem, stages, aim_s, deadline_s, dwell * deadline_s)
+    end_s = problem.graph.iteration_time_s(assign(problem, stages, phases).duration_s)
+    assert end_s <= deadline_s * (1 + 1e-11)
+
+
+def test_instructions_shorter_than_a_dwell_share_clocks_at_little_cost() -> None:
+    profile = bundled_profile(4)
+    shortest_s = min(row.time_s for rows in profile.table.values() for row in rows)
+    planner = Planner(build_graph(interleaved_1f1b(4, 16, 4)), profile, blocking_power_w=60.0)
+    free = planner.plan(Target.slowdown())
+    kept = planner.plan(Target.slowdown(), ChangeLimits(None, 2 * shortest_s))
+    found = [dwell_s for stage in range(4) for dwell_s in dwells(kept, stage)]
+    assert len(found) > 8
+    assert min(found) >= 2 * shortest_s
+    assert kept.saving >= 0.85 * free.saving > 0
 
 
 def of(job: Job) -> Planner:

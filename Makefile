@@ -25,7 +25,7 @@ PYTEST := $(BIN)/pytest --dist loadgroup --numprocesses
 OPENG2G := openg2g==0.2.0.post1 opendssdirect.py==0.9.4 dss_python==0.15.7 dss_python_backend==0.14.5 \
     cffi==2.0.0 pycparser==2.23
 
-.PHONY: quickstart test test-all lint types docs unit e2e rest megatron titan old-torch setup clean
+.PHONY: quickstart test test-all test-minima lint types docs unit e2e rest megatron titan old-torch setup clean
 
 quickstart: setup
 	DS_ACCELERATOR=cpu $(BIN)/torchrun --standalone --nproc-per-node 4 examples/deepspeed_gpt/train.py \
@@ -41,6 +41,20 @@ test: lint types docs unit e2e
 # Every version of Megatron in jobs of its own, and every job of a kind, too.
 test-all: test rest
 
+# Unit tests with the lowest releases that setup.cfg asks for, of install and extras; what `setup` installs are the newest.
+test-minima: megatron .minima/.installed
+	.minima/bin/pytest --dist loadgroup --numprocesses $(UNIT_WORKERS) -m "not e2e"
+
+# NumPy 1.24 has wheels up to Python 3.11.
+.minima/.installed: setup.cfg requirements-torch.txt requirements-dev.txt requirements-megatron.txt
+	$(PYTHON) -m venv .minima
+	sed -n '/^install_requires/,/^deepspeed/s/^ *\([A-Za-z_-]*\)>=\([0-9.]*\).*/\1==\2/p' setup.cfg > .minima/minima.txt
+	.minima/bin/python -m pip install --quiet --upgrade pip setuptools wheel
+	.minima/bin/python -m pip install --quiet $(TORCH_OPTIONS) -c .minima/minima.txt -r requirements-torch.txt
+	DS_BUILD_OPS=0 .minima/bin/python -m pip install --quiet --no-build-isolation -c .minima/minima.txt -r requirements-dev.txt
+	.minima/bin/python $(MEGATRON) -r requirements-megatron.txt || true
+	touch $@
+
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: setup.cfg pyproject.toml requirements-torch.txt requirements-dev.txt requirements-megatron.txt
@@ -50,7 +64,6 @@ $(VENV)/.installed: setup.cfg pyproject.toml requirements-torch.txt requirements
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation -r requirements-dev.txt
 	$(BIN)/python $(MEGATRON) -r requirements-megatron.txt || \
 	    echo "megatron-core was not installed (no wheel for this Python?): its tests are left out"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	touch $@
 
 megatron: .megatron/.installed .resiliency/.installed
@@ -78,7 +91,7 @@ titan: setup .titan/.installed
 	$(PYTHON) -m venv .titan
 	.titan/bin/python -m pip install --quiet $(TORCH_OPTIONS) torch==2.14.1
 	.titan/bin/python -m pip install --quiet torchtitan==0.3.0 setuptools wheel
-	.titan/bin/python -m pip install --quiet --no-build-isolation --editable .
+	.titan/bin/python -m pip install --quiet --no-build-isolation --editable '.[all]'
 	touch $@
 
 # PyTorch's own pipelines with older versions of torch; gigabytes each, as above.
@@ -90,7 +103,7 @@ old-torch: setup .old_torch/.installed
 	    $(PYTHON) -m venv .old_torch/$$version && \
 	    .old_torch/$$version/bin/python -m pip install --quiet $(TORCH_OPTIONS) torch==$$version && \
 	    .old_torch/$$version/bin/python -m pip install --quiet numpy setuptools wheel && \
-	    .old_torch/$$version/bin/python -m pip install --quiet --no-build-isolation --editable . || exit 1; \
+	    .old_torch/$$version/bin/python -m pip install --quiet --no-build-isolation --editable '.[all]' || exit 1; \
 	done
 	touch $@
 
@@ -120,4 +133,4 @@ rest: setup megatron .openg2g/.installed
 	$(PYTEST) $(WORKERS) -m "matrix or repeated"
 
 clean:
-	rm -rf $(VENV) .megatron .resiliency .titan .old_torch .openg2g out build dist *.egg-info
+	rm -rf $(VENV) .megatron .resiliency .titan .old_torch .openg2g .minima out build dist *.egg-info

@@ -257,6 +257,18 @@ class LimitsConfig(_Strict):
         return None if self.switch_latency_s is None else DWELL_LATENCIES * self.switch_latency_s
 
 
+class PlannerConfig(_Strict):
+    """The process that plans, beside the job's rank 0."""
+
+    python: str | None = _setting(
+        None,
+        "a path, or null",
+        "Python that runs it: of an environment with the extra `planner`, where the trainer's stays without. null: the "
+        "trainer's own.",
+        min_length=1,
+    )
+
+
 class WatchConfig(_Strict):
     """When the plan is dropped because iterations run longer than they should."""
 
@@ -498,6 +510,7 @@ class PerseusConfig(_Strict):
     gpu: GpuConfig = _setting(GpuConfig(), "an object", "Who sets the clocks.")
     emulation: EmulationConfig = _setting(EmulationConfig(), "an object", "The emulated GPU.")
     limits: LimitsConfig = _setting(LimitsConfig(), "an object", "Limits on clock changes.")
+    planner: PlannerConfig = _setting(PlannerConfig(), "an object", "The process that plans.")
     watch: WatchConfig = _setting(WatchConfig(), "an object", "When a plan is dropped.")
     stragglers: StragglersConfig = _setting(StragglersConfig(), "an object", "Slow ranks.")
     prometheus: PrometheusConfig = _setting(PrometheusConfig(), "an object", "Metrics for Prometheus.")
@@ -572,6 +585,8 @@ def with_whole_paths(config: PerseusConfig) -> PerseusConfig:
     }
     if profiling.load is not None:
         changes["profiling"] = profiling.model_copy(update={"load": whole(profiling.load)})
+    if config.planner.python is not None:
+        changes["planner"] = config.planner.model_copy(update={"python": whole(config.planner.python)})
     if config.target_file is not None:
         changes["target_file"] = whole(config.target_file)
     if textfile is not None:

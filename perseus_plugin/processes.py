@@ -17,23 +17,31 @@ PACKAGE = "perseus_plugin"
 
 _KEPT = ("PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "PYTHONPLATLIBDIR", "PYTHONDONTWRITEBYTECODE")
 """Variables that say where Python and its packages are; all others are for the training script."""
+_OF_ANY = ("PYTHONDONTWRITEBYTECODE",)
 _SEARCHED = ("PYTHONPATH", "LD_LIBRARY_PATH")
 
 
-def command(module: str, *arguments: str) -> list[str]:
-    """What runs a module of this package, as `python -m` would, with this Python."""
-    return [sys.executable, __file__, module, *arguments]
+def command(module: str, *arguments: str, python: str | None = None) -> list[str]:
+    """What runs a module of this package, as `python -m` would, with this Python or another one.
+
+    Another one runs these same files, so that both ends are always of one version.
+    """
+    return [python or sys.executable, __file__, module, *arguments]
 
 
-def environment() -> dict[str, str]:
-    """This process's environment, without what has a process of ours import from wherever the job happens to be."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") or k in _KEPT}
-    for name in _SEARCHED:
+def environment(python: str | None = None) -> dict[str, str]:
+    """This process's environment, without what has a process of ours import from wherever the job happens to be.
+
+    Another Python (see `command`) gets none of what says where this one's packages are.
+    """
+    of_ours = _KEPT if python is None else _OF_ANY
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") or k in of_ours}
+    for name in _SEARCHED if python is None else _SEARCHED[1:]:
         places = [place for place in os.environ.get(name, "").split(os.pathsep) if Path(place).is_absolute()]
         kept.pop(name, None)
         if places:
             kept[name] = os.pathsep.join(places)
-    if sys.flags.no_user_site:
+    if python is not None or sys.flags.no_user_site:
         kept["PYTHONNOUSERSITE"] = "1"
     # One that imports torch has no framework to be hooked.
     return {**kept, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}

@@ -16,6 +16,7 @@ from perseus_plugin.errors import ConfigError
 
 FULL: dict[str, Any] = {
     "enabled": True,
+    "enforce": False,
     "slowdown": 0.0,  # no other one with prices
     "power_budget_w": 180e3,
     "price_per_kwh": 0.12,
@@ -64,6 +65,7 @@ FULL: dict[str, Any] = {
         "counter_period_s": 0.1,
     },
     "limits": {"max_changes_per_iteration": 4, "min_dwell_s": 0.5, "switch_latency_s": 0.02, "free_after_s": 30.0},
+    "planner": {"python": "/opt/perseus/bin/python"},
     "watch": {"tolerance": 0.05, "patience": 3, "reference_share": 0.1, "max_replans": 0},
     "stragglers": {
         "enabled": False,
@@ -255,7 +257,9 @@ def test_an_unknown_key_near_to_none_lists_the_known_ones(key: str) -> None:
         parse_config(with_value(key, None))
     assert str(caught.value).startswith(f"perseus.{key}: unknown key, given the value null; ")
     known = (
-        "blocking_power_w, clock_count" if key.startswith("profiling.") else "effort, emulation, enabled, frontier, gpu"
+        "blocking_power_w, clock_count"
+        if key.startswith("profiling.")
+        else "effort, emulation, enabled, enforce, frontier, gpu"
     )
     assert known in str(caught.value)
 
@@ -444,10 +448,11 @@ def paths_of(config: BaseModel) -> dict[str, list[str]]:
 def test_every_path_becomes_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     given = {**FULL, "gpu": {"zeusd_socket": "zeusd.sock"}, "prometheus": {"textfile": "metrics.prom"}}
+    given["planner"] = {"python": "planner/bin/python"}
     config = parse_config(given)
     whole = with_whole_paths(config)
     before, after = paths_of(config), paths_of(whole)
-    below = {"profiling.load", "gpu.zeusd_socket", "emulation.gpus", "prometheus.textfile"}
+    below = {"profiling.load", "gpu.zeusd_socket", "emulation.gpus", "planner.python", "prometheus.textfile"}
     assert set(before) == {"output_dir", "target_file", *below}
     assert after == {name: [f"{tmp_path}/{path}" for path in paths] for name, paths in before.items()}
     assert with_whole_paths(whole) == whole

@@ -119,3 +119,13 @@ def test_no_process_of_ours_is_started_in_another_way() -> None:
         if path.name != "processes.py" and ("sys.executable" in path.read_text() or '"-m"' in path.read_text())
     ]
     assert not others
+
+
+def test_another_python_is_told_nothing_of_where_this_ones_packages_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "LD_LIBRARY_PATH"):
+        monkeypatch.setenv(name, "/somewhere")
+    environment = processes.environment("/opt/perseus/bin/python")
+    assert [name for name in environment if environment[name] == "/somewhere"] == ["LD_LIBRARY_PATH"]
+    assert environment["PYTHONNOUSERSITE"] == "1"
+    command = processes.command("perseus_plugin.planning.process", "1", python="/opt/perseus/bin/python")
+    assert command == ["/opt/perseus/bin/python", processes.__file__, "perseus_plugin.planning.process", "1"]

@@ -94,11 +94,12 @@ class Leader:
         self._coordinator: Coordinator | None = None
         self._socket: JobSocket | None = None
         if job.plans:
-            self._planner = planner or PlannerProcess(wake=wake)
-            self._frontier = BackgroundFrontier(job.output_dir) if job.config.frontier else None
+            python = job.config.planner.python
+            self._planner = planner or PlannerProcess(wake=wake, python=python)
+            self._frontier = BackgroundFrontier(job.output_dir, python) if job.config.frontier else None
             # It may be lost: there is a plan already, and nobody waits for a better one.
             if planner is None and job.config.refine_s:
-                self._refiner = PlannerProcess(pauses_s=(), wake=wake, ahead=False)
+                self._refiner = PlannerProcess(pauses_s=(), wake=wake, ahead=False, python=python)
             self._coordinator = Coordinator(
                 job,
                 self._planner,

@@ -33,22 +33,25 @@ class Child:
         arguments: for it.
         task: an open file that it reads instead of a pipe; None: a pipe.
         quiet: drop what it writes to its standard error.
+        python: that runs it; None: this one.
 
     Raises:
         OSError: it cannot be started.
     """
 
-    def __init__(self, module: str, *arguments: str, task: Any = None, quiet: bool = False) -> None:
+    def __init__(
+        self, module: str, *arguments: str, task: Any = None, quiet: bool = False, python: str | None = None
+    ) -> None:
         heard, its_outlet = os.pipe()
         its_inlet, told = (None, None) if task is not None else os.pipe()
         try:
             self._process = subprocess.Popen(
-                processes.command(module, *arguments),
+                processes.command(module, *arguments, python=python),
                 stdin=its_inlet if task is None else task,
                 stdout=its_outlet,
                 stderr=subprocess.DEVNULL if quiet else None,
                 start_new_session=True,
-                env=processes.environment(),
+                env=processes.environment(python),
             )
             self._heard = Descriptor(heard)
             self._told = None if told is None else Descriptor(told)

@@ -57,12 +57,15 @@ class FrontierProcess:
         request: what the job's plan was made for.
         path: where the frontier goes.
         tolerance: share to within which the curve is to be known.
+        python: that computes it; None: this one.
 
     Raises:
         OSError: the process cannot be started.
     """
 
-    def __init__(self, request: PlanRequest, path: Path, tolerance: float = TOLERANCE) -> None:
+    def __init__(
+        self, request: PlanRequest, path: Path, tolerance: float = TOLERANCE, python: str | None = None
+    ) -> None:
         self._begin_s = time.monotonic()
         self.progress = FrontierProgress(0, float("inf"), 0.0)
         # A file instead of a pipe: nobody has to wait until the process is there to read.
@@ -76,6 +79,7 @@ class FrontierProcess:
                 str(os.getpid()),
                 task=task,
                 quiet=True,
+                python=python,
             )
         threading.Thread(target=self._read, name="perseus-frontier", daemon=True).start()
 
@@ -120,10 +124,11 @@ class BackgroundFrontier:
 
     Args:
         output_dir: where `frontier.json` goes.
+        python: that computes it; None: this one.
     """
 
-    def __init__(self, output_dir: Path) -> None:
-        self._path = output_dir / FRONTIER_FILE
+    def __init__(self, output_dir: Path, python: str | None = None) -> None:
+        self._path, self._python = output_dir / FRONTIER_FILE, python
         self._process: FrontierProcess | None = None
 
     def renew(self, request: PlanRequest) -> None:
@@ -131,7 +136,7 @@ class BackgroundFrontier:
         self.close()
         try:
             remove(self._path)
-            self._process = FrontierProcess(request, self._path)
+            self._process = FrontierProcess(request, self._path, python=self._python)
         except OSError as error:
             logger.warning("%s: %s. Training and the plan go on without it.", FRONTIER_FILE, os_problem(error))
 

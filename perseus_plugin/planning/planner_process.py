@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
 
-from perseus_plugin.errors import PerseusError, PlanError, os_problem
+from perseus_plugin import processes
+from perseus_plugin.errors import PerseusError, PlanError, lacking, os_problem, plain, shown
 from perseus_plugin.planning.child import DROP, Child, ChildLostError
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.planning.work import BRAKE_S
@@ -18,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 PAUSES_S = (1.0, 5.0, 30.0, 120.0, 600.0)
 """Before it is started again, after it was lost once, twice, ... over one request."""
+TRIAL_S = 20.0
+"""How long a job that starts waits for another Python to have loaded the solver."""
 IDLE_S = 60.0
 """A planner at work takes processor time, however busy the machine is."""
 
@@ -34,6 +39,7 @@ class PlannerProcess:
         idle_s: for how long it may take no processor time over one.
         wake: called when it has answered, from a thread of its own.
         ahead: whether the process is there ahead of requests; else it is started for each and ends with it.
+        python: that runs it; None: this one.
     """
 
     def __init__(
@@ -43,8 +49,9 @@ class PlannerProcess:
         idle_s: float = IDLE_S,
         wake: Callable[[], None] = lambda: None,
         ahead: bool = True,
+        python: str | None = None,
     ) -> None:
-        self._ahead = ahead
+        self._ahead, self._python = ahead, python
         self._pauses_s, self._limit_s, self._idle_s, self._wake = pauses_s, limit_s, idle_s, wake
         self._closing = threading.Event()
         self._starting = threading.Lock()
@@ -150,5 +157,42 @@ class PlannerProcess:
             child, self._child = self._child, None
             if child is not None:
                 child.check()
-            self._child = child or Child("perseus_plugin.planning.process", str(os.getpid()))
+            self._child = child or Child("perseus_plugin.planning.process", str(os.getpid()), python=self._python)
             return self._child
+
+
+def why_no_planner(python: str | None) -> str:
+    """Why no plan can be made, known before there is anything to plan; empty if one can.
+
+    Args:
+        python: that is to run the planner; it is tried. None: this one, where the solver is only looked for, as loading
+            it takes a second.
+    """
+    if python is None:
+        if importlib.util.find_spec("ortools") is not None:
+            return ""
+        missing = lacking(ModuleNotFoundError(name="ortools"))
+        return f"the planner {missing}; or name the Python of another environment that has it (perseus.planner.python)"
+    try:
+        tried = subprocess.run(
+            processes.command("perseus_plugin.planning.planner", python=python),
+            env=processes.environment(python),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TRIAL_S,
+            start_new_session=True,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:  # slow is not wrong: it has its own time when there is something to plan
+        return ""
+    except OSError as error:
+        why = error.strerror or str(error)
+    else:
+        if tried.returncode == 0:
+            return ""
+        said = tried.stderr.decode(errors="replace").strip().splitlines()
+        why = plain(said[-1]) if said and tried.returncode > 0 else processes.ending(tried.returncode)
+    return (
+        f"perseus.planner.python: {shown(python)} cannot run the planner ({why}); allowed: a Python from 3.10 on, of "
+        f"an environment with what it needs ({python} -m pip install 'perseus-plugin[planner]')"
+    )

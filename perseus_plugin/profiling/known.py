@@ -34,8 +34,8 @@ class Known:
         profile: whether there is a profile; the same on every rank.
         survey: the profile and what belongs to it, on rank 0.
         fingerprint: what a profile measured in this run is kept with, on rank 0.
-        failed: why a sweep is not worth making, as an earlier one came to nothing; empty if it is. The same on every
-            rank.
+        failed: why a sweep is not worth making, as an earlier one came to nothing or nothing can be planned; empty if
+            it is. The same on every rank, but where a profile is given: there only rank 0's matters, which plans.
     """
 
     profile: bool = False
@@ -80,6 +80,7 @@ def kept_profile(
     facts: Mapping[str, str],
     exchange: Exchange,
     output_dir: Path,
+    no_planner: str = "",
 ) -> Known:
     """The profile that an earlier run left in the output folder, if it is of the same job.
 
@@ -89,6 +90,7 @@ def kept_profile(
     Args:
         facts: what the framework knows: model, microbatch size, versions.
         selection: this rank's GPU; without control of it there is nothing to profile.
+        no_planner: why nothing can be planned, on rank 0; empty if it can.
     """
     mine = {
         **facts,
@@ -112,7 +114,7 @@ def kept_profile(
     fingerprint = job_fingerprint([(rank.stage, rank.facts) for rank in ranks])
     all_here = len(ranks) == placement.world_size
     survey = _kept(config, fingerprint, output_dir) if all_here else None
-    failed = _failed(config, fingerprint, output_dir) if all_here and survey is None else ""
+    failed = no_planner or (_failed(config, fingerprint, output_dir) if all_here and survey is None else "")
     exchange.tell_all(REUSE, Reuse(profile=survey is not None, failed=failed).model_dump())
     return Known(survey is not None, survey, fingerprint, failed)
 

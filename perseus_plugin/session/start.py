@@ -24,6 +24,7 @@ from perseus_plugin.iteration.timetable import Round, Timetable, nearest_clocks
 from perseus_plugin.leader.job import Job
 from perseus_plugin.leader.leader import Leader
 from perseus_plugin.leader.signals.desk import SignalDesk
+from perseus_plugin.planning.planner_process import why_no_planner
 from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.profiling.known import given_profile, kept_profile
 from perseus_plugin.profiling.sweep import choose_clocks, sweep_order
@@ -122,8 +123,11 @@ def prepare(
         # Emulated GPUs lie in the configured folder: as real ones do, they outlive a session, and several may meet
         # there.
         selection, helper = _take_gpu(config, select_gpu(config, placement, configured), start_helper)
+        no_planner = why_no_planner(config.planner.python) if placement.leads and helper is not None else ""
         if known is None:
-            known = kept_profile(config, placement, selection, facts or {}, exchange, output_dir)
+            known = kept_profile(config, placement, selection, facts or {}, exchange, output_dir, no_planner)
+        elif no_planner:
+            known = replace(known, failed=no_planner)
         if known.failed and helper is not None:
             helper.close(timeout_s=1.0)
             helper, selection = None, replace(selection, spec=None, clocks_mhz=(), why_not=known.failed)

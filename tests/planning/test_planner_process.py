@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from perseus_plugin.planning.child import Child, ChildLostError
-from perseus_plugin.planning.planner_process import PlannerProcess
+from perseus_plugin.planning.planner_process import PlannerProcess, why_no_planner
 from perseus_plugin.processes import ending
 from tests.planning.test_process import answer, request
 from tests.waiting import pipes_here, wait_until
@@ -172,3 +173,35 @@ def test_a_line_without_end_is_given_up_in_time() -> None:
 )
 def test_how_a_process_ended_is_said_by_name(status: int, said: str) -> None:
     assert ending(status).startswith(said)
+
+
+def test_a_python_that_can_plan_and_this_one() -> None:
+    assert why_no_planner(None) == ""
+    assert why_no_planner(sys.executable) == ""
+
+
+def test_without_the_solver_in_this_environment_its_remedies_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ortools", None)
+    assert why_no_planner(None) == (
+        "the planner needs ortools, which is not installed (pip install 'perseus-plugin[planner]'); or name the "
+        "Python of another environment that has it (perseus.planner.python)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ('exec {python} -S -E "$@"', "ModuleNotFoundError: No module named 'numpy'"),
+        ("exit 3", "status 3"),
+        ("kill -KILL $$", "SIGKILL, as the kernel sends"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_python_that_cannot_plan_is_named_with_the_reason(tmp_path: Path, script: str | None, why: str) -> None:
+    python = tmp_path / "python"
+    if script is not None:
+        python.write_text("#!/bin/sh\n" + script.format(python=sys.executable) + "\n")
+        python.chmod(0o755)
+    said = why_no_planner(str(python))
+    assert said.startswith(f'perseus.planner.python: "{python}" cannot run the planner ({why}')
+    assert said.endswith(f"({python} -m pip install 'perseus-plugin[planner]')")

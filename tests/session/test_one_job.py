@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ from perseus_plugin.cli.plan import plan as plan_command
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.physics import A100, MODELS, WAITING
 from perseus_plugin.planning.plan import Plan, load_plan
-from perseus_plugin.profiling.profile import load_profile
+from perseus_plugin.profiling.profile import load_profile, save_profile
 from perseus_plugin.reporting.record.records import load_record
 from tests.one_job import OneJob, Step
+from tests.planning.jobs import bundled_profile
+
+NOT_IN_TRAINING = ("click", "matplotlib", "ortools", "pandas", "plotly", "prometheus_client", "rich", "scipy", "typer")
 
 # On a busy machine times are noisy: with room for that there is always something to save.
 SHORT: dict[str, Any] = {
@@ -219,3 +224,51 @@ def test_transfers_and_what_is_there_once_are_found_and_planned_with(
     )
     assert max(stage[-1].finish_s for stage in plan.stages) < plan.iteration_time_s - 0.9 * beside["once_s"]
     assert ran.summary["plan"]["dropped_plans"] == 0
+
+
+def test_the_planner_lives_in_another_environment_and_training_needs_nothing_of_it(tmp_path: Path) -> None:
+    """The job runs without all that only planner, command line and pictures need; another Python has the solver."""
+    python, ran = tmp_path / "python", tmp_path / "ran"
+    python.write_text(f'#!/bin/sh\necho "$2" >> {ran}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    block = {**SHORT, "frontier": True, "planner": {"python": str(python)}}
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({list(NOT_IN_TRAINING)!r}))  # what importing one then meets is an ImportError
+from pathlib import Path
+from tests.one_job import OneJob, Step
+from tests.planning.jobs import bundled_profile
+
+NOT_IN_TRAINING = ("click", "matplotlib", "ortools", "pandas", "plotly", "prometheus_client", "rich", "scipy", "typer")
+folder, ran = Path({str(tmp_path / "job")!r}), Path({str(ran)!r})
+planned = lambda: (folder / "plan.json").exists() and "frontier" in ran.read_text()
+OneJob(folder, [Step()] * 500, plugin={block!r}, until=planned).run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert load_plan(tmp_path / "job" / "plan.json").saving > 0
+    assert "energy saved" in done.stderr, "the table at the end"
+    tried, *started = ran.read_text().split()
+    assert tried == "perseus_plugin.planning.planner", "before the job began"
+    assert set(started) == {"perseus_plugin.planning.process", "perseus_plugin.planning.frontier_process"}
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["measured", "given"])
+def test_without_a_planner_a_job_runs_at_full_clocks_and_says_so_before_it_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: bool
+) -> None:
+    block: dict[str, Any] = {**SHORT, "planner": {"python": str(tmp_path / "gone")}}
+    if given:
+        save_profile(bundled_profile(2), tmp_path / "given.csv")
+        block["profiling"] = {"load": str(tmp_path / "given.csv"), "blocking_power_w": 60.0}
+    ran = OneJob(tmp_path / "job", [Step()] * 8, plugin=block).run()
+    assert len(ran.times_s) == 8
+    assert "plan" not in ran.states
+    assert given or "profiling" not in ran.states
+    assert not (tmp_path / "job" / "plan.json").exists()
+    said, *others = [line for line in capsys.readouterr().err.splitlines() if line.startswith("perseus: ")]
+    assert len(others) == 1, "the table's"
+    assert said.startswith(
+        f'perseus: observing only, no clock will be set: perseus.planner.python: "{tmp_path / "gone"}" cannot run the '
+        "planner (No such file or directory); allowed: a Python from 3.10 on"
+    )

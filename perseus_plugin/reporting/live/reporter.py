@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any, Literal, TextIO
 
 from perseus_plugin.errors import os_problem
 from perseus_plugin.exchange.messages import RankStats
@@ -101,30 +99,32 @@ def events_of(summary: Summary) -> list[tuple[str, float]]:
     ]
 
 
-def print_summary(summary: Summary, console: Console | None = None) -> None:
-    """Print the table of a summary."""
-    console = console or Console(stderr=True)
+def print_summary(summary: Summary, to: TextIO | None = None) -> None:
+    """Print the table of a summary; to standard error unless told where."""
     kind = "emulated, no real GPU" if summary.emulated else summary.backend
-    console.print(f"perseus: {summary.ranks} x {summary.gpu} ({kind})", highlight=False, soft_wrap=True)
-    table = Table()
-    for name in ("per iteration", "full clocks", "predicted", "as run"):
-        table.add_column(name, justify="left" if name == "per iteration" else "right")
+    rows = [["per iteration", "full clocks", "predicted", "as run"]]
     for name, columns, unit, digits in (
         ("time", summary.iteration_time_s, "s", 4),
         ("energy", summary.energy_j, "J", 1),
         ("power", summary.power_w, "W", 1),
     ):
         values = (columns.full_clock, columns.predicted, columns.measured)
-        table.add_row(name, *(_cell(value, unit, digits) for value in values))
+        rows.append([name, *(_cell(value, unit, digits) for value in values)])
     seen, said = summary.references, summary.predicted_between
     for name, changed, expected, interval in (
         ("slowdown", summary.slowdown_percent, None, seen.slowdown_percent),
         ("energy saved", summary.saving_percent, said.saving_percent, seen.saving_percent),
     ):
         as_run = _cell(changed.measured, "%", 2) + _interval(interval)
-        table.add_row(name, "", _cell(changed.predicted, "%", 2) + _interval(expected), as_run)
-    console.print(table)
-    console.print(_remarks(summary), highlight=False, soft_wrap=True)
+        rows.append([name, "", _cell(changed.predicted, "%", 2) + _interval(expected), as_run])
+    name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    table = [
+        " | ".join([name.ljust(name_width), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
+        for name, *cells in rows
+    ]
+    table.insert(1, "-+-".join("-" * width for width in (name_width, *widths)))
+    lines = [f"perseus: {summary.ranks} x {summary.gpu} ({kind})", *table, _remarks(summary)]
+    print("\n".join(lines), file=to or sys.stderr, flush=True)
 
 
 def _remarks(summary: Summary) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from perseus_plugin.cli.destinations import STANDARD, check_writable, write, written
 from perseus_plugin.cli.job import OUTPUT, POWER, AsJson
-from perseus_plugin.cli.terminal import console, say
+from perseus_plugin.cli.terminal import console, say, working
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.reporting.report.data import report_to_json
 from perseus_plugin.reporting.report.findings import Findings, Options, find
@@ -86,7 +86,8 @@ def report(
     check_writable(html, "--html")
     rates = Rates(price, currency, intensity, pue, price_gpu_hour)
     options = Options(rates, hours, gpus, tokens_per_sample, frontier=not (no_frontier or no_html))
-    found = find(load_folder(folder), options)
+    with working("reading"):
+        found = find(load_folder(folder), options)
     if not no_html:
         # Loads plotly, which the summary does without.
         from perseus_plugin.reporting.report.page import page

@@ -14,6 +14,7 @@ from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Constant
 from perseus_plugin.iteration.schedules import SCHEDULES, one_f_one_b
+from perseus_plugin.planning.few_changes.limits import violated
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import ChangeLimits, Effort, Planner, Target, make_plan
 from perseus_plugin.planning.targets import Prices
@@ -317,3 +318,14 @@ def test_an_impossible_deadline_names_the_shortest_iteration() -> None:
     planner = small()
     with pytest.raises(PlanError, match=f"{planner.problem.shortest_s:.6f} s"):
         planner.plan(Target.deadline(0.01))
+
+
+def test_what_was_found_for_fewer_changes_is_a_plan_for_any_number() -> None:
+    planner = Planner(build_graph(one_f_one_b(3, 8)), bundled_profile(3), blocking_power_w=60.0)
+    rounded = planner.solve(Target.slowdown(0.03), search=False)
+    fresh = Planner(build_graph(one_f_one_b(3, 8)), bundled_profile(3), blocking_power_w=60.0)
+    limited = fresh.solve(Target.slowdown(0.03), ChangeLimits(max_changes=100))
+    assert limited.energy_j < rounded.energy_j, "as it was searched for"
+    assert fresh.solve(Target.slowdown(0.03), search=False).energy_j <= limited.energy_j
+    few = fresh.solve(Target.slowdown(0.03), ChangeLimits(max_changes=2), search=False)
+    assert violated(fresh.problem, few.assignment, ChangeLimits(max_changes=2)) == []

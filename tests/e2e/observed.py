@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,8 @@ from tests.e2e.launching import Probe
 from tests.e2e.simulation import Simulation
 from tests.waiting import came_true
 
-STAGES, MICROBATCHES = 4, 8
+STAGES, MICROBATCHES = 4, 6
+FORWARD_S = [0.008, 0.010, 0.012, 0.014]
 
 # Of all tests that look at it: it runs once where they run in one process.
 look_at_the_observed_job = pytest.mark.xdist_group("observed job")
@@ -48,9 +50,11 @@ def observe(library: Path, folder: Path) -> Observed:
     """Run it: four stages on a simulated NVML, with all that is written and served switched on."""
     machine, port, seen = Simulation(library, folder, STAGES), _free_port(), folder / "scraped"
     # What is recorded under the plan is kept every so often.
-    do = [("nothing", "plan 1 for"), ("nothing", "frontier: "), ("nothing", str(seen)), ("end", "+25")]
+    do = [("nothing", "plan 1 for"), ("nothing", "frontier: "), ("nothing", str(seen)), ("end", "+16")]
     # Nobody catches up, so that the clocks are the plan's however busy this machine is.
-    probe = machine.job(folder, *do, steps=100_000, frontier=True, prometheus={"port": port}, catch_up=False)
+    emulation = {"forward_time_s": FORWARD_S, "backward_time_s": [2 * time_s for time_s in FORWARD_S]}
+    switched_on: dict[str, Any] = {"frontier": True, "prometheus": {"port": port}, "catch_up": False}
+    probe = machine.job(folder, *do, steps=100_000, emulation=emulation, **switched_on)
     monitor = {"enabled": True, "output_path": str(folder / "monitor"), "job_name": "job"}
     probe = replace(probe, config={"gradient_accumulation_steps": MICROBATCHES, "csv_monitor": monitor})
     scraped = ""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.launching import MIXED, REPOSITORY, Probe, perseus_block
+from tests.e2e.launching import MIXED, Probe, perseus_block
 
 pytestmark = pytest.mark.e2e
 
@@ -43,7 +43,7 @@ def slow_job(
     stragglers = {"threshold": 0.1, "min_interval_s": 1.0, **stragglers}
     block = perseus_block(folder / "out", 2, stragglers=stragglers, emulation=times, slowdown=0.0)
     job = Probe(folder, block, do, ("--at", str(rank), "--slowdown", str(slowdown)), ranks, config or {})
-    job.run(PYTHONPATH=str(REPOSITORY)).check()
+    job.run().check()
     return job
 
 

@@ -47,7 +47,7 @@ class Shown:
     fetched: list[str] = field(default_factory=list)
 
     def open(self, path: Path) -> None:
-        self.page.goto(f"file://{path}")
+        self.page.goto(f"file://{path}", timeout=120_000)
         self.page.wait_for_function(_DRAWN, timeout=120_000)
 
     def count(self, selector: str) -> int:

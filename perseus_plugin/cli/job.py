@@ -20,7 +20,7 @@ from perseus_plugin.planning.inputs import INPUTS_FILE, load_inputs
 from perseus_plugin.planning.power.words import parse_share
 from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.planning.streams import load_streams
-from perseus_plugin.planning.targets import Effort
+from perseus_plugin.planning.targets import Effort, dwell_for
 from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import Profile, load_profile
 
@@ -110,7 +110,8 @@ MaxChanges = Annotated[
 MinDwell = Annotated[
     float | None,
     typer.Option(
-        help="Shortest time between clock changes, seconds (default: the folder's, or 0).",
+        help="Shortest time between clock changes, seconds (default: the folder's; else two changes' time where an "
+        "instruction is shorter than that, 0 where none is).",
         show_default=False,
         rich_help_panel=SEARCH,
     ),
@@ -224,6 +225,9 @@ def request_from_options(
         overheads=beside,
         **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
+    if min_dwell is None and not path.is_dir():
+        shortest_s = min(profile.table[key][0].time_s for key in needed)
+        asked = replace(asked, min_dwell_s=dwell_for(shortest_s, asked.latency_s or 0.0))
     return asked if asked == replace(known, streams=streams, profile=profile) else searched(asked)
 
 

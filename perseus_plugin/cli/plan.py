@@ -154,7 +154,7 @@ def plan(
     if as_json:
         write(STANDARD, content)
         return
-    table = summary(made, free)
+    table = summary(made, free, request.min_dwell_s)
     if prices is not None:
         add_cost(table, made, prices)
     # What is written to standard output is alone there.
@@ -231,7 +231,7 @@ def pick_target(
     return None if slowdown is None else Target.slowdown(slowdown)
 
 
-def summary(made: Plan, free: Plan | None = None) -> Table:
+def summary(made: Plan, free: Plan | None = None, dwell_s: float = 0.0) -> Table:
     """What a plan promises, beside the baseline; `free` is the same without limits on clock changes."""
     table = columns("", "full clocks", "plan")
     table.add_row("iteration time", f"{made.baseline_time_s:.6f} s", f"{made.iteration_time_s:.6f} s")
@@ -250,6 +250,8 @@ def summary(made: Plan, free: Plan | None = None) -> Table:
         table.add_row("  known to within", "", "unknown: no errors in the profile")
     changes = [made.clock_changes(stage) for stage in range(len(made.stages))]
     table.add_row("clock changes per stage", "", f"{min(changes)} to {max(changes)}")
+    if dwell_s > 0:
+        table.add_row("clocks are kept for at least", "", f"{dwell_s:g} s")
     waits = sum(map(len, made.waits))
     if waits:
         table.add_row("waits at a lower clock", "", f"{waits} per iteration")

@@ -199,6 +199,7 @@ def simulate(
         raise ConfigError("got --json and - more than once; allowed: one of them, as there is one standard output")
     spent, limits = parse_effort(effort) or "quick", ChangeLimits(max_changes, min_dwell or 0.0)
     switch_latency_s = lowering(lower_while_waiting, switch_latency)
+    dwell_latency_s = None if min_dwell is not None else lowering(True, switch_latency)
     aims = _aims(slowdown, straggler, power_budget)
     if is_trace(sources):
         _refuse(
@@ -275,7 +276,7 @@ def simulate(
             min_dwell=min_dwell,
         )
         spent = "quick" if effort is None else spent
-        limits = ChangeLimits(job.max_changes, job.min_dwell_s)
+        limits, dwell_latency_s = ChangeLimits(job.max_changes, job.min_dwell_s), None
         switch_latency_s = job.latency_s if job.lower_while_waiting else None
         if aims is None and job.target.kind == "slowdown":
             aims = _aims([str(job.target.value)], None, None)
@@ -306,6 +307,7 @@ def simulate(
             latency_s=latency or 0.0,
             switch_latency_s=switch_latency_s,
             limits=limits,
+            dwell_latency_s=dwell_latency_s,
             effort=spent,
         ):
             outcomes.append(outcome)

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from perseus_plugin.config import PerseusConfig
 from perseus_plugin.errors import PlanError, validation_problem
+from perseus_plugin.gpus.base import DWELL_LATENCIES
 from perseus_plugin.planning.power.budget import NodeOverhead, PowerBudget, check_number
 
 Effort: TypeAlias = Literal["quick", "normal", "thorough"]
@@ -174,3 +175,14 @@ class ChangeLimits:
         """Whether what keeps these limits keeps the others too."""
         fewer = others.max_changes is None or (self.max_changes is not None and self.max_changes <= others.max_changes)
         return fewer and self.min_dwell_s >= others.min_dwell_s
+
+
+def dwell_for(shortest_s: float, latency_s: float) -> float:
+    """How long a clock is to be kept, where nobody says: two changes, if an instruction takes less; else 0, any time.
+
+    Args:
+        shortest_s: the shortest instruction at full clocks.
+        latency_s: how long a clock change takes.
+    """
+    two_changes_s = DWELL_LATENCIES * latency_s
+    return two_changes_s if shortest_s < two_changes_s else 0.0

@@ -68,12 +68,33 @@ def test_an_interleaved_schedule_takes_any_number_of_chunks(perseus: Perseus, pr
         assert "--chunks: got 3 with 1f1b; allowed: with interleaved-1f1b or interleaved-zero-bubble" in refused.stderr
 
 
+def test_clocks_are_kept_for_two_changes_where_instructions_are_shorter(
+    perseus: Perseus, profile: Path, tmp_path: Path
+) -> None:
+    out, written = tmp_path / "plan.json", tmp_path / "out.csv"
+    job = (profile, "--microbatches", 8, "--blocking-power", 60, "--scale", 0.1)
+    most = {}
+    for options in ([], ["--min-dwell", 0.02], ["--min-dwell", 0], ["--switch-latency", 0.002]):
+        done = perseus("plan", *job, "-o", out, *options)
+        assert done.returncode == 0, done.stderr
+        assert perseus("simulate", *job, "-o", written, *options).returncode == 0
+        (row,) = csv.DictReader(written.open())
+        plan = load_plan(out)
+        assert float(row["energy_j"]) == pytest.approx(plan.energy_j)
+        most[str(options)] = max(plan.clock_changes(stage) for stage in range(2)), plan.energy_j
+        assert ("clocks are kept for at least" in done.stdout) == (options in ([], ["--min-dwell", 0.02]))
+    kept, told, at_once, fast = most.values()
+    assert kept == told
+    assert at_once == fast
+    assert kept[0] < at_once[0]
+
+
 def test_gpus_wait_at_lower_clocks_unless_told_not_to(perseus: Perseus, tmp_path: Path) -> None:
     path, out = tmp_path / "profile.csv", tmp_path / "plan.json"
     rows = bundled_profile(2).rows()
     save_profile(Profile.from_rows((s, k, replace(m, blocking_power_w=m.frequency_mhz / 20)) for s, k, m in rows), path)
     plans = []
-    for options in ([], ["--switch-latency", 0.04], ["--no-lower-while-waiting"]):
+    for options in ([], ["--switch-latency", 0.04, "--min-dwell", 0], ["--no-lower-while-waiting"]):
         done = perseus("plan", path, "--microbatches", 4, "--blocking-power", 60, "-o", out, *options)
         assert done.returncode == 0, done.stderr
         plans.append(load_plan(out))

@@ -61,7 +61,7 @@ def test_a_model_is_simulated_on_several_gpus_and_splits(perseus: Perseus, model
     out = tmp_path / "out.json"
     done = perseus(
         "simulate", model, "--gpu", "a100", "--gpu", "a40", "--stages", 2, "--split", "3,2,1", "--microbatches", 6,
-        "--schedule", "1f1b", "--schedule", "interleaved-1f1b", "-o", out,
+        "--schedule", "1f1b", "--schedule", "interleaved-1f1b", "--min-dwell", 0, "-o", out,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "a model, no measurement" in " ".join(done.stdout.split())

@@ -14,7 +14,7 @@ from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.process import planner_for
 from perseus_plugin.planning.request import PlanRequest
-from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
+from perseus_plugin.planning.targets import ChangeLimits, Effort, Target, dwell_for
 from perseus_plugin.planning.work import tell_cut_short
 from perseus_plugin.profiling.derived import whole, with_rows_for
 from perseus_plugin.profiling.profile import Profile
@@ -157,6 +157,7 @@ def simulate(
     latency_s: float = 0.0,
     switch_latency_s: float | None = None,
     limits: ChangeLimits | None = None,
+    dwell_latency_s: float | None = None,
     effort: Effort = "quick",
 ) -> Iterator[Outcome]:
     """Plan every combination, one outcome after the other.
@@ -171,13 +172,24 @@ def simulate(
         latency_s: how long a transfer takes.
         switch_latency_s: how long a clock change takes; None: waits get no lower clocks.
         limits: as for a plan.
+        dwell_latency_s: how long a clock change takes, where the dwell follows from it; None: `limits` has it.
         effort: as for a plan.
     """
     for pipeline in pipelines:
         for schedule in schedules:
             for microbatches in schedule.microbatches:
                 planner_of = partial(_planner, pipeline, schedule, microbatches, input_share, latency_s)
-                yield from _of_one(pipeline, schedule, microbatches, aims, planner_of, switch_latency_s, limits, effort)
+                yield from _of_one(
+                    pipeline,
+                    schedule,
+                    microbatches,
+                    aims,
+                    planner_of,
+                    switch_latency_s,
+                    limits or ChangeLimits(),
+                    dwell_latency_s,
+                    effort,
+                )
 
 
 def _of_one(
@@ -187,7 +199,8 @@ def _of_one(
     aims: Sequence[Aim],
     planner_of: Callable[[float | None], tuple[Planner, float]],
     switch_latency_s: float | None,
-    limits: ChangeLimits | None,
+    limits: ChangeLimits,
+    dwell_latency_s: float | None,
     effort: Effort,
 ) -> Iterator[Outcome]:
     planner: Planner | None = None
@@ -198,6 +211,9 @@ def _of_one(
         if switch_latency_s is not None and not planner.problem.waiting_costs.is_constant:
             leaves_alone, _ = planner_of(None)
         count = planner.problem.graph.microbatches
+        if dwell_latency_s is not None:
+            shortest_s = float(planner.problem.full_clock[:, 0].min())
+            limits = replace(limits, min_dwell_s=dwell_for(shortest_s, dwell_latency_s))
     except PerseusError as error:
         why_not = str(error)
     for aim in aims:
@@ -251,7 +267,7 @@ def _figures(
     leaves_alone: Planner | None,
     scale: float,
     aim: Aim,
-    limits: ChangeLimits | None,
+    limits: ChangeLimits,
     effort: Effort,
 ) -> Figures:
     target = aim.target(planner.problem.full_clock_time_s)

@@ -25,7 +25,7 @@ PYTEST := $(BIN)/pytest --dist loadgroup --numprocesses
 OPENG2G := openg2g==0.2.0.post1 opendssdirect.py==0.9.4 dss_python==0.15.7 dss_python_backend==0.14.5 \
     cffi==2.0.0 pycparser==2.23
 
-.PHONY: quickstart test test-all test-minima lint types docs unit e2e rest megatron titan old-torch setup clean
+.PHONY: quickstart test test-all test-minima release-check lint types docs unit e2e rest megatron titan old-torch setup clean
 
 quickstart: setup
 	DS_ACCELERATOR=cpu $(BIN)/torchrun --standalone --nproc-per-node 4 examples/deepspeed_gpt/train.py \
@@ -54,6 +54,10 @@ test-minima: megatron .minima/.installed
 	DS_BUILD_OPS=0 .minima/bin/python -m pip install --quiet --no-build-isolation -c .minima/minima.txt -r requirements-dev.txt
 	.minima/bin/python $(MEGATRON) -r requirements-megatron.txt || true
 	touch $@
+
+# What would be released: built, checked, and installed into a fresh environment of each Python from 3.10 to 3.13 that is here.
+release-check:
+	.ci/release-check $(PYTHON)
 
 setup: $(VENV)/.installed
 

@@ -44,6 +44,8 @@ def test_only_the_standard_library_is_loaded(statement: str) -> None:
 def test_the_version_is_one() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+([a-z.]+\d+)?", perseus_plugin.__version__)
     assert version("perseus-plugin") == perseus_plugin.__version__
+    assert f"\nversion: {perseus_plugin.__version__}\n" in (REPOSITORY / "CITATION.cff").read_text()
+    assert f"\n## {perseus_plugin.__version__} " in (REPOSITORY / "CHANGELOG.md").read_text()
 
 
 def test_every_public_name_is_there_documented_and_known_to_type_checkers() -> None:

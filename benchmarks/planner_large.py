@@ -1,7 +1,7 @@
 """Time and memory for large jobs: more stages and microbatches than the published profiles have.
 
     python benchmarks/planner_large.py DATA --size 16x256 --size 64x512 [--slowdown 0.05]
-    python benchmarks/planner_large.py DATA --size 8x144 --chunks 8 --pair-ms 15
+    python benchmarks/planner_large.py DATA --size 8x144 --chunks 8 --pair-ms 15 [--dwell-ms 20]
 
 DATA holds `gpt3-175b-a100_sxm.csv`. All stages but the last have the rows of its first stage, slowed by up to a
 tenth at random (seeded); the last stage has those of its last. With `--pair-ms` a forward and a backward of the first
@@ -19,7 +19,7 @@ from pathlib import Path
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import BACKWARD, FORWARD
 from perseus_plugin.iteration.schedules import interleaved_1f1b, one_f_one_b
-from perseus_plugin.planning.planner import Planner, Target
+from perseus_plugin.planning.planner import ChangeLimits, Planner, Target
 from perseus_plugin.profiling.profile import Profile, load_profile
 
 
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--size", action="append", help="STAGESxMICROBATCHES, may be repeated (default: 16x256)")
     parser.add_argument("--chunks", type=int, default=1, help="of each stage, interleaved")
     parser.add_argument("--slowdown", type=float, default=0.0)
+    parser.add_argument("--dwell-ms", type=float, default=0.0, help="shortest time between two clock changes")
     parser.add_argument(
         "--pair-ms", type=float, help="a forward and a backward together (default: as profiled, times 10)"
     )
@@ -59,7 +60,8 @@ def main() -> None:
         graph = build_graph(streams)
         graph_s = time.perf_counter() - wall
         planner = Planner(graph, chosen, blocking_power_w=83.64)
-        plan = planner.to_plan(planner.solve(Target.slowdown(arguments.slowdown), search=False))
+        limits = ChangeLimits(None, arguments.dwell_ms / 1000)
+        plan = planner.to_plan(planner.solve(Target.slowdown(arguments.slowdown), limits, search=False))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
         print(

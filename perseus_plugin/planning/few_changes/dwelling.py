@@ -80,7 +80,7 @@ class _Sweep:
             # Too near the end there is no time left to go on to the first clock again.
             may_change = start_s - changed_s[stage] >= self.min_dwell_s and start_s + self.min_dwell_s <= deadline_s
             if at == 0 or may_change:
-                chosen = self._slowest(stage, at, start_s)
+                chosen = self._slowest(stage, at, start_s, chosen)
             elif not self.allowed[stage][at][chosen] or start_s + self.time_s[stage][at][chosen] > forced_s[node]:
                 chosen = self._fastest(stage, at)
             if at == 0 or chosen != clock[stage]:
@@ -102,9 +102,17 @@ class _Sweep:
                 ready_s = max(ready_s, finish_s[source] + self.latencies[edge])
         return ready_s
 
-    def _slowest(self, stage: int, first: int, start_s: float) -> int:
-        """The slowest clock with which all instructions of a dwell end in time; the fastest if there is none."""
-        for clock in range(len(self.time_s[stage][first]) - 1, -1, -1):
+    def _slowest(self, stage: int, first: int, start_s: float, near: int) -> int:
+        """The slowest clock with which all instructions of a dwell end in time; the fastest if there is none.
+
+        Looked for from a clock that is probably near: slower ones take longer, and few are tried.
+        """
+        count = len(self.time_s[stage][first])
+        if self._in_time(stage, first, start_s, near):
+            while near + 1 < count and self._in_time(stage, first, start_s, near + 1):
+                near += 1
+            return near
+        for clock in range(near - 1, -1, -1):
             if self._in_time(stage, first, start_s, clock):
                 return clock
         return self._fastest(stage, first)

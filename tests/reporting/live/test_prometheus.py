@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import logging
 import math
 import socket
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -156,14 +156,7 @@ def test_a_file_that_cannot_be_written_is_one_warning(
 def test_without_the_package_it_says_how_to_get_it(
     opened: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("prometheus_client"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
     opened(port=free_port())(EVENTS)
     assert "pip install 'perseus-plugin[prometheus]'" in caplog.text
 

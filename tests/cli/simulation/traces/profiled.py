@@ -1,7 +1,7 @@
 """Real traces for the tests: small jobs of two ranks under PyTorch's profiler, on the CPU, and a slice of each kept.
 
 Run `torchrun --nproc-per-node 2 -m tests.cli.simulation.traces.profiled WHAT FOLDER` to make them anew, with WHAT one
-of deepspeed, 1f1b, gpipe, zbv. A slice has what tells instructions, and operators that follow each
+of deepspeed, megatron, 1f1b, gpipe, zbv. A slice has what tells instructions, and operators that follow each
 other as one; names of folders are cut.
 """
 
@@ -12,17 +12,21 @@ import gzip
 import json
 import os
 import re
+import runpy
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from perseus_plugin.files import read_unpacked
+
 STEPS, WARM_UP, MICROBATCHES = 4, 2, 4
 _ROOT = Path(__file__).parents[4]
 _COMMUNICATES = re.compile(r"c10d::|gloo:|record_param_comms")
 _FRAMES = re.compile(
     r".*(deepspeed/runtime/pipe/engine\.py\(\d+\): (_exec_schedule|_exec_\w+_pass)"
+    r"|megatron/core/pipeline_parallel/schedules\.py\(\d+\): ((for|back)ward_step\b|forward_backward_pipelining_\w+)"
     r"|torch/distributed/pipelining/\w+\.py\(\d+\): (_step_microbatches|\w+_one_chunk))"
 )
 
@@ -125,8 +129,42 @@ def pytorch_steps(name: str) -> Callable[[], Any]:
     return step
 
 
+def profiled_by_megatron(scratch: Path) -> Path:
+    """Run a job of Megatron's with its own flags for PyTorch's profiler; the trace that it writes."""
+    from tests.megatron_support.flags import flags
+
+    script = _ROOT / "tests" / "megatron_support" / "pretrain_gpt.py"
+    first = WARM_UP + 1
+    sys.argv = [
+        str(script),
+        *flags(
+            2,
+            MICROBATCHES,
+            train_iters=first + STEPS,
+            profile=True,
+            use_pytorch_profiler=True,
+            pytorch_profiler_collect_callstack=True,
+            profile_step_start=first,
+            profile_step_end=first + STEPS,
+            tensorboard_dir=scratch / "tensorboard",
+        ),
+    ]
+    runpy.run_path(str(script), run_name="__main__")
+    return scratch / "torch_profile" / f"rank-{os.environ['RANK']}.json.gz"
+
+
+def keep(whole: Path, folder: Path, what: str) -> None:
+    """Write the slice of this rank's trace."""
+    data = json.dumps(sliced(json.loads(read_unpacked(whole, 2**30))), separators=(",", ":")).encode()
+    (folder / f"{what}-rank{os.environ['RANK']}.json.gz").write_bytes(gzip.compress(data, mtime=0))
+
+
 def main() -> None:
     what, folder = sys.argv[1], Path(sys.argv[2])
+    if what == "megatron":
+        with tempfile.TemporaryDirectory() as scratch:
+            keep(profiled_by_megatron(Path(scratch)), folder, what)
+        return
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -141,9 +179,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch, "trace.json")
         profiler.export_chrome_trace(str(whole))
-        data = json.dumps(sliced(json.loads(whole.read_text())), separators=(",", ":")).encode()
-    rank = torch.distributed.get_rank()
-    (folder / f"{what}-rank{rank}.json.gz").write_bytes(gzip.compress(data, mtime=0))
+        keep(whole, folder, what)
     torch.distributed.destroy_process_group()
 
 

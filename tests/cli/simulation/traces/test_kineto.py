@@ -171,6 +171,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, content: str, message: str) -
     ("what", "schedule", "stages", "kinds"),
     [
         ("deepspeed", "1f1b", None, {"forward", "backward"}),
+        ("megatron", "1f1b", None, {"forward", "backward"}),
         ("1f1b", "PyTorch's 1F1B", None, {"forward", "backward"}),
         ("gpipe", "PyTorch's GPipe", 2, {"forward", "backward"}),
         ("zbv", "PyTorch's actions", None, {"forward", "forward_1", "input_backward", "weight_backward"}),

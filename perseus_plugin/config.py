@@ -123,7 +123,7 @@ class ProfilingConfig(_Strict):
         None,
         "a number above 0 and at most 2000, or null",
         "The most that one GPU can draw, in watts: a loaded profile with more is refused, measured energies are held "
-        "below it (below 1.25 times that for work amid waits at the limit). null: as the driver tells of this card, "
+        "below it (below 1.25 times that for work between waits at the limit). null: as the driver tells of this card, "
         "2000 with `load`.",
         gt=0,
         le=MOST_W,

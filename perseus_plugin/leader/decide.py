@@ -545,7 +545,7 @@ class _Deciding:
         draws = min(state.full_w / planned_w, _DRAWS_AT_MOST)
         if draws > 1 + _AT_FULL_MORE:
             state.draws = draws
-            text = "GPUs draw %.0f W at full clocks, %.0f W by the profile: plans for power budgets reckon with that"
+            text = "GPUs draw %.0f W at full clocks, %.0f W by the profile: plans for power budgets account for that"
             self._inform(text, state.full_w, planned_w)
             self._aim()
 

@@ -173,7 +173,7 @@ def said_of_overheads(schedule: str, now: Overheads, before: Overheads | None) -
         Say(
             "warning",
             "%.3g s of %.3g s of an iteration of %s are neither computing nor loading: look at the network, and at "
-            "what surrounds the schedule (%.3g ms per transfer between stages, %.3g s once). Plans reckon with it",
+            "what surrounds the schedule (%.3g ms per transfer between stages, %.3g s once). Plans account for it",
             (now.beside_s, now.iteration_s, schedule, 1e3 * now.transfer_s, now.end_s),
         )
     ]

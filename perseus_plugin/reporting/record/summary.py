@@ -62,7 +62,7 @@ class PredictedSection(_Section):
 
 
 class ReferenceSection(_Section):
-    """What references amid iterations under the plan have shown, and what they cost."""
+    """What references between iterations under the plan have shown, and what they cost."""
 
     iterations: int = _told("references so far", 0)
     blocks: int = _told("blocks of them that the intervals rest on", 0)
@@ -231,7 +231,7 @@ class Summary(_Section):
     saving_percent: Changed = _told("energy saved against full clocks")
     slowdown_percent: Changed = _told("time beyond full clocks")
     predicted_between: PredictedSection = _told("how well predictions are known", PredictedSection())
-    references: ReferenceSection = _told("full clocks amid iterations under the plan", ReferenceSection())
+    references: ReferenceSection = _told("iterations at full clocks between those under the plan", ReferenceSection())
     planned_schedules: dict[str, int] = _told("iterations under the plans, by key of the schedule", {})
     targets: dict[str, int] = _told("iterations from the first plan on, by the target that was in force", {})
     plan: PlanSection | None = _told("the newest plan; null: none (yet)")

@@ -388,7 +388,7 @@ def origin(folder: JobFolder) -> list[str]:
         said.append(
             f"{beside.time_s:.3g} s of an iteration ({beside.percent or 0.0:.1f} %) are neither computing nor loading: "
             f"by the best fit {1e3 * (beside.transfer_s or 0.0):.3g} ms per transfer between stages, and "
-            f"{beside.once_s or 0.0:.3g} s once. The plan reckons with both."
+            f"{beside.once_s or 0.0:.3g} s once. The plan accounts for both."
         )
     if any(record.placement.replica for record in folder.records.values()):
         said.append("Timelines and clocks show the first data-parallel replica; `perseus trace` has all ranks.")

@@ -279,13 +279,13 @@ def least_cost_line(found: Findings) -> str:
 
 
 def rates_line(rates: Rates) -> str:
-    """What the worth was reckoned with."""
+    """The factors behind the worth."""
     pue = f"PUE {rates.pue:g}" + (" (average of 2025, Uptime Institute)" if rates.pue == AVERAGE_PUE else "")
     grid = f"{rates.intensity_g:g} g CO2 per kWh"
     if rates.intensity_g == WORLD_INTENSITY_G:
         grid += " (world average of 2024, IEA)"
     price = "no price given (--price)" if rates.price is None else f"{rates.price:g} {rates.currency} per kWh"
     return (
-        f"Reckoned with {pue}, {grid}, {price}. Operational carbon only; GPUs only, not the rest of the computers. "
+        f"Computed with {pue}, {grid}, {price}. Operational carbon only; GPUs only, not the rest of the computers. "
         "Waiting is of one GPU per stage, by the profile."
     )

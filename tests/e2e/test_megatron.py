@@ -144,9 +144,6 @@ SCHEDULES = {"pp4": "1F1B/4x4", "pp2-tp2": "1F1B/2x2", "pp2-vp2": INTERLEAVED, "
 # Forks of one process that has imported the newest Megatron.
 of_the_newest = pytest.mark.xdist_group("newest Megatron")
 
-# As users start it: under torchrun, by the launcher. The others come in through the entry point.
-BY_LAUNCHER = "pp2-vp2-dp2"
-
 
 @of_the_newest
 @pytest.mark.parametrize(
@@ -162,9 +159,7 @@ def test_training_is_bit_identical_and_saves_energy(case: str, tmp_path: Path) -
         came_true(lambda: bool(LOGGED.search(job.said())) or job.poll() is not None, JOB_TIMEOUT_S, 0.1)
         logged.touch()
 
-    _, said = check_identical(
-        ranks, tmp_path, words, plugin, str(logged), launcher=case == BY_LAUNCHER, during=look_at_the_log
-    )
+    _, said = check_identical(ranks, tmp_path, words, plugin, str(logged), during=look_at_the_log)
     check_followed(tmp_path / "out", ranks)
     assert SCHEDULES.get(case, "1F1B/2x4") in said
     assert LOGGED.search(said)
@@ -172,7 +167,10 @@ def test_training_is_bit_identical_and_saves_energy(case: str, tmp_path: Path) -
 
 @of_the_newest
 def test_evaluation_a_changing_batch_size_and_a_helper_that_dies(tmp_path: Path) -> None:
-    """Each number of microbatches has a plan of its own. The second is followed when the helper is killed."""
+    """Each number of microbatches has a plan of its own. The second is followed when the helper is killed.
+
+    As users start it: under torchrun, by the launcher. The others come in through the entry point.
+    """
     changes: dict[str, Any] = {"train_iters": None, "global_batch_size": None, "eval_iters": 1, "eval_interval": 7}
     # 60 iterations of 2 microbatches, more than it takes to profile and to plan, then 4.
     words = flags(2, train_samples=4 * AT_MOST, step_batch_size_schedule="0:2 3840:4", **changes)
@@ -187,7 +185,7 @@ def test_evaluation_a_changing_batch_size_and_a_helper_that_dies(tmp_path: Path)
             os.kill(helper, signal.SIGKILL)
 
     again = "and a second helper sets it as before"
-    _, said = check_identical(2, tmp_path, words, uneven(tmp_path, 2), again, during=kill_helper)
+    _, said = check_identical(2, tmp_path, words, uneven(tmp_path, 2), again, during=kill_helper, launcher=True)
     for schedule in ("1F1B/2x2", "1F1B/2x4"):
         assert len(re.findall(rf"plan \d+ for {schedule} ready", said)) == 1, said[-3000:]
     assert json.loads((out / "summary.json").read_text())["iterations"]["plan"] >= 2

@@ -4,7 +4,7 @@ Primal: choose event times so that every instruction runs for some duration, at 
 of its options, precedence holds and the iteration ends by the deadline; least total energy. Dual: a flow in which
 each instruction is a bundle of parallel arcs, one per hull vertex (length: its duration; capacity: difference of the
 slopes beside it, in watts; the fastest one uncapacitated) and precedence edges are uncapacitated. Events whose time
-is forced (begin, deadline, everything critical at the fastest) are one node. docs/planner.md has the formulation.
+is forced (begin, deadline, everything critical at the fastest) are one node. The formulation: docs/planner-figures.md.
 
 The solver works on integers. The bound is evaluated afterwards in floating point at the flow that it found: by weak
 duality every flow gives a true bound, so units only decide how tight it is (a few parts in a million).

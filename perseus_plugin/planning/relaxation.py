@@ -198,7 +198,7 @@ class Relaxation:
         times as long in large networks.
         """
         steepest = max((float(options.slope_w.max(initial=0.0)) for options in self.problem.classes), default=0.0)
-        units = math.ceil(min(steepest / self.power_unit_w, _STEEPEST_UNITS))
+        units = round(min(steepest / self.power_unit_w, _STEEPEST_UNITS))
         return self.problem.graph.stages * units + self.blocking_units + 1
 
     def solve(self, deadline_s: float) -> Relaxed:

@@ -25,7 +25,7 @@ READ_AT_START = ("PYTHONPATH", "LD_LIBRARY_PATH", "TORCH_DEVICE_BACKEND_AUTOLOAD
 # Our script, with all that it imports; and what DeepSpeed imports as late as in `initialize`.
 DEEPSPEED = ("probe", "torch._dynamo", "deepspeed.module_inject")
 # Of the arguments of our script.
-SAY_WHAT_IS_TRAINED = ("--stages", "--batches-from", "--evaluate-every")
+SAY_WHAT_IS_TRAINED = ("--stages", "--batches-from", "--evaluate-every", "--announce")
 SLOWDOWN = 0.15
 JOB_TIMEOUT_S = 240.0
 ENDING_S = 40.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,40 @@ def batches(batch: int, seed: int) -> Any:
     while True:
         tokens = torch.randint(VOCABULARY, (batch, LENGTH + 1), generator=generator)
         yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def lengths(seed: int, step: int, count: int) -> list[int]:
+    """Tokens of each microbatch of a step, which vary by a factor of three."""
+    return random.Random(f"{seed} {step}").choices(range(LENGTH // 3, LENGTH + 1), k=count)
+
+
+def padded(tokens: Any, of_step: Callable[[int], list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Microbatches of which only so many tokens count."""
+    for step in itertools.count():
+        for length in of_step(step):
+            inputs, labels = next(tokens)
+            yield inputs, torch.where(torch.arange(LENGTH) < length, labels, -100)
+
+
+class Lengths:
+    """Makes the emulated GPU's work on a microbatch take as long as its tokens say."""
+
+    def __init__(self, engine: Any, gpu: EmulatedGpu) -> None:
+        self._gpu = gpu
+        self._forwards: Iterator[int] = iter(())
+        engine.module.register_forward_pre_hook(self._begins)
+        engine.module.register_forward_hook(self._ends)
+
+    def step(self, tokens: list[int]) -> None:
+        self._forwards = iter(tokens)
+
+    def _begins(self, module: nn.Module, inputs: Any) -> None:
+        self._tokens = next(self._forwards)
+        self._gpu.set_slowdown(3 * self._tokens / LENGTH, "forward")
+
+    def _ends(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        times = 3 * self._tokens / LENGTH
+        output.register_hook(lambda gradient: self._gpu.set_slowdown(times, "backward"))
 
 
 def kill_helper() -> None:
@@ -238,6 +273,7 @@ def main() -> None:
     parser.add_argument("--slowdown", type=float, default=1.5)
     parser.add_argument("--batches-from", help="numbers of microbatches, one of which every step draws: LOW,HIGH")
     parser.add_argument("--evaluate-every", type=int, default=0, help="steps between evaluations; 0: none")
+    parser.add_argument("--announce", type=int, metavar="AHEAD", help="lengths vary, and are announced so early")
     parser.add_argument("--enable", help="call perseus_plugin.enable with the block in this JSON file")
     arguments = deepspeed.add_config_arguments(parser).parse_args()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -259,6 +295,14 @@ def main() -> None:
     training = Training(engine, rank, gpu, arguments.at, arguments.slowdown, looks)
     script = Script(arguments.do, training)
     data, held_out = (batches(engine.train_micro_batch_size_per_gpu(), seed) for seed in (3, 4))
+    count, replica = engine.gradient_accumulation_steps(), engine.grid.get_data_parallel_id()
+    varying = None if gpu is None or arguments.announce is None else Lengths(engine, gpu)
+    if arguments.announce is not None:
+        import perseus_plugin
+
+        data = padded(data, lambda step: lengths(replica, step, count))
+        for step in range(arguments.announce):
+            perseus_plugin.announce(lengths(replica, step, count), ahead=step)
     losses, parameters = [], []
     for step in range(arguments.steps):
         script.before(step)
@@ -268,6 +312,11 @@ def main() -> None:
             low, high = map(int, arguments.batches_from.split(","))
             count = random.Random(step).randint(low, high)
             engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu())
+        if arguments.announce is not None:
+            ahead = arguments.announce
+            perseus_plugin.announce(lengths(replica, step + ahead, count), ahead=ahead)
+        if varying is not None:
+            varying.step(lengths(replica, step, count))
         losses.append(engine.train_batch(data).item())
         parameters.append(parameters_of(engine))
         if arguments.evaluate_every and (step + 1) % arguments.evaluate_every == 0:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from perseus_plugin.errors import os_problem
 from perseus_plugin.exchange.client import ExchangeError
-from perseus_plugin.exchange.messages import RankStats, receive, stats_key
+from perseus_plugin.exchange.messages import WORKS, RankStats, receive, stats_key
 from perseus_plugin.iteration.instructions import StreamOf
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import Directive, Timetable
@@ -105,7 +105,7 @@ class Leader:
                 self._planner,
                 refiner=self._refiner,
                 frontier=self._frontier,
-                batch_process=lambda: BatchProcess(wake),
+                batch_process=lambda: BatchProcess(wake, python),
                 tell=tell,
                 wake=wake,
             )
@@ -152,6 +152,7 @@ class Leader:
             ExchangeError: the store fails.
         """
         if self._coordinator is None:
+            self._exchange.take_new(WORKS)  # of ranks that do not know that nothing is planned, and would pile up
             self._look_in_vain()
             return
         if newest is not None:

@@ -289,10 +289,11 @@ class BatchProcess:
 
     Args:
         wake: called when there is an answer, from a thread of its own.
+        python: that runs it; None: this one.
     """
 
-    def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
-        self._wake = wake
+    def __init__(self, wake: Callable[[], None] = lambda: None, python: str | None = None) -> None:
+        self._wake, self._python = wake, python
         self._child: Child | None = None
         self._starting = threading.Lock()
         self._closed = self.busy = False
@@ -346,7 +347,7 @@ class BatchProcess:
                     if self._closed:
                         return
                     self._child = child = self._child or Child(
-                        "perseus_plugin.planning.batch_process", str(os.getpid())
+                        "perseus_plugin.planning.batch_process", str(os.getpid()), python=self._python
                     )
                 child.tell(pieces(), limit_s)
                 answer = read(json.loads(child.hear(limit_s, _IDLE_S)))

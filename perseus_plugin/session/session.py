@@ -10,6 +10,7 @@ import atexit
 import functools
 import logging
 import math
+import operator
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ from perseus_plugin.config import StragglersConfig
 from perseus_plugin.control.boundaries import boundaries_for
 from perseus_plugin.control.controller import Controller
 from perseus_plugin.control.lasting import LastingHelper
+from perseus_plugin.errors import shown
 from perseus_plugin.exchange.messages import AnnouncedWork, Placement
 from perseus_plugin.exchange.parts import part_for, with_own_plan
 from perseus_plugin.exchange.store import Exchange
@@ -289,8 +291,12 @@ class Session:
         """
         if self.closed:
             return "the session has ended"
-        if not 0 <= ahead <= _FURTHEST:
-            return f"ahead: got {ahead}; allowed: a whole number from 0 to {_FURTHEST}"
+        try:
+            steps = operator.index(ahead)
+        except TypeError:
+            steps = -1
+        if not 0 <= steps <= _FURTHEST:
+            return f"ahead: got {shown(ahead)}; allowed: a whole number from 0 to {_FURTHEST}"
         if getattr(work, "is_cuda", False):
             return "work: got a tensor on a GPU, which would have to be waited for; allowed: numbers on the CPU"
         try:
@@ -301,7 +307,7 @@ class Session:
         if wrong is not None or not given:
             return f"work: got {'nothing' if wrong is None else wrong}; {_WORK_ALLOWED}"
         following = self._iteration + (self._record is not None)
-        self._link.announce(AnnouncedWork(iteration=following + ahead, replica=self._placement.replica, work=given))
+        self._link.announce(AnnouncedWork(iteration=following + steps, replica=self._placement.replica, work=given))
         return ""
 
     def external_figures(self, figures: ExternalFigures) -> None:

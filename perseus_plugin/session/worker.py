@@ -204,7 +204,7 @@ class SessionWorker:
             self._take(finished)
         self._sensing.send(self._link.take_reports())
         for announced in self._link.take_announced():
-            if self._plans:  # else nobody reads it
+            if self._plans and not self._in_trouble:  # else nobody reads it
                 self._exchange.append(WORKS, announced.model_dump())
         for said in self._link.take_said():
             self._exchange.append(TARGETS, said)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from typing import ClassVar
 
 import pytest
 
-from perseus_plugin.config import PerseusConfig
+from perseus_plugin.config import PerseusConfig, PlannerConfig
+from perseus_plugin.exchange.messages import WORKS, AnnouncedWork
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.timetable import Round, Timetable
+from perseus_plugin.leader import leader as leader_module
 from perseus_plugin.leader.leader import Leader
 from perseus_plugin.leader.signals.desk import SignalDesk
 from tests.factories import job_of
@@ -34,3 +39,49 @@ def test_what_signals_ask_for_where_no_clock_is_set_is_said_once(
         "what perseus.signals ask for (900 W) cannot be done, as no clock is set. See the reason above; energy is "
         "accounted for where it is measured"
     ]
+
+
+class Started:
+    """In the place of the processes that plan: who runs them."""
+
+    pythons: ClassVar[list[str | None]] = []
+    pid, busy = None, False
+
+    def __init__(self, *arguments: object, python: str | None = None, **more: object) -> None:
+        self.pythons.append(next((str(one) for one in arguments if isinstance(one, str)), python))
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **more: None
+
+
+def test_everything_that_plans_runs_in_the_python_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Started, "pythons", [])
+    for name in ("PlannerProcess", "BackgroundFrontier", "BatchProcess"):
+        monkeypatch.setattr(leader_module, name, Started)
+    exchange = LocalExchange()
+    config = PerseusConfig(planner=PlannerConfig(python="/opt/planner/bin/python"))
+    leader = Leader(
+        job_of(config, exchange, tmp_path, Timetable(Round(0, (1410, 810)), 1, 2)),
+        lambda figures: None,
+        wake=Event().set,
+    )
+    exchange.append(WORKS, AnnouncedWork(iteration=3, replica=0, work=(1.0,)).model_dump())
+    leader.step(0, {}, None)
+    leader.close()
+    assert len(Started.pythons) == 4
+    assert set(Started.pythons) == {"/opt/planner/bin/python"}
+
+
+def test_announced_work_does_not_pile_up_where_nothing_is_planned(tmp_path: Path) -> None:
+    exchange = LocalExchange()
+    leader = Leader(
+        job_of(PerseusConfig(), exchange, tmp_path, Timetable(Round(0, ()), 1, 2)),
+        lambda figures: None,
+        wake=Event().set,
+    )
+    exchange.append(WORKS, AnnouncedWork(iteration=3, replica=0, work=(1.0,)).model_dump())
+    leader.step(0, {}, None)
+    leader.close()
+    assert exchange.take_new(WORKS) == []

@@ -97,9 +97,14 @@ class OnGpu(list[float]):
         (["many"], 0, "work: could not convert string to float: 'many'; allowed"),
         (OnGpu([1.0]), 0, "work: got a tensor on a GPU, which would have to be waited for"),
         ([1.0], -1, "ahead: got -1; allowed: a whole number from 0 to 1000"),
+        ([1.0], 1001, "ahead: got 1001; allowed: a whole number from 0 to 1000"),
+        ([1.0], 0.5, "ahead: got 0.5; allowed: a whole number from 0 to 1000"),
+        ([1.0], math.nan, "ahead: got nan; allowed: a whole number from 0 to 1000"),
+        ([1.0], "1", 'ahead: got "1"; allowed: a whole number from 0 to 1000'),
+        ([1.0], None, "ahead: got null; allowed: a whole number from 0 to 1000"),
     ],
 )
-def test_what_is_no_work_is_refused_with_its_reason(rank: Rank, work: Any, ahead: int, why: str) -> None:
+def test_what_is_no_work_is_refused_with_its_reason(rank: Rank, work: Any, ahead: Any, why: str) -> None:
     assert rank.session.announce(work, ahead).startswith(why)
     assert rank.link.take_announced() == []
     assert not rank.session.closed

@@ -639,6 +639,16 @@ def test_announced_work_goes_to_rank_0(ranks: Ranks) -> None:
     assert [receive(AnnouncedWork, value) for value in found] == [told]
 
 
+def test_work_that_is_announced_amid_trouble_goes_nowhere(ranks: Ranks) -> None:
+    rank = ranks()
+    rank.exchange.tell_all(TROUBLE, Trouble(rank=0, reason="its GPU is lost").model_dump())
+    assert came_true(lambda: isinstance(rank.link.timetable.at(7), FullClock))
+    rank.link.announce(AnnouncedWork(iteration=9, replica=0, work=(1.0, 2.0)))
+    rank.iterate(1)
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 1)
+    assert rank.exchange.take_new(WORKS) == []
+
+
 def publish_batch(rank: Rank, iteration: int, mhz: int = 810, stage: int = 1) -> None:
     part = BatchPart(
         version=0,

@@ -14,7 +14,7 @@ Parts: TypeAlias = Mapping[tuple[int, str], PlanPart]
 """This stage's parts of the newest plans, by version of the set (for single batches: `_of_batch`) and schedule."""
 
 _OLDER_SETS_KEPT = 3  # that the running iteration and switches yet to come may need
-_BATCHES_KEPT = 32  # that have run, and may still be asked for
+_BATCHES_KEPT = 32  # that are still to run, or have and may still be asked for
 
 
 def part_for(parts: Parts, directive: Directive, record: IterationRecord) -> PlanPart | None:
@@ -46,9 +46,9 @@ def with_newest(parts: Parts, newest: PlanParts) -> Parts:
 
 
 def with_batch(parts: Parts, part: BatchPart) -> Parts:
-    """With the part of one more batch."""
-    oldest = _of_batch(max(0, part.iteration - _BATCHES_KEPT))
-    kept = {key: of for key, of in parts.items() if key[0] >= 0 or key[0] < oldest}
+    """With the part of one more batch; those that came long before it are over, however far apart batches are."""
+    others = [key for key in parts if key[0] < 0][-_BATCHES_KEPT + 1 :]
+    kept = {key: of for key, of in parts.items() if key[0] >= 0 or key in others}
     return {**kept, (_of_batch(part.iteration), part.schedule): part}
 
 

@@ -13,6 +13,7 @@ from perseus_plugin.planning.batch_process import Works
 
 _KEPT = 400  # iterations that have run, whose works may still be asked for
 _MOST = 2000  # iterations in all
+_SOON = 3  # iterations that there is time to plan for, and are
 _TIMES = 8  # iterations that say how long one takes
 _JUDGED = 8  # iterations under plans of their own that a verdict takes
 _REFERENCES = 2
@@ -74,16 +75,21 @@ class BatchBook:
     def next_in_time(self, microbatches: int, after: int, now_s: float, takes_s: float) -> int | None:
         """The next iteration whose works are known and that begins late enough for a plan to reach all ranks by then.
 
+        One that begins much later has time: by then more is known, and ranks keep few plans.
+
         Args:
             microbatches: of the schedule.
             after: iterations up to this one have been planned for.
             now_s: by the clock of the iterations' ends.
             takes_s: until a plan has been made and heard of.
         """
+
+        def is_in_time(iteration: int) -> bool:
+            return iteration > self._running and self.begins_s(iteration) >= now_s + takes_s
+
         for iteration in sorted(self._works):
-            in_time = iteration > max(after, self._running) and self.begins_s(iteration) >= now_s + takes_s
-            if in_time and self.of(iteration, microbatches):
-                return iteration
+            if iteration > after and is_in_time(iteration) and self.of(iteration, microbatches):
+                return None if is_in_time(iteration - _SOON) else iteration
         return None
 
     def begins_s(self, iteration: int) -> float:

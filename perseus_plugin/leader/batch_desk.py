@@ -104,7 +104,7 @@ class BatchDesk:
         self._learn_at_s = 0.0
         self._plan_takes_s = 0.5
         self._planned_up_to = -1
-        self._told: list[int] = []
+        self._told: list[tuple[int, float]] = []  # the last iterations, and when
         self._pace_s: dict[int, tuple[float, Sequence[float]]] = {}
         self._announced = 0
         self._ended = ""
@@ -187,13 +187,19 @@ class BatchDesk:
             microbatches, takes_s = subject.microbatches, news_take_s + _MARGIN * self._plan_takes_s
             iteration = self._book.next_in_time(microbatches, self._planned_up_to, now_s, takes_s)
             works = None if iteration is None else self._book.of(iteration, microbatches)
-            if works is not None:
+            if iteration is not None and works is not None and self._may_tell(iteration, now_s, news_take_s):
                 self._process.plan(works)
                 self._asked = _Asked(subject, iteration, now_s)
                 return
         if now_s >= self._learn_at_s:
             self._learn_at_s = now_s + _LEARN_AGAIN_S
             self._learn(subject, state, now_s)
+
+    def _may_tell(self, iteration: int, now_s: float, news_take_s: float) -> bool:
+        """Whether all ranks can hear of one more: no word is lost, and no plan of one that is still to be heard of."""
+        unheard = [one for one, told_s in self._told if told_s > now_s - news_take_s]
+        keys = {batch_key(one, 0, 0) for one in unheard}
+        return len(unheard) < _TELL_AGAIN and batch_key(iteration, 0, 0) not in keys
 
     def _subject_of(self, state: JobState) -> _Subject | None:
         """What is followed, where batches may be planned for."""
@@ -237,7 +243,7 @@ class BatchDesk:
         elif asked.iteration is not None:
             self._plan_takes_s = now_s - asked.at_s
             if self._book.begins_s(asked.iteration) >= now_s + news_take_s:  # else some would hear of it too late
-                self._tell(asked.subject, asked.iteration, answer)
+                self._tell(asked.subject, asked.iteration, answer, now_s)
 
     def _take_lesson(self, learned: Learned) -> None:
         before, self._learned = self._learned, learned
@@ -281,14 +287,14 @@ class BatchDesk:
         )
         self.close()
 
-    def _tell(self, subject: _Subject, iteration: int, step: PlannedStep) -> None:
+    def _tell(self, subject: _Subject, iteration: int, step: PlannedStep, now_s: float) -> None:
         for replica, stages in enumerate(step.replicas):
             for stage, of_stage in enumerate(stages):
                 part = _part(subject, iteration, step, of_stage)
                 self._exchange.publish(batch_key(iteration, replica, stage), part.model_dump())
         self._planned_up_to = iteration
-        self._told = [*self._told, iteration][-_TELL_AGAIN:]
-        self._exchange.tell_all(BATCHES, BatchNews(iterations=tuple(self._told)).model_dump())
+        self._told = [*self._told, (iteration, now_s)][-_TELL_AGAIN:]
+        self._exchange.tell_all(BATCHES, BatchNews(iterations=tuple(one for one, _ in self._told)).model_dump())
         own = step.replicas[self._placement.replica][self._placement.stage]
         self._pace_s[iteration] = step.pace_s, own.times_s
 

@@ -67,3 +67,8 @@ def test_newer_sets_and_batches_leave_each_other_alone() -> None:
     assert batch_part(parts, record(99)) is not None
     assert batch_part(parts, record(68)) is not None
     assert batch_part(parts, record(60)) is None
+
+
+def test_of_batches_far_apart_those_are_kept_that_are_still_to_run() -> None:
+    parts = at_hand(*range(0, 900, 30))
+    assert all(batch_part(parts, record(number)) is not None for number in range(0, 900, 30))

@@ -23,6 +23,7 @@ from perseus_plugin.exchange.messages import (
     estimate_key,
     receive,
 )
+from perseus_plugin.exchange.parts import Parts, batch_part, with_batch
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.timetable import Follow, Sweep
 from perseus_plugin.leader.batch_book import BatchBook, BatchWatch
@@ -208,6 +209,47 @@ def test_what_is_announced_too_late_is_not_planned_for(job: Announced) -> None:
     assert job.heard == ()
 
 
+def test_far_ahead_no_plan_is_told_before_its_time(job: Announced) -> None:
+    """However many steps are announced at once, ranks that look when they do hear of each that is planned."""
+    job.learned()
+    job.iterate(9)
+    first = job.iteration
+    job.announce(*range(first, first + 100))
+    parts: Parts = {}
+    for iteration in range(first, first + 24):
+        for _ in range(8):  # far more often than ranks look
+            job.look()
+            if job.process.busy:
+                job.process.finish()
+        for heard in job.heard:
+            assert job.part(heard, 0).iteration == heard
+            parts = with_batch(parts, job.part(heard, 0))
+        in_time = iteration > first + 6  # until it is known how long plans take, they are taken to take half a second
+        assert not in_time or batch_part(parts, record(iteration, schedule="A")) is not None
+        job.iterate()
+
+
+def test_short_iterations_are_told_of_no_faster_than_ranks_hear(job: Announced) -> None:
+    job.learned()
+    job.iterate(20, 0.01)
+    job.announce(*range(job.iteration, job.iteration + 300))
+    told: dict[int, tuple[float, str]] = {}
+    for _ in range(200):
+        job.look()
+        if job.process.busy:
+            job.process.finish()
+        job.iterate(1, 0.01)
+        told |= {one: (job.now_s, batch_key(one, 0, 0)) for one in job.heard if one not in told}
+    assert len(told) > 9
+    times_s, keys = zip(*told.values(), strict=True)
+    for at, (told_s, key) in enumerate(told.values()):
+        later = [
+            other for other in range(at + 1, len(told)) if times_s[other] < told_s + job.exchange.news_take_s - 0.02
+        ]
+        assert len(later) < 3
+        assert key not in {keys[other] for other in later}
+
+
 def test_a_plan_that_took_too_long_is_not_told(job: Announced) -> None:
     job.learned()
     job.iterate(9)
@@ -307,8 +349,10 @@ def test_the_next_step_is_one_that_there_is_time_for() -> None:
     # Iteration 4 began at 6 s and takes 2 s.
     assert book.next_in_time(2, -1, 6.5, 1.0) == 5
     assert book.next_in_time(2, -1, 6.5, 1.6) == 6
-    assert book.next_in_time(2, 7, 6.5, 1.0) == 8
-    assert book.next_in_time(2, 9, 6.5, 1.0) is None
+    assert book.next_in_time(2, 6, 6.5, 1.0) == 7
+    assert book.next_in_time(2, 7, 6.5, 1.0) is None  # there is time for that one later
+    assert book.next_in_time(2, 7, 8.1, 1.0) == 8
+    assert book.next_in_time(2, 9, 16.0, 1.0) is None
 
 
 # The watch.

@@ -530,10 +530,11 @@ class _Deciding:
             return
         state.said_exceeded = limit
         self._warn(
-            "the power budget (%s) cannot be kept: %s under the plan that comes nearest, which is followed. Allow more "
+            "the power budget (%s) cannot be kept: %s under the plan that comes nearest, which %s followed. Allow more "
             "power (perseus.power_budget_w, perseus target)",
             described(limit),
             exceeded + _by_profile(seen.asked.goal),
+            "is" if self._config.enforce else "would be",
         )
 
     def _reckon_with_full_clocks(self) -> None:

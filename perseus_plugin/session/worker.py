@@ -219,7 +219,7 @@ class SessionWorker:
             self._leader.step(link.iteration, link.schedules, link.schedule, link.take_external())
         self._record()
         if (
-            self._plans_since is not None
+            (self._plans_since is not None or self._is_dry)
             and self._durations.new >= NEW_DURATIONS
             and monotonic() >= self._durations_due_s
         ):
@@ -228,6 +228,11 @@ class SessionWorker:
         if self._leader is not None:
             self._leader.update_summary(self._stats)
         self._relay.look()
+
+    @property
+    def _is_dry(self) -> bool:
+        """Whether iterations run under no plan, and are of use to hold plans against all the same."""
+        return self._plans and self._estimated and not self._config.enforce
 
     def _record(self) -> None:
         if self._leader is not None and self._leader.coordinates and self._link.schedule is not None:

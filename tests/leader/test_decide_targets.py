@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import count, pairwise
+from typing import Any
 
 import pytest
 
@@ -349,9 +350,9 @@ def test_a_first_plan_for_a_budget_is_made_again_where_gpus_draw_more_at_full_cl
     assert (ask.quick, ask.goal.draws) == (True, pytest.approx(1.25)), "at most"
 
 
-def of_config(watts: float) -> Story:
+def of_config(watts: float, **block: Any) -> Story:
     """The first plan is for a power budget of the configuration; two pipelines."""
-    story = Story()
+    story = Story(**block)
     story.rules = dataclasses.replace(story.rules, pipelines=2)
     story.state.targets = TargetBook(Target.slowdown(), PowerBudget(watts, or_nearest=True))
     story.state.goal = story.state.aimed
@@ -527,6 +528,13 @@ def test_a_dry_run_is_planned_for_and_stays_at_full_clocks() -> None:
     story.then(Turned(30), Due(), Situated(SLOW, 100.0), Watched(0.5, "slower", True), Placed(8))
     assert not story.orders
     assert not story.of(Ask)
+
+
+def test_a_dry_run_says_of_a_budget_that_is_not_kept_what_would_be() -> None:
+    (warning,) = [say.text % say.values for say in of_config(50.0, enforce=False).of(Say) if say.level == "warning"]
+    assert "under the plan that comes nearest, which would be followed" in warning
+    (warning,) = [say.text % say.values for say in of_config(50.0).of(Say) if say.level == "warning"]
+    assert "under the plan that comes nearest, which is followed" in warning
 
 
 def test_a_dry_run_follows_no_target() -> None:

@@ -125,6 +125,7 @@ class Rank:
         has_profile: bool,
         reference_share: float = 0.0,
         busy: bool = False,
+        enforce: bool = True,
     ) -> None:
         self.rank = rank
         self.exchange = exchange
@@ -134,6 +135,7 @@ class Rank:
         self.number = 0
         self.obeys, self.read_mhz = True, 1410
         block: dict[str, Any] = {
+            "enforce": enforce,
             "watch": {"patience": PATIENCE, "reference_share": reference_share},
             "profiling": {"max_relative_error": 1.0},
         }
@@ -226,9 +228,19 @@ class Ranks:
         has_profile: bool = False,
         reference_share: float = 0.0,
         busy: bool = False,
+        enforce: bool = True,
     ) -> Rank:
         made = Rank(
-            self.folder, rank, table, with_helper, self.exchange, world_size, has_profile, reference_share, busy
+            self.folder,
+            rank,
+            table,
+            with_helper,
+            self.exchange,
+            world_size,
+            has_profile,
+            reference_share,
+            busy,
+            enforce,
         )
         self.made.append(made)
         return self.made[-1]
@@ -294,6 +306,21 @@ def test_a_rank_publishes_its_iterations_after_the_sweep_and_while_it_follows_a_
 
     assert came_true(lambda: published().iterations[-1].number >= twelfth)
     assert published().iterations[-1].clocks_mhz == (810, 1410)
+
+
+def test_a_dry_run_has_newer_iterations_to_hold_its_plan_against(ranks: Ranks) -> None:
+    rank = ranks(enforce=False)
+    rank.iterate(TABLE.sweep_end)
+    rank.fetch(durations_key(1))
+    publish_news(ranks.exchange, sequence=1, switch=rank.number, action="full", reason="a dry run")
+    assert came_true(lambda: rank.link.timetable.at(rank.number) == FullClock("a dry run"))
+    twelfth = rank.number + 11
+    rank.iterate(14)
+
+    def newest() -> int:
+        return receive(RankDurations, rank.fetch(durations_key(1))).iterations[-1].number
+
+    assert came_true(lambda: newest() >= twelfth)
 
 
 def test_catching_up_is_counted_with_what_it_takes(ranks: Ranks) -> None:

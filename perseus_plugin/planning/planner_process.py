@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from perseus_plugin import processes
-from perseus_plugin.errors import PerseusError, PlanError, lacking, os_problem, plain, shown
+from perseus_plugin.errors import PerseusError, PlanError, lacking, os_problem, plain
 from perseus_plugin.planning.child import DROP, Child, ChildLostError
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.planning.work import BRAKE_S
@@ -193,6 +193,6 @@ def why_no_planner(python: str | None) -> str:
         said = tried.stderr.decode(errors="replace").strip().splitlines()
         why = plain(said[-1]) if said and tried.returncode > 0 else processes.ending(tried.returncode)
     return (
-        f"perseus.planner.python: {shown(python)} cannot run the planner ({why}); allowed: a Python from 3.10 on, of "
-        f"an environment with what it needs ({python} -m pip install 'perseus-plugin[planner]')"
+        f"perseus.planner.python: {json.dumps(python)} cannot run the planner ({why}); allowed: a Python from 3.10 on, "
+        f"of an environment with what it needs ({python} -m pip install 'perseus-plugin[planner]')"
     )

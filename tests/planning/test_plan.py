@@ -15,7 +15,7 @@ from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import interleaved_1f1b, one_f_one_b
 from perseus_plugin.planning.plan import Plan, PlannedWait, load_plan, plan_from_json, plan_to_json, save_plan
 from perseus_plugin.planning.planner import Planner, Target
-from perseus_plugin.planning.zeus import save_zeus_plan
+from perseus_plugin.planning.zeus import zeus_plan
 
 from .jobs import bundled_profile
 
@@ -106,6 +106,6 @@ def test_clock_changes_count_the_way_back_to_the_first(plan: Plan) -> None:
 
 
 def test_the_zeus_format_is_a_literal(plan: Plan, tmp_path: Path) -> None:
-    save_zeus_plan(plan, tmp_path / "plan.py")
+    (tmp_path / "plan.py").write_text(zeus_plan(plan))
     expected = [[(p.instruction.kind, p.frequency_mhz) for p in stage] for stage in plan.stages]
     assert ast.literal_eval((tmp_path / "plan.py").read_text()) == expected

@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_FURTHEST = 1000
+_FURTHEST, _MOST_MICROBATCHES = 1000, 10_000
 _WORK_ALLOWED = "allowed: one finite number above 0 for each microbatch"
 Monitor = Callable[[list[tuple[str, float]]], None]
 
@@ -246,14 +247,21 @@ class Session:
             self._controller.hold(None)
         self._held = self._followed = None
 
+    @property
+    def _takes_nothing(self) -> str:
+        """Why nothing can be said to this session; empty: it can."""
+        if os.getpid() != self._pid:
+            return "this process was forked from the training process (a data loader's worker?), which is to say it"
+        return "the session has ended" if self.closed else ""
+
     def report_straggler(self, **report: Any) -> str:
         """Send a straggler report to rank 0; see `perseus_plugin.report_straggler`.
 
         Returns:
             Why it is refused, or nothing. What only rank 0 can tell (a replay) is said in its log.
         """
-        if self.closed:
-            return "the session has ended"
+        if self._takes_nothing:
+            return self._takes_nothing
         if not self._stragglers.enabled:
             return "perseus.stragglers.enabled is false"
         if report.get("source") == DETECTION:
@@ -272,8 +280,8 @@ class Session:
         Returns:
             Why it is refused, or nothing. What only rank 0 can tell is said in its log.
         """
-        if self.closed:
-            return "the session has ended"
+        if self._takes_nothing:
+            return self._takes_nothing
         now_s = time.time()
         try:
             checked = check_say(said, now_s)
@@ -289,8 +297,8 @@ class Session:
         Returns:
             Why it is refused, or nothing.
         """
-        if self.closed:
-            return "the session has ended"
+        if self._takes_nothing:
+            return self._takes_nothing
         try:
             steps = operator.index(ahead)
         except TypeError:
@@ -300,9 +308,11 @@ class Session:
         if getattr(work, "is_cuda", False):
             return "work: got a tensor on a GPU, which would have to be waited for; allowed: numbers on the CPU"
         try:
-            given = tuple(float(one) for one in work)
+            given = tuple(float(one) for one in islice(work, _MOST_MICROBATCHES + 1))
         except Exception as error:  # whatever is iterated over
             return f"work: {error}; {_WORK_ALLOWED}"
+        if len(given) > _MOST_MICROBATCHES:  # tokens themselves: reading them takes time, and they fit in no message
+            return f"work: got more than {_MOST_MICROBATCHES} numbers; {_WORK_ALLOWED}"
         wrong = next((one for one in given if not 0 < one < math.inf), None)
         if wrong is not None or not given:
             return f"work: got {'nothing' if wrong is None else wrong}; {_WORK_ALLOWED}"

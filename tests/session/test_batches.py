@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from typing import Any
 
 import pytest
@@ -96,6 +98,7 @@ class OnGpu(list[float]):
         (None, 0, "work: 'NoneType' object is not iterable; allowed"),
         (["many"], 0, "work: could not convert string to float: 'many'; allowed"),
         (OnGpu([1.0]), 0, "work: got a tensor on a GPU, which would have to be waited for"),
+        (itertools.repeat(1.0), 0, "work: got more than 10000 numbers; allowed: one finite number above 0"),
         ([1.0], -1, "ahead: got -1; allowed: a whole number from 0 to 1000"),
         ([1.0], 1001, "ahead: got 1001; allowed: a whole number from 0 to 1000"),
         ([1.0], 0.5, "ahead: got 0.5; allowed: a whole number from 0 to 1000"),
@@ -108,6 +111,13 @@ def test_what_is_no_work_is_refused_with_its_reason(rank: Rank, work: Any, ahead
     assert rank.session.announce(work, ahead).startswith(why)
     assert rank.link.take_announced() == []
     assert not rank.session.closed
+
+
+def test_a_forked_process_is_told_that_nobody_hears_it(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    for said in (rank.session.announce([1.0], 0), rank.session.set_target(full=True), rank.session.report_straggler()):
+        assert said.startswith("this process was forked from the training process")
+    assert rank.link.take_announced() == []
 
 
 def test_a_call_that_is_refused_is_warned_of_once_and_raises_nothing(

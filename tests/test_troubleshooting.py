@@ -1,4 +1,4 @@
-"""Every warning and error of the source has an entry in docs/troubleshooting.md."""
+"""Every warning and error of the source has an entry in docs/troubleshooting.md or docs/troubleshooting-commands.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from perseus_plugin import errors
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "troubleshooting.md"
+PAGES = [ROOT / "docs" / name for name in ("troubleshooting.md", "troubleshooting-commands.md")]
 VALUE = "\0"
 LOGGED = {"warning": 0, "error": 0, "exception": 0}
 # Other calls whose argument at this place is shown to the user.
@@ -81,7 +81,8 @@ def plain(text: str) -> str:
 
 EVERYTHING = list(messages())
 ALL = [message for message in EVERYTHING if message.clause and not message.explains_itself]
-TEXT = plain(PAGE.read_text())
+ENTRIES = "\n".join(page.read_text() for page in PAGES)
+TEXT = plain(ENTRIES)
 
 
 def test_the_source_is_understood() -> None:
@@ -97,19 +98,17 @@ def test_the_source_is_understood() -> None:
 @pytest.mark.parametrize("message", ALL, ids=[message.where for message in ALL])
 def test_every_message_has_an_entry(message: Message) -> None:
     assert plain(message.clause) in TEXT, (
-        f"{message.where}: docs/troubleshooting.md has no entry for {message.text.replace(VALUE, '…')!r}: "
-        f"it must quote {message.clause!r}"
+        f"{message.where}: docs/troubleshooting*.md have no entry for {message.text.replace(VALUE, '…')!r}: "
+        f"one must quote {message.clause!r}"
     )
 
 
 def test_messages_that_explain_themselves_have_an_entry_together() -> None:
-    assert "## Anything with" in PAGE.read_text()
+    assert "## Anything with" in ENTRIES
 
 
 def test_every_entry_says_what_to_do() -> None:
-    rows = [
-        line for line in PAGE.read_text().splitlines() if line.startswith("| ") and not line.startswith("| message")
-    ]
+    rows = [line for line in ENTRIES.splitlines() if line.startswith("| ") and not line.startswith("| message")]
     assert len(rows) > 60
     for row in rows:
         cells = [cell.strip() for cell in row.strip("|").split("|")]

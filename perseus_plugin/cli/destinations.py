@@ -12,6 +12,19 @@ from perseus_plugin.files import write_atomically
 STANDARD = Path("-")
 """Standard output, or standard input."""
 _STDIN = Path("/dev/stdin")
+OF_JOBS = frozenset(
+    {
+        "events.jsonl",
+        "frontier.json",
+        "plan-inputs.json",
+        "plan.json",
+        "profile.csv",
+        "profile.json",
+        "schedule.json",
+        "summary.json",
+    }
+)
+"""Files of a job in its output folder, by which reports and `perseus share` know it."""
 
 
 def job_folder(argument: Path | None, option: Path | None) -> Path:
@@ -31,15 +44,16 @@ def source(path: Path) -> Path:
     return _STDIN if path == STANDARD else path
 
 
-def check_writable(path: Path | None, option: str = "--output") -> None:
+def check_writable(path: Path | None, option: str = "--output", *, of: Path | None = None) -> None:
     """Refuse a path that nothing can be written to, before hours go into what it is for.
 
     Args:
         path: as the user gave it; None: nothing is to be written.
         option: that gave it.
+        of: what is read, whose own files must not be replaced: a job's output folder, or a file.
 
     Raises:
-        ConfigError: its folder is not there or may not be written in, or it is a folder.
+        ConfigError: its folder is not there or may not be written in, or it is a folder, or what is read.
     """
     if path is None or path == STANDARD:
         return
@@ -49,6 +63,10 @@ def check_writable(path: Path | None, option: str = "--output") -> None:
         raise ConfigError(f"{option}: got {path}; allowed: a path in a folder that is there")
     if not os.access(path if _is_special(path) else path.parent, os.W_OK):
         raise ConfigError(f"{option}: got {path}; allowed: a path that you may write to")
+    if of is not None and path.resolve() == of.resolve():
+        raise ConfigError(f"{option}: got {path}, which is what is read; allowed: another file")
+    if of is not None and path.name in OF_JOBS and of.is_dir() and path.parent.samefile(of):
+        raise ConfigError(f"{option}: got {path}, which is the job's own; allowed: another file")
 
 
 def write(path: Path, content: str | bytes, option: str = "--output") -> None:

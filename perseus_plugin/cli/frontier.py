@@ -100,8 +100,8 @@ def frontier(
     as_json: AsJson = False,
 ) -> None:
     """Sample the least energy for every iteration time, each sample with its plan and its distance to the bound."""
-    check_writable(output)
-    check_writable(plot, "--plot")
+    check_writable(output, of=profile)
+    check_writable(plot, "--plot", of=profile)
     if sum((output == STANDARD, plot == STANDARD, as_json)) > 1:
         raise ConfigError("got --json, --output - and --plot -; allowed: one of them, as there is one standard output")
     request = request_from_options(

@@ -97,7 +97,7 @@ Scale = Annotated[float, typer.Option(help="Multiply the profile's times and ene
 EffortOption = Annotated[
     str | None,
     typer.Option(
-        help="How hard to try (default: as hard as the folder's job, or quick).",
+        help="How hard to try (default: quick; of plan with a folder, as hard as its job).",
         metavar="|".join(EFFORTS),
         show_default=False,
         rich_help_panel=SEARCH,
@@ -257,12 +257,14 @@ def request_of_folder(folder: Path) -> PlanRequest:
             f"{folder}: profile.csv, profile.json or schedule.json of this job is missing; {'; '.join(job.missing)}"
         )
     latency_s = None if job.summary is None else job.summary.overhead.switch_latency_p95_s
+    power_se_w = job.survey.blocking_power_se_w
     return PlanRequest(
         schedule="custom" if job.plan is None else job.plan.schedule,
         streams=job.streams,
         constant_time_s=job.survey.constants_for(job.streams),
         profile=job.survey.profile.scaled(job.profile_scale),
         blocking_power_w=[job.survey.blocking_power_w] * job.survey.profile.stages,
+        blocking_power_se_w=power_se_w if math.isfinite(power_se_w) else None,
         full_clock_only=job.survey.unresolved,
         latency_s=latency_s,
         overheads=job.overheads,

@@ -115,8 +115,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Choose a clock for every instruction so that the iteration ends in time with the least energy."""
-    check_writable(output)
-    check_writable(zeus, "--zeus")
+    check_writable(output, of=profile)
+    check_writable(zeus, "--zeus", of=profile)
     if sum((output == STANDARD, zeus == STANDARD, as_json)) > 1:
         raise ConfigError("got --json, --output - and --zeus -; allowed: one of them, as there is one standard output")
     request = request_from_options(

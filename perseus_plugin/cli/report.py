@@ -83,7 +83,9 @@ def report(
         raise ConfigError("got --html and --no-html; allowed: one of them")
     if html == STANDARD and as_json:
         raise ConfigError("got --html - and --json; allowed: one of them, as there is one standard output")
-    check_writable(html, "--html")
+    if html is None and not no_html and folder.is_dir():
+        html = folder / "report.html"
+    check_writable(html, "--html", of=folder)
     rates = Rates(price, currency, intensity, pue, price_gpu_hour)
     options = Options(rates, hours, gpus, tokens_per_sample, frontier=not (no_frontier or no_html))
     with working("reading"):
@@ -92,7 +94,7 @@ def report(
         # Loads plotly, which the summary does without.
         from perseus_plugin.reporting.report.page import page
 
-        html = folder / "report.html" if html is None else html
+        assert html is not None  # the folder is there: it was read
         write(html, page(found), "--html")
     if as_json:
         write(STANDARD, report_to_json(found))
@@ -109,7 +111,7 @@ def trace(
     ),
 ) -> None:
     """Write the iterations that were kept whole as a Chrome trace, for Perfetto (ui.perfetto.dev)."""
-    check_writable(output)
+    check_writable(output, of=folder)
     loaded = load_folder(folder)
     if not any(record.samples for record in loaded.records.values()):
         raise ConfigError(f"{folder}: no iteration was kept whole (yet), so there is nothing to trace")

@@ -191,10 +191,10 @@ def simulate(
     from perseus_plugin.cli.simulation.traces.command import Options, is_trace, simulate_trace
 
     for path in output or ():
-        check_writable(path)
-    check_writable(plot, "--plot")
-    check_writable(perfetto, "--perfetto")
-    check_writable(html, "--html")
+        check_writable(path, of=sources[0])
+    check_writable(plot, "--plot", of=sources[0])
+    check_writable(perfetto, "--perfetto", of=sources[0])
+    check_writable(html, "--html", of=sources[0])
     if [*(output or ()), perfetto, plot, html].count(STANDARD) + as_json > 1:
         raise ConfigError("got --json and - more than once; allowed: one of them, as there is one standard output")
     spent, limits = parse_effort(effort) or "quick", ChangeLimits(max_changes, min_dwell or 0.0)

@@ -18,7 +18,7 @@ def timeline(
     ] = Path("timeline.png"),
 ) -> None:
     """Draw a job's plan beside full clocks: stages as rows, instructions coloured by clock (needs matplotlib)."""
-    check_writable(output)
+    check_writable(output, of=folder)
     write(output, draw_timeline(folder, output))
     if output != STANDARD:
         print(written(output))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from perseus_plugin.cli.destinations import OF_JOBS
+from perseus_plugin.cli.job import request_of_folder
 from perseus_plugin.iteration.instructions import Constant
 from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.iteration.schedules import one_f_one_b
@@ -70,7 +72,7 @@ def test_options_go_before_what_the_folder_says(perseus: Perseus, folder: Path, 
 
 def test_frontier_and_simulation_are_of_the_jobs_schedule(perseus: Perseus, folder: Path, tmp_path: Path) -> None:
     full = plan_for(replace(REQUEST, target=Target.full()))
-    done = perseus("frontier", folder, "--tolerance", "0.05", "--json", "-o", tmp_path / "frontier.json")
+    done = perseus("frontier", folder, "--tolerance", "0.05", "--json", "-o", tmp_path / "other.json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["baseline"]["energy_j"] == pytest.approx(full.baseline_energy_j)
     done = perseus("simulate", folder, "--json")
@@ -91,6 +93,34 @@ def test_without_what_a_plan_was_made_from_a_folder_is_still_planned_on(perseus:
     plan, again = load_plan(job / "plan.json"), load_plan(tmp_path / "again.json")
     assert again.schedule == plan.schedule
     assert again.baseline_energy_j == pytest.approx(plan.baseline_energy_j, rel=0.05)
+    kept = json.loads((job / "profile.json").read_text())
+    (job / "profile.json").write_text(json.dumps({**kept, "blocking_power_se_w": 0.25}))
+    assert request_of_folder(job).blocking_power_se_w == 0.25, "without it no plan says how well it is known"
+
+
+def test_no_command_takes_the_place_of_what_it_reads(
+    perseus: Perseus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tmp_path / "job").planned().finished().folder
+    save_inputs(REQUEST, job / INPUTS_FILE)
+    own = {path: path.read_bytes() for path in job.iterdir() if path.is_file()}
+    assert {path.name for path in own} <= OF_JOBS
+    monkeypatch.chdir(job)
+    for arguments, path in (
+        (("plan", "."), "plan.json"),
+        (("frontier", "."), "frontier.json"),
+        (("plan", ".", "-o", "-", "--zeus", "../job/schedule.json"), "../job/schedule.json"),
+        (("simulate", job, "-o", "summary.json"), "summary.json"),
+        (("report", job, "--html", "events.jsonl"), "events.jsonl"),
+        (("trace", ".", "-o", "profile.json"), "profile.json"),
+        (("timeline", ".", "-o", "plan-inputs.json"), "plan-inputs.json"),
+    ):
+        done = perseus(*arguments)
+        assert done.returncode == 2
+        assert f"got {path}, which is the job's own; allowed: another file" in done.stderr
+    done = perseus("plan", "profile.csv", "--microbatches", 2, "-o", job / "profile.csv")
+    assert f"got {job / 'profile.csv'}, which is what is read; allowed: another file" in done.stderr
+    assert {path: path.read_bytes() for path in job.iterdir() if path.is_file()} == own
 
 
 def test_what_is_no_jobs_folder_is_refused(perseus: Perseus, tmp_path: Path) -> None:

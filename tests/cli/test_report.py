@@ -59,16 +59,18 @@ def test_no_page_on_request(perseus: Perseus, tmp_path: Path) -> None:
         (["report", "{job}", "--html", "x.html", "--no-html"], "allowed: one of them"),
         (["trace", "{empty}"], "is no output folder of perseus"),
         (["report", "{broken}"], "plan.json: "),
+        (["report", "{full}"], "report.html, which is a folder; allowed: a file"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
     perseus: Perseus, folder: Path, tmp_path: Path, arguments: Sequence[str], message: str
 ) -> None:
-    broken, empty = tmp_path / "broken", tmp_path / "empty"
+    broken, empty, full = tmp_path / "broken", tmp_path / "empty", tmp_path / "full"
     empty.mkdir()
     broken.mkdir()
+    (full / "report.html").mkdir(parents=True)
     (broken / "plan.json").write_text('{"schema": "perseus-plan", "vers')
-    filled = [argument.format(empty=empty, job=folder, broken=broken) for argument in arguments]
+    filled = [argument.format(empty=empty, job=folder, broken=broken, full=full) for argument in arguments]
     done = perseus(*filled)
     assert done.returncode == 2
     assert message in done.stderr

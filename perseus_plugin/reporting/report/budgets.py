@@ -50,7 +50,7 @@ def as_run(reigns: Sequence[Reign], records: Mapping[int, RankRecord], world_siz
         records: by rank.
         world_size: ranks of the job.
     """
-    if len(records) != world_size or not all(record.stretches for record in records.values()):
+    if not records or len(records) != world_size or not all(record.stretches for record in records.values()):
         return []
     last = min(record.stretches[-1].first + record.stretches[-1].count for record in records.values())
     spans: dict[PowerBudget, list[tuple[int, int]]] = {}

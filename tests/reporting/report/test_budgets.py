@@ -105,6 +105,7 @@ def test_budgets_of_nodes_count_what_these_draw_beside() -> None:
 def test_what_is_not_known_is_not_told() -> None:
     limit = [reign(0, PowerBudget(500.0))]
     assert as_run([], records([100.0]), 4) == [], "nothing was aimed at"
+    assert as_run(limit, {}, 0) == [], "neither records nor a summary"
     assert as_run(limit, {0: recorded([100.0], 0)}, 4) == [], "ranks without a record"
     assert as_run(limit, records([math.nan]), 4) == [], "no energy"
     assert as_run([reign(9, PowerBudget(500.0))], records([100.0]), 4) == [], "it has not begun"

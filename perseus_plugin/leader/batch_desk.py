@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from perseus_plugin.exchange.messages import (
     BATCHES,
@@ -21,6 +21,7 @@ from perseus_plugin.exchange.messages import (
     CatchUpPart,
     Placement,
     batch_key,
+    durations_key,
     receive,
 )
 from perseus_plugin.exchange.store import Exchange
@@ -37,7 +38,7 @@ from perseus_plugin.reporting.record.summary import BatchesSection
 
 logger = logging.getLogger(__name__)
 
-_LEARN_AGAIN_S = 20.0  # as often as ranks tell of their iterations
+_LEARN_AGAIN_S = 20.0  # as often as ranks tell of their iterations, where they are not too many
 _TELL_AGAIN = 3  # iterations that are told together: who looks now and then hears of the newest word only
 _MARGIN = 1.5  # how much longer than the last time a step's plan may take
 
@@ -102,6 +103,7 @@ class BatchDesk:
         self._learned: Learned | None = None  # about the present subject
         self._before = Learned("nothing has been learned yet")
         self._learn_at_s = 0.0
+        self._learned_from: Any = None  # what rank 0 had told of its iterations then
         self._plan_takes_s = 0.5
         self._planned_up_to = -1
         self._told: list[tuple[int, float]] = []  # the last iterations, and when
@@ -179,7 +181,7 @@ class BatchDesk:
         subject = self._subject_of(state)
         if subject != self._subject:
             self._before = self._learned or self._before
-            self._subject, self._learned, self._learn_at_s = subject, None, now_s
+            self._subject, self._learned, self._learn_at_s, self._learned_from = subject, None, now_s, None
         self._take_answer(now_s, news_take_s)
         if subject is None or self._process.busy or self._ended:
             return
@@ -216,6 +218,9 @@ class BatchDesk:
         return _Subject(request, news.version, state.plans.of(newest).microbatches)
 
     def _learn(self, subject: _Subject, state: JobState, now_s: float) -> None:
+        told = self._exchange.fetch(durations_key(self._placement.rank))
+        if told is None or told == self._learned_from:
+            return  # ranks of a large job tell more rarely; reading what all of them have told takes time
         request = subject.request
         seen = self._recent.numbered(request.schedule, request.streams, request.profile)
         works = {number: self._book.of(number, subject.microbatches) for number in seen}
@@ -228,6 +233,7 @@ class BatchDesk:
             return
         samples = together([sample for sample, _ in known.values()])
         asked = replace(request, samples=samples, in_force=state.reviews.in_force(request.schedule))
+        self._learned_from = told
         self._process.learn(Lesson(asked, [of for _, of in known.values()]))
         self._asked = _Asked(subject, None, now_s)
 

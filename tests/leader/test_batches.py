@@ -275,15 +275,28 @@ def test_works_that_explain_nothing_are_said_once_and_the_plan_stays(
     assert job.heard == ()
 
 
+def test_it_is_learned_anew_once_ranks_tell_of_newer_iterations(job: Announced) -> None:
+    job.learned()
+    for _ in range(3):
+        job.now_s += 60
+        job.look()
+    assert len(job.process.lines) == 1
+    job.iterate(9)
+    job.now_s += 60
+    job.learned()
+    assert len(job.process.lines) == 2
+
+
 def test_works_that_turn_out_wrong_end_in_the_usual_plan(job: Announced, caplog: pytest.LogCaptureFixture) -> None:
     job.learned()
     job.iterate(9)
     job.says = lambda iteration: works_of(iteration + 500)
-    numbers = range(job.iteration, job.iteration + 12)
-    job.announce(*numbers)
-    job.iterate(12)
-    job.tell_durations(*numbers)
-    for _ in range(2):
+    for _ in range(2):  # newer iterations each time: the first may have been a stall
+        assert "batches are not planned for one by one any more: " not in caplog.text
+        numbers = range(job.iteration, job.iteration + 12)
+        job.announce(*numbers)
+        job.iterate(12)
+        job.tell_durations(*numbers)
         job.now_s += 60
         for _ in range(3):  # a step may be in work
             job.look()

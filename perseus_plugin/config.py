@@ -422,7 +422,7 @@ class PerseusConfig(_Strict):
     node_overhead_w: float = _setting(
         0.0,
         "a number from 0",
-        "Watts that a node draws beside its GPUs. With this or node_overhead_share, power budgets and peaks are of "
+        "Watts that a node draws besides its GPUs. With this or node_overhead_share, power budgets and peaks are of "
         "nodes, and each GPU counts with its part; only those of each GPU stay its own.",
         ge=0,
     )

@@ -40,7 +40,7 @@ GpusPerNode = Annotated[
     int, typer.Option(help="GPUs of a node; ranks are numbered node by node.", rich_help_panel=POWER)
 ]
 NodeWatts = Annotated[
-    float, typer.Option(help="Watts of a node beside its GPUs; budgets are at the nodes then.", rich_help_panel=POWER)
+    float, typer.Option(help="Watts of a node besides its GPUs; budgets are at the nodes then.", rich_help_panel=POWER)
 ]
 NodeShare = Annotated[float, typer.Option(help="The same as a share of its GPUs' power.", rich_help_panel=POWER)]
 PeakOption = Annotated[

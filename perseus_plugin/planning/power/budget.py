@@ -29,7 +29,7 @@ def check_number(name: str, value: float, allow_zero: bool = False) -> None:
 
 @dataclass(frozen=True, slots=True)
 class NodeOverhead:
-    """What a node draws beside its GPUs: processors, fans, network cards, losses.
+    """What a node draws besides its GPUs: processors, fans, network cards, losses.
 
     Attributes:
         watts: per node, always.

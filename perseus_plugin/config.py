@@ -258,7 +258,7 @@ class LimitsConfig(_Strict):
 
 
 class PlannerConfig(_Strict):
-    """The process that plans, beside the job's rank 0."""
+    """The process that plans, on rank 0's machine."""
 
     python: str | None = _setting(
         None,

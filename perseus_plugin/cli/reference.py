@@ -12,7 +12,7 @@ from perseus_plugin.config import BLOCK, PerseusConfig
 
 _HEAD = """# Configuration reference
 
-The `perseus` block of a DeepSpeed JSON config, or a YAML or JSON file of its own. Unknown keys and wrong values stop
+The `perseus` block of a DeepSpeed JSON config, or a separate YAML or JSON file. Unknown keys and wrong values stop
 the job before training starts, with one error that names the key, the value and what is allowed.
 
 This page is written by `perseus config`; change `perseus_plugin/config.py` instead.

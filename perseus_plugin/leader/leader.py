@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from perseus_plugin.errors import os_problem
 from perseus_plugin.exchange.client import ExchangeError
-from perseus_plugin.exchange.messages import WORKS, RankStats, receive, stats_key
+from perseus_plugin.exchange.messages import STRAGGLERS, TARGETS, WORKS, RankStats, receive, stats_key
 from perseus_plugin.iteration.instructions import StreamOf
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import Directive, Timetable
@@ -79,7 +79,7 @@ class Leader:
         self._reporter = Reporter(job.output_dir, job.summary_facts)
         self._progress = Progress(job.timetable)
         self._publishers = publishers
-        self._signals, self._said_in_vain = job.signals, False
+        self._signals, self._said_in_vain, self._refused_in_vain = job.signals, False, False
         self._bill = None if job.signals is None else Bill()
         self._heard: dict[int, RankStats] = {}
         self._summary_due_s = monotonic() + _SUMMARY_EVERY_S
@@ -153,6 +153,7 @@ class Leader:
         """
         if self._coordinator is None:
             self._exchange.take_new(WORKS)  # of ranks that do not know that nothing is planned, and would pile up
+            self._refuse_in_vain()
             self._look_in_vain()
             return
         if newest is not None:
@@ -208,6 +209,16 @@ class Leader:
         if self._coordinator is None:
             return []
         return target_figures(self._coordinator.state, self._drawn, self._placement.world_size)
+
+    def _refuse_in_vain(self) -> None:
+        """Where no clock is set: nothing that the job is told can be done, which is said once."""
+        told = [*self._exchange.take_new(TARGETS), *self._exchange.take_new(STRAGGLERS)]
+        if told and not self._refused_in_vain:
+            self._refused_in_vain = True
+            logger.warning(
+                "targets and straggler reports are refused, as no clock is set; said once. See the reason above; this "
+                "job takes the time and energy that it takes without them"
+            )
 
     def _look_in_vain(self) -> None:
         """Where no clock is set: what signals ask for cannot be done, which is said once."""

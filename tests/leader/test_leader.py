@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 from perseus_plugin.config import PerseusConfig, PlannerConfig
-from perseus_plugin.exchange.messages import WORKS, AnnouncedWork
+from perseus_plugin.exchange.messages import STRAGGLERS, TARGETS, WORKS, AnnouncedWork
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.timetable import Round, Timetable
 from perseus_plugin.leader import leader as leader_module
@@ -72,6 +72,26 @@ def test_everything_that_plans_runs_in_the_python_that_is_named(
     leader.close()
     assert len(Started.pythons) == 4
     assert set(Started.pythons) == {"/opt/planner/bin/python"}
+
+
+def test_what_ranks_say_where_no_clock_is_set_is_refused_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("perseus_plugin").propagate = True
+    exchange = LocalExchange()
+    leader = Leader(
+        job_of(PerseusConfig(), exchange, tmp_path, Timetable(Round(0, ()), 1, 2)),
+        lambda figures: None,
+        wake=Event().set,
+    )
+    leader.step(0, {}, None)
+    assert not caplog.records
+    for _ in range(2):
+        exchange.append(TARGETS, {"slowdown": 0.1, "source": "python"})
+        exchange.append(STRAGGLERS, {"rank": 1, "slowdown": 1.5, "source": "python"})
+        leader.step(0, {}, None)
+    leader.close()
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("targets and straggler reports are refused, as no clock is set; said once.")
+    assert exchange.take_new(TARGETS) == exchange.take_new(STRAGGLERS) == []
 
 
 def test_announced_work_does_not_pile_up_where_nothing_is_planned(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_clock_that_runs_faster_changes_nothing(target: Target, limits: Change
     assert planner(steps(0.9 * BRAKE_S[effort] / looks)).plan(target, limits, effort) == plan
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(jobs(max_stages=3, max_microbatches=3, max_clocks=3), st.integers(0, 4), st.sampled_from(["quick", "normal"]))
 def test_the_same_job_has_the_same_plan(job: Job, most: int, effort: Effort) -> None:
     def plan() -> str:

@@ -50,12 +50,20 @@ def planned_again(folder: Path, *options: str) -> Plan:
 
 
 def test_a_job_profiles_plans_and_saves_at_the_time_of_full_clocks(tmp_path: Path) -> None:
-    folder, left = tmp_path / "job", iter(range(12))
+    folder, left = tmp_path / "job", iter(range(16))
 
     def planned_for_a_while() -> bool:
         return (folder / "plan.json").exists() and next(left, None) is None
 
-    ran = OneJob(folder, [Step()] * 500, plugin={**SHORT, "slowdown": 0.0}, until=planned_for_a_while).run()
+    job = OneJob(
+        folder,
+        [Step()] * 500,
+        forward_s=(0.020, 0.028),  # long enough for a busy machine's delays to leave something to save
+        backward_s=(0.040, 0.056),
+        plugin={**SHORT, "slowdown": 0.0},
+        until=planned_for_a_while,
+    )
+    ran = job.run()
     assert len(ran.times_s) == len(ran.energies_j) == len(ran.states) < 500
     assert ran.states[:2] == ["warm-up"] * 2
     assert ran.states[2] == "profiling"
@@ -97,7 +105,7 @@ def test_a_dry_run_says_what_its_plan_would_save_and_leaves_clocks_alone(tmp_pat
 
 def test_a_job_keeps_the_power_budget_of_its_configuration(tmp_path: Path) -> None:
     """At the node, of whose GPUs there are two, and of each GPU; 100 W of the node are not the GPUs'."""
-    folder, left, allowed_w = tmp_path / "job", iter(range(12)), 400.0
+    folder, left, allowed_w = tmp_path / "job", iter(range(20)), 400.0
 
     def planned_for_a_while() -> bool:
         return (folder / "plan.json").exists() and next(left, None) is None

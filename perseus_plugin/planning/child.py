@@ -79,9 +79,10 @@ class Child:
         return self._process.poll() is None
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal, if it has not ended."""
-        with suppress(OSError):
-            self._process.send_signal(number)
+        """Send it, and what it has started, a signal, if it has not ended."""
+        if self.running:
+            with suppress(OSError):
+                os.killpg(self.pid, number)
 
     def check(self) -> None:
         """Raise if it has ended.
@@ -144,7 +145,7 @@ class Child:
             self._process.wait(timeout=patience_s)
         except subprocess.TimeoutExpired:
             with suppress(OSError):
-                self._process.kill()
+                os.killpg(self.pid, signal.SIGKILL)  # a Python may be a script that runs one
             self._process.wait()
 
     def _write(self, descriptor: Descriptor, data: bytes, deadline_s: float) -> None:

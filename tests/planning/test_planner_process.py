@@ -168,6 +168,17 @@ def test_a_line_without_end_is_given_up_in_time() -> None:
     assert not child.running
 
 
+def test_what_a_python_that_is_a_script_runs_ends_with_it(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nsleep 600 <&- >&- & echo $!\nwait\n")
+    python.chmod(0o755)
+    child = Child(PLANNER, str(os.getpid()), python=str(python))
+    worker = Path(f"/proc/{child.hear(limit_s=60.0)}/stat")
+    assert worker.exists()
+    child.end()
+    wait_until(lambda: not worker.exists() or b") Z " in worker.read_bytes())
+
+
 @pytest.mark.parametrize(
     ("status", "said"), [(0, "status 0"), (3, "status 3"), (-15, "SIGTERM"), (-9, "SIGKILL, as"), (-200, "signal 200")]
 )

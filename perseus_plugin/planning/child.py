@@ -169,10 +169,10 @@ class Child:
 
 
 class _Idle:
-    """Watches whether a process takes any processor time."""
+    """Watches whether a process takes any processor time, or what it has started does."""
 
     def __init__(self, pid: int, limit_s: float) -> None:
-        self._stat, self._limit_s = Path(f"/proc/{pid}/stat"), limit_s
+        self._pid, self._limit_s = pid, limit_s
         self._ticks, self._idle_s, self._looked_s = [b""], 0.0, time.monotonic()
 
     def look(self) -> None:
@@ -182,13 +182,27 @@ class _Idle:
             TimeoutError: it has taken none for too long.
         """
         with suppress(OSError):
-            ticks = self._stat.read_bytes().rpartition(b")")[2].split()[11:13]
+            ticks = _ticks(self._pid)
             now_s = time.monotonic()
             # Time in which this process did not run either says nothing: a job may be suspended as a whole.
             self._idle_s = 0.0 if ticks != self._ticks else self._idle_s + min(now_s - self._looked_s, 2.0)
             self._ticks, self._looked_s = ticks, now_s
         if self._idle_s > self._limit_s:
             raise TimeoutError(f"took no processor time for {self._limit_s:g} s (it hangs, or somebody has stopped it)")
+
+
+def _ticks(pid: int) -> list[bytes]:
+    """Processor time of a process, and of all that descend from it.
+
+    Raises:
+        OSError: it is not there.
+    """
+    found = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[11:13]
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # it has ended meanwhile
+            for child in children.read_text().split():
+                found += _ticks(int(child))
+    return found
 
 
 def _wait(descriptor: Descriptor, event: int, deadline_s: float, idle: _Idle | None = None) -> None:

@@ -168,6 +168,16 @@ def test_a_line_without_end_is_given_up_in_time() -> None:
     assert not child.running
 
 
+@pytest.mark.repeated
+def test_a_python_that_is_a_script_is_not_idle_while_what_it_runs_works(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n(while :; do :; done) & worker=$!\nsleep 9\nkill $worker\necho done\n")
+    python.chmod(0o755)
+    child = Child(PLANNER, str(os.getpid()), python=str(python))
+    assert child.hear(limit_s=60.0, idle_s=5.0) == "done"
+    child.end()
+
+
 def test_what_a_python_that_is_a_script_runs_ends_with_it(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nsleep 600 <&- >&- & echo $!\nwait\n")

@@ -40,6 +40,7 @@ PLUGIN: dict[str, Any] = {
 LASTING_S, SAMPLE_S = 6.0, 0.5
 NAMES = ("one", "other")
 START_S = 300.0
+LATEST_S = 60.0  # until what is told is in force
 
 
 @dataclass
@@ -109,7 +110,7 @@ def run(folder: Path, seconds: float, shares: Sequence[float] = (0.9, 0.6)) -> S
 
     Args:
         folder: for the jobs' files.
-        seconds: of each of these.
+        seconds: of each of these, from when what is told is in force.
         shares: the two budgets, of what both draw at full clocks.
     """
     folders = [folder / name for name in NAMES]
@@ -122,12 +123,15 @@ def run(folder: Path, seconds: float, shares: Sequence[float] = (0.9, 0.6)) -> S
         high_w, low_w = (share * shared.full_w for share in shares)
 
         def phase(name: str, budget_w: float) -> None:
-            end_s, due_s = time.monotonic() + seconds, 0.0
+            end_s, due_s = time.monotonic() + LATEST_S, 0.0
             done: Round | None = None
+            settled = False
             while time.monotonic() < end_s:
                 if done is None or done.on_the_way or time.monotonic() >= due_s:
                     done, due_s = table.round(budget_w), time.monotonic() + 1.0
                 energy_j = tuple(sum(gpu.exact_energy_j() for gpu in of_job) for of_job in gpus)
+                if not settled and done.held_w <= budget_w * (1 + 1e-6):
+                    settled, end_s = True, time.monotonic() + seconds
                 told_w = tuple(done.told_w.get(str(one), 0.0) for one in folders)
                 shared.samples.append(Sample(time.monotonic(), name, budget_w, done.held_w, energy_j, told_w))
                 time.sleep(SAMPLE_S)

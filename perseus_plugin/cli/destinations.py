@@ -44,6 +44,20 @@ def source(path: Path) -> Path:
     return _STDIN if path == STANDARD else path
 
 
+def check_alone(given: str, *to_standard_output: bool) -> None:
+    """Refuse to print two things where one is expected to be alone.
+
+    Args:
+        given: the options that could be meant, in words.
+        to_standard_output: of each thing, whether it goes there.
+
+    Raises:
+        ConfigError: more than one does.
+    """
+    if sum(to_standard_output) > 1:
+        raise ConfigError(f"got {given}; allowed: one of them, as there is one standard output")
+
+
 def check_writable(path: Path | None, option: str = "--output", *, of: Path | None = None) -> None:
     """Refuse a path that nothing can be written to, before hours go into what it is for.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perseus_plugin.cli.destinations import STANDARD, check_writable, write, written
+from perseus_plugin.cli.destinations import STANDARD, check_alone, check_writable, write, written
 from perseus_plugin.cli.job import (
     OUTPUT,
     SEARCH,
@@ -102,8 +102,7 @@ def frontier(
     """Sample the least energy for every iteration time, each sample with its plan and its distance to the bound."""
     check_writable(output, of=profile)
     check_writable(plot, "--plot", of=profile)
-    if sum((output == STANDARD, plot == STANDARD, as_json)) > 1:
-        raise ConfigError("got --json, --output - and --plot -; allowed: one of them, as there is one standard output")
+    check_alone("--json, --output - and --plot -", output == STANDARD, plot == STANDARD, as_json)
     request = request_from_options(
         profile,
         microbatches=microbatches,

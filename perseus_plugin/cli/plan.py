@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perseus_plugin.cli.destinations import STANDARD, check_writable, write, written
+from perseus_plugin.cli.destinations import STANDARD, check_alone, check_writable, write, written
 from perseus_plugin.cli.job import (
     EFFORTS,
     OUTPUT,
@@ -117,8 +117,7 @@ def plan(
     """Choose a clock for every instruction so that the iteration ends in time with the least energy."""
     check_writable(output, of=profile)
     check_writable(zeus, "--zeus", of=profile)
-    if sum((output == STANDARD, zeus == STANDARD, as_json)) > 1:
-        raise ConfigError("got --json, --output - and --zeus -; allowed: one of them, as there is one standard output")
+    check_alone("--json, --output - and --zeus -", output == STANDARD, zeus == STANDARD, as_json)
     request = request_from_options(
         profile,
         microbatches=microbatches,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perseus_plugin.cli.destinations import STANDARD, check_writable, write, written
+from perseus_plugin.cli.destinations import STANDARD, check_alone, check_writable, write, written
 from perseus_plugin.cli.job import OUTPUT, POWER, AsJson
 from perseus_plugin.cli.terminal import console, say, working
 from perseus_plugin.errors import ConfigError
@@ -81,8 +81,7 @@ def report(
     """Report on a job, running or ended: a summary here, and a page with pictures that works offline."""
     if html is not None and no_html:
         raise ConfigError("got --html and --no-html; allowed: one of them")
-    if html == STANDARD and as_json:
-        raise ConfigError("got --html - and --json; allowed: one of them, as there is one standard output")
+    check_alone("--html - and --json", html == STANDARD, as_json)
     if html is None and not no_html and folder.is_dir():
         html = folder / "report.html"
     check_writable(html, "--html", of=folder)

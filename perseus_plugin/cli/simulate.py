@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from perseus_plugin.cli.destinations import STANDARD, check_writable, write, written
+from perseus_plugin.cli.destinations import STANDARD, check_alone, check_writable, write, written
 from perseus_plugin.cli.job import (
     JOB,
     OUTPUT,
@@ -195,8 +195,8 @@ def simulate(
     check_writable(plot, "--plot", of=sources[0])
     check_writable(perfetto, "--perfetto", of=sources[0])
     check_writable(html, "--html", of=sources[0])
-    if [*(output or ()), perfetto, plot, html].count(STANDARD) + as_json > 1:
-        raise ConfigError("got --json and - more than once; allowed: one of them, as there is one standard output")
+    paths = (*(output or ()), perfetto, plot, html)
+    check_alone("--json and - more than once", *(path == STANDARD for path in paths), as_json)
     spent, limits = parse_effort(effort) or "quick", ChangeLimits(max_changes, min_dwell or 0.0)
     switch_latency_s = lowering(lower_while_waiting, switch_latency)
     dwell_latency_s = None if min_dwell is not None else lowering(True, switch_latency)

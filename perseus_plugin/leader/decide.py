@@ -329,12 +329,12 @@ class _Deciding:
         if first:
             self._reached(begins)
             self._reckon_with_full_clocks()
-        if first and not self._config.enforce:
-            self._inform(
-                "a dry run (perseus.enforce is false): clocks are left alone from iteration %d on; what the plan would "
-                "do is in summary.json, and `perseus report` shows it",
-                begins,
-            )
+            if not self._config.enforce:
+                self._inform(
+                    "a dry run (perseus.enforce is false): clocks are left alone from iteration %d on; what the plan "
+                    "would do is in summary.json, and `perseus report` shows it",
+                    begins,
+                )
 
     def _put(self, seen: Answered, plan: Plan) -> int:
         """Put a plan onto the shelf, to be held against newer iterations from now on."""

@@ -120,12 +120,17 @@ def test_a_slow_stage_within_the_only_pipeline(tmp_path: Path) -> None:
     slowdown, other = variant["slowdown"]
     assert slowdown > 1.5
     assert other == 1.0
-    assert replan["pace_s"] < replan["without_s"], "the slow stage has to run faster than the job's plan has it"
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     before = [statistics.mean(clock for _, _, clock in stage) for stage in plan["stages"]]
     after = variant["mean_clock_mhz"]
-    assert after[0] > before[0]
-    # Its energy may be unknown where a machine is busy, so that it stays at full clocks: tests/planning/test_pace.py.
-    assert after[1] < before[1] or after[1] == before[1] == 1410, "its neighbour stops racing"
+    # Where a machine is busy, the energy of a stage may stay unknown, so that it is left at full clocks by every plan.
+    unknown = {stage for stage, _ in json.loads((tmp_path / "out" / "plan-inputs.json").read_text())["full_clock_only"]}
+    if 0 in unknown:
+        assert replan["pace_s"] <= replan["without_s"]
+        assert after[0] >= before[0]
+    else:
+        assert replan["pace_s"] < replan["without_s"], "the slow stage has to run faster than the job's plan has it"
+        assert after[0] > before[0]
+    assert after[1] <= before[1] if 1 in unknown else after[1] < before[1], "its neighbour stops racing"
     assert switches_of(job)[-1]["slow"] == []
     job.check_identical()

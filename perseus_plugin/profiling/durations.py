@@ -21,6 +21,8 @@ _RECENT = 300  # iterations; what lies further back may have been another job
 _VALUES = 4096  # in one message
 _DIGITS = 7  # of a second
 
+_Seen = tuple[IterationRecord, tuple[int, ...]]  # and at which clocks it ran
+
 
 class DurationsLog:
     """A rank's last iterations that nothing disturbed.
@@ -31,8 +33,8 @@ class DurationsLog:
 
     def __init__(self, top_mhz: int) -> None:
         self._top_mhz = top_mhz
-        self._full: deque[IterationDurations] = deque(maxlen=KEPT)
-        self._other: deque[IterationDurations] = deque(maxlen=KEPT)
+        self._full: deque[_Seen] = deque(maxlen=KEPT)
+        self._other: deque[_Seen] = deque(maxlen=KEPT)
         self.new = 0
 
     def add(self, directive: Directive, record: IterationRecord, part: PlanPart | None) -> None:
@@ -53,37 +55,46 @@ class DurationsLog:
         elif isinstance(directive, Follow):
             if directive.straggler or part is None:
                 return
-            raised = dict(record.raised)
-            clocks = tuple(raised.get(position, clock) for position, clock in enumerate(part.clocks_mhz))
+            clocks = tuple(part.clocks_mhz)
+            if record.raised:
+                raised = dict(record.raised)
+                clocks = tuple(raised.get(position, clock) for position, clock in enumerate(clocks))
             if set(clocks) == {self._top_mhz}:
                 clocks = (0,)
         elif directive.ran_as is RanAs.WARM_UP:
             return
-        rows = [
-            (start_s, end_s)
-            for slot, start_s, end_s in zip(record.slots, record.starts_s, record.ends_s, strict=True)
-            if slot >= 0
-        ]
-        seen = IterationDurations(
-            number=record.number,
-            schedule=record.schedule,
-            clocks_mhz=clocks,
-            durations_s=tuple(round(end_s - start_s, _DIGITS) for start_s, end_s in rows),
-            starts_s=tuple(round(start_s - record.begin_s, _DIGITS) for start_s, _ in rows),
-            time_s=round(record.end_s - record.begin_s, _DIGITS),
-        )
-        (self._full if clocks == (0,) else self._other).append(seen)
+        (self._full if clocks == (0,) else self._other).append((record, clocks))
         self.new += 1
 
     def message(self, placement: Placement) -> RankDurations:
         """What is to be published."""
         self.new = 0
-        newest = max((one.number for one in (*self._full, *self._other)), default=0)
-        full, other = ([one for one in kept if one.number > newest - _RECENT] for kept in (self._full, self._other))
+        newest = max((record.number for record, _ in (*self._full, *self._other)), default=0)
+        full, other = (
+            [_durations_of(record, clocks) for record, clocks in kept if record.number > newest - _RECENT]
+            for kept in (self._full, self._other)
+        )
         chosen = [*full, *other[max(0, len(other) - (KEPT - len(full))) :]]
         size = max((len(one.durations_s) + len(one.starts_s) for one in chosen), default=1)
         chosen = sorted(chosen, key=lambda one: one.number)[-max(1, _VALUES // size) :]
         return RankDurations(placement=placement, iterations=tuple(chosen))
+
+
+def _durations_of(record: IterationRecord, clocks_mhz: tuple[int, ...]) -> IterationDurations:
+    """Made only of iterations that are published: most are not, and this takes the interpreter from training."""
+    rows = [
+        (start_s, end_s)
+        for slot, start_s, end_s in zip(record.slots, record.starts_s, record.ends_s, strict=True)
+        if slot >= 0
+    ]
+    return IterationDurations(
+        number=record.number,
+        schedule=record.schedule,
+        clocks_mhz=clocks_mhz,
+        durations_s=tuple(round(end_s - start_s, _DIGITS) for start_s, end_s in rows),
+        starts_s=tuple(round(start_s - record.begin_s, _DIGITS) for start_s, _ in rows),
+        time_s=round(record.end_s - record.begin_s, _DIGITS),
+    )
 
 
 def joined(

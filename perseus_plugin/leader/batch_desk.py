@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _LEARN_AGAIN_S = 20.0  # as often as ranks tell of their iterations, where they are not too many
 _TELL_AGAIN = 3  # iterations that are told together: who looks now and then hears of the newest word only
+_MOST_FAILURES = 3
 _MARGIN = 1.5  # how much longer than the last time a step's plan may take
 
 
@@ -111,6 +112,7 @@ class BatchDesk:
         self._announced = 0
         self._ended = ""
         self._was_right = False
+        self._failures = 0
         self._said: set[str] = set()
 
     @property
@@ -242,10 +244,12 @@ class BatchDesk:
         asked, self._asked = (self._asked, None) if answer is not None else (None, self._asked)
         if answer is None or asked is None or asked.subject != self._subject:
             return
-        if isinstance(answer, Learned):
+        if answer.lost:
+            self._fail(answer.why_not, "see to memory on rank 0's machine", now_s)
+        elif isinstance(answer, PlannedStep) and answer.why_not:
+            self._fail(f"a step could not be planned for: {answer.why_not}", "nothing needs to be done", now_s)
+        elif isinstance(answer, Learned):
             self._take_lesson(answer)
-        elif answer.why_not:
-            self._end(f"a step could not be planned for: {answer.why_not}")
         elif asked.iteration is not None:
             self._plan_takes_s = now_s - asked.at_s
             if self._book.begins_s(asked.iteration) >= now_s + news_take_s:  # else some would hear of it too late
@@ -283,13 +287,28 @@ class BatchDesk:
         else:
             logger.info("batches are not planned for one by one: %s", learned.why_not)
 
-    def _end(self, why: str) -> None:
-        """For good: works that were wrong may be so again."""
+    def _fail(self, why: str, advice: str, now_s: float) -> None:
+        """Through no fault of what is announced: begin anew, but not for ever."""
+        self._failures += 1
+        if self._failures == _MOST_FAILURES:
+            self._end(f"{why}, and something of the kind {_MOST_FAILURES - 1} times before", advice)
+            return
+        self._before = self._learned or self._before
+        self._learned, self._learn_at_s, self._learned_from = None, now_s, None
+        logger.warning(
+            "how to plan for single batches is learned anew: %s. Iterations follow the job's usual plan meanwhile; if "
+            "it is said again, %s",
+            why,
+            advice,
+        )
+
+    def _end(self, why: str, advice: str = "see to what is announced, and in which order") -> None:
+        """For good: what was wrong may be so again."""
         self._ended = why
         logger.warning(
-            "batches are not planned for one by one any more: %s. All iterations follow the job's usual plan; see to "
-            "what is announced, and in which order",
+            "batches are not planned for one by one any more: %s. All iterations follow the job's usual plan; %s",
             why,
+            advice,
         )
         self.close()
 

@@ -64,6 +64,7 @@ class Learned:
 
     Attributes:
         why_not: why steps are not planned for; empty: they are.
+        lost: nothing has been learned, as the process was lost.
         misled: that is the works' fault, as they do not say how long instructions take.
         explained, error: see `WorkModel`; None: not known.
         margin: that plans are made with.
@@ -72,6 +73,7 @@ class Learned:
     """
 
     why_not: str = ""
+    lost: bool = False
     misled: bool = False
     explained: float | None = None
     error: float | None = None
@@ -106,12 +108,14 @@ class PlannedStep:
         pace_s: how long the step takes at full clocks.
         usual_s: the same of a usual one.
         why_not: why there are none; empty: there are.
+        lost: there are none, as the process was lost.
     """
 
     replicas: Sequence[Sequence[StageOfBatch]] = ()
     pace_s: float = 0.0
     usual_s: float = 0.0
     why_not: str = ""
+    lost: bool = False
 
 
 class Pupil:
@@ -307,7 +311,7 @@ class BatchProcess:
             yield from lesson.request.pieces()
             yield ', "works": ' + json.dumps([[list(of) for of in step] for step in lesson.works]) + "}"
 
-        self._submit(pieces, _LEARN_LIMIT_S, lambda data: Learned(**data), lambda why: Learned(why))
+        self._submit(pieces, _LEARN_LIMIT_S, lambda data: Learned(**data), lambda why: Learned(why, lost=True))
 
     def plan(self, works: Works) -> None:
         """Begin to plan a step."""
@@ -317,7 +321,7 @@ class BatchProcess:
             return PlannedStep(replicas, data["pace_s"], data["usual_s"], data["why_not"])
 
         line = json.dumps({"plan": [list(of) for of in works]})
-        self._submit(lambda: [line], _STEP_LIMIT_S, read, lambda why: PlannedStep(why_not=why))
+        self._submit(lambda: [line], _STEP_LIMIT_S, read, lambda why: PlannedStep(why_not=why, lost=True))
 
     def poll(self) -> Learned | PlannedStep | None:
         """The answer, once; None while there is none."""
@@ -352,8 +356,13 @@ class BatchProcess:
                 child.tell(pieces(), limit_s)
                 answer = read(json.loads(child.hear(limit_s, _IDLE_S)))
             except (ChildLostError, OSError, ValueError, KeyError, TypeError) as error:
-                self._child = None
-                problem = os_problem(error) if isinstance(error, OSError) else str(error)
+                lost, self._child = self._child, None
+                if lost is not None:
+                    lost.end()  # one whose answers cannot be read runs on
+                if isinstance(error, OSError):
+                    problem = f"cannot be started: {os_problem(error)}"
+                else:
+                    problem = str(error) if isinstance(error, ChildLostError) else f"gave no answer: {error!r}"
                 answer = failed(f"the process that plans batches {problem}")
             self._answer, self.busy = answer, False
             self._wake()

@@ -311,14 +311,38 @@ def test_works_that_turn_out_wrong_end_in_the_usual_plan(job: Announced, caplog:
     assert figures.ended
 
 
-def test_a_lost_process_ends_in_the_usual_plan(job: Announced, caplog: pytest.LogCaptureFixture) -> None:
-    job.learned()
-    job.iterate(9)
-    job.announce(job.iteration + 4)
-    job.look()
-    job.process.answer, job.process.busy = PlannedStep(why_not="the process that plans batches ended"), False
-    job.look()
-    assert "a step could not be planned for: the process that plans batches ended" in caplog.text
+@pytest.mark.parametrize(
+    ("lost", "why", "advice"),
+    [
+        (True, "the process that plans batches ended with SIGKILL", "see to memory on rank 0's machine"),
+        (False, "a step could not be planned for: clocks may change too rarely", "nothing needs to be done"),
+    ],
+)
+def test_a_lost_process_learns_anew_and_at_last_gives_way_to_the_usual_plan(
+    job: Announced, caplog: pytest.LogCaptureFixture, lost: bool, why: str, advice: str
+) -> None:
+    for failures in (1, 2, 3):
+        job.learned()
+        assert caplog.text.count("batches are planned for one by one: ") == failures
+        job.iterate(9)
+        job.announce(*range(job.iteration + 1, job.iteration + 5))
+        job.look()
+        assert "plan" in json.loads(job.process.lines[-1])
+        failed = PlannedStep(why_not=why.rpartition(": ")[2], lost=lost)
+        job.process.answer, job.process.busy, job.process.pupil = failed, False, Pupil()
+        asked = len(job.process.lines)
+        job.look()
+        assert (len(job.process.lines) > asked) == (failures < 3)  # a lesson, at once
+        if failures < 3:
+            said = f"how to plan for single batches is learned anew: {why}. Iterations follow the job's usual plan "
+            assert caplog.text.count(said + f"meanwhile; if it is said again, {advice}") == failures
+        while job.process.busy:  # the lesson, and steps that it is not too late for
+            job.process.finish()
+            job.look()
+    assert f"any more: {why}, and something of the kind 2 times before. All iterations follow" in caplog.text
+    assert f"usual plan; {advice}" in caplog.text
+    assert "see to what is announced" not in caplog.text
+    assert job.process.closed
     assert job.coordinator.phase is Phase.FOLLOWING
 
 

@@ -28,9 +28,14 @@ def test_it_answers() -> None:
 
 def test_it_runs_in_the_python_that_plans(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    assert "No such file or directory" in answer_of(python).why_not
+    absent = answer_of(python)
+    assert absent.lost
+    assert absent.why_not.startswith("the process that plans batches cannot be started: ")
+    assert "No such file or directory" in absent.why_not
     python.write_text('#!/bin/sh\nread line\nprintf \'{"replicas": [], "pace_s": 0, "usual_s": 0, \'\n')
     with python.open("a") as script:
         script.write('printf \'"why_not": "another Python"}\\n\'\n')
     python.chmod(0o755)
-    assert answer_of(python).why_not == "another Python"
+    assert answer_of(python) == PlannedStep([], why_not="another Python")
+    python.write_text("#!/bin/sh\nread line\necho nonsense; exec sleep 1000\n")
+    assert answer_of(python).why_not.startswith("the process that plans batches gave no answer: JSONDecodeError(")

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import logging
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from perseus_plugin._version import __version__
 
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from perseus_plugin.planning.targets import ChangeLimits, Prices, Target
     from perseus_plugin.profiling.profile import Measurement, Profile, load_profile, save_profile
 
+BatchT = TypeVar("BatchT")
+
 __all__ = [
     "ChangeLimits",
     "Figures",
@@ -43,6 +48,7 @@ __all__ = [
     "Target",
     "__version__",
     "announce",
+    "announced",
     "build_graph",
     "early_recomputation_1f1b",
     "enable",
@@ -164,6 +170,7 @@ def report_straggler(
 
 
 _said_refused = False
+_FURTHEST = 1000  # steps, as for `announce`
 
 
 def announce(work: Any, *, ahead: int = 0) -> bool:
@@ -180,11 +187,52 @@ def announce(work: Any, *, ahead: int = 0) -> bool:
     Returns:
         Whether it was sent; False also when no session runs in this process.
     """
+    return _announce(lambda: work, ahead)
+
+
+def announced(batches: Iterable[BatchT], work: Callable[[BatchT], Iterable[float]], *, ahead: int) -> Iterator[BatchT]:
+    """The same batches in the same order, each of them read, and announced, `ahead` steps before the one that runs it.
+
+    To be asked for one batch per step, before it or within it, on any ranks that have the data. Its `work` is asked
+    for only where a session runs, and what is wrong with it is one warning.
+
+    Args:
+        batches: of one step each; they are read early, so that a loader that is checkpointed is that far ahead.
+        work: of each microbatch of a batch, see `announce`.
+        ahead: how many batches are held.
+
+    Raises:
+        ConfigError: `ahead` cannot be that.
+    """
+    from perseus_plugin.errors import ConfigError, shown
+
+    if type(ahead) is not int or not 0 <= ahead <= _FURTHEST:
+        raise ConfigError(f"ahead: got {shown(ahead)}; allowed: a whole number from 0 to {_FURTHEST}")
+    return _read_ahead(batches, work, ahead)
+
+
+def _read_ahead(batches: Iterable[BatchT], work: Callable[[BatchT], Any], ahead: int) -> Iterator[BatchT]:
+    held: deque[BatchT] = deque()
+    for batch in batches:
+        held.append(batch)
+        _announce(partial(work, batch), len(held) - 1, of_this=True)
+        if len(held) > ahead:
+            yield held.popleft()
+    while held:
+        yield held.popleft()
+
+
+def _announce(work: Callable[[], Any], ahead: int, *, of_this: bool = False) -> bool:
+    """With `of_this`, `ahead` counts from a step that is running, if one is."""
     global _said_refused
     from perseus_plugin.session.running import running_sessions
 
-    sessions = running_sessions()
-    reason = next(filter(None, (session.announce(work, ahead) for session in sessions)), "")
+    sessions, reason = running_sessions(), ""
+    try:
+        for session in sessions:
+            reason = reason or session.announce(work(), ahead, of_this=of_this)
+    except Exception as error:  # of the script's own function
+        reason = f"work: {error!r}"
     if reason and not _said_refused:
         _said_refused = True  # steps are many
         logging.getLogger(__name__).warning(

@@ -291,8 +291,10 @@ class Session:
         self._link.say(checked.model_copy(update={"until": until, "for_s": None}).model_dump(mode="json"))
         return ""
 
-    def announce(self, work: Iterable[float], ahead: int) -> str:
+    def announce(self, work: Iterable[float], ahead: int, *, of_this: bool = False) -> str:
         """Send rank 0 how much work each microbatch of a batch is; see `perseus_plugin.announce`.
+
+        With `of_this`, `ahead` counts from the step that is running, if one is.
 
         Returns:
             Why it is refused, or nothing.
@@ -305,10 +307,14 @@ class Session:
             steps = -1
         if not 0 <= steps <= _FURTHEST:
             return f"ahead: got {shown(ahead)}; allowed: a whole number from 0 to {_FURTHEST}"
+        on_gpu = "work: got a tensor on a GPU, which would have to be waited for; allowed: numbers on the CPU"
         if getattr(work, "is_cuda", False):
-            return "work: got a tensor on a GPU, which would have to be waited for; allowed: numbers on the CPU"
+            return on_gpu
         try:
-            given = tuple(float(one) for one in islice(work, _MOST_MICROBATCHES + 1))
+            numbers = list(islice(work, _MOST_MICROBATCHES + 1))
+            if any(getattr(one, "is_cuda", False) for one in numbers):
+                return on_gpu
+            given = tuple(float(one) for one in numbers)
         except Exception as error:  # whatever is iterated over
             return f"work: {error}; {_WORK_ALLOWED}"
         if len(given) > _MOST_MICROBATCHES:  # tokens themselves: reading them takes time, and they fit in no message
@@ -316,7 +322,7 @@ class Session:
         wrong = next((one for one in given if not 0 < one < math.inf), None)
         if wrong is not None or not given:
             return f"work: got {'nothing' if wrong is None else wrong}; {_WORK_ALLOWED}"
-        following = self._iteration + (self._record is not None)
+        following = self._iteration + (self._record is not None and not of_this)
         self._link.announce(AnnouncedWork(iteration=following + steps, replica=self._placement.replica, work=given))
         return ""
 

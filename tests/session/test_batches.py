@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import perseus_plugin
+from perseus_plugin.errors import ConfigError
 from perseus_plugin.exchange.messages import BatchPart
 from perseus_plugin.exchange.parts import with_batch
 from perseus_plugin.iteration.timetable import Follow
@@ -87,6 +89,10 @@ class OnGpu(list[float]):
     is_cuda = True
 
 
+class ScalarOnGpu(float):
+    is_cuda = True
+
+
 @pytest.mark.parametrize(
     ("work", "ahead", "why"),
     [
@@ -98,6 +104,7 @@ class OnGpu(list[float]):
         (None, 0, "work: 'NoneType' object is not iterable; allowed"),
         (["many"], 0, "work: could not convert string to float: 'many'; allowed"),
         (OnGpu([1.0]), 0, "work: got a tensor on a GPU, which would have to be waited for"),
+        ([ScalarOnGpu(1.0)], 0, "work: got a tensor on a GPU, which would have to be waited for"),
         (itertools.repeat(1.0), 0, "work: got more than 10000 numbers; allowed: one finite number above 0"),
         ([1.0], -1, "ahead: got -1; allowed: a whole number from 0 to 1000"),
         ([1.0], 1001, "ahead: got 1001; allowed: a whole number from 0 to 1000"),
@@ -130,6 +137,58 @@ def test_a_call_that_is_refused_is_warned_of_once_and_raises_nothing(
     assert not perseus_plugin.announce([-1.0])
     assert caplog.text.count("announced work was refused: work: got nan") == 1
     assert "got -1.0" not in caplog.text
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_batches_that_are_read_ahead_are_announced_for_the_steps_that_run_them(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch, within: bool
+) -> None:
+    """Whether the next one is asked for before its step begins or, as by the iterators of frameworks, in it."""
+    monkeypatch.setattr(running_module, "running_sessions", lambda: [rank.session])
+    read, ran = list[int](), list[int]()
+
+    def loader() -> Iterator[list[int]]:
+        for number in range(7):
+            read.append(number)
+            yield [number, 10]
+
+    batches = perseus_plugin.announced(loader(), lambda batch: [1 + one for one in batch], ahead=3)
+    for step in range(7):
+        if within:
+            rank.session.begin_iteration()
+        ran.append(next(batches)[0])
+        assert len(read) == min(step + 4, 7)
+        if not within:
+            rank.session.begin_iteration()
+        rank.session.end_iteration()
+    assert next(batches, None) is None
+    assert ran == list(range(7))
+    assert [(one.iteration, one.work) for one in rank.link.take_announced()] == [(i, (1 + i, 11)) for i in range(7)]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda batch: batch["attention_mask"],
+        lambda batch: 1.0,
+        lambda batch: [0.0],
+    ],
+)
+def test_a_function_that_tells_no_work_leaves_batches_as_they_are(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, work: Any
+) -> None:
+    monkeypatch.setattr(perseus_plugin, "_said_refused", False)
+    monkeypatch.setattr(running_module, "running_sessions", lambda: [rank.session])
+    assert list(perseus_plugin.announced([[1], [2], [3]], work, ahead=1)) == [[1], [2], [3]]
+    assert caplog.text.count("announced work was refused: work: ") == 1
+    monkeypatch.setattr(running_module, "running_sessions", list)
+    assert list(perseus_plugin.announced([[1], [2]], work, ahead=9)) == [[1], [2]]
+
+
+@pytest.mark.parametrize(("ahead", "shown"), [(-1, "-1"), (1001, "1001"), (None, "null"), (0.5, "0.5"), (True, "true")])
+def test_how_far_ahead_is_checked_before_training(ahead: Any, shown: str) -> None:
+    with pytest.raises(ConfigError, match=rf"ahead: got {shown}; allowed: a whole number from 0 to 1000"):
+        perseus_plugin.announced([], list, ahead=ahead)
 
 
 def test_without_a_session_nothing_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

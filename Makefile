@@ -20,6 +20,8 @@ UNIT_WORKERS ?= 3
 # Dozens of processes start from the same sources: these are compiled once, whatever the environment says.
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/pytest --dist loadgroup --numprocesses
+# Files with a test of a mark: every process that runs tests would have to read all the others for nothing.
+marked = $$(grep --recursive --files-with-matches --extended-regexp 'mark\.$(1)' --include='test_*.py' tests)
 
 # A simulator of data centres and the grid, which drives a job in a test of `make test-all`, with what it needs there.
 OPENG2G := openg2g==0.2.0.post1 opendssdirect.py==0.9.4 dss_python==0.15.7 dss_python_backend==0.14.5 \
@@ -131,10 +133,10 @@ unit: setup megatron
 	$(PYTEST) $(UNIT_WORKERS) -m "not e2e and not repeated"
 
 e2e: setup megatron
-	$(PYTEST) $(WORKERS) -m "e2e and not matrix and not repeated"
+	$(PYTEST) $(WORKERS) -m "e2e and not matrix and not repeated" $(call marked,e2e)
 
 rest: setup megatron .openg2g/.installed
-	$(PYTEST) $(WORKERS) -m "matrix or repeated"
+	$(PYTEST) $(WORKERS) -m "matrix or repeated" $(call marked,(matrix|repeated))
 
 clean:
 	rm -rf $(VENV) .megatron .resiliency .titan .old_torch .openg2g .minima out build dist *.egg-info

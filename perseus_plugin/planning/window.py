@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from ortools.sat.python import cp_model
 
 from perseus_plugin.iteration.graph import FloatArray, IntArray
+from perseus_plugin.planning.cp_sat import cp_model
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.solvers import interruptible
 from perseus_plugin.planning.work import CP_SAT, Work

@@ -17,7 +17,7 @@ from tests.planning.jobs import bundled_profile
 # The command itself, which says when its solver has begun; whoever started the tests may have had signals ignored.
 SAYING = """
 import signal, sys
-from ortools.sat.python import cp_model
+from perseus_plugin.planning.cp_sat import cp_model
 
 solve = cp_model.CpSolver.solve
 
@@ -31,6 +31,17 @@ from perseus_plugin.cli.main import run
 
 run()
 """
+
+LISTING = """
+import sys
+from perseus_plugin.cli.main import run
+
+try:
+    run()
+finally:
+    print(*sys.modules, file=sys.stderr)
+"""
+HEAVY = {"matplotlib", "pandas", "plotly", "pyarrow", "scipy", "torch"}
 
 
 def test_it_says_its_version_and_helps_on_short_demand(perseus: Perseus) -> None:
@@ -61,3 +72,14 @@ def test_ctrl_c_ends_a_search_with_status_130_and_nothing_written(tmp_path: Path
     assert process.returncode == 130
     assert set(said.split()) <= {"solving"}
     assert [file.name for file in tmp_path.iterdir()] == ["profile.csv"]
+
+
+def test_a_plan_of_a_small_job_loads_its_solvers_and_nothing_else_that_is_heavy(tmp_path: Path) -> None:
+    save_profile(bundled_profile(2), tmp_path / "profile.csv")
+    options = ("--microbatches", "4", "--blocking-power", "60")
+    command = [sys.executable, "-c", LISTING, "plan", "profile.csv", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stderr.split())
+    assert {"ortools.graph.python.min_cost_flow", "ortools.sat.python.cp_model_helper"} <= loaded
+    assert not HEAVY & loaded

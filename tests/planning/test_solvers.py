@@ -8,10 +8,10 @@ import threading
 from typing import Any
 
 import pytest
-from ortools.sat.python import cp_model
 
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.planning.cp_sat import cp_model
 from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.solvers import interruptible
 from perseus_plugin.planning.window import WindowLimits, regrets, solve_window
@@ -61,3 +61,10 @@ def test_what_a_solver_raises_is_raised() -> None:
     with pytest.raises(ValueError, match="no"):
         interruptible(fails, lambda: None)
     assert interruptible(lambda: 5, lambda: None) == 5
+
+
+def test_others_have_the_solver_with_its_series() -> None:
+    import pandas
+    from ortools.sat.python import cp_model as of_others
+
+    assert of_others.CpModel().new_bool_var_series("x", pandas.Index([1, 2])).size == 2

@@ -72,15 +72,17 @@ def budget_from_options(
     Raises:
         PerseusError: a value is wrong.
     """
-    if replicas < 1:
-        raise ConfigError(f"--replicas: got {replicas}; allowed: a whole number from 1")
-    if power_budget is None and not groups and peak_w is None:
+    for option, count in (("--replicas", replicas), ("--gpus-per-node", gpus_per_node)):
+        if count < 1:
+            raise ConfigError(f"{option}: got {count}; allowed: a whole number from 1")
+    peaks = Peaks(peak_window, None if peak_w is None else parse_watts(peak_w, "--peak-w"))
+    if power_budget is None and not groups and not peaks.limited:
         return None
     return PowerBudget(
         None if power_budget is None else parse_watts(power_budget, "--power-budget"),
         tuple(parse_group(told) for told in groups or ()),
         node,
-        Peaks(peak_window, None if peak_w is None else parse_watts(peak_w, "--peak-w")),
+        peaks,
         gpus_per_node,
     ).placed(list(range(stages)) * replicas)
 

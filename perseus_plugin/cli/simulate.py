@@ -52,18 +52,19 @@ from perseus_plugin.errors import ConfigError
 from perseus_plugin.gpus.emulated.physics import MODELS
 from perseus_plugin.iteration.instructions import INPUT_SHARE, Compute, StageStream
 from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
-from perseus_plugin.planning.power.words import parse_watts
+from perseus_plugin.planning.power.words import parse_share, parse_watts
 from perseus_plugin.planning.targets import ChangeLimits
 from perseus_plugin.profiling.profile import Profile
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from perseus_plugin.cli.simulation.scenarios import Aim, Outcome, Pipeline, Workload
+    from perseus_plugin.cli.simulation.scenarios import Aim, Graph, Outcome, Pipeline, Workload
     from perseus_plugin.planning.request import PlanRequest
 
 Value = TypeVar("Value")
 
+_MOST_JITTER = 0.2
 _MODELLED = "a model, no measurement: times from counted operations, clock and power curves of an emulated GPU"
 
 
@@ -155,6 +156,15 @@ def simulate(
     max_changes: MaxChanges = None,
     min_dwell: MinDwell = None,
     effort: EffortOption = None,
+    cuda_graph: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps are one CUDA graph, whose clocks change by host time; how much durations vary: 0.01 or 1%.",
+            metavar="JITTER",
+            show_default=False,
+            rich_help_panel=JOB,
+        ),
+    ] = None,
     output: Annotated[
         list[Path] | None,
         typer.Option(
@@ -200,6 +210,9 @@ def simulate(
     spent, limits = parse_effort(effort) or "quick", ChangeLimits(max_changes, min_dwell or 0.0)
     switch_latency_s = lowering(lower_while_waiting, switch_latency)
     dwell_latency_s = None if min_dwell is not None else lowering(True, switch_latency)
+    graph = None if cuda_graph is None else _graph(cuda_graph, lowering(True, switch_latency) or 0.0)
+    if graph is not None and lower_while_waiting:
+        raise ConfigError("--lower-while-waiting: got it; allowed: nothing with --cuda-graph, as no wait is seen there")
     aims = _aims(slowdown, straggler, power_budget)
     if is_trace(sources):
         _refuse(
@@ -214,6 +227,7 @@ def simulate(
             scale=None if scale == 1.0 else scale,
             latency=latency or None,
             plot=plot,
+            cuda_graph=cuda_graph,
         )
         if profile is None:
             _refuse("without --profile, as the GPU says it", blocking_power=blocking_power, power_limit=power_limit)
@@ -309,6 +323,7 @@ def simulate(
             limits=limits,
             dwell_latency_s=dwell_latency_s,
             effort=spent,
+            graph=graph,
         ):
             outcomes.append(outcome)
             tell(len(outcomes), f"{len(outcomes)} of {of} scenarios planned")
@@ -351,6 +366,15 @@ def _aims(
     aims += [Aim(straggler=straggler_factor(value)) for value in stragglers or ()]
     aims += [Aim(power_budget_w=parse_watts(told, "--power-budget")) for told in budgets or ()]
     return aims or None
+
+
+def _graph(jitter: str, change_s: float) -> Graph:
+    from perseus_plugin.cli.simulation.scenarios import Graph
+
+    share = parse_share(jitter, "--cuda-graph")
+    if share > _MOST_JITTER:
+        raise ConfigError(f"--cuda-graph: got {jitter}; allowed: from 0 to {_MOST_JITTER:g}, such as 0.01 or 1%")
+    return Graph(share, change_s)
 
 
 def _layers(option: str, text: str) -> Split:
@@ -451,20 +475,20 @@ def _schedules(names: Sequence[str], microbatches: Sequence[int] | None, chunks:
 def _print(to: Console, outcomes: Sequence[Outcome], modelled: bool) -> None:
     from perseus_plugin.cli.simulation.output import label, named
 
-    names = ("full clocks", "plan", "saving", "slower", "gap", "waits left alone")
-    whole = columns(*named(outcomes[0]), *names)
-    narrow = columns("", *names[:-1], "waits left\nalone")
     kept = [outcome for outcome in outcomes if outcome.figures is not None]
+    graphed = any(outcome.figures.graphed for outcome in kept if outcome.figures is not None)
+    last = "as a graph: saving, slower" if graphed else "waits left alone"
+    names = ("full clocks", "plan", "saving", "slower", "gap", last)
+    whole = columns(*named(outcomes[0]), *names)
+    narrow = columns("", *names[:-1], last.replace(": ", ":\n") if graphed else "waits left\nalone")
     same, varied = _varied([named(outcome) for outcome in kept])
     for outcome, differs in zip(kept, varied, strict=True):
         figures = outcome.figures
         assert figures is not None  # filtered above
-        shares = (
-            f"{figures.saving:.3%}",
-            f"{figures.slowdown:.3%}",
-            f"{figures.gap:.3%}",
-            "" if figures.left_alone_j is None else f"{1 - figures.left_alone_j / figures.full_clock_j:.3%}",
-        )
+        other = "" if figures.left_alone_j is None else f"{1 - figures.left_alone_j / figures.full_clock_j:.3%}"
+        if figures.graphed is not None:
+            other = f"{figures.graphed.saving:.3%}, {figures.graphed.slowdown:.3%}"
+        shares = f"{figures.saving:.3%}", f"{figures.slowdown:.3%}", f"{figures.gap:.3%}", other
         full = f"{figures.full_clock_s:.4f} s", f"{figures.full_clock_j:.1f} J"
         plan = f"{figures.iteration_s:.4f} s", f"{figures.energy_j:.1f} J"
         whole.add_row(*named(outcome).values(), ", ".join(full), ", ".join(plan), *shares)

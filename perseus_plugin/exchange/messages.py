@@ -189,6 +189,22 @@ class WaitPart(_Message):
     work_after_s: Time = 0.0
 
 
+class PhasesPart(_Message):
+    """A stage's plan by time, for steps that are one CUDA graph.
+
+    Attributes:
+        clocks_mhz: of each phase: instructions of one clock, one after the other.
+        starts_s: when each begins, since the iteration's begin.
+        end_s: when the stage's last instruction ends.
+        iteration_s: how long the iteration takes.
+    """
+
+    clocks_mhz: tuple[Clock, ...]
+    starts_s: tuple[Time, ...]
+    end_s: Time
+    iteration_s: Time
+
+
 class PlanPart(_Message):
     """One stage's part of a plan.
 
@@ -200,6 +216,7 @@ class PlanPart(_Message):
         slowdown: how much longer than in the profile that is, as the stage is known to be slow.
         catch_up: what a rank that is late does; None: nothing.
         waits: in order; all others are spent at the clock of the instruction before.
+        phases: the same by time, where steps are one CUDA graph.
     """
 
     version: int
@@ -209,13 +226,15 @@ class PlanPart(_Message):
     slowdown: float = 1.0
     catch_up: CatchUpPart | None = None
     waits: tuple[WaitPart, ...] = ()
+    phases: PhasesPart | None = None
 
     @property
     def all_clocks_mhz(self) -> set[int]:
         """Every clock that a rank may be run at under it."""
         options = () if self.catch_up is None else self.catch_up.options.values()
         raised = {clock for rows in options for clock, *_ in rows}
-        return {*self.clocks_mhz, *raised, *(wait.frequency_mhz for wait in self.waits)}
+        phases = () if self.phases is None else self.phases.clocks_mhz
+        return {*self.clocks_mhz, *phases, *raised, *(wait.frequency_mhz for wait in self.waits)}
 
     def as_run(self, raised: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Clocks and times where some instructions ran faster than planned.

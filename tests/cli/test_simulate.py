@@ -142,3 +142,19 @@ def test_wrong_options_give_one_line_and_status_2(
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_steps_that_are_one_graph_have_a_column_and_figures(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
+    job = ("simulate", profile, "--blocking-power", 60, "--microbatches", 6, "--max-changes", 6)
+    done = perseus(*job, "--cuda-graph", "1%", "-o", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "out.json").read_text())["outcomes"]
+    assert 0 < row["graph_saving"] < 1.01 * row["saving"]
+    assert f"{row['graph_saving']:.3%}, {row['graph_slowdown']:.3%}" in done.stdout
+    for options, problem in (
+        (("--cuda-graph", "30%"), "--cuda-graph: got 30%; allowed: from 0 to 0.2, such as 0.01 or 1%"),
+        (("--cuda-graph", "1%", "--lower-while-waiting"), "--lower-while-waiting: got it; allowed: nothing with"),
+    ):
+        refused = perseus(*job, *options)
+        assert refused.returncode == 2
+        assert problem in refused.stderr

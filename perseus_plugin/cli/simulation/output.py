@@ -30,7 +30,7 @@ def outcome_row(outcome: Outcome) -> dict[str, Any]:
         "power_budget_w": outcome.aim.power_budget_w,
     }
     names = ("scale", "deadline_s", "full_clock_s", "full_clock_j", "iteration_s", "energy_j", "bound_j", "saving")
-    for name in (*names, "slowdown", "gap", "most_changes", "left_alone_j"):
+    for name in (*names, "slowdown", "gap", "most_changes", "left_alone_j", "graph_saving", "graph_slowdown"):
         row[name] = None if figures is None else getattr(figures, name)
     return {**row, "error": outcome.error or None}
 

@@ -10,6 +10,7 @@ from functools import partial
 from perseus_plugin.errors import PerseusError, PlanError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import INPUT_SHARE, Compute, StageStream
+from perseus_plugin.planning.graphed import Replays, replays
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.process import planner_for
@@ -93,6 +94,19 @@ class Aim:
 
 
 @dataclass(frozen=True, slots=True)
+class Graph:
+    """Of steps that are one CUDA graph.
+
+    Attributes:
+        jitter: see `planning.graphed.replays`.
+        change_s: how long a clock change takes.
+    """
+
+    jitter: float
+    change_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """What the plan of a scenario promises: `perseus plan` for the same input says the same.
 
@@ -106,6 +120,7 @@ class Figures:
         bound_j: no plan takes less.
         most_changes: clock changes per iteration in the stage that has most.
         left_alone_j: under the plan that is made if no wait gets a lower clock; None if none does.
+        graphed: what comes of the plan in a step that is one CUDA graph; None: that was not asked for.
     """
 
     scale: float
@@ -117,6 +132,17 @@ class Figures:
     bound_j: float
     most_changes: int
     left_alone_j: float | None = None
+    graphed: Replays | None = None
+
+    @property
+    def graph_saving(self) -> float | None:
+        """Energy saved against full clocks in such a step, as a share."""
+        return None if self.graphed is None else self.graphed.saving
+
+    @property
+    def graph_slowdown(self) -> float | None:
+        """Time of such a step beyond that at full clocks, as a share."""
+        return None if self.graphed is None else self.graphed.slowdown
 
     @property
     def saving(self) -> float:
@@ -159,6 +185,7 @@ def simulate(
     limits: ChangeLimits | None = None,
     dwell_latency_s: float | None = None,
     effort: Effort = "quick",
+    graph: Graph | None = None,
 ) -> Iterator[Outcome]:
     """Plan every combination, one outcome after the other.
 
@@ -174,7 +201,10 @@ def simulate(
         limits: as for a plan.
         dwell_latency_s: how long a clock change takes, where the dwell follows from it; None: `limits` has it.
         effort: as for a plan.
+        graph: steps are one CUDA graph, whose clocks change by host time; waits get no lower clocks then.
     """
+    if graph is not None:
+        switch_latency_s = None
     for pipeline in pipelines:
         for schedule in schedules:
             for microbatches in schedule.microbatches:
@@ -189,6 +219,7 @@ def simulate(
                     limits or ChangeLimits(),
                     dwell_latency_s,
                     effort,
+                    graph,
                 )
 
 
@@ -202,6 +233,7 @@ def _of_one(
     limits: ChangeLimits,
     dwell_latency_s: float | None,
     effort: Effort,
+    graph: Graph | None,
 ) -> Iterator[Outcome]:
     planner: Planner | None = None
     leaves_alone: Planner | None = None
@@ -220,7 +252,7 @@ def _of_one(
         figures, reason = None, why_not
         if planner is not None:
             try:
-                figures = _figures(planner, leaves_alone, scale, aim, limits, effort)
+                figures = _figures(planner, leaves_alone, scale, aim, limits, effort, graph)
             except PerseusError as error:
                 reason = str(error)
         yield Outcome(pipeline.gpu, pipeline.stages, pipeline.split, schedule.name, count, aim, figures, reason)
@@ -269,6 +301,7 @@ def _figures(
     aim: Aim,
     limits: ChangeLimits,
     effort: Effort,
+    graph: Graph | None,
 ) -> Figures:
     target = aim.target(planner.problem.full_clock_time_s)
     plan = planner.plan(target, limits, effort)
@@ -288,4 +321,5 @@ def _figures(
         bound_j=plan.energy_lower_bound_j,
         most_changes=max(plan.clock_changes(stage) for stage in range(len(plan.stages))),
         left_alone_j=None if alone is None else alone.energy_j,
+        graphed=None if graph is None else replays(planner.problem, plan, graph.change_s, graph.jitter),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from perseus_plugin.cli.simulation.scenarios import Aim, Outcome, Pipeline, Workload, simulate
+from perseus_plugin.cli.simulation.scenarios import Aim, Graph, Outcome, Pipeline, Workload, simulate
 from perseus_plugin.errors import ScheduleError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import SCHEDULES
@@ -153,3 +153,25 @@ def test_published_profiles_give_the_planners_figures(name: str, power_w: float)
         plan = make(graph, profile, target=target)
         assert outcome.figures.energy_j == plan.energy_j
         assert outcome.figures.saving == plan.saving
+
+
+def test_a_step_that_is_one_graph_has_figures_of_its_own_and_its_waits_are_left_alone() -> None:
+    def told(kinds: object) -> Profile:
+        rows = factories.profile(4).rows()
+        return Profile.from_rows((s, k, replace(m, blocking_power_w=m.frequency_mhz / 20)) for s, k, m in rows)
+
+    several = [Pipeline(told, factories.BLOCKING_W, 4)]
+    limits = ChangeLimits(max_changes=6)
+    graph = Graph(jitter=0.005, change_s=0.001)
+    graphed = only(
+        list(simulate(several, [named("1f1b", 6)], [Aim()], switch_latency_s=0.001, limits=limits, graph=graph))
+    ).figures
+    alone = only(list(simulate(several, [named("1f1b", 6)], [Aim()], limits=limits))).figures
+    assert graphed is not None
+    assert alone is not None
+    assert (graphed.energy_j, graphed.left_alone_j) == (alone.energy_j, None)
+    assert (alone.graph_saving, alone.graph_slowdown) == (None, None)
+    assert graphed.graph_saving is not None
+    assert graphed.graph_slowdown is not None
+    assert 0.9 * graphed.saving < graphed.graph_saving < 1.01 * graphed.saving
+    assert graphed.graph_slowdown < 0.005

@@ -7,6 +7,9 @@ up: iterations of a second under a plan, and that ranks of a group are on a mach
 machines and ranks that are not here. That mix is then replayed in full, over as many connections as there are machines,
 and the time of the store's process is read from the kernel.
 
+*Planned steps*: what one that is planned for its own batch takes, as rank 0 passes a part on to each stage of each
+pipeline, and every rank fetches its own. Made up: the numbers in them.
+
 *Start-up*: `--start` ranks, threads of some processes, meet and agree on a profile, each with clients of its own.
 
     python benchmarks/store_traffic.py
@@ -15,10 +18,12 @@ and the time of the store's process is read from the kernel.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import multiprocessing
 import os
+import random
 import resource
 import secrets
 import subprocess
@@ -30,6 +35,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +52,17 @@ from perseus_plugin.exchange.messages import (
     PlanPart,
     PlanParts,
     RankFacts,
+    batch_key,
     facts_key,
     part_key,
 )
+from perseus_plugin.exchange.packing import packed
 from perseus_plugin.exchange.store import StoreExchange, meet, wait_for
 from perseus_plugin.iteration.instructions import Compute, Constant
 from perseus_plugin.iteration.record import IterationRecord, hooked_operations
 from perseus_plugin.iteration.timetable import Round, Timetable
 from perseus_plugin.leader.job import Job
+from perseus_plugin.planning.batch_process import MOST_INSTRUCTIONS, PlannedStep
 from perseus_plugin.profiling.known import Known
 from perseus_plugin.reporting.live.relay import FigureRelay
 from perseus_plugin.session.lifetime import Lifetime
@@ -275,6 +284,37 @@ def call(client: TCPStore, name: str, size: int) -> None:
             client.delete_key("k/none")
 
 
+# Planned steps.
+
+
+def planned_step(ranks: int) -> tuple[int, int, float, float, int, float]:
+    """Calls of rank 0, bytes, its seconds, its processor seconds; calls of all ranks, the store's processor seconds."""
+    replicas, count = ranks // STAGES, 2 * MICROBATCHES
+
+    def part() -> str:
+        options = {
+            str(place): [(1410 - 15 * row, random.random(), 100 + 200 * random.random()) for row in range(5)]
+            for place in range(count)
+        }
+        return packed({"times_s": [random.random() for _ in range(3 * count)], "options": options})
+
+    line = json.dumps(asdict(PlannedStep([[part() for _ in range(STAGES)] for _ in range(replicas)])))
+    with host() as served:
+        asked = Counting(served.client())
+        client, before_s = StoreClient(asked, "p"), served.cpu_s()
+        begun_s, cpu_s = time.monotonic(), time.process_time()
+        step = PlannedStep(**json.loads(line))
+        for replica, stages in enumerate(step.replicas):
+            for stage, packed_part in enumerate(stages):
+                client.publish(batch_key(0, replica, stage), packed_part)
+        took_s, cpu_s = time.monotonic() - begun_s, time.process_time() - cpu_s
+        told = sum(asked.calls.values())
+        for rank in range(ranks):
+            assert client.fetch(batch_key(0, rank // STAGES, rank % STAGES))
+        client.close()
+        return told, len(line), took_s, cpu_s, sum(asked.calls.values()) - told, served.cpu_s() - before_s
+
+
 # Start-up.
 
 
@@ -344,12 +384,25 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[1000, 10_000])
     parser.add_argument("--nodes", type=int, default=3, help="machines that are really here")
     parser.add_argument("--seconds", type=float, default=100.0)
+    parser.add_argument("--batches", action="store_true", help="only what planned steps take")
     parser.add_argument("--start", type=int, default=256, help="ranks whose start-up is measured, 0: none")
     parser.add_argument("--processes", type=int, default=4, help="that the ranks which start are threads of")
     arguments = parser.parse_args()
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of the processes that are started
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     logging.getLogger("perseus_plugin").setLevel(logging.ERROR)
+    if arguments.batches:
+        table(
+            [("ranks", "calls of rank 0", "bytes", "seconds", "CPU", "calls of all", "CPU of the store"), ("---",) * 7]
+        )
+        for ranks in arguments.ranks:
+            if ranks * 2 * MICROBATCHES > MOST_INSTRUCTIONS:
+                table([(f"{ranks:,}", "not planned for: more than can be in time", *("",) * 5)])
+                continue
+            calls, size, took_s, cpu_s, fetches, stores_s = planned_step(ranks)
+            row = (f"{calls:,}", f"{size:,}", f"{took_s:.2f} s", f"{cpu_s:.2f} s", f"{fetches:,}", f"{stores_s:.2f} s")
+            table([(f"{ranks:,}", *row)])
+        return
     table([("ranks", "calls per rank and second", "calls per second", "connections", "of a core"), ("---",) * 5])
     for ranks in arguments.ranks:
         per_node = counted(ranks, arguments.nodes, arguments.seconds)

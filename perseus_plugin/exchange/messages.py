@@ -520,7 +520,7 @@ def part_key(version: int, stage: int) -> str:
 
 
 def batch_key(iteration: int, replica: int, stage: int) -> str:
-    """Where rank 0 publishes a `BatchPart`; a later iteration's takes its place."""
+    """Where rank 0 publishes a `BatchPart`, packed; a later iteration's takes its place."""
     return f"batch/{iteration % _BATCHES_AT_ONCE}/{replica}/{stage}"
 
 

@@ -12,18 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from perseus_plugin.exchange.client import ExchangeError
 from perseus_plugin.exchange.messages import (
     BATCHES,
     WORKS,
     AnnouncedWork,
     BatchNews,
     BatchPart,
-    CatchUpPart,
     Placement,
     batch_key,
     durations_key,
     receive,
 )
+from perseus_plugin.exchange.packing import unpacked
 from perseus_plugin.exchange.store import Exchange
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.record import IterationRecord
@@ -31,7 +32,7 @@ from perseus_plugin.iteration.timetable import REFERENCE, Directive, Follow
 from perseus_plugin.leader.batch_book import BatchBook, BatchWatch
 from perseus_plugin.leader.recent import FEWEST, RecentIterations, together
 from perseus_plugin.leader.state import JobState, Phase
-from perseus_plugin.planning.batch_process import Learned, Lesson, PlannedStep, StageOfBatch, Works
+from perseus_plugin.planning.batch_process import MOST_INSTRUCTIONS, Learned, Lesson, PlannedStep, Works
 from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.profiling.same_work import Works as StepWorks
 from perseus_plugin.reporting.record.summary import BatchesSection
@@ -50,7 +51,7 @@ class BatchPlannerProcess(Protocol):
     @property
     def busy(self) -> bool: ...
     def learn(self, lesson: Lesson) -> None: ...
-    def plan(self, works: Works) -> None: ...
+    def plan(self, works: Works, iteration: int, base: int) -> None: ...
     def poll(self) -> Learned | PlannedStep | None: ...
     def close(self) -> None: ...
 
@@ -113,6 +114,7 @@ class BatchDesk:
         self._ended = ""
         self._was_right = False
         self._failures = 0
+        self._sizes: dict[str, int] = {}  # instructions of a step, by schedule
         self._said: set[str] = set()
 
     @property
@@ -178,21 +180,23 @@ class BatchDesk:
             self._book.take(receive(AnnouncedWork, value))
         if self._ended or not self._book.known:
             return
-        if self._process is None:
-            self._process = self._start()
         subject = self._subject_of(state)
         if subject != self._subject:
             self._before = self._learned or self._before
             self._subject, self._learned, self._learn_at_s, self._learned_from = subject, None, now_s, None
         self._take_answer(now_s, news_take_s)
-        if subject is None or self._process.busy or self._ended:
+        if subject is None or self._ended:
+            return
+        if self._process is None:
+            self._process = self._start()
+        if self._process.busy:
             return
         if self._learned is not None and not self._learned.why_not:
             microbatches, takes_s = subject.microbatches, news_take_s + _MARGIN * self._plan_takes_s
             iteration = self._book.next_in_time(microbatches, self._planned_up_to, now_s, takes_s)
             works = None if iteration is None else self._book.of(iteration, microbatches)
             if iteration is not None and works is not None and self._may_tell(iteration, now_s, news_take_s):
-                self._process.plan(works)
+                self._process.plan(works, iteration, subject.base)
                 self._asked = _Asked(subject, iteration, now_s)
                 return
         if now_s >= self._learn_at_s:
@@ -215,9 +219,26 @@ class BatchDesk:
         if newest not in state.plans or newest not in state.requests:
             return None
         request = state.requests[newest]
-        if request.target.kind != "slowdown" or request.limit is not None:
+        if request.target.kind != "slowdown" or request.limit is not None or self._too_many(request):
             return None
         return _Subject(request, news.version, state.plans.of(newest).microbatches)
+
+    def _too_many(self, request: PlanRequest) -> bool:
+        """Whether a step is too large to be planned for while others run."""
+        if request.schedule not in self._sizes:
+            of_one = sum(isinstance(one, Compute) for stream in request.streams for one in stream)
+            self._sizes[request.schedule] = of_one * self._placement.replicas
+        size = self._sizes[request.schedule]
+        if size > MOST_INSTRUCTIONS and "too many" not in self._said:
+            self._said.add("too many")
+            why = f"a step has {size} instructions in all pipelines together (most: {MOST_INSTRUCTIONS})"
+            self._before = Learned(why)
+            logger.warning(
+                "batches are not planned for one by one: %s, and planning would take too long. Such iterations follow "
+                "the job's usual plan; nothing needs to be done",
+                why,
+            )
+        return size > MOST_INSTRUCTIONS
 
     def _learn(self, subject: _Subject, state: JobState, now_s: float) -> None:
         told = self._exchange.fetch(durations_key(self._placement.rank))
@@ -253,7 +274,7 @@ class BatchDesk:
         elif asked.iteration is not None:
             self._plan_takes_s = now_s - asked.at_s
             if self._book.begins_s(asked.iteration) >= now_s + news_take_s:  # else some would hear of it too late
-                self._tell(asked.subject, asked.iteration, answer, now_s)
+                self._tell(asked.iteration, answer, now_s)
 
     def _take_lesson(self, learned: Learned) -> None:
         before, self._learned = self._learned, learned
@@ -312,16 +333,21 @@ class BatchDesk:
         )
         self.close()
 
-    def _tell(self, subject: _Subject, iteration: int, step: PlannedStep, now_s: float) -> None:
+    def _tell(self, iteration: int, step: PlannedStep, now_s: float) -> None:
+        try:
+            own = receive(BatchPart, unpacked(step.replicas[self._placement.replica][self._placement.stage]))
+        except (ExchangeError, IndexError) as error:
+            self._fail(
+                f"what plans batches tells of no plan: {error}", "see to its version (perseus.planner.python)", now_s
+            )
+            return
         for replica, stages in enumerate(step.replicas):
-            for stage, of_stage in enumerate(stages):
-                part = _part(subject, iteration, step, of_stage)
-                self._exchange.publish(batch_key(iteration, replica, stage), part.model_dump())
+            for stage, part in enumerate(stages):
+                self._exchange.publish(batch_key(iteration, replica, stage), part)
         self._planned_up_to = iteration
         self._told = [*self._told, (iteration, now_s)][-_TELL_AGAIN:]
         self._exchange.tell_all(BATCHES, BatchNews(iterations=tuple(one for one, _ in self._told)).model_dump())
-        own = step.replicas[self._placement.replica][self._placement.stage]
-        self._pace_s[iteration] = step.pace_s, own.times_s
+        self._pace_s[iteration] = own.pace_s, own.times_s
 
     def close(self) -> None:
         """End the process."""
@@ -331,31 +357,3 @@ class BatchDesk:
 
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
-
-
-def _part(subject: _Subject, iteration: int, step: PlannedStep, of: StageOfBatch) -> BatchPart:
-    catch_up = None
-    if of.options:
-        kinds = tuple(str(place) for place in range(len(of.clocks_mhz)))  # each has options of its own
-        catch_up = CatchUpPart(
-            latest_starts_s=tuple(of.latest_starts_s),
-            usual_delays_s=tuple(of.usual_delays_s),
-            kinds=kinds,
-            options={
-                kind: tuple((int(clock), time_s, watts) for clock, time_s, watts in rows)
-                for kind, rows in zip(kinds, of.options, strict=True)
-            },
-            size_weight=0.0,
-            dwell_s=subject.request.min_dwell_s,
-        )
-    return BatchPart(
-        version=0,
-        schedule=subject.request.schedule,
-        clocks_mhz=tuple(of.clocks_mhz),
-        times_s=tuple(of.times_s),
-        catch_up=catch_up,
-        iteration=iteration,
-        base=subject.base,
-        pace_s=step.pace_s,
-        usual_s=step.usual_s,
-    )

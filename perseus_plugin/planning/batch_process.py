@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from perseus_plugin.errors import PerseusError, os_problem
+from perseus_plugin.exchange.packing import packed
 from perseus_plugin.planning.child import Child, ChildLostError
 from perseus_plugin.planning.process import (
     allowed_slowdown,
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from perseus_plugin.profiling.work_model import WorkModel
 
 _RAISED_TO = 4  # clocks that a late instruction may be raised to
-_LEARN_LIMIT_S, _STEP_LIMIT_S, _IDLE_S = 120.0, 30.0, 60.0
+_LEARN_LIMIT_S, _STEP_LIMIT_S, _IDLE_S = 900.0, 60.0, 60.0
+MOST_INSTRUCTIONS = 100_000
+"""Of a step, in all pipelines together, that can be planned for while others run: that takes about 25 s."""
 
 Works = Sequence[Sequence[float]]
 """Of one step: per replica and microbatch."""
@@ -84,36 +87,16 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class StageOfBatch:
-    """What the ranks of one stage need to know of one step's plan; see `messages.PlanPart` and `CatchUpPart`.
-
-    Attributes:
-        clocks_mhz, times_s, latest_starts_s, usual_delays_s: per instruction.
-        options: per instruction (clock, time, power above that of waiting), fastest first, its own clock last.
-    """
-
-    clocks_mhz: Sequence[int]
-    times_s: Sequence[float]
-    latest_starts_s: Sequence[float]
-    usual_delays_s: Sequence[float]
-    options: Sequence[Sequence[Sequence[float]]]
-
-
-@dataclass(frozen=True)
 class PlannedStep:
     """One step's plans.
 
     Attributes:
-        replicas: per replica and stage.
-        pace_s: how long the step takes at full clocks.
-        usual_s: the same of a usual one.
+        replicas: per replica and stage a `messages.BatchPart`, packed: they are many, and rank 0 only passes them on.
         why_not: why there are none; empty: there are.
         lost: there are none, as the process was lost.
     """
 
-    replicas: Sequence[Sequence[StageOfBatch]] = ()
-    pace_s: float = 0.0
-    usual_s: float = 0.0
+    replicas: Sequence[Sequence[str]] = ()
     why_not: str = ""
     lost: bool = False
 
@@ -123,6 +106,7 @@ class Pupil:
 
     def __init__(self) -> None:
         self._planner: BatchPlanner | None = None
+        self._request: PlanRequest | None = None
         self._model: WorkModel | None = None
         self._delays_s: FloatArray | None = None
         self._slowdown = 0.0
@@ -180,26 +164,37 @@ class Pupil:
             return replace(known, why_not=text)
         if held is not None and held.kept and not is_much_better(replayed, held, promise):
             return replace(known, why_not="the job's plan is as good")
-        self._planner, self._model = chosen.planner, model
+        self._planner, self._model, self._request = chosen.planner, model, request
         self._delays_s = usual_delays(problem, samples)
         return known
 
-    def plan(self, works: Works) -> PlannedStep:
+    def plan(self, works: Works, iteration: int = 0, base: int = 0) -> PlannedStep:
         """Plan a step.
+
+        Args:
+            works: of it.
+            iteration, base: see `messages.BatchPart`.
 
         Raises:
             PerseusError: there is no such plan.
         """
         from perseus_plugin.planning.batches import sizes_of
 
-        if self._planner is None or self._model is None or self._delays_s is None:
+        if self._planner is None or self._model is None or self._delays_s is None or self._request is None:
             return PlannedStep(why_not="nothing has been learned")
         usual, model = self._planner.problem, self._model
         plans = self._planner.step([sizes_of(usual, model.of, of) for of in works])
+        about = {
+            "version": 0,
+            "schedule": self._request.schedule,
+            "iteration": iteration,
+            "base": base,
+            "pace_s": max(plan.problem.full_clock_time_s for plan in plans),
+            "usual_s": usual.full_clock_time_s,
+        }
+        dwell_s = self._request.min_dwell_s
         return PlannedStep(
-            [_stages(plan, self._delays_s) for plan in plans],
-            max(plan.problem.full_clock_time_s for plan in plans),
-            usual.full_clock_time_s,
+            [[packed({**about, **of}) for of in _stages(plan, self._delays_s, dwell_s)] for plan in plans]
         )
 
 
@@ -250,42 +245,46 @@ def _held(request: PlanRequest, problem: PlanningProblem, promise: Promise) -> R
     return held_against(request.in_force, replay, promise, latency_s, 0.0 * problem.full_clock_s)
 
 
-def _stages(batch: BatchPlan, delays_s: FloatArray) -> list[StageOfBatch]:
+def _stages(batch: BatchPlan, delays_s: FloatArray, dwell_s: float) -> list[dict[str, Any]]:
+    """What the ranks of each stage need to know; see `messages.PlanPart` and `CatchUpPart`."""
     from perseus_plugin.planning.replay import clocks_of
 
-    problem = batch.problem
+    problem, late = batch.problem, batch.catch_up
     clocks = clocks_of(batch.plan, problem.graph)
     planned_s = problem.planned_s(clocks)
-    found = []
+    found: list[dict[str, Any]] = []
     for nodes in problem.graph.stage_nodes:
         own = nodes[problem.class_of[nodes] >= 0]
-        late = batch.catch_up
-        found.append(
-            StageOfBatch(
-                clocks_mhz=clocks[own].tolist(),
-                times_s=planned_s[own].tolist(),
-                latest_starts_s=[] if late is None else late.latest_start_s[own].tolist(),
-                usual_delays_s=[] if late is None else delays_s[own].tolist(),
-                options=[]
-                if late is None
-                else [
-                    _raised(problem.classes[problem.class_of[node]], float(planned_s[node])) for node in own.tolist()
-                ],
-            )
-        )
+        found.append({"clocks_mhz": clocks[own].tolist(), "times_s": _short(planned_s[own])})
+        if late is not None:
+            found[-1]["catch_up"] = {
+                "latest_starts_s": _short(late.latest_start_s[own]),
+                "usual_delays_s": _short(delays_s[own]),
+                "kinds": [str(place) for place in range(len(own))],  # each has options of its own
+                "options": {
+                    str(place): _raised(problem.classes[problem.class_of[node]], float(planned_s[node]))
+                    for place, node in enumerate(own.tolist())
+                },
+                "size_weight": 0.0,
+                "dwell_s": dwell_s,
+            }
     return found
 
 
-def _raised(options: ClockOptions, planned_s: float) -> list[list[float]]:
+def _short(numbers: FloatArray) -> list[float]:
+    """The numbers to ten digits, which no clock tells apart, and which halves what has to be told."""
+    return [float(f"{number:.10g}") for number in numbers.tolist()]
+
+
+def _raised(options: ClockOptions, planned_s: float) -> list[tuple[int, float, float]]:
     """Few clocks that are no slower than planned, with what they take: the fastest, and those evenly between."""
     import numpy as np
 
     count = max(1, int(np.searchsorted(options.time_s, planned_s * (1 + 1e-9), side="right")))
-    chosen = np.unique(np.linspace(0, count - 1, _RAISED_TO + 1).round().astype(int)).tolist()
-    return [
-        [int(options.frequency_mhz[i]), float(options.time_s[i]), float(options.energy_j[i] / options.time_s[i])]
-        for i in chosen
-    ]
+    chosen = np.unique(np.linspace(0, count - 1, _RAISED_TO + 1).round().astype(int))
+    clocks, times_s = options.frequency_mhz[chosen].tolist(), _short(options.time_s[chosen])
+    watts = [round(one, 3) for one in (options.energy_j[chosen] / options.time_s[chosen]).tolist()]
+    return list(zip(clocks, times_s, watts, strict=True))
 
 
 class BatchProcess:
@@ -313,15 +312,15 @@ class BatchProcess:
 
         self._submit(pieces, _LEARN_LIMIT_S, lambda data: Learned(**data), lambda why: Learned(why, lost=True))
 
-    def plan(self, works: Works) -> None:
+    def plan(self, works: Works, iteration: int, base: int) -> None:
         """Begin to plan a step."""
-
-        def read(data: dict[str, Any]) -> PlannedStep:
-            replicas = [[StageOfBatch(**stage) for stage in stages] for stages in data["replicas"]]
-            return PlannedStep(replicas, data["pace_s"], data["usual_s"], data["why_not"])
-
-        line = json.dumps({"plan": [list(of) for of in works]})
-        self._submit(lambda: [line], _STEP_LIMIT_S, read, lambda why: PlannedStep(why_not=why, lost=True))
+        line = json.dumps({"plan": [list(of) for of in works], "iteration": iteration, "base": base})
+        self._submit(
+            lambda: [line],
+            _STEP_LIMIT_S,
+            lambda data: PlannedStep(**data),
+            lambda why: PlannedStep(why_not=why, lost=True),
+        )
 
     def poll(self) -> Learned | PlannedStep | None:
         """The answer, once; None while there is none."""
@@ -377,7 +376,7 @@ def answered(pupil: Pupil, line: str) -> str:
     try:
         data = json.loads(line)
         if "plan" in data:
-            return json.dumps(asdict(pupil.plan(data["plan"])))
+            return json.dumps(asdict(pupil.plan(data["plan"], data["iteration"], data["base"])))
         return json.dumps(asdict(pupil.learn(Lesson(PlanRequest.from_dict(data["learn"]), data["works"]))))
     except Exception as failure:
         reason = str(failure) if isinstance(failure, PerseusError) else repr(failure)

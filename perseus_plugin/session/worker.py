@@ -48,6 +48,7 @@ from perseus_plugin.exchange.messages import (
     recheck_key,
     stats_key,
 )
+from perseus_plugin.exchange.packing import unpacked
 from perseus_plugin.exchange.parts import part_for, with_batch, with_newest
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.record import IterationRecord
@@ -564,7 +565,7 @@ class SessionWorker:
             if iteration <= self._newest_batch:
                 continue
             found = self._exchange.fetch(batch_key(iteration, place.replica, place.stage))
-            part = None if found is None else receive(BatchPart, found)
+            part = None if found is None else receive(BatchPart, unpacked(found))
             if part is None or part.iteration != iteration:
                 continue  # a newer one has taken its place
             self._check_clocks([part])

@@ -23,12 +23,14 @@ from perseus_plugin.exchange.messages import (
     estimate_key,
     receive,
 )
+from perseus_plugin.exchange.packing import packed, unpacked
 from perseus_plugin.exchange.parts import Parts, batch_part, with_batch
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.timetable import Follow, Sweep
+from perseus_plugin.leader import batch_desk
 from perseus_plugin.leader.batch_book import BatchBook, BatchWatch
 from perseus_plugin.leader.state import Phase
-from perseus_plugin.planning.batch_process import Learned, Lesson, PlannedStep, Pupil, StageOfBatch, Works, answered
+from perseus_plugin.planning.batch_process import Learned, Lesson, PlannedStep, Pupil, Works, answered
 from tests.factories import CLOCKS_MHZ, placement, rank_estimate, record, time_s
 from tests.leader.rank_zero import FULL_S, SCHEDULES, RankZero
 
@@ -46,8 +48,8 @@ class InThisProcess:
     def learn(self, lesson: Lesson) -> None:
         self._ask({"learn": lesson.request.to_dict(), "works": lesson.works})
 
-    def plan(self, works: Works) -> None:
-        self._ask({"plan": works})
+    def plan(self, works: Works, iteration: int, base: int) -> None:
+        self._ask({"plan": works, "iteration": iteration, "base": base})
 
     def _ask(self, what: dict[str, Any]) -> None:
         assert not self.busy
@@ -58,8 +60,7 @@ class InThisProcess:
         data = json.loads(answered(self.pupil, self.lines[-1]))
         self.busy = False
         if "replicas" in data:
-            replicas = [[StageOfBatch(**stage) for stage in stages] for stages in data.pop("replicas")]
-            self.answer = PlannedStep(replicas, **data)
+            self.answer = PlannedStep(**data)
         else:
             self.answer = Learned(**data)
 
@@ -153,7 +154,7 @@ class Announced(RankZero):
             self.step()
 
     def part(self, iteration: int, stage: int) -> BatchPart:
-        return receive(BatchPart, self.exchange.fetch(batch_key(iteration, 0, stage)))
+        return receive(BatchPart, unpacked(self.exchange.fetch(batch_key(iteration, 0, stage))))
 
     @property
     def heard(self) -> tuple[int, ...]:
@@ -182,7 +183,7 @@ def test_a_step_is_planned_for_before_it_runs(job: Announced, caplog: pytest.Log
     wanted = job.iteration + 4
     job.announce(wanted)
     job.look()
-    assert json.loads(job.process.lines[-1]) == {"plan": [list(works_of(wanted))]}
+    assert json.loads(job.process.lines[-1])["plan"] == [list(works_of(wanted))]
     job.process.finish()
     job.look()
     assert job.heard == (wanted,)
@@ -344,6 +345,39 @@ def test_a_lost_process_learns_anew_and_at_last_gives_way_to_the_usual_plan(
     assert "see to what is announced" not in caplog.text
     assert job.process.closed
     assert job.coordinator.phase is Phase.FOLLOWING
+
+
+@pytest.mark.parametrize("part", [packed({"iteration": 1}), "nothing", ""])
+def test_what_plans_nothing_that_can_be_followed_is_told_to_nobody(
+    job: Announced, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    job.learned()
+    job.iterate(9)
+    job.announce(job.iteration + 4)
+    job.look()
+    job.process.answer, job.process.busy = PlannedStep([[part, part]]), False
+    job.look()
+    assert "how to plan for single batches is learned anew: what plans batches tells of no plan: " in caplog.text
+    assert job.heard == ()
+
+
+def test_steps_that_are_too_large_are_not_planned_for_and_that_is_said_once(
+    job: Announced, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(isinstance(op, Compute) for stage in (0, 1) for op in SCHEDULES["A"](stage))
+    monkeypatch.setattr(batch_desk, "MOST_INSTRUCTIONS", size - 1)
+    for _ in range(3):
+        numbers = range(job.iteration, job.iteration + 9)
+        job.announce(*numbers)
+        job.iterate(9)
+        job.tell_durations(*numbers)
+        job.look()
+    assert not job.process.lines
+    why = f"a step has {size} instructions in all pipelines together (most: {size - 1})"
+    assert caplog.text.count(f"batches are not planned for one by one: {why}, and planning would take too long") == 1
+    assert job.coordinator.batches is not None
+    assert job.coordinator.batches.figures is not None
+    assert job.coordinator.batches.figures.ended == why
 
 
 def test_numbers_for_other_microbatches_are_said_once(job: Announced, caplog: pytest.LogCaptureFixture) -> None:

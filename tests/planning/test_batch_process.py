@@ -12,7 +12,7 @@ def answer_of(python: Path | None) -> PlannedStep:
     woken = threading.Event()
     process = BatchProcess(woken.set, None if python is None else str(python))
     try:
-        process.plan([[1.0, 2.0]])
+        process.plan([[1.0, 2.0]], 7, 1)
         assert woken.wait(60)
         answer = process.poll()
     finally:
@@ -32,7 +32,7 @@ def test_it_runs_in_the_python_that_plans(tmp_path: Path) -> None:
     assert absent.lost
     assert absent.why_not.startswith("the process that plans batches cannot be started: ")
     assert "No such file or directory" in absent.why_not
-    python.write_text('#!/bin/sh\nread line\nprintf \'{"replicas": [], "pace_s": 0, "usual_s": 0, \'\n')
+    python.write_text("#!/bin/sh\nread line\nprintf '{\"replicas\": [], '\n")
     with python.open("a") as script:
         script.write('printf \'"why_not": "another Python"}\\n\'\n')
     python.chmod(0o755)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from perseus_plugin.exchange.packing import unpacked
 from perseus_plugin.gpus.emulated.physics import A100
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.replayed import InForce, Samples
@@ -64,10 +65,10 @@ def test_a_step_planned_by_its_work_takes_no_longer_and_saves_more_than_the_usua
     took = np.zeros((3, 2))  # full clocks, the usual plan, a plan of its own; time and energy
     for step in range(100, 100 + STEPS):
         sizes = [work / 1000 for work in works_of(step)]
-        own = pupil.plan([works_of(step)]).replicas[0]
+        own = [unpacked(part) for part in pupil.plan([works_of(step)]).replicas[0]]
         took[0] += at_full(step)[:2]
         took[1] += job.iterate(lambda stage, slot: clocks[stage][slot], top_mhz, sizes)[:2]
-        took[2] += job.iterate(lambda stage, slot, own=own: own[stage].clocks_mhz[slot], top_mhz, sizes)[:2]
+        took[2] += job.iterate(lambda stage, slot, own=own: own[stage]["clocks_mhz"][slot], top_mhz, sizes)[:2]
     ratio = took / took[0]
     assert ratio[2, 0] <= 1.002
     assert ratio[2, 1] < ratio[1, 1] - 0.005

@@ -44,6 +44,7 @@ from perseus_plugin.exchange.messages import (
     stats_key,
     windows_key,
 )
+from perseus_plugin.exchange.packing import packed
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.references import is_reference
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
@@ -687,7 +688,7 @@ def publish_batch(rank: Rank, iteration: int, mhz: int = 810, stage: int = 1) ->
         pace_s=0.5,
         usual_s=0.4,
     )
-    rank.exchange.publish(batch_key(iteration, 0, stage), part.model_dump())
+    rank.exchange.publish(batch_key(iteration, 0, stage), packed(part.model_dump()))
 
 
 def test_plans_of_batches_are_fetched_once_they_are_told_of(ranks: Ranks) -> None:

@@ -128,6 +128,8 @@ def show(found: Findings, to: Console) -> None:
         say("Emulated GPUs: figures are a model's, not a GPU's.", to)
     for name, value, more in headline(found):
         say(f"  {name}: {value}" + (f" ({more})" if more else ""), to)
+    for text in found.explained:
+        to.print(text)
     for rows in (comparison(folder), budget_rows(found), valued_rows(found), worth_rows(found)):
         if rows:
             to.print(_table(rows))

@@ -33,6 +33,7 @@ def report_to_json(found: Findings) -> str:
         "projections": [asdict(one) for one in found.projections],
         "rates": asdict(found.options.rates),
         "happenings": [asdict(one) for one in found.marks],
+        "explained": list(found.explained),
         "origin": list(found.origin),
         "missing": list(folder.missing),
         "summary": None if folder.summary is None else folder.summary.model_dump(by_alias=True),

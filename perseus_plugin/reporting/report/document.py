@@ -37,6 +37,10 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; }
 .card b { display: block; font-size: 25px; line-height: 1.25; }
 .wide { overflow-x: auto; }
+.beside { display: flex; flex-wrap: wrap; gap: 8px 32px; align-items: flex-start; }
+.beside > .wide { max-width: 100%; }
+.beside > .muted { flex: 1 1 300px; font-size: 14px; }
+.beside li { margin-bottom: 6px; }
 table { border-collapse: collapse; margin: 8px 0; }
 th, td { text-align: right; padding: 5px 14px; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; }

@@ -11,12 +11,13 @@ from perseus_plugin.errors import PerseusError
 from perseus_plugin.iteration.timetable import REFERENCE
 from perseus_plugin.reporting.record.iterations import FULL, PLAN, PROFILING, STRAGGLER, WARM_UP, Stretch
 from perseus_plugin.reporting.record.recorder import MAX_DEVIATIONS
-from perseus_plugin.reporting.record.records import RankRecord, Series
+from perseus_plugin.reporting.record.records import Series
 from perseus_plugin.reporting.record.samples import Sample
 from perseus_plugin.reporting.report.baseline import by_schedule
 from perseus_plugin.reporting.report.budgets import BudgetAsRun, as_run
 from perseus_plugin.reporting.report.folder import JobFolder
 from perseus_plugin.reporting.report.lanes import Lanes, full_clock_lanes, planned_lanes, recorded_lanes
+from perseus_plugin.reporting.report.origin import explained, origin
 from perseus_plugin.reporting.report.reigns import Reign, reigns
 from perseus_plugin.reporting.report.worth import (
     HOURS_PER_YEAR,
@@ -83,6 +84,7 @@ class Findings:
         waiting_j: energy of waiting GPUs per iteration, at full clocks and under the plan, one GPU per stage.
         lowered_j: what the plan's waits save by clocks of their own, per iteration, one GPU per stage; None: nothing.
         samples: per iteration of the job.
+        explained: what the headline is of, and why it differs from the timeline, sentence by sentence.
         origin: where the figures come from, sentence by sentence.
     """
 
@@ -102,6 +104,7 @@ class Findings:
     waiting_j: tuple[float, float] | None
     lowered_j: float | None
     samples: int | None
+    explained: list[str]
     origin: list[str]
 
 
@@ -143,19 +146,22 @@ def find(folder: JobFolder, options: Options | None = None) -> Findings:
         waiting_j=_waiting(folder, lanes),
         lowered_j=_lowered(lanes),
         samples=folder.samples_per_iteration(),
+        explained=explained(folder, per, run, lanes),
         origin=origin(folder),
     )
 
 
 def per_iteration(folder: JobFolder) -> PerIteration | None:
-    """Full clocks against the plan, as measured, or else as predicted."""
+    """Full clocks against the plan, as measured where that can be told, else as predicted."""
     if folder.summary is None:
         return None
     summary = folder.summary
     energy, time = summary.energy_j, summary.iteration_time_s
     if energy.full_clock is None or time.full_clock is None:
         return None
-    if energy.measured is not None and time.measured is not None:
+    # Where the job has changed, what was measured is not of the same work as full clocks: no share of them is known.
+    known = summary.saving_percent.measured is not None
+    if energy.measured is not None and time.measured is not None and known:
         between = summary.references.saving_percent
         return PerIteration(energy.full_clock, time.full_clock, energy.measured, time.measured, False, between)
     if energy.predicted is not None and time.predicted is not None:
@@ -325,78 +331,3 @@ def _at(stretches: Sequence[Stretch], time_s: float) -> int:
             into = (time_s - stretch.begin_s) / stretch.time_s
             found = stretch.first + min(stretch.count - 1, max(0, math.floor(into)))
     return found
-
-
-# Where figures come from.
-
-
-def origin(folder: JobFolder) -> list[str]:
-    """What was measured, what was emulated, what is a model's."""
-    said = []
-    if folder.emulated:
-        said.append(
-            "Emulated: GPU times, clocks, powers and energies. The training ran for real on the CPU; each instruction "
-            "was stretched to the time that the emulated GPU would take at its clock, by a model fitted to published "
-            "measurements. These figures show that the way works, not what real GPUs will save."
-        )
-    elif folder.emulated is False and _energies(folder.records):
-        said.append(
-            "Measured: iteration and instruction times on the GPUs, energies by the GPUs' own counters, clocks as they "
-            "were read back."
-        )
-    elif folder.emulated is False:
-        said.append("Measured: iteration times. No energy was measured, as no GPU could be controlled.")
-    if folder.profile is not None:
-        said.append(
-            f"Estimated from {'the emulated' if folder.emulated else 'those'} counters: energy per instruction in the "
-            "profile, with its standard error."
-        )
-    if folder.profile_scale != 1:
-        said.append(
-            f"Instructions were timed again after the profile was written: times and energies of profile.csv are shown "
-            f"times {folder.profile_scale:.3g} in the timeline, as the plan takes them to be; the profile's curves are "
-            "as measured."
-        )
-    if folder.plan is not None:
-        said.append(
-            "Computed by the planner: the predicted timeline, the frontier and its bound. They are of one GPU per "
-            "stage, and know of what surrounds the schedule (the loss, other programs) only how long it takes."
-        )
-    late = None if folder.summary is None else folder.summary.catching_up
-    if late is not None and late.raised_percent:
-        said.append(
-            f"{late.raised_percent:.1f} % of instructions began later than the plan allows and ran faster to catch up, "
-            f"in up to {late.late_iterations} of {late.iterations} iterations of a rank, for about "
-            f"{late.extra_energy_per_iteration_j or 0.0:.1f} J per iteration of the job (by the profile)."
-        )
-    waiting = None if folder.summary is None else folder.summary.waiting
-    if waiting is not None and waiting.lowered_waits:
-        said.append(
-            f"{waiting.lowered_waits} waits were spent at a clock of their own, out of {waiting.planned_waits} planned "
-            f"(the first iterations under a plan only watch how long waits are); {waiting.woken_early} ended before "
-            "the clock was back, which costs at most the time of a clock change each."
-        )
-    limit = None if folder.summary is None else folder.summary.at_power_limit
-    if limit is not None and limit.full_clock_percent:
-        under = "" if limit.plan_percent is None else f", under the plan for {limit.plan_percent:.0f} %"
-        said.append(
-            "GPUs were held by their power limit, below the clock asked for, for "
-            f"{limit.full_clock_percent:.0f} % of the time at full clocks{under}: that is what full clocks are on them."
-        )
-    beside = None if folder.summary is None else folder.summary.beside
-    if beside is not None and beside.time_s is not None:
-        said.append(
-            f"{beside.time_s:.3g} s of an iteration ({beside.percent or 0.0:.1f} %) are neither computing nor loading: "
-            f"by the best fit {1e3 * (beside.transfer_s or 0.0):.3g} ms per transfer between stages, and "
-            f"{beside.once_s or 0.0:.3g} s once. The plan accounts for both."
-        )
-    if any(record.placement.replica for record in folder.records.values()):
-        said.append("Timelines and clocks show the first data-parallel replica; `perseus trace` has all ranks.")
-    hosts = {record.header.host for record in folder.records.values()}
-    if len(hosts) > 1:
-        said.append(f"Ranks ran on {len(hosts)} machines; rows line up as well as these agree on the time.")
-    return said
-
-
-def _energies(records: Mapping[int, RankRecord]) -> bool:
-    return any(stretch.read for record in records.values() for stretch in record.stretches)

@@ -74,7 +74,12 @@ def _head(found: Findings) -> str:
 
 def _summary(found: Findings) -> str:
     rows = comparison(found.folder)
-    return f"<section><h2>Per iteration</h2>{table(rows)}</section>" if rows else ""
+    if not rows:
+        return ""
+    return (
+        f'<section><h2>Per iteration</h2><div class="beside">{table(rows)}'
+        f'<div class="muted">{listed(found.explained)}</div></div></section>'
+    )
 
 
 def _missing(missing: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 
 from perseus_plugin.control import wire
 from perseus_plugin.iteration.timetable import REFERENCE, Follow, FullClock
+from perseus_plugin.planning.plan import save_plan
 from perseus_plugin.profiling.kept import save_survey
 from perseus_plugin.reporting.report.findings import Options, find, full_clock_figures, marks
 from perseus_plugin.reporting.report.folder import ReportError, load_folder
 from perseus_plugin.reporting.report.lanes import planned_lanes
+from perseus_plugin.reporting.report.origin import explained
 from perseus_plugin.reporting.report.page import page
 from perseus_plugin.reporting.report.phrases import (
     budget_rows,
@@ -62,6 +65,68 @@ def test_savings_are_those_of_the_iterations_that_ran(job: Job) -> None:
     assert run.saved_j == pytest.approx(12 * (per.full_j - per.plan_j), rel=1e-3)
     # The made-up job runs as planned but for a millisecond around the schedule.
     assert 1 - per.plan_j / per.full_j == pytest.approx(job.plan.saving, abs=0.01)
+
+
+def rewritten(job: Job, **sections: dict[str, object]) -> list[str]:
+    """What is explained with some keys of the summary's sections changed."""
+    path = job.folder / "summary.json"
+    summary = json.loads(path.read_text())
+    for name, keys in sections.items():
+        summary[name] |= keys
+    path.write_text(json.dumps(summary))
+    return find(load_folder(job.folder)).explained
+
+
+def test_the_headline_says_what_it_is_of_and_why_the_timeline_differs(job: Job) -> None:
+    found = find(load_folder(job.folder))
+    first, timeline, profile = found.explained
+    assert first == (
+        "As run: the mean of 11 iterations under plans. Full clocks: the mean of 4 iterations of the sweep, before "
+        "there was a plan."
+    )
+    assert profile.startswith("Against the profile, by which the other rows are drawn, iteration 22 took +0.5 % time")
+    number, per = found.clocks[0].number, found.per
+    assert per is not None
+    assert f"{found.lanes[-1].end_s:.4f} s of iteration {number}, which took {per.plan_s:.4f} s in all" in timeline
+
+
+def test_what_iterations_and_full_clocks_both_took_longer_than_the_profile_is_told_apart_from_the_plan(
+    job: Job,
+) -> None:
+    assert job.plan.baseline_time_s > 0
+    full_s = 1.034 * job.plan.baseline_time_s
+    said = rewritten(
+        job,
+        iteration_time_s={"full_clock": full_s},
+        references={"iterations": 9, "blocks": 3, "slowdown_percent": [-0.1, 0.3]},
+    )
+    assert said[0].endswith("Full clocks: on the same work, by 9 iterations at full clocks in between.")
+    assert rewritten(job, iterations={"under_plans": 14})[0].startswith(
+        "As run: the mean of 11 of 14 iterations under plans (without the first after a switch or an evaluation, and "
+        "those of earlier plans)."
+    )
+    assert "full clocks as run +3.4 %: what both share is not due to the plan" in said[-1]
+
+
+def test_a_headline_that_is_predicted_says_why(tmp_path: Path, job: Job) -> None:
+    early = Job(tmp_path / "early").profiled()
+    save_plan(early.plan, early.folder / "plan.json")
+    early.finished()
+    assert find(load_folder(early.folder)).explained[0].startswith("Predicted: no iteration under the plan has been")
+    said = rewritten(job, saving_percent={"measured": None})
+    assert said[0].startswith("Predicted: the job has changed since it was profiled")
+    assert headline(find(load_folder(job.folder)))[0][0] == "energy saved, predicted", "as the table has it"
+    assert "energy of iterations under the plan is not known" in rewritten(job, energy_j={"measured": None})[0]
+
+
+def test_energy_that_is_known_in_part_is_said_to_be(job: Job) -> None:
+    folder = load_folder(job.folder)
+    run = folder.series()
+    assert run is not None
+    run.energy_j[0] = math.nan
+    total, unknown = sum(stretch.count for stretch in run.stretches), run.stretches[0].count
+    (said,) = explained(folder, None, run, [])
+    assert said.startswith(f"The energy of {total - unknown} of {total} iterations is known")
 
 
 def test_waiting_costs_blocking_power(job: Job) -> None:

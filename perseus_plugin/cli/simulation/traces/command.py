@@ -20,7 +20,7 @@ from perseus_plugin.cli.terminal import columns, console, say, working
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.iteration.schedules import SCHEDULES
 from perseus_plugin.planning.streams import load_streams
-from perseus_plugin.planning.targets import ChangeLimits, Effort
+from perseus_plugin.planning.targets import ChangeLimits, Effort, dwell_for
 from perseus_plugin.profiling.derived import with_rows_for
 
 _TABLES = (".csv.gz", PARQUET)
@@ -40,7 +40,7 @@ class Options:
         slowdown: allowed, as a share.
         latency_s: how long a clock change takes.
         lower_while_waiting: whether waits may get lower clocks.
-        effort, limits: as for `perseus plan`.
+        effort, max_changes, min_dwell_s: as for `perseus plan`.
         outputs: JSON files to write.
         perfetto: a trace to write.
         html: a page to write.
@@ -58,7 +58,8 @@ class Options:
     latency_s: float
     lower_while_waiting: bool
     effort: Effort
-    limits: ChangeLimits
+    max_changes: int | None
+    min_dwell_s: float | None
     outputs: Sequence[Path]
     perfetto: Path | None
     html: Path | None = None
@@ -149,6 +150,9 @@ def _answer(job: TracedJob, options: Options) -> Answer:
         raise ConfigError(
             f"--blocking-power: got {len(watts)} figures; allowed: one, or one for each of {job.stages} stages"
         )
+    dwell_s = options.min_dwell_s
+    if dwell_s is None:
+        dwell_s = dwell_for(min(rows[0].time_s for rows in profile.table.values()), options.latency_s)
     explains = explained(job)
     asked = Asked(
         watts,
@@ -156,7 +160,7 @@ def _answer(job: TracedJob, options: Options) -> Answer:
         options.latency_s,
         options.lower_while_waiting,
         options.effort,
-        options.limits,
+        ChangeLimits(options.max_changes, dwell_s),
     )
     return Answer(
         job,

@@ -142,6 +142,22 @@ def test_a_profile_instead_of_a_gpu(perseus: Perseus, tmp_path: Path) -> None:
     assert saved[0] == pytest.approx(saved[1], abs=1e-4)
 
 
+def test_short_instructions_keep_a_clock_for_two_changes_unless_told_otherwise(
+    perseus: Perseus, tmp_path: Path
+) -> None:
+    def short(*which: Any) -> float:
+        return plain(*which) / 10
+
+    table = write_table(tmp_path / "ops.csv", rows_of(short))
+    saved = []
+    for number, options in enumerate(((), ("--min-dwell", 0.02), ("--min-dwell", 0))):
+        out = tmp_path / f"{number}.json"
+        done = perseus("simulate", table, *options, "-o", out)
+        assert done.returncode == 0, done.stderr
+        saved.append(json.loads(out.read_text())["plans"][0]["saving"]["mean"])
+    assert saved[0] == saved[1] != saved[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

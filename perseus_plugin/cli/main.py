@@ -6,11 +6,13 @@ import sys
 
 from perseus_plugin.cli.encoding import speak_ascii_where_needed
 from perseus_plugin.errors import PerseusError, lacking, os_problem
+from perseus_plugin.planning.solvers import end_on_ctrl_c
 
 
 def run() -> None:
     """Run the command; an error meant for the user becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     speak_ascii_where_needed()
+    end_on_ctrl_c()
     try:
         from perseus_plugin.cli.app import app
 

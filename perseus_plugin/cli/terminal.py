@@ -58,6 +58,7 @@ def progress(what: str, total: float) -> Iterator[Tell]:
 
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=to, transient=True) as bar:
+        to.show_cursor()  # a command may be ended at any time, and nobody shows it then
         task = bar.add_task(what, total=total)
         yield lambda done, said: bar.update(task, completed=min(done, total), description=said or what)
 
@@ -70,4 +71,5 @@ def working(what: str) -> Iterator[None]:
         yield
         return
     with to.status(what, spinner="line"):
+        to.show_cursor()
         yield

@@ -23,6 +23,7 @@ from ortools.graph.python import min_cost_flow
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import FloatArray, IntArray
 from perseus_plugin.planning.options import PlanningProblem
+from perseus_plugin.planning.solvers import keeping_the_interpreter
 
 # Units as shares of a mean instruction's duration and power. (The steepest slope would be no measure: between two
 # clocks of nearly the same duration a slope can be anything.)
@@ -280,7 +281,8 @@ class Relaxation:
             if sink_units is not None:
                 solver.set_node_supply(0, sink_units)
                 solver.set_node_supply(int(network.node_of[self.events.sink]), -sink_units)
-            status = solver.solve()
+            with keeping_the_interpreter():
+                status = solver.solve()
             if status != solver.OPTIMAL:
                 raise PlanError(f"the min-cost flow ended with {status}")
             flow[use] = solver.flows(arcs)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import TypeVar
 
 ResultT = TypeVar("ResultT")
 
 _AGAIN_S = 0.05
+_may_end = False
 
 
 def interruptible(solve: Callable[[], ResultT], stop: Callable[[], object]) -> ResultT:
@@ -30,3 +33,26 @@ def interruptible(solve: Callable[[], ResultT], stop: Callable[[], object]) -> R
                 stop()
                 wait([running], _AGAIN_S)
             raise
+
+
+def end_on_ctrl_c() -> None:
+    """Have Ctrl-C end this process, a command, within `keeping_the_interpreter` too."""
+    global _may_end
+    _may_end = True
+
+
+@contextmanager
+def keeping_the_interpreter() -> Iterator[None]:
+    """Around a call that does not release the interpreter, so that neither Python nor another thread sees a signal.
+
+    Where `end_on_ctrl_c` was called and nobody handles Ctrl-C in a way of their own, it ends the process at once:
+    nothing may be half done there that somebody has to undo.
+    """
+    if not _may_end or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

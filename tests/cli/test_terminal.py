@@ -8,10 +8,11 @@ import sys
 import pytest
 from rich.console import Console
 
+from perseus_plugin.cli import terminal
 from perseus_plugin.cli.encoding import speak_ascii_where_needed
 from perseus_plugin.cli.simulate import _print
 from perseus_plugin.cli.simulation.scenarios import Aim, Figures, Outcome
-from perseus_plugin.cli.terminal import console, progress, say
+from perseus_plugin.cli.terminal import console, progress, say, working
 
 FIGURES = Figures(1.0, 12.5, 12.3456, 123456.7, 12.5, 101234.5, 101000.1, 12, 102345.6)
 OUTCOMES = [
@@ -50,6 +51,15 @@ def test_what_is_piped_is_whole(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert sum("12.3456 s, 123456.7 J" in line for line in out.splitlines()) == len(OUTCOMES)
     assert out.splitlines()[-1] == "word " * 100
     assert err == "", "no progress where nobody watches"
+
+
+def test_the_cursor_is_there_while_something_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(terminal, "console", lambda **_: Console(file=out, force_terminal=True))
+    for moving in (progress("planning", 3.0), working("reading")):
+        with moving:
+            said = out.getvalue()
+            assert said.rindex("\x1b[?25h") > said.rindex("\x1b[?25l"), "Ctrl-C may end the process here"
 
 
 def test_a_terminal_without_unicode_gets_ascii(monkeypatch: pytest.MonkeyPatch) -> None:

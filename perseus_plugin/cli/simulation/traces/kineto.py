@@ -34,6 +34,7 @@ from perseus_plugin.iteration.actions import (
     streams_of_steps,
 )
 from perseus_plugin.iteration.instructions import BACKWARD, FORWARD, Compute, of_chunk, of_pair
+from perseus_plugin.planning.solvers import keeping_the_interpreter
 
 ENDINGS = (".json", ".json.gz")
 _MOST_BYTES = 2**30
@@ -160,7 +161,9 @@ def load_traces(paths: Sequence[Path], given: GivenSchedule | None = None, stage
 def _rank(path: Path, place: int) -> _Rank:
     """Read one file."""
     try:
-        trace = parse_json(read_unpacked(path, _MOST_BYTES), _MOST_BYTES)
+        data = read_unpacked(path, _MOST_BYTES)
+        with keeping_the_interpreter():
+            trace = parse_json(data, _MOST_BYTES)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     events = trace.get("traceEvents") if isinstance(trace, dict) else None

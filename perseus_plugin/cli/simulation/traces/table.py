@@ -22,6 +22,7 @@ from perseus_plugin.bounds import MOST_COUNT, MOST_S, MOST_STAGES
 from perseus_plugin.cli.simulation.traces.traced import GivenSchedule, Ran, TracedJob, traced_job
 from perseus_plugin.errors import ConfigError, lacking
 from perseus_plugin.files import read_bytes, read_unpacked
+from perseus_plugin.planning.solvers import keeping_the_interpreter
 
 NEEDED = ("dp_rank", "stage", "step", "optype", "mb_id", "duration")
 _MOST_ROWS = 10_000_000
@@ -89,7 +90,9 @@ def _from_parquet(path: Path) -> str:
         import pyarrow  # noqa: F401 (pandas asks for it)
     except ImportError as error:
         raise ConfigError(f"{path}: {lacking(error)}") from error
-    return str(pandas.read_parquet(io.BytesIO(read_bytes(path)), engine="pyarrow").to_csv(index=False))
+    packed = io.BytesIO(read_bytes(path))
+    with keeping_the_interpreter():
+        return str(pandas.read_parquet(packed, engine="pyarrow").to_csv(index=False))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, int, int, str, int, int, float | None, float]]:

@@ -27,7 +27,7 @@ marked = $$(grep --recursive --files-with-matches --extended-regexp 'mark\.$(1)'
 OPENG2G := openg2g==0.2.0.post1 opendssdirect.py==0.9.4 dss_python==0.15.7 dss_python_backend==0.14.5 \
     cffi==2.0.0 pycparser==2.23
 
-.PHONY: quickstart test test-all test-minima release-check lint types docs unit e2e rest megatron titan old-torch setup clean
+.PHONY: quickstart readme-figures test test-all test-minima release-check lint types docs unit e2e rest megatron titan old-torch setup clean
 
 quickstart: setup
 	DS_ACCELERATOR=cpu $(BIN)/torchrun --standalone --nproc-per-node 4 examples/deepspeed_gpt/train.py \
@@ -36,6 +36,10 @@ quickstart: setup
 	@echo "All that the job has left is in out/quickstart. What it did, and what it would do with a tenth more time:"
 	@echo "    $(BIN)/perseus report out/quickstart"
 	@echo "    $(BIN)/perseus plan out/quickstart --slowdown 10%"
+
+# The README's table and pictures are of one run. Leave the machine alone meanwhile.
+readme-figures: quickstart
+	$(BIN)/python benchmarks/readme_figures.py out/quickstart
 
 # Every promise (tests/README.md), with the newest Megatron in jobs.
 test: lint types docs unit e2e

@@ -33,7 +33,8 @@ nav { margin-top: 14px; display: flex; flex-wrap: wrap; gap: 2px 16px; }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 18px 20px;
   margin-top: 18px; }
 .note { border-left: 5px solid #d08a1d; background: var(--note); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 14px; margin-top: 18px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(200px, 30%), 1fr)); gap: 14px;
+  margin-top: 18px; }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; }
 .card b { display: block; font-size: 25px; line-height: 1.25; }
 .wide { overflow-x: auto; }

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import readme_figures
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.record.recorder import record_path
 from perseus_plugin.reporting.report import figures
@@ -20,6 +21,8 @@ from perseus_plugin.reporting.report.reigns import Reign
 from perseus_plugin.reporting.report.training import training
 from perseus_plugin.reporting.report.worth import PerIteration, Rates, SoFar
 from tests.reporting.job import Job
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +224,25 @@ def test_when_profiling_has_paid_for_itself(found: Findings, profiling_j: float,
     assert paid is not None
     assert paid[:2] == (name, value)
     assert "saves 0.1 kWh an hour" in paid[2]
+
+
+def test_the_readmes_table_and_pictures_are_made_of_one_run(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(readme_figures, "screenshot", lambda job: b"of a browser")
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    before = (ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(before)
+    readme_figures.write(job.folder, tmp_path)
+    table, after = capsys.readouterr().out, (tmp_path / "README.md").read_text()
+    energy_j = json.loads((job.folder / "summary.json").read_text())["energy_j"]["full_clock"]
+    assert f"| energy | {energy_j:,.1f} J |" in table
+    (was,), (now,) = (readme_figures.TABLE.findall(text) for text in (before, after))
+    assert now == table
+    assert after.replace(now, was) == before, "nothing else has changed"
+    assert [row.split("|")[1] for row in was.splitlines()] == [row.split("|")[1] for row in now.splitlines()]
+    assert {path.name for path in (tmp_path / "docs" / "images").iterdir()} == {"timeline.png", "report.png"}
 
 
 def test_without_a_saving_nothing_is_said_of_paying_back(found: Findings) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -47,10 +46,10 @@ from perseus_plugin.cli.power import (
     prices_from_options,
 )
 from perseus_plugin.cli.terminal import columns, console, progress, say
-from perseus_plugin.errors import ConfigError, lacking
 from perseus_plugin.iteration.instructions import INPUT_SHARE
 from perseus_plugin.planning.power.budget import NodeOverhead
 from perseus_plugin.planning.targets import Target
+from perseus_plugin.reporting.report.still import check_drawable, drawn
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,6 +101,7 @@ def frontier(
     """Sample the least energy for every iteration time, each sample with its plan and its distance to the bound."""
     check_writable(output, of=profile)
     check_writable(plot, "--plot", of=profile)
+    check_drawable(plot, "--plot")
     check_alone("--json, --output - and --plot -", output == STANDARD, plot == STANDARD, as_json)
     request = request_from_options(
         profile,
@@ -188,29 +188,24 @@ def summary(made: Frontier) -> Table:
 
 
 def draw(made: Frontier, path: Path, marks: Mapping[str, Plan] | None = None) -> bytes:
-    """Bound and plans, energy above power, as a picture of the kind that the path's ending names, or PNG.
+    """Bound and plans, energy above power, as a picture for the path, which was checked.
 
     `marks` are plans to point out.
-
-    Raises:
-        ConfigError: matplotlib is not installed, or it cannot write that kind of file.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(f"--plot: {lacking(error)}") from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 7), layout="constrained")
     energies, powers = figure.subplots(2, sharex=True)
     bound = [(point.deadline_s, point.bound_j) for point in made.points]
     plans = [(point.plan.iteration_time_s, point.plan.energy_j) for point in made.points]
     full = [(made.baseline_time_s, made.baseline_energy_j)]
-    drawn: list[tuple[str, str, list[tuple[float, float]], str | None]] = [
+    series: list[tuple[str, str, list[tuple[float, float]], str | None]] = [
         ("lower bound", "-", bound, "0.6"),
         ("plans", "o", plans, "C0"),
         ("full clocks", "s", full, "C3"),
         *((name, "D", [(plan.iteration_time_s, plan.energy_j)], None) for name, plan in (marks or {}).items()),
     ]
-    for name, look, points, color in drawn:
+    for name, look, points, color in series:
         times_s = [time_s for time_s, _ in points]
         energies.plot(times_s, [energy_j for _, energy_j in points], look, color=color, ms=4, label=name)
         powers.plot(times_s, [energy_j / time_s for time_s, energy_j in points], look, color=color, ms=4)
@@ -218,9 +213,4 @@ def draw(made: Frontier, path: Path, marks: Mapping[str, Plan] | None = None) ->
     powers.set_ylabel("average power, one GPU per stage [W]")
     powers.set_xlabel("iteration time [s]")
     energies.legend()
-    drawn_as = io.BytesIO()
-    try:
-        figure.savefig(drawn_as, format=path.suffix[1:] or "png")
-    except ValueError as error:
-        raise ConfigError(f"--plot: got {path}: {error}") from error
-    return drawn_as.getvalue()
+    return drawn(figure, path)

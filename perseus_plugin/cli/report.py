@@ -13,6 +13,7 @@ from perseus_plugin.cli.job import OUTPUT, POWER, AsJson
 from perseus_plugin.cli.terminal import console, say, working
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.reporting.report.data import report_to_json
+from perseus_plugin.reporting.report.document import check_plotly
 from perseus_plugin.reporting.report.findings import Findings, Options, find
 from perseus_plugin.reporting.report.folder import load_folder, state_of
 from perseus_plugin.reporting.report.phrases import (
@@ -85,6 +86,8 @@ def report(
     if html is None and not no_html and folder.is_dir():
         html = folder / "report.html"
     check_writable(html, "--html", of=folder)
+    if not no_html:
+        check_plotly("report")
     rates = Rates(price, currency, intensity, pue, price_gpu_hour)
     options = Options(rates, hours, gpus, tokens_per_sample, frontier=not (no_frontier or no_html))
     with working("reading"):

@@ -55,6 +55,8 @@ from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
 from perseus_plugin.planning.power.words import parse_share, parse_watts
 from perseus_plugin.planning.targets import ChangeLimits
 from perseus_plugin.profiling.profile import Profile
+from perseus_plugin.reporting.report.document import check_plotly
+from perseus_plugin.reporting.report.still import check_drawable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -203,8 +205,11 @@ def simulate(
     for path in output or ():
         check_writable(path, of=sources[0])
     check_writable(plot, "--plot", of=sources[0])
+    check_drawable(plot, "--plot")
     check_writable(perfetto, "--perfetto", of=sources[0])
     check_writable(html, "--html", of=sources[0])
+    if html is not None:
+        check_plotly("--html")
     paths = (*(output or ()), perfetto, plot, html)
     check_alone("--json and - more than once", *(path == STANDARD for path in paths), as_json)
     spent, limits = parse_effort(effort) or "quick", ChangeLimits(max_changes, min_dwell or 0.0)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from perseus_plugin.cli.destinations import STANDARD, check_writable, write, written
+from perseus_plugin.reporting.report.still import check_drawable
 from perseus_plugin.reporting.report.timeline import draw_timeline
 
 
@@ -19,6 +20,7 @@ def timeline(
 ) -> None:
     """Draw a job's plan beside full clocks: stages as rows, instructions coloured by clock (needs matplotlib)."""
     check_writable(output, of=folder)
+    check_drawable(output, "--output")
     write(output, draw_timeline(folder, output))
     if output != STANDARD:
         print(written(output))

@@ -98,3 +98,29 @@ def test_a_plan_of_a_small_job_loads_its_solvers_and_nothing_else_that_is_heavy(
     loaded = set(done.stderr.split())
     assert {"ortools.graph.python.min_cost_flow", "ortools.sat.python.cp_model_helper"} <= loaded
     assert not HEAVY & loaded
+
+
+@pytest.mark.parametrize(
+    ("command", "picture", "library"),
+    [
+        (("frontier", "none.csv", "--plot"), "out.xyz", "matplotlib"),
+        (("simulate", "none.csv", "--plot"), "out.xyz", "matplotlib"),
+        (("timeline", "none", "-o"), "out.xyz", "matplotlib"),
+        (("report", "none", "--html"), "", "plotly"),
+        (("simulate", "none.json", "--html"), "", "plotly"),
+    ],
+)
+def test_pictures_that_cannot_be_drawn_are_refused_before_anything_is_read(
+    perseus: Perseus, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], picture: str, library: str
+) -> None:
+    pytest.importorskip(library)
+    if picture:
+        refused = perseus(*command, picture)
+        assert refused.returncode == 2
+        assert f"got {picture}; allowed: a path that ends in ." in refused.stderr
+        assert " .svg" in refused.stderr
+    for name in [one for one in sys.modules if one.partition(".")[0] == library]:
+        monkeypatch.setitem(sys.modules, name, None)
+    refused = perseus(*command, "out.svg")
+    assert refused.returncode == 2
+    assert f"needs {library}, which is not installed" in refused.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perseus_plugin.cli.simulation.scenarios import Outcome
-from perseus_plugin.errors import ConfigError, lacking
+from perseus_plugin.reporting.report.still import drawn
 
 SIMULATION_SCHEMA = "perseus-simulation"
 SIMULATION_VERSION = 1
@@ -85,15 +85,10 @@ def label(outcome: Outcome, *, but: str = "") -> str:
 def draw(outcomes: Sequence[Outcome], title: str, path: Path) -> bytes:
     """The savings, over the number of microbatches where there are several, else a bar per scenario.
 
-    As a picture of the kind that the path's ending names, or PNG.
-
-    Raises:
-        ConfigError: matplotlib is not installed, or it cannot write that kind of file.
+    As a picture for the path, which was checked.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(f"--plot: {lacking(error)}") from error
+    from matplotlib.figure import Figure
+
     planned = [outcome for outcome in outcomes if outcome.figures is not None]
     lines: dict[str, list[tuple[int, float]]] = {}
     for outcome in planned:
@@ -119,9 +114,4 @@ def draw(outcomes: Sequence[Outcome], title: str, path: Path) -> bytes:
         axes.bar_label(bars, fmt="%.1f", padding=3)
         axes.invert_yaxis()
         axes.set_xlabel("energy saved against full clocks [%]")
-    drawn = io.BytesIO()
-    try:
-        figure.savefig(drawn, format=path.suffix[1:] or "png", dpi=120)
-    except ValueError as error:
-        raise ConfigError(f"--plot: got {path}: {error}") from error
-    return drawn.getvalue()
+    return drawn(figure, path)

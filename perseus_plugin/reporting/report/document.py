@@ -100,8 +100,8 @@ def contents(titles: Mapping[str, str]) -> str:
     return f"<nav>{links}</nav>" if len(titles) > 1 else ""
 
 
-def plotting(who: str) -> str:
-    """What the head of a page with pictures holds: the plotting library.
+def check_plotly(who: str) -> None:
+    """Refuse a page whose pictures cannot be drawn, before hours go into what it shows.
 
     Args:
         who: asks for it, for the error.
@@ -110,9 +110,15 @@ def plotting(who: str) -> str:
         ConfigError: plotly is not installed.
     """
     try:
-        from plotly.offline import get_plotlyjs
+        import plotly.offline  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"{who}: {lacking(error)}") from error
+
+
+def plotting() -> str:
+    """What the head of a page with pictures holds: the plotting library."""
+    from plotly.offline import get_plotlyjs
+
     return f"<script>{get_plotlyjs()}</script>\n"
 
 

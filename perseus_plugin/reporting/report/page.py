@@ -45,12 +45,8 @@ _TITLES = {
 
 
 def page(found: Findings) -> str:
-    """The whole file.
-
-    Raises:
-        ConfigError: plotly is not installed.
-    """
-    head, emulated = plotting("report"), found.folder.emulated
+    """The whole file; needs plotly, see `document.check_plotly`."""
+    head, emulated = plotting(), found.folder.emulated
     sections = {name: picture(name, _TITLES[name], figure, text, emulated) for name, figure, text in _figures(found)}
     sections |= {"budgets": _budgets(found), "worth": _worth(found), "origin": _origin(found)}
     links = contents({name: _TITLES[name] for name, section in sections.items() if section})

@@ -5,13 +5,12 @@ Waits with a clock of their own are thin bars in its colour.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from perseus_plugin.errors import ConfigError, PerseusError, lacking
+from perseus_plugin.errors import PerseusError
 from perseus_plugin.iteration.graph import PipelineGraph, build_graph
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.schedules import SCHEDULES
@@ -20,6 +19,7 @@ from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.reporting.report.folder import load_folder
 from perseus_plugin.reporting.report.lanes import Lanes, full_clock_lanes, planned_lanes
+from perseus_plugin.reporting.report.still import drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,17 +63,12 @@ def lanes_of(folder: Path) -> tuple[Plan, list[Lanes]]:
 def draw_timeline(folder: Path, path: Path) -> bytes:
     """Full clocks above the plan of a job's output folder, as a picture; needs matplotlib.
 
-    Of the kind that the path's ending names, or PNG.
-
     Raises:
-        ConfigError: matplotlib is missing, or cannot write that kind of file.
         PerseusError: there is no plan or no profile, or they cannot be read.
     """
-    try:
-        from matplotlib.colors import Normalize
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(f"timeline: {lacking(error)}") from error
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
     _, lanes = lanes_of(folder)
     clocks = [block.clock_mhz for one in lanes for block in one.blocks]
     clocks += [wait.clock_mhz for one in lanes for wait in one.waits if wait.own]
@@ -85,12 +80,7 @@ def draw_timeline(folder: Path, path: Path) -> bytes:
         mappable = _draw_rows(axes, one, max(lane.end_s for lane in lanes), scale)
     all_axes[-1].set_xlabel("time within an iteration (s)")
     figure.colorbar(mappable, ax=all_axes, label="SM clock (MHz)", aspect=30, pad=0.01)
-    drawn = io.BytesIO()
-    try:
-        figure.savefig(drawn, format=path.suffix[1:] or "png", dpi=120)
-    except ValueError as error:
-        raise ConfigError(f"timeline: cannot write {path}: {error}") from error
-    return drawn.getvalue()
+    return drawn(figure, path)
 
 
 def _draw_rows(axes: Axes, lanes: Lanes, end_s: float, scale: Normalize) -> PatchCollection:

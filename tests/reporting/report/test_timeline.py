@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from perseus_plugin.errors import ConfigError, PerseusError
+from perseus_plugin.errors import PerseusError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import SCHEDULES
 from perseus_plugin.planning.plan import save_plan
@@ -67,6 +67,3 @@ def test_a_schedule_of_nobodys_textbook_is_drawn_alone(tmp_path: Path) -> None:
 def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     with pytest.raises(PerseusError, match=r"plan\.json"):
         draw_timeline(tmp_path, tmp_path / "timeline.png")
-    planned(tmp_path, "1f1b")
-    with pytest.raises(ConfigError, match="timeline: cannot write"):
-        draw_timeline(tmp_path, tmp_path / "timeline.nothing")

@@ -33,13 +33,9 @@ from perseus_plugin.reporting.report.phrases import Rows
 
 
 def page(answer: Answer) -> str:
-    """The whole file.
-
-    Raises:
-        ConfigError: plotly is not installed.
-    """
-    head = plotting("--html")
-    # Loads plotly, whose absence is told above.
+    """The whole file; needs plotly, see `document.check_plotly`."""
+    head = plotting()
+    # Loads plotly.
     from perseus_plugin.reporting.report.figures import timeline
 
     which, *order = job_lines(answer)

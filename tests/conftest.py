@@ -47,6 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Values of thousands of characters are named by their first."""
+    return f"{val[:40]!r}..." if isinstance(val, str | bytes) and len(val) > 200 else None
+
+
 @pytest.fixture(autouse=True)
 def fresh_logging() -> Iterator[logging.Logger]:
     """The package's logger as in a program that has set nothing up; a session under test changes it."""

@@ -74,7 +74,10 @@ def test_without_a_gpu_it_runs_on_an_emulated_one_and_says_so(tmp_path: Path) ->
     assert found.counter.period_ms == pytest.approx(20, abs=1)
     assert found.estimator is not None
     assert [one.kind for one in found.estimator.kinds] == ["forward", "backward"]
-    assert all(one.steady_w is not None and one.steady_w > 300 for one in found.estimator.kinds)
+    # How far above: in test_arithmetic.py. Here the emulated GPU waits wherever a busy machine lets its work wait.
+    waiting_w = found.estimator.steady_waiting_w
+    assert waiting_w is not None
+    assert all(one.steady_w is not None and one.steady_w > waiting_w for one in found.estimator.kinds)
     assert len(found.switches) == 12
     assert all(one.latency_ms is not None and one.latency_ms.median >= 5 for one in found.switches)
     by_clock = {one.clock_mhz: one.power_w for one in found.waiting_at}

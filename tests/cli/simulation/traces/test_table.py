@@ -39,7 +39,8 @@ def test_parquet_is_read_as_the_same_table_as_csv(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     csv_path = write_table(tmp_path / "ops.csv", rows_of(uneven))
     path = tmp_path / "ops.parquet"
-    pandas.read_csv(csv_path).to_parquet(path)
+    # Python reads the floats: older releases of pandas get some a last digit wrong.
+    pandas.read_csv(csv_path, converters=dict.fromkeys(("duration", "start_ts"), float)).to_parquet(path)
     assert is_trace([path])
     job, same = load_table(path), load_table(csv_path)
     assert (job.schedule, job.steps, job.replicas) == (same.schedule, same.steps, same.replicas)

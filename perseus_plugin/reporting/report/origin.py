@@ -42,6 +42,8 @@ def _as_run(summary: Summary) -> str:
     of = f" of {counts.under_plans:,}" if counts.under_plans > counts.plan else ""
     if references.slowdown_percent is None:
         full = f"the mean of {counts.full_clock:,} iterations of the sweep, before there was a plan"
+        if references.iterations:
+            full += f"; {references.iterations:,} iterations at full clocks since then are too few to compare with"
     else:
         full = f"on the same work, by {references.iterations:,} iterations at full clocks in between"
     left = " (without the first after a switch or an evaluation, and those of earlier plans)" if of else ""
@@ -77,15 +79,19 @@ def _timeline(folder: JobFolder, per: PerIteration, lanes: Sequence[Lanes]) -> l
         f"The timeline goes from the first instruction to the last: {lanes[-1].end_s:.4f} s of iteration {number}, "
         f"which took {whole_s:.4f} s in all."
     ]
-    one_schedule = folder.summary is not None and len(folder.summary.planned_schedules) <= 1
-    if plan is None or not one_schedule:
+    summary = folder.summary
+    if plan is None or summary is None or len(summary.planned_schedules) > 1:
         return said
     slower, full_slower = whole_s / plan.iteration_time_s - 1, per.full_s / plan.baseline_time_s - 1
-    if max(abs(slower), abs(full_slower)) > _NOTICED:
-        said.append(
-            f"Against the profile, by which the other rows are drawn, iteration {number} took {100 * slower:+.1f} % "
-            f"time and full clocks as run {100 * full_slower:+.1f} %: what both share is not due to the plan."
-        )
+    profile = (
+        f"Against the profile, by which the other rows are drawn, iteration {number} took {100 * slower:+.1f} % time"
+    )
+    if summary.references.slowdown_percent is None:
+        if abs(slower) > _NOTICED:
+            said.append(f"{profile}: what has changed since the sweep, other than by the plan, is in that too.")
+    elif max(abs(slower), abs(full_slower)) > _NOTICED:
+        full = f"full clocks as run {100 * full_slower:+.1f} %"
+        said.append(f"{profile} and {full}: what both share is not due to the plan.")
     return said
 
 

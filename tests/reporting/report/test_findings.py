@@ -84,7 +84,12 @@ def test_the_headline_says_what_it_is_of_and_why_the_timeline_differs(job: Job) 
         "As run: the mean of 11 iterations under plans. Full clocks: the mean of 4 iterations of the sweep, before "
         "there was a plan."
     )
-    assert profile.startswith("Against the profile, by which the other rows are drawn, iteration 22 took +0.5 % time")
+    assert profile == (
+        "Against the profile, by which the other rows are drawn, iteration 22 took +0.5 % time: what has changed since "
+        "the sweep, other than by the plan, is in that too."
+    )
+    said = rewritten(job, references={"iterations": 6, "blocks": 2})
+    assert said[0].endswith("; 6 iterations at full clocks since then are too few to compare with.")
     number, per = found.clocks[0].number, found.per
     assert per is not None
     assert f"{found.lanes[-1].end_s:.4f} s of iteration {number}, which took {per.plan_s:.4f} s in all" in timeline

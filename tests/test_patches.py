@@ -47,11 +47,9 @@ def patched_text(patch: str, package: Path, file: Path, folder: Path, tool: str)
 
 
 def patched_copy(patch: str, package: Path, file: Path, folder: Path) -> Path:
-    """A copy of the whole package in which the file is patched, and the rest are links."""
+    """A copy of the whole package in which the file is patched, and the rest are links, to what is compiled too."""
     name = file.parts[0]
-    shutil.copytree(
-        package / name, folder / name, copy_function=os.symlink, ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(package / name, folder / name, copy_function=os.symlink)
     (folder / file).unlink()
     shutil.copy(package / file, folder / file)
     apply(patch, folder, "git")
@@ -86,7 +84,7 @@ def test_deepspeed_job_where_entry_points_are_off(is_patched: bool, tmp_path: Pa
         path = python_path(patched_copy("deepspeed.patch", package_folder("deepspeed"), DEEPSPEED, tmp_path / "copy"))
     folder = tmp_path / "job"
     job = Probe(folder, perseus_block(folder / "out", stages=2), arguments=("--steps", "3"))
-    job.run(torchrun=True, PYTHONPATH=path, TORCH_DEVICE_BACKEND_AUTOLOAD="0").check()
+    job.run(PYTHONPATH=path, TORCH_DEVICE_BACKEND_AUTOLOAD="0").check()
     for facts in job.facts():
         assert ("_perseus_session" in facts["looks"][0]["on_engine"]) == is_patched
 
@@ -125,6 +123,7 @@ def test_megatron_job_through_the_patched_parser(tmp_path: Path) -> None:
 
 @needs_megatron
 @pytest.mark.e2e
+@pytest.mark.repeated
 def test_the_unpatched_parser_does_not_know_the_flags(tmp_path: Path) -> None:
     assert NEWEST is not None
     done = run_megatron(tmp_path, python_path(NEWEST[1]), str(SCRIPT), *flags(1), "--perseus")

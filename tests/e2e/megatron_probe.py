@@ -4,7 +4,7 @@ Everything of a schedule is Megatron's but three things: a forward, a backward a
 they happened. The process group is torch's fake one. Prints one line of JSON: the version, how many streams were the
 same, and the differences.
 
-    PYTHONPATH=VERSION:REPOSITORY python megatron_probe.py
+    PYTHONPATH=REPOSITORY python megatron_probe.py FOLDER_OF_THE_VERSION
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from tests.megatron_support import cuda_on_cpu
 
+sys.path.insert(0, sys.argv[1])
 cuda_on_cpu.install()
 
 import megatron.core  # noqa: E402

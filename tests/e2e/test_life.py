@@ -21,7 +21,7 @@ PLANNED = ("nothing", "plan 1 for TrainSchedule/2x4 ready")
 @pytest.mark.parametrize("block", [None, {"enabled": False}], ids=["absent", "disabled"])
 def test_absent_or_disabled_leaves_no_trace(block: dict[str, Any] | None, tmp_path: Path) -> None:
     job = Probe(tmp_path, block, arguments=("--steps", "2"))
-    job.run(torchrun=block is not None).check()
+    job.run().check()
     for facts in job.facts():
         for seen in facts["looks"]:
             assert seen["stock_map"]

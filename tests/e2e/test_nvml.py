@@ -15,12 +15,12 @@ from tests.e2e.observed import STAGES, Observed, look_at_the_observed_job
 from tests.e2e.simulation import Simulation
 from tests.waiting import came_true, processes_naming
 
-pytestmark = pytest.mark.e2e
+# All in one process, where what they are forked from is there once.
+pytestmark = [pytest.mark.e2e, look_at_the_observed_job]
 
 PLANNED = ("nothing", "plan 1 for")
 
 
-@look_at_the_observed_job
 def test_planned_clocks_reach_nvml_in_order(observed: Observed) -> None:
     assert observed.probe.summary()["backend"] == "nvml"
     plan = json.loads((observed.out / "plan.json").read_text())

@@ -15,7 +15,8 @@ ORDERS = REPOSITORY / "tests" / "e2e" / "pipelining_orders.py"
 IMPORTS = ("pipelining_job", "torch._dynamo")
 PLANNED = "plan 1 for"
 
-pytestmark = pytest.mark.e2e
+# Forks of one process that has imported torch.
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("PyTorch's pipelines")]
 
 # Ranks, and arguments of the script.
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {

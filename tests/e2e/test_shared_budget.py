@@ -8,7 +8,8 @@ import pytest
 
 from tests.shared_budget import run
 
-pytestmark = pytest.mark.e2e
+# What jobs are told: tests/cli/sharing/test_table.py; that a job keeps it: tests/session/test_one_job.py.
+pytestmark = [pytest.mark.e2e, pytest.mark.repeated]
 
 
 def test_what_jobs_may_draw_stays_below_the_budget_and_what_a_killed_job_leaves_is_the_others(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_reported_iteration_time_is_planned_for() -> None:
     assert made.variants[0].energy_j < made.variants[0].without_j
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(*[st.floats(1.0, 2.0)] * STAGES), min_size=1, max_size=3))
 def test_no_answer_is_slower_or_dearer_than_none(variants: list[tuple[float, ...]]) -> None:
     made = pace(EVEN, *variants)

@@ -33,7 +33,7 @@ def small(stages: int = 3, microbatches: int = 6) -> Planner:
     return Planner(build_graph(one_f_one_b(stages, microbatches)), bundled_profile(stages), blocking_power_w=60.0)
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(jobs(), st.floats(0, 0.6))
 def test_promises_hold_in_an_independent_simulation(job: Job, slowdown: float) -> None:
     plan = planner_of(job).plan(Target.slowdown(slowdown))
@@ -116,7 +116,7 @@ def test_more_time_is_no_worse_for_another_planner(job: Job, slowdown: float, mo
     assert longer.energy_j <= shorter.energy_j * (1 + 1e-4) + 1e-9
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(jobs(max_stages=3, max_microbatches=4), st.floats(0, 0.3), st.sampled_from([None, 0, 2, 3]))
 def test_more_clocks_and_more_changes_are_no_worse(job: Job, slowdown: float, most: int | None) -> None:
     planner = planner_of(job)
@@ -153,7 +153,7 @@ def test_a_straggler_is_waited_for(job: Job, stretch: float) -> None:
     assert plan.energy_lower_bound_j <= plan.energy_j <= plan.baseline_energy_j
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(jobs())
 def test_cheapest_takes_no_more_than_any_deadline(job: Job) -> None:
     planner = planner_of(job)
@@ -170,9 +170,9 @@ def test_more_effort_is_never_worse() -> None:
     assert normal.iteration_time_s <= normal.deadline_s
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
-    jobs(max_clocks=3),
+    jobs(max_stages=3, max_microbatches=4, max_clocks=3),
     st.lists(st.floats(0, 0.4), min_size=2, max_size=5),
     st.sampled_from([None, None, None, 0, 3]),
     st.booleans(),

@@ -120,7 +120,7 @@ def test_who_waits_for_a_straggler_waits_at_a_low_clock(job: Job, stretch: float
     assert plan.energy_lower_bound_j <= plan.energy_j <= plan.baseline_energy_j * (1 + 1e-12)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(waiting_jobs(), st.floats(0, 0.3), LATENCIES_S, st.sampled_from([0.001, 0.1]), st.booleans(), st.booleans())
 def test_no_clock_is_lowered_in_work_that_is_no_wait(
     job: Job, slowdown: float, latency_s: float, load_s: float, ends_together: bool, loads_late: bool

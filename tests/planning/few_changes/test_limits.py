@@ -123,7 +123,7 @@ def of(job: Job) -> Planner:
     return Planner(graph, job.profile, blocking_power_w=list(job.blocking_w))
 
 
-@settings(max_examples=40)
+@settings(max_examples=12)
 @given(
     jobs(max_stages=2, max_microbatches=2, max_clocks=3),
     st.sampled_from([0, 2, 3]),

@@ -24,7 +24,7 @@ FAULTS: dict[str, tuple[int, str]] = {
     "lose-gpu": (GPU_LOST, "lost"),
     "take-permission": (NO_PERMISSION, "permission"),
 }
-SLOW_CALL_S = 2.0
+SLOW_CALL_S = 0.5
 """That of the first rank's GPU takes so long for each call meanwhile, of which nothing is said."""
 
 

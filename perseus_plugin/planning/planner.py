@@ -18,6 +18,7 @@ from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.power.fastest import Fastest, fastest_within
 from perseus_plugin.planning.relaxation import Relaxation, Relaxed
+from perseus_plugin.planning.rounding import use_up_slack
 from perseus_plugin.planning.targets import EFFORTS, ChangeLimits, Effort, Target
 from perseus_plugin.planning.work import SMALL, Work
 from perseus_plugin.profiling.profile import Profile
@@ -26,8 +27,11 @@ __all__ = ["ChangeLimits", "Effort", "Planner", "Solution", "Target", "make_plan
 
 _BUDGET_STEPS = 12
 _FAR = 0.005  # share above the bound from which a plan for less time may be the better one
-_SHORTER = (0.0025, 0.005, 0.01, 0.02)  # such times are shorter by so much; or that of full clocks
-_MANY = 4096  # instructions from which only that is tried
+# Such times are of these slowdowns, whatever is asked for, so that longer times begin with what shorter ones found.
+_FINE, _STEP, _WITHIN = (0.0005, 0.001, 0.0015, 0.002), 0.0025, 0.015
+_FEW, _TRIED_OF_FEW, _TRIED = 512, 7, 4  # so many, the longest, in searches of jobs of few instructions and else
+_SEARCHED, _CHEAP = 3, 0.1  # of them these are searched, those after the first while that has been little work
+_MANY = 4096  # instructions from which only the time of full clocks is tried
 _ONE_BOUND = ("slowdown", "deadline", "straggler", "cheapest")  # whatever the plan's time
 _MORE_EFFORT = (1.0, 0.5, 0.25)  # of the way from the shortest iteration that a budget may allow to what was found
 _SHORTEST_TO = 1e-3  # share of the time to which that is known
@@ -213,27 +217,39 @@ class Planner(Discretiser):
     ) -> Solution:
         """The best for a deadline; where that is far above its bound, of those for somewhat shorter ones too."""
 
+        problem = self.problem
+
         def at(shorter: Relaxed, search: bool) -> Solution:
             found = self.discretise(shorter, shorter.deadline_s, limits, effort, work, search=search)
-            return self.priced(relaxed, found.assignment, allowed_s, limits, waits_until_s)
+            assignments = [found.assignment]
+            if search and not found.limited:  # the time that is left is of use
+                slower = use_up_slack(problem, problem.choice(found.assignment), relaxed.deadline_s)
+                assignments.append(problem.assignment(slower))
+            kept = [one for one in assignments if one is found.assignment or not violated(problem, one, limits)]
+            priced = [self.priced(relaxed, one, allowed_s, limits, waits_until_s) for one in kept]
+            return min(priced, key=lambda one: one.energy_j)
 
         best = self.discretise(relaxed, allowed_s, limits, effort, work, waits_until_s, search=search)
         relaxed = best.relaxed
-        full_s, size = self.problem.full_clock_time_s, len(self.problem.instruction_nodes)
+        full_s, size = problem.full_clock_time_s, len(problem.instruction_nodes)
         near = best.energy_j <= relaxed.bound_j * (1 + _FAR)
         # Where limits bind, plans for all shorter times have been searched, too.
         if near or best.limited or relaxed.deadline_s <= full_s * (1 + _SAME):
             return best
-        tried_s = [relaxed.deadline_s * (1 - share) for share in _SHORTER if SMALL < size <= _MANY]
-        found = dict[int, tuple[Solution, Relaxed]]()
-        for number, shorter_s in enumerate([full_s, *(one for one in tried_s if one > full_s)]):
+        tried = _shorter_than(relaxed.deadline_s / full_s - 1) if SMALL < size <= _MANY else []
+        tried = tried[-(_TRIED_OF_FEW if search and size <= _FEW else _TRIED) :]
+        found = list[tuple[Solution, Relaxed]]()
+        for slowdown in (0.0, *tried):
             with suppress(PlanError):  # so short an iteration may need more changes than are allowed
-                shorter = self._relaxed(shorter_s)
-                found[number] = at(shorter, False), shorter
-        if found:
-            nearest, shorter = min(found.values(), key=lambda one: one[0].energy_j)
+                shorter = self._relaxed(full_s * (1 + slowdown))
+                found.append((at(shorter, False), shorter))
+        found.sort(key=lambda one: one[0].energy_j)
+        for number, (rounded, shorter) in enumerate(found[: _SEARCHED if search else 1]):
+            if number and work.done > _CHEAP:
+                break
             with suppress(PlanError):
-                best = min([best, nearest, *([at(shorter, True)] if search else [])], key=lambda one: one.energy_j)
+                searched = [at(shorter, True)] if search else []
+                best = min([best, rounded, *searched], key=lambda one: one.energy_j)
         return replace(best, cut_short=work.cut_short)
 
     def _by_deadline(
@@ -356,6 +372,13 @@ class Planner(Discretiser):
             waits=problem.waiting_costs.planned(solution.waits),
             waits_until_s=until_s,
         )
+
+
+def _shorter_than(slowdown: float) -> list[float]:
+    """Slowdowns somewhat below one, rising."""
+    most = math.ceil(slowdown / _STEP)
+    known = [*_FINE, *(_STEP * step for step in range(max(1, most - math.ceil(_WITHIN / _STEP)), most))]
+    return [one for one in known if slowdown - _WITHIN <= one < slowdown * (1 - _SAME)]
 
 
 def make_plan(

@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 from ortools.graph.python import min_cost_flow
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import FloatArray, IntArray
+from perseus_plugin.planning.events import Events, longest_paths, merged_events
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.solvers import keeping_the_interpreter
+from perseus_plugin.planning.steady import Steady, balanced, find_steady
 
 # Units as shares of a mean instruction's duration and power. (The steepest slope would be no measure: between two
 # clocks of nearly the same duration a slope can be anything.)
@@ -33,6 +34,10 @@ _STEEPEST_UNITS = 1e9
 # Events that can move by no more than this share of the iteration count as forced.
 _FORCED = 1e-8
 _MORE_ROOM = 16
+# From so many instructions on what repeats is solved once, if that takes the bound no further than this share of the
+# energy from what the times take.
+_LONG = 8192
+_REPEATED_TO = 1e-3
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -56,25 +61,6 @@ class Relaxed:
     instruction_price_w: FloatArray
     earliest_finish_s: FloatArray
     latest_finish_s: FloatArray
-
-
-@dataclass(frozen=True, eq=False)
-class _Events:
-    """Start and finish events of the nodes after merging those that an optimal solution can let coincide.
-
-    Attributes:
-        start, finish: shape (nodes,), event ids.
-        count: number of events.
-        source, sink: ids of the iteration's begin and end.
-        edge: ids of the graph's edges whose two events have not been merged.
-    """
-
-    start: IntArray
-    finish: IntArray
-    count: int
-    source: int
-    sink: int
-    edge: IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,37 +117,9 @@ class Relaxation:
         return float(self.least_graph_times[1].max())
 
     @cached_property
-    def events(self) -> _Events:
-        """Merge the finish of a node into the start of its only successor, and likewise the other way.
-
-        A finish may wait for the node's only successor, and a start may come as early as the only predecessor's
-        finish, at no cost: energy never rises with duration along the hull, and is constant beyond its end.
-        """
-        graph = self.problem.graph
-        n = len(graph)
-        out_degree = np.bincount(graph.edge_source, minlength=n)
-        in_degree = np.bincount(graph.edge_target, minlength=n)
-        start, finish = np.arange(n), np.arange(n, 2 * n)
-        start[in_degree == 0] = 2 * n
-        finish[out_degree == 0] = 2 * n + 1
-        no_latency = graph.edge_latency_s == 0
-        only_source = no_latency & (in_degree[graph.edge_target] == 1)
-        start[graph.edge_target[only_source]] = finish[graph.edge_source[only_source]]
-        only_target = no_latency & (out_degree[graph.edge_source] == 1) & ~only_source
-        renamed = np.arange(2 * n + 2)
-        renamed[finish[graph.edge_source[only_target]]] = start[graph.edge_target[only_target]]
-        start, finish = renamed[start], renamed[finish]
-        used = np.unique(np.concatenate([start, finish, [2 * n, 2 * n + 1]]))
-        renamed[used] = np.arange(len(used))
-        start, finish = renamed[start], renamed[finish]
-        return _Events(
-            start=start,
-            finish=finish,
-            count=len(used),
-            source=int(renamed[2 * n]),
-            sink=int(renamed[2 * n + 1]),
-            edge=np.flatnonzero(finish[graph.edge_source] != start[graph.edge_target]),
-        )
+    def events(self) -> Events:
+        """Start and finish of all nodes."""
+        return merged_events(self.problem.graph)
 
     def _build_arcs(self) -> None:
         """Arcs of the network: hull vertices of the free instructions, all nodes' least durations, edges."""
@@ -214,8 +172,10 @@ class Relaxation:
             )
         # Beyond the longest iteration only the waiting grows.
         network = self._network(min(deadline_s, self.longest_s))
-        flow = self._flow(network, sink_units=None)
-        found = self._result(network, flow, deadline_s, blocking_w=0.0)
+        found = self._repeated(network, deadline_s)
+        if found is None:
+            flow = self._flow(network, sink_units=None)
+            found = self._result(network, flow, deadline_s, blocking_w=0.0)
         return found if deadline_s <= self.longest_s else replace(found, price_w=0.0)
 
     @cached_property
@@ -262,10 +222,31 @@ class Relaxation:
         guess[events.sink] = deadline_s
         node_of = np.zeros(events.count, dtype=np.int64)
         node_of[~forced] = np.arange(1, 1 + int((~forced).sum()))
-        apart = (guess[self.head] - guess[self.tail] - self.length_s) / self.time_unit_s
+        return _Network(guess, earliest_event, latest_event, node_of, self._costs(guess))
+
+    def _costs(self, guess_s: FloatArray) -> IntArray:
+        apart = (guess_s[self.head] - guess_s[self.tail] - self.length_s) / self.time_unit_s
         # Rounded up, a cycle of unlimited arcs, which cannot be negative, does not become so.
         cost = np.concatenate([np.rint(apart[: self.finite_arcs]), np.ceil(apart[self.finite_arcs :])])
-        return _Network(guess, earliest_event, latest_event, node_of, cost.astype(np.int64))
+        return cost.astype(np.int64)
+
+    def _tied(self, network: _Network, before: IntArray, last: IntArray, apart_s: float) -> _Network:
+        """The network in which some nodes' events come just so much later than others' do: together they are one."""
+        later = np.arange(self.events.count)
+        for of in (self.events.start, self.events.finish):
+            later[of[before]] = of[last]
+        root, steps = later.copy(), (later != np.arange(len(later))).astype(np.int64)
+        while (later[root] != root).any():
+            steps += later[root] != root
+            root = later[root]
+        # A time that is forced for one is so for all.
+        held = np.flatnonzero(network.node_of == 0)
+        guess = network.guess_s + steps * apart_s
+        guess[root[held]] = guess[held]
+        guess = guess[root] - steps * apart_s
+        node_of = network.node_of.copy()
+        node_of[root[held]] = 0
+        return replace(network, guess_s=guess, node_of=node_of[root], cost=self._costs(guess))
 
     def _flow(self, network: _Network, sink_units: int | None) -> IntArray:
         tail, head = network.node_of[self.tail], network.node_of[self.head]
@@ -293,11 +274,31 @@ class Relaxation:
 
     def _result(self, network: _Network, flow: IntArray, deadline_s: float, blocking_w: float) -> Relaxed:
         """Bound, prices and event times from a flow; `blocking_w` is paid until the end where that is free."""
-        events, count = self.events, len(self.owner)
-        carried = flow[:count] * self.power_unit_w
-        price = np.bincount(self.owner, weights=carried, minlength=len(self.problem.graph)).astype(np.float64)
-        edge_price = (flow[count:] * self.power_unit_w).astype(np.float64)
+        price, edge_price = self._prices(flow)
         self._price_forced(network, price)
+        bound, price_w = self._bound(network, price, edge_price, deadline_s, blocking_w)
+        earliest, latest = self._event_times(network, flow)
+        events, pinned = self.events, int((network.node_of == 0).sum()) > 2
+        return Relaxed(
+            deadline_s=deadline_s,
+            bound_j=bound,
+            price_w=math.inf if pinned else price_w,
+            instruction_price_w=price,
+            earliest_finish_s=earliest[events.finish],
+            latest_finish_s=latest[events.finish],
+        )
+
+    def _prices(self, flow: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Of all nodes' time, and of the edges whose events have not been merged."""
+        carried, count = flow * self.power_unit_w, len(self.owner)
+        price = np.bincount(self.owner, weights=carried[:count], minlength=len(self.problem.graph))
+        return price.astype(np.float64), carried[count:].astype(np.float64)
+
+    def _bound(
+        self, network: _Network, price: FloatArray, edge_price: FloatArray, deadline_s: float, blocking_w: float
+    ) -> tuple[float, float]:
+        """By weak duality at any prices, and what they have the deadline cost; see `_result`."""
+        events, count = self.events, len(self.owner)
         balance = np.bincount(events.start, weights=price, minlength=events.count)
         balance -= np.bincount(events.finish, weights=price, minlength=events.count)
         balance += np.bincount(self.tail[count:], weights=edge_price, minlength=events.count)
@@ -310,16 +311,78 @@ class Relaxation:
         bound += float((edge_price * self.length_s[count:]).sum())
         if not blocking_w:
             bound += self.problem.total_blocking_w * deadline_s
-        earliest, latest = self._event_times(network, flow)
-        pinned = int((network.node_of == 0).sum()) > 2
-        return Relaxed(
-            deadline_s=deadline_s,
-            bound_j=bound,
-            price_w=math.inf if pinned else price_w,
-            instruction_price_w=price,
-            earliest_finish_s=earliest[events.finish],
-            latest_finish_s=latest[events.finish],
+        return bound, price_w
+
+    @cached_property
+    def _steady(self) -> tuple[Steady, Relaxation] | None:
+        """What repeats in a long iteration, and the relaxation of a shorter one."""
+        problem = self.problem
+        if len(problem.graph) < _LONG:
+            return None
+        steady = find_steady(problem.graph, self.least_s, problem.class_of)
+        if steady is None:
+            return None
+        return steady, Relaxation.sized(replace(problem, graph=steady.graph, class_of=problem.class_of[steady.kept]))
+
+    def _repeated(self, network: _Network, deadline_s: float) -> Relaxed | None:
+        """The optimum of a shorter iteration, repeated; None where nothing repeats, or that is no optimum here."""
+        if self._steady is None:
+            return None
+        (steady, short), graph, events = self._steady, self.problem.graph, self.events
+        until_s = min(deadline_s, self.longest_s)
+        short_s = min(max(short.shortest_s, until_s * short.shortest_s / self.shortest_s), short.longest_s)
+        apart_s = (until_s - short_s) / steady.count
+        short_network = short._network(short_s)
+        flow = short._flow(short_network, sink_units=None)
+        tied = short._tied(short_network, steady.before, steady.last, apart_s)
+        try:
+            found = short._result(short_network, flow, short_s, blocking_w=0.0)
+            times = short._event_times(tied, short._flow(tied, sink_units=None))
+        except PlanError:  # before so many repetitions what repeats is not what takes longest
+            return None
+        earliest, latest = (one[short.events.finish][steady.node] + steady.repeats * apart_s for one in times)
+        aim_s = (earliest + latest) / 2
+        edge_price = short._every_edge_price(found.instruction_price_w, short._prices(flow)[1])
+        forced = network.node_of == 0
+        price, edge_price = balanced(
+            graph,
+            found.instruction_price_w[steady.node],
+            edge_price[steady.edge],
+            aim_s,
+            forced[events.start],
+            forced[events.finish],
         )
+        self._price_forced(network, price)
+        bound, _ = self._bound(network, price, edge_price[events.edge], deadline_s, blocking_w=0.0)
+        energy_j = self._energy_j(aim_s, until_s) + self.problem.total_blocking_w * deadline_s
+        if energy_j - bound > _REPEATED_TO * abs(bound):
+            return None
+        return Relaxed(deadline_s, bound, found.price_w, price, earliest, latest)
+
+    def _every_edge_price(self, price: FloatArray, edge_price: FloatArray) -> FloatArray:
+        """Of all edges: between merged events flows what their nodes carry."""
+        graph = self.problem.graph
+        alone = np.bincount(graph.edge_target, minlength=len(graph))[graph.edge_target] == 1
+        every: FloatArray = np.where(alone, price[graph.edge_target], price[graph.edge_source])
+        every[self.events.edge] = edge_price
+        return every
+
+    def _energy_j(self, aim_s: FloatArray, deadline_s: float) -> float:
+        """Effective energy where every node finishes at such a time, or as near to it as all others let it."""
+        graph, finish = self.problem.graph, self.least_graph_times[1].copy()
+        latest_s = np.maximum(graph.latest_finish(self.least_s, deadline_s), finish)
+        aim_s = np.where(self.free, np.minimum(aim_s, latest_s), 0.0)
+        start = np.zeros(len(graph))
+        first = slice(0, int(graph.level_start[1]))
+        finish[first] = np.maximum(self.least_s[first], aim_s[first])
+        for low, high, sources, latency, offsets in graph.forward_steps:
+            start[low:high] = np.maximum.reduceat(finish[sources] + latency, offsets)
+            finish[low:high] = np.maximum(start[low:high] + self.least_s[low:high], aim_s[low:high])
+        duration_s, energy_j = finish - start, 0.0
+        for options, nodes in zip(self.problem.classes, self.free_of_class, strict=True):
+            hull = options.hull
+            energy_j += float(np.interp(duration_s[nodes], options.time_s[hull], options.energy_j[hull]).sum())
+        return energy_j
 
     def _price_forced(self, network: _Network, price: FloatArray) -> None:
         """Instructions between two forced events carry no flow in the network: price them by their own hull."""
@@ -367,39 +430,9 @@ class Relaxation:
         low[network.node_of] = np.floor((network.earliest_s - network.guess_s) / units).astype(np.int64) - depth
         high[network.node_of] = np.ceil((network.latest_s - network.guess_s) / units).astype(np.int64) + depth
         low[0] = high[0] = 0
-        earliest = _longest_paths(low, tail, head, length)
-        latest = -_longest_paths(-high, head, tail, length)
+        earliest = longest_paths(low, tail, head, length)
+        latest = -longest_paths(-high, head, tail, length)
         return (
             network.guess_s + earliest[network.node_of] * units,
             network.guess_s + latest[network.node_of] * units,
         )
-
-
-def _longest_paths(
-    value: npt.NDArray[np.int64], tail: IntArray, head: IntArray, length: IntArray
-) -> npt.NDArray[np.int64]:
-    """Longest path to every node from node 0, whose value stays 0 (Bellman-Ford; only what has risen is followed).
-
-    Args:
-        value: lower bounds to begin with.
-    """
-    if not len(tail):
-        return value
-    order = np.argsort(tail, kind="stable")
-    head, length = head[order], length[order]
-    first = np.searchsorted(tail[order], np.arange(len(value) + 1))
-    risen, has_risen = np.arange(len(value)), np.zeros(len(value), dtype=bool)
-    for _ in range(2 * len(value) + 2):
-        degree = first[risen + 1] - first[risen]
-        arcs = np.repeat(first[risen] - np.cumsum(degree) + degree, degree) + np.arange(int(degree.sum()))
-        reached, targets = np.repeat(value[risen], degree) + length[arcs], head[arcs]
-        more = reached > value[targets]
-        if not more.any():
-            return value
-        np.maximum.at(value, targets[more], reached[more])
-        if value[0] != 0:
-            break
-        has_risen[targets[more]] = True
-        risen = np.flatnonzero(has_risen)
-        has_risen[risen] = False
-    raise PlanError("the min-cost flow is not optimal: its residual graph has a cycle of positive length")

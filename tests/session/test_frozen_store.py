@@ -54,7 +54,7 @@ while not ended.is_set():
     for op in streams[0]:
         if isinstance(op, (Compute, Constant)):
             session.tap.begin()
-            time.sleep(0.001)
+            time.sleep(0.005)
             session.tap.end()
     session.end_schedule()
     session.end_iteration()

@@ -87,6 +87,7 @@ def test_a_job_profiles_plans_and_saves_at_the_time_of_full_clocks(tmp_path: Pat
             assert error_w < max(4 * row.blocking_power_se_w, 10.0), f"stage {stage} at {row.frequency_mhz} MHz"
 
 
+@pytest.mark.repeated  # what is decided and run then: tests/leader/test_decide_targets.py, tests/session/test_worker.py
 def test_a_dry_run_says_what_its_plan_would_save_and_leaves_clocks_alone(tmp_path: Path) -> None:
     folder, left = tmp_path / "job", iter(range(8))
 

@@ -33,6 +33,8 @@ WIDTH = 4
 ONE_STAGE, SEVERAL = ("1F1B", "GPipe"), ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 SIZES = ((2, 4), (2, 6), (2, 9), (3, 6), (3, 12), (4, 8), (4, 12), (6, 24), (8, 16))
+# Seconds each; those before stand for them.
+LARGE = SIZES[-2:]
 MORE_SIZES = ((1, 1), (1, 5), (2, 2), (4, 4), (5, 7))  # of those whose microbatches need be no multiple of anything
 CASES = [
     *((name, *size) for name in ONE_STAGE for size in (*SIZES, *MORE_SIZES)),
@@ -97,7 +99,10 @@ def session_of(name: str, ranks: int, microbatches: int, rank: int, steps: int) 
     return session
 
 
-@pytest.mark.parametrize(("name", "ranks", "microbatches"), CASES)
+@pytest.mark.parametrize(
+    ("name", "ranks", "microbatches"),
+    [pytest.param(*case, marks=[pytest.mark.repeated] if case[1:] in LARGE else []) for case in CASES],
+)
 def test_every_rank_runs_its_stream(name: str, ranks: int, microbatches: int, caplog: pytest.LogCaptureFixture) -> None:
     keys = set()
     for rank in range(ranks):

@@ -265,6 +265,7 @@ def test_a_peak_is_the_highest_average_of_all_windows(parts: list[list[tuple[flo
     assert highest_w <= float(np.max(sums_j)) / window_s + steep_w / 400 / window_s + 1e-9
 
 
+@settings(max_examples=40)
 @given(jobs(), st.floats(0.5, 1.0))
 def test_the_trace_of_a_plan_holds_its_energy(job: Job, share: float) -> None:
     planner = planner_of(job)

@@ -37,7 +37,7 @@ def as_profiled(problem: PlanningProblem) -> FloatArray:
 
 
 @given(job=jobs(), slowdown=st.sampled_from([0.0, 0.1]))
-@settings(deadline=None)
+@settings(max_examples=50)
 def test_with_durations_as_in_the_profile_a_replay_is_the_plan(job: Job, slowdown: float) -> None:
     problem = problem_of(job)
     plan = plan_of(problem, slowdown)
@@ -48,7 +48,7 @@ def test_with_durations_as_in_the_profile_a_replay_is_the_plan(job: Job, slowdow
 
 
 @given(job=jobs(), data=st.data())
-@settings(deadline=None)
+@settings(max_examples=50)
 def test_at_full_clocks_instructions_take_what_they_took(job: Job, data: st.DataObject) -> None:
     problem = problem_of(job)
     factors = np.array(
@@ -69,7 +69,7 @@ def test_at_full_clocks_instructions_take_what_they_took(job: Job, data: st.Data
 
 
 @given(job=jobs(), seed=st.integers(0, 100), latency_s=st.sampled_from([0.0, 0.02]))
-@settings(deadline=None)
+@settings(max_examples=50)
 def test_catching_up_never_makes_an_iteration_longer(job: Job, seed: int, latency_s: float) -> None:
     problem = problem_of(job)
     plan = plan_of(problem)
@@ -85,7 +85,7 @@ def test_catching_up_never_makes_an_iteration_longer(job: Job, seed: int, latenc
 
 
 @given(job=jobs())
-@settings(deadline=None)
+@settings(max_examples=50)
 def test_nobody_catches_up_who_is_in_plan(job: Job) -> None:
     problem = problem_of(job)
     plan = plan_of(problem)
@@ -179,7 +179,7 @@ def test_a_clock_that_goes_down_does_so_a_latency_late() -> None:
 
 
 @given(job=jobs(), slowdown=st.sampled_from([0.0, 0.1]), latency_s=st.floats(0.0, 0.05))
-@settings(deadline=None)
+@settings(max_examples=50)
 def test_a_latency_makes_nothing_longer_and_full_clocks_no_different(
     job: Job, slowdown: float, latency_s: float
 ) -> None:

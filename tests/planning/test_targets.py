@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perseus_plugin.config import parse_config
@@ -188,6 +188,7 @@ def test_a_group_is_named_alike_in_the_configuration_and_in_a_target(of: str) ->
 # Money.
 
 
+@settings(max_examples=40)
 @given(jobs(), st.floats(0.01, 1.0), st.floats(0.0, 5.0))
 def test_in_money_no_plan_of_the_frontier_is_cheaper_than_the_bound_of_the_best_time(
     job: Job, per_kwh: float, per_gpu_hour: float

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perseus_plugin.profiling.observations import Activity, ClockRun, StepMean
@@ -103,6 +103,7 @@ def test_more_steps_make_the_comparison_better_as_their_number_grows() -> None:
     assert stated(12) == pytest.approx(stated(3) / 2, rel=0.2)
 
 
+@settings(max_examples=30)
 @given(st.floats(0.01, 100.0), st.integers(0, 5))
 def test_a_scale_common_to_all_changes_no_comparison(factor: float, seed: int) -> None:
     plain = sweep(SIZES["buckets"], seed, paired=True, steps_per_clock=2, stages=2)

@@ -75,8 +75,8 @@ class ProfilingConfig(_Strict):
     rounds: int = _setting(
         2,
         "a whole number from 1 to 10",
-        "Most rounds of profiling; a further one, at the clocks still of use, is made only while max_relative_error or "
-        "half of max_time_error is exceeded.",
+        "Most rounds of profiling; a further one, at the clocks still useful, is run only while "
+        "max_relative_error or half of max_time_error is exceeded.",
         ge=1,
         le=10,
     )
@@ -114,7 +114,7 @@ class ProfilingConfig(_Strict):
     blocking_power_w: float | None = _setting(
         None,
         "a number above 0 and at most 2000, or null",
-        "Power of a GPU that waits for a peer, in watts; needed with `load` where that profile does not say it "
+        "Power of a GPU that waits for a peer, in watts; needed with `load` if that profile has none "
         "(`blocking_power`), otherwise measured.",
         gt=0,
         le=MOST_W,
@@ -122,9 +122,9 @@ class ProfilingConfig(_Strict):
     power_limit_w: float | None = _setting(
         None,
         "a number above 0 and at most 2000, or null",
-        "The most that one GPU can draw, in watts: a loaded profile with more is refused, measured energies are held "
-        "below it (below 1.25 times that for work between waits at the limit). null: as the driver tells of this card, "
-        "2000 with `load`.",
+        "The most that one GPU can draw, in watts: a loaded profile with more is refused, measured "
+        "energies are kept below it (below 1.25 times that for work between waits at the limit). null: "
+        "as the driver reports, 2000 with `load`.",
         gt=0,
         le=MOST_W,
     )
@@ -148,8 +148,8 @@ class GpuConfig(_Strict):
     foreign_clock: Literal["ask_again", "give_way"] = _setting(
         "ask_again",
         '"ask_again" or "give_way"',
-        "When somebody else changes the clock while the job runs: ask for ours again, or leave it to them and run at "
-        "full clocks from then on, as far as they let it.",
+        "When somebody else changes the clock while the job runs: request ours again, or stop setting "
+        "clocks from then on.",
     )
     zeusd_socket: str = _setting("/run/zeusd/zeusd.sock", "a path", "Unix socket of the zeusd daemon.", min_length=1)
 
@@ -242,9 +242,10 @@ class LimitsConfig(_Strict):
     free_after_s: float | None = _setting(
         None,
         "a number from 1 to 86400, or null",
-        "How long a rank's training may ask for nothing, as where a collective hangs, until its clock is freed; it is "
-        "taken up again when the training goes on. null: five iterations, and at least 5 s. While the training process "
-        "is stopped (a suspended job, a debugger) the clock is free at once.",
+        "How long a rank's training may request nothing (a collective that hangs, say) until its clock "
+        "is freed; control resumes when the training goes on. null: five iterations, and at least 5 s. "
+        "While the training process is stopped (a suspended job, a debugger) the clock is freed at "
+        "once.",
         ge=1,
         le=86400,
     )
@@ -263,8 +264,8 @@ class PlannerConfig(_Strict):
     python: str | None = _setting(
         None,
         "a path, or null",
-        "Python that runs it: of an environment with the extra `planner`, where the trainer's stays without. null: the "
-        "trainer's own.",
+        "Python that runs it, of an environment with the extra `planner`, if the trainer's has none. "
+        "null: the trainer's own.",
         min_length=1,
     )
 
@@ -283,16 +284,16 @@ class WatchConfig(_Strict):
     patience: int = _setting(
         10,
         "a whole number from 1 to 1000000",
-        "A plan is not judged by fewer iterations; against the sweep, the median over as many must exceed the "
-        "tolerance.",
+        "Fewest iterations that a plan is judged by; against the sweep, the median over as many must "
+        "exceed the tolerance.",
         ge=1,
         le=10**6,
     )
     reference_share: float = _setting(
         0.02,
         f"a number from 0 to {LARGEST_SHARE}",
-        "Share of iterations under a plan that run at full clocks, for the plan to be compared with on the same work; "
-        "a few more in the first 200. 0: none, so that it is compared with the sweep.",
+        "Share of iterations under a plan that run at full clocks, to compare the plan with on the same "
+        "work; more in the first 200. 0: none; the plan is compared with the sweep.",
         ge=0,
         le=LARGEST_SHARE,
     )
@@ -320,14 +321,14 @@ class WatchConfig(_Strict):
 class StragglersConfig(_Strict):
     """Slow ranks: reported or seen, and planned for."""
 
-    enabled: bool = _setting(True, "true or false", "false: reports are refused and nothing is looked for.")
+    enabled: bool = _setting(True, "true or false", "false: reports are refused and slow ranks are not looked for.")
     detect: bool = _setting(
         True, "true or false", "Look for slow ranks in the session's own instruction times; false: reports only."
     )
     threshold: float = _setting(
         0.03,
         "a number from 0.01 to 1",
-        "Smallest slowdown, as a share, that is acted on; where times vary, only a larger one can be told from noise.",
+        "Smallest slowdown, as a share, that is acted on; where times vary, only a larger one stands out of the noise.",
         ge=0.01,
         le=1,
     )
@@ -337,7 +338,7 @@ class StragglersConfig(_Strict):
     min_duration: int = _setting(
         3,
         "a whole number from 1 to 1000",
-        "A slowdown far beyond the noise is acted on after this many iterations already.",
+        "A slowdown far beyond the noise is acted on after this many iterations.",
         ge=1,
         le=1000,
     )
@@ -349,13 +350,12 @@ class StragglersConfig(_Strict):
         le=3600,
     )
     max_slowdown: float = _setting(
-        100.0, "a number above 1 and at most 1000", "Reports of more than this are refused as absurd.", gt=1, le=1000
+        100.0, "a number above 1 and at most 1000", "Reports of more than this are refused.", gt=1, le=1000
     )
     socket: bool = _setting(
         True,
         "true or false",
-        "Take reports, and targets, of the command line on a unix socket in the output folder that only this user can "
-        "use.",
+        "Take reports and targets from the command line on a unix socket in the output folder, for this user only.",
     )
 
 
@@ -399,7 +399,7 @@ class PerseusConfig(_Strict):
     power_budget_w: float | None = _setting(
         None,
         "a number above 0, or null",
-        "Average watts that the GPUs of the whole job may draw; iterations are as fast as that allows, and no faster.",
+        "Average watts that the GPUs of the whole job may draw; iterations are as fast as that allows.",
         gt=0,
     )
     price_per_kwh: float | None = _setting(
@@ -416,14 +416,14 @@ class PerseusConfig(_Strict):
         _setting(
             {},
             'an object of watts, by "gpu" (each), "node" (each), "node 3", or ranks such as "0-7,16"',
-            "The same for some of its GPUs together: what they may draw, by which they are.",
+            "The same for some of its GPUs together, by ranks, node or GPU.",
         )
     )
     node_overhead_w: float = _setting(
         0.0,
         "a number from 0",
-        "Watts that a node draws besides its GPUs. With this or node_overhead_share, power budgets and peaks are of "
-        "nodes, and each GPU counts with its part; only those of each GPU stay its own.",
+        "Watts that a node draws besides its GPUs. With this or node_overhead_share, power budgets and "
+        "peaks are of nodes, and each GPU counts with its share; those of each GPU stay of the GPU.",
         ge=0,
     )
     node_overhead_share: float = _setting(
@@ -432,7 +432,7 @@ class PerseusConfig(_Strict):
     peak_w: float | None = _setting(
         None,
         "a number above 0, or null",
-        "Highest average power, in watts, that a plan of the whole job may come to over any peak_window_s seconds.",
+        "Highest average power, in watts, that a plan of the whole job may reach over any peak_window_s seconds.",
         gt=0,
     )
     peak_window_s: float = _setting(
@@ -441,51 +441,51 @@ class PerseusConfig(_Strict):
     target_file: str | None = _setting(
         None,
         "a path, or null",
-        "File that rank 0 watches: a JSON object that says what the job is to aim at, as `perseus target` does.",
+        "File that rank 0 watches: a JSON object with a target, as `perseus target` sets it.",
         min_length=1,
     )
     ramp_w_per_s: float | None = _setting(
         None,
         "a number above 0, or null",
-        "When a running job is to aim at something else, take the power of its GPUs up or down in steps, on average no "
+        "When the target changes, take the power of the job's GPUs up or down in steps, on average no "
         "faster than this. null: in one step.",
         gt=0,
     )
     margin: float = _setting(
         0.01,
         "a number from 0 to 1",
-        "Least share of its time by which a slowed instruction is planned to end before it is needed. More is taken "
-        "where measured iterations, replayed under the plan, would be too long.",
+        "Smallest share of its time by which a slowed instruction is planned to end before it is "
+        "needed. More is used if measured iterations, replayed under the plan, would be too long.",
         ge=0,
         le=1,
     )
     quantile: float = _setting(
         0.9,
         "a number from 0.5 to below 1",
-        "Share of iterations that have to keep to their time under a plan, to within 0.5 % of the time at full clocks. "
-        "Judged by a replay of measured iterations.",
+        "Share of iterations that a plan must not lengthen by more than 0.5 % of the time at full "
+        "clocks, by a replay of measured iterations.",
         ge=0.5,
         lt=1,
     )
     catch_up: bool = _setting(
         True,
         "true or false",
-        "Let a rank whose instruction begins later than the plan allows run faster until it is back in plan.",
+        "Let a rank whose instruction begins later than the plan allows run faster until it is back on plan.",
     )
     lower_while_waiting: bool = _setting(
         True,
         "true or false",
-        "Let a GPU that waits for longer than it takes to go down and up again wait at a lower clock; never where the "
+        "Let a GPU wait at a lower clock if the wait is longer than two clock changes; never where the "
         "switch latency is unknown.",
     )
     effort: Literal["quick", "normal", "thorough"] = _setting(
-        "quick", '"quick", "normal" or "thorough"', "How hard the planner tries to come near the optimum."
+        "quick", '"quick", "normal" or "thorough"', "How long the planner searches for a better plan."
     )
     refine_s: float = _setting(
         60.0,
         "seconds from 0",
-        "For how long a plan in force is searched on, at the next higher effort, by a process of lowest priority; what "
-        "it finds is adopted if it saves 0.1 % more over the last iterations. 0: never.",
+        "For how long a process of lowest priority searches for a better plan, at the next higher "
+        "effort; it is adopted if it saves 0.1 % more over the last iterations. 0: never.",
         ge=0,
     )
     output_dir: str = _setting(
@@ -517,11 +517,11 @@ class PerseusConfig(_Strict):
     signals: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_tuple)] = _setting(
         (),
         'a list of objects with a `source` ("schedule", "price", "carbon" or that of another package) and its options',
-        "Targets, prices and carbon intensities by time; the first that says something of a matter is heard.",
+        "Targets, prices and carbon intensities by time; of each matter, the first signal with a value counts.",
         max_length=16,
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
-        "info", '"debug", "info", "warning" or "error"', "How much the plugin says."
+        "info", '"debug", "info", "warning" or "error"', "How much the plugin logs."
     )
 
 

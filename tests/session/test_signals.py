@@ -19,9 +19,14 @@ def test_a_job_follows_its_signal_and_says_what_its_energy_was_worth(tmp_path: P
     signals = [
         {"source": "carbon", "file": str(grid), "stretch": [[0, 80, 0.0], [80, 200, 0.25]], "after_last": "hold"}
     ]
-    job = OneJob(tmp_path / "job", [Step()] * 60, plugin={**PLUGIN, "signals": signals})
+    log, left = tmp_path / "job" / "events.jsonl", iter(range(16))
+
+    def followed_for_a_while() -> bool:
+        return log.exists() and '"in force"' in log.read_text() and next(left, None) is None
+
+    job = OneJob(tmp_path / "job", [Step()] * 500, plugin={**PLUGIN, "signals": signals}, until=followed_for_a_while)
     summary = job.run().summary
-    lines = (tmp_path / "job" / "events.jsonl").read_text().splitlines()
+    lines = log.read_text().splitlines()
     events = [event for event in map(json.loads, lines) if event["event"] == "target"]
     assert {event["source"] for event in events} == {"signals"}
     assert events[-1]["state"] == "in force"

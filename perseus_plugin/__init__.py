@@ -236,7 +236,8 @@ def _announce(work: Callable[[], Any], ahead: int, *, of_this: bool = False) -> 
     if reason and not _said_refused:
         _said_refused = True  # steps are many
         logging.getLogger(__name__).warning(
-            "announced work was refused: %s; said once. Such iterations follow the job's usual plan; correct the call",
+            "announced work was refused: %s (logged once). Such iterations follow the job's usual plan; correct the "
+            "call",
             reason,
         )
     return bool(sessions) and not reason

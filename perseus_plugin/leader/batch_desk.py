@@ -164,7 +164,7 @@ class BatchDesk:
         if wrong and record.complete and "count" not in self._said:
             self._said.add("count")
             logger.warning(
-                "announced work was of no use: %d numbers for an iteration of %d microbatches; said once. Such "
+                "announced work was of no use: %d numbers for an iteration of %d microbatches (logged once). Such "
                 "iterations follow the job's usual plan; announce one number per microbatch of the rank's own pipeline",
                 min(wrong),
                 microbatches,

@@ -216,8 +216,8 @@ class Leader:
         if told and not self._refused_in_vain:
             self._refused_in_vain = True
             logger.warning(
-                "targets and straggler reports are refused, as no clock is set; said once. See the reason above; this "
-                "job takes the time and energy that it takes without them"
+                "targets and straggler reports are refused, as no clock is set (logged once). See the reason above; "
+                "this job takes the time and energy that it takes without them"
             )
 
     def _look_in_vain(self) -> None:

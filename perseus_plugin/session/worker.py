@@ -383,7 +383,7 @@ class SessionWorker:
                 case wire.Trouble(code="paused"):
                     if not self._paused:
                         self._paused = True
-                        logger.warning("%s; nothing needs to be done, and said once", event.text)
+                        logger.warning("%s; nothing needs to be done (logged once)", event.text)
                 case wire.Trouble(code="started_again"):
                     logger.warning("%s. If that one ends as well, training goes on at full clocks", event.text)
                 case wire.Trouble():
@@ -413,7 +413,7 @@ class SessionWorker:
                 self._changed_outside = True
                 logger.warning(
                     "the GPU runs at %d MHz where %d MHz were asked for: somebody else sets its clock, or the driver "
-                    "does not honour locks; asked again, and said once (perseus.gpu.foreign_clock)",
+                    "does not honour locks; asked again (logged once; see perseus.gpu.foreign_clock)",
                     deviation.read_mhz,
                     deviation.requested_mhz,
                 )
@@ -433,7 +433,7 @@ class SessionWorker:
         if not held:
             self._below = True
             logger.warning(
-                "the GPU runs at %d MHz where %d MHz were asked for; said once. Look for a power or thermal limit "
+                "the GPU runs at %d MHz where %d MHz were asked for (logged once). Look for a power or thermal limit "
                 "(nvidia-smi -q -d PERFORMANCE) and for other programs that set clocks",
                 deviation.read_mhz,
                 deviation.requested_mhz,
@@ -441,7 +441,7 @@ class SessionWorker:
         elif not self._held:
             self._held = True
             logger.info(
-                "the GPU is at its power limit: it runs at %d MHz where %d MHz were asked for; said once",
+                "the GPU is at its power limit: it runs at %d MHz where %d MHz were asked for (logged once)",
                 deviation.read_mhz,
                 deviation.requested_mhz,
             )

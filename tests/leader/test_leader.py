@@ -90,7 +90,7 @@ def test_what_ranks_say_where_no_clock_is_set_is_refused_once(tmp_path: Path, ca
         leader.step(0, {}, None)
     leader.close()
     (said,) = [record.message for record in caplog.records]
-    assert said.startswith("targets and straggler reports are refused, as no clock is set; said once.")
+    assert said.startswith("targets and straggler reports are refused, as no clock is set (logged once).")
     assert exchange.take_new(TARGETS) == exchange.take_new(STRAGGLERS) == []
 
 

@@ -131,7 +131,7 @@ def _remarks(summary: Summary) -> str:
     remarks = [_counted(summary)]
     references = summary.references
     if references.iterations and references.energy_not_saved_j is not None:
-        remarks.append(f"those to compare with saved {references.energy_not_saved_j:.0f} J less for it")
+        remarks.append(f"those to compare with cost {references.energy_not_saved_j:.0f} J of saving")
     if summary.profiling.extra_time_s is not None:
         remarks.append(f"profiling cost {summary.profiling.extra_time_s:.1f} s")
     plan = summary.plan
@@ -154,8 +154,8 @@ def _remarks(summary: Summary) -> str:
     waiting = summary.waiting
     if waiting.lowered_waits:
         remarks.append(
-            f"{waiting.lowered_waits} waits were spent at a lower clock, {waiting.woken_early} of them ended before it "
-            "was back"
+            f"{waiting.lowered_waits} waits were spent at a lower clock, of which {waiting.woken_early} ended before "
+            "it was back"
         )
     limit = summary.at_power_limit
     if limit.full_clock_percent:
@@ -184,10 +184,10 @@ def _counted(summary: Summary) -> str:
     known = {
         "while profiling": counts.profiling,
         "under plans": counts.under_plans,
-        "at full clocks amid them to compare with": summary.references.iterations,
+        "at full clocks in between to compare with": summary.references.iterations,
         "at a straggler's pace": counts.straggler,
     }
-    known["at full clocks besides"] = max(0, counts.all - sum(known.values()))
+    known["otherwise at full clocks"] = max(0, counts.all - sum(known.values()))
     parts = [f"{count} {of}" for of, count in known.items() if count]
     if 0 < counts.plan < counts.under_plans:
         parts = [f"{part} ({counts.plan} under the newest)" if part.endswith("under plans") else part for part in parts]

@@ -99,8 +99,8 @@ def test_iterations_of_all_sorts_add_up() -> None:
     totals = {sort: Totals(iterations=count, time_s=1.0 * count) for sort, count in counted.items()}
     ranks = [one.model_copy(update={"totals": {**one.totals, **totals}}) for one in RANKS]
     assert (
-        "90 iterations: 40 while profiling, 30 under plans (20 under the newest), 6 at full clocks amid them to "
-        "compare with, 3 at a straggler's pace, 11 at full clocks besides; "
+        "90 iterations: 40 while profiling, 30 under plans (20 under the newest), 6 at full clocks in between to "
+        "compare with, 3 at a straggler's pace, 11 otherwise at full clocks; "
     ) in printed(made(ranks))
 
 
@@ -126,7 +126,7 @@ def test_what_references_cost_is_said() -> None:
     full = RANKS[0].totals["full_clock"]
     references = Totals(iterations=30, time_s=30 * full.time_s / full.iterations)
     ranks = [one.model_copy(update={"totals": {**one.totals, "reference": references}}) for one in RANKS]
-    assert "; those to compare with saved 5700 J less for it" in printed(made(ranks))
+    assert "; those to compare with cost 5700 J of saving" in printed(made(ranks))
 
 
 def test_what_energy_was_worth_by_the_signals_is_said() -> None:

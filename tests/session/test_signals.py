@@ -11,6 +11,8 @@ import pytest
 from tests.live_targets import PLUGIN
 from tests.one_job import OneJob, Step
 
+from .test_one_job import SHORT
+
 
 def test_a_job_follows_its_signal_and_says_what_its_energy_was_worth(tmp_path: Path) -> None:
     yesterday = datetime.now(timezone.utc) - timedelta(days=1)
@@ -24,7 +26,8 @@ def test_a_job_follows_its_signal_and_says_what_its_energy_was_worth(tmp_path: P
     def followed_for_a_while() -> bool:
         return log.exists() and '"in force"' in log.read_text() and next(left, None) is None
 
-    job = OneJob(tmp_path / "job", [Step()] * 500, plugin={**PLUGIN, "signals": signals}, until=followed_for_a_while)
+    plugin = {**PLUGIN, "profiling": SHORT["profiling"], "signals": signals}
+    job = OneJob(tmp_path / "job", [Step()] * 500, plugin=plugin, until=followed_for_a_while)
     summary = job.run().summary
     lines = log.read_text().splitlines()
     events = [event for event in map(json.loads, lines) if event["event"] == "target"]

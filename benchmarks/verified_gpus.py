@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perseus_plugin.cli.verification.page import number, percent
-from perseus_plugin.cli.verification.result import Estimator, Spread, Verification, load_verification
+from perseus_plugin.reporting.verification import Estimator, Spread, Verification, load_verification
 
 
 def figures(found: Verification) -> dict[str, str]:

@@ -10,6 +10,7 @@ import importlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,6 +64,7 @@ __all__ = [
     "modelled_profile",
     "one_f_one_b",
     "parse_config",
+    "replaying",
     "report_straggler",
     "save_plan",
     "save_profile",
@@ -129,6 +131,21 @@ def enable(engine: Any, config: Any = None) -> PipelineSession | None:
     from perseus_plugin.integrations.deepspeed.adapter import enable as enable_on_engine
 
     return enable_on_engine(engine, config)
+
+
+def replaying(schedule: Any) -> AbstractContextManager[None]:
+    """Around the replay of a CUDA graph that holds a whole run of a schedule of `torch.distributed.pipelining`.
+
+    `with perseus_plugin.replaying(schedule): graph.replay()`, the optimizer's step after it, in the graph or not. The
+    session starts with a run of the schedule that is no graph. With `cuda_graph` in the settings clocks then change by
+    host time; without it such steps run at full clocks. See `docs/cuda-graphs.md`.
+
+    Args:
+        schedule: that `enable` was called with; with any other one nothing is done.
+    """
+    from perseus_plugin.integrations.torch_pipelining.adapter import replaying as replaying_schedule
+
+    return replaying_schedule(schedule)
 
 
 def report_straggler(

@@ -151,6 +151,13 @@ class GpuConfig(_Strict):
         "When somebody else changes the clock while the job runs: request ours again, or stop setting "
         "clocks from then on.",
     )
+    verified: str | None = _setting(
+        None,
+        "a path, or null",
+        "What `perseus verify --set-clocks` has written on this model of GPU; `cuda_graph` needs it where GPUs are not "
+        "emulated.",
+        min_length=1,
+    )
     zeusd_socket: str = _setting("/run/zeusd/zeusd.sock", "a path", "Unix socket of the zeusd daemon.", min_length=1)
 
 
@@ -478,6 +485,12 @@ class PerseusConfig(_Strict):
         "Let a GPU wait at a lower clock if the wait is longer than two clock changes; never where the "
         "switch latency is unknown.",
     )
+    cuda_graph: bool = _setting(
+        False,
+        "true or false",
+        "The training step is replayed as one CUDA graph, in which no instruction is seen: clocks change by host time. "
+        "Set by itself with Megatron's `full_iteration`.",
+    )
     effort: Literal["quick", "normal", "thorough"] = _setting(
         "quick", '"quick", "normal" or "thorough"', "How long the planner searches for a better plan."
     )
@@ -581,7 +594,12 @@ def with_whole_paths(config: PerseusConfig) -> PerseusConfig:
         "signals": tuple(
             {**one, "file": whole(one["file"])} if isinstance(one.get("file"), str) else one for one in config.signals
         ),
-        "gpu": config.gpu.model_copy(update={"zeusd_socket": whole(config.gpu.zeusd_socket)}),
+        "gpu": config.gpu.model_copy(
+            update={
+                "zeusd_socket": whole(config.gpu.zeusd_socket),
+                "verified": None if config.gpu.verified is None else whole(config.gpu.verified),
+            }
+        ),
     }
     if profiling.load is not None:
         changes["profiling"] = profiling.model_copy(update={"load": whole(profiling.load)})

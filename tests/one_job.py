@@ -94,6 +94,7 @@ class OneJob:
         schedule: name of what is run.
         announced: what the first stage of a replica announces of a step; None: nothing.
         ahead: so many steps before.
+        is_graph: whether an iteration's step is replayed as one CUDA graph, so that nobody sees its instructions.
         until: asked once after every iteration; the job ends when it says so, or with its last step.
     """
 
@@ -113,6 +114,7 @@ class OneJob:
         schedule: str = "1f1b",
         announced: Callable[[Step, int], Sequence[float]] | None = None,
         ahead: int = 3,
+        is_graph: Callable[[int], bool] = lambda iteration: False,
         until: Callable[[], bool] = lambda: False,
     ) -> None:
         self._folder, self._steps, self._slow = folder, steps, slow
@@ -128,6 +130,7 @@ class OneJob:
         self._exchange = LocalExchange()
         self._channels: dict[tuple[int, int, int, str], queue.SimpleQueue[Sent]] = {}
         self._lock = threading.Lock()
+        self.is_graph = is_graph
         self._announced, self._ahead = announced, ahead
         self._until, self._over = until, False
         self._barrier = threading.Barrier(ranks, timeout=_TIMEOUT_S)
@@ -257,7 +260,7 @@ class _Stage:
             time.sleep(step.stall_s)
         if session is not None:
             key = f"{name.upper()}/{self._place.stages}x{len(sizes)}"
-            session.begin_schedule(key, lambda stage: streams[stage])
+            session.begin_schedule(key, lambda stage: streams[stage], replayed=self._job.is_graph(number))
         slowness = self._job.slowness(self._place.rank, number)
         for op in streams[self._place.stage]:
             self._execute(op, sizes, slowness)

@@ -32,6 +32,7 @@ FULL: dict[str, Any] = {
     "quantile": 0.95,
     "catch_up": False,
     "lower_while_waiting": False,
+    "cuda_graph": True,
     "effort": "normal",
     "refine_s": 30.0,
     "output_dir": "somewhere",
@@ -53,7 +54,12 @@ FULL: dict[str, Any] = {
         "blocking_power_w": 83.64,
         "power_limit_w": 300.0,
     },
-    "gpu": {"backend": "zeusd", "foreign_clock": "give_way", "zeusd_socket": "/tmp/zeusd.sock"},
+    "gpu": {
+        "backend": "zeusd",
+        "foreign_clock": "give_way",
+        "verified": "verify.json",
+        "zeusd_socket": "/tmp/zeusd.sock",
+    },
     "emulation": {
         "model": "A100",
         "forward_time_s": [0.01, 0.02],
@@ -447,12 +453,23 @@ def paths_of(config: BaseModel) -> dict[str, list[str]]:
 
 def test_every_path_becomes_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    given = {**FULL, "gpu": {"zeusd_socket": "zeusd.sock"}, "prometheus": {"textfile": "metrics.prom"}}
+    given = {
+        **FULL,
+        "gpu": {"zeusd_socket": "zeusd.sock", "verified": "v.json"},
+        "prometheus": {"textfile": "metrics.prom"},
+    }
     given["planner"] = {"python": "planner/bin/python"}
     config = parse_config(given)
     whole = with_whole_paths(config)
     before, after = paths_of(config), paths_of(whole)
-    below = {"profiling.load", "gpu.zeusd_socket", "emulation.gpus", "planner.python", "prometheus.textfile"}
+    below = {
+        "profiling.load",
+        "gpu.zeusd_socket",
+        "gpu.verified",
+        "emulation.gpus",
+        "planner.python",
+        "prometheus.textfile",
+    }
     assert set(before) == {"output_dir", "target_file", *below}
     assert after == {name: [f"{tmp_path}/{path}" for path in paths] for name, paths in before.items()}
     assert with_whole_paths(whole) == whole

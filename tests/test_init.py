@@ -69,7 +69,7 @@ def test_type_checkers_see_what_a_running_program_gets() -> None:
     own = {
         name: function
         for name, function in vars(perseus_plugin).items()
-        if name in ("announce", "announced", "enable", "report_straggler", "set_target")
+        if name in ("announce", "announced", "enable", "replaying", "report_straggler", "set_target")
     }
     assert {**seen, **own} == {
         "PipelineSession": seen["PipelineSession"],  # in the signature of `enable`, and made by nobody else

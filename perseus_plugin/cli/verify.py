@@ -26,7 +26,7 @@ from perseus_plugin.iteration.instructions import BACKWARD, FORWARD
 
 if TYPE_CHECKING:
     from perseus_plugin.cli.verification.measuring import Subject
-    from perseus_plugin.cli.verification.result import Verification, Waiting
+    from perseus_plugin.reporting.verification import Verification, Waiting
 
 TIMES_S = {FORWARD: 0.02, BACKWARD: 0.04}
 """About how long instructions take: the short end of what jobs have, where measuring is hardest."""
@@ -93,7 +93,7 @@ def verify(
 def measure(subject: Subject, seconds: float, set_clocks: bool, say: Callable[[str], None]) -> Verification:
     """Everything, in about this time; what cannot be measured is said in the result."""
     from perseus_plugin.cli.verification import clocks, measuring
-    from perseus_plugin.cli.verification.result import Machine, Verification
+    from perseus_plugin.reporting.verification import Machine, Verification
 
     began_s, missing = time.monotonic(), dict[str, str]()
 

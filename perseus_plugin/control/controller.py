@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from perseus_plugin.control.graphed import GraphClocks
 from perseus_plugin.control.lateness import Lateness
 from perseus_plugin.control.waits import Waits
 
 if TYPE_CHECKING:
-    from perseus_plugin.exchange.messages import CatchUpPart, WaitPart
+    from perseus_plugin.exchange.messages import CatchUpPart, PhasesPart, WaitPart
 
-_PLANS_KEPT = 8  # whose waits are remembered: iterations alternate between a few plans
+_PLANS_KEPT = 8  # whose waits, or replays, are remembered: iterations alternate between a few plans
 
 
 class ClockRequests(Protocol):
@@ -30,6 +31,9 @@ class Controller:
     runs faster than planned, if the plan says what too late is. Waits that the plan names are spent at the clock that
     it gives them, see `waits`.
 
+    Of a step that is one CUDA graph no instruction is seen: all of its clocks are asked for at its launch, each for its
+    time, and what is left of them is taken back at its end; see `graphed`.
+
     Args:
         requests: where requests go.
     """
@@ -42,14 +46,23 @@ class Controller:
         self._lateness: Lateness | None = None
         self._waits: Waits | None = None
         self._known: dict[tuple[tuple[int, ...], tuple[WaitPart, ...]], Waits] = {}
+        self._graph: GraphClocks | None = None
+        self._known_graphs: dict[PhasesPart, GraphClocks] = {}
+        self._launched_s: float | None = None
+        self._period_s: float | None = None
+        self._replays = False
         self._position = -1
         self._raised = False
         self._early = 0
 
     def hold(self, frequency_mhz: int | None) -> None:
         """One clock from now on for everything; None: full clocks, no lock."""
-        self._now, self._next, self._lateness, self._waits = [], [], None, None
+        self._forget()
         self._requests.request(frequency_mhz)
+
+    def _forget(self) -> None:
+        self._now, self._next, self._lateness, self._waits = [], [], None, None
+        self._graph, self._launched_s, self._replays = None, None, False
 
     def follow(
         self,
@@ -73,6 +86,7 @@ class Controller:
         Raises:
             ValueError: these do not fit each other.
         """
+        self._forget()
         self._rise_lead_s = rise_lead_s
         self._now = list(clocks_mhz)
         # After the last instruction comes the end of the batch (gradient reduction, optimizer): full clock.
@@ -83,6 +97,36 @@ class Controller:
         ]
         self._lateness = None if catch_up is None else Lateness(catch_up, clocks_mhz, times_s)
         self._waits = self._waits_of((tuple(clocks_mhz), tuple(waits))) if waits else None
+
+    def follow_by_time(self, part: PhasesPart, *, lead_s: float) -> None:
+        """Follow a plan in steps that are one CUDA graph, from the next `launched` on.
+
+        Args:
+            part: the plan.
+            lead_s: how long a clock change takes.
+        """
+        self._forget()
+        self._rise_lead_s = lead_s
+        self._graph = self._known_graphs.pop(part, None) or GraphClocks(part)
+        self._known_graphs[part] = self._graph
+        while len(self._known_graphs) > _PLANS_KEPT:
+            del self._known_graphs[next(iter(self._known_graphs))]
+
+    def launched(self, now_s: float) -> None:
+        """The GPU has got to the graph of a step at `now_s`."""
+        if self._graph is None:
+            return
+        self._period_s = None if self._launched_s is None else now_s - self._launched_s
+        self._launched_s, self._replays = now_s, True
+        for clock, after_s in self._graph.requests(self._rise_lead_s):
+            self._requests.request(clock, now_s + after_s if after_s > 0 else 0.0)
+
+    def replayed(self, now_s: float) -> None:
+        """The graph has ended at `now_s`: what was asked for and is not due yet would be the next step's."""
+        if self._graph is not None and self._launched_s is not None and self._replays:
+            self._replays = False
+            self._requests.request(None)
+            self._graph.saw(now_s - self._launched_s, self._period_s)
 
     def _waits_of(self, plan: tuple[tuple[int, ...], tuple[WaitPart, ...]]) -> Waits:
         """What is known of a plan's waits outlives iterations under others in between."""
@@ -147,6 +191,8 @@ class Controller:
         Returns:
             How many of its waits ended before the clock was back.
         """
+        if self._replays:  # its end was not seen
+            self.hold(None)
         if self._waits is not None and self._waits.end(now_s):
             self._early += 1
             self._requests.request(None)  # else what comes between iterations ran at the wait's clock

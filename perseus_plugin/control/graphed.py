@@ -76,7 +76,7 @@ class GraphClocks:
 
         Args:
             took_s: from its launch to its end.
-            period_s: from its launch to the next one's, if that followed with nothing in between; None: not known.
+            period_s: from the launch before to its own, if there was nothing in between; None: not known.
         """
         if took_s > 0:
             self._took_s.append(took_s)

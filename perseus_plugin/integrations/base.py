@@ -82,7 +82,9 @@ class PipelineSession(Protocol):
         """A training iteration begins: before anything of it runs on the GPU."""
         ...
 
-    def begin_schedule(self, key: str, stream_of: Callable[[int], Sequence[StreamOp]]) -> bool:
+    def begin_schedule(
+        self, key: str, stream_of: Callable[[int], Sequence[StreamOp]], *, replayed: bool = False
+    ) -> bool:
         """The pipeline's work of this iteration begins.
 
         Args:
@@ -90,6 +92,7 @@ class PipelineSession(Protocol):
                 changes the streams is another key.
             stream_of: the operations of any stage in program order, sends and receives included; asked when the key is
                 new, for all stages. Send and receive pairs must match (`perseus_plugin.build_graph` checks that).
+            replayed: it runs as one CUDA graph that is launched next; the tap is called where a GPU is emulated only.
 
         Returns:
             Whether the tap is to be called; where not, calls of it do nothing.

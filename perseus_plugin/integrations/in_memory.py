@@ -42,6 +42,7 @@ class Iteration:
     begun: int = 0
     ended: int = 0
     undisturbed: bool = True
+    replayed: bool = False
     over: bool = False
 
     @property
@@ -101,7 +102,9 @@ class InMemorySession:
             assert self._running is None, "an iteration begins within another one"
             self.iterations.append(Iteration())
 
-    def begin_schedule(self, key: str, stream_of: Callable[[int], Sequence[StreamOp]]) -> bool:
+    def begin_schedule(
+        self, key: str, stream_of: Callable[[int], Sequence[StreamOp]], *, replayed: bool = False
+    ) -> bool:
         if self.closed:
             return False
         running = self._running
@@ -109,7 +112,7 @@ class InMemorySession:
         assert not running.schedule, "a second schedule begins in an iteration"
         streams = [stream_of(stage) for stage in range(self.placement.stages)]
         build_graph(streams, {})
-        running.schedule, running.stream_of = key, stream_of
+        running.schedule, running.stream_of, running.replayed = key, stream_of, replayed
         running.operations = [op for op in streams[self.placement.stage] if isinstance(op, (Compute, Constant))]
         self.tap.iteration = running
         return True

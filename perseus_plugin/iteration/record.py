@@ -32,6 +32,7 @@ class IterationRecord:
             their own.
         woken_early: how many of those ended before the clock was back.
         applied: whether that could be done; where not (yet), full clocks ran instead.
+        replayed: its schedule ran as one CUDA graph, so that no operation of it was seen.
     """
 
     number: int
@@ -50,11 +51,17 @@ class IterationRecord:
     lowered: list[tuple[int, int]] = field(default_factory=list)
     woken_early: int = 0
     applied: bool = True
+    replayed: bool = False
 
     @property
     def complete(self) -> bool:
         """Whether every operation of the schedule was seen, from beginning to end."""
         return bool(self.operations) and len(self.ends_s) == len(self.operations) == len(self.starts_s)
+
+    @property
+    def timed(self) -> bool:
+        """Whether its time is that of the whole schedule, its operations seen or not."""
+        return self.replayed or self.complete
 
 
 def hooked_operations(stream: Sequence[StreamOp]) -> tuple[tuple[Compute | Constant, ...], list[int]]:

@@ -164,7 +164,7 @@ class Coordinator:
         configured = Goal(Target.configured(config), PowerBudget.configured(config))
         self._state = JobState(
             times=IterationTimes(config.watch.patience),
-            plans=PlanShelf(placement.stages),
+            plans=PlanShelf(placement.stages, by_time=config.cuda_graph),
             answers=Answers(
                 stages=placement.stages,
                 replicas=placement.replicas,
@@ -207,7 +207,7 @@ class Coordinator:
             record: what was seen.
             size: how much work it had, as a multiple of the profile's; NaN: not known.
         """
-        counts = record.undisturbed and record.complete
+        counts = record.undisturbed and record.timed
         time_s = record.end_s - record.begin_s
         self._observe(Ended(record.number, directive, record.schedule, time_s, counts, size))
         if self.batches is not None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from perseus_plugin.exchange.messages import CatchUpPart, PlanPart, PlanParts, WaitPart
 from perseus_plugin.iteration.replayed import StageCatchUp
+from perseus_plugin.planning.graphed import phases_of
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.stragglers.external import PlannedWork, planned_work, slowed_by
@@ -42,10 +43,11 @@ class PlanShelf:
 
     Args:
         stages: of the pipeline.
+        by_time: whether ranks are told when a plan's phases begin, as their steps are one CUDA graph.
     """
 
-    def __init__(self, stages: int) -> None:
-        self._stages = stages
+    def __init__(self, stages: int, *, by_time: bool = False) -> None:
+        self._stages, self._by_time = stages, by_time
         self._kept: dict[int, _Kept] = {}
         self._of_schedule: dict[str, int] = {}
         self._sets: dict[frozenset[int], int] = {}
@@ -54,7 +56,7 @@ class PlanShelf:
 
     def copy(self) -> PlanShelf:
         """One that changes by itself."""
-        made = PlanShelf(self._stages)
+        made = PlanShelf(self._stages, by_time=self._by_time)
         made._kept, made._of_schedule, made._sets = dict(self._kept), dict(self._of_schedule), dict(self._sets)
         made._replaced = set(self._replaced)
         made._number, made._version = self._number, self._version
@@ -109,6 +111,7 @@ class PlanShelf:
                     slowdown=slowdown,
                     catch_up=CatchUpPart(**asdict(catch_up[stage]), dwell_s=dwell_s) if catch_up else None,
                     waits=_waits(plan, stage),
+                    phases=phases_of(plan, stage) if self._by_time else None,
                 )
             )
         self._kept[self._number] = _Kept(schedule, plan, tuple(parts), planned_work(plan, time_s))

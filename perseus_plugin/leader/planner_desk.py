@@ -112,10 +112,11 @@ class PlannerDesk:
             pace=ask.pace,
             samples=samples,
             quantile=config.quantile,
-            # Without measured starts a rank cannot know when it usually begins, and might always think itself late.
-            catch_up=config.catch_up and samples is not None,
+            # Without measured starts a rank cannot know when it usually begins, and might always think itself late; of
+            # a step that is one CUDA graph it sees none.
+            catch_up=config.catch_up and samples is not None and not config.cuda_graph,
             latency_s=latency_s or None,
-            lower_while_waiting=config.lower_while_waiting,
+            lower_while_waiting=config.lower_while_waiting and not config.cuda_graph,
             in_force=ask.in_force,
             overheads=ask.overheads,
             search=not ask.quick,

@@ -114,7 +114,7 @@ class Session:
         self._iteration = 0
         self._record: IterationRecord | None = None
         self._held: tuple[object] | None = None
-        self._followed: tuple[object, str, int | None] | None = None
+        self._followed: tuple[object, ...] | None = None
         self._schedule = ""
         self._operations: dict[str, tuple[tuple[Compute | Constant, ...], list[int]]] = {}
 
@@ -141,20 +141,21 @@ class Session:
         self._record = IterationRecord(self._iteration)
         self._boundaries.reach(self._begins, self._record)
 
-    def begin_schedule(self, key: str, stream_of: StreamOf) -> bool:
+    def begin_schedule(self, key: str, stream_of: StreamOf, *, replayed: bool = False) -> bool:
         """The iteration's schedule begins.
 
         Args:
             key: known schedules are known by it.
             stream_of: the instruction stream of a stage.
+            replayed: it runs as one CUDA graph, launched from now on.
 
         Returns:
             Whether hooked operations shall be hooked at all.
         """
-        return bool(self._begin_schedule(key, stream_of))
+        return bool(self._begin_schedule(key, stream_of, replayed))
 
     @_guarded
-    def _begin_schedule(self, key: str, stream_of: StreamOf) -> bool:
+    def _begin_schedule(self, key: str, stream_of: StreamOf, replayed: bool) -> bool:
         record = self._record
         if record is None:
             return False
@@ -163,7 +164,7 @@ class Session:
                 self._operations[key] = hooked_operations(stream_of(self._placement.stage))
             self._schedule = key
             self._link.use_schedule(key, stream_of)
-        record.schedule = key
+        record.schedule, record.replayed = key, replayed
         record.operations, record.slots = self._operations[key]
         self._boundaries.reach(self._apply, record)
         self.tap.arm(record)
@@ -180,16 +181,19 @@ class Session:
         """The GPU gets to the schedule: have the controller do what the directive says, unless it does already."""
         # Whatever the schedule, an iteration under a plan ends at full clocks, and one at a single clock at that clock:
         # the next one of the same sort finds the clock as it was.
-        record.directive = with_own_plan(record.directive, self._link.parts, record)
+        if not record.replayed:
+            record.directive = with_own_plan(record.directive, self._link.parts, record)
         held, self._held = self._held, (record.directive.identity,)
         own = record.number if isinstance(record.directive, Follow) and record.directive.batch else None
-        wanted = (record.directive.identity, record.schedule, own)
+        wanted = (record.directive.identity, record.schedule, own, record.replayed)
         if wanted != self._followed:
             self._followed = wanted if self._control(record.directive, record) else None
         if self._controller is not None:
             lowered_mhz = self._controller.start(record.begin_s)
             if lowered_mhz is not None:
                 record.lowered.append((-1, lowered_mhz))
+            if record.replayed:
+                self._controller.launched(now_s)
         record.applied = self._followed is not None
         record.undisturbed = record.applied and held == self._held
 
@@ -201,8 +205,12 @@ class Session:
             self._controller.hold(directive.frequency_mhz)
             return True
         part = part_for(self._link.parts, directive, record)
-        if part is not None and len(part.clocks_mhz) == 1 + max(record.slots):
-            lead_s = self._link.rise_lead_s
+        lead_s = self._link.rise_lead_s
+        if record.replayed:
+            if part is not None and part.phases is not None and lead_s > 0:  # 0: not known, and rises would come late
+                self._controller.follow_by_time(part.phases, lead_s=lead_s)
+                return True
+        elif part is not None and len(part.clocks_mhz) == 1 + max(record.slots):
             self._controller.follow(part.clocks_mhz, part.times_s, part.catch_up, part.waits, rise_lead_s=lead_s)
             return True
         self._controller.hold(None)
@@ -212,6 +220,8 @@ class Session:
     def end_schedule(self) -> None:
         """The iteration's schedule is done; the loss is still to be exchanged."""
         self.tap.disarm()
+        if self._controller is not None and self._record is not None and self._record.replayed:
+            self._boundaries.reach(self._controller.replayed)
 
     @_guarded
     def end_iteration(self) -> None:

@@ -16,7 +16,7 @@ from perseus_plugin.control.examination import why_not_planned
 from perseus_plugin.control.lasting import LastingHelper
 from perseus_plugin.control.selection import Selection, emulates, select_gpu, with_facts
 from perseus_plugin.control.wire import DeviceFacts, Trouble
-from perseus_plugin.errors import ConfigError, PlanError, os_problem
+from perseus_plugin.errors import ConfigError, PlanError, ReportError, os_problem
 from perseus_plugin.exchange.messages import Placement
 from perseus_plugin.exchange.store import Exchange, open_exchange
 from perseus_plugin.files import opened_folder, own_folder
@@ -31,6 +31,7 @@ from perseus_plugin.profiling.sweep import choose_clocks, sweep_order
 from perseus_plugin.reporting.live.log import set_up_logging
 from perseus_plugin.reporting.live.publishers import Publishers
 from perseus_plugin.reporting.live.relay import FigureRelay
+from perseus_plugin.reporting.verification import Verification, load_verification
 from perseus_plugin.session.emulation import EmulatedStage
 from perseus_plugin.session.ending import close_before_the_group
 from perseus_plugin.session.lifetime import Lifetime
@@ -122,7 +123,9 @@ def prepare(
     try:
         # Emulated GPUs lie in the configured folder: as real ones do, they outlive a session, and several may meet
         # there.
-        selection, helper = _take_gpu(config, select_gpu(config, placement, configured), start_helper)
+        selection = select_gpu(config, placement, configured)
+        _check_graph(config, selection)
+        selection, helper = _take_gpu(config, selection, start_helper)
         no_planner = why_no_planner(config.planner.python) if placement.leads and helper is not None else ""
         if known is None:
             known = kept_profile(config, placement, selection, facts or {}, exchange, output_dir, no_planner)
@@ -246,6 +249,10 @@ def _take_gpu(
 
 def _why_not_planned(config: PerseusConfig, selection: Selection, device: DeviceFacts) -> str:
     """Why a sweep could not lead to a plan on this GPU, known before it begins; empty if it could."""
+    if config.cuda_graph and selection.emulated_gpu is None:
+        why_not = "" if config.gpu.verified is None else _verified(config.gpu.verified).why_not_by_time(device.name)
+        if why_not:
+            return f"the training step is one CUDA graph, and {config.gpu.verified} does not do for it: {why_not}"
     given = config.profiling.load is not None
     if not given and config.profiling.clocks_mhz is not None and len(set(selection.clocks_mhz)) > 1:
         tried = set(nearest_clocks(selection.clocks_mhz, config.profiling.clocks_mhz))
@@ -255,6 +262,25 @@ def _why_not_planned(config: PerseusConfig, selection: Selection, device: Device
                 f"GPU; allowed: clocks from {min(selection.clocks_mhz)} to {max(selection.clocks_mhz)} MHz that differ"
             )
     return why_not_planned(selection.clocks_mhz, device.counter, has_profile=given)
+
+
+def _check_graph(config: PerseusConfig, selection: Selection) -> None:
+    """In a graph nothing is seen: on a real GPU clocks are set by time only where that has been looked at before."""
+    if not config.cuda_graph or selection.spec is None or selection.emulated_gpu is not None:
+        return
+    if config.gpu.verified is None:
+        raise ConfigError(
+            "perseus.gpu.verified: missing; with perseus.cuda_graph clocks of a real GPU are set only where `perseus "
+            "verify --set-clocks -o FILE.json` has shown how they change on such a GPU"
+        )
+    _verified(config.gpu.verified)
+
+
+def _verified(path: str) -> Verification:
+    try:
+        return load_verification(Path(path))
+    except ReportError as error:
+        raise ConfigError(f"perseus.gpu.verified: {error}") from error
 
 
 _sessions = 0

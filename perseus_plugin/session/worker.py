@@ -160,7 +160,7 @@ class SessionWorker:
         self._newest_batch = -1
         self._recheck: dict[str, list[float]] | None = None
         self._recheck_left = 0
-        self._told_trouble = False
+        self._told_trouble = self._said_graph = False
         self._in_trouble = False
         self._recent_s: deque[float] = deque(maxlen=RECENT_ITERATIONS)
         self._free_after_s = 0.0
@@ -249,6 +249,8 @@ class SessionWorker:
         if self._selection.busy:
             directive, record = NOT_OURS, replace(record, undisturbed=False)
         duration_s = record.end_s - record.begin_s
+        if record.replayed:
+            self._look_at_graph(directive)
         sorts: list[str] = [EVERY]
         if isinstance(directive, Sweep):
             self._poll_energy(True)
@@ -285,6 +287,22 @@ class SessionWorker:
             part = part_for(self._link.parts, directive, record)
             size = math.nan if part is None else step_size(record, part, self._top_mhz)
             self._leader.saw(directive, record, size)
+
+    def _look_at_graph(self, directive: Directive) -> None:
+        """A step was replayed as one CUDA graph: no instruction of it was seen."""
+        if not self._config.cuda_graph and not self._said_graph:
+            self._said_graph = True
+            logger.warning(
+                "the training step is replayed as one CUDA graph, and perseus.cuda_graph is not set: such steps run at "
+                "full clocks under plans; said once"
+            )
+        if isinstance(directive, Sweep) and not self._known.profile and not self._lifetime.ended:
+            self._lifetime.fail(
+                PerseusError(
+                    "the training step became a CUDA graph before profiling was over: capture it once there is a plan, "
+                    "or give a profile of this job (perseus.profiling.load)"
+                )
+            )
 
     def _take_energy(self, number: int, energy_j: float) -> None:
         self._recorder.energy(number, energy_j)

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,12 @@ def parameters_of(parts: list[nn.Module]) -> str:
     return digest.hexdigest()
 
 
+def _replaying(schedule: Any) -> AbstractContextManager[None]:
+    import perseus_plugin
+
+    return perseus_plugin.replaying(schedule)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--schedule", default="1F1B")
@@ -133,6 +140,7 @@ def main() -> None:
     parser.add_argument("--until-said", help="end some steps after these words of a log")
     parser.add_argument("--more", type=int, default=30, help="how many")
     parser.add_argument("--enable", help="call perseus_plugin.enable with this file")
+    parser.add_argument("--graph-once", help="from when this file is there on, steps are replays of a CUDA graph")
     parser.add_argument("--leave-the-group", action="store_true", help="exit without destroy_process_group")
     arguments = parser.parse_args()
     mend_gloo()
@@ -161,14 +169,19 @@ def main() -> None:
     ending = Ending(arguments.until_said, arguments.more, arguments.steps)
     generator = torch.Generator().manual_seed(7 + mesh.get_local_rank("dp"))
     facts: dict[str, list[Any]] = {"losses": [], "parameters": []}
+    is_graph = torch.zeros(1)
     step = 0
     while not ending.is_over(step):
+        if arguments.graph_once:
+            is_graph = torch.tensor([float(Path(arguments.graph_once).exists())])
+            dist.all_reduce(is_graph, dist.ReduceOp.MAX)
         for _ in range(arguments.accumulate):
             x = torch.randn(2 * arguments.microbatches, WIDTH, generator=generator)
             losses: list[torch.Tensor] = []
             inputs = (x,) if 0 in numbers else ()
             targets = {"target": x.cos(), "losses": losses} if in_all - 1 in numbers else {}
-            schedule.step(*inputs, **targets)
+            with _replaying(schedule) if is_graph.item() else nullcontext():
+                schedule.step(*inputs, **targets)  # there is no GPU whose graph could be replayed
             facts["losses"].append([one.item() for one in losses])
         for optimizer in optimizers:
             optimizer.step()

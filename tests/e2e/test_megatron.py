@@ -146,6 +146,35 @@ of_the_newest = pytest.mark.xdist_group("newest Megatron")
 
 
 @of_the_newest
+@pytest.mark.repeated  # by PyTorch's pipelines: test_pipelining.py
+def test_an_iteration_that_is_one_graph_follows_its_plan_by_host_time_and_is_bit_identical(tmp_path: Path) -> None:
+    """From its third iteration on, with a profile of the job without the graph; on emulated GPUs it runs once more."""
+    eager = uneven(tmp_path / "eager", 2)
+    words = flags(2, MICROBATCHES, train_iters=AT_MOST, log_interval=4)
+    run_megatron(2, tmp_path / "eager", [*words, *eager, "--until", PLANNED, "--more", "2"])
+    plugin = uneven(tmp_path, 2)
+    file = tmp_path / "perseus.yaml"
+    block = json.loads(file.read_text())
+    block["profiling"]["load"] = str(tmp_path / "eager" / "out" / "profile.csv")
+    file.write_text(json.dumps(block))
+    graph = [
+        "--cuda-graph-impl",
+        "full_iteration",
+        "--cuda-graph-warmup-steps",
+        "2",
+        "--no-check-for-nan-in-loss-and-grad",
+    ]
+    _, said = check_identical(2, tmp_path, [*words, *graph], plugin, PLANNED)
+    assert "perseus is off" not in said
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["state"] == "finished"
+    assert summary["iterations"]["plan"] >= 2, "the plan was never followed"
+    for rank in range(2):
+        locked = {one.mhz for one in EmulatedGpu(tmp_path / "out" / "emulated_gpus" / f"rank{rank}").events()}
+        assert len(locked) > 2, "one to reset, and several of the plan"
+
+
+@of_the_newest
 @pytest.mark.parametrize(
     "case", [pytest.param(one, marks=[pytest.mark.repeated] if one in REPEATED else []) for one in CASES]
 )

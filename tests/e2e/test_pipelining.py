@@ -78,6 +78,23 @@ def test_training_is_bit_identical_and_the_plan_is_followed(case: str, tmp_path:
     assert "the summary may be incomplete" not in done.output
 
 
+def test_a_step_that_becomes_a_graph_follows_its_plan_by_host_time_and_is_bit_identical(tmp_path: Path) -> None:
+    """On emulated GPUs, where a run of the schedule stands for the replay of its graph."""
+    file, plan = tmp_path / "perseus.json", tmp_path / "out" / "plan.json"
+    block = perseus_block(tmp_path / "out", 2, cuda_graph=True)
+    file.write_text(json.dumps(block))
+    words = ("--graph-once", str(plan), "--until-said", PLANNED)
+    done = run(2, tmp_path, *words, PERSEUS_CONFIG=str(file))
+    with_plugin = facts(tmp_path, 2)
+    run(2, tmp_path / "without", "--steps", str(len(with_plugin[0]["parameters"])))
+    assert with_plugin == facts(tmp_path / "without", 2)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["state"] == "finished"
+    assert summary["iterations"]["plan"] >= 2, "the plan was never followed"
+    assert "became a CUDA graph before" not in done.output
+    assert "perseus is off" not in done.output
+
+
 @pytest.mark.repeated
 def test_every_rank_runs_its_stream_with_every_schedule(tmp_path: Path) -> None:
     """All of PyTorch's schedules, with evaluation, with FSDP, and with one function for overlapped pairs."""

@@ -137,6 +137,18 @@ def test_from_a_sweep_to_a_plan() -> None:
     assert story.state.phase is Phase.FOLLOWING
 
 
+def test_of_a_step_that_is_one_graph_no_instruction_is_held_against_a_given_profile() -> None:
+    """None is seen; an iteration at full clocks has to be, for the plan to be watched."""
+    known = Story().planned().state.survey
+    unseen = Checked([Recheck(stage=stage, time_s={}) for stage in range(2)])
+    story = Story(known, cuda_graph=True).then(Runs("A", stream_of(2, 4)), *full(4), Turned(20), unseen)
+    assert story.of(Ask)
+    story = Story(known).then(Runs("A", stream_of(2, 4)), *full(4), Turned(20), unseen)
+    assert not story.of(Ask)
+    story = Story(known, cuda_graph=True).then(Runs("A", stream_of(2, 4)), Turned(20), unseen)
+    assert not story.of(Ask)
+
+
 def test_before_all_ranks_have_told_nothing_is_done_but_time_passes() -> None:
     story = Story().then(Runs("A", stream_of(2, 4)), Turned(20), Due(), Turned(21), Due())
     assert story.effects == []

@@ -56,10 +56,46 @@ def install() -> None:
 def let_megatron_start() -> None:
     """Megatron refuses to start without CUDA, and compiles an index builder that its wheel brings along."""
     import megatron.core.datasets.utils as datasets
+    import megatron.core.tensor_parallel as tensor_parallel
     import megatron.training.training as training
 
     datasets.compile_helpers = _new_nothing()
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+    if hasattr(training, "FullCudaGraphWrapper"):
+        training.FullCudaGraphWrapper.__call__ = _run_or_replay
+        seed = tensor_parallel.model_parallel_cuda_manual_seed
+        tensor_parallel.model_parallel_cuda_manual_seed = functools.wraps(seed)(functools.partial(_seeded, seed))
+
+
+class _Graph:
+    """A CUDA graph without a GPU: a replay runs what was captured once more, on the batch at hand."""
+
+    def __init__(self) -> None:
+        self.run: Callable[[], Any] = lambda: None
+
+    def replay(self) -> None:
+        self.result = self.run()
+
+
+def _seeded(
+    seed: Callable[..., Any], number: int, te: bool = False, inference: bool = False, *_: Any, **of: Any
+) -> Any:
+    """Without the states for CUDA graphs, which there are on a GPU only."""
+    return seed(number, te, inference, False, **of)
+
+
+def _run_or_replay(wrapper: Any, **call: Any) -> Any:
+    """Megatron's `FullCudaGraphWrapper.__call__`, but that nothing is captured and nothing copied to a GPU."""
+    stage = "validation" if call["forward_only"] else "training"
+    if wrapper.curr_iter(stage) == wrapper.cuda_graph_warmup_steps:
+        wrapper.cuda_graph[stage] = _Graph()
+    wrapper.next_iter(stage)
+    graph = wrapper.cuda_graph[stage]
+    if graph is None:
+        return wrapper.forward_backward_func(**call)
+    graph.run = lambda: wrapper.forward_backward_func(**call)
+    graph.replay()
+    return graph.result
 
 
 class _DevicesOnCpu(TorchFunctionMode):

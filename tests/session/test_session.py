@@ -16,7 +16,7 @@ from perseus_plugin.config import parse_config
 from perseus_plugin.control.selection import Selection, with_facts
 from perseus_plugin.control.wire import DeviceFacts, Event, Trouble
 from perseus_plugin.errors import ConfigError, GpuError
-from perseus_plugin.exchange.messages import Placement, PlanPart, WaitPart
+from perseus_plugin.exchange.messages import PhasesPart, Placement, PlanPart, WaitPart
 from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StreamOp
 from perseus_plugin.iteration.timetable import WARM_UP as WARMING_UP
@@ -147,6 +147,86 @@ def rank() -> Rank:
 def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.DEBUG, "perseus_plugin")
     return caplog
+
+
+# Steps that are one CUDA graph.
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
+PHASES = PhasesPart(clocks_mhz=(810, 1410), starts_s=(0.0, 60.0), end_s=120.0, iteration_s=120.0)
+
+
+def replay(rank: Rank, *, amid: Callable[[], None] = lambda: None) -> FinishedIteration:
+    """One training iteration whose schedule is replayed: nothing of it is seen."""
+    rank.session.begin_iteration()
+    assert rank.session.begin_schedule("A", stream_of, replayed=True)
+    amid()
+    rank.session.end_schedule()
+    rank.session.end_iteration()
+    (finished,) = rank.link.take_finished()
+    return finished
+
+
+def follow_by_time(rank: Rank, lead_s: float = 0.01) -> None:
+    rank.link.rise_early(lead_s)
+    rank.follow(1, first=0)
+    rank.link.use_parts({(1, "A"): rank.link.parts[1, "A"].model_copy(update={"phases": PHASES})})
+
+
+def test_all_clocks_of_a_graph_are_asked_for_at_its_launch_and_taken_back_at_its_end(rank: Rank) -> None:
+    follow_by_time(rank)
+    at_end: list[list[tuple[str, Any]]] = []
+    for _ in range(2):
+        finished = replay(rank, amid=lambda: at_end.append(rank.helper.take()))
+        assert (finished.record.replayed, finished.record.timed, finished.record.complete) == (True, True, False)
+        assert [one for one in at_end[-1] if one[0] != "mark"] == [("request", 810), ("early", 1410), ("early", None)]
+        assert [one for one in rank.helper.take() if one[0] != "mark"] == [("request", None)], "nothing is left over"
+    assert finished.record.undisturbed
+    rises_s = rank.helper.early_s[2] - finished.record.begin_s
+    assert 0 < rises_s < 60.0, "with room, and a clock change earlier"
+
+
+def test_what_comes_within_a_graphs_iteration_takes_its_clocks_back(rank: Rank) -> None:
+    follow_by_time(rank)
+
+    def evaluate() -> None:
+        rank.helper.take()
+        rank.session.evaluation()
+
+    assert not replay(rank, amid=evaluate).record.undisturbed
+    assert [one for one in rank.helper.take() if one[0] != "mark"] == [("request", None)]
+    replay(rank)
+    assert ("request", 810) in rank.helper.take(), "the next one follows the plan"
+
+
+def test_an_eager_step_amid_graphs_follows_the_plan_by_its_instructions(rank: Rank) -> None:
+    follow_by_time(rank)
+    replay(rank)
+    rank.helper.take()
+    finished = rank.iterate()
+    assert finished is not None
+    assert finished.record.complete
+    assert rank.helper.requests() == [810, 1410]
+    replay(rank)
+    assert rank.helper.requests() == [810, None]
+
+
+@pytest.mark.parametrize("lacks", ["phases", "latency"])
+def test_a_graph_whose_clocks_cannot_be_set_by_time_runs_at_full_clocks(rank: Rank, lacks: str) -> None:
+    follow_by_time(rank, 0.0 if lacks == "latency" else 0.01)
+    if lacks == "phases":
+        rank.follow(1, first=0)
+    for _ in range(2):
+        assert not replay(rank).record.applied
+        assert rank.helper.requests() == [None]
+
+
+def test_a_graph_whose_end_is_not_seen_leaves_no_request(rank: Rank) -> None:
+    follow_by_time(rank)
+    rank.session.begin_iteration()
+    rank.session.begin_schedule("A", stream_of, replayed=True)
+    rank.helper.take()
+    rank.session.end_iteration()
+    assert [one for one in rank.helper.take() if one[0] != "mark"] == [("request", None)]
 
 
 # Iterations.
@@ -594,6 +674,65 @@ def test_a_given_switch_latency_is_not_measured(tmp_path: Path, fakes: type[Fake
     assert "measure" not in [call[0] for call in fakes.started[0].calls]
     _, (_, dwell_s) = fakes.started[0].calls[0]
     assert dwell_s == 0.06, "it follows from the latency"
+
+
+def verified(folder: Path, **changes: Any) -> str:
+    """What `perseus verify` may have written on the GPU of these tests."""
+    content = json.loads((EVIDENCE / "verify-h100.json").read_text())
+    content["machine"]["gpu"] = FACTS.name
+    took = {"median": 9.0, "p95": 12.0, "highest": 14.0, "samples": 8}
+    ways = [(1410, 810), (810, 1410)]
+    content["switches"] = [{"from_mhz": a, "to_mhz": b, "latency_ms": took, "unseen": 0} for a, b in ways]
+    for name, value in changes.items():
+        content[name] = value(content[name])
+    (folder / "verify.json").write_text(json.dumps(content))
+    return str(folder / "verify.json")
+
+
+def on_a_real_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    selection = Selection("nvml", "nvml:GPU-0", FACTS.name, poll_interval_s=0.005)
+    monkeypatch.setattr(start_module, "select_gpu", lambda *about: selection)
+
+
+def test_on_a_real_gpu_clocks_are_set_by_time_once_that_was_verified(
+    tmp_path: Path, fakes: type[FakeClockHelper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert start(tmp_path, cuda_graph=True).helper is not None, "this one is emulated"
+    on_a_real_gpu(monkeypatch)
+    assert start(tmp_path).helper is not None, "by its instructions"
+    with pytest.raises(ConfigError, match=r"perseus\.gpu\.verified: missing; with perseus\.cuda_graph"):
+        start(tmp_path, cuda_graph=True)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"perseus\.gpu\.verified: .*other\.json"):
+        start(tmp_path, cuda_graph=True, gpu={"backend": "nvml", "verified": str(tmp_path / "other.json")})
+    made = start(tmp_path, cuda_graph=True, gpu={"backend": "nvml", "verified": verified(tmp_path)})
+    assert made.helper is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"machine": lambda was: {**was, "gpu": "another GPU"}}, "measured on another GPU, and this is test GPU"),
+        ({"machine": lambda was: {**was, "emulated": True}}, "measured on an emulated test GPU"),
+        ({"boundaries": lambda was: None}, "(boundaries)"),
+        ({"switches": lambda was: []}, "(switches): run it with --set-clocks"),
+        ({"switches": lambda was: was[:1]}, "up and down (switches)"),
+        ({"switches": lambda was: [was[0], {**was[1], "unseen": 3}]}, "up and down (switches)"),
+    ],
+)
+def test_what_was_verified_otherwise_does_not_do(
+    tmp_path: Path,
+    fakes: type[FakeClockHelper],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    why: str,
+) -> None:
+    on_a_real_gpu(monkeypatch)
+    gpu = {"backend": "nvml", "verified": verified(tmp_path, **changes)}
+    made = start(tmp_path, cuda_graph=True, gpu=gpu)
+    assert made.helper is None
+    assert made.link.trouble_reason is not None
+    assert why in made.link.trouble_reason
 
 
 def test_a_loaded_profile_leaves_only_the_top_clock_to_measure(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:

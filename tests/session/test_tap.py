@@ -110,6 +110,20 @@ def test_an_emulated_gpu_stretches_controllable_instructions_only(errors: list[E
     assert not errors
 
 
+def test_of_a_graph_nobody_sees_anything_but_the_emulated_gpu(errors: list[Exception]) -> None:
+    execution, noting = Stretching(), Noting()
+    tap = InstructionTap(HostBoundaries(), noting, errors.append, execution)
+    for _ in range(2):
+        execution.calls.clear()
+        record = IterationRecord(0, "1F1B", OPERATIONS, SLOTS, begin_s=time.monotonic(), replayed=True)
+        tap.arm(record)
+        run(tap)
+        assert execution.calls == [FORWARD, "finish", BACKWARD, "finish"]
+        assert (record.starts_s, record.ends_s, record.overran) == ([], [], 1)
+    assert noting.seen == noting.ends == []
+    assert not errors
+
+
 def test_an_end_is_taken_after_the_emulated_gpu_is_done(errors: list[Exception]) -> None:
     finished_s: list[float] = []
 

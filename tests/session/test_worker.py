@@ -183,6 +183,7 @@ class Rank:
         undisturbed: bool = True,
         lowered: Sequence[tuple[int, int]] = (),
         woken_early: int = 0,
+        replayed: bool = False,
     ) -> None:
         """Iterations end; the counter is read at both ends."""
         for _ in range(count):
@@ -191,6 +192,8 @@ class Rank:
             # On the same clock as ticks; back to back.
             begin_s = self.number * 0.036 * factor
             seen = record(self.number, begin_s=begin_s, durations_s=durations, undisturbed=undisturbed)
+            if replayed:
+                seen.replayed, seen.starts_s, seen.ends_s = True, [], []
             seen.raised, seen.lowered, seen.woken_early = list(raised), list(lowered), woken_early
             mhz = runs_as.frequency_mhz if isinstance(runs_as, Sweep) else None
             if self.obeys and not isinstance(runs_as, Follow):
@@ -378,6 +381,28 @@ def test_after_the_sweep_a_rank_publishes_what_it_measured(ranks: Ranks) -> None
     assert rows == pytest.approx(
         {(k, c): t for k, t in (("forward", 0.01), ("backward", 0.02)) for c in (1410, 810)}, rel=1e-6
     )
+
+
+def test_a_step_that_becomes_a_graph_amid_the_sweep_ends_the_session(
+    ranks: Ranks, heard: pytest.LogCaptureFixture
+) -> None:
+    rank = ranks(rank=1)
+    rank.iterate(3)
+    rank.iterate(1, replayed=True)
+    assert came_true(lambda: rank.lifetime.ended)
+    assert rank.helper.retired
+    assert "became a CUDA graph before profiling was over: capture it once there is a plan" in heard.text
+
+
+def test_graphs_of_a_job_that_is_not_said_to_have_any_are_told_once(
+    ranks: Ranks, heard: pytest.LogCaptureFixture
+) -> None:
+    rank = ranks(rank=1, has_profile=True)
+    rank.iterate(3, directive=Follow(1), replayed=True)
+    assert came_true(lambda: "perseus.cuda_graph is not set" in heard.text)
+    rank.close()
+    assert heard.text.count("perseus.cuda_graph is not set") == 1
+    assert not rank.failures or rank.failures == [""]
 
 
 def test_nothing_is_published_before_the_sweep_is_over(ranks: Ranks) -> None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perseus_plugin.cli.verification.result import KindOfWork, Spread
 from perseus_plugin.control.helper.latency import percentile
 from perseus_plugin.control.wire import Tick
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.profiling.observations import StageEstimate
+from perseus_plugin.reporting.verification import KindOfWork, Spread
 
 _STAGES, _STAGE, _MICROBATCHES = 4, 1, 6
 _SLOWEST = 1.15  # times the others: of the last stage, so that the one looked at waits in the middle, too

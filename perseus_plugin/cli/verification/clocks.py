@@ -7,11 +7,11 @@ import time
 
 from perseus_plugin.cli.verification.arithmetic import Steady, spread, steady
 from perseus_plugin.cli.verification.measuring import Subject
-from perseus_plugin.cli.verification.result import Switch, WaitingAtClock
 from perseus_plugin.control.clock_log import DEVIATION_MHZ
 from perseus_plugin.control.helper.latency import POLL_S, REST_S, TIMEOUT_S
 from perseus_plugin.control.wire import Applied
 from perseus_plugin.profiling.sweep import choose_clocks
+from perseus_plugin.reporting.verification import Switch, WaitingAtClock
 
 _LOWEST = 0.5  # of the highest clock: below that no plan goes
 _PAIRED, _WAITED = 4, 6  # clocks

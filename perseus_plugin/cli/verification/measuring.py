@@ -18,7 +18,6 @@ from perseus_plugin.cli.verification.arithmetic import (
     steady,
 )
 from perseus_plugin.cli.verification.bench import KINDS, Bench
-from perseus_plugin.cli.verification.result import Boundaries, Counter, Estimator, Hooks, Spread, Waiting
 from perseus_plugin.cli.verification.running import PatternRunner, SteadyRun, Watch, bounded, run_steadily
 from perseus_plugin.control.controller import Controller
 from perseus_plugin.control.helper.latency import percentile
@@ -30,6 +29,7 @@ from perseus_plugin.iteration.timetable import Sweep
 from perseus_plugin.profiling.collector import SweepCollector
 from perseus_plugin.profiling.estimator import estimate_stage
 from perseus_plugin.profiling.observations import Tick
+from perseus_plugin.reporting.verification import Boundaries, Counter, Estimator, Hooks, Spread, Waiting
 from perseus_plugin.session.tap import InstructionTap
 
 _ROUNDS = 3  # of pattern and steady runs in turns, so that a GPU that warms up does not tell them apart

@@ -6,9 +6,9 @@ import html
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from perseus_plugin.cli.verification.result import Estimator, KindOfWork, Spread, Verification
 from perseus_plugin.reporting.report.document import cards, document, table
 from perseus_plugin.reporting.report.phrases import Rows
+from perseus_plugin.reporting.verification import Estimator, KindOfWork, Spread, Verification
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ _MODEL_FACTS = (
     "attention_backend",
     "cuda_graph_impl",
 )
+FULL_ITERATION = "full_iteration"
 _hooks: Hooks | None = None
 
 
@@ -77,7 +78,7 @@ def install(config: PerseusConfig, arguments: argparse.Namespace) -> Hooks | Non
     job = _Job(config, arguments)
     hooks = Hooks(job.start, job.schedule_of, job.after_iteration)
     try:
-        reason = why_not(arguments)
+        reason = why_not(arguments) or _why_no_graph(config, arguments)
         if reason:
             say_off(reason)
             return None
@@ -96,6 +97,9 @@ def _put(hooks: Hooks, arguments: argparse.Namespace) -> None:
     training = sys.modules.get("megatron.training.training")
     combined = sys.modules.get(f"{_PIPELINE}.combined_1f1b")
     put_around(hooks, schedules, training, combined)
+    if _cuda_graph(arguments) == FULL_ITERATION:
+        wrapper = importlib.import_module("megatron.core.full_cuda_graph").FullCudaGraphWrapper
+        hooks.put(wrapper, "__call__", hooks.full_graph)
     if getattr(arguments, "log_straggler", False):
         listen(importlib.import_module("megatron.core.utils"))
 
@@ -115,12 +119,7 @@ def put_around(hooks: Hooks, schedules: ModuleType, training: ModuleType | None,
 def why_not(settings: Any) -> str:
     """Why a job with these arguments, or this model configuration, cannot be controlled; empty if it can."""
     graph = _cuda_graph(settings)
-    if graph == "full_iteration":
-        return (
-            "a CUDA graph of the full iteration (--cuda-graph-impl or --cuda-graph-scope full_iteration) replays "
-            "without Python, so there is nowhere to set a clock"
-        )
-    if graph:
+    if graph and graph != FULL_ITERATION:
         return (
             f"CUDA graphs ({graph}) are not tested on a GPU: waiting for an event in another thread can make a capture "
             "fail"
@@ -132,13 +131,26 @@ def why_not(settings: Any) -> str:
     return ""
 
 
+def _why_no_graph(config: PerseusConfig, arguments: argparse.Namespace) -> str:
+    """Why a job whose iteration is one CUDA graph is not even hooked; empty if it is, or has none."""
+    import torch
+
+    if _cuda_graph(arguments) != FULL_ITERATION or config.gpu.verified is not None or not torch.cuda.is_available():
+        return ""
+    return (
+        "a CUDA graph of the full iteration (--cuda-graph-impl or --cuda-graph-scope full_iteration) replays without "
+        "Python: clocks of a real GPU are set by host time only where `perseus verify --set-clocks -o FILE.json` has "
+        "shown how they change on such a GPU (perseus.gpu.verified)"
+    )
+
+
 def _cuda_graph(settings: Any) -> str:
     """What of a job's settings asks for CUDA graphs, empty if nothing does. Names differ between versions."""
     scope = getattr(settings, "cuda_graph_scope", None)  # of no account by itself, but for the full iteration
     scopes = scope if isinstance(scope, (list, tuple)) else [scope]
     implementation = getattr(settings, "cuda_graph_impl", None) or "none"
-    if "full_iteration" in (implementation, *(getattr(s, "name", s) for s in scopes)):
-        return "full_iteration"
+    if FULL_ITERATION in (implementation, *(getattr(s, "name", s) for s in scopes)):
+        return FULL_ITERATION
     if implementation != "none":
         return f"--cuda-graph-impl {implementation}"
     # Megatron deletes the first two from its arguments once it has made an implementation of them.
@@ -189,10 +201,13 @@ class _Job:
         if where.stages < 2 and self._config.profiling.load is None:
             say_off("it needs pipeline parallelism, and this job has one stage (--pipeline-model-parallel-size)")
             return None
+        config = self._config
+        if FULL_ITERATION in (_cuda_graph(self._arguments), _cuda_graph(_configuration_of(model))):
+            config = config.model_copy(update={"cuda_graph": True})
         self._metrics = metrics_of(self._arguments, where)
         settings = {**known, **vars(self._arguments)}
         about = samples_per_iteration(settings)
-        return start_session(self._config, where, self._metrics, facts(model, settings), about)
+        return start_session(config, where, self._metrics, facts(model, settings), about)
 
     def schedule_of(self, interleaved: bool, model: list[Any], microbatches: int) -> Schedule:
         """The schedule of the iteration that begins now."""

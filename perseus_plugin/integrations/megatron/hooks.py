@@ -103,12 +103,14 @@ class Hooks:
         self._following = self._begun = self._at_end = self._inside = False
         self._expected: Sequence[Id] = ()
         self._position = 0
+        self._launch: Callable[[Callable[[], Any]], Any] | None = None
+        self._graphs: dict[type, Place] = {}
         self._chunk_of: dict[int, int] = {}
         self._forward_of: dict[int, tuple[int, int]] = {}
 
     # In and out.
 
-    def put(self, module: ModuleType, name: str, wrap: Callable[[Function], Function]) -> None:
+    def put(self, module: ModuleType | type, name: str, wrap: Callable[[Function], Function]) -> None:
         """Put a wrapper in the place of a module's function, if it has one of this name, until `remove`."""
         self._lasting.append(Place(module, name, wrap))
         self._lasting[-1].put()
@@ -179,6 +181,87 @@ class Hooks:
             return follow() if self._in_step else self._step(session, follow)
 
         return run_schedule
+
+    def full_graph(self, stock: Function) -> Function:
+        """For the call of `full_cuda_graph.FullCudaGraphWrapper`, which stands before the schedule function."""
+
+        def call(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+            def run() -> Any:
+                return stock(wrapper, *args, **kwargs)
+
+            if self._removed or self._following:
+                return run()
+            if kwargs.get("forward_only"):
+                if self._session is not None:
+                    self._session.evaluation()
+                return self._unseen(run)  # replayed or captured, it is no schedule that is followed either
+            graph = wrapper.cuda_graph["training"]
+            if graph is None and wrapper.curr_iter("training") != wrapper.cuda_graph_warmup_steps:
+                return run()  # it calls the schedule function
+            model = kwargs.get("model")
+            session = self._session_for(model, {name: kwargs.get(name) for name in CALL_FACTS})
+            if session is None:
+                return run()
+
+            def follow() -> Any:
+                if graph is None:
+                    session.evaluation()
+                    return self._unseen(run)  # it is captured, where nothing of ours may be
+                return self._replay(session, graph, _chunks(model), kwargs.get("num_microbatches", 0), run)
+
+            return follow() if self._in_step else self._step(session, follow)
+
+        return call
+
+    def _unseen(self, run: Callable[[], Any]) -> Any:
+        self._following = self._inside = True
+        try:
+            return run()
+        finally:
+            self._following = self._inside = False
+
+    def _replay(
+        self, session: PipelineSession, graph: Any, model: list[Any], microbatches: int, run: Callable[[], Any]
+    ) -> Any:
+        """A step that is one CUDA graph. Where its GPU is emulated, that runs the schedule function once more."""
+        try:
+            schedule = self._schedule_of(len(model) > 1, model, microbatches)
+        except Exception as error:
+            session.evaluation()
+            result = run()
+            self._say_not_followed(error)
+            return result
+
+        def launch(replay: Callable[[], Any]) -> Any:
+            self._launch = None
+            if not session.begin_schedule(schedule.key, schedule.stream_of, replayed=True):
+                return replay()
+            try:
+                return self._followed(schedule, model, replay)
+            finally:
+                session.end_schedule()
+
+        # Data is read before the launch: what is timed begins where the graph does.
+        kind = type(graph)
+        place = self._graphs.setdefault(kind, Place(kind, "replay", self._launched))
+        self._launch = launch
+        place.put()
+        try:
+            return run()
+        finally:
+            self._launch = None
+            place.take_out()
+
+    def _launched(self, stock: Function) -> Function:
+        """For the `replay` of a CUDA graph."""
+
+        def replay(graph: Any, *args: Any, **kwargs: Any) -> Any:
+            def run() -> Any:
+                return stock(graph, *args, **kwargs)
+
+            return run() if self._launch is None else self._launch(run)
+
+        return replay
 
     def _session_for(self, model: Any, known: Mapping[str, Any]) -> PipelineSession | None:
         """The session, made at the first training iteration of a model; None for others as long as that one lives."""
@@ -258,21 +341,28 @@ class Hooks:
             return run()
         if not session.begin_schedule(schedule.key, schedule.stream_of):
             return run()
+
+        def run_to_the_end() -> Any:
+            result = run()
+            if self._following and self._position < len(self._expected):
+                self._mismatch(f"it ended after {self._position} of {len(self._expected)} instructions")
+            return result
+
+        return self._followed(schedule, model, run_to_the_end)
+
+    def _followed(self, schedule: Schedule, model: list[Any], run: Callable[[], Any]) -> Any:
         self._key, self._expected, self._position = schedule.key, schedule.expected, 0
         self._following, self._begun = True, False
         self._chunk_of = {id(chunk): number for number, chunk in enumerate(model)}
         for place in self._within:
             place.put()
         try:
-            result = run()
-            if self._following and self._position < len(self._expected):
-                self._mismatch(f"it ended after {self._position} of {len(self._expected)} instructions")
+            return run()
         finally:
             for place in self._within:
                 place.take_out()
             self._following = self._inside = False
             self._forward_of.clear()
-        return result
 
     def _say_not_followed(self, error: Exception | str) -> None:
         if str(error) not in self._not_followed:

@@ -45,11 +45,11 @@ class Place:
     """One name in a module, and the wrapper that stands there now and then.
 
     Args:
-        module, name: the place.
+        module, name: the place, of a module or a class.
         wrap: makes the wrapper of a function.
     """
 
-    def __init__(self, module: ModuleType, name: str, wrap: Callable[[Function], Function]) -> None:
+    def __init__(self, module: ModuleType | type, name: str, wrap: Callable[[Function], Function]) -> None:
         self._module, self._name, self._wrap = module, name, wrap
         self._made: list[tuple[Function, Function]] = []
         # All that still live: another tool may keep an old one and put it back at any time.

@@ -6,6 +6,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ def enable(schedule: Any, config: Any) -> PipelineSession | None:
         job = _Job(config)
         Hooks(schedule, job.start, job.elsewhere)
     return None
+
+
+def replaying(schedule: Any) -> AbstractContextManager[None]:
+    """See `perseus_plugin.replaying`."""
+    hooks: Hooks | None = vars(schedule).get(HOOKS)
+    return nullcontext() if hooks is None else hooks.replaying()
 
 
 class _Job:

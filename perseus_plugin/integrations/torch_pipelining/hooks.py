@@ -123,8 +123,8 @@ class Hooks:
             def run() -> Any:
                 return beneath()(*args, **kwargs)
 
-            if self._in_run or self._refused:
-                return run()
+            if self._in_run or self._refused or _captures():
+                return run()  # within a CUDA graph nothing of ours may be
             schedule = self._of_schedule()
             self._in_run = True
             try:
@@ -139,6 +139,40 @@ class Hooks:
                 self._in_run = False
 
         return run_schedule
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Around the replay of a CUDA graph that holds a run of the schedule.
+
+        Where the GPU is emulated, a run of the schedule stands for the replay.
+        """
+        session, schedule = self.session, self._of_schedule()
+        known = None if session is None or session.closed or self._in_run else self._look_up(schedule)
+        if session is None or known is None:
+            (self._elsewhere if session is None else Hooks.disturbed)(self)
+            yield
+            return
+        self._end_iteration(whole=False)
+        self._optimizers.run_begins()
+        session.begin_iteration()
+        self._open, self._at_end, self._in_run = True, False, True
+        try:
+            if session.begin_schedule(known.key, known.streams.__getitem__, replayed=True):
+                self._followed, self._expected = known, known.operations
+                self._position, self._inside, self._loss_follows = 0, False, False
+                self._following = True
+            with self._functions(schedule):
+                yield
+        except BaseException:
+            self._optimizers.run_failed()
+            self._end_iteration(whole=False)
+            raise
+        finally:
+            self._following = self._inside = self._in_run = False
+        session.end_schedule()
+        self._optimizers.run_ended()
+        if self._optimizers.all_stepped:
+            self._end_iteration()
 
     def disturbed(self) -> None:
         """Something else than this schedule's training runs on the GPU."""
@@ -397,3 +431,10 @@ def _shown(operation: Operation | None) -> str:
     if isinstance(operation, Constant):
         return operation.name
     return f"{operation.kind} of microbatch {operation.microbatch}"
+
+
+def _captures() -> bool:
+    """Whether what runs now is captured as a CUDA graph."""
+    import torch
+
+    return torch.cuda.is_initialized() and bool(torch.cuda.is_current_stream_capturing())

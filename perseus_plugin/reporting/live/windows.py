@@ -84,7 +84,7 @@ class Windows:
             return
         if not self._open or self._open[-1].block != block:
             self._open.append(_Open(block, following.since, {}))
-        if not (record.undisturbed and record.complete):
+        if not (record.undisturbed and record.timed):
             return
         # What was announced of the batch tells its size, at full clocks too; else the instructions do.
         part = batch_part(parts, record) or parts.get((following.version, record.schedule))
@@ -131,11 +131,11 @@ def work_seen(record: IterationRecord, part: PlanPart, top_mhz: int) -> tuple[fl
         top_mhz: the highest clock.
 
     Returns:
-        Zeros where there are none, or the record does not fit the part.
+        Zeros where there are none, or were not seen, or the record does not fit the part.
     """
     if isinstance(part, BatchPart):
         return part.pace_s, part.usual_s
-    if len(part.clocks_mhz) != sum(slot >= 0 for slot in record.slots):
+    if not record.complete or len(part.clocks_mhz) != sum(slot >= 0 for slot in record.slots):
         return 0.0, 0.0
     held = [
         clock == top_mhz and (slot == 0 or part.clocks_mhz[slot - 1] == top_mhz)

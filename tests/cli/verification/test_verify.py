@@ -15,12 +15,12 @@ from typer.testing import CliRunner, Result
 from benchmarks.verified_gpus import table
 from perseus_plugin.cli import verify as verify_module
 from perseus_plugin.cli.verification import measuring, peers, running
-from perseus_plugin.cli.verification.result import Verification, load_verification
 from perseus_plugin.cli.verify import verify
 from perseus_plugin.control.ownership import LOCK_DIR_VARIABLE
 from perseus_plugin.errors import ConfigError, GpuError, ReportError
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import NO_COUNTER, NO_PERMISSION
+from perseus_plugin.reporting.verification import Verification, load_verification
 from tests.cli.verification import fake_cuda
 from tests.nvml_simulator.building import environment
 

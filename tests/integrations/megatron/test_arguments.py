@@ -195,9 +195,9 @@ def test_flags_cost_no_import() -> None:
         ({"enable_cuda_graph": True, "cuda_graph_scope": "full"}, "(--enable-cuda-graph) are not tested on"),
         ({"external_cuda_graph": True}, "(--external-cuda-graph) are not tested on"),
         ({"optimizer_cuda_graph": True, "cuda_graph_impl": "none"}, "(--optimizer-cuda-graph) are not tested on"),
-        ({"cuda_graph_impl": "full_iteration"}, "full iteration"),
-        ({"cuda_graph_scope": "full_iteration"}, "full iteration"),
-        ({"cuda_graph_scope": [SimpleNamespace(name="full_iteration")]}, "full iteration"),
+        ({"cuda_graph_impl": "full_iteration"}, ""),
+        ({"cuda_graph_scope": "full_iteration"}, ""),
+        ({"cuda_graph_scope": [SimpleNamespace(name="full_iteration")]}, ""),
         ({"hybrid_context_parallel": True}, "hybrid-context-parallel"),
         ({"encoder_pipeline_model_parallel_size": 1}, "encoder"),
         ({"encoder_pipeline_model_parallel_size": None}, ""),
@@ -209,11 +209,19 @@ def test_jobs_that_cannot_be_controlled_are_told_apart(settings: dict[str, objec
     assert reason in found
 
 
-def test_such_a_job_is_not_hooked_and_told_so(caplog: pytest.LogCaptureFixture) -> None:
-    arguments = argparse.Namespace(cuda_graph_impl="full_iteration")
+@pytest.mark.parametrize(
+    ("impl", "said"),
+    [("local", "CUDA graphs (--cuda-graph-impl local)"), ("full_iteration", "a CUDA graph of the full")],
+)
+def test_such_a_job_is_not_hooked_and_told_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, impl: str, said: str
+) -> None:
+    """One graph of the full iteration only on a real GPU of which nothing has been verified."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    arguments = argparse.Namespace(cuda_graph_impl=impl)
     assert megatron.install(PerseusConfig(), arguments) is None
     (message,) = caplog.messages
-    assert message.startswith("perseus is off: a CUDA graph of the full iteration")
+    assert message.startswith(f"perseus is off: {said}")
     assert "training goes on at full clocks" in message
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -132,6 +132,43 @@ class Job:
     def seen(self) -> list[bool]:
         """Which of them were seen whole."""
         return [one.complete for one in self.ran()]
+
+
+class Graph:
+    """Stands for `torch.cuda.CUDAGraph` on an emulated GPU: a replay is what was captured, once more."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._run = run
+
+    def replay(self) -> None:
+        self._run()
+
+
+def full_graph_of(megatron: Megatron, warmup: int) -> tuple[type, Any]:
+    """As Megatron's: around the schedule function of training, which it captures after some iterations."""
+
+    class FullCudaGraphWrapper:
+        cuda_graph: ClassVar[dict[str, Graph | None]] = {"training": None, "validation": None}
+        ran = 0
+        cuda_graph_warmup_steps = warmup
+
+        def curr_iter(self, stage: str) -> int:
+            return self.ran
+
+        def __call__(self, **call: Any) -> str:
+            stock = megatron.schedules.forward_backward_no_pipelining
+            self.ran += 1
+            if self.ran - 1 == warmup:
+                self.cuda_graph["training"] = Graph(lambda: stock(**call))
+                stock(**call)
+            graph = self.cuda_graph["training"]
+            if graph is None:
+                return str(stock(**call))
+            megatron.ran.append("data")
+            graph.replay()
+            return "losses"
+
+    return FullCudaGraphWrapper, FullCudaGraphWrapper()
 
 
 def hooked(schedules: ModuleType, training: ModuleType | None, combined: ModuleType | None, job: Job) -> Hooks:
@@ -564,3 +601,31 @@ def test_a_forward_and_a_backward_as_one_are_one_instruction(job: Job, overlap: 
     assert ran == [(True, False), (True, True), (True, True), (False, True)]
     assert len(waited) == (3 if overlap else 0)
     assert not job.sessions[0].closed
+
+
+def test_a_full_graph_is_followed_until_it_is_captured_and_timed_from_then_on() -> None:
+    """On an emulated GPU, where a replay runs the schedule function: the tap has it take its time, and sees nothing."""
+    megatron, job = Megatron(), Job()
+    hooks = hooked(megatron.schedules, megatron.training, None, job)
+    kind, wrapper = full_graph_of(megatron, warmup=2)
+    hooks.put(kind, "__call__", hooks.full_graph)
+    stock_replay = Graph.replay
+
+    def train_step(forward_step_func: Any, data_iterator: Any, model: Any) -> str:
+        losses = wrapper(model=model, num_microbatches=2, seq_length=4, forward_only=False)
+        return f"{losses} of {data_iterator}"
+
+    megatron.training.train_step = train_step  # type: ignore[attr-defined]
+    assert [megatron.train() for _ in range(5)] == ["losses of x"] * 5
+    seen = job.ran()
+    assert [one.replayed for one in seen] == [False, False, False, True, True]
+    assert [bool(one.schedule) for one in seen] == [True, True, False, True, True], "nothing of it may be captured"
+    assert [one.complete for one in seen[:3]] == [True, True, False]
+    assert [one.ended for one in seen[3:]] == [len(one.operations) - 1 for one in seen[3:]], "all but the batch's end"
+    assert [one.undisturbed for one in seen] == [True, True, False, True, True]
+    assert Graph.replay is stock_replay
+    assert wrapper(model=megatron.model, num_microbatches=1, forward_only=True) == "losses"
+    assert job.sessions[0].full_clocks == 2, "validation, and the capture"
+    job.sessions[0].close()
+    assert megatron.train() == "losses of x"
+    assert len(job.ran()) == 5

@@ -286,3 +286,45 @@ def test_a_session_that_ends_within_an_optimizers_step_does_not_stop_it(
     handle.remove()
     assert sessions[0].closed
     assert len(after) == 2
+
+
+def test_a_replay_of_a_run_is_an_iteration_that_nobody_looks_into(sessions: list[InMemorySession]) -> None:
+    """On an emulated GPU a run stands for it, which takes its time by the tap."""
+    script = enabled()
+    with perseus_plugin.replaying(script.schedule):
+        pass  # there is no session yet
+    script.train(3)
+    (session,) = sessions
+    with perseus_plugin.replaying(script.schedule):
+        script.run()
+    for optimizer in script.optimizers:
+        optimizer.step()
+    with perseus_plugin.replaying(script.schedule):
+        pass  # a real GPU: no Python runs
+    for optimizer in script.optimizers:
+        optimizer.step()
+    script.train(1)
+    assert [one.replayed for one in session.iterations] == [False, False, False, True, True, False]
+    assert [one.complete for one in session.iterations if not one.replayed] == [False, True, True, True]
+    played, real = (one for one in session.iterations if one.replayed)
+    assert (played.ended, real.begun) == (len(played.operations) - 1, 0), "all but the batch's end"
+    assert all(one.undisturbed and one.over for one in session.iterations[1:])
+    with pytest.raises(ZeroDivisionError), perseus_plugin.replaying(script.schedule):
+        raise ZeroDivisionError
+    assert not session.iterations[-1].undisturbed
+    script.train(1)
+    assert whole(session.iterations)[-1]
+
+
+def test_nothing_of_ours_is_captured(sessions: list[InMemorySession], monkeypatch: pytest.MonkeyPatch) -> None:
+    script = enabled()
+    script.train(2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    script.run()
+    assert len(sessions[0].iterations) == 2
+
+
+def test_what_is_not_enabled_is_replayed_without_us() -> None:
+    with perseus_plugin.replaying(Script().schedule):
+        pass

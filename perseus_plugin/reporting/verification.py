@@ -12,6 +12,8 @@ from perseus_plugin.errors import ReportError
 from perseus_plugin.files import read_model
 from perseus_plugin.reporting.record.summary import Figure
 
+_TIMED_WITHIN_US = 1000.0  # 95 % of the times; a clock change takes some of that, or a multiple
+
 
 def _told(meaning: str, default: Any = ...) -> Any:
     return Field(default=default, description=meaning)
@@ -160,6 +162,24 @@ class Verification(_Section):
     switches: tuple[Switch, ...] = _told("clock changes; empty: see missing", ())
     waiting_at: tuple[WaitingAtClock, ...] = _told("waiting power by clock; empty: see missing", ())
     missing: dict[str, str] = _told("what was not measured, and why", {})
+
+    def why_not_by_time(self, gpu: str) -> str:
+        """Why clocks cannot be set by host time on a model of GPU, going by this file; empty if they can.
+
+        They can where clock changes up and down, and the times of the GPU's events, are known on that very model.
+
+        Args:
+            gpu: name of the model.
+        """
+        if self.machine.emulated or self.machine.gpu != gpu:
+            emulated = "an emulated " if self.machine.emulated else ""
+            return f"it was measured on {emulated}{self.machine.gpu}, and this is {gpu}"
+        if self.boundaries is None or self.boundaries.error_us.p95 > _TIMED_WITHIN_US:
+            return f"it does not show that times of the GPU are known to within {_TIMED_WITHIN_US:g} us (boundaries)"
+        ways = {one.to_mhz > one.from_mhz for one in self.switches if one.latency_ms is not None and not one.unseen}
+        if ways != {True, False} or any(one.unseen for one in self.switches):
+            return "it does not show that clocks change as asked for, up and down (switches): run it with --set-clocks"
+        return ""
 
     def to_json(self) -> str:
         """The content of the file."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import SCHEDULES
-from perseus_plugin.planning.cp_sat import cp_model
+from perseus_plugin.planning.cp_sat import cp_model, without_pandas
 from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.solvers import interruptible
 from perseus_plugin.planning.window import WindowLimits, regrets, solve_window
@@ -68,3 +69,9 @@ def test_others_have_the_solver_with_its_series() -> None:
     from ortools.sat.python import cp_model as of_others
 
     assert of_others.CpModel().new_bool_var_series("x", pandas.Index([1, 2])).size == 2
+
+
+def test_a_solver_that_needs_pandas_to_be_loaded_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "of_another_version.py").write_text("import pandas as pd\nSIZE = pd.Index([1, 2]).size\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert without_pandas("of_another_version").SIZE == 2

@@ -20,6 +20,7 @@ UNIT_WORKERS ?= 3
 # Dozens of processes start from the same sources: these are compiled once, whatever the environment says.
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/pytest --dist loadgroup --numprocesses
+UNIT := -m "not e2e and not repeated"
 # Files with a test of a mark: every process that runs tests would have to read all the others for nothing.
 marked = $$(grep --recursive --files-with-matches --extended-regexp 'mark\.$(1)' --include='test_*.py' tests)
 
@@ -49,16 +50,15 @@ test-all: test rest
 
 # Unit tests with the lowest releases that setup.cfg asks for, of install and extras; what `setup` installs are the newest.
 test-minima: megatron .minima/.installed
-	.minima/bin/pytest --dist loadgroup --numprocesses $(UNIT_WORKERS) -m "not e2e"
+	.minima/bin/pytest --dist loadgroup --numprocesses $(UNIT_WORKERS) $(UNIT)
 
-# NumPy 1.24 has wheels up to Python 3.11.
-.minima/.installed: setup.cfg requirements-torch.txt requirements-dev.txt requirements-megatron.txt
+# NumPy 1.24 has wheels up to Python 3.11, and lacks what Megatron's core imports from 0.14 on.
+.minima/.installed: setup.cfg requirements-torch.txt requirements-dev.txt
 	$(PYTHON) -m venv .minima
 	sed -n '/^install_requires/,/^deepspeed/s/^ *\([A-Za-z_-]*\)>=\([0-9.]*\).*/\1==\2/p' setup.cfg > .minima/minima.txt
 	.minima/bin/python -m pip install --quiet --upgrade pip setuptools wheel
 	.minima/bin/python -m pip install --quiet $(TORCH_OPTIONS) -c .minima/minima.txt -r requirements-torch.txt
 	DS_BUILD_OPS=0 .minima/bin/python -m pip install --quiet --no-build-isolation -c .minima/minima.txt -r requirements-dev.txt
-	.minima/bin/python $(MEGATRON) -r requirements-megatron.txt || true
 	touch $@
 
 # What would be released: built, checked, and installed into a fresh environment of each Python from 3.10 to 3.13 that is here.
@@ -134,7 +134,7 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: setup megatron
-	$(PYTEST) $(UNIT_WORKERS) -m "not e2e and not repeated"
+	$(PYTEST) $(UNIT_WORKERS) $(UNIT)
 
 e2e: setup megatron
 	$(PYTEST) $(WORKERS) -m "e2e and not matrix and not repeated" $(call marked,e2e)

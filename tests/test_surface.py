@@ -23,6 +23,17 @@ HERE = Path(__file__).parent
 PAGES = {page.name: page.read_text() for page in (HERE.parent / "docs").glob("*.md") if page.name != "configuration.md"}
 
 
+def told_alike(schema: Any) -> Any:
+    """A schema as every release of pydantic has it: whole numbers without a point, no word on what is so anyway."""
+    if isinstance(schema, dict):
+        return {
+            key: told_alike(value) for key, value in schema.items() if (key, value) != ("additionalProperties", True)
+        }
+    if isinstance(schema, list):
+        return [told_alike(value) for value in schema]
+    return int(schema) if isinstance(schema, float) and schema.is_integer() else schema
+
+
 def settings(model: type[Any] = PerseusConfig, section: str = "") -> Iterator[tuple[str, str]]:
     """Every setting: its dotted key, and its default, type and allowed values in one line."""
     schemas = model.model_json_schema()["properties"]
@@ -32,7 +43,7 @@ def settings(model: type[Any] = PerseusConfig, section: str = "") -> Iterator[tu
             continue
         told = {key: value for key, value in schemas[name].items() if key not in ("title", "description", "default")}
         allowed = told.pop("allowed")
-        yield section + name, f"{json.dumps(field.default)}; {json.dumps(told, sort_keys=True)}; {allowed}"
+        yield section + name, f"{json.dumps(field.default)}; {json.dumps(told_alike(told), sort_keys=True)}; {allowed}"
 
 
 SETTINGS = dict(settings())

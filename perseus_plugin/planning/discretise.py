@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import FloatArray
 from perseus_plugin.planning.few_changes.bound import LimitedBound
-from perseus_plugin.planning.few_changes.limits import keep_limits, violated
+from perseus_plugin.planning.few_changes.limits import fewer_changes, keep_limits, violated
 from perseus_plugin.planning.improve import NORMAL, QUICK, THOROUGH, improve, search_whole
 from perseus_plugin.planning.options import Assignment, PlanningProblem
 from perseus_plugin.planning.relaxation import Relaxed
@@ -123,24 +124,31 @@ class Discretiser:
         bound = None
         if limits.max_changes is not None and violated(problem, solution.assignment, limits):
             bound = LimitedBound(problem, relaxed, limits.max_changes, allowed_s, waits_until_s)
-        try:
-            kept = keep_limits(
-                problem, relaxed, solution.assignment, limits, effort, deadline_s, work, bound, search=search
-            )
-        except PlanError:
-            if allowed_s <= deadline_s:
-                raise
-            # The cheapest iteration may be too short for few changes where a longer one is not.
-            kept = keep_limits(
-                problem, relaxed, solution.assignment, limits, effort, allowed_s, work, bound, search=search
-            )
-        if bound is not None:
-            if search:
-                bound.tighten(deadline_s, work, work.done + _BOUND_WORK[effort])
-            relaxed = replace(relaxed, bound_j=bound.bound_j)
-        limited = kept is not solution.assignment
+        free = solution.assignment
+
+        def kept(limits: ChangeLimits, seen_by: LimitedBound | None = None) -> Assignment:
+            try:
+                return keep_limits(problem, relaxed, free, limits, effort, deadline_s, work, seen_by, search=search)
+            except PlanError:
+                if allowed_s <= deadline_s:
+                    raise
+                # The cheapest iteration may be too short for few changes where a longer one is not.
+                return keep_limits(problem, relaxed, free, limits, effort, allowed_s, work, seen_by, search=search)
+
+        found_one = kept(limits, bound)
+        limited = found_one is not free
         if limited:
-            solution = priced(kept)
+            solution = priced(found_one)
+        if bound is not None and search:
+            bound.tighten(deadline_s, work, work.done + _BOUND_WORK[effort])
+            for fewer in fewer_changes(limits):
+                # Prices that bound plans of many changes bound those of fewer, too.
+                if bound.of_fewer(fewer.max_changes or 0) >= solution.energy_j:
+                    break
+                with suppress(PlanError):
+                    solution = min(solution, priced(kept(fewer)), key=lambda one: one.energy_j)
+        if bound is not None:
+            relaxed = replace(relaxed, bound_j=bound.bound_j)
         return replace(solution, relaxed=relaxed, cut_short=work.cut_short, limited=limited)
 
     def priced(

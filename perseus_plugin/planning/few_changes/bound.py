@@ -50,6 +50,7 @@ class LimitedBound:
         waits_until_s: float | None,
     ) -> None:
         self._problem, self._max_changes, self._waits_until_s = problem, max_changes, waits_until_s
+        self._relaxed, self._allowed_s = relaxed, allowed_s
         self._stages = stage_clocks(problem, every=True)
         slowest_s = problem.graph.constant_s.copy()
         for stage in self._stages:
@@ -89,14 +90,15 @@ class LimitedBound:
             end_w += problem.total_blocking_w
         return rest_j + min(end_w * self.latest_s, end_w * problem.shortest_s)
 
-    def see(self, price_w: FloatArray, rest_j: float, work: Work) -> None:
-        """Try prices of all nodes' time; what is done is added to `work`."""
+    def see(self, price_w: FloatArray, rest_j: float, work: Work | None = None) -> None:
+        """Try prices of all nodes' time; what is done is added to `work`, if it is to be counted."""
         total_j = rest_j
         for stage, plans in zip(self._stages, self._plans, strict=True):
             if not len(stage.nodes):
                 continue
             cost = stage.energy_j + price_w[stage.nodes, None] * stage.time_s
-            work.done += cost.shape[0] * (self._max_changes + 1) * cost.shape[1] ** 2 * _CUT_PAIR
+            if work is not None:
+                work.done += cost.shape[0] * (self._max_changes + 1) * cost.shape[1] ** 2 * _CUT_PAIR
             found = segment(cost, np.zeros(len(cost)), self._max_changes, 0.0)
             at = np.arange(len(cost)), clock_of_instructions(stage, found.begins, found.clocks)
             plans.append((stage.time_s[at], stage.energy_j[at]))
@@ -104,6 +106,13 @@ class LimitedBound:
         if self._best is None or total_j > self._seen_j:
             self._best, self._seen_j = (price_w, rest_j), total_j
         self.bound_j = max(self.bound_j, total_j)
+
+    def of_fewer(self, max_changes: int) -> float:
+        """The bound of so many changes at the best prices of this one."""
+        problem, waits_until_s = self._problem, self._waits_until_s
+        fewer = LimitedBound(problem, self._relaxed, max_changes, self._allowed_s, waits_until_s)
+        fewer.see(*(self._best or (self._relaxed.instruction_price_w, self.rest_j)))
+        return fewer.bound_j
 
     def tighten(self, deadline_s: float, work: Work, until: float) -> None:
         """Column generation, until the bound is tight or `until` units of work are done."""

@@ -7,6 +7,9 @@ again, and again; what comes of that is improved by annealing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 
 from perseus_plugin.errors import PlanError
@@ -25,6 +28,7 @@ from perseus_plugin.planning.work import Work
 _ROUNDS = 20
 _SCALINGS = 16
 _CUTTING = 0.35  # share of the work that is for programs
+_FEWER = (128, 96, 64, 48, 32, 24, 16, 12, *range(8, 1, -1), 0)
 _STARTS = 8  # of these programs' phases the annealing begins with the best
 _WORK: dict[Effort, float] = {"quick": 2.4, "normal": 6.0, "thorough": 90.0}
 _LARGE = 160  # instructions from which a search may do all of that; in smaller jobs as much less
@@ -76,6 +80,14 @@ def keep_limits(
             + ("; the search was cut short by the clock" if work.cut_short else "")
         )
     return found
+
+
+def fewer_changes(limits: ChangeLimits) -> Iterator[ChangeLimits]:
+    """Limits whose plans are tried too, so that more changes are never worse than these: every fewer up to eight."""
+    most = limits.max_changes or 0
+    for count in _FEWER:
+        if count < most:
+            yield replace(limits, max_changes=count)
 
 
 def violated(problem: PlanningProblem, assignment: Assignment, limits: ChangeLimits) -> list[int]:
@@ -189,7 +201,7 @@ def _mixed(
     for done in range(1, _ROUNDS + 1):
         phases = _cut(stages, price, start_s, limits, work)
         if bound is not None:
-            bound.see(price, rest_j, work)
+            bound.see(price, rest_j)  # not counted: the search does the same with and without a bound
         mix = solve_phases(problem, stages, phases, deadline_s, work, stop)
         if mix is None:
             break

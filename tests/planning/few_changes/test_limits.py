@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+import perseus_plugin.planning.discretise as discretise_module
 import perseus_plugin.planning.few_changes.limits as limits_module
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import interleaved_1f1b, one_f_one_b
 from perseus_plugin.planning.few_changes.dwelling import dwelling_phases
+from perseus_plugin.planning.few_changes.limits import keep_limits
 from perseus_plugin.planning.few_changes.phases import assign, stage_clocks
 from perseus_plugin.planning.few_changes.segmentation import Segments, segment
+from perseus_plugin.planning.options import Assignment, PlanningProblem
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import ChangeLimits, Planner, Target
 from perseus_plugin.planning.targets import EFFORTS, Effort
@@ -182,6 +186,33 @@ def test_more_changes_save_more() -> None:
     two, six = (planner.plan(Target.slowdown(), ChangeLimits(most)) for most in (2, 6))
     assert 0 < two.saving < six.saving <= free.saving
     assert planner.plan(Target.slowdown(), ChangeLimits(1000)) == free
+
+
+def test_where_a_search_with_more_changes_finds_less_the_plan_of_fewer_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def of_no_luck(problem: PlanningProblem, *given: Any, **named: Any) -> Assignment:
+        limits: ChangeLimits = given[2]
+        return problem.full_clocks if limits.max_changes == 5 else keep_limits(problem, *given, **named)
+
+    monkeypatch.setattr(discretise_module, "keep_limits", of_no_luck)
+    plans = []
+    for most in (4, 5):
+        planner = Planner(build_graph(one_f_one_b(3, 6)), bundled_profile(3), blocking_power_w=60.0)
+        plans.append(planner.plan(Target.slowdown(), ChangeLimits(most)))
+    assert plans[1].energy_j <= plans[0].energy_j < plans[0].baseline_energy_j
+
+
+@settings(max_examples=4)
+@given(
+    jobs(max_stages=3, max_microbatches=5, max_clocks=6),
+    st.tuples(st.integers(0, 5), st.integers(1, 6)).filter(lambda two: two[0] < two[1]),
+    st.sampled_from([0.0, 0.05]),
+)
+def test_more_changes_are_never_worse(job: Job, most: tuple[int, int], slowdown: float) -> None:
+    fewer, more = (of(job).solve(Target.slowdown(slowdown), ChangeLimits(one)) for one in most)
+    assume(more.limited)
+    assert more.energy_j <= fewer.energy_j * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("dwell_s", [0.2, 0.5])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -12,6 +13,7 @@ from perseus_plugin.cli.destinations import STANDARD, check_alone, check_writabl
 from perseus_plugin.cli.job import OUTPUT, POWER, AsJson
 from perseus_plugin.cli.terminal import console, say, working
 from perseus_plugin.errors import ConfigError
+from perseus_plugin.planning.solvers import keeping_the_interpreter
 from perseus_plugin.reporting.report.data import report_to_json
 from perseus_plugin.reporting.report.document import check_plotly
 from perseus_plugin.reporting.report.findings import Findings, Options, find
@@ -77,19 +79,29 @@ def report(
     tokens_per_sample: Annotated[
         int | None, typer.Option(help="Sequence length, for figures per token.", min=1, show_default=False)
     ] = None,
+    serve: Annotated[
+        int | None,
+        typer.Option(
+            help="Serve the page on this port of this machine, following the job until Ctrl-C; 0: on any.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Report on a job, running or ended: a summary here, and a page with pictures that works offline."""
-    if html is not None and no_html:
-        raise ConfigError("got --html and --no-html; allowed: one of them")
-    check_alone("--html - and --json", html == STANDARD, as_json)
-    if html is None and not no_html and folder.is_dir():
+    if sum((html is not None, no_html, serve is not None)) > 1:
+        raise ConfigError("got more than one of --html, --no-html and --serve; allowed: one of them")
+    check_alone("--html - or --serve, and --json", html == STANDARD or serve is not None, as_json)
+    if html is None and not no_html and serve is None and folder.is_dir():
         html = folder / "report.html"
     check_writable(html, "--html", of=folder)
     if not no_html:
         check_plotly("report")
     rates = Rates(price, currency, intensity, pue, price_gpu_hour)
     options = Options(rates, hours, gpus, tokens_per_sample, frontier=not (no_frontier or no_html))
+    if serve is not None:
+        follow(folder, options, serve)
     with working("reading"):
         found = find(load_folder(folder), options)
     if not no_html:
@@ -104,6 +116,24 @@ def report(
     to = console(stderr=html == STANDARD)
     show(found, to)
     say(written(html), to)
+
+
+def follow(folder: Path, options: Options, port: int) -> NoReturn:
+    """Serve the page until Ctrl-C ends the process.
+
+    Raises:
+        ConfigError: there is no such folder, or the port cannot be had.
+    """
+    from perseus_plugin.reporting.report.following import Followed, Server
+
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: is no folder; give a job's output folder (perseus.output_dir)")
+    server = Server(Followed(folder, options), port)
+    server.start("perseus-report")
+    print(f"following {folder} at {server.url} until Ctrl-C", flush=True)
+    while True:
+        with keeping_the_interpreter():  # as making a page may, on another thread
+            threading.Event().wait()
 
 
 def trace(

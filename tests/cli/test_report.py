@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +62,10 @@ def test_no_page_on_request(perseus: Perseus, tmp_path: Path) -> None:
         (["report", "{job}", "--price", "-1"], "--price: got -1.0"),
         (["report", "{job}", "--gpus", "0"], "--gpus: got 0"),
         (["report", "{job}", "--html", "x.html", "--no-html"], "allowed: one of them"),
+        (["report", "{job}", "--html", "x.html", "--serve", "0"], "allowed: one of them"),
+        (["report", "{job}", "--json", "--serve", "0"], "allowed: one of them"),
+        (["report", "{job}", "--serve", "-1"], "--serve: got -1"),
+        (["report", "{empty}/nowhere", "--serve", "0"], "is no folder"),
         (["trace", "{empty}"], "is no output folder of perseus"),
         (["report", "{broken}"], "plan.json: "),
         (["report", "{full}"], "report.html, which is a folder; allowed: a file"),
@@ -90,3 +99,19 @@ def test_a_trace_of_nothing_is_refused(perseus: Perseus, tmp_path: Path) -> None
     assert done.returncode == 2
     assert "no iteration was kept whole" in done.stderr
     assert not (tmp_path / "trace.json").exists()
+
+
+def test_a_page_is_served_until_ctrl_c(folder: Path) -> None:
+    # Whoever started the tests may have had signals ignored.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{heard}; from perseus_plugin.cli.main import run; run()"
+    command = [sys.executable, "-c", program, "report", str(folder), "--serve", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        found = re.fullmatch(r"following .*out at (http://127\.0\.0\.1:\d+/) until Ctrl-C\n", said)
+        assert found is not None, said
+        with urllib.request.urlopen(found[1], timeout=300) as answer:
+            assert b"Pipeline timeline" in answer.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=300) == -signal.SIGINT

@@ -19,6 +19,7 @@ import pytest
 
 from perseus_plugin.reporting.report.findings import Findings, Options, find
 from perseus_plugin.reporting.report.folder import load_folder
+from perseus_plugin.reporting.report.following import Followed, Server
 from tests.reporting.job import Job
 
 from .observed import MICROBATCHES, STAGES, Observed, look_at_the_observed_job
@@ -62,6 +63,28 @@ class Shown:
         found: list[dict[str, Any]] = self.page.evaluate(script, f"figure-{figure}")
         return found
 
+    def zoom(self, figure: str) -> None:
+        """Drag a rectangle in its first picture."""
+        element = self.page.locator(f"#figure-{figure} .nsewdrag").first
+        element.scroll_into_view_if_needed()
+        box, before = element.bounding_box(), self.range(figure)
+        for at, press in ((0.2, self.page.mouse.down), (0.6, self.page.mouse.up)):
+            self.page.mouse.move(box["x"] + at * box["width"], box["y"] + at * box["height"], steps=5)
+            press()
+        script = "([id, was]) => document.getElementById(id)._fullLayout.xaxis.range[0] !== was"
+        self.page.wait_for_function(script, arg=[f"figure-{figure}", before[0]], timeout=10_000)
+
+    def range(self, figure: str) -> list[float]:
+        """What its first picture shows, from left to right."""
+        found: list[float] = self.page.evaluate(
+            "id => document.getElementById(id)._fullLayout.xaxis.range", f"figure-{figure}"
+        )
+        return found
+
+    def top(self, section: str) -> float:
+        """Where it is in the window."""
+        return float(self.page.evaluate("id => document.getElementById(id).getBoundingClientRect().top", section))
+
     def hover(self, selector: str) -> str:
         """The label that appears over an element."""
         element = self.page.locator(selector)
@@ -97,6 +120,13 @@ def shown() -> Iterator[Shown]:
         made.page.on("request", lambda request: made.fetched.append(request.url))
         yield made
         browser.close()
+
+
+def written(job: Job) -> None:
+    """What has run so far is in its folder."""
+    for recorder in job.recorders:
+        recorder.step(final=True)
+    job.summarise("running")
 
 
 def report(folder: Path, page: Path) -> None:
@@ -198,3 +228,33 @@ def test_eight_stages_and_96_microbatches_open(shown: Shown, tmp_path: Path) -> 
     expected = sum(len(lane.blocks) + len(lane.waits) for lane in lanes)
     assert shown.count("#figure-timeline .barlayer .point") == expected
     assert (tmp_path / "report.html").stat().st_size < 12e6
+
+
+def test_a_page_that_follows_a_job_keeps_what_was_zoomed_and_where_its_reader_is(shown: Shown, tmp_path: Path) -> None:
+    job = Job(tmp_path / "out").profiled()
+    written(job)
+    server = Server(Followed(job.folder, Options(frontier=False)), 0)
+    server.start("test")
+    try:
+        shown.complaints.clear()
+        shown.fetched.clear()
+        shown.page.goto(server.url, timeout=120_000)
+        shown.page.wait_for_function(_DRAWN, timeout=120_000)
+        assert shown.count("#figure-clocks") == 0, "there is no plan yet"
+        shown.zoom("training")
+        points = shown.count("#figure-training .scatterlayer .point")
+        before = shown.range("training"), shown.top("training")
+        written(job.planned(iterations=40))
+        shown.page.wait_for_selector("#figure-clocks .main-svg", timeout=120_000)
+        shown.page.wait_for_function(_DRAWN, timeout=120_000)
+        assert shown.count("#figure-training .scatterlayer .point") > points
+        assert shown.range("training") == before[0]
+        assert shown.top("training") == pytest.approx(before[1], abs=2), "what is new is above"
+        assert shown.complaints == []
+        assert {url.removeprefix(server.url) for url in shown.fetched if not url.startswith("data:")} <= {
+            "",
+            "plotly.js",
+        }
+    finally:
+        server.stop()
+    shown.page.wait_for_function("document.getElementById('followed').innerText.startsWith('no longer')")

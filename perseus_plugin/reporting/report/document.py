@@ -115,11 +115,16 @@ def check_plotly(who: str) -> None:
         raise ConfigError(f"{who}: {lacking(error)}") from error
 
 
-def plotting() -> str:
-    """What the head of a page with pictures holds: the plotting library."""
+def library() -> str:
+    """The plotting library, as a script."""
     from plotly.offline import get_plotlyjs
 
-    return f"<script>{get_plotlyjs()}</script>\n"
+    return str(get_plotlyjs())
+
+
+def plotting() -> str:
+    """What the head of a page with pictures holds: the plotting library."""
+    return f"<script>{library()}</script>\n"
 
 
 def picture(name: str, title: str, figure: Any, text: str, emulated: bool | None = None) -> str:

@@ -44,15 +44,20 @@ _TITLES = {
 }
 
 
-def page(found: Findings) -> str:
-    """The whole file; needs plotly, see `document.check_plotly`."""
-    head, emulated = plotting(), found.folder.emulated
+def page(found: Findings, head: str | None = None) -> str:
+    """The whole file; needs plotly, see `document.check_plotly`.
+
+    Args:
+        found: what is shown.
+        head: what draws its pictures, as HTML; None: the plotting library itself.
+    """
+    emulated = found.folder.emulated
     sections = {name: picture(name, _TITLES[name], figure, text, emulated) for name, figure, text in _figures(found)}
     sections |= {"budgets": _budgets(found), "worth": _worth(found), "origin": _origin(found)}
     links = contents({name: _TITLES[name] for name, section in sections.items() if section})
     parts = [_head(found), cards(headline(found)), links, _summary(found), _missing(found.folder.missing)]
     parts += sections.values()
-    return document(f"Perseus report: {found.folder.path.name}", parts, head)
+    return document(f"Perseus report: {found.folder.path.name}", parts, plotting() if head is None else head)
 
 
 def _head(found: Findings) -> str:

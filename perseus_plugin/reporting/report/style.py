@@ -36,6 +36,7 @@ def styled(figure: go.Figure, above: int = 50) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="#ffffff",
         dragmode="zoom",
+        uirevision="kept",  # what the reader has hidden stays so where a picture is drawn again
     )  # fmt: skip
     figure.update_xaxes(gridcolor=GRID, zeroline=False, linecolor=MUTED, title_font={"size": 13})
     figure.update_yaxes(gridcolor=GRID, zeroline=False, title_font={"size": 13})

@@ -278,7 +278,7 @@ def test_a_killed_trainer_leaves_no_lock_and_no_helper(spec: str, gpu: EmulatedG
     trainer.kill()
     trainer.wait()
     try:
-        wait_until(lambda: free_and_unowned(gpu, spec), 1.0)
+        wait_until(lambda: free_and_unowned(gpu, spec))
     finally:
         if child:
             os.kill(child, signal.SIGKILL)
@@ -290,7 +290,7 @@ def test_a_killed_trainer_leaves_no_lock_and_no_helper(spec: str, gpu: EmulatedG
 def test_a_trainer_that_just_ends_leaves_no_lock(spec: str, gpu: EmulatedGpu, mode: str) -> None:
     trainer, _ = start_trainer(spec, mode)
     trainer.wait(20)
-    wait_until(lambda: free_and_unowned(gpu, spec), 1.0)
+    wait_until(lambda: free_and_unowned(gpu, spec))
     assert trainer.stdout is not None
     trainer.stdout.close()
 
@@ -302,7 +302,7 @@ def test_a_signal_to_the_helper_frees_the_clock_and_is_trouble(
     helper.request(900)
     wait_for_event(helper, Applied)
     os.kill(helper.pid or 0, number)
-    wait_until(lambda: free_and_unowned(gpu, spec), 1.0)
+    wait_until(lambda: free_and_unowned(gpu, spec))
     trouble = wait_for_event(helper, Trouble)
     assert (trouble.code, trouble.free) == ("helper_died", True)
     assert trouble.text == "the clock helper ended with status 0: a signal asked it to; its SM clock is free"
@@ -314,7 +314,7 @@ def test_a_killed_helper_is_reported_once_and_its_lock_freed(helper: ClockHelper
     helper.request(900)
     wait_for_event(helper, Applied)
     os.kill(helper.pid or 0, signal.SIGKILL)
-    wait_until(lambda: gpu.locked_mhz() is None, 2.0)
+    wait_until(lambda: gpu.locked_mhz() is None)
     wait_until(lambda: not helper.alive)
     helper.request(1005)
     helper.poll_energy(0.001)
@@ -328,7 +328,7 @@ def test_garbage_on_the_pipe_frees_the_clock(helper: ClockHelper, gpu: EmulatedG
     helper.request(900)
     wait_for_event(helper, Applied)
     os.write(helper._inlet.number, b"x" * 64)
-    wait_until(lambda: free_and_unowned(gpu, spec), 1.0)
+    wait_until(lambda: free_and_unowned(gpu, spec))
     assert wait_for_event(helper, Trouble).code == "protocol"
 
 
@@ -585,7 +585,9 @@ def test_a_counter_that_could_not_be_read_is_polled_again(helper: ClockHelper, g
     assert wait_for_event(helper, Trouble).code == "read_failed"
     time_s = time.monotonic()
     gpu.set_faults(0)
-    assert wait_for_event(helper, Tick).previous_poll_s > time_s, "no tick goes across the gap"
+    # One from before may still wait to be taken.
+    tick = next(tick for tick in iter(lambda: wait_for_event(helper, Tick), None) if tick.time_s > time_s)
+    assert tick.previous_poll_s > time_s, "no tick goes across the gap"
 
 
 def test_a_gpu_that_does_not_follow_is_reported(helper: ClockHelper, gpu: EmulatedGpu) -> None:

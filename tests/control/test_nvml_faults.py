@@ -72,7 +72,7 @@ def test_a_dead_trainer_leaves_no_lock(spec: str, gpu: EmulatedGpu, mode: str) -
         trainer.kill()
     trainer.wait()
     try:
-        wait_until(lambda: free_and_unowned(gpu, spec), 1.0)
+        wait_until(lambda: free_and_unowned(gpu, spec))
     finally:
         if child:
             os.kill(child, signal.SIGKILL)
@@ -85,7 +85,7 @@ def test_a_dead_trainer_leaves_no_lock(spec: str, gpu: EmulatedGpu, mode: str) -
 def test_a_dead_helper_leaves_no_lock(helper: ClockHelper, gpu: EmulatedGpu, spec: str, number: int) -> None:
     lock(helper, 900)
     os.kill(helper.pid or 0, number)
-    wait_until(lambda: gpu.locked_mhz() is None, 1.0)
+    wait_until(lambda: gpu.locked_mhz() is None)
     wait_until(lambda: not helper.alive)
     wait_until(lambda: free_and_unowned(gpu, spec))
 

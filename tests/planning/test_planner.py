@@ -322,10 +322,10 @@ def test_an_impossible_deadline_names_the_shortest_iteration() -> None:
 
 def test_what_was_found_for_fewer_changes_is_a_plan_for_any_number() -> None:
     planner = Planner(build_graph(one_f_one_b(3, 8)), bundled_profile(3), blocking_power_w=60.0)
-    rounded = planner.solve(Target.slowdown(0.03), search=False)
+    rounded = planner.solve(Target.slowdown(0.01), search=False)
     fresh = Planner(build_graph(one_f_one_b(3, 8)), bundled_profile(3), blocking_power_w=60.0)
-    limited = fresh.solve(Target.slowdown(0.03), ChangeLimits(max_changes=100))
+    limited = fresh.solve(Target.slowdown(0.01), ChangeLimits(max_changes=100))
     assert limited.energy_j < rounded.energy_j, "as it was searched for"
-    assert fresh.solve(Target.slowdown(0.03), search=False).energy_j <= limited.energy_j
-    few = fresh.solve(Target.slowdown(0.03), ChangeLimits(max_changes=2), search=False)
+    assert fresh.solve(Target.slowdown(0.01), search=False).energy_j <= limited.energy_j
+    few = fresh.solve(Target.slowdown(0.01), ChangeLimits(max_changes=2), search=False)
     assert violated(fresh.problem, few.assignment, ChangeLimits(max_changes=2)) == []

@@ -24,6 +24,7 @@ from perseus_plugin.planning.planner_process import PlannerProcess
 from perseus_plugin.planning.process import PlanAnswer, PlanRequest, answered, plan_for, planner_for
 from perseus_plugin.planning.targets import Target
 from tests.factories import BLOCKING_W, CLOCKS_MHZ, profile
+from tests.waiting import came_true
 
 
 def request(stages: int = 2, microbatches: int = 4, **changes: Any) -> PlanRequest:
@@ -186,10 +187,7 @@ def answer(planner: PlannerProcess, wanted: PlanRequest) -> PlanAnswer:
 
 
 def wait_until_idle(planner: PlannerProcess) -> bool:
-    deadline_s = time.monotonic() + 10
-    while planner.busy and time.monotonic() < deadline_s:
-        time.sleep(0.001)
-    return not planner.busy
+    return came_true(lambda: not planner.busy, 60)
 
 
 def test_the_process_plans_as_this_one_would(planner: PlannerProcess) -> None:

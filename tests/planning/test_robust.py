@@ -258,7 +258,7 @@ def test_without_samples_a_plan_is_made_as_ever_and_ranks_may_catch_up() -> None
 
 
 def test_what_a_rank_is_told_fits_its_stage() -> None:
-    made = answer(samples(noise(0.03), delay_s=0.02))
+    made = answer(samples(noise(0.05), delay_s=0.02))
     assert made.plan is not None
     assert made.replayed is not None
     assert made.replayed.catch_up

@@ -298,8 +298,9 @@ def simulate(
         spent = "quick" if effort is None else spent
         limits, dwell_latency_s = ChangeLimits(job.max_changes, job.min_dwell_s), None
         switch_latency_s = job.latency_s if job.lower_while_waiting else None
-        if aims is None and job.target.kind == "slowdown":
-            aims = _aims([str(job.target.value)], None, None)
+        of_its_own = not (stages or split or schedule or microbatches) and chunks is None
+        if aims is None and (of_its_own or job.target.kind == "slowdown"):
+            aims = [_aim_of(job)]
         pipelines = _of_job(job, layers, stages or [], splits)
     elif source.suffix == ".csv" or source == STANDARD:
         if gpu:
@@ -381,6 +382,12 @@ def _graph(jitter: str, change_s: float) -> Graph:
     if share > _MOST_JITTER:
         raise ConfigError(f"--cuda-graph: got {jitter}; allowed: from 0 to {_MOST_JITTER:g}, such as 0.01 or 1%")
     return Graph(share, change_s)
+
+
+def _aim_of(job: PlanRequest) -> Aim:
+    from perseus_plugin.cli.simulation.scenarios import Aim
+
+    return Aim(slowdown=job.target.value) if job.target.kind == "slowdown" else Aim(of_job=job.target)
 
 
 def _layers(option: str, text: str) -> Split:

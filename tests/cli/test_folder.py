@@ -81,7 +81,15 @@ def test_frontier_and_simulation_are_of_the_jobs_schedule(perseus: Perseus, fold
     assert outcome["slowdown_allowed"] == 0.07
     assert (outcome["schedule"], outcome["microbatches"]) == (REQUEST.schedule, 3)
     assert outcome["full_clock_j"] == pytest.approx(full.baseline_energy_j)
+    save_inputs(replace(REQUEST, target=Target.deadline(2 * full.baseline_time_s)), folder / INPUTS_FILE)
+    done = perseus("simulate", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    (outcome,) = json.loads(done.stdout)["outcomes"]
+    assert outcome["deadline_s"] == pytest.approx(2 * full.baseline_time_s)
+    assert outcome["slowdown_allowed"] is None
+    assert "deadline of the job" in perseus("simulate", folder).stdout
     other = perseus("simulate", folder, "--microbatches", 2, "--json")
+    assert json.loads(other.stdout)["outcomes"][0]["slowdown_allowed"] == 0
     assert json.loads(other.stdout)["outcomes"][0]["schedule"] == "1f1b"
 
 

@@ -67,11 +67,13 @@ class Aim:
         slowdown: as a share.
         straggler: makes the iteration so many times as long in any case.
         power_budget_w: of one GPU per stage together.
+        of_job: what a job aims at, where that is none of these.
     """
 
     slowdown: float | None = None
     straggler: float | None = None
     power_budget_w: float | None = None
+    of_job: Target | None = None
 
     def target(self, full_clock_s: float) -> Target:
         """As the planner wants it.
@@ -79,6 +81,8 @@ class Aim:
         Raises:
             PlanError: a value out of range.
         """
+        if self.of_job is not None:
+            return self.of_job
         if self.straggler is not None:
             return Target.straggler(self.straggler * full_clock_s)
         if self.power_budget_w is not None:
@@ -86,6 +90,8 @@ class Aim:
         return Target.slowdown(self.slowdown or 0.0)
 
     def __str__(self) -> str:
+        if self.of_job is not None:
+            return f"{self.of_job.kind.replace('_', ' ')} of the job"
         if self.straggler is not None:
             return f"straggler {self.straggler:g}x"
         if self.power_budget_w is not None:

@@ -143,10 +143,12 @@ class Discretiser:
             bound.tighten(deadline_s, work, work.done + _BOUND_WORK[effort])
             for fewer in fewer_changes(limits):
                 # Prices that bound plans of many changes bound those of fewer, too.
-                if bound.of_fewer(fewer.max_changes or 0) >= solution.energy_j:
+                of_fewer = bound.of_fewer(fewer.max_changes or 0, work)
+                if of_fewer.bound_j >= solution.energy_j:
                     break
+                # A search sees to its bound as it does where so few are all that is asked for, and finds the same.
                 with suppress(PlanError):
-                    solution = min(solution, priced(kept(fewer)), key=lambda one: one.energy_j)
+                    solution = min(solution, priced(kept(fewer, of_fewer)), key=lambda one: one.energy_j)
         if bound is not None:
             relaxed = replace(relaxed, bound_j=bound.bound_j)
         return replace(solution, relaxed=relaxed, cut_short=work.cut_short, limited=limited)

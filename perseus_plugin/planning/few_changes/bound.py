@@ -90,15 +90,14 @@ class LimitedBound:
             end_w += problem.total_blocking_w
         return rest_j + min(end_w * self.latest_s, end_w * problem.shortest_s)
 
-    def see(self, price_w: FloatArray, rest_j: float, work: Work | None = None) -> None:
-        """Try prices of all nodes' time; what is done is added to `work`, if it is to be counted."""
+    def see(self, price_w: FloatArray, rest_j: float, work: Work) -> None:
+        """Try prices of all nodes' time; what is done is added to `work`."""
         total_j = rest_j
         for stage, plans in zip(self._stages, self._plans, strict=True):
             if not len(stage.nodes):
                 continue
             cost = stage.energy_j + price_w[stage.nodes, None] * stage.time_s
-            if work is not None:
-                work.done += cost.shape[0] * (self._max_changes + 1) * cost.shape[1] ** 2 * _CUT_PAIR
+            work.done += cost.shape[0] * (self._max_changes + 1) * cost.shape[1] ** 2 * _CUT_PAIR
             found = segment(cost, np.zeros(len(cost)), self._max_changes, 0.0)
             at = np.arange(len(cost)), clock_of_instructions(stage, found.begins, found.clocks)
             plans.append((stage.time_s[at], stage.energy_j[at]))
@@ -107,12 +106,12 @@ class LimitedBound:
             self._best, self._seen_j = (price_w, rest_j), total_j
         self.bound_j = max(self.bound_j, total_j)
 
-    def of_fewer(self, max_changes: int) -> float:
-        """The bound of so many changes at the best prices of this one."""
+    def of_fewer(self, max_changes: int, work: Work) -> LimitedBound:
+        """That of so many changes, which has seen the best prices of this one."""
         problem, waits_until_s = self._problem, self._waits_until_s
         fewer = LimitedBound(problem, self._relaxed, max_changes, self._allowed_s, waits_until_s)
-        fewer.see(*(self._best or (self._relaxed.instruction_price_w, self.rest_j)))
-        return fewer.bound_j
+        fewer.see(*(self._best or (self._relaxed.instruction_price_w, self.rest_j)), work)
+        return fewer
 
     def tighten(self, deadline_s: float, work: Work, until: float) -> None:
         """Column generation, until the bound is tight or `until` units of work are done."""

@@ -201,7 +201,7 @@ def _mixed(
     for done in range(1, _ROUNDS + 1):
         phases = _cut(stages, price, start_s, limits, work)
         if bound is not None:
-            bound.see(price, rest_j)  # not counted: the search does the same with and without a bound
+            bound.see(price, rest_j, work)
         mix = solve_phases(problem, stages, phases, deadline_s, work, stop)
         if mix is None:
             break

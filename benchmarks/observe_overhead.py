@@ -32,6 +32,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--block", type=int, default=10, help="iterations per block")
     parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument(
+        "--own-core", action="store_true", help="all blocks in the first stage: the other core is free for threads"
+    )
     arguments = parser.parse_args()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
@@ -39,7 +42,10 @@ def main() -> None:
     torch.manual_seed(1)
     stages = torch.distributed.get_world_size()
     module = PipelineModule(
-        layers=gpt_layers(blocks=4, width=64, heads=4, vocabulary=256, length=64), num_stages=stages, loss_fn=loss_fn
+        layers=gpt_layers(blocks=4, width=64, heads=4, vocabulary=256, length=64),
+        num_stages=stages,
+        loss_fn=loss_fn,
+        partition_method="type:Embedding" if arguments.own_core else "parameters",
     )
     config = {
         "train_micro_batch_size_per_gpu": 2,

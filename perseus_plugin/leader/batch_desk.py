@@ -180,16 +180,14 @@ class BatchDesk:
             self._book.take(receive(AnnouncedWork, value))
         if self._ended or not self._book.known:
             return
+        if self._process is None:
+            self._process = self._start()
         subject = self._subject_of(state)
         if subject != self._subject:
             self._before = self._learned or self._before
             self._subject, self._learned, self._learn_at_s, self._learned_from = subject, None, now_s, None
         self._take_answer(now_s, news_take_s)
-        if subject is None or self._ended:
-            return
-        if self._process is None:
-            self._process = self._start()
-        if self._process.busy:
+        if subject is None or self._process.busy or self._ended:
             return
         if self._learned is not None and not self._learned.why_not:
             microbatches, takes_s = subject.microbatches, news_take_s + _MARGIN * self._plan_takes_s

@@ -192,7 +192,8 @@ class Controller:
             How many of its waits ended before the clock was back.
         """
         if self._replays:  # its end was not seen
-            self.hold(None)
+            self._replays = False
+            self._requests.request(None)
         if self._waits is not None and self._waits.end(now_s):
             self._early += 1
             self._requests.request(None)  # else what comes between iterations ran at the wait's clock

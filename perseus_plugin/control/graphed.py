@@ -133,16 +133,19 @@ def requests_for(
     for number, (clock, start_s, finish_s) in enumerate(zip(clocks_mhz, starts_s, ends_s, strict=True)):
         begins_s = 0.0 if number == 0 else max(0.0, fit.earliest_s(start_s) - lead_s)
         changes += [(begins_s, False, clock), (max(begins_s, fit.latest_s(finish_s)), True, clock)]
-    running: Counter[int] = Counter()
+    running, highest = Counter[int](), 0
     found: list[TimedRequest] = []
     changes.sort()
     for number, (at_s, ends, clock) in enumerate(changes):
         running[clock] += -1 if ends else 1
+        highest = max(highest, clock)
+        if not running[clock]:
+            del running[clock]
+            highest = max(running, default=0) if clock == highest else highest
         if at_s >= over_s:
             break
         if number + 1 < len(changes) and changes[number + 1][0] == at_s:
             continue
-        highest = max(mhz for mhz, count in running.items() if count > 0)
         if not found or found[-1].frequency_mhz != highest:
             found.append(TimedRequest(highest, at_s))
     return [*found, TimedRequest(None, over_s)]

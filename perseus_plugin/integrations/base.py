@@ -213,6 +213,13 @@ def model_digest(parameters: Iterable[tuple[str, Any]]) -> str:
     return digest.hexdigest()[:16]
 
 
+def captures() -> bool:
+    """Whether what runs now is captured as a CUDA graph, in which nothing of ours may be."""
+    import torch
+
+    return torch.cuda.is_initialized() and bool(torch.cuda.is_current_stream_capturing())
+
+
 def job_rank() -> int:
     """This process's rank in the job, 0 without a process group."""
     import torch.distributed

@@ -296,7 +296,8 @@ class SessionWorker:
                 "the training step is replayed as one CUDA graph, and perseus.cuda_graph is not set: such steps run at "
                 "full clocks under plans; said once"
             )
-        if isinstance(directive, Sweep) and not self._known.profile and not self._lifetime.ended:
+        known = self._known.profile and self._link.timetable.sweep.number == 0
+        if isinstance(directive, Sweep) and not known and not self._lifetime.ended:
             self._lifetime.fail(
                 PerseusError(
                     "the training step became a CUDA graph before profiling was over: capture it once there is a plan, "

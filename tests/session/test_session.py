@@ -226,7 +226,10 @@ def test_a_graph_whose_end_is_not_seen_leaves_no_request(rank: Rank) -> None:
     rank.session.begin_schedule("A", stream_of, replayed=True)
     rank.helper.take()
     rank.session.end_iteration()
+    rank.link.take_finished()
     assert [one for one in rank.helper.take() if one[0] != "mark"] == [("request", None)]
+    replay(rank)
+    assert ("request", 810) in rank.helper.take(), "the next one follows the plan"
 
 
 # Iterations.

@@ -394,6 +394,15 @@ def test_a_step_that_becomes_a_graph_amid_the_sweep_ends_the_session(
     assert "became a CUDA graph before profiling was over: capture it once there is a plan" in heard.text
 
 
+def test_a_graph_amid_the_sweep_of_a_job_whose_kept_profile_does_not_fit_ends_the_session(ranks: Ranks) -> None:
+    rank = ranks(rank=1, has_profile=True)
+    rank.iterate(4, replayed=True)
+    rank.link.run_by(rank.link.timetable.swept_again(rank.number, (1410, 810), False))
+    rank.iterate(1, replayed=True)
+    assert came_true(lambda: rank.lifetime.ended)
+    assert "became a CUDA graph before profiling was over" in rank.failures[0]
+
+
 def test_graphs_of_a_job_that_is_not_said_to_have_any_are_told_once(
     ranks: Ranks, heard: pytest.LogCaptureFixture
 ) -> None:

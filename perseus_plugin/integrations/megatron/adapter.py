@@ -97,8 +97,12 @@ def _put(hooks: Hooks, arguments: argparse.Namespace) -> None:
     training = sys.modules.get("megatron.training.training")
     combined = sys.modules.get(f"{_PIPELINE}.combined_1f1b")
     put_around(hooks, schedules, training, combined)
-    if _cuda_graph(arguments) == FULL_ITERATION:
+    try:
         wrapper = importlib.import_module("megatron.core.full_cuda_graph").FullCudaGraphWrapper
+    except Exception:  # older versions have none
+        if _cuda_graph(arguments) == FULL_ITERATION:
+            raise
+    else:  # a loop of one's own may use it, whatever the arguments say
         hooks.put(wrapper, "__call__", hooks.full_graph)
     if getattr(arguments, "log_straggler", False):
         listen(importlib.import_module("megatron.core.utils"))
@@ -131,11 +135,11 @@ def why_not(settings: Any) -> str:
     return ""
 
 
-def _why_no_graph(config: PerseusConfig, arguments: argparse.Namespace) -> str:
+def _why_no_graph(config: PerseusConfig, settings: Any) -> str:
     """Why a job whose iteration is one CUDA graph is not even hooked; empty if it is, or has none."""
     import torch
 
-    if _cuda_graph(arguments) != FULL_ITERATION or config.gpu.verified is not None or not torch.cuda.is_available():
+    if _cuda_graph(settings) != FULL_ITERATION or config.gpu.verified is not None or not torch.cuda.is_available():
         return ""
     return (
         "a CUDA graph of the full iteration (--cuda-graph-impl or --cuda-graph-scope full_iteration) replays without "
@@ -150,7 +154,8 @@ def _cuda_graph(settings: Any) -> str:
     scopes = scope if isinstance(scope, (list, tuple)) else [scope]
     implementation = getattr(settings, "cuda_graph_impl", None) or "none"
     if FULL_ITERATION in (implementation, *(getattr(s, "name", s) for s in scopes)):
-        return FULL_ITERATION
+        # The optimizer's graph is captured in a mode of which other threads are part.
+        return "--optimizer-cuda-graph" if getattr(settings, "optimizer_cuda_graph", False) else FULL_ITERATION
     if implementation != "none":
         return f"--cuda-graph-impl {implementation}"
     # Megatron deletes the first two from its arguments once it has made an implementation of them.
@@ -193,7 +198,9 @@ class _Job:
         return started(lambda: self._start(model, known))
 
     def _start(self, model: list[Any], known: Mapping[str, Any]) -> PipelineSession | None:
-        reason = why_not(self._arguments) or why_not(_configuration_of(model))
+        configuration = _configuration_of(model)
+        reasons = (why_not(one) or _why_no_graph(self._config, one) for one in (self._arguments, configuration))
+        reason = next(filter(None, reasons), "")
         if reason:
             say_off(reason)
             return None
@@ -202,7 +209,7 @@ class _Job:
             say_off("it needs pipeline parallelism, and this job has one stage (--pipeline-model-parallel-size)")
             return None
         config = self._config
-        if FULL_ITERATION in (_cuda_graph(self._arguments), _cuda_graph(_configuration_of(model))):
+        if FULL_ITERATION in (_cuda_graph(self._arguments), _cuda_graph(configuration)):
             config = config.model_copy(update={"cuda_graph": True})
         self._metrics = metrics_of(self._arguments, where)
         settings = {**known, **vars(self._arguments)}

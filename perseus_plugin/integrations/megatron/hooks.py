@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from perseus_plugin.errors import ConfigError
-from perseus_plugin.integrations.base import Function, PipelineSession, iteration
+from perseus_plugin.integrations.base import Function, PipelineSession, captures, iteration
 from perseus_plugin.integrations.megatron.places import Argument, Place
 from perseus_plugin.integrations.megatron.schedule import (
     Id,
@@ -163,7 +163,7 @@ class Hooks:
             def run() -> Any:
                 return stock(*args, **kwargs)
 
-            if self._removed or self._following:
+            if self._removed or self._following or captures():
                 return run()
             self._put_again()
             if forward_only_in(args, kwargs):
@@ -195,18 +195,23 @@ class Hooks:
                 if self._session is not None:
                     self._session.evaluation()
                 return self._unseen(run)  # replayed or captured, it is no schedule that is followed either
-            graph = wrapper.cuda_graph["training"]
-            if graph is None and wrapper.curr_iter("training") != wrapper.cuda_graph_warmup_steps:
-                return run()  # it calls the schedule function
+            try:
+                graph = wrapper.cuda_graph["training"]
+                if graph is None and wrapper.curr_iter("training") != wrapper.cuda_graph_warmup_steps:
+                    return run()  # it calls the schedule function
+            except Exception as error:  # of another version; it may capture now
+                graph = None
+                self._say_not_followed(f"{type(wrapper).__name__}: {error!r}")
             model = kwargs.get("model")
             session = self._session_for(model, {name: kwargs.get(name) for name in CALL_FACTS})
             if session is None:
                 return run()
 
             def follow() -> Any:
-                if graph is None:
+                again, self._ran = self._ran, True
+                if graph is None or again:
                     session.evaluation()
-                    return self._unseen(run)  # it is captured, where nothing of ours may be
+                    return self._unseen(run)  # it is captured, where nothing of ours may be, or the same batch again
                 return self._replay(session, graph, _chunks(model), kwargs.get("num_microbatches", 0), run)
 
             return follow() if self._in_step else self._step(session, follow)
@@ -224,11 +229,14 @@ class Hooks:
         self, session: PipelineSession, graph: Any, model: list[Any], microbatches: int, run: Callable[[], Any]
     ) -> Any:
         """A step that is one CUDA graph. Where its GPU is emulated, that runs the schedule function once more."""
+        kind = type(graph)
+        place = self._graphs.setdefault(kind, Place(kind, "replay", self._launched))
         try:
             schedule = self._schedule_of(len(model) > 1, model, microbatches)
+            place.put()
         except Exception as error:
             session.evaluation()
-            result = run()
+            result = self._unseen(run)
             self._say_not_followed(error)
             return result
 
@@ -242,10 +250,7 @@ class Hooks:
                 session.end_schedule()
 
         # Data is read before the launch: what is timed begins where the graph does.
-        kind = type(graph)
-        place = self._graphs.setdefault(kind, Place(kind, "replay", self._launched))
         self._launch = launch
-        place.put()
         try:
             return run()
         finally:

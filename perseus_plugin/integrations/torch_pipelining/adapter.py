@@ -56,7 +56,7 @@ def enable(schedule: Any, config: Any) -> PipelineSession | None:
 
 def replaying(schedule: Any) -> AbstractContextManager[None]:
     """See `perseus_plugin.replaying`."""
-    hooks: Hooks | None = vars(schedule).get(HOOKS)
+    hooks: Hooks | None = getattr(schedule, "__dict__", {}).get(HOOKS)  # of whatever: training may have begun
     return nullcontext() if hooks is None else hooks.replaying()
 
 

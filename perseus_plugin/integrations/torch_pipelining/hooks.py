@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from perseus_plugin.errors import ScheduleError
-from perseus_plugin.integrations.base import Function, PipelineSession, job_rank
+from perseus_plugin.integrations.base import Function, PipelineSession, captures, job_rank
 from perseus_plugin.integrations.instances import InstanceMethods, MadeFrom
 from perseus_plugin.integrations.torch_pipelining.optimizers import OptimizerSteps
 from perseus_plugin.integrations.torch_pipelining.schedule import (
@@ -123,8 +123,8 @@ class Hooks:
             def run() -> Any:
                 return beneath()(*args, **kwargs)
 
-            if self._in_run or self._refused or _captures():
-                return run()  # within a CUDA graph nothing of ours may be
+            if self._in_run or self._refused or captures():
+                return run()
             schedule = self._of_schedule()
             self._in_run = True
             try:
@@ -146,6 +146,9 @@ class Hooks:
 
         Where the GPU is emulated, a run of the schedule stands for the replay.
         """
+        if captures():
+            yield
+            return
         session, schedule = self.session, self._of_schedule()
         known = None if session is None or session.closed or self._in_run else self._look_up(schedule)
         if session is None or known is None:
@@ -421,7 +424,7 @@ def _hear_optimizers(hooks: Hooks) -> None:
 
 
 def _optimizer_stepped(*_: Any) -> None:
-    for hooks in list(_hearing):
+    for hooks in () if captures() else list(_hearing):
         hooks.optimizer_stepped()
 
 
@@ -431,10 +434,3 @@ def _shown(operation: Operation | None) -> str:
     if isinstance(operation, Constant):
         return operation.name
     return f"{operation.kind} of microbatch {operation.microbatch}"
-
-
-def _captures() -> bool:
-    """Whether what runs now is captured as a CUDA graph."""
-    import torch
-
-    return torch.cuda.is_initialized() and bool(torch.cuda.is_current_stream_capturing())

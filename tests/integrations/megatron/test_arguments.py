@@ -196,6 +196,10 @@ def test_flags_cost_no_import() -> None:
         ({"external_cuda_graph": True}, "(--external-cuda-graph) are not tested on"),
         ({"optimizer_cuda_graph": True, "cuda_graph_impl": "none"}, "(--optimizer-cuda-graph) are not tested on"),
         ({"cuda_graph_impl": "full_iteration"}, ""),
+        (
+            {"cuda_graph_impl": "full_iteration", "optimizer_cuda_graph": True},
+            "(--optimizer-cuda-graph) are not tested",
+        ),
         ({"cuda_graph_scope": "full_iteration"}, ""),
         ({"cuda_graph_scope": [SimpleNamespace(name="full_iteration")]}, ""),
         ({"hybrid_context_parallel": True}, "hybrid-context-parallel"),

@@ -629,3 +629,65 @@ def test_a_full_graph_is_followed_until_it_is_captured_and_timed_from_then_on() 
     job.sessions[0].close()
     assert megatron.train() == "losses of x"
     assert len(job.ran()) == 5
+
+
+def graphed(megatron: Megatron, job: Job, kind: type, wrapper: Any, runs: int = 1) -> Hooks:
+    def train_step(forward_step_func: Any, data_iterator: Any, model: Any) -> str:
+        return str([wrapper(model=model, num_microbatches=2, forward_only=False) for _ in range(runs)])
+
+    megatron.training.train_step = train_step  # type: ignore[attr-defined]
+    hooks = hooked(megatron.schedules, megatron.training, None, job)
+    hooks.put(kind, "__call__", hooks.full_graph)
+    return hooks
+
+
+def test_the_same_batch_again_in_a_graph_is_no_part_of_any_measurement() -> None:
+    megatron, job = Megatron(), Job()
+    graphed(megatron, job, *full_graph_of(megatron, warmup=1), runs=2)
+    for _ in range(3):
+        megatron.train()
+    assert [(one.replayed, one.undisturbed) for one in job.ran()] == [(False, False), (True, False), (True, False)]
+
+
+class FixedType(type):
+    """Of what a compiled class may be like."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise TypeError("immutable")
+
+
+class FixedGraph(metaclass=FixedType):
+    def replay(self) -> None: ...
+
+
+class OtherWrapper:
+    """Of a version that captures in another way."""
+
+    def __call__(self, **call: Any) -> str:
+        return "losses"
+
+
+class FixedGraphWrapper(OtherWrapper):
+    cuda_graph: ClassVar[dict[str, Any]] = {"training": FixedGraph()}
+
+
+@pytest.mark.parametrize("kind", [OtherWrapper, FixedGraphWrapper])
+def test_a_graph_of_another_version_runs_at_full_clocks_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture, kind: type
+) -> None:
+    megatron, job = Megatron(), Job()
+    hooks = graphed(megatron, job, kind, kind())
+    assert [megatron.train() for _ in range(2)] == ["['losses']"] * 2
+    assert [(one.schedule, one.undisturbed) for one in job.ran()] == [("", False)] * 2
+    (message,) = caplog.messages
+    assert "is not one that perseus can follow" in message
+    hooks.remove()
+
+
+def test_nothing_of_ours_is_captured(megatron: Megatron, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whomever: a loop of one's own need not use Megatron's wrapper."""
+    megatron.train()
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    assert megatron.train() == "losses of x"
+    assert [bool(one.schedule) for one in job.ran()] == [True, False]

@@ -319,12 +319,20 @@ def test_a_replay_of_a_run_is_an_iteration_that_nobody_looks_into(sessions: list
 def test_nothing_of_ours_is_captured(sessions: list[InMemorySession], monkeypatch: pytest.MonkeyPatch) -> None:
     script = enabled()
     script.train(2)
+    full_clocks = sessions[0].full_clocks
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    script.run()
-    assert len(sessions[0].iterations) == 2
+    with perseus_plugin.replaying(script.schedule):
+        script.run()
+    for optimizer in script.optimizers:
+        optimizer.step()
+    assert (len(sessions[0].iterations), sessions[0].full_clocks) == (2, full_clocks)
+    monkeypatch.undo()
+    script.train(1)
+    assert whole(sessions[0].iterations) == [False, True, True], "what was captured says nothing of what follows a run"
 
 
 def test_what_is_not_enabled_is_replayed_without_us() -> None:
-    with perseus_plugin.replaying(Script().schedule):
-        pass
+    for anything in (Script().schedule, None, 3):
+        with perseus_plugin.replaying(anything):
+            pass

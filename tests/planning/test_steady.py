@@ -138,7 +138,7 @@ def test_a_plan_of_a_long_iteration_is_as_good(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", ["all forward first", "too few", "one takes longer", "one waits longer"])
 def test_what_does_not_repeat_is_solved_as_a_whole(name: str) -> None:
-    streams = {"all forward first": gpipe(3, 48), "too few": one_f_one_b(3, 16)}.get(name, one_f_one_b(3, 48))
+    streams = {"all forward first": gpipe(3, 48), "too few": one_f_one_b(3, 28)}.get(name, one_f_one_b(3, 48))
     problem = problem_of(streams)
     if name == "one takes longer":
         odd = problem.class_of.copy()

@@ -225,18 +225,34 @@ def announced(batches: Iterable[BatchT], work: Callable[[BatchT], Iterable[float
 
     if type(ahead) is not int or not 0 <= ahead <= _FURTHEST:
         raise ConfigError(f"ahead: got {shown(ahead)}; allowed: a whole number from 0 to {_FURTHEST}")
-    return _read_ahead(batches, work, ahead)
+    return _ReadAhead(batches, work, ahead)
 
 
-def _read_ahead(batches: Iterable[BatchT], work: Callable[[BatchT], Any], ahead: int) -> Iterator[BatchT]:
-    held: deque[BatchT] = deque()
-    for batch in batches:
-        held.append(batch)
-        _announce(partial(work, batch), len(held) - 1, of_this=True)
-        if len(held) > ahead:
-            yield held.popleft()
-    while held:
-        yield held.popleft()
+class _ReadAhead(Iterator[BatchT]):
+    """What ends the batches, or fails in reading them, comes where it would come without us: after all before it."""
+
+    def __init__(self, batches: Iterable[BatchT], work: Callable[[BatchT], Any], ahead: int) -> None:
+        self._batches, self._work, self._ahead = batches, work, ahead
+        self._reading: Iterator[BatchT] | None = None
+        self._held: deque[BatchT] = deque()
+        self._error: Exception | None = None
+
+    def __next__(self) -> BatchT:
+        if self._reading is None:
+            self._reading = iter(self._batches)
+        while self._error is None and len(self._held) <= self._ahead:
+            try:
+                batch = next(self._reading)
+            except Exception as error:
+                self._error = error
+                break
+            self._held.append(batch)
+            _announce(partial(self._work, batch), len(self._held) - 1, of_this=True)
+        if self._held:
+            return self._held.popleft()
+        ended, self._error = self._error, None
+        assert ended is not None  # else something is held
+        raise ended
 
 
 def _announce(work: Callable[[], Any], ahead: int, *, of_this: bool = False) -> bool:

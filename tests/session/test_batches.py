@@ -185,6 +185,29 @@ def test_a_function_that_tells_no_work_leaves_batches_as_they_are(
     assert list(perseus_plugin.announced([[1], [2]], work, ahead=9)) == [[1], [2]]
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 5])
+def test_a_loader_that_fails_does_so_in_the_same_step_and_may_go_on(ahead: int) -> None:
+    class Loader:
+        number = 0
+
+        def __iter__(self) -> Iterator[int]:
+            return self
+
+        def __next__(self) -> int:
+            self.number += 1
+            if self.number == 4:
+                raise OSError("not there")
+            if self.number == 8:
+                raise StopIteration
+            return self.number
+
+    batches = perseus_plugin.announced(Loader(), lambda batch: [batch], ahead=ahead)
+    assert [next(batches) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(OSError, match="not there"):
+        next(batches)
+    assert list(batches) == [5, 6, 7]
+
+
 @pytest.mark.parametrize(("ahead", "shown"), [(-1, "-1"), (1001, "1001"), (None, "null"), (0.5, "0.5"), (True, "true")])
 def test_how_far_ahead_is_checked_before_training(ahead: Any, shown: str) -> None:
     with pytest.raises(ConfigError, match=rf"ahead: got {shown}; allowed: a whole number from 0 to 1000"):

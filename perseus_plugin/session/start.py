@@ -117,6 +117,11 @@ def prepare(
     signals = SignalDesk(config.signals) if config.signals and placement.leads else None
     _check_emulation(config, placement)
     _check_budget(config, placement)
+    if config.cuda_graph and config.limits.switch_latency_s == 0:
+        raise ConfigError(
+            "perseus.limits.switch_latency_s: got 0; allowed with perseus.cuda_graph: a number above 0, or null, as "
+            "rises are asked for that much before their time"
+        )
     if exchange is None:
         exchange = open_exchange(_next_name())
     helper = None
@@ -124,8 +129,8 @@ def prepare(
         # Emulated GPUs lie in the configured folder: as real ones do, they outlive a session, and several may meet
         # there.
         selection = select_gpu(config, placement, configured)
-        _check_graph(config, selection)
-        selection, helper = _take_gpu(config, selection, start_helper)
+        verified = _verified(config, selection)
+        selection, helper = _take_gpu(config, selection, verified, start_helper)
         no_planner = why_no_planner(config.planner.python) if placement.leads and helper is not None else ""
         if known is None:
             known = kept_profile(config, placement, selection, facts or {}, exchange, output_dir, no_planner)
@@ -223,7 +228,7 @@ def _timetable(config: PerseusConfig, sweep_mhz: tuple[int, ...]) -> Timetable:
 
 
 def _take_gpu(
-    config: PerseusConfig, selection: Selection, start_helper: StartHelper
+    config: PerseusConfig, selection: Selection, verified: Verification | None, start_helper: StartHelper
 ) -> tuple[Selection, LastingHelper | None]:
     """Start the helper of the selected GPU; without one if it cannot set clocks."""
     if selection.spec is None:
@@ -238,7 +243,7 @@ def _take_gpu(
     problem = "" if device is not None else next((e.text for e in helper.drain() if isinstance(e, Trouble)), "")
     selection = with_facts(selection, device, problem)
     if device is not None and selection.spec is not None:
-        why_not = _why_not_planned(config, selection, device)
+        why_not = _why_not_planned(config, selection, device, verified)
         if why_not:
             selection = replace(selection, spec=None, clocks_mhz=(), why_not=why_not)
     if selection.spec is None:
@@ -247,12 +252,13 @@ def _take_gpu(
     return selection, helper
 
 
-def _why_not_planned(config: PerseusConfig, selection: Selection, device: DeviceFacts) -> str:
+def _why_not_planned(
+    config: PerseusConfig, selection: Selection, device: DeviceFacts, verified: Verification | None
+) -> str:
     """Why a sweep could not lead to a plan on this GPU, known before it begins; empty if it could."""
-    if config.cuda_graph and selection.emulated_gpu is None:
-        why_not = "" if config.gpu.verified is None else _verified(config.gpu.verified).why_not_by_time(device.name)
-        if why_not:
-            return f"the training step is one CUDA graph, and {config.gpu.verified} does not do for it: {why_not}"
+    why_not = "" if verified is None else verified.why_not_by_time(device.name)
+    if why_not:
+        return f"the training step is one CUDA graph, and {config.gpu.verified} does not do for it: {why_not}"
     given = config.profiling.load is not None
     if not given and config.profiling.clocks_mhz is not None and len(set(selection.clocks_mhz)) > 1:
         tried = set(nearest_clocks(selection.clocks_mhz, config.profiling.clocks_mhz))
@@ -264,21 +270,17 @@ def _why_not_planned(config: PerseusConfig, selection: Selection, device: Device
     return why_not_planned(selection.clocks_mhz, device.counter, has_profile=given)
 
 
-def _check_graph(config: PerseusConfig, selection: Selection) -> None:
+def _verified(config: PerseusConfig, selection: Selection) -> Verification | None:
     """In a graph nothing is seen: on a real GPU clocks are set by time only where that has been looked at before."""
     if not config.cuda_graph or selection.spec is None or selection.emulated_gpu is not None:
-        return
+        return None
     if config.gpu.verified is None:
         raise ConfigError(
             "perseus.gpu.verified: missing; with perseus.cuda_graph clocks of a real GPU are set only where `perseus "
             "verify --set-clocks -o FILE.json` has shown how they change on such a GPU"
         )
-    _verified(config.gpu.verified)
-
-
-def _verified(path: str) -> Verification:
     try:
-        return load_verification(Path(path))
+        return load_verification(Path(config.gpu.verified))
     except ReportError as error:
         raise ConfigError(f"perseus.gpu.verified: {error}") from error
 

@@ -710,6 +710,8 @@ def test_on_a_real_gpu_clocks_are_set_by_time_once_that_was_verified(
         start(tmp_path, cuda_graph=True, gpu={"backend": "nvml", "verified": str(tmp_path / "other.json")})
     made = start(tmp_path, cuda_graph=True, gpu={"backend": "nvml", "verified": verified(tmp_path)})
     assert made.helper is not None
+    with pytest.raises(ConfigError, match=r"perseus\.limits\.switch_latency_s: got 0; allowed with perseus"):
+        start(tmp_path, cuda_graph=True, limits={"switch_latency_s": 0})
 
 
 @pytest.mark.parametrize(

@@ -290,19 +290,19 @@ class SessionWorker:
 
     def _look_at_graph(self, directive: Directive) -> None:
         """A step was replayed as one CUDA graph: no instruction of it was seen."""
-        if not self._config.cuda_graph and not self._said_graph:
-            self._said_graph = True
-            logger.warning(
-                "the training step is replayed as one CUDA graph, and perseus.cuda_graph is not set: such steps run at "
-                "full clocks under plans; said once"
-            )
         known = self._known.profile and self._link.timetable.sweep.number == 0
-        if isinstance(directive, Sweep) and not known and not self._lifetime.ended:
+        if isinstance(directive, Sweep) and not known:
             self._lifetime.fail(
                 PerseusError(
                     "the training step became a CUDA graph before profiling was over: capture it once there is a plan, "
                     "or give a profile of this job (perseus.profiling.load)"
                 )
+            )
+        elif not (self._config.cuda_graph or self._said_graph or self._lifetime.ended):
+            self._said_graph = True
+            logger.warning(
+                "the training step is replayed as one CUDA graph, and perseus.cuda_graph is not set: such steps run at "
+                "full clocks under plans; said once"
             )
 
     def _take_energy(self, number: int, energy_j: float) -> None:

@@ -391,7 +391,8 @@ def test_a_step_that_becomes_a_graph_amid_the_sweep_ends_the_session(
     rank.iterate(1, replayed=True)
     assert came_true(lambda: rank.lifetime.ended)
     assert rank.helper.retired
-    assert "became a CUDA graph before profiling was over: capture it once there is a plan" in heard.text
+    (message,) = heard.messages
+    assert "became a CUDA graph before profiling was over: capture it once there is a plan" in message
 
 
 def test_a_graph_amid_the_sweep_of_a_job_whose_kept_profile_does_not_fit_ends_the_session(ranks: Ranks) -> None:

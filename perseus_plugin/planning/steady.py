@@ -15,7 +15,7 @@ from perseus_plugin.iteration.graph import FloatArray, IntArray, PipelineGraph
 
 # Microbatches of the shorter iteration, per stage: what fills and drains the pipeline, and as much between.
 _KEPT, _LEAST_KEPT = 8, 5
-_SHORTER = 1 / 2  # at most this share of the long one: it is solved twice
+_SHORTER = 2 / 5  # at most this share of the long one: it is solved twice, and in finer units
 
 
 @dataclass(frozen=True, eq=False)

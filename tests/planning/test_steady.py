@@ -111,7 +111,7 @@ def only_shorter(solve: Callable[..., object], size: int) -> Callable[..., objec
     st.one_of(st.just(0.0), st.floats(0, 1)),
 )
 def test_the_bound_of_what_repeats_is_a_bound(name: str, slower: list[float], share: float) -> None:
-    problem = problem_of(SCHEDULES[name](30), slower)
+    problem = problem_of(SCHEDULES[name](42), slower)
     deadline_s = problem.shortest_s + share * (problem.longest_s - problem.shortest_s)
     whole = Relaxation(problem).solve(deadline_s)
     with pytest.MonkeyPatch.context() as patched:
@@ -138,7 +138,7 @@ def test_a_plan_of_a_long_iteration_is_as_good(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", ["all forward first", "too few", "one takes longer", "one waits longer"])
 def test_what_does_not_repeat_is_solved_as_a_whole(name: str) -> None:
-    streams = {"all forward first": gpipe(3, 48), "too few": one_f_one_b(3, 28)}.get(name, one_f_one_b(3, 48))
+    streams = {"all forward first": gpipe(3, 48), "too few": one_f_one_b(3, 36)}.get(name, one_f_one_b(3, 48))
     problem = problem_of(streams)
     if name == "one takes longer":
         odd = problem.class_of.copy()

@@ -2,7 +2,7 @@
 
 python benchmarks/readme_figures.py out/quickstart
 
-writes docs/images/timeline.png and docs/images/report.png, puts the table into README.md, and prints it.
+writes docs/images/timeline.png and docs/images/report*.png, puts the table into README.md, and prints it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from perseus_plugin.reporting.report.page import page
 from perseus_plugin.reporting.report.phrases import comparison
 from perseus_plugin.reporting.report.timeline import draw_timeline
 
-WINDOW = "1280,1600"  # pixels: from the top of a report to the end of its timeline
+SHOTS = {
+    "report.png": ("1280,1600", False),
+    "report-dark.png": ("1280,1600", True),
+    "report-narrow.png": ("500,1600", False),
+}
+"""Window in pixels, the wide ones from the top of a report to the end of its timeline; and whether it is dark."""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TABLE = re.compile(r"^\| per iteration \|.*\n(?:\|.*\n)+", flags=re.MULTILINE)
 
@@ -56,11 +61,13 @@ def write(folder: Path, to: Path) -> None:
     text, count = TABLE.subn(markdown(rows), readme.read_text())
     if count != 1:
         sys.exit(f"{readme}: {count} tables begin with '| per iteration |'; there has to be one")
-    timeline, picture = (to / "docs" / "images" / name for name in ("timeline.png", "report.png"))
+    images = to / "docs" / "images"
+    timeline = images / "timeline.png"
     # All is made before anything is written: it is of one run, or none of it is.
-    drawn, shot = draw_timeline(folder, timeline), screenshot(job)
-    write_atomically(timeline, drawn)
-    write_atomically(picture, shot)
+    made = {timeline: draw_timeline(folder, timeline)}
+    made |= {images / name: screenshot(job, *how) for name, how in SHOTS.items()}
+    for picture, drawn in made.items():
+        write_atomically(picture, drawn)
     write_atomically(readme, text)
     print(markdown(rows), end="")
 
@@ -71,8 +78,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return head + "|" + "---|" * len(rows[0]) + "\n" + "".join(body)
 
 
-def screenshot(job: JobFolder) -> bytes:
-    """The upper part of the job's report, as a browser on a desk shows it."""
+def screenshot(job: JobFolder, window: str, dark: bool) -> bytes:
+    """The upper part of the job's report, as a browser on a desk shows it in a window of that size."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         sys.exit("there is no Chromium (Debian: apt-get install chromium)")
@@ -83,8 +90,9 @@ def screenshot(job: JobFolder) -> bytes:
             browser,
             *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=30000"),
             # There is a pointer that hovers, as on a desk; a headless browser has none.
-            "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4",
-            f"--window-size={WINDOW}",
+            "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4,"
+            f"preferredColorScheme={0 if dark else 1}",
+            f"--window-size={window}",
             f"--screenshot={shot.resolve()}",
             report.resolve().as_uri(),
         ],

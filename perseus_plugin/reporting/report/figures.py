@@ -14,10 +14,9 @@ from perseus_plugin.planning.curve import CurveSample, FrontierCurve
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.record.samples import Sample
-from perseus_plugin.reporting.report.lanes import Block, Lanes, Wait
+from perseus_plugin.reporting.report.lanes import CLOCKS, Block, Lanes, Wait
 from perseus_plugin.reporting.report.style import (
     BLUE,
-    CLOCKS,
     GREEN,
     MUTED,
     RED,

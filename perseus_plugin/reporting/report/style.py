@@ -11,8 +11,6 @@ MUTED = "#5b6875"
 GRID = "#e3e7eb"
 WAITING = "#e4e8ec"
 BLUE, RED, GREEN = "#2f6fb2", "#c8442c", "#2f8f57"
-CLOCKS = ["#5aa5d6", "#9bd0c3", "#f2e394", "#f6b26b", "#ea6a47"]
-"""From the lowest clock to the highest; dark text is legible on all of them."""
 
 
 def escaped(text: str) -> str:

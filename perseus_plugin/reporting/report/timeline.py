@@ -18,13 +18,13 @@ from perseus_plugin.planning.plan import Plan, load_plan
 from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.reporting.report.folder import load_folder
-from perseus_plugin.reporting.report.lanes import Lanes, full_clock_lanes, planned_lanes
+from perseus_plugin.reporting.report.lanes import CLOCKS, Lanes, full_clock_lanes, planned_lanes
 from perseus_plugin.reporting.report.still import drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import PatchCollection
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import Colormap, Normalize
 
 
 def textbook_graph(plan: Plan) -> PipelineGraph | None:
@@ -66,24 +66,25 @@ def draw_timeline(folder: Path, path: Path) -> bytes:
     Raises:
         PerseusError: there is no plan or no profile, or they cannot be read.
     """
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
 
     _, lanes = lanes_of(folder)
+    of_what = " of emulated GPUs" if load_folder(folder).emulated else ""
     clocks = [block.clock_mhz for one in lanes for block in one.blocks]
     clocks += [wait.clock_mhz for one in lanes for wait in one.waits if wait.own]
-    scale = Normalize(min(clocks), max(clocks))
+    scale, colours = Normalize(min(clocks), max(clocks)), LinearSegmentedColormap.from_list("clocks", CLOCKS)
     figure = Figure(figsize=(11, 0.7 + 1.95 * len(lanes)), layout="constrained")
     all_axes: list[Axes] = list(figure.subplots(len(lanes), 1, sharex=True, squeeze=False)[:, 0])
     for axes, one in zip(all_axes, lanes, strict=True):
         axes.set_title(one.title, loc="left", fontsize=10)
-        mappable = _draw_rows(axes, one, max(lane.end_s for lane in lanes), scale)
-    all_axes[-1].set_xlabel("time within an iteration (s)")
+        mappable = _draw_rows(axes, one, max(lane.end_s for lane in lanes), scale, colours)
+    all_axes[-1].set_xlabel(f"time within an iteration{of_what} (s)")
     figure.colorbar(mappable, ax=all_axes, label="SM clock (MHz)", aspect=30, pad=0.01)
     return drawn(figure, path)
 
 
-def _draw_rows(axes: Axes, lanes: Lanes, end_s: float, scale: Normalize) -> PatchCollection:
+def _draw_rows(axes: Axes, lanes: Lanes, end_s: float, scale: Normalize, colours: Colormap) -> PatchCollection:
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
@@ -105,7 +106,7 @@ def _draw_rows(axes: Axes, lanes: Lanes, end_s: float, scale: Normalize) -> Patc
         if wait.own:
             patches.append(Rectangle((wait.start_s, wait.stage - 0.1), wait.finish_s - wait.start_s, 0.2, fill=True))
             clocks.append(wait.clock_mhz)
-    collection = PatchCollection(patches, cmap="RdYlBu_r", norm=scale, edgecolor="white", linewidth=0.6, alpha=0.9)
+    collection = PatchCollection(patches, cmap=colours, norm=scale, edgecolor="white", linewidth=0.6)
     collection.set_array(np.array(clocks, dtype=float))
     axes.add_collection(collection)
     axes.set_xlim(0, end_s)

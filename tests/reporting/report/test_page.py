@@ -230,7 +230,7 @@ def test_the_readmes_table_and_pictures_are_made_of_one_run(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(readme_figures, "screenshot", lambda job: b"of a browser")
+    monkeypatch.setattr(readme_figures, "screenshot", lambda *_: b"of a browser")
     (tmp_path / "docs" / "images").mkdir(parents=True)
     before = (ROOT / "README.md").read_text()
     (tmp_path / "README.md").write_text(before)
@@ -242,7 +242,7 @@ def test_the_readmes_table_and_pictures_are_made_of_one_run(
     assert now == table
     assert after.replace(now, was) == before, "nothing else has changed"
     assert [row.split("|")[1] for row in was.splitlines()] == [row.split("|")[1] for row in now.splitlines()]
-    assert {path.name for path in (tmp_path / "docs" / "images").iterdir()} == {"timeline.png", "report.png"}
+    assert {path.name for path in (tmp_path / "docs" / "images").iterdir()} == {"timeline.png", *readme_figures.SHOTS}
 
 
 def test_without_a_saving_nothing_is_said_of_paying_back(found: Findings) -> None:

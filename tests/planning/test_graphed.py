@@ -23,7 +23,7 @@ def planner() -> Planner:
 
 @pytest.fixture(scope="module")
 def plan(planner: Planner) -> Plan:
-    return planner.plan(Target.slowdown(0.0), ChangeLimits(max_changes=8))
+    return planner.plan(Target.slowdown(0.0), ChangeLimits(max_changes=3))
 
 
 def test_phases_are_runs_of_one_clock(plan: Plan) -> None:

@@ -468,23 +468,26 @@ class _DroppedError(BaseException):
 
 
 _droppable = False
+_deaf_until_s = 0.0
+_SWALLOWED_S = 1.0  # that long after it was raised, an error which has come to nobody was swallowed, as pydantic may do
 
 
 def _drop(number: int, frame: object) -> None:
-    global _droppable
-    if _droppable:
-        _droppable = False
+    global _deaf_until_s
+    if _droppable and time.monotonic() >= _deaf_until_s:
+        _deaf_until_s = time.monotonic() + _SWALLOWED_S  # what is tidied up meanwhile is not disturbed
         raise _DroppedError
 
 
 def answered(line: str) -> str:
     """The answer to a line that holds a request, as a line; whatever is wrong with it is said in the answer."""
-    global _droppable
+    global _droppable, _deaf_until_s
     try:
-        _droppable = True
+        _deaf_until_s, _droppable = 0.0, True
         answer = _answered(line)
         _droppable = False
     except _DroppedError:
+        _droppable = False
         answer = json.dumps(PlanAnswer(None, 0.0, "it is not wanted any more", dropped=True).to_dict())
     return answer
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Compute, Constant
 from perseus_plugin.iteration.replayed import Samples
 from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.planning import process as process_module
+from perseus_plugin.planning.child import DROP
 from perseus_plugin.planning.plan import Plan, plan_from_json
 from perseus_plugin.planning.planner_process import PlannerProcess
 from perseus_plugin.planning.process import PlanAnswer, PlanRequest, answered, plan_for, planner_for
@@ -231,6 +234,32 @@ def test_what_is_not_wanted_any_more_is_given_up_and_the_process_lives_on(planne
     assert (found.plan, found.dropped) == (None, True)
     assert wait_until_idle(planner)
     assert answer(planner, request()).plan is not None
+
+
+def test_that_a_request_is_not_wanted_is_heard_again_where_it_was_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by pydantic, which goes on when asking for a type ends in an exception."""
+    now_s, swallowed = [1000.0], []
+
+    def swallows(request: object) -> PlanAnswer:
+        for waited_s in (0.0, 0.5):  # said again at once, it does not disturb what is tidied up
+            now_s[0] += waited_s
+            try:
+                signal.raise_signal(DROP)
+            except BaseException as error:
+                swallowed.append(error)
+        now_s[0] += 1.0
+        signal.raise_signal(DROP)
+        raise AssertionError("it was not heard")
+
+    monkeypatch.setattr("perseus_plugin.planning.process.answer_to", swallows)
+    monkeypatch.setattr(process_module.time, "monotonic", lambda: now_s[0])
+    before = signal.signal(DROP, process_module._drop)
+    try:
+        found = answered(json.dumps(request().to_dict()))
+    finally:
+        signal.signal(DROP, before)
+    assert json.loads(found)["dropped"]
+    assert len(swallowed) == 1
 
 
 def test_one_request_at_a_time(planner: PlannerProcess) -> None:

@@ -139,3 +139,13 @@ def _forget_after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+class BoundedHttp(Bounded):
+    """As `Bounded`, mixed into a server of HTTP."""
+
+    def server_bind(self) -> None:
+        """Without a look at the name service for what this machine is called, which may take its time."""
+        socketserver.TCPServer.server_bind(self)  # type: ignore[arg-type]
+        address: tuple[Any, ...] = self.server_address  # type: ignore[attr-defined]
+        self.server_name, self.server_port = str(address[0]), int(address[1])

@@ -112,8 +112,8 @@ class Discretiser:
         found = [priced(problem.assignment(choice)) for choice in choices]
         best = min(range(len(choices)), key=lambda k: found[k].energy_j)
         choice, solution = choices[best], found[best]
+        small = len(problem.instruction_nodes) <= SMALL
         if search and not violated(problem, solution.assignment, limits):
-            small = len(problem.instruction_nodes) <= SMALL
             if effort != "quick" or not small:
                 choice = improve(problem, relaxed, choice, _PASSES[effort], work, WORK[effort])
             if small:
@@ -142,7 +142,6 @@ class Discretiser:
         if bound is not None and search:
             bound.tighten(deadline_s, work, work.done + _BOUND_WORK[effort])
             # Each takes as long as the search itself: a job that waits for its first plan is not kept for these.
-            small = len(problem.instruction_nodes) <= SMALL
             for fewer in fewer_changes(limits) if small or effort != "quick" else ():
                 # Prices that bound plans of many changes bound those of fewer, too.
                 of_fewer = bound.of_fewer(fewer.max_changes or 0, work)

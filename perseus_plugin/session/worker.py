@@ -302,7 +302,7 @@ class SessionWorker:
             self._said_graph = True
             logger.warning(
                 "the training step is replayed as one CUDA graph, and perseus.cuda_graph is not set: such steps run at "
-                "full clocks under plans; said once"
+                "full clocks under plans (logged once)"
             )
 
     def _take_energy(self, number: int, energy_j: float) -> None:

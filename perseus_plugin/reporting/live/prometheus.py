@@ -14,14 +14,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from socketserver import TCPServer
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from perseus_plugin.config import PrometheusConfig
 from perseus_plugin.errors import lacking
 from perseus_plugin.files import remove, write_atomically
-from perseus_plugin.serving import Bounded
+from perseus_plugin.serving import BoundedHttp
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Gauge
@@ -139,16 +138,15 @@ class PrometheusPublisher:
             server.stop()
 
 
-class _Server(Bounded, WSGIServer):
+class _Server(BoundedHttp, WSGIServer):
     def __init__(self, address: str, port: int) -> None:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, *_, where = found[0]
         super().__init__(where[:2], _Handler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
-        """Without a look at the name service for what this machine is called, which may take its time."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        """With what WSGI wants to know of the address."""
+        super().server_bind()
         self.setup_environ()
 
     def lost(self, why: str) -> None:

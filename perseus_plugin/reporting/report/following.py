@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from socketserver import TCPServer
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,7 +23,7 @@ from perseus_plugin.reporting.report.document import document, library
 from perseus_plugin.reporting.report.findings import Options, find
 from perseus_plugin.reporting.report.folder import load_folder
 from perseus_plugin.reporting.report.page import page
-from perseus_plugin.serving import Bounded
+from perseus_plugin.serving import BoundedHttp
 
 _SOON_S, _REST = 2.0, 9.0  # between two pages at least; and so many times as long as the last one took
 _QUIET_S = 60.0  # what has become of a job that writes nothing is looked at as often
@@ -154,7 +153,7 @@ class Followed:
             return document("Perseus report", ["<h1>Perseus report</h1>", note], _HEAD).encode()
 
 
-class Server(Bounded, HTTPServer):
+class Server(BoundedHttp, HTTPServer):
     """Serves a page on this machine, to programs of it.
 
     Args:
@@ -178,11 +177,6 @@ class Server(Bounded, HTTPServer):
         except (OSError, OverflowError) as error:
             why = os_problem(error) if isinstance(error, OSError) else "ports end at 65535"
             raise ConfigError(f"--serve: got {port}: {why}; allowed: a free port, or 0 for any") from error
-
-    def server_bind(self) -> None:
-        """Without a look at the name service for what this machine is called, which may take its time."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     @property
     def url(self) -> str:

@@ -17,7 +17,7 @@ from perseus_plugin.iteration.schedules import SCHEDULES
 from perseus_plugin.planning.plan import Plan, load_plan
 from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import load_profile
-from perseus_plugin.reporting.report.folder import load_folder
+from perseus_plugin.reporting.report.folder import JobFolder, load_folder
 from perseus_plugin.reporting.report.lanes import CLOCKS, Lanes, full_clock_lanes, planned_lanes
 from perseus_plugin.reporting.report.still import drawn
 
@@ -41,14 +41,13 @@ def textbook_graph(plan: Plan) -> PipelineGraph | None:
     return None
 
 
-def lanes_of(folder: Path) -> tuple[Plan, list[Lanes]]:
-    """A folder's plan, and it beside full clocks; alone where its schedule's dependencies or times are not known.
+def lanes_of(job: JobFolder) -> tuple[Plan, list[Lanes]]:
+    """A job's plan, and it beside full clocks; alone where its schedule's dependencies or times are not known.
 
     Raises:
         PerseusError: there is no plan or no profile, or they cannot be read.
     """
-    plan, profile = load_plan(folder / "plan.json"), load_profile(folder / "profile.csv")
-    job = load_folder(folder)
+    plan, profile = load_plan(job.path / "plan.json"), load_profile(job.path / "profile.csv")
     graph = job.graph() or textbook_graph(plan)
     made = [planned_lanes(f"plan: {plan.energy_j:.0f} J ({-100 * plan.saving:+.1f} %)", plan, profile, graph)]
     planned = [[one.instruction for one in stage] for stage in plan.stages]
@@ -69,8 +68,9 @@ def draw_timeline(folder: Path, path: Path) -> bytes:
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
 
-    _, lanes = lanes_of(folder)
-    of_what = " of emulated GPUs" if load_folder(folder).emulated else ""
+    job = load_folder(folder)
+    _, lanes = lanes_of(job)
+    of_what = " of emulated GPUs" if job.emulated else ""
     clocks = [block.clock_mhz for one in lanes for block in one.blocks]
     clocks += [wait.clock_mhz for one in lanes for wait in one.waits if wait.own]
     scale, colours = Normalize(min(clocks), max(clocks)), LinearSegmentedColormap.from_list("clocks", CLOCKS)

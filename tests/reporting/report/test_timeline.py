@@ -12,6 +12,7 @@ from perseus_plugin.planning.process import plan_for
 from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import Profile, save_profile
+from perseus_plugin.reporting.report.folder import load_folder
 from perseus_plugin.reporting.report.timeline import draw_timeline, lanes_of, textbook_graph
 from tests.factories import BLOCKING_W, profile
 
@@ -30,7 +31,7 @@ def planned(folder: Path, schedule: str) -> Path:
 
 @pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
 def test_plans_of_every_schedule_are_drawn_beside_full_clocks(tmp_path: Path, schedule: str) -> None:
-    plan, (full, made) = lanes_of(planned(tmp_path, schedule))
+    plan, (full, made) = lanes_of(load_folder(planned(tmp_path, schedule)))
     graph = build_graph(SCHEDULES[schedule](2, 4))
     assert {block.instruction for block in full.blocks} == set(graph.node_of)
     assert {block.clock_mhz for block in full.blocks} == {1410}
@@ -44,7 +45,7 @@ def test_without_rows_for_what_it_runs_a_plan_is_drawn_alone(tmp_path: Path) -> 
     planned(tmp_path, "1f1b")
     others = ((stage, "recompute", row) for stage, _, row in profile(2, ("forward",)).rows())
     save_profile(Profile.from_rows(others), tmp_path / "profile.csv")
-    assert len(lanes_of(tmp_path)[1]) == 1
+    assert len(lanes_of(load_folder(tmp_path))[1]) == 1
 
 
 def test_a_schedule_of_nobodys_textbook_is_drawn_alone(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_a_schedule_of_nobodys_textbook_is_drawn_alone(tmp_path: Path) -> None:
     assert textbook_graph(plan) is None
     save_plan(plan, tmp_path / "plan.json")
     save_profile(profile(2), tmp_path / "profile.csv")
-    _, lanes = lanes_of(tmp_path)
+    _, lanes = lanes_of(load_folder(tmp_path))
     assert [one.title.split(":")[0] for one in lanes] == ["plan"]
     assert draw_timeline(tmp_path, tmp_path / "timeline.svg").startswith(b"<?xml")
 

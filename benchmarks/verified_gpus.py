@@ -39,6 +39,15 @@ def figures(found: Verification) -> dict[str, str]:
             ),
             "... longer where the CPU is the bottleneck (µs)": f"{cost.host_bound_us:+.0f}",
         }
+    if (graphs := found.graphs) is not None:
+        rows |= {
+            "replays of a CUDA graph: vary by (standard deviation)": f"{graphs.jitter_percent:.3f} %",
+            f"... where the GPU is in one of {graphs.replay_ms.median:.0f} ms (µs): error, 95 %": pair(graphs.where_us),
+            "... launching one (µs): median, 95 %": pair(graphs.call_us),
+            "... longer while another process reads the GPU": (
+                f"{graphs.read_percent:+.3f} ± {graphs.read_se_percent:.3f} %"
+            ),
+        }
     if (counter := found.counter) is not None:
         rows |= {
             "energy counter (ms): period, window, lag": ", ".join(

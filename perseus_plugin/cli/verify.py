@@ -92,8 +92,8 @@ def verify(
 
 def measure(subject: Subject, seconds: float, set_clocks: bool, say: Callable[[str], None]) -> Verification:
     """Everything, in about this time; what cannot be measured is said in the result."""
-    from perseus_plugin.cli.verification import clocks, measuring
-    from perseus_plugin.reporting.verification import Machine, Verification
+    from perseus_plugin.cli.verification import clocks, graphs, measuring
+    from perseus_plugin.reporting.verification import GRAPHS, Machine, Verification
 
     began_s, missing = time.monotonic(), dict[str, str]()
 
@@ -110,7 +110,8 @@ def measure(subject: Subject, seconds: float, set_clocks: bool, say: Callable[[s
     calls = part("reading the GPU", 0.03, measuring.measure_calls)
     boundaries = part("times of instructions", 0.07, measuring.measure_boundaries)
     hooks = part("cost of the hooks", 0.07, measuring.measure_hooks)
-    energies = part("energy of instructions", 0.4, measuring.measure_energies)
+    replays = part(GRAPHS, 0.06, graphs.measure_graphs)
+    energies = part("energy of instructions", 0.36, measuring.measure_energies)
     at_the_limit = part("energy of instructions at the power limit", 0.15, measuring.measure_at_the_limit)
     waiting = part("waiting", 0.05, measuring.measure_waiting) or []
     waiting += _peers(subject, 0.05 * seconds, missing, say)
@@ -141,6 +142,7 @@ def measure(subject: Subject, seconds: float, set_clocks: bool, say: Callable[[s
         calls_us=calls or {},
         boundaries=boundaries,
         hooks=hooks,
+        graphs=replays,
         counter=None if energies is None else energies.counter,
         estimator=None if energies is None else energies.estimator,
         at_the_limit=None if at_the_limit is None else at_the_limit.estimator,

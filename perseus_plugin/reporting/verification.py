@@ -13,6 +13,10 @@ from perseus_plugin.files import read_model
 from perseus_plugin.reporting.record.summary import Figure
 
 _TIMED_WITHIN_US = 1000.0  # 95 % of the times; a clock change takes some of that, or a multiple
+_WITHIN_PERCENT = 95.0  # of the places in a graph
+
+GRAPHS = "replays of a CUDA graph"
+"""Their name among what was not measured."""
 
 
 def _told(meaning: str, default: Any = ...) -> Any:
@@ -138,6 +142,22 @@ class WaitingAtClock(_Section):
     idle_w: Figure = _told("mean power without any work")
 
 
+class GraphReplays(_Section):
+    """A step captured as one CUDA graph and replayed, while nothing but the host's time says where the GPU is in it."""
+
+    replays: int = _told("how many")
+    marks: int = _told("places in the graph whose time was seen in each of them")
+    replay_ms: Spread = _told("from its launch to its end, on the GPU")
+    jitter_percent: float = _told("standard deviation of that, as a share of its median")
+    call_us: Spread = _told("time in the call that launches a replay")
+    begin_us: Spread = _told("from that call until the host sees that the graph runs")
+    seen_us: Spread = _told("from the end of the graph until the host sees it: how well the figures below are known")
+    where_us: Spread = _told("size of the error of the time of a place, by the time of the replays before")
+    within_percent: float = _told("share of the places passed within what clocks by host time allow for")
+    read_percent: float = _told("what a replay takes more while another process reads the GPU, as a share")
+    read_se_percent: float = _told("its standard error")
+
+
 class Verification(_Section):
     """The whole of verify.json."""
 
@@ -151,6 +171,7 @@ class Verification(_Section):
     calls_us: dict[str, Spread] = _told("how long reading takes, under load, by what is read (microseconds)")
     boundaries: Boundaries | None = _told("times of instructions; null: see missing", None)
     hooks: Hooks | None = _told("cost of the hooks; null: see missing", None)
+    graphs: GraphReplays | None = _told("replays of a CUDA graph; null: see missing", None)
     counter: Counter | None = _told("the energy counter; null: see missing", None)
     estimator: Estimator | None = _told(
         "the estimator's error, with work below the power limit; null: see missing", None
@@ -166,7 +187,8 @@ class Verification(_Section):
     def why_not_by_time(self, gpu: str) -> str:
         """Why clocks cannot be set by host time on a model of GPU, going by this file; empty if they can.
 
-        They can where clock changes up and down, and the times of the GPU's events, are known on that very model.
+        They can where clock changes up and down, the times of the GPU's events, and where the GPU is in a replay of a
+        CUDA graph by the host's time, are known on that very model.
 
         Args:
             gpu: name of the model.
@@ -179,6 +201,9 @@ class Verification(_Section):
         ways = {one.to_mhz > one.from_mhz for one in self.switches if one.latency_ms is not None and not one.unseen}
         if ways != {True, False} or any(one.unseen for one in self.switches):
             return "it does not show that clocks change as asked for, up and down (switches): run it with --set-clocks"
+        if self.graphs is None or self.graphs.within_percent < _WITHIN_PERCENT:
+            why = self.missing.get(GRAPHS, "run it again" if self.graphs is None else "its replays vary too much")
+            return f"it does not show that the time since a CUDA graph's launch says where the GPU is (graphs): {why}"
         return ""
 
     def to_json(self) -> str:

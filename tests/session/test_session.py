@@ -685,6 +685,15 @@ def verified(folder: Path, **changes: Any) -> str:
     content["machine"]["gpu"] = FACTS.name
     took = {"median": 9.0, "p95": 12.0, "highest": 14.0, "samples": 8}
     ways = [(1410, 810), (810, 1410)]
+    content["graphs"] = {
+        **dict.fromkeys(("replay_ms", "call_us", "begin_us", "seen_us", "where_us"), took),
+        "replays": 40,
+        "marks": 12,
+        "jitter_percent": 0.1,
+        "within_percent": 99.0,
+        "read_percent": 0.0,
+        "read_se_percent": 0.1,
+    }
     content["switches"] = [{"from_mhz": a, "to_mhz": b, "latency_ms": took, "unseen": 0} for a, b in ways]
     for name, value in changes.items():
         content[name] = value(content[name])
@@ -723,6 +732,12 @@ def test_on_a_real_gpu_clocks_are_set_by_time_once_that_was_verified(
         ({"switches": lambda was: []}, "(switches): run it with --set-clocks"),
         ({"switches": lambda was: was[:1]}, "up and down (switches)"),
         ({"switches": lambda was: [was[0], {**was[1], "unseen": 3}]}, "up and down (switches)"),
+        ({"graphs": lambda was: None}, "where the GPU is (graphs): run it again"),
+        (
+            {"graphs": lambda was: None, "missing": lambda was: {"replays of a CUDA graph": "no memory"}},
+            "where the GPU is (graphs): no memory",
+        ),
+        ({"graphs": lambda was: {**was, "within_percent": 90.0}}, "(graphs): its replays vary too much"),
     ],
 )
 def test_what_was_verified_otherwise_does_not_do(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
+from perseus_plugin.cli.verification.arithmetic import Step
+from perseus_plugin.cli.verification.captured import CapturedStep
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.execution import EmulatedExecution
@@ -34,6 +37,10 @@ class Bench(Protocol):
 
     def queue(self, kind: str) -> None:
         """Have one instruction run; returns early, but is never more than a few instructions ahead."""
+        ...
+
+    def capture(self, steps: Sequence[Step]) -> CapturedStep | None:
+        """These instructions, with their waits, as one CUDA graph; None: no kernels run here."""
         ...
 
     def queue_short(self) -> None:
@@ -91,6 +98,10 @@ class EmulatedBench:
         """See `Bench`."""
         self._execution.begin(kind, self._times_s[kind])
         self._done_s = self._execution.finish().end_s
+
+    def capture(self, steps: Sequence[Step]) -> CapturedStep | None:
+        """It runs no kernels."""
+        return None
 
     def queue_short(self) -> None:
         """Nothing: only what the CPU does remains."""
@@ -197,20 +208,33 @@ class CudaBench:
 
     def queue(self, kind: str) -> None:
         """See `Bench`."""
-        torch = self._torch
-        mix, pause_s = self._mixes[kind], self._pause_s[kind]
-        for _ in range(self._turns[kind]):
-            for _ in range(mix.products):
-                torch.mm(self._left, self._right, out=self._product)
-            for _ in range(mix.others):
-                self._vector.neg_()
-            if pause_s > 0:
-                self.queue_wait(pause_s)
-        event = torch.cuda.Event(blocking=True)
+        self._launch(kind)
+        event = self._torch.cuda.Event(blocking=True)
         event.record()
         self._ahead.append(event)
         if len(self._ahead) > _AHEAD:
             self._ahead.popleft().synchronize()
+
+    def _launch(self, kind: str) -> None:
+        mix, pause_s = self._mixes[kind], self._pause_s[kind]
+        for _ in range(self._turns[kind]):
+            for _ in range(mix.products):
+                self._torch.mm(self._left, self._right, out=self._product)
+            for _ in range(mix.others):
+                self._vector.neg_()
+            if pause_s > 0:
+                self.queue_wait(pause_s)
+
+    def capture(self, steps: Sequence[Step]) -> CapturedStep | None:
+        """See `Bench`."""
+
+        def run(step: Step) -> None:
+            if step.wait_s > 0:
+                self.queue_wait(step.wait_s)
+            self._launch(step.kind)
+
+        self.settle()
+        return CapturedStep(self.device, [partial(run, step) for step in steps])
 
     def queue_short(self) -> None:
         """See `Bench`: ten of the smallest kernels."""

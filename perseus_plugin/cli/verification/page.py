@@ -59,6 +59,28 @@ def parts(found: Verification) -> Iterator[Part]:
                 ("longer where the GPU is", f"{cost.gpu_bound_us:+.1f} ± {cost.gpu_bound_se_us:.1f} µs"),
             ],
         )
+    if (graphs := found.graphs) is not None:
+        yield Part(
+            "Replays of a CUDA graph",
+            f"A step of the pattern captured as one CUDA graph, replayed {graphs.replays} times; in each, the host saw "
+            f"when the GPU passed {graphs.marks} places. Where it is, is foretold from the replays before, as where "
+            f"clocks change by host time: {graphs.within_percent:.1f} % of the places were passed within what is "
+            "allowed for there.",
+            [
+                _SPREAD_HEAD,
+                _spread_row("a replay (ms)", graphs.replay_ms),
+                _spread_row("the call that launches it (µs)", graphs.call_us),
+                _spread_row("from that call until it is seen to run (µs)", graphs.begin_us),
+                _spread_row("its end is seen after (µs)", graphs.seen_us),
+                _spread_row("a place's foretold time is off by (µs)", graphs.where_us),
+                ("replays vary by (standard deviation)", f"{graphs.jitter_percent:.3f} %", "", "", ""),
+                (
+                    "longer while another process reads the GPU",
+                    f"{graphs.read_percent:+.3f} ± {graphs.read_se_percent:.3f} %",
+                    *[""] * 3,
+                ),
+            ],
+        )
     if (counter := found.counter) is not None:
         yield Part(
             "Energy counter",

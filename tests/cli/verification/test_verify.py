@@ -78,6 +78,8 @@ def test_without_a_gpu_it_runs_on_an_emulated_one_and_says_so(tmp_path: Path) ->
     waiting_w = found.estimator.steady_waiting_w
     assert waiting_w is not None
     assert all(one.steady_w is not None and one.steady_w > waiting_w for one in found.estimator.kinds)
+    assert found.graphs is None
+    assert "graphs were not tried" in found.missing["replays of a CUDA graph"]
     assert len(found.switches) == 12
     assert all(one.latency_ms is not None and one.latency_ms.median >= 5 for one in found.switches)
     by_clock = {one.clock_mhz: one.power_w for one in found.waiting_at}
@@ -103,6 +105,9 @@ def test_a_real_gpu_is_only_read(real: EmulatedGpu, tmp_path: Path) -> None:
     assert found.boundaries is not None
     assert found.boundaries.drift_ppm is not None
     assert found.hooks is not None
+    assert found.graphs is not None, found.missing
+    assert found.graphs.marks == 12
+    assert found.graphs.replay_ms.median > 12 * 5
     assert found.at_the_limit is not None
     assert {one.how for one in found.waiting} == {"no work", "one spinning thread", "2 spinning kernels"}
     assert "there is one GPU" in found.missing["receive of nccl, peer late"]

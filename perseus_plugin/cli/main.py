@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 
 from perseus_plugin.cli.encoding import speak_ascii_where_needed
 from perseus_plugin.errors import PerseusError, lacking, os_problem
 from perseus_plugin.planning.solvers import end_on_ctrl_c
 
+_ALLOCATIONS = 50_000  # between two looks for garbage: loading what a command needs leaves none
+
 
 def run() -> None:
     """Run the command; an error meant for the user becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    gc.set_threshold(_ALLOCATIONS, *gc.get_threshold()[1:])
+    # No other package has a say in what we validate, and looking for one that wants to reads what every package says.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     speak_ascii_where_needed()
     end_on_ctrl_c()
     try:

@@ -49,13 +49,14 @@ def merged_events(graph: PipelineGraph) -> Events:
     renamed = np.arange(2 * n + 2)
     renamed[finish[graph.edge_source[only_target]]] = start[graph.edge_target[only_target]]
     start, finish = renamed[start], renamed[finish]
-    used = np.unique(np.concatenate([start, finish, [2 * n, 2 * n + 1]]))
-    renamed[used] = np.arange(len(used))
+    used = np.zeros(2 * n + 2, dtype=bool)
+    used[start] = used[finish] = used[2 * n :] = True
+    renamed = np.cumsum(used) - 1
     start, finish = renamed[start], renamed[finish]
     return Events(
         start=start,
         finish=finish,
-        count=len(used),
+        count=int(used.sum()),
         source=int(renamed[2 * n]),
         sink=int(renamed[2 * n + 1]),
         edge=np.flatnonzero(finish[graph.edge_source] != start[graph.edge_target]),

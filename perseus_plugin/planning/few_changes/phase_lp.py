@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from ortools.linear_solver import pywraplp
 
 from perseus_plugin.iteration.graph import FloatArray
 from perseus_plugin.planning.few_changes.phases import Phases, StageClocks
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.solvers import interruptible
 from perseus_plugin.planning.work import Work
+
+if TYPE_CHECKING:
+    from ortools.linear_solver import pywraplp
 
 # Building, per precedence; a step of the simplex method, by itself and per row.
 _PRECEDENCE = 2e-5
@@ -70,6 +73,8 @@ class _PhaseProgram:
         deadline_s: float,
         every: bool = False,
     ) -> None:
+        from ortools.linear_solver import pywraplp  # a tenth of a small plan's time, which has no such limits
+
         self.problem = problem
         self.every = every
         self.stages = stages
@@ -155,7 +160,7 @@ class _PhaseProgram:
         self.solver.SetTimeLimit(int(1000 * work.solver_limit_s))
         status = interruptible(self.solver.Solve, self.solver.InterruptSolve)
         work.done += step * self.solver.iterations()
-        if status != pywraplp.Solver.OPTIMAL:
+        if status != self.solver.OPTIMAL:
             work.brake_acts()
             return None
         clocks = []

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from ortools.linear_solver import pywraplp
 
 from perseus_plugin.iteration.graph import FloatArray
 from perseus_plugin.planning.options import PlanningProblem, weighted
@@ -122,6 +121,8 @@ def _best_prices(overdrawn: FloatArray) -> tuple[FloatArray, float]:
     Args:
         overdrawn: shape (iterations, budgets), as a share of each budget.
     """
+    from ortools.linear_solver import pywraplp  # takes long to load, and few plans need it
+
     solver = pywraplp.Solver.CreateSolver("GLOP")
     infinity = solver.infinity()
     prices = [solver.NumVar(0.0, 1.0, "") for _ in range(overdrawn.shape[1])]

@@ -90,9 +90,13 @@ class LimitedBound:
             end_w += problem.total_blocking_w
         return rest_j + min(end_w * self.latest_s, end_w * problem.shortest_s)
 
-    def see(self, price_w: FloatArray, rest_j: float, work: Work) -> None:
-        """Try prices of all nodes' time; what is done is added to `work`."""
-        total_j = rest_j
+    def see(self, price_w: FloatArray, rest_j: float, work: Work) -> bool:
+        """Try prices of all nodes' time; what is done is added to `work`.
+
+        Returns:
+            Whether a phase plan is the cheapest that was not before.
+        """
+        total_j, new = rest_j, False
         for stage, plans in zip(self._stages, self._plans, strict=True):
             if not len(stage.nodes):
                 continue
@@ -100,11 +104,14 @@ class LimitedBound:
             work.done += cost.shape[0] * (self._max_changes + 1) * cost.shape[1] ** 2 * _CUT_PAIR
             found = segment(cost, np.zeros(len(cost)), self._max_changes, 0.0)
             at = np.arange(len(cost)), clock_of_instructions(stage, found.begins, found.clocks)
-            plans.append((stage.time_s[at], stage.energy_j[at]))
             total_j += float(cost[at].sum())
+            if not any(np.array_equal(stage.time_s[at], time_s) for time_s, _ in plans):
+                plans.append((stage.time_s[at], stage.energy_j[at]))
+                new = True
         if self._best is None or total_j > self._seen_j:
             self._best, self._seen_j = (price_w, rest_j), total_j
         self.bound_j = max(self.bound_j, total_j)
+        return new
 
     def of_fewer(self, max_changes: int, work: Work) -> LimitedBound:
         """That of so many changes, which has seen the best prices of this one."""
@@ -124,11 +131,14 @@ class LimitedBound:
             if mixed_j - self.bound_j <= _TIGHT * abs(mixed_j):
                 return
             rest_j = self.rest(mix.edge_price_w, mix.sink_price_w)
-            before_j, (price_w, best_rest_j) = self._seen_j, self._best
+            before_j, (price_w, best_rest_j), new = self._seen_j, self._best, False
             for share in (_NEARER, 0.0):
-                self.see(share * price_w + (1 - share) * mix.price_w, share * best_rest_j + (1 - share) * rest_j, work)
-                if self._seen_j > before_j:
+                tried_w = share * price_w + (1 - share) * mix.price_w
+                new |= self.see(tried_w, share * best_rest_j + (1 - share) * rest_j, work)
+                if new and self._seen_j > before_j:
                     break
+            if not new:  # the next program would be the same
+                return
 
     def _columns(self) -> tuple[tuple[StageClocks, ...], Phases]:
         """Every stage as one phase, whose clocks are its phase plans."""

@@ -16,6 +16,7 @@ import perseus_plugin.planning.few_changes.limits as limits_module
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import interleaved_1f1b, one_f_one_b
+from perseus_plugin.planning.few_changes.bound import LimitedBound
 from perseus_plugin.planning.few_changes.dwelling import dwelling_phases
 from perseus_plugin.planning.few_changes.limits import keep_limits
 from perseus_plugin.planning.few_changes.phases import assign, stage_clocks
@@ -178,6 +179,18 @@ def test_few_changes_may_take_longer_than_the_cheapest_iteration() -> None:
     assert free.iteration_time_s < limited.iteration_time_s <= free.baseline_time_s
     assert limited.energy_j <= limited.baseline_energy_j
     assert limited.clock_changes(0) == 0
+
+
+def test_a_bound_is_not_tightened_on_where_every_phase_plan_that_matters_is_mixed() -> None:
+    graph = build_graph(one_f_one_b(3, 3))
+    planner = Planner(graph, bundled_profile(3), blocking_power_w=60.0)
+    # An iteration may be longer than the cheapest, so that no program for that one comes up to its bound.
+    relaxed = planner.relaxation.cheapest()
+    bound, work = LimitedBound(planner.problem, relaxed, 0, 2 * relaxed.deadline_s, None), planner.work("normal")
+    bound.see(relaxed.instruction_price_w, bound.rest_j, work)
+    bound.tighten(relaxed.deadline_s, work, until=9.0)
+    assert work.done < 0.5
+    assert bound.bound_j >= relaxed.bound_j
 
 
 def test_more_changes_save_more() -> None:

@@ -73,12 +73,19 @@ def lengths(seed: int, step: int, count: int) -> list[int]:
     return random.Random(f"{seed} {step}").choices(range(LENGTH // 3, LENGTH + 1), k=count)
 
 
-def padded(tokens: Any, of_step: Callable[[int], list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Microbatches of which only so many tokens count."""
+Microbatch = tuple[torch.Tensor, torch.Tensor]
+
+
+def padded(tokens: Any, of_step: Callable[[int], list[int]]) -> Iterator[list[Microbatch]]:
+    """Steps' microbatches, of which only so many tokens count."""
     for step in itertools.count():
-        for length in of_step(step):
-            inputs, labels = next(tokens)
-            yield inputs, torch.where(torch.arange(LENGTH) < length, labels, -100)
+        batch = zip(of_step(step), tokens, strict=False)
+        yield [(inputs, torch.where(torch.arange(LENGTH) < length, labels, -100)) for length, (inputs, labels) in batch]
+
+
+def tokens_of(batch: list[Microbatch]) -> list[int]:
+    """How many tokens of each microbatch count."""
+    return [int((labels >= 0).sum()) for _, labels in batch]
 
 
 class Lengths:
@@ -298,11 +305,12 @@ def main() -> None:
     count, replica = engine.gradient_accumulation_steps(), engine.grid.get_data_parallel_id()
     varying = None if gpu is None or arguments.announce is None else Lengths(engine, gpu)
     if arguments.announce is not None:
-        import perseus_plugin
+        steps: Iterator[list[Microbatch]] = padded(data, lambda step: lengths(replica, step, count))
+        if gpu is not None:  # without the plugin the script has nothing of it either
+            import perseus_plugin
 
-        data = padded(data, lambda step: lengths(replica, step, count))
-        for step in range(arguments.announce):
-            perseus_plugin.announce(lengths(replica, step, count), ahead=step)
+            steps = perseus_plugin.announced(steps, tokens_of, ahead=arguments.announce)
+        data = itertools.chain.from_iterable(steps)
     losses, parameters = [], []
     for step in range(arguments.steps):
         script.before(step)
@@ -312,9 +320,6 @@ def main() -> None:
             low, high = map(int, arguments.batches_from.split(","))
             count = random.Random(step).randint(low, high)
             engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu())
-        if arguments.announce is not None:
-            ahead = arguments.announce
-            perseus_plugin.announce(lengths(replica, step + ahead, count), ahead=ahead)
         if varying is not None:
             varying.step(lengths(replica, step, count))
         losses.append(engine.train_batch(data).item())

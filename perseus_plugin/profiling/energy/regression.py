@@ -119,19 +119,19 @@ def rows(series: Series, sensor: Sensor, period: float, margin_s: tuple[float, f
         keep = (starts >= line.begin_s) & (ends <= line.end_s)
     else:
         keep = (times[:-1] - margin_s[0] >= line.begin_s) & (times[1:] + margin_s[1] <= line.end_s)
-    gaps = np.diff(times)
+    gaps = times[1:] - times[:-1]
     if sensor.window_s is not None or margin_s is not None:
         keep &= np.abs(gaps - period) <= 0.5 * period
-    if not keep.any():
-        return np.empty((0, 2 + 2 * len(line.edges_s)))
+    kept = np.flatnonzero(keep)
+    table = np.empty((len(kept), 2 + 2 * len(line.edges_s)))
+    table[:, -1] = energy[kept]
     if sensor.window_s is None:
-        seconds = np.diff(line.seconds(np.clip(times - sensor.lag_s, line.begin_s, line.end_s)), axis=0)[keep]
+        until = line.seconds(np.minimum(np.maximum(times - sensor.lag_s, line.begin_s), line.end_s))
+        table[:, :-1] = (until[1:] - until[:-1])[kept]
     else:
-        seconds = line.seconds(ends[keep]) - line.seconds(starts[keep])
-    gaps, energy = gaps[keep], energy[keep]
-    if sensor.window_s is not None:
-        seconds *= (gaps / sensor.window_s)[:, None]
-    return np.column_stack([seconds, energy])
+        until = line.seconds(np.concatenate([ends[kept], starts[kept]]))
+        table[:, :-1] = (until[: len(kept)] - until[len(kept) :]) * (gaps[kept] / sensor.window_s)[:, None]
+    return table
 
 
 @dataclass(frozen=True)
@@ -195,30 +195,18 @@ def solve(data: Moments, frequencies: Sequence[int], tau: float) -> Fit:
     """Power per clock and kind, given noise structure and smoothness over clocks."""
     clocks, width = data.gram.shape[0], data.gram.shape[1] - 1
     noise2 = _noise(data)
-    precision = np.zeros((clocks * width, clocks * width))
-    target = np.zeros(clocks * width)
-    for c in range(clocks):
-        block = slice(c * width, (c + 1) * width)
-        precision[block, block] = data.gram[c, :-1, :-1] / noise2
-        target[block] = data.gram[c, :-1, -1] / noise2
-    total = data.gram[:, -1, -1].sum() / noise2
-    logprior = 0.0
-    kinds = (width - 1) // 2
-    for k in range(width):
-        rough, freedom = _roughness(tuple(frequencies), linear=k == 0 or k > kinds)
-        places = np.arange(clocks) * width + k
-        precision[np.ix_(places, places)] += rough / tau**2
-        logprior += freedom * -2 * math.log(tau)
-        # Weak priors on the mean over clocks: any power is 1 +- 1 in units of the typical power, a ramp 0 +- 0.2.
-        mean, error = (0.0, _RAMP) if k > kinds else (1.0, 1.0)
-        precision[places, places] += 1 / (clocks * error**2)
-        target[places] += mean / (clocks * error**2)
-        total += mean**2 / error**2
+    prior = _prior(tuple(frequencies), width, tau)
+    precision = prior.rough.copy()
+    every = np.arange(clocks)
+    precision.reshape(clocks, width, clocks, width)[every, :, every, :] += data.gram[:, :-1, :-1] / noise2
+    precision.flat[:: len(precision) + 1] += prior.precision
+    target = (data.gram[:, :-1, -1] / noise2).ravel() + prior.target
+    total = data.gram[:, -1, -1].sum() / noise2 + prior.total
     covariance = np.linalg.inv(precision)
     covariance = (covariance + covariance.T) / 2
     power = covariance @ target
     logdet = float(np.linalg.slogdet(precision)[1])
-    loglik = -0.5 * (data.count * math.log(noise2) + data.logdet + (total - target @ power) - logprior + logdet)
+    loglik = -0.5 * (data.count * math.log(noise2) + data.logdet + (total - target @ power) - prior.logarithm + logdet)
     return Fit(
         power.reshape(clocks, width) * data.unit_w,
         covariance * data.unit_w**2,
@@ -241,7 +229,45 @@ def _noise(data: Moments) -> float:
     return max(left / max(data.count - used, 1), 1e-12)
 
 
+@dataclass(frozen=True)
+class _Prior:
+    """What is known of powers beforehand, clock-major.
+
+    Attributes:
+        rough: precision of what no polynomial in the clock follows. precision, target: of each power by itself.
+        total: the means' squares by their precision. logarithm: what `tau` adds to that of the determinant.
+    """
+
+    rough: Array
+    precision: Array
+    target: Array
+    total: float
+    logarithm: float
+
+
 @lru_cache(maxsize=64)
+def _prior(frequencies: tuple[int, ...], width: int, tau: float) -> _Prior:
+    """Powers that are smooth over clocks to within `tau`, and of about the typical size."""
+    clocks, kinds = len(frequencies), (width - 1) // 2
+    rough = np.zeros((clocks, width, clocks, width))
+    mean, error = np.ones(width), np.ones(width)
+    logarithm = 0.0
+    for k in range(width):
+        projection, freedom = _roughness(frequencies, linear=k == 0 or k > kinds)
+        rough[:, k, :, k] = projection / tau**2
+        logarithm += freedom * -2 * math.log(tau)
+        if k > kinds:
+            mean[k], error[k] = 0.0, _RAMP
+    # Weak priors on the mean over clocks: any power is 1 +- 1 in units of the typical power, a ramp 0 +- 0.2.
+    return _Prior(
+        rough.reshape(clocks * width, clocks * width),
+        np.tile(1 / (clocks * error**2), clocks),
+        np.tile(mean / (clocks * error**2), clocks),
+        float((mean**2 / error**2).sum()),
+        logarithm,
+    )
+
+
 def _roughness(frequencies: tuple[int, ...], *, linear: bool) -> tuple[Array, int]:
     """Projection on what a polynomial in the clock cannot follow, and its rank."""
     clocks = len(frequencies)

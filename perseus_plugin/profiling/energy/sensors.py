@@ -107,7 +107,8 @@ class _Search:
             if window_s is not None:
                 windows += [min(window_s * share, self.period), window_s / share]
             lags = [min(max(lag_s + move, low_s), high_s) for move in (-step_s, 0.0, step_s)]
-            tries = [self.scored(Sensor(window, lag)) for window in windows for lag in lags]
+            sensors = dict.fromkeys((window, lag) for window in windows for lag in lags)
+            tries = [self.scored(Sensor(*one)) for one in sensors if one != (window_s, lag_s)]
             best = max([best, *tries], key=lambda scored: scored.score)
             step_s, share = step_s / 2, math.sqrt(share)
         return best

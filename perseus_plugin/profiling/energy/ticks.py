@@ -60,9 +60,10 @@ class Timeline:
         for k, (edges, spent) in enumerate(zip(self.edges_s, self.spent_s, strict=True)):
             if len(edges):
                 columns[:, 1 + k] = np.interp(times_s, edges, spent)
-                last = np.maximum(2 * ((np.searchsorted(edges, times_s, side="right") - 1) // 2), 0)
-                length = edges[last + 1] - edges[last]
-                progress = np.clip(times_s - edges[last], 0.0, length)
+                starts = edges[::2]
+                last = np.maximum(starts.searchsorted(times_s, side="right") - 1, 0)
+                length = (edges[1::2] - starts)[last]
+                progress = np.minimum(np.maximum(times_s - starts[last], 0.0), length)
                 columns[:, 1 + kinds + k] = progress * (progress / length - 1)
         columns[:, 0] = (times_s - self.begin_s) - columns[:, 1 : 1 + kinds].sum(axis=1)
         return columns

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
 from contextlib import suppress
@@ -21,7 +22,8 @@ _PARTS = 20  # of a time limit
 _JOINED_WITHIN_S = 1.0  # where the store's host does not answer, the thread stays where it is
 _LOST_AFTER_S = 5.0  # who took a place in a list and has not filled it since has died
 
-_Calls: TypeAlias = "queue.SimpleQueue[tuple[Future[Any], str, tuple[Any, ...]] | None]"
+_Call: TypeAlias = Callable[[Any, str], Any]
+_Calls: TypeAlias = "queue.SimpleQueue[tuple[Future[Any], _Call, str] | None]"
 
 
 class ExchangeError(PerseusError):
@@ -70,7 +72,7 @@ class StoreClient:
     def publish(self, key: str, value: Any) -> None:
         """Set a JSON-serialisable value; the last one wins."""
         data = json.dumps(value, separators=(",", ":"), allow_nan=True).encode()
-        self._call(f"publish {key!r} in", "set", self._key(key), data)
+        self._call(f"publish {key!r} in", key, lambda store, place: store.set(place, data))
 
     def fetch(self, key: str) -> Any | None:
         """The value, or None when nobody has published it yet. Does not wait."""
@@ -80,24 +82,36 @@ class StoreClient:
     def withdraw(self, key: str) -> None:
         """Remove a value; where the store can remove nothing, it is None from now on."""
         try:
-            self._call(f"withdraw {key!r} from", "delete_key", self._key(key))
+            self._call(f"withdraw {key!r} from", key, _remove)
         except ExchangeError:
             self.publish(key, None)
 
     def count(self, name: str, amount: int = 0) -> int:
         """Add to a counter; returns what it then is."""
-        return int(self._call(f"count {name!r} in", "add", self._key(name), amount))
+        return int(self._call(f"count {name!r} in", name, lambda store, place: store.add(place, amount)))
+
+    def counts(self, names: Sequence[str]) -> list[int]:
+        """What some counters are, asked for in one go: each takes the interpreter from other threads some times."""
+        further = [self._key(name) for name in names[1:]]
+        counted = self._call(
+            f"count {', '.join(map(repr, names))} in",
+            names[0],
+            lambda store, place: [store.add(one, 0) for one in (place, *further)],
+        )
+        return [int(one) for one in counted]
 
     def append(self, name: str, value: Any) -> None:
         """Put a JSON-serialisable value at the end of a list that any rank may append to."""
         self.publish(f"{name}/{self.count(f'{name}/count', 1)}", value)
 
-    def take_new(self, name: str) -> list[Any]:
+    def take_new(self, name: str, count: int | None = None) -> list[Any]:
         """What was appended since the last call, in order; for one reader per list. Does not wait.
 
-        A look at a list that nothing was appended to is one call to the store, however many ranks may append.
+        A look at a list that nothing was appended to is one call to the store, however many ranks may append, and none
+        where it is known how far the list's counter is (`NAME/count`).
         """
-        count, taken = self.count(f"{name}/count"), self._taken.get(name, 0)
+        count = self.count(f"{name}/count") if count is None else count
+        taken = self._taken.get(name, 0)
         values: list[Any] = []
         while taken < count:
             key = f"{name}/{taken + 1}"
@@ -109,7 +123,7 @@ class StoreClient:
             if value is not None:
                 values.append(value)
                 with suppress(ExchangeError):  # what stays there is not looked at again
-                    self._call(f"remove {key!r} from", "delete_key", self._key(key))
+                    self._call(f"remove {key!r} from", key, _remove)
             self._missing_since_s.pop(key, None)
             taken += 1
         self._taken[name] = taken
@@ -126,16 +140,14 @@ class StoreClient:
         return now_s - self._missing_since_s.setdefault(key, now_s) > _LOST_AFTER_S
 
     def _read(self, key: str) -> bytes | None:
-        doing = f"fetch {key!r} from"
-        if not self._call(doing, "check", [self._key(key)]):
-            return None
-        data: bytes = self._call(doing, "get", self._key(key))
+        data: bytes | None = self._call(f"fetch {key!r} from", key, _present)
         return data
 
-    def _call(self, doing: str, method: str, *arguments: Any) -> Any:
+    def _call(self, doing: str, key: str, call: _Call) -> Any:
+        """Have the thread call this with the store and the place of this key in it."""
         answer: Future[Any] = Future()
         if not (self._closed or self._unanswered):
-            self._calls.put((answer, method, arguments))
+            self._calls.put((answer, call, self._key(key)))
             try:
                 # In parts: while this process itself is stopped, or one thread keeps the others waiting, none ends.
                 for _ in range(_PARTS):
@@ -160,15 +172,24 @@ def _end(thread: threading.Thread, calls: _Calls) -> None:
 
 def _serve(store: Any, calls: _Calls) -> None:
     is_ours = False
-    while (call := calls.get()) is not None:
-        answer, method, arguments = call
+    while (asked := calls.get()) is not None:
+        answer, call, place = asked
         try:
             if not is_ours:
                 store, is_ours = _own_client(store), True
-            answer.set_result(getattr(store, method)(*arguments))
+            answer.set_result(call(store, place))
         except BaseException as error:
             answer.set_exception(error)
-        del call, answer
+        del asked, answer, call
+
+
+def _remove(store: Any, place: str) -> None:
+    store.delete_key(place)
+
+
+def _present(store: Any, place: str) -> Any:
+    """What is there, if anything: `get` alone would wait for it."""
+    return store.get(place) if store.check([place]) else None
 
 
 def _own_client(store: Any) -> Any:

@@ -27,7 +27,12 @@ ANNOUNCED = ("news", "trouble", "reuse", "calibration", "seats", "batches")
 LOOK_EVERY_S = 0.5
 INBOX_EVERY_S = 0.2
 PATIENT_S = 5.0
-"""How often a node looks for news, rank 0 for what it is told, and a node sends what is in no hurry."""
+"""How often a node looks for news, rank 0 for what it is told, and a node sends what is in no hurry.
+
+Where nobody has told anything for `_LIVELY_S`, rank 0 looks for both at once: all this takes the interpreter from the
+training thread.
+"""
+_LIVELY_S = 2.0
 _TOGETHER_S = 0.1  # what ranks of a node tell within that goes in one piece
 _LOOKS_PER_S = 1000.0  # of all nodes; in larger jobs each looks more rarely
 _SENDS_PER_S = 50.0
@@ -123,6 +128,7 @@ class StoreExchange:
         self._pending: dict[str, Any] = {}
         self._turn, self._nodes, self._counted = 0, 1, False
         self._look_at_s = self._inbox_at_s = self._count_at_s = 0.0
+        self._lively_until_s = time.monotonic() + _LIVELY_S
         self._send_at_s = float("inf")
         self._closing = threading.Event()
         self._node = Node(node, self._for_members)
@@ -230,13 +236,10 @@ class StoreExchange:
                 self._hear(heard)
             self._post(message)
         now_s = time.monotonic()
-        if self._node.leads and now_s >= self._look_at_s:
-            self._look_at_s = now_s + self._look_every_s
-            self._look(now_s)
-        if self._rank == 0 and now_s >= self._inbox_at_s:
-            self._inbox_at_s = now_s + INBOX_EVERY_S
-            for bundle in self._client.take_new(_INBOX):
-                self._take(bundle)
+        looks = self._node.leads and now_s >= self._look_at_s
+        takes = self._rank == 0 and now_s >= self._inbox_at_s
+        if looks or takes:
+            self._look(now_s, looks, takes)
         if now_s >= self._send_at_s:
             self._send()
 
@@ -273,16 +276,28 @@ class StoreExchange:
         if bundle:
             self._client.append(_INBOX, bundle)
 
-    def _look(self, now_s: float) -> None:
-        if now_s >= self._count_at_s:
+    def _look(self, now_s: float, looks: bool, takes: bool) -> None:
+        """For news, for what this rank 0 is told, or for both."""
+        if looks and now_s >= self._count_at_s:
             self._count_at_s = now_s + _COUNT_NODES_EVERY_S
             self._nodes = max(1, self._client.count(_NODES, 0 if self._counted else 1))
             self._counted = True
-        turn = self._client.count(_TURN)
-        if turn != self._turn:
+        if looks:
+            self._look_at_s = now_s + self._look_every_s
+        counted = self._client.counts([_TURN] * looks + [f"{_INBOX}/count"] * takes)
+        if looks and counted[0] != self._turn:
             self._hear(self._found())
-            self._turn = turn
+            self._turn = counted[0]
             self._node.send(self._for_members())
+            self._lively_until_s = now_s + _LIVELY_S
+        if takes:
+            for bundle in self._client.take_new(_INBOX, counted[-1]):
+                self._take(bundle)
+                self._lively_until_s = now_s + _LIVELY_S
+            lively = now_s < self._lively_until_s
+            self._inbox_at_s = now_s + (INBOX_EVERY_S if lively else LOOK_EVERY_S)
+            if self._node.leads and not lively:
+                self._inbox_at_s = min(self._inbox_at_s, self._look_at_s)
 
     def _found(self) -> dict[str, Any]:
         found = {key: self._client.fetch(f"all/{key}") for key in ANNOUNCED}
@@ -334,6 +349,7 @@ class LocalExchange:
 
     def tell(self, key: str, value: Any, *, patient: bool = False, at_once: bool = False) -> None:
         self.publish(key, value)
+        self._wake()
 
     def told(self, key: str) -> Any | None:
         return self.fetch(key)
@@ -344,14 +360,14 @@ class LocalExchange:
 
     def append(self, name: str, value: Any) -> None:
         self._lists.setdefault(name, []).append(json.dumps(value))
+        self._wake()
 
     def take_new(self, name: str) -> list[Any]:
         return [json.loads(text) for text in self._lists.pop(name, [])]
 
     def tell_all(self, key: str, value: Any) -> None:
         self.publish(key, value)
-        for wake in self._wakes:
-            wake()
+        self._wake()
 
     def heard(self, key: str) -> Any | None:
         return self.fetch(key)
@@ -361,6 +377,10 @@ class LocalExchange:
 
     def close(self) -> None:
         pass
+
+    def _wake(self) -> None:
+        for wake in self._wakes:
+            wake()
 
 
 def wait_for(

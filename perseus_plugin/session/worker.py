@@ -100,9 +100,10 @@ class Timing:
 
     Attributes:
         idle_s: at most, until it looks around.
-        rank_0_idle_s: the same on rank 0: what ranks tell shall not wait for the iteration's end.
-        rest_s: from one look to the next. Where iterations are short, several are looked at together: this thread takes
-            the interpreter from the training thread.
+        gather_s: from one look to the next for the sake of finished iterations alone, unless a measurement waits for
+            them. Where iterations are short, several are looked at together: each time that this thread begins to
+            compute, the training thread waits for the interpreter.
+        rest_s: from one look to the next, whatever there is.
         ticks_after_sweep_s: the counter's last tick of the sweep shows up to a period and a lag later.
         explanation_patience_s: for the reading that tells whether a GPU is below its clock as its power limit holds it:
             they come at the ends of iterations.
@@ -111,7 +112,7 @@ class Timing:
     """
 
     idle_s: float = 0.25
-    rank_0_idle_s: float = 0.1
+    gather_s: float = 0.25
     rest_s: float = 0.1
     ticks_after_sweep_s: float = 0.4
     read_failure_patience_s: float = 2.0
@@ -183,12 +184,15 @@ class SessionWorker:
 
     def _run(self) -> None:
         try:
-            timing = self._timing
+            timing, rested_s = self._timing, 0.0
             while not self._stop.is_set():
-                self._link.wake.wait(timing.idle_s if self._leader is None else timing.rank_0_idle_s)
+                self._link.wake.wait(timing.idle_s)
+                self._stop.wait(max(0.0, rested_s - monotonic()))
                 self._link.wake.clear()
                 self._step()
-                self._stop.wait(timing.rest_s)
+                now_s = monotonic()
+                rested_s = now_s + timing.rest_s
+                self._link.gather(now_s + timing.gather_s if self._measures_nothing else 0.0)
         except Exception as error:
             self._lifetime.fail(error)
             self._tell_trouble()
@@ -229,6 +233,11 @@ class SessionWorker:
         if self._leader is not None:
             self._leader.update_summary(self._stats)
         self._relay.look()
+
+    @property
+    def _measures_nothing(self) -> bool:
+        """Whether nobody waits for what the next iterations show."""
+        return self._estimated and self._recheck is None
 
     @property
     def _is_dry(self) -> bool:

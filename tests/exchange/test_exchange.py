@@ -32,6 +32,7 @@ class CountingStore:
     def __init__(self, store: Any) -> None:
         self._store = store
         self.calls: list[str] = []
+        self.counters: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)
@@ -40,6 +41,8 @@ class CountingStore:
 
         def counted(*arguments: Any) -> Any:
             self.calls.append(name)
+            if name == "add":
+                self.counters.append(arguments[0])
             return method(*arguments)
 
         return counted
@@ -205,6 +208,26 @@ def test_while_there_is_nothing_new_one_rank_of_a_node_asks_one_thing_and_the_ot
         new = ranks.asked[rank].calls[before[rank] :]
         assert set(new) <= {"add"}, "looks at counters"
         assert new == [] or rank in leads or rank == 0
+
+
+def test_rank_0_looks_for_both_at_once_while_it_is_told_nothing_and_more_often_afterwards(
+    ranks_of: RanksOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(store_module, "INBOX_EVERY_S", 0.001)
+    monkeypatch.setattr(store_module, "_LIVELY_S", 0.0)
+    ranks = ranks_of(2, 1)
+    counters = ranks.asked[0].counters
+
+    def looks() -> tuple[int, int]:
+        return counters.count("p/turn"), counters.count("p/inbox/count")
+
+    wait_until(lambda: looks()[0] >= 5)
+    turns, inboxes = looks()
+    assert abs(turns - inboxes) <= 2
+    monkeypatch.setattr(store_module, "_LIVELY_S", 3600.0)
+    ranks[1].tell("stats/1", 1)
+    assert came_true(lambda: looks()[1] > 2 * looks()[0] + 10)
 
 
 def test_what_ranks_of_a_node_tell_goes_in_one_piece(ranks_of: RanksOf, monkeypatch: pytest.MonkeyPatch) -> None:

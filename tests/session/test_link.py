@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -44,6 +45,20 @@ def test_a_finished_iteration_and_trouble_wake_the_worker() -> None:
     shared.trouble("no permission")
     assert shared.wake.is_set()
     assert shared.trouble_reason == "no permission"
+
+
+def test_while_iterations_are_gathered_all_else_wakes_the_worker() -> None:
+    shared = link()
+    shared.gather(time.monotonic() + 3600.0)
+    shared.finished(finished(0))
+    assert not shared.wake.is_set()
+    shared.say({"slowdown": 0.1})
+    assert shared.wake.is_set()
+    shared.wake.clear()
+    shared.gather(0.0)
+    shared.finished(finished(1))
+    assert shared.wake.is_set()
+    assert len(shared.take_finished()) == 2
 
 
 def test_events_are_taken_in_batches_once() -> None:

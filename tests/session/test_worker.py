@@ -127,6 +127,7 @@ class Rank:
         reference_share: float = 0.0,
         busy: bool = False,
         enforce: bool = True,
+        timing: Timing = FAST,
     ) -> None:
         self.rank = rank
         self.exchange = exchange
@@ -169,7 +170,7 @@ class Rank:
             helper=self.helper if with_helper else None,  # type: ignore[arg-type]
             relay=relay,
             leader=leader,
-            timing=FAST,
+            timing=timing,
         )
         self.worker.start()
 
@@ -233,6 +234,7 @@ class Ranks:
         reference_share: float = 0.0,
         busy: bool = False,
         enforce: bool = True,
+        timing: Timing = FAST,
     ) -> Rank:
         made = Rank(
             self.folder,
@@ -245,6 +247,7 @@ class Ranks:
             reference_share,
             busy,
             enforce,
+            timing,
         )
         self.made.append(made)
         return self.made[-1]
@@ -289,6 +292,27 @@ def publish_news(
 
 def stats_of(rank: Rank) -> RankStats:
     return receive(RankStats, rank.fetch(stats_key(rank.rank)))
+
+
+# When it looks.
+
+
+def test_iterations_are_looked_at_together_but_where_a_measurement_waits_for_them(ranks: Ranks) -> None:
+    rank = ranks(timing=replace(FAST, idle_s=20.0, gather_s=3600.0))
+
+    def seen() -> int:
+        return rank.worker._stats.hooked_iterations
+
+    for number in range(1, TABLE.sweep_end + 1):
+        rank.iterate()
+        assert came_true(lambda number=number: seen() == number), "the sweep waits"
+    rank.fetch(estimate_key(0, 1))
+    assert came_true(lambda: rank.link._gather_until_s > 0.0)
+    rank.link.wake.clear()
+    rank.iterate(3)
+    assert not rank.link.wake.is_set()
+    rank.link.trouble("no permission")
+    assert came_true(lambda: seen() == TABLE.sweep_end + 3)
 
 
 # What plans are replayed over, and how a rank catches up.

@@ -20,7 +20,7 @@ UNIT_WORKERS ?= 3
 # Dozens of processes start from the same sources: these are compiled once, whatever the environment says.
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/pytest --dist loadgroup --numprocesses
-UNIT := -m "not e2e and not repeated"
+UNIT := -m "not e2e and not repeated" --ignore=tests/e2e
 # Files with a test of a mark: every process that runs tests would have to read all the others for nothing.
 marked = $$(grep --recursive --files-with-matches --extended-regexp 'mark\.$(1)' --include='test_*.py' tests)
 
@@ -141,6 +141,7 @@ e2e: setup megatron
 
 rest: setup megatron .openg2g/.installed
 	$(PYTEST) $(WORKERS) -m "matrix or repeated" $(call marked,(matrix|repeated))
+	$(PYTEST) $(UNIT_WORKERS) --hypothesis-profile many -m many $(call marked,many)
 
 clean:
 	rm -rf $(VENV) .megatron .resiliency .titan .old_torch .openg2g .minima out build dist *.egg-info

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -7,11 +8,13 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-# No deadline per example: the suite must hold on slow and busy machines.
-settings.register_profile("perseus", deadline=None)
-# CI tries the same examples every time; new ones are found by whoever works on the code, not by whoever lands next.
-settings.register_profile("ci", deadline=None, derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "perseus")
+from tests.examples import MANY, USUAL
+
+# No deadline per example: the suite must hold on slow and busy machines. CI tries the same examples every time:
+# new ones are found by whoever works on the code, not by whoever lands next.
+settings.register_profile("perseus", deadline=None, max_examples=USUAL, derandomize=bool(os.environ.get("CI")))
+settings.register_profile("many", settings.get_profile("perseus"), max_examples=MANY)
+settings.load_profile("perseus")
 # Small matrices on many threads wait for each other where tests run side by side; set before numpy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -49,6 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays, tests and all that they import: no collection of garbage need look at it again."""
+    gc.freeze()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

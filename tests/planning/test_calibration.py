@@ -10,6 +10,7 @@ from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Se
 from perseus_plugin.iteration.replayed import Overheads, Samples
 from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.calibration import fitted, overheads, with_transfers
+from tests.examples import examples
 from tests.measured_runs import SLICE, load_runs, of_clocks, on_graph
 
 STAGES, MICROBATCHES = 4, 6
@@ -45,7 +46,8 @@ def run(with_unit: PipelineGraph, durations_s: FloatArray, transfer_s: float, en
     return np.array([real.iteration_time_s(column) + end_s for column in durations_s.T])
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.many
+@examples(30)
 @given(
     transfer_s=st.floats(0.001, 0.02),
     end_s=st.floats(0.0, 0.5),
@@ -66,7 +68,8 @@ def test_both_numbers_are_found_where_critical_paths_differ(
         assert once_s == pytest.approx(end_s, abs=20 * 2e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.many
+@examples(25)
 @given(transfer_s=st.floats(0.0, 0.02), end_s=st.floats(0.0, 0.5), seed=st.integers(0, 1000))
 def test_starts_tell_transfers_from_what_is_there_once_at_one_clock_too(
     transfer_s: float, end_s: float, seed: int

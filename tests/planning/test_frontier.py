@@ -19,6 +19,7 @@ from perseus_plugin.planning.frontier import Frontier, frontier_to_json, make_fr
 from perseus_plugin.planning.planner import ChangeLimits, Planner
 from perseus_plugin.planning.power.sharing import SpeedCurve
 from perseus_plugin.profiling.profile import Measurement, Profile
+from tests.examples import examples
 
 from .jobs import Job, bundled_profile, jobs
 
@@ -27,7 +28,8 @@ def small() -> Planner:
     return Planner(build_graph(one_f_one_b(3, 6)), bundled_profile(3), blocking_power_w=60.0)
 
 
-@settings(max_examples=25)
+@pytest.mark.many
+@examples(12)
 @given(jobs())
 def test_convex_monotone_and_with_plans_above_the_bound(job: Job) -> None:
     graph = build_graph(job.streams, latency_s=job.latency_s)

@@ -12,6 +12,9 @@ from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.targets import ChangeLimits, Target
 from tests.planning.jobs import bundled_profile
 
+# One process makes the plan for all tests of this file.
+pytestmark = pytest.mark.xdist_group("plans by host time")
+
 STAGES, MICROBATCHES = 4, 8
 
 

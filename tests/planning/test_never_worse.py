@@ -27,9 +27,9 @@ SLOWDOWNS = st.sampled_from([0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03,
 
 
 @st.composite
-def larger_jobs(draw: st.DrawFn, most_microbatches: int = 24) -> Job:
-    """A job of 4 to 8 stages; its clocks many or few, its rows convex or not, its stages alike or not."""
-    stages, microbatches = draw(st.integers(4, 8)), draw(st.integers(10, most_microbatches))
+def larger_jobs(draw: st.DrawFn, most_stages: int = 8, most_microbatches: int = 24) -> Job:
+    """A job of 4 stages and more; its clocks many or few, its rows convex or not, its stages alike or not."""
+    stages, microbatches = draw(st.integers(4, most_stages)), draw(st.integers(10, most_microbatches))
     made = draw(st.sampled_from([one_f_one_b, gpipe, early_recomputation_1f1b, None]))
     if made is None:
         streams: Sequence[Sequence[object]] = interleaved_1f1b(
@@ -74,7 +74,7 @@ def more_time_is_no_worse(job: Job, slowdown: float, more: float) -> None:
 
 
 @settings(max_examples=4, derandomize=True)
-@given(larger_jobs(most_microbatches=12), SLOWDOWNS, SLOWDOWNS)
+@given(larger_jobs(most_stages=5, most_microbatches=12), SLOWDOWNS, SLOWDOWNS)
 def test_more_time(job: Job, slowdown: float, more: float) -> None:
     more_time_is_no_worse(job, slowdown, more)
 
@@ -87,7 +87,7 @@ def test_more_time_of_more_jobs(job: Job, slowdown: float, more: float) -> None:
 
 
 @settings(max_examples=3)
-@given(larger_jobs(most_microbatches=12), st.lists(SLOWDOWNS, min_size=2, max_size=3))
+@given(larger_jobs(most_stages=5, most_microbatches=12), st.lists(SLOWDOWNS, min_size=2, max_size=3))
 def test_more_time_for_the_same_planner_is_exactly_no_worse(job: Job, slowdowns: list[float]) -> None:
     planner, before = planner_of(job), list[tuple[float, float]]()
     for slowdown in slowdowns:
@@ -97,7 +97,7 @@ def test_more_time_for_the_same_planner_is_exactly_no_worse(job: Job, slowdowns:
 
 
 @settings(max_examples=4, derandomize=True)
-@given(larger_jobs(most_microbatches=12), SLOWDOWNS)
+@given(larger_jobs(most_stages=5, most_microbatches=12), SLOWDOWNS)
 def test_more_effort_and_more_clocks(job: Job, slowdown: float) -> None:
     planner = planner_of(job)
     deadline = Target.deadline(planner.problem.full_clock_time_s * (1 + slowdown))

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from perseus_plugin.errors import PlanError
@@ -12,6 +12,7 @@ from perseus_plugin.planning.paced import Pace, pace_from_dict, pace_to_dict
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import make_plan
 from perseus_plugin.planning.targets import Target
+from tests.examples import examples
 from tests.factories import BLOCKING_W, CLOCKS_MHZ, profile
 
 STAGES, MICROBATCHES = 3, 6
@@ -100,7 +101,8 @@ def test_a_reported_iteration_time_is_planned_for() -> None:
     assert made.variants[0].energy_j < made.variants[0].without_j
 
 
-@settings(max_examples=12, deadline=None)
+@pytest.mark.many
+@examples(6)
 @given(st.lists(st.tuples(*[st.floats(1.0, 2.0)] * STAGES), min_size=1, max_size=3))
 def test_no_answer_is_slower_or_dearer_than_none(variants: list[tuple[float, ...]]) -> None:
     made = pace(EVEN, *variants)

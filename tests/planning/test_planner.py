@@ -20,6 +20,7 @@ from perseus_plugin.planning.planner import ChangeLimits, Effort, Planner, Targe
 from perseus_plugin.planning.targets import Prices
 from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import Measurement, Profile
+from tests.examples import examples
 
 from .jobs import Job, brute_force, bundled_profile, every_choice, jobs, replay
 
@@ -33,7 +34,8 @@ def small(stages: int = 3, microbatches: int = 6) -> Planner:
     return Planner(build_graph(one_f_one_b(stages, microbatches)), bundled_profile(stages), blocking_power_w=60.0)
 
 
-@settings(max_examples=50)
+@pytest.mark.many
+@examples(25)
 @given(jobs(), st.floats(0, 0.6))
 def test_promises_hold_in_an_independent_simulation(job: Job, slowdown: float) -> None:
     plan = planner_of(job).plan(Target.slowdown(slowdown))
@@ -47,7 +49,8 @@ def test_promises_hold_in_an_independent_simulation(job: Job, slowdown: float) -
             assert before.finish_s <= after.start_s + 1e-12
 
 
-@settings(max_examples=40)
+@pytest.mark.many
+@examples(25)
 @given(jobs(max_stages=2, max_microbatches=1, max_clocks=3), st.floats(0, 0.6))
 def test_the_brute_force_optimum_lies_between_bound_and_plan(job: Job, slowdown: float) -> None:
     planner = planner_of(job)
@@ -63,7 +66,8 @@ def test_the_brute_force_optimum_lies_between_bound_and_plan(job: Job, slowdown:
 PRICES = Prices(per_kwh=0.1, per_gpu_hour=2.0)
 
 
-@settings(max_examples=20)
+@pytest.mark.many
+@examples(12)
 @given(
     jobs(max_stages=2, max_microbatches=1, max_clocks=3),
     st.floats(0, 0.6),
@@ -105,7 +109,8 @@ def test_every_target_of_a_small_job_is_at_its_optimum(job: Job, slowdown: float
         assert best * (1 - 1e-9) - 1e-9 <= got <= best * (1 + 1e-3) + 1e-9
 
 
-@settings(max_examples=25)
+@pytest.mark.many
+@examples(15)
 @given(jobs(max_stages=3, max_microbatches=3), st.floats(0, 0.3), st.floats(0, 0.3))
 def test_more_time_is_no_worse_for_another_planner(job: Job, slowdown: float, more: float) -> None:
     shorter, longer, cheapest = (
@@ -116,7 +121,8 @@ def test_more_time_is_no_worse_for_another_planner(job: Job, slowdown: float, mo
     assert longer.energy_j <= shorter.energy_j * (1 + 1e-4) + 1e-9
 
 
-@settings(max_examples=12)
+@pytest.mark.many
+@examples(6)
 @given(jobs(max_stages=3, max_microbatches=4), st.floats(0, 0.3), st.sampled_from([None, 0, 2, 3]))
 def test_more_clocks_and_more_changes_are_no_worse(job: Job, slowdown: float, most: int | None) -> None:
     planner = planner_of(job)
@@ -141,7 +147,8 @@ def test_a_higher_effort_is_never_worse(job: Job, target: Target, most: int | No
     assert costs[0] <= costs[1]
 
 
-@settings(max_examples=30)
+@pytest.mark.many
+@examples(20)
 @given(jobs(), st.floats(1.0, 3.0))
 def test_a_straggler_is_waited_for(job: Job, stretch: float) -> None:
     planner = planner_of(job)
@@ -153,7 +160,8 @@ def test_a_straggler_is_waited_for(job: Job, stretch: float) -> None:
     assert plan.energy_lower_bound_j <= plan.energy_j <= plan.baseline_energy_j
 
 
-@settings(max_examples=15)
+@pytest.mark.many
+@examples(8)
 @given(jobs())
 def test_cheapest_takes_no_more_than_any_deadline(job: Job) -> None:
     planner = planner_of(job)
@@ -170,7 +178,8 @@ def test_more_effort_is_never_worse() -> None:
     assert normal.iteration_time_s <= normal.deadline_s
 
 
-@settings(max_examples=20)
+@pytest.mark.many
+@examples(10)
 @given(
     jobs(max_stages=3, max_microbatches=4, max_clocks=3),
     st.lists(st.floats(0, 0.4), min_size=2, max_size=5),

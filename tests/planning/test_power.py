@@ -22,6 +22,7 @@ from perseus_plugin.planning.power.fastest import uniform_within
 from perseus_plugin.planning.power.trace import PowerTrace, peak_w, traces_of
 from perseus_plugin.planning.targets import ChangeLimits, Target
 from perseus_plugin.profiling.profile import Measurement
+from tests.examples import examples
 from tests.planning.jobs import Job, bundled_profile, jobs, replay, simulate
 from tests.planning.test_planner import planner_of, small
 
@@ -74,7 +75,8 @@ def keeps(budget: PowerBudget, stage_w: Sequence[float], slack: float = _CLOSE) 
     return all(np.dot(one.gpus, stage_w) <= one.watts * slack for one in budget.limits(len(stage_w)))
 
 
-@settings(max_examples=40)
+@pytest.mark.many
+@examples(20)
 @given(jobs(), st.floats(0.5, 1.05), st.integers(1, 3), st.floats(0.8, 1.2), st.floats(0.8, 1.2))
 def test_budgets_are_kept_and_one_clock_for_all_is_never_faster(
     job: Job, share: float, count: int, first: float, others: float

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from perseus_plugin.config import parse_config
@@ -14,6 +14,7 @@ from perseus_plugin.errors import ConfigError, PlanError
 from perseus_plugin.planning.power.budget import GroupBudget, NodeOverhead, Peaks, PowerBudget
 from perseus_plugin.planning.power.words import parse_group, parse_share, parse_watts
 from perseus_plugin.planning.targets import Prices, Target
+from tests.examples import examples
 from tests.planning.jobs import Job, jobs
 from tests.planning.test_planner import planner_of, small
 
@@ -188,7 +189,8 @@ def test_a_group_is_named_alike_in_the_configuration_and_in_a_target(of: str) ->
 # Money.
 
 
-@settings(max_examples=40)
+@pytest.mark.many
+@examples(20)
 @given(jobs(), st.floats(0.01, 1.0), st.floats(0.0, 5.0))
 def test_in_money_no_plan_of_the_frontier_is_cheaper_than_the_bound_of_the_best_time(
     job: Job, per_kwh: float, per_gpu_hour: float

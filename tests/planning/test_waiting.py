@@ -23,6 +23,7 @@ from perseus_plugin.planning.process import answer_to, planner_for
 from perseus_plugin.planning.replay import Replay, clocks_of
 from perseus_plugin.planning.request import PaceRequest, PlanAnswer, PlanRequest
 from perseus_plugin.profiling.profile import Measurement, Profile
+from tests.examples import examples
 
 from .jobs import Job, bundled_profile, jobs, made_again, simulate
 
@@ -101,7 +102,8 @@ def energy_of(job: Job, plan: Plan, end_s: float, latency_s: float) -> float:
     return total
 
 
-@settings(max_examples=80)
+@pytest.mark.many
+@examples(40)
 @given(waiting_jobs(), st.floats(0, 0.6), LATENCIES_S)
 def test_a_plan_takes_what_its_clocks_take_followed_through_time(job: Job, slowdown: float, latency_s: float) -> None:
     plan = planner_of(job, latency_s).plan(Target.slowdown(slowdown))
@@ -110,7 +112,8 @@ def test_a_plan_takes_what_its_clocks_take_followed_through_time(job: Job, slowd
     assert plan_from_json(plan_to_json(plan)) == plan
 
 
-@settings(max_examples=40)
+@pytest.mark.many
+@examples(25)
 @given(waiting_jobs(), st.floats(1.0, 3.0), LATENCIES_S)
 def test_who_waits_for_a_straggler_waits_at_a_low_clock(job: Job, stretch: float, latency_s: float) -> None:
     planner = planner_of(job, latency_s)
@@ -148,7 +151,8 @@ def test_no_clock_is_lowered_in_work_that_is_no_wait(
                 assert finish[node] <= wait.start_s + 1e-9 or wait.finish_s <= start[node] + 1e-9
 
 
-@settings(max_examples=60)
+@pytest.mark.many
+@examples(25)
 @given(waiting_jobs(), st.floats(0, 0.6), LATENCIES_S)
 def test_lowering_clocks_in_waits_never_makes_a_plan_dearer(job: Job, slowdown: float, latency_s: float) -> None:
     without = planner_of(job, None).plan(Target.slowdown(slowdown))
@@ -188,7 +192,8 @@ def least_energy_j(job: Job, deadline_s: float) -> float:
     return best
 
 
-@settings(max_examples=40)
+@pytest.mark.many
+@examples(25)
 @given(waiting_jobs(max_stages=2, max_microbatches=1, max_clocks=3), st.floats(0, 0.6), LATENCIES_S)
 def test_the_bound_is_below_every_choice_of_clocks_and_waits(job: Job, slowdown: float, latency_s: float) -> None:
     planner = planner_of(job, latency_s)
@@ -217,7 +222,8 @@ def changes_of(plan: Plan, stage: int, latency_s: float) -> list[float]:
     return when
 
 
-@settings(max_examples=50)
+@pytest.mark.many
+@examples(20)
 @given(
     waiting_jobs(max_stages=3, max_microbatches=3, max_clocks=4),
     st.floats(0, 0.6),
@@ -319,7 +325,8 @@ def test_a_replay_of_iterations_as_profiled_takes_what_the_plan_promises(job: Jo
     assert replayed.at_full_clocks.energy_j[0] == pytest.approx(plan.baseline_energy_j, rel=1e-9)
 
 
-@settings(max_examples=60)
+@pytest.mark.many
+@examples(30)
 @given(waiting_jobs(), LATENCIES_S, st.integers(0, 100), st.floats(0, 0.3))
 def test_iterations_that_vary_take_no_more_with_waits_at_lower_clocks(
     job: Job, latency_s: float, seed: int, sigma: float

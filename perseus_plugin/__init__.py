@@ -187,7 +187,6 @@ def report_straggler(
 
 
 _said_refused = False
-_FURTHEST = 1000  # steps, as for `announce`
 
 
 def announce(work: Any, *, ahead: int = 0) -> bool:
@@ -221,10 +220,11 @@ def announced(batches: Iterable[BatchT], work: Callable[[BatchT], Iterable[float
     Raises:
         ConfigError: `ahead` cannot be that.
     """
+    from perseus_plugin.bounds import MOST_AHEAD
     from perseus_plugin.errors import ConfigError, shown
 
-    if type(ahead) is not int or not 0 <= ahead <= _FURTHEST:
-        raise ConfigError(f"ahead: got {shown(ahead)}; allowed: a whole number from 0 to {_FURTHEST}")
+    if type(ahead) is not int or not 0 <= ahead <= MOST_AHEAD:
+        raise ConfigError(f"ahead: got {shown(ahead)}; allowed: a whole number from 0 to {MOST_AHEAD}")
     return _ReadAhead(batches, work, ahead)
 
 

@@ -22,6 +22,8 @@ MOST_W = 2000.0
 MOST_J = MOST_S * MOST_W
 MOST_COUNT = 10**9
 MOST_STAGES = 10_000
+MOST_AHEAD = 1000
+"""Steps that a batch is announced ahead."""
 
 Clock = Annotated[int, Interval(ge=1, le=MOST_MHZ)]
 ClockOrFull = Annotated[int, Interval(ge=0, le=MOST_MHZ)]

@@ -125,19 +125,30 @@ def opened_folder(folder: Path, make: bool = False) -> Iterator[int]:
         os.close(at)
 
 
-def open_file(path: Path, flags: int) -> int:
+def open_file(path: Path, flags: int, regular: bool = False) -> int:
     """As `os.open`; in a folder in which no links are followed, of regular files only.
+
+    Args:
+        path: of the file.
+        flags: as for `os.open`.
+        regular: nothing but a regular file, wherever it is: a pipe that nobody writes to would hold a job up.
 
     Raises:
         OSError: it cannot be opened, or is a link, a pipe or a device where that is not allowed.
     """
-    if not _follows_none(path):
-        return os.open(path, flags | os.O_CLOEXEC, _MODE)
-    with opened_folder(path.parent) as folder:
-        descriptor = os.open(path.name, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, _MODE, dir_fd=folder)
+    flags |= os.O_CLOEXEC
+    number, why = errno.ENXIO, os.strerror(errno.ENXIO)
+    if _follows_none(path):
+        with opened_folder(path.parent) as folder:
+            descriptor = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, _MODE, dir_fd=folder)
+    elif regular:
+        descriptor = os.open(path, flags | os.O_NONBLOCK, _MODE)
+        number, why = errno.EINVAL, "it is no regular file"
+    else:
+        return os.open(path, flags, _MODE)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), str(path))
+        raise OSError(number, why, str(path))
     return descriptor
 
 
@@ -242,18 +253,19 @@ def identity(descriptor: int) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def read_bytes(path: Path | str, most: int = MOST_BYTES) -> bytes:
+def read_bytes(path: Path | str, most: int = MOST_BYTES, regular: bool = False) -> bytes:
     """What a file holds.
 
     Args:
         path: of the file.
         most: bytes that it may have.
+        regular: see `open_file`.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is larger.
     """
-    descriptor = open_file(Path(path), os.O_RDONLY)
+    descriptor = open_file(Path(path), os.O_RDONLY, regular)
     try:
         opened = os.fdopen(descriptor, "rb")
     except OSError as error:  # it is a folder
@@ -296,9 +308,9 @@ def read_unpacked(path: Path | str, most: int = MOST_BYTES) -> bytes:
     return b"".join(pieces)
 
 
-def read_text(path: Path | str, most: int = MOST_BYTES) -> str:
+def read_text(path: Path | str, most: int = MOST_BYTES, regular: bool = False) -> str:
     """As `read_bytes`, from UTF-8, without the byte order mark that spreadsheets put in front."""
-    return read_bytes(path, most).decode("utf-8-sig")
+    return read_bytes(path, most, regular).decode("utf-8-sig")
 
 
 def parse_json(data: str | bytes, most: int = MOST_BYTES) -> Any:
@@ -373,8 +385,14 @@ def _too_deep(data: bytes) -> bool:
     return True
 
 
-def read_model(path: Path | str, model: type[ModelT], refusal: type[PerseusError], most: int = MOST_BYTES) -> ModelT:
-    """Read a JSON file of this package's, or one that is to be like it.
+def read_model(
+    path: Path | str,
+    model: type[ModelT],
+    refusal: type[PerseusError],
+    most: int = MOST_BYTES,
+    regular: bool = False,
+) -> ModelT:
+    """Read a JSON file of this package's, or one that is to be like it; see `read_bytes`.
 
     Raises:
         PerseusError: of the type `refusal`, in one line: the file, the place in it, what was found and what is allowed.
@@ -382,7 +400,7 @@ def read_model(path: Path | str, model: type[ModelT], refusal: type[PerseusError
     from pydantic import ValidationError
 
     try:
-        return model.model_validate_json(read_bytes(path, most))
+        return model.model_validate_json(read_bytes(path, most, regular))
     except ValidationError as error:
         raise refusal(f"{path}: {validation_problem(error, model)}") from error
     except (OSError, ValueError) as error:

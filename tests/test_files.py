@@ -4,11 +4,12 @@ import errno
 import gzip
 import os
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from perseus_plugin.errors import os_problem
+from perseus_plugin.errors import PerseusError, os_problem
 from perseus_plugin.files import (
     append,
     open_file,
@@ -19,6 +20,8 @@ from perseus_plugin.files import (
     remove,
     write_atomically,
 )
+from perseus_plugin.profiling.profile import load_profile
+from perseus_plugin.reporting.verification import load_verification
 
 
 def names(folder: Path) -> list[str]:
@@ -146,6 +149,14 @@ def test_a_pipe_in_place_of_a_file_holds_nobody_up(shared: Path) -> None:
         with pytest.raises(OSError, match=r"events\.jsonl") as caught:
             touch()
         assert "it is a pipe" in os_problem(caught.value)
+
+
+def test_what_a_job_is_told_to_read_is_no_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for read in (load_verification, partial(load_profile, regular=True)):
+        with pytest.raises(PerseusError, match="it is no regular file"):
+            read(pipe)
 
 
 def test_no_temporary_file_has_a_name_that_can_be_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Every warning and error of the source has an entry in docs/troubleshooting.md or docs/troubleshooting-commands.md."""
+"""Every warning and error of the source has an entry on one of the pages docs/troubleshooting*.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from perseus_plugin import errors
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "docs" / name for name in ("troubleshooting.md", "troubleshooting-commands.md")]
+PAGES = sorted((ROOT / "docs").glob("troubleshooting*.md"))
 VALUE = "\0"
 LOGGED = {"warning": 0, "error": 0, "exception": 0}
 # Other calls whose argument at this place is shown to the user.

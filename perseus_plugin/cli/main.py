@@ -8,7 +8,7 @@ import sys
 
 from perseus_plugin.cli.encoding import speak_ascii_where_needed
 from perseus_plugin.errors import PerseusError, lacking, os_problem
-from perseus_plugin.planning.solvers import end_on_ctrl_c
+from perseus_plugin.planning.solvers import ending_on_ctrl_c
 
 _ALLOCATIONS = 50_000  # between two looks for garbage: loading what a command needs leaves none
 
@@ -19,18 +19,20 @@ def run() -> None:
     # No other package has a say in what we validate, and looking for one that wants to reads what every package says.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     speak_ascii_where_needed()
-    end_on_ctrl_c()
-    try:
-        from perseus_plugin.cli.app import app
+    with ending_on_ctrl_c() as interrupted:
+        try:
+            from perseus_plugin.cli.app import app
 
-        app(prog_name="perseus")
-        return
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (PerseusError, OSError) as error:
-        said = os_problem(error) if isinstance(error, OSError) else str(error)
-    except ModuleNotFoundError as error:
-        said = f"this command cannot be run: {lacking(error)}"
+            app(prog_name="perseus")
+            return
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except (PerseusError, OSError) as error:
+            said = os_problem(error) if isinstance(error, OSError) else str(error)
+        except ModuleNotFoundError as error:
+            said = f"this command cannot be run: {lacking(error)}"
+        if interrupted():  # nothing else is wrong
+            sys.exit(130)
     print(f"perseus: {said}", file=sys.stderr)
     sys.exit(2)
 

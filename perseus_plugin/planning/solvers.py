@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from typing import TypeVar
 ResultT = TypeVar("ResultT")
 
 _AGAIN_S = 0.05
-_may_end = False
+_SWALLOWED_S = 0.3  # after which what Ctrl-C raised, and is not being dealt with, was swallowed
+_heard = False
 
 
 def interruptible(solve: Callable[[], ResultT], stop: Callable[[], object]) -> ResultT:
@@ -35,24 +37,52 @@ def interruptible(solve: Callable[[], ResultT], stop: Callable[[], object]) -> R
             raise
 
 
-def end_on_ctrl_c() -> None:
-    """Have Ctrl-C end this process, a command, within `keeping_the_interpreter` too."""
-    global _may_end
-    _may_end = True
+@contextmanager
+def ending_on_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Around a command, on the main thread: the first Ctrl-C ends it, whatever becomes of what that raises.
+
+    Pydantic takes a `KeyboardInterrupt` for a value that is wrong, where it has Python say what a value is, and nobody
+    hears of one within a `__del__`: it is raised again then. Within `keeping_the_interpreter` the process ends at once.
+    Where Ctrl-C is ignored, or handled in a way of somebody's own, that stays.
+
+    Yields:
+        Whether there was a Ctrl-C.
+    """
+    global _heard
+    _heard = False
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield lambda: _heard
+    finally:
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    global _heard
+    _heard = True
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, _SWALLOWED_S)
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    if error is None:  # else it is on its way, and what it passes tidies up
+        raise KeyboardInterrupt
 
 
 @contextmanager
 def keeping_the_interpreter() -> Iterator[None]:
     """Around a call that does not release the interpreter, so that neither Python nor another thread sees a signal.
 
-    Where `end_on_ctrl_c` was called and nobody handles Ctrl-C in a way of their own, it ends the process at once:
-    nothing may be half done there that somebody has to undo.
+    Within `ending_on_ctrl_c` Ctrl-C ends the process at once: nothing may be half done there that somebody has to undo.
     """
-    if not _may_end or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) is not _interrupt:
         yield
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)

@@ -56,7 +56,7 @@ def given_profile(config: PerseusConfig, placement: Placement) -> Known | None:
     if not placement.leads:
         return Known(True)  # rank 0 reads it, and ends the job if it is of no use
     try:
-        profile = load_profile(path, config.profiling.blocking_power_w, config.profiling.power_limit_w)
+        profile = load_profile(path, config.profiling.blocking_power_w, config.profiling.power_limit_w, regular=True)
     except PerseusError as error:
         raise ConfigError(f"perseus.profiling.load: {error}") from error
     if profile.stages != placement.stages:

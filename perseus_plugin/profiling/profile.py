@@ -202,6 +202,7 @@ def load_profile(
     path: Path | str,
     blocking_power_w: float | Sequence[float] | None = None,
     power_limit_w: float | None = None,
+    regular: bool = False,
 ) -> Profile:
     """Read a profile CSV.
 
@@ -213,12 +214,13 @@ def load_profile(
         blocking_power_w: power of a GPU that waits, for all stages or one each, where it is known and a row does not
             say it itself: rows that draw less are refused.
         power_limit_w: the most that a GPU draws; rows that draw more are refused. None: 2000 W.
+        regular: refuse pipes and devices.
 
     Raises:
         ProfileError: naming file, row and reason, for a file that cannot be read or planned on.
     """
     try:
-        text = read_text(path, 2**26)
+        text = read_text(path, 2**26, regular)
     except (OSError, ValueError) as error:
         raise ProfileError(f"{path}: cannot read the profile: {error}") from error
     return profile_from_csv(text, str(path), blocking_power_w, power_limit_w)

@@ -212,9 +212,9 @@ class Verification(_Section):
 
 
 def load_verification(path: Path) -> Verification:
-    """Read a file of `perseus verify`.
+    """Read a file of `perseus verify`, and nothing but a file.
 
     Raises:
         ReportError: it cannot be read, or is something else; the message names file, place and value.
     """
-    return read_model(path, Verification, ReportError)
+    return read_model(path, Verification, ReportError, regular=True)

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from perseus_plugin.bounds import MOST_AHEAD
 from perseus_plugin.config import StragglersConfig
 from perseus_plugin.control.boundaries import boundaries_for
 from perseus_plugin.control.controller import Controller
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_FURTHEST, _MOST_MICROBATCHES = 1000, 10_000
+_MOST_MICROBATCHES = 10_000
 _WORK_ALLOWED = "allowed: one finite number above 0 for each microbatch"
 Monitor = Callable[[list[tuple[str, float]]], None]
 
@@ -315,8 +316,8 @@ class Session:
             steps = operator.index(ahead)
         except TypeError:
             steps = -1
-        if not 0 <= steps <= _FURTHEST:
-            return f"ahead: got {shown(ahead)}; allowed: a whole number from 0 to {_FURTHEST}"
+        if not 0 <= steps <= MOST_AHEAD:
+            return f"ahead: got {shown(ahead)}; allowed: a whole number from 0 to {MOST_AHEAD}"
         on_gpu = "work: got a tensor on a GPU, which would have to be waited for; allowed: numbers on the CPU"
         if getattr(work, "is_cuda", False):
             return on_gpu

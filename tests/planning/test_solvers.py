@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import SCHEDULES
 from perseus_plugin.planning.cp_sat import cp_model, without_pandas
 from perseus_plugin.planning.planner import Planner
-from perseus_plugin.planning.solvers import interruptible
+from perseus_plugin.planning.solvers import ending_on_ctrl_c, interruptible
 from perseus_plugin.planning.window import WindowLimits, regrets, solve_window
 from perseus_plugin.planning.work import Work
 from tests.planning.jobs import bundled_profile
@@ -75,3 +77,29 @@ def test_a_solver_that_needs_pandas_to_be_loaded_has_it(tmp_path: Path, monkeypa
     (tmp_path / "of_another_version.py").write_text("import pandas as pd\nSIZE = pd.Index([1, 2]).size\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert without_pandas("of_another_version").SIZE == 2
+
+
+def test_a_ctrl_c_that_was_swallowed_is_heard_again_and_one_that_is_on_its_way_is_not_disturbed() -> None:
+    tidied = 0
+
+    def swallow() -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), ending_on_ctrl_c() as interrupted:  # noqa: PT012
+            assert not interrupted()
+            swallow()
+            try:
+                time.sleep(60)
+            finally:
+                assert interrupted()
+                signal.raise_signal(signal.SIGALRM)
+                tidied = 1
+        assert tidied
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -346,7 +346,7 @@ def _checked_limit_w(watts: float, tables: Tables) -> float:
 def _place(path: Path, content: bytes) -> None:
     """Put `content` at `path` whole, unless a file with the same description is there."""
     described = SETTINGS_OFFSET + 32  # header, switch latency and jitter, how long calls take
-    with suppress(FileNotFoundError), os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
+    with suppress(FileNotFoundError), os.fdopen(open_file(path, os.O_RDONLY, regular=True), "rb") as file:
         if file.read(described) == content[:described] and os.fstat(file.fileno()).st_size == len(content):
             return
     write_atomically(path, content, make=True)

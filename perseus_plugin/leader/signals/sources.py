@@ -89,7 +89,7 @@ class _Options(BaseModel):
             check=check,
         )
         try:
-            text = read_text(self.file, _MOST_BYTES)
+            text = read_text(self.file, _MOST_BYTES, regular=True)
         except (OSError, ValueError) as error:
             why = os_problem(error) if isinstance(error, OSError) else f"{self.file}: {error}"
             raise ConfigError(f"{where}.file: cannot be read: {why}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _TOLERANCE = 0.005
 _MAX_MARKS = 40
+_sampled: dict[bytes, FrontierCurve] = {}  # the newest, by what it is made from: a page that follows a job asks again
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,29 +230,35 @@ def _frontier(folder: JobFolder) -> FrontierCurve | None:
     # The one that is kept may be of another schedule's plan.
     if known is not None and plan is not None and math.isclose(known.baseline_energy_j, plan.baseline_energy_j):
         return known
-    graph, survey, plan = folder.graph(), folder.survey, folder.plan
+    graph, survey = folder.graph(), folder.survey
     if graph is None or survey is None or plan is None:
         return None
-    # Loads OR-Tools, which the rest of a report does without.
-    from perseus_plugin.planning.frontier import make_frontier
-    from perseus_plugin.planning.planner import Planner
+    # With lower clocks in waits if the plan has them.
+    latency_s = folder.summary.overhead.switch_latency_p95_s if folder.summary is not None and plan.waits else None
+    profile = survey.profile.scaled(folder.profile_scale)
+    made_from = folder.streams, folder.overheads, survey, folder.profile_scale, plan.schedule, latency_s
+    key = hashlib.sha256(repr(made_from).encode()).digest()  # NaN, which figures may be, is not equal to itself
+    if key not in _sampled:
+        # Loads OR-Tools, which the rest of a report does without.
+        from perseus_plugin.planning.frontier import make_frontier
+        from perseus_plugin.planning.planner import Planner
 
-    try:
-        planner = Planner(
-            graph,
-            survey.profile.scaled(folder.profile_scale),
-            blocking_power_w=survey.blocking_power_w,
-            full_clock_only=survey.unresolved,
-            schedule=plan.schedule,
-            # With lower clocks in waits if the plan has them.
-            switch_latency_s=folder.summary.overhead.switch_latency_p95_s
-            if folder.summary is not None and plan.waits
-            else None,
-        )
-        return make_frontier(planner, tolerance=_TOLERANCE).curve()
-    except PerseusError as error:
-        folder.missing.append(f"there is no frontier: {error}")
-        return None
+        try:
+            planner = Planner(
+                graph,
+                profile,
+                blocking_power_w=survey.blocking_power_w,
+                full_clock_only=survey.unresolved,
+                schedule=plan.schedule,
+                switch_latency_s=latency_s,
+            )
+            curve = make_frontier(planner, tolerance=_TOLERANCE).curve()
+        except PerseusError as error:
+            folder.missing.append(f"there is no frontier: {error}")
+            return None
+        _sampled.clear()
+        _sampled[key] = curve
+    return _sampled[key]
 
 
 def _waiting(folder: JobFolder, lanes: Sequence[Lanes]) -> tuple[float, float] | None:

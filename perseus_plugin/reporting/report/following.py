@@ -190,7 +190,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         # A page from elsewhere may have its name lead to this machine, and would read ours in its reader's browser.
-        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in _HERE:
+        try:
+            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        except ValueError:
+            self.send_error(400)
+            return
+        if host not in _HERE:
             self.send_error(403)
             return
         kind, answers = self.server.answers.get(self.path, ("", None))

@@ -10,7 +10,9 @@ import pytest
 
 from perseus_plugin.control import wire
 from perseus_plugin.iteration.timetable import REFERENCE, Follow, FullClock
+from perseus_plugin.planning.frontier import Frontier, make_frontier
 from perseus_plugin.planning.plan import save_plan
+from perseus_plugin.planning.planner import Planner
 from perseus_plugin.profiling.kept import save_survey
 from perseus_plugin.reporting.report.findings import Options, find, full_clock_figures, marks
 from perseus_plugin.reporting.report.folder import ReportError, load_folder
@@ -297,6 +299,26 @@ def test_a_folder_without_energies_has_no_worth(tmp_path: Path) -> None:
     assert comparison(found.folder) == []
     assert headline(found) == []
     assert job_line(found.folder) == "2 × test GPU · 2 stages"
+
+
+def test_a_frontier_is_sampled_again_where_what_it_is_made_from_has_changed(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[float] = []
+
+    def sample(planner: Planner, *, tolerance: float) -> Frontier:
+        sampled.append(planner.problem.full_clock_time_s)
+        return make_frontier(planner, tolerance=tolerance)
+
+    monkeypatch.setattr("perseus_plugin.planning.frontier.make_frontier", sample)
+    monkeypatch.setattr("perseus_plugin.reporting.report.findings._sampled", {})
+    first, second = (find(load_folder(job.folder)).frontier for _ in range(2))
+    assert first is second is not None
+    folder = load_folder(job.folder)
+    assert folder.survey is not None
+    folder.survey = replace(folder.survey, blocking_power_w=1 + folder.survey.blocking_power_w)
+    assert find(folder).frontier not in (None, first)
+    assert len(sampled) == 2
 
 
 def test_the_frontier_is_left_out_on_request(job: Job) -> None:

@@ -103,6 +103,8 @@ def test_only_the_page_and_its_library_are_served(server: Server, folder: Path) 
         assert ask(server, "/", method)[0] == 501
     for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
         assert ask(server, "/", Host=host)[0] == 403, host
+    for malformed in ("[::1", "["):
+        assert ask(server, "/", Host=malformed)[0] == 400, malformed
     assert ask(server, "/", Host="localhost:9")[0] == 200, "through a tunnel"
 
 

@@ -19,6 +19,7 @@ from perseus_plugin.cli.job import (
     Chunks,
     EffortOption,
     InputShare,
+    JobOptions,
     Latency,
     LowerWhileWaiting,
     MaxChanges,
@@ -103,22 +104,7 @@ def frontier(
     check_writable(plot, "--plot", of=profile)
     check_drawable(plot, "--plot")
     check_alone("--json, --output - and --plot -", output == STANDARD, plot == STANDARD, as_json)
-    request = request_from_options(
-        profile,
-        microbatches=microbatches,
-        blocking_power=blocking_power,
-        schedule=schedule,
-        chunks=chunks,
-        scale=scale,
-        latency=latency,
-        switch_latency=switch_latency,
-        lower_while_waiting=lower_while_waiting,
-        power_limit=power_limit,
-        input_share=input_share,
-        effort=effort,
-        max_changes=max_changes,
-        min_dwell=min_dwell,
-    )
+    request = request_from_options(profile, JobOptions.of(locals()))
     # Loads OR-Tools, which other subcommands do without.
     from perseus_plugin.planning.frontier import frontier_to_json, make_frontier
     from perseus_plugin.planning.process import limits_of, planner_for

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -157,60 +157,72 @@ AsJson = Annotated[
 SWITCH_LATENCY_S = 0.01
 
 
-def request_from_options(
-    path: Path,
-    *,
-    microbatches: int | None,
-    blocking_power: str | None,
-    schedule: str | None,
-    chunks: int | None,
-    scale: float,
-    latency: float | None,
-    switch_latency: float | None,
-    lower_while_waiting: bool | None,
-    power_limit: float | None,
-    input_share: float,
-    effort: str | None,
-    max_changes: int | None = None,
-    min_dwell: float | None = None,
-) -> PlanRequest:
+@dataclass(frozen=True)
+class JobOptions:
+    """What the options above say of a job and of the search for its plan, named as a command's parameters are."""
+
+    blocking_power: str | None
+    microbatches: int | None
+    schedule: str | None
+    chunks: int | None
+    scale: float
+    input_share: float
+    latency: float | None
+    switch_latency: float | None
+    lower_while_waiting: bool | None
+    power_limit: float | None
+    max_changes: int | None
+    min_dwell: float | None
+    effort: str | None
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> JobOptions:
+        """Those among all parameters of a command, which has every one of them."""
+        return cls(**{one.name: parameters[one.name] for one in fields(cls)})
+
+
+def request_from_options(path: Path, job: JobOptions) -> PlanRequest:
     """What is to be planned: what a folder's job has planned, or a profile; options go before what a folder says.
 
     Raises:
         PerseusError: an option, the profile, the folder or the schedule is wrong.
     """
     given: dict[str, object] = {
-        "effort": parse_effort(effort),
-        "max_changes": max_changes,
-        "min_dwell_s": min_dwell,
-        "latency_s": None if switch_latency is None else _seconds("--switch-latency", switch_latency),
-        "lower_while_waiting": lower_while_waiting,
+        "effort": parse_effort(job.effort),
+        "max_changes": job.max_changes,
+        "min_dwell_s": job.min_dwell,
+        "latency_s": None if job.switch_latency is None else _seconds("--switch-latency", job.switch_latency),
+        "lower_while_waiting": job.lower_while_waiting,
     }
     if path.is_dir():
-        if power_limit is not None:
-            raise ConfigError(f"--power-limit: got {power_limit:g}; allowed: nothing with a folder, which says it")
+        if job.power_limit is not None:
+            raise ConfigError(f"--power-limit: got {job.power_limit:g}; allowed: nothing with a folder, which says it")
         known = request_of_folder(path)
         stages, profile, name = known.profile.stages, known.profile, known.schedule
         streams = list(known.streams)
-        if (schedule, microbatches, chunks) != (None, None, None):
-            name = schedule or "1f1b"
-            streams = streams_for(name, stages, microbatches, chunks)
-        watts = known.blocking_power_w if blocking_power is None else _per_stage(parse_power(blocking_power), stages)
+        if (job.schedule, job.microbatches, job.chunks) != (None, None, None):
+            name = job.schedule or "1f1b"
+            streams = streams_for(name, stages, job.microbatches, job.chunks)
+        watts = (
+            known.blocking_power_w
+            if job.blocking_power is None
+            else _per_stage(parse_power(job.blocking_power), stages)
+        )
         beside = known.overheads or Overheads()
     else:
         known = PlanRequest(
             "",
             [],
             {},
-            *_profile_and_power(path, blocking_power, power_limit),
+            *_profile_and_power(path, job.blocking_power, job.power_limit),
             latency_s=SWITCH_LATENCY_S,
             blocking_power_se_w=0.0,
         )
-        name, profile, watts, beside = schedule or "1f1b", known.profile, known.blocking_power_w, Overheads()
-        streams = streams_for(name, profile.stages, microbatches, chunks)
-    if latency is not None:
-        beside = replace(beside, transfer_s=_seconds("--latency", latency))
-    profile = with_rows_for(profile.scaled(scale), streams, share_of(input_share))
+        name, profile, watts, beside = job.schedule or "1f1b", known.profile, known.blocking_power_w, Overheads()
+        streams = streams_for(name, profile.stages, job.microbatches, job.chunks)
+    if job.latency is not None:
+        beside = replace(beside, transfer_s=_seconds("--latency", job.latency))
+    profile = with_rows_for(profile.scaled(job.scale), streams, share_of(job.input_share))
     needed = {(s, op.kind) for s, stream in enumerate(streams) for op in stream if isinstance(op, Compute)}
     missing = sorted(needed - profile.table.keys())
     if missing:
@@ -225,7 +237,7 @@ def request_from_options(
         overheads=beside,
         **{key: value for key, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
-    if min_dwell is None and not path.is_dir():
+    if job.min_dwell is None and not path.is_dir():
         shortest_s = min(profile.table[key][0].time_s for key in needed)
         asked = replace(asked, min_dwell_s=dwell_for(shortest_s, asked.latency_s or 0.0))
     return asked if asked == replace(known, streams=streams, profile=profile) else searched(asked)

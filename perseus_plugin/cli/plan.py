@@ -18,6 +18,7 @@ from perseus_plugin.cli.job import (
     Chunks,
     EffortOption,
     InputShare,
+    JobOptions,
     Latency,
     LowerWhileWaiting,
     MaxChanges,
@@ -118,22 +119,7 @@ def plan(
     check_writable(output, of=profile)
     check_writable(zeus, "--zeus", of=profile)
     check_alone("--json, --output - and --zeus -", output == STANDARD, zeus == STANDARD, as_json)
-    request = request_from_options(
-        profile,
-        microbatches=microbatches,
-        blocking_power=blocking_power,
-        schedule=schedule,
-        chunks=chunks,
-        scale=scale,
-        latency=latency,
-        switch_latency=switch_latency,
-        lower_while_waiting=lower_while_waiting,
-        power_limit=power_limit,
-        input_share=input_share,
-        effort=effort,
-        max_changes=max_changes,
-        min_dwell=min_dwell,
-    )
+    request = request_from_options(profile, JobOptions.of(locals()))
     stages, node = len(request.streams), NodeOverhead(node_watts, node_share)
     budget = budget_from_options(stages, power_budget, group, replicas, gpus_per_node, node, peak_w, peak_window)
     prices = prices_from_options(price_kwh, price_gpu_hour, node, gpus_per_node)

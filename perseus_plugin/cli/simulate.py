@@ -21,6 +21,7 @@ from perseus_plugin.cli.job import (
     Chunks,
     EffortOption,
     InputShare,
+    JobOptions,
     Latency,
     LowerWhileWaiting,
     MaxChanges,
@@ -280,20 +281,7 @@ def simulate(
     elif source.is_dir():
         _refuse("with a folder, which says it", gpu=gpu, profile_chunks=None if profile_chunks == 1 else profile_chunks)
         job = request_from_options(
-            source,
-            microbatches=None,
-            blocking_power=blocking_power,
-            schedule=None,
-            chunks=None,
-            scale=scale,
-            latency=latency,
-            switch_latency=switch_latency,
-            lower_while_waiting=lower_while_waiting,
-            power_limit=power_limit,
-            input_share=input_share,
-            effort=effort,
-            max_changes=max_changes,
-            min_dwell=min_dwell,
+            source, JobOptions.of({**locals(), "microbatches": None, "schedule": None, "chunks": None})
         )
         spent = "quick" if effort is None else spent
         limits, dwell_latency_s = ChangeLimits(job.max_changes, job.min_dwell_s), None

@@ -28,6 +28,7 @@ from perseus_plugin.reporting.report.style import (
 from perseus_plugin.reporting.report.worth import PerIteration
 
 _LABELLED = 200  # most blocks of a row of pictures that carry their microbatch
+_CAPTION_PX, _BELOW_PX = 62, 55  # two lines above each iteration; as `styled` leaves below
 _MAX_STAGES_OF_CURVES = 32
 
 
@@ -40,12 +41,14 @@ def timeline(lanes: Sequence[Lanes]) -> go.Figure:
     clocks = [block.clock_mhz for one in lanes for block in one.blocks if block.clock_mhz]
     clocks += [wait.clock_mhz for one in lanes for wait in one.waits if wait.own]
     low, high = min(clocks, default=0), max(clocks, default=1)
+    drawn_px = len(lanes) * (_CAPTION_PX + 34 * stages)
     figure = make_subplots(
         rows=len(lanes),
         cols=1,
         shared_xaxes=True,
-        vertical_spacing=50 / (len(lanes) * (46 + 34 * stages)) if len(lanes) > 1 else 0,
-        subplot_titles=[f"<b>{one.title}</b>   {one.end_s:.4f} s, {_waits(one)}" for one in lanes],
+        vertical_spacing=_CAPTION_PX / drawn_px if len(lanes) > 1 else 0,
+        # On two lines: a narrow window would cut one.
+        subplot_titles=[f"<b>{one.title}</b><br>{one.end_s:.4f} s, {_waits(one)}" for one in lanes],
     )
     for row, one in enumerate(lanes, 1):
         for trace in (_waiting_bars(one, low, high), _block_bars(one, low, high)):
@@ -65,7 +68,7 @@ def timeline(lanes: Sequence[Lanes]) -> go.Figure:
         barmode="overlay",
         bargap=0,
         showlegend=False,
-        height=105 + len(lanes) * (46 + 34 * stages),
+        height=_CAPTION_PX + _BELOW_PX + drawn_px,
         coloraxis={
             "colorscale": CLOCKS,
             "cmin": min(low, high - 1),
@@ -77,8 +80,8 @@ def timeline(lanes: Sequence[Lanes]) -> go.Figure:
     figure.update_xaxes(range=[-0.004 * end_s, 1.004 * end_s])
     figure.update_xaxes(title_text="time from the first instruction (s)", row=len(lanes), col=1)
     figure.update_yaxes(showgrid=False, ticks="outside", ticklen=5, tickcolor="rgba(0,0,0,0)")
-    figure.update_annotations(x=0, xanchor="left", font={"size": 14})
-    return styled(figure)
+    figure.update_annotations(x=0, xanchor="left", align="left", font={"size": 14})
+    return styled(figure, _CAPTION_PX)
 
 
 def _waits(one: Lanes) -> str:

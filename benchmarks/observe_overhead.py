@@ -129,7 +129,9 @@ def interval(ratios: Sequence[float], order: random.Random) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=30, help="of one block with a session and two without")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no further pair is begun after so long")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="no third or further pair is begun after so long"
+    )
     parser.add_argument("--block", type=int, default=30, help="iterations per block")
     parser.add_argument("--settle", type=int, default=8, help="iterations before each block that do not count")
     parser.add_argument("--microbatches", type=int, default=8)
@@ -182,7 +184,7 @@ def main() -> None:
         run_block(of)
     order, begun_s = random.Random(0), time.perf_counter()
     seen: dict[str, list[Seen]] = {of: [] for of in (WITH, WITHOUT, AGAIN)}
-    while len(seen[WITH]) < arguments.pairs and time_left():
+    while len(seen[WITH]) < 2 or (len(seen[WITH]) < arguments.pairs and time_left()):
         for of in order.sample(list(seen), k=len(seen)):
             seen[of].append(run_block(of))
     if rank == 0:

@@ -43,6 +43,7 @@ class Solution:
         waits_until_s: when something else ends the iteration; None: it ends with its last instruction.
         cut_short: whether the clock ended the search; see `planning.work`.
         limited: whether clocks were searched for anew to keep the limits.
+        proven: whether no other choice takes less, if all waits are at their instruction's clock.
     """
 
     assignment: Assignment
@@ -55,6 +56,7 @@ class Solution:
     waits_until_s: float | None = None
     cut_short: bool = False
     limited: bool = False
+    proven: bool = False
 
 
 class Discretiser:
@@ -112,13 +114,14 @@ class Discretiser:
         found = [priced(problem.assignment(choice)) for choice in choices]
         best = min(range(len(choices)), key=lambda k: found[k].energy_j)
         choice, solution = choices[best], found[best]
-        small = len(problem.instruction_nodes) <= SMALL
+        small, proven = len(problem.instruction_nodes) <= SMALL, False
         if search and not violated(problem, solution.assignment, limits):
             if effort != "quick" or not small:
                 choice = improve(problem, relaxed, choice, _PASSES[effort], work, WORK[effort])
             if small:
                 end_price_w = problem.total_blocking_w if waits_until_s is None else 0.0
-                choice = search_whole(problem, relaxed, choice, allowed_s, end_price_w, work, WORK[effort] / 2)
+                most = WORK[effort] / 2
+                choice, proven = search_whole(problem, relaxed, choice, allowed_s, end_price_w, work, most)
             # The searches price all waits alike.
             solution = min(solution, priced(problem.assignment(choice)), key=lambda one: one.energy_j)
         bound = None
@@ -152,7 +155,8 @@ class Discretiser:
                     solution = min(solution, priced(kept(fewer, of_fewer)), key=lambda one: one.energy_j)
         if bound is not None:
             relaxed = replace(relaxed, bound_j=bound.bound_j)
-        return replace(solution, relaxed=relaxed, cut_short=work.cut_short, limited=limited)
+        proven = proven and not limited
+        return replace(solution, relaxed=relaxed, cut_short=work.cut_short, limited=limited, proven=proven)
 
     def priced(
         self,

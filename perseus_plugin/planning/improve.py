@@ -99,7 +99,7 @@ def search_whole(
     end_price_w: float,
     work: Work,
     most: float,
-) -> IntArray:
+) -> tuple[IntArray, bool]:
     """Search a small job as one window, with every option that can be in a better plan; never returns a worse one.
 
     What two clocks are to a long iteration, one instruction is to a short one: the best plan may end well after the
@@ -114,6 +114,9 @@ def search_whole(
         end_price_w: blocking power of all stages if they wait no longer than the iteration takes, else 0.
         work: what is done is added to it.
         most: CP-SAT's deterministic time.
+
+    Returns:
+        A choice, and whether it was proven the best.
     """
 
     def cost_j(candidate: IntArray) -> float:
@@ -126,9 +129,9 @@ def search_whole(
     nodes = np.arange(len(problem.graph))
     limits = WindowLimits(most, max(gap, NORMAL[0].limits.max_regret))
     regret_j = regrets(problem, relaxed.instruction_price_w)
-    found, _ = solve_window(problem, choice, allowed_s, nodes, regret_j, limits, work, end_price_w)
+    found, proven = solve_window(problem, choice, allowed_s, nodes, regret_j, limits, work, end_price_w)
     found = _repaired(problem, found, allowed_s)
-    return found if cost_j(found) < now_j else choice
+    return (found if cost_j(found) < now_j else choice), proven
 
 
 def fastest_whole(

@@ -29,13 +29,15 @@ _BUDGET_STEPS = 12
 _FAR = 0.005  # share above the bound from which a plan for less time may be the better one
 # Such times are of these slowdowns, whatever is asked for, so that longer times begin with what shorter ones found.
 _FINE, _STEP, _WITHIN = (0.0005, 0.001, 0.0015, 0.002), 0.0025, 0.015
+# Where they are searched for instead of what lies between them, these are near each other: up to where, and the step.
+_STEPS = ((0.005, 0.0005), (0.02, 0.001), (math.inf, _STEP))
 _FEW, _TRIED_OF_FEW, _TRIED = 512, 7, 4  # so many, the longest, in searches of jobs of few instructions and else
 _SEARCHED, _CHEAP = 3, 0.1  # of them these are searched, those after the first while that has been little work
 _MANY = 4096  # instructions from which only the time of full clocks is tried
 _ONE_BOUND = ("slowdown", "deadline", "straggler", "cheapest")  # whatever the plan's time
 _MORE_EFFORT = (1.0, 0.5, 0.25)  # of the way from the shortest iteration that a budget may allow to what was found
 _SHORTEST_TO = 1e-3  # share of the time to which that is known
-_SAME = 1e-9
+_SAME, _ON_STEP = 1e-9, 1e-6
 
 
 class Planner(Discretiser):
@@ -215,8 +217,11 @@ class Planner(Discretiser):
         search: bool,
         waits_until_s: float | None = None,
     ) -> Solution:
-        """The best for a deadline; where that is far above its bound, of those for somewhat shorter ones too."""
+        """The best for a deadline; where that is far above its bound, of those for somewhat shorter ones too.
 
+        There what two searches find differs by more than what a little more time is worth. So all deadlines between
+        two steps have the plan of the earlier one, unless a better one is proven the best.
+        """
         problem = self.problem
 
         def at(shorter: Relaxed, search: bool) -> Solution:
@@ -229,19 +234,34 @@ class Planner(Discretiser):
             priced = [self.priced(relaxed, one, allowed_s, limits, waits_until_s) for one in kept]
             return min(priced, key=lambda one: one.energy_j)
 
-        best = self.discretise(relaxed, allowed_s, limits, effort, work, waits_until_s, search=search)
-        relaxed = best.relaxed
+        def near(found: Solution) -> bool:
+            return found.energy_j <= found.relaxed.bound_j * (1 + _FAR)
+
         full_s, size = problem.full_clock_time_s, len(problem.instruction_nodes)
-        near = best.energy_j <= relaxed.bound_j * (1 + _FAR)
+        slowdown = relaxed.deadline_s / full_s - 1
+        step = _step_at(slowdown)
+        # The energy minimum has a time of its own.
+        between = search and size <= _MANY and limits == ChangeLimits() and allowed_s <= relaxed.deadline_s
+        between = between and 0 < step < slowdown * (1 - _ON_STEP)
+        own = search and (size <= SMALL or not between)
+        best = self.discretise(relaxed, allowed_s, limits, effort, work, waits_until_s, search=own)
+        if between and not near(best) and not best.proven:
+            at_s = full_s * (1 + step)
+            earlier = self._near(self._relaxed(at_s), at_s, limits, effort, work, search, waits_until_s)
+            best = self.priced(relaxed, earlier.assignment, allowed_s, limits, waits_until_s)
+            return replace(best, cut_short=work.cut_short)
+        if search and not own:
+            best = self.discretise(relaxed, allowed_s, limits, effort, work, waits_until_s)
+        relaxed = best.relaxed
         # Where limits bind, plans for all shorter times have been searched, too.
-        if near or best.limited or relaxed.deadline_s <= full_s * (1 + _SAME):
+        if near(best) or best.limited or relaxed.deadline_s <= full_s * (1 + _SAME):
             return best
-        tried = _shorter_than(relaxed.deadline_s / full_s - 1) if SMALL < size <= _MANY else []
+        tried = _shorter_than(slowdown) if SMALL < size <= _MANY else []
         tried = tried[-(_TRIED_OF_FEW if search and size <= _FEW else _TRIED) :]
         found = list[tuple[Solution, Relaxed]]()
-        for slowdown in (0.0, *tried):
+        for less in (0.0, *tried):
             with suppress(PlanError):  # so short an iteration may need more changes than are allowed
-                shorter = self._relaxed(full_s * (1 + slowdown))
+                shorter = self._relaxed(full_s * (1 + less))
                 found.append((at(shorter, False), shorter))
         found.sort(key=lambda one: one[0].energy_j)
         for number, (rounded, shorter) in enumerate(found[: _SEARCHED if search else 1]):
@@ -379,6 +399,12 @@ def _shorter_than(slowdown: float) -> list[float]:
     most = math.ceil(slowdown / _STEP)
     known = [*_FINE, *(_STEP * step for step in range(max(1, most - math.ceil(_WITHIN / _STEP)), most))]
     return [one for one in known if slowdown - _WITHIN <= one < slowdown * (1 - _SAME)]
+
+
+def _step_at(slowdown: float) -> float:
+    """The last step until there."""
+    step = next(step for up_to, step in _STEPS if slowdown <= up_to * (1 + _ON_STEP))
+    return step * math.floor(slowdown / step * (1 + _ON_STEP))
 
 
 def make_plan(

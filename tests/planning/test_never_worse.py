@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from perseus_plugin.iteration.graph import build_graph
@@ -77,6 +77,22 @@ def more_time_is_no_worse(job: Job, slowdown: float, more: float) -> None:
 @given(larger_jobs(most_stages=5, most_microbatches=12), SLOWDOWNS, SLOWDOWNS)
 def test_more_time(job: Job, slowdown: float, more: float) -> None:
     more_time_is_no_worse(job, slowdown, more)
+
+
+@settings(max_examples=6, derandomize=True)
+@given(
+    larger_jobs(most_microbatches=10), st.sampled_from([0.01, 0.02, 0.1, 0.2]), st.floats(0.02, 0.98), st.floats(0, 1)
+)
+def test_a_little_more_time_far_above_the_bound_is_exactly_no_worse(
+    job: Job, slowdown: float, place: float, share: float
+) -> None:
+    step = 0.001 if slowdown < 0.015 else 0.0025
+    longer, shorter = (Target.slowdown(slowdown + step * one) for one in (place, place * share))
+    rounded = planner_of(job).solve(longer, search=False)
+    assume(rounded.energy_j > rounded.relaxed.bound_j * 1.01)
+    plans = [planner_of(job).plan(target) for target in (shorter, longer)]
+    assert plans[1].energy_j <= plans[0].energy_j * (1 + 1e-9)
+    assert plans[1].iteration_time_s <= plans[0].deadline_s
 
 
 @pytest.mark.repeated

@@ -24,6 +24,8 @@ MOST_COUNT = 10**9
 MOST_STAGES = 10_000
 MOST_AHEAD = 1000
 """Steps that a batch is announced ahead."""
+GPUS_OF_A_GROUP = r"^(gpu|node|node \d{1,9}|\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*)$"
+"""Which GPUs share a power budget: each one, those of each node, of the fourth node (`node 3`), or of some ranks."""
 
 Clock = Annotated[int, Interval(ge=1, le=MOST_MHZ)]
 ClockOrFull = Annotated[int, Interval(ge=0, le=MOST_MHZ)]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from perseus_plugin.bounds import MOST_MHZ, MOST_W
+from perseus_plugin.bounds import GPUS_OF_A_GROUP, MOST_MHZ, MOST_W
 from perseus_plugin.errors import ConfigError, shown, validation_problem
 from perseus_plugin.files import parse_json, parse_yaml, read_text
 from perseus_plugin.gpus.base import DWELL_LATENCIES
@@ -22,9 +22,6 @@ from perseus_plugin.iteration.references import LARGEST_SHARE
 BLOCK = "perseus"
 
 _MOST_BYTES = 2**20  # of a configuration
-
-GPUS_OF_A_GROUP = r"^(gpu|node|node \d{1,9}|\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*)$"
-"""Which GPUs share a power budget: each one, those of each node, of the fourth node (`node 3`), or of some ranks."""
 
 _TOLERANCE_PAIRED, _TOLERANCE_SWEEP = 0.01, 0.03
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from perseus_plugin.config import PerseusConfig
 from perseus_plugin.errors import PlanError, validation_problem
 from perseus_plugin.gpus.base import DWELL_LATENCIES
 from perseus_plugin.planning.power.budget import NodeOverhead, PowerBudget, check_number
+
+if TYPE_CHECKING:
+    from perseus_plugin.config import PerseusConfig
 
 Effort: TypeAlias = Literal["quick", "normal", "thorough"]
 EFFORTS: tuple[Effort, ...] = get_args(Effort)

@@ -12,9 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from perseus_plugin.config import GPUS_OF_A_GROUP, PerseusConfig
+from perseus_plugin.bounds import GPUS_OF_A_GROUP
 from perseus_plugin.errors import PlanError, shown
+
+if TYPE_CHECKING:
+    from perseus_plugin.config import PerseusConfig
 
 _NODE = re.compile(r"node (\d{1,9})")
 EACH_GPU, EACH_NODE = "gpu", "node"

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# One process reads the package.
+pytestmark = pytest.mark.xdist_group("rooms")
+
 PACKAGE = Path(__file__).parents[1] / "perseus_plugin"
 FLOORS = (
     ("__init__", "megatron"),

@@ -9,7 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from perseus_plugin import errors
+
+# One process looks through the source.
+pytestmark = pytest.mark.xdist_group("messages")
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("troubleshooting*.md"))
@@ -80,7 +85,7 @@ def plain(text: str) -> str:
 
 @functools.cache
 def everything() -> list[Message]:
-    """Found once, by the tests: looking through the whole source takes longer than collecting all other tests does."""
+    """Found once, by the tests: looking through the whole source takes seconds."""
     return list(messages())
 
 

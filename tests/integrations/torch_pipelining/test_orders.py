@@ -34,7 +34,7 @@ ONE_STAGE, SEVERAL = ("1F1B", "GPipe"), ("Interleaved1F1B", "LoopedBFS", "Interl
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 SIZES = ((2, 4), (2, 6), (2, 9), (3, 6), (3, 12), (4, 8), (4, 12), (6, 24), (8, 16))
 # Seconds each; those before stand for them.
-LARGE = SIZES[-2:]
+LARGE = SIZES[-3:]
 MORE_SIZES = ((1, 1), (1, 5), (2, 2), (4, 4), (5, 7))  # of those whose microbatches need be no multiple of anything
 CASES = [
     *((name, *size) for name in ONE_STAGE for size in (*SIZES, *MORE_SIZES)),

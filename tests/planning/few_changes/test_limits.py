@@ -117,7 +117,7 @@ def test_phases_cut_for_a_dwell_meet_the_deadline(job: Job, share: float, aim: f
 def test_instructions_shorter_than_a_dwell_share_clocks_at_little_cost() -> None:
     profile = bundled_profile(4)
     shortest_s = min(row.time_s for rows in profile.table.values() for row in rows)
-    planner = Planner(build_graph(interleaved_1f1b(4, 16, 4)), profile, blocking_power_w=60.0)
+    planner = Planner(build_graph(interleaved_1f1b(4, 8, 2)), profile, blocking_power_w=60.0)
     free = planner.plan(Target.slowdown())
     kept = planner.plan(Target.slowdown(), ChangeLimits(None, 2 * shortest_s))
     found = [dwell_s for stage in range(4) for dwell_s in dwells(kept, stage)]
@@ -132,7 +132,7 @@ def of(job: Job) -> Planner:
 
 
 @pytest.mark.many
-@examples(8)
+@examples(12)
 @given(
     jobs(max_stages=2, max_microbatches=2, max_clocks=3),
     st.sampled_from([0, 2, 3]),
@@ -161,9 +161,11 @@ def test_no_choice_of_clocks_with_so_few_changes_is_below_the_bound(
     assert min(energies) <= plan.energy_j * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("most", [2, pytest.param(4, marks=pytest.mark.repeated)])
-def test_few_changes_have_a_bound_of_their_own(most: int) -> None:
-    planner = Planner(build_graph(one_f_one_b(3, 6)), bundled_profile(3), blocking_power_w=60.0)
+@pytest.mark.parametrize(
+    ("stages", "microbatches", "most"), [(2, 4, 2), pytest.param(3, 6, 4, marks=pytest.mark.repeated)]
+)
+def test_few_changes_have_a_bound_of_their_own(stages: int, microbatches: int, most: int) -> None:
+    planner = Planner(build_graph(one_f_one_b(stages, microbatches)), bundled_profile(stages), blocking_power_w=60.0)
     free, quick = planner.plan(Target.slowdown()), planner.plan(Target.slowdown(), ChangeLimits(most))
     normal = planner.plan(Target.slowdown(), ChangeLimits(most), "normal")
     assert free.energy_lower_bound_j * 1.001 < quick.energy_lower_bound_j < normal.energy_lower_bound_j

@@ -29,8 +29,8 @@ INBOX_EVERY_S = 0.2
 PATIENT_S = 5.0
 """How often a node looks for news, rank 0 for what it is told, and a node sends what is in no hurry.
 
-Where nobody has told anything for `_LIVELY_S`, rank 0 looks for both at once: all this takes the interpreter from the
-training thread.
+Where nobody has told anything in a hurry for `_LIVELY_S`, rank 0 looks for both at once: all this takes the interpreter
+from the training thread.
 """
 _LIVELY_S = 2.0
 _TOGETHER_S = 0.1  # what ranks of a node tell within that goes in one piece
@@ -40,6 +40,7 @@ _COUNT_NODES_EVERY_S = 30.0
 _MOST_BYTES = 1 << 20  # in one piece; torch's store takes 8 MiB
 _MOST_IN_PACKET = 100_000  # the kernel's usual limit is twice that
 _INBOX, _TURN, _NODES = "inbox", "turn", "nodes"
+_HURRIED = "hurried"  # in a piece that holds something that is in a hurry: more may follow
 
 
 class Exchange(Protocol):
@@ -126,6 +127,7 @@ class StoreExchange:
         self._appended = 0
         # The thread's own.
         self._pending: dict[str, Any] = {}
+        self._hurried = False
         self._turn, self._nodes, self._counted = 0, 1, False
         self._look_at_s = self._inbox_at_s = self._count_at_s = 0.0
         self._lively_until_s = time.monotonic() + _LIVELY_S
@@ -256,19 +258,22 @@ class StoreExchange:
         if "key" not in message:
             return
         self._pending[str(message["key"])] = message.get("value")
-        wait_s = max(PATIENT_S, self._nodes / _SENDS_PER_S) if message.get("patient") else _TOGETHER_S
+        patient = bool(message.get("patient"))
+        self._hurried = self._hurried or not patient
+        wait_s = max(PATIENT_S, self._nodes / _SENDS_PER_S) if patient else _TOGETHER_S
         self._send_at_s = min(self._send_at_s, time.monotonic() + wait_s)
 
     def _send(self) -> None:
         pending, self._pending, self._send_at_s = self._pending, {}, float("inf")
+        hurried, self._hurried = self._hurried, False
         if self._rank == 0:
             self._take(pending)
             return
-        bundle: dict[str, Any] = {}
+        bundle: dict[str, Any] = {_HURRIED: True} if hurried else {}
         size = 0
         for key, value in pending.items():
             length = len(json.dumps(value))
-            if bundle and size + length > _MOST_BYTES:
+            if size and size + length > _MOST_BYTES:
                 self._client.append(_INBOX, bundle)
                 bundle, size = {}, 0
             bundle[key] = value
@@ -293,7 +298,8 @@ class StoreExchange:
         if takes:
             for bundle in self._client.take_new(_INBOX, counted[-1]):
                 self._take(bundle)
-                self._lively_until_s = now_s + _LIVELY_S
+                if _HURRIED in bundle:
+                    self._lively_until_s = now_s + _LIVELY_S
             lively = now_s < self._lively_until_s
             self._inbox_at_s = now_s + (INBOX_EVERY_S if lively else LOOK_EVERY_S)
             if self._node.leads and not lively:

@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as TimeoutOfFuture
@@ -210,7 +211,7 @@ def test_while_there_is_nothing_new_one_rank_of_a_node_asks_one_thing_and_the_ot
         assert new == [] or rank in leads or rank == 0
 
 
-def test_rank_0_looks_for_both_at_once_while_it_is_told_nothing_and_more_often_afterwards(
+def test_rank_0_looks_for_both_at_once_but_after_it_was_told_something_in_a_hurry(
     ranks_of: RanksOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_module, "LOOK_EVERY_S", 0.1)
@@ -226,7 +227,11 @@ def test_rank_0_looks_for_both_at_once_while_it_is_told_nothing_and_more_often_a
     turns, inboxes = looks()
     assert abs(turns - inboxes) <= 2
     monkeypatch.setattr(store_module, "_LIVELY_S", 3600.0)
-    ranks[1].tell("stats/1", 1)
+    monkeypatch.setattr(store_module, "PATIENT_S", 0.01)
+    ranks[1].tell("stats/1", 1, patient=True)
+    wait_until(lambda: ranks[0].told("stats/1") == 1)
+    assert ranks[0]._lively_until_s < time.monotonic(), "nothing follows"
+    ranks[1].tell("windows/1", 1)
     assert came_true(lambda: looks()[1] > 2 * looks()[0] + 10)
 
 

@@ -145,7 +145,8 @@ class Discretiser:
         if bound is not None and search:
             bound.tighten(deadline_s, work, work.done + _BOUND_WORK[effort])
             # Each takes as long as the search itself: a job that waits for its first plan is not kept for these.
-            for fewer in fewer_changes(limits) if small or effort != "quick" else ():
+            every = small or effort == "thorough"
+            for fewer in fewer_changes(limits, every=every) if every or effort != "quick" else ():
                 # Prices that bound plans of many changes bound those of fewer, too.
                 of_fewer = bound.of_fewer(fewer.max_changes or 0, work)
                 if of_fewer.bound_j >= solution.energy_j:

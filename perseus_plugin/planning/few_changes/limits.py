@@ -1,12 +1,13 @@
 """Plans with few clock changes.
 
 A stage's iteration is cut into phases of one clock each. Where to cut is a shortest path at the relaxation's prices;
-which clocks the phases get is a linear program over mixtures of clocks, rounded up. The linear program's own prices cut
-again, and again; what comes of that is improved by annealing.
+which clocks the phases get is a linear program over mixtures of clocks, rounded up. Prices somewhat nearer to the
+linear program's own cut again, and again; what comes of that is improved by annealing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -25,12 +26,16 @@ from perseus_plugin.planning.relaxation import Relaxed
 from perseus_plugin.planning.targets import ChangeLimits, Effort
 from perseus_plugin.planning.work import Work
 
-_ROUNDS = 20
+_ROUNDS = 40
+# The relaxation's prices are near the best ones, a program's own belong to its cuts: they count for so much of those
+# that cut next, after the first round, and for less with the root of the rounds.
+_NEARER = 0.08
 _SCALINGS = 16
-_CUTTING = 0.35  # share of the work that is for programs
+_CUTTING = 0.45  # share of the work that is for programs
 _FEWER = (128, 96, 64, 48, 32, 24, 16, 12, *range(8, 1, -1), 0)
-_STARTS = 8  # of these programs' phases the annealing begins with the best
-_WORK: dict[Effort, float] = {"quick": 2.4, "normal": 6.0, "thorough": 90.0}
+_FEW_OF_THEM = (128, 64, 32, 16, 8, 4, 2, 0)
+_STARTS = 16  # of these programs' phases, each cut in another way, the annealing begins with the best
+_WORK: dict[Effort, float] = {"quick": 2.4, "normal": 5.0, "thorough": 90.0}
 _LARGE = 160  # instructions from which a search may do all of that; in smaller jobs as much less
 _LEAST = 0.1  # but this share
 _ROUNDED = 0.25  # where nothing is to be searched for, this share is done
@@ -82,10 +87,15 @@ def keep_limits(
     return found
 
 
-def fewer_changes(limits: ChangeLimits) -> Iterator[ChangeLimits]:
-    """Limits whose plans are tried too, so that more changes are never worse than these: every fewer up to eight."""
+def fewer_changes(limits: ChangeLimits, *, every: bool) -> Iterator[ChangeLimits]:
+    """Limits whose plans are tried too, so that more changes are never worse than these: powers of two.
+
+    Args:
+        limits: to be never worse.
+        every: every fewer up to eight, and more of those beyond.
+    """
     most = limits.max_changes or 0
-    for count in _FEWER:
+    for count in _FEWER if every else _FEW_OF_THEM:
         if count < most:
             yield replace(limits, max_changes=count)
 
@@ -192,12 +202,13 @@ def _mixed(
     stop: float,
     bound: LimitedBound | None,
 ) -> list[PhaseMix]:
-    """Phases cut at the relaxation's prices, then again and again at the running mean of their programs' prices.
+    """Phases cut at the relaxation's prices, then again and again somewhat nearer to their programs' prices.
 
-    Those whose program takes the least energy come first; none if the programs are too large for the work.
+    Those whose program takes the least energy come first, of those that are cut alike one; none if the programs are
+    too large for the work.
     """
     price, rest_j = relaxed.instruction_price_w, 0.0 if bound is None else bound.rest_j
-    mixes: list[PhaseMix] = []
+    mixes: dict[tuple[tuple[int, ...], ...], PhaseMix] = {}
     for done in range(1, _ROUNDS + 1):
         phases = _cut(stages, price, start_s, limits, work)
         if bound is not None:
@@ -205,13 +216,14 @@ def _mixed(
         mix = solve_phases(problem, stages, phases, deadline_s, work, stop)
         if mix is None:
             break
-        mixes.append(mix)
-        price = (done * price + mix.price_w) / (done + 1)
+        mixes[mix.phases.begins] = min(mixes.get(mix.phases.begins, mix), mix, key=lambda one: one.energy_j)
+        nearer = _NEARER / math.sqrt(done)
+        price = price + nearer * (mix.price_w - price)
         if bound is not None:
-            rest_j = (done * rest_j + bound.rest(mix.edge_price_w, mix.sink_price_w)) / (done + 1)
+            rest_j += nearer * (bound.rest(mix.edge_price_w, mix.sink_price_w) - rest_j)
         if work.over(stop):
             break
-    return sorted(mixes, key=lambda mix: mix.energy_j)
+    return sorted(mixes.values(), key=lambda mix: mix.energy_j)
 
 
 def _scaled(

@@ -32,7 +32,7 @@ REQUEST = PlanRequest(
     blocking_power_w=[61.0, 62.0],
     target=Target.slowdown(0.07),
     margin=0.013,
-    max_changes=5,
+    max_changes=2,
     min_dwell_s=0.001,
     full_clock_only=frozenset({(1, "forward")}),
     latency_s=0.004,
@@ -72,7 +72,7 @@ def test_options_go_before_what_the_folder_says(perseus: Perseus, folder: Path, 
 
 def test_frontier_and_simulation_are_of_the_jobs_schedule(perseus: Perseus, folder: Path, tmp_path: Path) -> None:
     full = plan_for(replace(REQUEST, target=Target.full()))
-    done = perseus("frontier", folder, "--tolerance", "0.05", "--json", "-o", tmp_path / "other.json")
+    done = perseus("frontier", folder, "--tolerance", "0.2", "--json", "-o", tmp_path / "other.json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["baseline"]["energy_j"] == pytest.approx(full.baseline_energy_j)
     done = perseus("simulate", folder, "--json")

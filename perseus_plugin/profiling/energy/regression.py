@@ -17,6 +17,7 @@ fit precise with few iterations:
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -160,7 +161,7 @@ def moments(
     """Moments for each rho (which a sampling sensor ignores); by default for the sensor's."""
     rhos = (sensor.rho,) if rhos is None else rhos
     width = 2 + 2 * len(series[0].timeline.edges_s)
-    unit_w = float(np.median([s.power_w for s in series]))
+    unit_w = statistics.median(s.power_w for s in series)
     grams = np.zeros((len(rhos), clocks, width, width))
     logdets = np.zeros(len(rhos))
     count = 0

@@ -205,11 +205,11 @@ def test_without_references_nothing_is_collected() -> None:
 
 def test_a_plan_that_did_well_for_long_is_found_out_soon() -> None:
     job = Job()
-    for first in range(0, 402, 6):
-        job.tell(slower=0.0, first=first)
+    for first in range(0, 400, 40):
+        job.tell(slower=0.0, first=first, blocks=40)
         job.collect()
     assert job.comparison.too_slow(0.0) is None
-    for first in range(402, 450, 6):
+    for first in range(400, 448, 6):
         job.tell(slower=0.05, first=first)
         job.collect()
     assert job.comparison.compared.time is not None

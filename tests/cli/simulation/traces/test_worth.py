@@ -99,7 +99,7 @@ def test_a_profile_gives_the_curves_and_the_trace_the_times(tmp_path: Path) -> N
 
 
 def test_the_command_says_and_writes_what_it_found(perseus: Perseus, tmp_path: Path) -> None:
-    table = write_table(tmp_path / "ops.csv.gz", rows_of(slow_replica, replicas=3, end_s=0.1))
+    table = write_table(tmp_path / "ops.csv.gz", rows_of(slow_replica, replicas=3, steps=4, end_s=0.1))
     out, perfetto = tmp_path / "out.json", tmp_path / "trace.json"
     done = perseus("simulate", table, "--gpu", "h100", "-o", out, "--perfetto", perfetto)
     assert done.returncode == 0, done.stderr
@@ -130,7 +130,7 @@ def test_the_command_says_and_writes_what_it_found(perseus: Perseus, tmp_path: P
 
 
 def test_a_profile_instead_of_a_gpu(perseus: Perseus, tmp_path: Path) -> None:
-    table = write_table(tmp_path / "ops.csv", rows_of(plain))
+    table = write_table(tmp_path / "ops.csv", rows_of(plain, steps=2))
     times_s = mean_times_s(load_table(table))
     save_profile(profile_on(gpu_named("a40"), times_s, waiting_on(gpu_named("a40"))), tmp_path / "a40.csv")
     saved = []
@@ -148,7 +148,7 @@ def test_short_instructions_keep_a_clock_for_two_changes_unless_told_otherwise(
     def short(*which: Any) -> float:
         return plain(*which) / 10
 
-    table = write_table(tmp_path / "ops.csv", rows_of(short))
+    table = write_table(tmp_path / "ops.csv", rows_of(short, steps=2, replicas=1))
     saved = []
     for number, options in enumerate(((), ("--min-dwell", 0.02), ("--min-dwell", 0))):
         out = tmp_path / f"{number}.json"

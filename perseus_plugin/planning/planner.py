@@ -29,8 +29,9 @@ _BUDGET_STEPS = 12
 _FAR = 0.005  # share above the bound from which a plan for less time may be the better one
 # Such times are of these slowdowns, whatever is asked for, so that longer times begin with what shorter ones found.
 _FINE, _STEP, _WITHIN = (0.0005, 0.001, 0.0015, 0.002), 0.0025, 0.015
-# Where they are searched for instead of what lies between them, these are near each other: up to where, and the step.
-_STEPS = ((0.005, 0.0005), (0.02, 0.001), (math.inf, _STEP))
+# Slowdowns that are searched for instead of what lies between them: up to where, and the longest step, a fifth of which
+# is taken, and so on, until it is worth no more than this share of how far a plan is above its bound.
+_STEPS, _WORTH, _SHORTEST_STEP = ((0.005, 0.0005), (0.02, 0.001), (math.inf, _STEP)), 0.25, 1e-5
 _FEW, _TRIED_OF_FEW, _TRIED = 512, 7, 4  # so many, the longest, in searches of jobs of few instructions and else
 _SEARCHED, _CHEAP = 3, 0.1  # of them these are searched, those after the first while that has been little work
 _MANY = 4096  # instructions from which only the time of full clocks is tried
@@ -216,11 +217,12 @@ class Planner(Discretiser):
         work: Work,
         search: bool,
         waits_until_s: float | None = None,
+        on_step: bool = False,
     ) -> Solution:
         """The best for a deadline; where that is far above its bound, of those for somewhat shorter ones too.
 
-        There what two searches find differs by more than what a little more time is worth. So all deadlines between
-        two steps have the plan of the earlier one, unless a better one is proven the best.
+        What two searches find differs by more than what a little more time is worth. So all deadlines between two steps
+        have the plan of the earlier one, unless their own is proven the best.
         """
         problem = self.problem
 
@@ -239,17 +241,20 @@ class Planner(Discretiser):
 
         full_s, size = problem.full_clock_time_s, len(problem.instruction_nodes)
         slowdown = relaxed.deadline_s / full_s - 1
-        step = _step_at(slowdown)
         # The energy minimum has a time of its own.
-        between = search and size <= _MANY and limits == ChangeLimits() and allowed_s <= relaxed.deadline_s
-        between = between and 0 < step < slowdown * (1 - _ON_STEP)
+        between = search and not on_step and size <= _MANY and allowed_s <= relaxed.deadline_s
+        between = between and limits == ChangeLimits() and 0 < _step_at(slowdown) < slowdown * (1 - _ON_STEP)
         own = search and (size <= SMALL or not between)
         best = self.discretise(relaxed, allowed_s, limits, effort, work, waits_until_s, search=own)
-        if between and not near(best) and not best.proven:
-            at_s = full_s * (1 + step)
-            earlier = self._near(self._relaxed(at_s), at_s, limits, effort, work, search, waits_until_s)
-            best = self.priced(relaxed, earlier.assignment, allowed_s, limits, waits_until_s)
-            return replace(best, cut_short=work.cut_short)
+        if between and not best.proven:
+            worth_w = relaxed.price_w - (problem.total_blocking_w if waits_until_s is None else 0.0)
+            above_j = best.energy_j - best.relaxed.bound_j
+            step = _step_at(slowdown, _WORTH * above_j / max(worth_w * full_s, _SAME))
+            if step < slowdown * (1 - _ON_STEP):
+                at_s = full_s * (1 + step)
+                earlier = self._near(self._relaxed(at_s), at_s, limits, effort, work, search, waits_until_s, True)
+                best = self.priced(relaxed, earlier.assignment, allowed_s, limits, waits_until_s)
+                return replace(best, cut_short=work.cut_short)
         if search and not own:
             best = self.discretise(relaxed, allowed_s, limits, effort, work, waits_until_s)
         relaxed = best.relaxed
@@ -401,10 +406,12 @@ def _shorter_than(slowdown: float) -> list[float]:
     return [one for one in known if slowdown - _WITHIN <= one < slowdown * (1 - _SAME)]
 
 
-def _step_at(slowdown: float) -> float:
-    """The last step until there."""
+def _step_at(slowdown: float, most: float = math.inf) -> float:
+    """The last step until there, of those that are so long at most; itself where they would be very short."""
     step = next(step for up_to, step in _STEPS if slowdown <= up_to * (1 + _ON_STEP))
-    return step * math.floor(slowdown / step * (1 + _ON_STEP))
+    while step > most and step >= _SHORTEST_STEP:
+        step /= 5
+    return slowdown if step < _SHORTEST_STEP else step * math.floor(slowdown / step * (1 + _ON_STEP))
 
 
 def make_plan(

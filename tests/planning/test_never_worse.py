@@ -80,14 +80,11 @@ def test_more_time(job: Job, slowdown: float, more: float) -> None:
 
 
 @settings(max_examples=6, derandomize=True)
-@given(
-    larger_jobs(most_microbatches=10), st.sampled_from([0.01, 0.02, 0.1, 0.2]), st.floats(0.02, 0.98), st.floats(0, 1)
-)
+@given(larger_jobs(most_microbatches=10), st.sampled_from([0.1, 0.2]), st.floats(0.02, 0.98), st.floats(0, 1))
 def test_a_little_more_time_far_above_the_bound_is_exactly_no_worse(
     job: Job, slowdown: float, place: float, share: float
 ) -> None:
-    step = 0.001 if slowdown < 0.015 else 0.0025
-    longer, shorter = (Target.slowdown(slowdown + step * one) for one in (place, place * share))
+    longer, shorter = (Target.slowdown(slowdown + 0.0025 * one) for one in (place, place * share))
     rounded = planner_of(job).solve(longer, search=False)
     assume(rounded.energy_j > rounded.relaxed.bound_j * 1.01)
     plans = [planner_of(job).plan(target) for target in (shorter, longer)]

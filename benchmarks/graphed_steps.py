@@ -2,12 +2,15 @@
 
     python benchmarks/graphed_steps.py [PROFILE.csv --blocking-power 83.64 --scale 10] [--microbatches 24]
     python benchmarks/graphed_steps.py --run [--iterations 40]
+    python benchmarks/graphed_steps.py --chosen
 
 The first plans one job with several limits on clock changes and replays each plan by host time, with durations that
 vary by several shares (`planning/graphed.py`); without a profile, on one that is made up (`tests/planning/jobs.py`).
 The second runs three jobs, one after the other, on emulated GPUs (`tests/one_job.py`: real sessions, helpers and
 planners, the same given profile): followed by instruction, replayed as a graph from the first step on, and without the
-plugin. Their energies are the emulated GPUs' exact integrals; figures are medians over iterations under the plan.
+plugin. The third is for that job again, by the model of the first: margin and number of changes as chosen for how
+durations vary (`planning.process.by_time`), beside the plan for their means. Energies of the second are the emulated
+GPUs' exact integrals; figures are medians over iterations under the plan.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,9 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.waiting_clocks import emulated
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import one_f_one_b
-from perseus_plugin.planning.graphed import replays
+from perseus_plugin.planning.graphed import Jitter, Replayer, replays
+from perseus_plugin.planning.options import build_problem
 from perseus_plugin.planning.plan import Plan, load_plan
 from perseus_plugin.planning.planner import Planner
+from perseus_plugin.planning.process import by_time, graph_for, plan_for
+from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.planning.targets import ChangeLimits, Target
 from perseus_plugin.profiling.profile import load_profile, save_profile
 from tests.one_job import OneJob, Step
@@ -108,6 +115,30 @@ def run(way: str, iterations: int) -> tuple[float, float, float]:
     return statistics.median(times_s), statistics.median(energies_j), promised
 
 
+def chosen() -> None:
+    """Print a line for each jitter: the plan for the means, and what is chosen for that jitter."""
+    request = PlanRequest(
+        schedule="1f1b",
+        streams=one_f_one_b(len(TIMES_S["forward"]), MICROBATCHES),
+        constant_time_s={},
+        profile=emulated(TIMES_S),
+        blocking_power_w=[70.0] * len(TIMES_S["forward"]),
+        max_changes=MOST_CHANGES,
+        latency_s=0.006,
+        lower_while_waiting=False,
+        search=False,
+    )
+    problem = build_problem(graph_for(request), request.profile, request.blocking_power_w)
+    means = plan_for(request)
+    print("jitter | plan for the means | chosen: margin, most changes | chosen plan")
+    for jitter in (0.01, 0.02, 0.03, 0.05):
+        replayer = Replayer(problem, 0.006, Jitter(jitter, jitter))
+        how, plan = by_time(replace(request, jitter=(jitter, jitter)), problem)
+        assert plan is not None
+        cells = [f"{100 * one.saving:.2f} %, {100 * one.slowdown:+.2f} %" for one in map(replayer.under, (means, plan))]
+        print(f"{100 * jitter:g} % | {cells[0]} | {100 * how.margin:g} %, {how.max_changes} | {cells[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile", type=Path, nargs="?")
@@ -115,8 +146,12 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--microbatches", type=int, default=24)
     parser.add_argument("--run", action="store_true")
+    parser.add_argument("--chosen", action="store_true")
     parser.add_argument("--iterations", type=int, default=40)
     arguments = parser.parse_args()
+    if arguments.chosen:
+        chosen()
+        return
     if not arguments.run:
         simulated(arguments)
         return

@@ -155,6 +155,7 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON in the place of text and tables.", rich_help_panel=OUTPUT)
 ]
 SWITCH_LATENCY_S = 0.01
+_MOST_JITTER = 0.2
 
 
 @dataclass(frozen=True)
@@ -398,6 +399,18 @@ def parse_effort(text: str | None) -> Effort | None:
     if text is None:
         return None
     raise ConfigError(f"--effort: got {text!r}; allowed: {', '.join(EFFORTS)}")
+
+
+def parse_jitter(text: str) -> float:
+    """`--cuda-graph` as a share.
+
+    Raises:
+        PerseusError: it is none, or too large.
+    """
+    share = parse_share(text, "--cuda-graph")
+    if share > _MOST_JITTER:
+        raise ConfigError(f"--cuda-graph: got {text}; allowed: from 0 to {_MOST_JITTER:g}, such as 0.01 or 1%")
+    return share
 
 
 def parse_slowdown(text: str) -> float:

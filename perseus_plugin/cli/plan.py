@@ -11,6 +11,7 @@ import typer
 from perseus_plugin.cli.destinations import STANDARD, check_alone, check_writable, write, written
 from perseus_plugin.cli.job import (
     EFFORTS,
+    JOB,
     OUTPUT,
     TARGET,
     AsJson,
@@ -30,6 +31,7 @@ from perseus_plugin.cli.job import (
     Schedule,
     Slowdown,
     SwitchLatency,
+    parse_jitter,
     parse_slowdown,
     request_from_options,
     searched,
@@ -54,12 +56,14 @@ from perseus_plugin.cli.power import (
 from perseus_plugin.cli.terminal import columns, console, progress, say
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.iteration.instructions import INPUT_SHARE
+from perseus_plugin.planning.graphed import Jitter, Replayer, Replays, jitter_of
 from perseus_plugin.planning.plan import Plan, plan_to_json
 from perseus_plugin.planning.power.budget import NodeOverhead, PowerBudget
 from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.planning.targets import Prices, Target
 from perseus_plugin.planning.work import tell_cut_short
 from perseus_plugin.planning.zeus import zeus_plan
+from perseus_plugin.profiling.profile import Profile
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,6 +113,16 @@ def plan(
     max_changes: MaxChanges = None,
     min_dwell: MinDwell = None,
     effort: EffortOption = None,
+    cuda_graph: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps are one CUDA graph, whose clocks change by host time: margin and number of changes are chosen "
+            "for durations that vary by so much (0.01 or 1%), or as the profile has it (measured).",
+            metavar="JITTER|measured",
+            show_default=False,
+            rich_help_panel=JOB,
+        ),
+    ] = None,
     zeus: Annotated[
         Path | None,
         typer.Option(help="Also write the plan in the Zeus format (a Python literal).", rich_help_panel=OUTPUT),
@@ -129,7 +143,10 @@ def plan(
         # What a margin makes shorter draws more.
         margin = 0.0 if target.budget is not None else request.margin
         request = searched(replace(request, target=target, margin=margin))
-    made, free = _planned(request, straggler, max_changes is not None or bool(min_dwell))
+    if cuda_graph is not None:
+        jitter = _jitter(cuda_graph, request.profile)
+        request = searched(replace(request, jitter=jitter, lower_while_waiting=False))
+    made, free, graphed = _planned(request, straggler, max_changes is not None or bool(min_dwell))
     if made.cut_short:
         tell_cut_short()
     content = plan_to_json(made)
@@ -140,6 +157,8 @@ def plan(
         write(STANDARD, content)
         return
     table = summary(made, free, request.min_dwell_s)
+    if graphed is not None:
+        add_graphed(table, *graphed)
     if prices is not None:
         add_cost(table, made, prices)
     # What is written to standard output is alone there.
@@ -148,11 +167,34 @@ def plan(
     say(written(output, zeus), to)
 
 
-def _planned(request: PlanRequest, straggler: str | None, limited: bool) -> tuple[Plan, Plan | None]:
-    """The plan; of one with limits on clock changes that were asked for, what it is without them."""
+def _jitter(text: str, profile: Profile) -> tuple[float, float]:
+    """What `--cuda-graph` says of how much durations vary: of instructions, and of iterations.
+
+    Raises:
+        PerseusError: it is no share, or the profile says nothing of that.
+    """
+    if text != "measured":
+        share = parse_jitter(text)
+        return share, share
+    found = jitter_of(profile)
+    if found is None:
+        raise ConfigError(
+            "--cuda-graph: got measured; allowed: with a profile that has spread_within or spread_between, as a job "
+            "measures them; else a share such as 0.01 or 1%"
+        )
+    return found
+
+
+def _planned(
+    request: PlanRequest, straggler: str | None, limited: bool
+) -> tuple[Plan, Plan | None, tuple[PlanRequest, Replays] | None]:
+    """The plan; of one with limits on clock changes that were asked for, what it is without them.
+
+    Of one for steps that are a CUDA graph also the request with what was chosen for it, and what is left of it there.
+    """
     # Loads OR-Tools, which other subcommands do without.
     from perseus_plugin.planning.discretise import WORK
-    from perseus_plugin.planning.process import plan_for, planner_for, with_errors
+    from perseus_plugin.planning.process import by_time, plan_for, planner_for, with_errors
 
     done, free = 0.0, None
     total = sum(WORK[one] for one in EFFORTS[: EFFORTS.index(request.effort) + 1])
@@ -167,11 +209,19 @@ def _planned(request: PlanRequest, straggler: str | None, limited: bool) -> tupl
         if straggler is not None:
             seconds = straggler_s(straggler, planner.problem.full_clock_time_s)
             request = replace(request, target=Target.straggler(seconds))
-        made = plan_for(request, planner)
+        graphed = None
+        jitter, margin = None if request.jitter is None else Jitter(*request.jitter), request.margin
+        request, made = by_time(request)
+        if request.margin != margin:
+            planner = planner_for(request, told)
+        made = made or plan_for(request, planner)
         if limited:
             # After the other, which is a plan without limits too, and must not be the better one.
             free = plan_for(replace(request, max_changes=None, min_dwell_s=0.0), planner)
-        return made if made.waits_until_s is not None else with_errors(request, made, planner), free
+        if jitter is not None:
+            problem = planner_for(replace(request, margin=0.0)).problem
+            graphed = request, Replayer(problem, request.latency_s or 0.0, jitter).under(made)
+        return made if made.waits_until_s is not None else with_errors(request, made, planner), free, graphed
 
 
 def pick_target(
@@ -243,3 +293,11 @@ def summary(made: Plan, free: Plan | None = None, dwell_s: float = 0.0) -> Table
     if free is not None:
         table.add_row("cost of the limits", "", f"{made.energy_j - free.energy_j:.3f} J")
     return table
+
+
+def add_graphed(table: Table, request: PlanRequest, graphed: Replays) -> None:
+    """What is left of a plan where a step is one CUDA graph, and what was chosen for that."""
+    table.add_row("as one CUDA graph: saving", "", f"{graphed.saving:.3%}")
+    table.add_row("  slowdown", "", f"{graphed.slowdown:.3%}")
+    changes = "any number" if request.max_changes is None else str(request.max_changes)
+    table.add_row("  chosen: margin, most changes", "", f"{request.margin:.3g}, {changes}")

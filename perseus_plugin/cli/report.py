@@ -17,7 +17,7 @@ from perseus_plugin.planning.solvers import keeping_the_interpreter
 from perseus_plugin.reporting.report.data import report_to_json
 from perseus_plugin.reporting.report.document import check_plotly
 from perseus_plugin.reporting.report.findings import Findings, Options, find
-from perseus_plugin.reporting.report.folder import load_folder, state_of
+from perseus_plugin.reporting.report.folder import ONE_GRAPH_SEEN, load_folder, state_of
 from perseus_plugin.reporting.report.phrases import (
     Rows,
     budget_rows,
@@ -146,6 +146,8 @@ def trace(
     check_writable(output, of=folder)
     loaded = load_folder(folder)
     if not any(record.samples for record in loaded.records.values()):
+        if loaded.one_graph:
+            raise ConfigError(f"{folder}: {ONE_GRAPH_SEEN}, so there is nothing to trace")
         raise ConfigError(f"{folder}: no iteration was kept whole (yet), so there is nothing to trace")
     made = trace_of(loaded)
     write(output, json.dumps(made, allow_nan=False, separators=(",", ":")) + "\n")

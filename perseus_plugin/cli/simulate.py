@@ -31,6 +31,7 @@ from perseus_plugin.cli.job import (
     SwitchLatency,
     lowering,
     parse_effort,
+    parse_jitter,
     parse_slowdown,
     profile_from_options,
     request_from_options,
@@ -53,7 +54,7 @@ from perseus_plugin.errors import ConfigError
 from perseus_plugin.gpus.emulated.physics import MODELS
 from perseus_plugin.iteration.instructions import INPUT_SHARE, Compute, StageStream
 from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
-from perseus_plugin.planning.power.words import parse_share, parse_watts
+from perseus_plugin.planning.power.words import parse_watts
 from perseus_plugin.planning.targets import ChangeLimits
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.report.document import check_plotly
@@ -67,7 +68,6 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-_MOST_JITTER = 0.2
 _MODELLED = "a model, no measurement: times from counted operations, clock and power curves of an emulated GPU"
 
 
@@ -366,10 +366,7 @@ def _aims(
 def _graph(jitter: str, change_s: float) -> Graph:
     from perseus_plugin.cli.simulation.scenarios import Graph
 
-    share = parse_share(jitter, "--cuda-graph")
-    if share > _MOST_JITTER:
-        raise ConfigError(f"--cuda-graph: got {jitter}; allowed: from 0 to {_MOST_JITTER:g}, such as 0.01 or 1%")
-    return Graph(share, change_s)
+    return Graph(parse_jitter(jitter), change_s)
 
 
 def _aim_of(job: PlanRequest) -> Aim:

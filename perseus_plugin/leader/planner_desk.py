@@ -10,6 +10,7 @@ from perseus_plugin.config import PerseusConfig
 from perseus_plugin.leader.effects import Ask
 from perseus_plugin.leader.rank_reports import RankReports
 from perseus_plugin.leader.recent import RecentIterations
+from perseus_plugin.planning.graphed import jitter_of
 from perseus_plugin.planning.power.budget import NodeOverhead
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.planning.targets import more_than
@@ -120,6 +121,7 @@ class PlannerDesk:
             in_force=ask.in_force,
             overheads=ask.overheads,
             search=not ask.quick,
+            jitter=jitter_of(survey.profile) if config.cuda_graph else None,
             refine_s=config.refine_s if ask.refine else 0.0,
         )
         if ask.refine:

@@ -2,23 +2,58 @@
 
 A stage's clock is what was asked for by the time, whatever it runs just then: an instruction is as far as its clocks
 until now have brought it. `control.graphed` says what is asked for, from the times of the replays before.
+
+Where durations vary, a plan with fewer clock changes, or one that ends slowed instructions earlier, may be the better
+one: that is chosen by replaying such plans over the same drawn durations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from perseus_plugin.control.graphed import GraphClocks, TimedRequest
+from perseus_plugin.errors import PlanError
 from perseus_plugin.exchange.messages import PhasesPart
 from perseus_plugin.iteration.graph import FloatArray
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.plan import Plan
+from perseus_plugin.planning.robust import TIME_WORTH, margins_from
+from perseus_plugin.profiling.profile import Profile
 
 _SETTLE, _COUNTED = 12, 24  # replays: until the fit is that of many, and those that figures are of
+_FEWEST, _MOST_RUN = 6, 200_000  # of those, and instructions of all of them: large jobs would take long
+_CHANGES = (16, 8, 4, 2)  # clock changes per iteration that are tried where more are allowed
+_WORSE = 2  # margins one after the other that are no better: larger ones are not, either
+
+
+class Jitter(NamedTuple):
+    """By how much durations vary: standard deviations, as shares.
+
+    Attributes:
+        within: of an instruction's duration.
+        between: of the pace of a whole iteration.
+    """
+
+    within: float
+    between: float
+
+
+def jitter_of(profile: Profile) -> Jitter | None:
+    """As a profile has it at full clocks: the root mean square over all kinds; None where it says nothing of that."""
+    rows = [rows[0] for rows in profile.table.values()]
+    shares = [
+        [share for share in of if math.isfinite(share)]
+        for of in ([row.spread_within for row in rows], [row.spread_between for row in rows])
+    ]
+    if not any(shares):
+        return None
+    return Jitter(*(math.sqrt(math.fsum(one * one for one in of) / len(of)) if of else 0.0 for of in shares))
 
 
 def phases_of(plan: Plan, stage: int) -> PhasesPart | None:
@@ -73,24 +108,91 @@ def replays(problem: PlanningProblem, plan: Plan, latency_s: float, jitter: floa
             are drawn anew for each.
         seed: of what is drawn.
     """
-    drawn = np.random.default_rng(seed)
-    parts = [phases_of(plan, stage) for stage in range(len(plan.stages))]
-    clocks = [None if part is None else GraphClocks(part) for part in parts]
-    full: list[list[TimedRequest]] = [[] for _ in clocks]
-    runs = _Runs(problem, latency_s)
-    seen: list[tuple[float, float, float, float, float]] = []
-    for number in range(_SETTLE + _COUNTED):
-        pace = 1 + jitter * drawn.standard_normal()
-        sizes = np.maximum(0.1, pace * (1 + jitter * drawn.standard_normal(len(problem.graph))))
-        requests = [[] if one is None else one.requests(latency_s) for one in clocks]
-        time_s, energy_j, ends_s = runs.run(requests, sizes)
-        for one, end_s in zip(clocks, ends_s, strict=True):
-            if one is not None:
-                one.saw(end_s)
-        if number >= _SETTLE:
-            changes = max(map(len, requests))
-            seen.append((time_s, energy_j, *runs.run(full, sizes)[:2], changes))
-    return Replays(*np.mean(seen, axis=0).tolist())
+    return Replayer(problem, latency_s, Jitter(jitter, jitter), seed).under(plan)
+
+
+class Replayer:
+    """Replays any plan of a job over the same drawn durations.
+
+    Args:
+        problem, latency_s, seed: see `replays`.
+        jitter: by how much durations vary.
+    """
+
+    def __init__(self, problem: PlanningProblem, latency_s: float, jitter: Jitter, seed: int = 0) -> None:
+        self._problem, self._latency_s, self._jitter, self._seed = problem, latency_s, jitter, seed
+        self._runs = _Runs(problem, latency_s)
+        self._full: list[tuple[float, float]] = []
+
+    def _sizes(self) -> Iterator[FloatArray]:
+        drawn, nodes = np.random.default_rng(self._seed), len(self._problem.graph)
+        for _ in range(_SETTLE + max(_FEWEST, min(_COUNTED, _MOST_RUN // nodes))):
+            pace = 1 + self._jitter.between * drawn.standard_normal()
+            yield np.maximum(0.1, pace * (1 + self._jitter.within * drawn.standard_normal(nodes)))
+
+    def under(self, plan: Plan) -> Replays:
+        """Of one plan, without waits at clocks of their own."""
+        parts = [phases_of(plan, stage) for stage in range(len(plan.stages))]
+        clocks = [None if part is None else GraphClocks(part) for part in parts]
+        seen: list[tuple[float, float, float, float, float]] = []
+        for number, sizes in enumerate(self._sizes()):
+            requests = [[] if one is None else one.requests(self._latency_s) for one in clocks]
+            time_s, energy_j, ends_s = self._runs.run(requests, sizes)
+            for one, end_s in zip(clocks, ends_s, strict=True):
+                if one is not None:
+                    one.saw(end_s)
+            if number >= _SETTLE:
+                seen.append((time_s, energy_j, *self._at_full_clocks(number - _SETTLE, sizes), max(map(len, requests))))
+        return Replays(*np.mean(seen, axis=0).tolist())
+
+    def _at_full_clocks(self, number: int, sizes: FloatArray) -> tuple[float, float]:
+        if number == len(self._full):
+            self._full.append(self._runs.run([[] for _ in self._problem.waiting], sizes)[:2])
+        return self._full[number]
+
+
+def worth(replayed: Replays, slowdown: float) -> float:
+    """What a plan is worth: its saving, less what time it takes beyond the slowdown that is allowed (shares)."""
+    return replayed.saving - TIME_WORTH * max(0.0, replayed.slowdown - slowdown)
+
+
+def choose_by_time(
+    plan_with: Callable[[float, int | None], Plan],
+    replayer: Replayer,
+    slowdown: float,
+    margin: float,
+    max_changes: int | None,
+) -> tuple[float, int | None]:
+    """The margin, and then the number of clock changes, with which a plan by time is worth most.
+
+    Args:
+        plan_with: makes the plan of a margin and a number of clock changes, quickly.
+        replayer: of the job, as its durations vary.
+        slowdown: that is allowed against full clocks, as a share.
+        margin: the least one.
+        max_changes: the most per stage and iteration; None: any number.
+
+    Returns:
+        Margin and number, as given where none is worth more.
+    """
+
+    def of(margin: float, changes: int | None) -> float:
+        try:
+            return worth(replayer.under(plan_with(margin, changes)), slowdown)
+        except PlanError:  # few clock changes may not do at every margin
+            return -math.inf
+
+    best, chosen, worse = of(margin, max_changes), margin, 0
+    for larger in margins_from(margin)[1:]:
+        if (found := of(larger, max_changes)) > best:
+            best, chosen, worse = found, larger, 0
+        elif (worse := worse + 1) == _WORSE:
+            break
+    fewer: int | None = max_changes
+    for changes in _CHANGES:
+        if (max_changes is None or changes < max_changes) and (found := of(chosen, changes)) > best:
+            best, fewer = found, changes
+    return chosen, fewer
 
 
 class _Runs:

@@ -48,6 +48,7 @@ __all__ = [
     "PlanAnswer",
     "PlanRequest",
     "answer_to",
+    "by_time",
     "end_with",
     "graph_for",
     "limits_of",
@@ -216,8 +217,9 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
                 for variant, planned in paced
             ),
         )
+    request, plan = by_time(request, problem)
     if request.samples is None:
-        plan = with_errors(request, plan_for(request))
+        plan = with_errors(request, plan or plan_for(request))
         return PlanAnswer(
             plan,
             0.0,
@@ -262,6 +264,49 @@ def answer_to(request: PlanRequest) -> PlanAnswer:
         cut_short=robust.plan.cut_short,
         made=_made(request, robust).how(),
     )
+
+
+def by_time(request: PlanRequest, problem: PlanningProblem | None = None) -> tuple[PlanRequest, Plan | None]:
+    """The request with margin and number of clock changes that are best where a step is one CUDA graph.
+
+    Over measured iterations, only with the number: they tell more of the margin. Under a power budget, which is kept by
+    power and not by a margin, as it is.
+
+    Args:
+        request: for what; without a jitter nothing is chosen.
+        problem: of its job, without the margin; None: a new one.
+
+    Returns:
+        Also its plan, where that was made: it is worth no less by replay than that of the request as it was.
+
+    Raises:
+        PerseusError: there is no such plan, or the request is inconsistent.
+    """
+    from perseus_plugin.planning.graphed import Jitter, Replayer, choose_by_time, worth
+    from perseus_plugin.planning.options import build_problem
+
+    if request.jitter is None or request.target.budget is not None or request.full_clocks:
+        return request, None
+    problem = problem or build_problem(graph_for(request), request.profile, request.blocking_power_w)
+    replayer = Replayer(problem, request.latency_s or 0.0, Jitter(*request.jitter))
+    slowdown = allowed_slowdown(request)
+    asked = replace(request, jitter=None)
+    margin, changes = choose_by_time(
+        lambda margin, changes: plan_for(replace(_sorted(asked, "rounded", margin), max_changes=changes)),
+        replayer,
+        slowdown,
+        request.margin,
+        request.max_changes,
+    )
+    if request.samples is not None:
+        return replace(asked, max_changes=changes), None
+    plan = plan_for(asked)
+    chosen = replace(asked, margin=margin, max_changes=changes)
+    if chosen == asked:
+        return asked, plan
+    other = plan_for(chosen)
+    best = max(((asked, plan), (chosen, other)), key=lambda one: worth(replayer.under(one[1]), slowdown))
+    return best[0], replace(best[1], cut_short=plan.cut_short or other.cut_short)
 
 
 def with_errors(request: PlanRequest, plan: Plan, planner: Planner | None = None) -> Plan:

@@ -46,7 +46,7 @@ class Made:
     """How the answer to a request was made of it, so that it can be made again without the iterations it was held over.
 
     Attributes:
-        target, margin, effort, search, lower_while_waiting, full_clocks, drawn: see `PlanRequest`.
+        target, margin, effort, search, lower_while_waiting, max_changes, full_clocks, drawn: see `PlanRequest`.
     """
 
     target: Target
@@ -54,6 +54,7 @@ class Made:
     effort: str
     search: bool
     lower_while_waiting: bool
+    max_changes: int | None = None
     full_clocks: bool = False
     drawn: float = 1.0
 
@@ -87,6 +88,8 @@ class PlanRequest:
         refine_s: a better plan than the one in force is looked for, at lowest priority and for about so long; 0: no.
         full_clocks: every instruction at full clocks, so that waits alone can have other ones.
         drawn: share of a power budget that is planned to be drawn.
+        jitter: the step is one CUDA graph whose clocks change by time, and an instruction's duration and an iteration's
+            pace vary by such shares: margin and number of clock changes are chosen for that. None: as they are given.
         made: of a request that was answered, how.
     """
 
@@ -115,6 +118,7 @@ class PlanRequest:
     refine_s: float = 0.0
     full_clocks: bool = False
     drawn: float = 1.0
+    jitter: tuple[float, float] | None = None
     made: Made | None = None
 
     def how(self) -> Made:
@@ -125,7 +129,9 @@ class PlanRequest:
         """The request that has the same answer and no measured iterations."""
         how = self.made or self.how()
         changes = {one.name: getattr(how, one.name) for one in fields(Made)}
-        return replace(self, samples=None, in_force=None, limit=None, pace=None, refine_s=0.0, made=None, **changes)
+        return replace(
+            self, samples=None, in_force=None, limit=None, pace=None, refine_s=0.0, jitter=None, made=None, **changes
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -155,6 +161,7 @@ class PlanRequest:
             "refine_s": self.refine_s,
             "full_clocks": self.full_clocks,
             "drawn": self.drawn,
+            "jitter": self.jitter,
         }
 
     def pieces(self) -> Iterator[str]:
@@ -209,6 +216,7 @@ class PlanRequest:
             refine_s=data["refine_s"],
             full_clocks=data["full_clocks"],
             drawn=data["drawn"],
+            jitter=None if data["jitter"] is None else (data["jitter"][0], data["jitter"][1]),
         )
 
 

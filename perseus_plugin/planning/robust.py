@@ -28,7 +28,7 @@ MARGINS = (0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 _GRACES = (0.0, 0.01)  # how far behind a rank may fall before it catches up, as a share of the iteration
 _SIZE_WEIGHTS = (0.5, 2.0, 8.0)
 _USUAL_WEIGHT = 2.0
-_TIME_WORTH = 10.0  # a percent of time is worth so many percents of energy: hardware costs more than electricity
+TIME_WORTH = 10.0  # a percent of time is worth so many percents of energy: hardware costs more than electricity
 _ERRORS = 2.0  # standard errors by which the mean has to keep within its tolerance
 _DELAYS_MOVED = 0.005  # share of an iteration by which usual delays may be off before ranks are told
 WORTH_CHANGING = 0.005  # share of energy by which another plan has to be better than one that holds
@@ -308,8 +308,8 @@ def _worth(replayed: Replayed, promise: Promise) -> float:
     Within a power budget every second counts.
     """
     if promise.power_w is not None:
-        return replayed.saving_mean - _TIME_WORTH * (replayed.time_ratio_mean - 1)
-    return replayed.saving_mean - _TIME_WORTH * max(0.0, replayed.time_ratio_mean - 1 - promise.slowdown)
+        return replayed.saving_mean - TIME_WORTH * (replayed.time_ratio_mean - 1)
+    return replayed.saving_mean - TIME_WORTH * max(0.0, replayed.time_ratio_mean - 1 - promise.slowdown)
 
 
 def saving_of(outcome: Outcome, full: Outcome) -> tuple[float, float, float]:

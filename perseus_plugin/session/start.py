@@ -31,6 +31,7 @@ from perseus_plugin.profiling.sweep import choose_clocks, sweep_order
 from perseus_plugin.reporting.live.log import set_up_logging
 from perseus_plugin.reporting.live.publishers import Publishers
 from perseus_plugin.reporting.live.relay import FigureRelay
+from perseus_plugin.reporting.record.lines import ONE_GRAPH
 from perseus_plugin.reporting.verification import Verification, load_verification
 from perseus_plugin.session.emulation import EmulatedStage
 from perseus_plugin.session.ending import close_before_the_group
@@ -150,7 +151,7 @@ def prepare(
             # With a profile the top clock all the same, as the reference that the plan must keep to.
             timetable=_timetable(config, full_sweep_mhz[:1] if known.profile else full_sweep_mhz),
             full_sweep_mhz=full_sweep_mhz,
-            facts={**(facts or {}), **(about or {})},
+            facts={**(facts or {}), **(about or {}), **dict([ONE_GRAPH] if config.cuda_graph else [])},
             signals=signals,
         )
     except BaseException:

@@ -52,6 +52,17 @@ def test_the_other_targets_and_limits(perseus: Perseus, profile: Path, tmp_path:
     assert cheapest.energy_j <= limited.energy_j
 
 
+def test_a_plan_for_a_graph_is_chosen_for_how_durations_vary(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    job = ("plan", profile, "--microbatches", 3, "--blocking-power", 60, "-o", out, "--cuda-graph")
+    done = perseus(*job, "3%")
+    assert done.returncode == 0, done.stderr
+    assert "as one CUDA graph: saving" in done.stdout
+    assert load_plan(out).waits == ()
+    assert "allowed: from 0 to 0.2" in perseus(*job, "0.5").stderr
+    assert "got measured; allowed: with a profile" in perseus(*job, "measured").stderr
+
+
 def test_an_interleaved_schedule_takes_any_number_of_chunks(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     job = (profile, "--microbatches", 4, "--blocking-power", 60, "--schedule", "interleaved-1f1b")

@@ -98,6 +98,11 @@ def test_a_trace_of_nothing_is_refused(perseus: Perseus, tmp_path: Path) -> None
     done = perseus("trace", str(folder), "-o", str(tmp_path / "trace.json"))
     assert done.returncode == 2
     assert "no iteration was kept whole" in done.stderr
+    facts = {"training step": "one CUDA graph"}
+    graphed = Job(tmp_path / "graphed", silent=(1,), facts=facts).planned(0).finished().folder
+    (graphed / "records" / "rank-0.samples.json").unlink(missing_ok=True)
+    done = perseus("trace", str(graphed), "-o", str(tmp_path / "trace.json"))
+    assert "in which no instruction is seen, so there is nothing to trace" in done.stderr
     assert not (tmp_path / "trace.json").exists()
 
 

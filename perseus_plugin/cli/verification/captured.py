@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,6 +33,8 @@ class CapturedStep:
         self._flags = torch.zeros(1 + len(pieces), dtype=torch.int64, pin_memory=True)
         self._seen = self._flags.numpy()
         self._runs = 1
+        self._watcher: threading.Thread | None = None
+        self._passed_s = list[float]()
         self._run()  # what is made at the first use of a kernel cannot be made in a capture
         torch.cuda.synchronize()
         self._graph: Any = torch.cuda.CUDAGraph()
@@ -50,23 +53,29 @@ class CapturedStep:
         self._flags[at : at + 1].copy_(self._number, non_blocking=True)
 
     def replay(self) -> None:
-        """Launch one; returns at once."""
+        """Launch one. Of many kernels the call lasts while the GPU is at the first ones already."""
         self._runs += 1
+        self._passed_s = []
+        self._watcher = threading.Thread(target=self._watch, name="perseus-replay", daemon=True)
+        self._watcher.start()
         self._graph.replay()
 
+    def _watch(self) -> None:
+        end_s = time.monotonic() + _LONGEST_S
+        while len(self._passed_s) < len(self._seen) and time.monotonic() < end_s:
+            if self._seen[len(self._passed_s)] >= self._runs:
+                self._passed_s.append(time.monotonic())
+            else:
+                time.sleep(_LOOK_S)
+
     def passed_s(self) -> list[float]:
-        """Look until the replay launched last has ended: when the host saw each flag (`time.monotonic()`).
+        """When the host saw each flag (`time.monotonic()`), once the replay launched last has ended.
 
         Raises:
             GpuError: it does not end.
         """
-        found = list[float]()
-        end_s = time.monotonic() + _LONGEST_S
-        while len(found) < len(self._seen):
-            if self._seen[len(found)] >= self._runs:
-                found.append(time.monotonic())
-                continue
-            if time.monotonic() > end_s:
-                raise GpuError(f"a replay of the graph had not ended after {_LONGEST_S:.0f} s")
-            time.sleep(_LOOK_S)
-        return found
+        if self._watcher is not None:
+            self._watcher.join()
+        if len(self._passed_s) < len(self._seen):
+            raise GpuError(f"a replay of the graph had not ended after {_LONGEST_S:.0f} s")
+        return self._passed_s

@@ -24,6 +24,10 @@ class _Strict(BaseModel):
         return json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n"
 
 
+ONE_GRAPH = ("training step", "one CUDA graph")
+"""Fact of a job whose steps are one CUDA graph: of those no instruction is seen."""
+
+
 class Header(_Strict):
     """The first line; see `recorder.Recorder`."""
 

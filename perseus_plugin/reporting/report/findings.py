@@ -16,7 +16,7 @@ from perseus_plugin.reporting.record.records import Series
 from perseus_plugin.reporting.record.samples import Sample
 from perseus_plugin.reporting.report.baseline import by_schedule
 from perseus_plugin.reporting.report.budgets import BudgetAsRun, as_run
-from perseus_plugin.reporting.report.folder import JobFolder
+from perseus_plugin.reporting.report.folder import ONE_GRAPH_SEEN, JobFolder
 from perseus_plugin.reporting.report.lanes import Lanes, full_clock_lanes, planned_lanes, recorded_lanes
 from perseus_plugin.reporting.report.origin import explained, origin
 from perseus_plugin.reporting.report.reigns import Reign, reigns
@@ -219,9 +219,20 @@ def _lanes(folder: JobFolder) -> list[Lanes]:
         made.append(planned_lanes("Plan, as predicted", plan, profile, graph, power_w))
     if ran := folder.pipeline((PLAN,)):
         made.append(recorded_lanes(f"Plan, as iteration {ran[0].number} ran", ran, profile, graph, power_w))
+    elif plan is not None and folder.one_graph:
+        folder.missing.append(f"{ONE_GRAPH_SEEN}: what ran is not drawn{_as_a_whole(folder)}")
     elif plan is not None and folder.records:
         folder.missing.append("no iteration under the plan was kept whole (yet): what ran is not drawn")
     return made
+
+
+def _as_a_whole(folder: JobFolder) -> str:
+    """What is known of iterations all the same."""
+    if folder.summary is None:
+        return ""
+    time_s, energy_j = folder.summary.iteration_time_s.measured, folder.summary.energy_j.measured
+    took = "" if time_s is None else f"; under the plan they took {time_s:.4g} s each"
+    return took + (f" and {energy_j:.4g} J" if took and energy_j is not None else "")
 
 
 def _frontier(folder: JobFolder) -> FrontierCurve | None:

@@ -20,6 +20,7 @@ from perseus_plugin.profiling.kept import read_survey
 from perseus_plugin.profiling.profile import Profile, load_profile
 from perseus_plugin.profiling.survey import Survey
 from perseus_plugin.reporting.live.events import EVENTS_FILE, read_events
+from perseus_plugin.reporting.record.lines import ONE_GRAPH
 from perseus_plugin.reporting.record.recorder import FOLDER, SCHEDULES
 from perseus_plugin.reporting.record.records import RankRecord, Series, load_record, series
 from perseus_plugin.reporting.record.samples import Sample
@@ -30,6 +31,9 @@ _KNOWN = (SUMMARY_FILE, "plan.json", "profile.csv", "schedule.json", EVENTS_FILE
 _QUIET_S = 120.0  # a running job that has written nothing for so long has probably died
 
 ReadT = TypeVar("ReadT")
+
+
+ONE_GRAPH_SEEN = "its steps are one CUDA graph each, in which no instruction is seen"
 
 
 @dataclass
@@ -90,6 +94,12 @@ class JobFolder:
         if self.summary is not None:
             return self.summary.gpu
         return " / ".join(sorted({record.header.gpu for record in self.records.values()}))
+
+    @property
+    def one_graph(self) -> bool:
+        """Whether the job's steps are one CUDA graph each, in which no instruction is seen."""
+        name, value = ONE_GRAPH
+        return any(record.header.facts.get(name) == value for record in self.records.values())
 
     def graph(self) -> PipelineGraph | None:
         """Of the plan's schedule; None if its streams are not there, or are of another schedule."""

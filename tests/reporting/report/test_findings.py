@@ -169,6 +169,18 @@ def test_before_the_plan_has_run_its_prediction_is_told_as_such(tmp_path: Path) 
     assert any("no iteration under the plan was kept whole" in text for text in found.folder.missing)
 
 
+def test_of_steps_that_are_one_graph_what_is_known_is_told(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out", facts={"training step": "one CUDA graph"}).planned().finished()
+    for whole in (job.folder / "records").glob("*.samples.json"):
+        whole.unlink()  # of such steps there are none
+    found = find(load_folder(job.folder))
+    (text,) = [one for one in found.folder.missing if "CUDA graph" in one]
+    known = found.folder.summary
+    assert known is not None
+    assert f"they took {known.iteration_time_s.measured:.4g} s each and {known.energy_j.measured:.4g} J" in text
+    assert not any("(yet)" in one for one in found.folder.missing)
+
+
 def test_a_job_that_still_profiles_is_told_as_far_as_it_came(tmp_path: Path) -> None:
     job = Job(tmp_path / "out").profiled()
     job.finished()

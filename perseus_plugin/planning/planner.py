@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import PipelineGraph
@@ -16,12 +17,14 @@ from perseus_plugin.planning.improve import fastest_whole
 from perseus_plugin.planning.options import PlanningProblem, build_problem
 from perseus_plugin.planning.plan import Plan, PlannedInstruction
 from perseus_plugin.planning.power.budget import PowerBudget
-from perseus_plugin.planning.power.fastest import Fastest, fastest_within
 from perseus_plugin.planning.relaxation import Relaxation, Relaxed
 from perseus_plugin.planning.rounding import use_up_slack
 from perseus_plugin.planning.targets import EFFORTS, ChangeLimits, Effort, Target
 from perseus_plugin.planning.work import SMALL, Work
 from perseus_plugin.profiling.profile import Profile
+
+if TYPE_CHECKING:
+    from perseus_plugin.planning.power.fastest import Fastest
 
 __all__ = ["ChangeLimits", "Effort", "Planner", "Solution", "Target", "make_plan"]
 
@@ -191,6 +194,8 @@ class Planner(Discretiser):
         Raises:
             PlanError: none keeps it; the message names the lowest.
         """
+        from perseus_plugin.planning.power.fastest import fastest_within  # most plans are of no budget
+
         return fastest_within(self, budget, limits, effort, self.work(effort))
 
     def best_known(self, found: Solution) -> Solution:

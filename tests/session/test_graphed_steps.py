@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from perseus_plugin.cli.job import request_of_folder
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.planning.plan import load_plan
+from perseus_plugin.planning.process import plan_for
 from tests.one_job import OneJob, Step
 from tests.session.test_one_job import SHORT
 
@@ -52,6 +54,8 @@ def test_a_step_that_becomes_a_graph_once_there_is_a_plan_goes_on_under_it_and_s
     plan = load_plan(other / "plan.json")
     assert "plan" in ran.states
     assert ran.summary["plan"]["dropped_plans"] == 0
+    again = plan_for(request_of_folder(other))
+    assert (again.stages, again.energy_j) == (plan.stages, plan.energy_j), "what `perseus plan FOLDER` makes"
     for stage in range(2):
         gpu = EmulatedGpu(other / "emulated_gpus" / f"rank{stage}")
         locked = {one.mhz for one in gpu.events() if one.mhz}

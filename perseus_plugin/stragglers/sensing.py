@@ -13,6 +13,7 @@ from perseus_plugin.iteration.timetable import Directive, Follow
 from perseus_plugin.stragglers.book import DETECTION, Report
 from perseus_plugin.stragglers.detection import (
     OwnPast,
+    Paces,
     StragglerDetector,
     against_pipeline,
     against_replicas,
@@ -120,15 +121,22 @@ class StragglerSensing:
         others = [paces for paces in others if place.stage in paces]
         rough = {number for paces in (stages, *others) for told in paces.values() for number in told.rough}
         rough.update(self._rough)
-        relative = against_pipeline(self._own, _without(stages, place.stage))
+        # What has been judged is not held against others again.
+        after = self._judged[self._among_stages]
+        relative = against_pipeline(_later(self._own, after), _without(stages, place.stage))
         if others:  # with one pipeline nothing tells work that grows in one stage from a GPU that is slow
-            shapes = [against_pipeline(paces[place.stage].pace, _without(paces, place.stage)) for paces in others]
+            counterparts = [_later(paces[place.stage].pace, after) for paces in others]
+            shapes = [
+                against_pipeline(pace, _without(paces, place.stage))
+                for pace, paces in zip(counterparts, others, strict=True)
+            ]
             # Both: a rank whose counterpart's neighbour is slow stands out in the second comparison only.
             relative = {
                 number: min(relative[number], against) for number, against in against_replicas(relative, shapes).items()
             }
         self._follow(self._among_stages, relative, rough)
-        same_stage = against_replicas(self._own, [paces[place.stage].pace for paces in others])
+        own = _later(self._own, self._judged[self._among_replicas])
+        same_stage = against_replicas(own, [paces[place.stage].pace for paces in others])
         self._follow(self._among_replicas, same_stage, rough)
         level = max(self._among_stages.level, self._among_replicas.level)
         if not 1 / _NO_CHANGE < level / self._level < _NO_CHANGE:
@@ -164,6 +172,10 @@ class StragglerSensing:
         """
         for report in reports:
             self._exchange.append(STRAGGLERS, report.model_dump())
+
+
+def _later(paces: Paces, after: int) -> dict[int, float]:
+    return {number: pace for number, pace in paces.items() if number > after}
 
 
 def _without(paces: dict[int, PaceOf], stage: int) -> list[dict[int, float]]:

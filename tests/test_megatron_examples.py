@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,13 @@ SUPPORT = REPOSITORY / "tests" / "megatron_support"
 SCRIPTS = sorted(EXAMPLE.glob("*.sh"))
 NEWEST = list(versions(with_training=True))[-1:]
 
+# Forks of the process that jobs of e2e/test_megatron.py are forks of.
+of_the_newest = pytest.mark.xdist_group("newest Megatron")
+IMPORTS = ("pretrain_gpt",)
+
 # All flags of Megatron's parser and ours, as a script would have them.
 _LIST_FLAGS = """
-import argparse, sys
-sys.path.insert(0, sys.argv[1])
+import argparse
 import cuda_on_cpu
 cuda_on_cpu.install()
 from megatron.training.arguments import add_megatron_arguments
@@ -45,17 +47,14 @@ def test_scripts_are_valid_shell(script: Path) -> None:
 
 
 @pytest.mark.e2e
+@of_the_newest
 @pytest.mark.parametrize("version", NEWEST)
-def test_scripts_use_flags_that_exist(version: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _LIST_FLAGS, str(SUPPORT)],
-        env={**os.environ, "PYTHONPATH": python_path(versions()[version], REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "FLAGS" in done.stdout, done.stderr[-3000:]
-    known = set(done.stdout.split("FLAGS", 1)[1].split())
+def test_scripts_use_flags_that_exist(version: str, tmp_path: Path) -> None:
+    script = tmp_path / "list_flags.py"
+    script.write_text(_LIST_FLAGS)
+    path = python_path(versions()[version], REPOSITORY)
+    done = run_ranks(1, tmp_path, str(script), imports=IMPORTS, PYTHONPATH=path).check()
+    known = set(next(line for line in done.output.splitlines() if line.startswith("FLAGS")).split())
     torchrun = {"--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
     # Comments and torchrun's own flags aside, `run_on_cpu.sh` has only flags of the common kind.
     code = "\n".join(line for script in SCRIPTS for line in script.read_text().splitlines() if line[:1] != "#")
@@ -65,7 +64,8 @@ def test_scripts_use_flags_that_exist(version: str) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("version", list(versions())[-1:])
+@of_the_newest
+@pytest.mark.parametrize("version", NEWEST)
 def test_stand_ins_train_alike_in_every_layout(version: str, tmp_path: Path) -> None:
     """With gloo, wrongly matched sends give wrong gradients without a word."""
     losses = []
@@ -74,7 +74,7 @@ def test_stand_ins_train_alike_in_every_layout(version: str, tmp_path: Path) -> 
         words = [str(SUPPORT / "core_job.py"), "--pipeline-model-parallel-size", str(stages), "--chunks", str(chunks)]
         words += ["--train-iters", "8", "--results", str(results)]
         path = python_path(versions()[version], REPOSITORY)
-        run_ranks(ranks, tmp_path, *words, imports=("core_job",), PYTHONPATH=path).check()
+        run_ranks(ranks, tmp_path, *words, imports=IMPORTS, PYTHONPATH=path).check()
         losses.append([loss for row in json.loads(results.read_text())["ranks"][-1]["losses"] for loss in row])
     assert losses[0][0] != losses[0][-1]
     for other in losses[1:]:

@@ -34,7 +34,7 @@ ENDED_S = 10.0
 
 BASE_CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
-    "gradient_accumulation_steps": 4,
+    "gradient_accumulation_steps": 2,
     "steps_per_print": 1000,
     "optimizer": {"type": "Adam", "params": {"lr": 0.001, "torch_adam": True}},
     "pipeline": {"use_reentrant": False},

@@ -15,7 +15,7 @@ from tests.e2e.launching import Probe
 from tests.e2e.simulation import Simulation
 from tests.waiting import came_true
 
-STAGES, MICROBATCHES = 4, 6
+STAGES, MICROBATCHES = 4, 4
 FORWARD_S = [0.008, 0.010, 0.012, 0.014]
 
 # Of all tests that look at it: it runs once where they run in one process.

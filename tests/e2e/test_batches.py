@@ -17,7 +17,7 @@ def test_announced_batches_are_planned_for_and_training_is_bit_identical(tmp_pat
     block = perseus_block(tmp_path / "out", 2)
     block["emulation"] = {"forward_time_s": [0.06, 0.08], "backward_time_s": [0.12, 0.16]}
     do = [("nothing", "batches are planned for one by one: announced"), ("end", "+16")]
-    job = Probe(tmp_path, block, do, ("--announce", "4"), 2)
+    job = Probe(tmp_path, block, do, ("--announce", "4"), 2, {"gradient_accumulation_steps": 4})
     job.run().check()
     batches = job.summary()["batches"]
     assert batches["announced"] > 20

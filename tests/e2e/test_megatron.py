@@ -136,7 +136,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 # What others have together, or with fewer stages.
 REPEATED = ("pp2", "pp4", "pp2-dp2", "pp2-vp2")
 # Tensor parallel ranks wait for each other's CPU within each instruction.
-FORWARD_S = {"pp2-tp2": 0.04}
+FORWARD_S = {"pp2-tp2": 0.024}
 INTERLEAVED = "interleaved-1F1B-overlap-waits/2x4x2g2"
 SCHEDULES = {"pp4": "1F1B/4x4", "pp2-tp2": "1F1B/2x2", "pp2-vp2": INTERLEAVED, "pp2-vp2-dp2": INTERLEAVED}
 
@@ -201,8 +201,8 @@ def test_evaluation_a_changing_batch_size_and_a_helper_that_dies(tmp_path: Path)
     As users start it: under torchrun, by the launcher. The others come in through the entry point.
     """
     changes: dict[str, Any] = {"train_iters": None, "global_batch_size": None, "eval_iters": 1, "eval_interval": 7}
-    # 60 iterations of 2 microbatches, more than it takes to profile and to plan, then 4.
-    words = flags(2, train_samples=4 * AT_MOST, step_batch_size_schedule="0:2 3840:4", **changes)
+    # 40 iterations of 2 microbatches, more than it takes to profile and to plan, then 4.
+    words = flags(2, train_samples=4 * AT_MOST, step_batch_size_schedule="0:2 2560:4", **changes)
     out = tmp_path / "out"
     paths = [out / "emulated_gpus" / f"rank{rank}" for rank in range(2)]
 

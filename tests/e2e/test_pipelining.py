@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("PyTorch's pipelines")]
 
 # Ranks, and arguments of the script.
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "1F1B-torchrun": (2, ("--evaluate-every", "20")),
+    "1F1B-torchrun": (2, ("--evaluate-every", "10", "--microbatches", "4")),
     "ZBVZeroBubble": (2, ("--schedule", "ZBVZeroBubble", "--microbatches", "4")),
     "1F1B-pp4": (4, ()),
     "Interleaved1F1B-pp4": (4, ("--schedule", "Interleaved1F1B", "--microbatches", "4")),
@@ -83,10 +83,11 @@ def test_a_step_that_becomes_a_graph_follows_its_plan_by_host_time_and_is_bit_id
     file, plan = tmp_path / "perseus.json", tmp_path / "out" / "plan.json"
     block = perseus_block(tmp_path / "out", 2, cuda_graph=True)
     file.write_text(json.dumps(block))
-    words = ("--graph-once", str(plan), "--until-said", PLANNED)
+    few = ("--microbatches", "4")
+    words = (*few, "--graph-once", str(plan), "--until-said", PLANNED)
     done = run(2, tmp_path, *words, PERSEUS_CONFIG=str(file))
     with_plugin = facts(tmp_path, 2)
-    run(2, tmp_path / "without", "--steps", str(len(with_plugin[0]["parameters"])))
+    run(2, tmp_path / "without", *few, "--steps", str(len(with_plugin[0]["parameters"])))
     assert with_plugin == facts(tmp_path / "without", 2)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["state"] == "finished"

@@ -114,7 +114,16 @@ def test_a_slow_replica_is_reported_and_answered(tmp_path: Path) -> None:
 @pytest.mark.repeated  # from what ranks tell on: tests/stragglers/test_answers.py
 def test_a_slow_stage_within_the_only_pipeline(tmp_path: Path) -> None:
     seen = [("slow", A_WHILE), ANSWERED, ("recover", A_WHILE), BACK]
-    job = slow_job(tmp_path, 2, {"detect": True}, 0, 2.0, [PLANNED, *seen, ("end", A_WHILE)], last_s=0.02)
+    job = slow_job(
+        tmp_path,
+        2,
+        {"detect": True},
+        0,
+        2.0,
+        [PLANNED, *seen, ("end", A_WHILE)],
+        last_s=0.02,
+        config={"gradient_accumulation_steps": 4},  # with fewer its neighbour never waits
+    )
     replan = next(event for event in events_of(job) if event["event"] == "replan")
     (variant,) = replan["variants"]
     slowdown, other = variant["slowdown"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sysconfig
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 _BESIDE = REPOSITORY / ".megatron"
+_INSTALLED = Path(sysconfig.get_path("purelib"))
 
 
 def versions(with_training: bool = False) -> dict[str, Path]:
@@ -34,5 +36,6 @@ def versions(with_training: bool = False) -> dict[str, Path]:
 
 
 def python_path(*first: Path) -> str:
-    """A PYTHONPATH on which these folders come before what is there already."""
-    return os.pathsep.join([*map(str, first), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """A PYTHONPATH on which these folders come before what is there already; where Python looks anyway is left out."""
+    folders = [str(folder) for folder in first if folder != _INSTALLED]
+    return os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])

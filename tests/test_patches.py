@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.launching import Probe, perseus_block
+from tests.e2e.launching import JOB_TIMEOUT_S, Probe, perseus_block
 from tests.megatron_support.flags import flags
 from tests.megatron_support.versions import REPOSITORY, python_path, versions
 
@@ -100,7 +100,7 @@ def run_megatron(folder: Path, path: str, *command: str) -> subprocess.Completed
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=240,
+        timeout=JOB_TIMEOUT_S,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.launching import Probe
+from tests.e2e.launching import JOB_TIMEOUT_S, Probe
 from tests.e2e.simulation import Simulation
 from tests.waiting import came_true
 
@@ -65,7 +65,7 @@ def observe(library: Path, folder: Path) -> Observed:
         return 'perseus_energy_joules{figure="predicted"}' in scraped or job.poll() is not None
 
     with probe.started(**machine.environment) as job:
-        came_true(predicted, timeout_s=180, interval_s=0.1)
+        came_true(predicted, JOB_TIMEOUT_S, 0.1)
         seen.touch()
         job.wait().check()
     return Observed(probe, machine, folder / "monitor" / "job", scraped, _scraped(port))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.launching import ENDED_S
+from tests.e2e.launching import ENDED_S, JOB_TIMEOUT_S
 from tests.e2e.observed import STAGES, Observed, look_at_the_observed_job
 from tests.e2e.simulation import Simulation
 from tests.waiting import came_true, processes_naming
@@ -91,12 +91,12 @@ def test_an_exception_in_the_script_resets_the_clocks(simulated_nvml: Path, tmp_
 def test_a_second_job_only_observes_and_sigterm_resets_the_clocks(simulated_nvml: Path, tmp_path: Path) -> None:
     machine = Simulation(simulated_nvml, tmp_path, 2)
     with machine.job(tmp_path / "first", steps=10_000).started(**machine.environment) as first:
-        assert came_true(machine.lowered, 90, 0.002)
+        assert came_true(machine.lowered, JOB_TIMEOUT_S, 0.002)
         second = machine.job(tmp_path / "second", steps=4).run(**machine.environment).check()
         assert "observing only" in second.output
         assert any(str(pid) in second.output for pid in first.ranks()), "the message names the holder"
         assert first.poll() is None
-        assert came_true(machine.lowered, 90, 0.002)
+        assert came_true(machine.lowered, JOB_TIMEOUT_S, 0.002)
         for pid in first.ranks():
             os.kill(pid, signal.SIGTERM)
         assert came_true(machine.free, ENDED_S)

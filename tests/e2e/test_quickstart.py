@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from tests.test_docs import commands
 
-from .launching import REPOSITORY
+from .launching import JOB_TIMEOUT_S, REPOSITORY
 from .observed import Observed, look_at_the_observed_job
 
 pytestmark = pytest.mark.e2e
@@ -47,7 +48,7 @@ def run(words: list[str], folder: Path) -> None:
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=480,
+        timeout=JOB_TIMEOUT_S,
         check=False,
     )
     assert done.returncode == 0, f"{shlex.join(words)}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -72,21 +73,21 @@ def train(words: list[str], folder: Path) -> None:
     assert measured is not None
 
 
-def follow_the_pages(folder: Path, train: Callable[[list[str], Path], None]) -> None:
-    """Run the commands of the pages in their order, `train` for the one that does."""
+def follow_the_pages(folder: Path, train: Callable[[list[str], Path], None], at_a_time: int = 1) -> None:
+    """Run the commands of the pages in their order, `train` for the one that does; of the others so many at a time."""
     pytest.importorskip("matplotlib")
-    ran = []
+    ran: list[list[str]] = []
     for page in (REPOSITORY / "docs" / "quickstart.md", REPOSITORY / "README.md"):
         for words in commands(page):
             if tuple(words[:2]) in ELSEWHERE or words in ran or "..." in words:  # three dots: a pattern
                 continue
             ran.append(words)
-            if words == QUICKSTART:
-                train(words, folder)
-            else:
-                run(ready(words, 0), folder)
-    assert QUICKSTART in ran
+    assert ran[0] == QUICKSTART
     assert len(ran) >= 6
+    train(ran[0], folder)
+    with ThreadPoolExecutor(at_a_time) as pool:
+        for _ in pool.map(lambda words: run(ready(words, 0), folder), ran[1:]):
+            pass
     for picture in ("timeline.png", "frontier.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -107,7 +108,7 @@ def test_the_quickstart_starts_and_ends(folder: Path) -> None:
 def test_what_the_pages_say_can_be_done_with_what_a_job_leaves(observed: Observed, folder: Path) -> None:
     (folder / "out").mkdir()
     (folder / "out" / "quickstart").symlink_to(observed.out)
-    follow_the_pages(folder, lambda words, folder: None)
+    follow_the_pages(folder, lambda words, folder: None, at_a_time=2)
 
 
 @pytest.mark.repeated

@@ -15,7 +15,7 @@ import pytest
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.reporting.report.findings import Options, find
 from perseus_plugin.reporting.report.folder import load_folder
-from tests.e2e.launching import ENDED_S, Probe, perseus_block
+from tests.e2e.launching import ENDED_S, JOB_TIMEOUT_S, Probe, perseus_block
 from tests.e2e.observed import Observed, look_at_the_observed_job
 from tests.waiting import came_true, processes_naming
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.e2e
 
 def report(folder: Path, *options: str) -> str:
     command = [sys.executable, "-m", "perseus_plugin.cli.main", "report", str(folder), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=JOB_TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -47,12 +47,14 @@ def test_a_job_is_reported_on_while_it_runs_and_after_sigkill_which_leaves_no_lo
     out = tmp_path / "out"
     probe = Probe(tmp_path, perseus_block(out, 2), arguments=("--steps", "100000"))
     with probe.started() as job:
-        assert came_true(lambda: kept_whole(out), timeout_s=180, interval_s=0.5)
+        assert came_true(lambda: kept_whole(out), JOB_TIMEOUT_S, interval_s=0.5)
         said = report(out, "--no-html")
         assert "plan 1" in said
         assert "report.html" not in {path.name for path in out.iterdir()}
-        assert came_true(lambda: has_figures(out), timeout_s=120, interval_s=0.5)
-        assert came_true(lambda: all(mhz not in (None, 1410) for mhz in locked(out)), 90, 0.002), "no clock is lowered"
+        assert came_true(lambda: has_figures(out), JOB_TIMEOUT_S, interval_s=0.5)
+        assert came_true(lambda: all(mhz not in (None, 1410) for mhz in locked(out)), JOB_TIMEOUT_S, 0.002), (
+            "no clock is lowered"
+        )
         assert len(processes_naming(str(out))) == 2
         for pid in job.ranks():
             os.kill(pid, signal.SIGKILL)

@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400, help="at most")
     parser.add_argument("--until-said", help="end some steps after these words of a log")
-    parser.add_argument("--more", type=int, default=16, help="how many")
+    parser.add_argument("--more", type=int, default=20, help="how many")
     parser.add_argument("--enable", help="call perseus_plugin.enable with this file")
     parser.add_argument("--graph-once", help="from when this file is there on, steps are replays of a CUDA graph")
     parser.add_argument("--leave-the-group", action="store_true", help="exit without destroy_process_group")

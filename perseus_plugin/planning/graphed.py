@@ -23,7 +23,6 @@ from perseus_plugin.exchange.messages import PhasesPart
 from perseus_plugin.iteration.graph import FloatArray
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.plan import Plan
-from perseus_plugin.planning.robust import TIME_WORTH, margins_from
 from perseus_plugin.profiling.profile import Profile
 
 _SETTLE, _COUNTED = 12, 24  # replays: until the fit is that of many, and those that figures are of
@@ -153,6 +152,9 @@ class Replayer:
 
 def worth(replayed: Replays, slowdown: float) -> float:
     """What a plan is worth: its saving, less what time it takes beyond the slowdown that is allowed (shares)."""
+    # Loads what replays measured iterations, which the training process does without.
+    from perseus_plugin.planning.robust import TIME_WORTH
+
     return replayed.saving - TIME_WORTH * max(0.0, replayed.slowdown - slowdown)
 
 
@@ -175,6 +177,7 @@ def choose_by_time(
     Returns:
         Margin and number, as given where none is worth more.
     """
+    from perseus_plugin.planning.robust import margins_from
 
     def of(margin: float, changes: int | None) -> float:
         try:

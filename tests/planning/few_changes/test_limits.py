@@ -227,7 +227,7 @@ def test_where_a_search_with_more_changes_finds_less_the_plan_of_fewer_is_taken(
 @pytest.mark.many
 @examples(4)
 @given(
-    jobs(max_stages=3, max_microbatches=5, max_clocks=6),
+    jobs(max_stages=2, max_microbatches=5, max_clocks=6),
     st.tuples(st.integers(0, 3), st.integers(1, 4)).filter(lambda two: two[0] < two[1]),
     st.sampled_from([0.0, 0.05]),
 )

@@ -88,9 +88,9 @@ def test_a_slow_replica_is_answered_when_it_is_seen_and_when_it_is_reported(tmp_
     reported = [("report", A_WHILE), ANSWERED, ("take-back", A_WHILE), BACK]
     aimed = [("aim-lower", A_WHILE), IN_FORCE, ("aim-at-full", A_WHILE), IN_FORCE]
     do = [PLANNED, *seen, *reported, *aimed, ("end", A_WHILE)]
-    job = slow_job(tmp_path, 4, {"detect": True}, 3, 1.25, do, config=MIXED)
+    job = slow_job(tmp_path, 4, {"detect": True}, 3, 1.25, do, config={**MIXED, "gradient_accumulation_steps": 4})
     check_answered(job, "slow", "recover", "report")
-    figures = check_answered(job, "report", "take-back")
+    figures = check_answered(job, "report", "take-back", "aim-lower")
     assert figures["detections"] >= 1
     assert figures["reports"] == 2
     (lower,), (at_full,) = steps_of(job, "aim-lower"), steps_of(job, "aim-at-full")

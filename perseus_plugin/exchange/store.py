@@ -150,6 +150,10 @@ class StoreExchange:
         self._fail_if_lost()
         if self._rank == 0:
             self._take({key: json.loads(json.dumps(value))})
+            if at_once:  # so do the others, and rank 0 waits for that
+                self._lively_until_s = float("inf")
+                self._inbox_at_s = 0.0
+                self._node.wake()
         elif at_once:
             self._client.append(_INBOX, {key: value})
         else:
@@ -294,12 +298,12 @@ class StoreExchange:
             self._hear(self._found())
             self._turn = counted[0]
             self._node.send(self._for_members())
-            self._lively_until_s = now_s + _LIVELY_S
+            self._lively_until_s = max(self._lively_until_s, now_s + _LIVELY_S)
         if takes:
             for bundle in self._client.take_new(_INBOX, counted[-1]):
                 self._take(bundle)
                 if _HURRIED in bundle:
-                    self._lively_until_s = now_s + _LIVELY_S
+                    self._lively_until_s = max(self._lively_until_s, now_s + _LIVELY_S)
             lively = now_s < self._lively_until_s
             self._inbox_at_s = now_s + (INBOX_EVERY_S if lively else LOOK_EVERY_S)
             if self._node.leads and not lively:

@@ -194,6 +194,22 @@ def test_what_is_told_at_once_is_there_even_if_nothing_follows(ranks_of: RanksOf
     assert wait_for(ranks[0].told, keys, 20).keys() == set(keys)
 
 
+def test_once_rank_0_has_said_its_last_it_soon_hears_what_the_others_say_last(
+    ranks_of: RanksOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "LOOK_EVERY_S", 3600.0)
+    monkeypatch.setattr(store_module, "_LIVELY_S", 0.0)
+    ranks = ranks_of(2, 1)
+    wait_until(lambda: ranks[0]._inbox_at_s > time.monotonic() + 1800.0)
+    ranks[1].tell("stats/1", "before", at_once=True)
+    ranks[0].tell("stats/0", "last", at_once=True)
+    wait_until(lambda: ranks[0].told("stats/1") == "before")
+    ranks[1].tell("windows/1", "in a hurry")
+    wait_until(lambda: ranks[0].told("windows/1") == "in a hurry")
+    ranks[1].tell("stats/1", "last", at_once=True)
+    wait_until(lambda: ranks[0].told("stats/1") == "last")
+
+
 # How often the store is asked.
 
 

@@ -178,7 +178,7 @@ class TargetDesk:
                     self._take(Entry(0, FILE, Standing.COMMAND))
                 self._file_says = False
                 return
-            said = parse_json(read_text(file, _MOST_BYTES))
+            said = parse_json(read_text(file, _MOST_BYTES, regular=True))
             if not isinstance(said, dict):
                 raise TargetError(f'got {type(said).__name__}; allowed: an object such as {{"slowdown": 0.1}}')
             self._enter({**said, "source": FILE})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,10 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path, caplog: pytest.Log
     file.mkdir()
     assert desk.wishes() == []
     assert caplog.text.count("What it said before stays; correct the file") == 6
+    file.rmdir()
+    os.mkfifo(file)  # that nobody writes to: rank 0 must not wait for it
+    assert desk.wishes() == []
+    assert caplog.text.count("target.json: it is no regular file. What it said before stays") == 2, "nor was the folder"
 
 
 def test_signals_stand_below_commands_and_above_the_configuration_and_are_heard_as_they_change(tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
 Prices of the instructions' time take precedence out of the problem: each stage is left with the cheapest of its phase
 plans, which dynamic programming finds, so by weak duality all prices give a bound. The best are those of the program
-that mixes whole phase plans (Dantzig and Wolfe); those of the programs over phases, averaged over the rounds, come
-near. From there column generation goes on: all phase plans that were the cheapest at some prices are mixed, and the
-prices of that program, brought nearer to the best ones so far, are tried. The bound is concave in the prices, so what
-belongs to them beside the instructions may be averaged as they are.
+that mixes whole phase plans (Dantzig and Wolfe); the relaxation's, moved somewhat towards those of the programs over
+phases, come near. From there column generation goes on: all phase plans that were the cheapest at some prices are
+mixed, and the prices of that program, brought nearer to the best ones so far, are tried. The bound is concave in the
+prices, so what belongs to them beside the instructions may be averaged as they are.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Link:
         self._parts: Parts = {}
         self._rise_lead_s = 0.0
         self._writes_events = writes_events
-        self._gather_until_s = 0.0
+        self._gather_until_s, self._gather_to = 0.0, 0
         self._finished: queue.SimpleQueue[FinishedIteration] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[list[tuple[str, float]]] = queue.SimpleQueue()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
@@ -107,12 +107,12 @@ class Link:
         """Hand an iteration over."""
         self.iteration = iteration.record.number + 1
         self._finished.put(iteration)
-        if monotonic() >= self._gather_until_s:
+        if self.iteration >= self._gather_to or monotonic() >= self._gather_until_s:
             self.wake.set()
 
-    def gather(self, until_s: float) -> None:
-        """Finished iterations alone do not wake the worker before then (`time.monotonic()`)."""
-        self._gather_until_s = until_s
+    def gather(self, until_s: float, to: int) -> None:
+        """Finished iterations alone do not wake the worker before then (`time.monotonic()`), or before `to` runs."""
+        self._gather_until_s, self._gather_to = until_s, to
 
     def trouble(self, reason: str) -> None:
         """This rank controls its GPU no more."""

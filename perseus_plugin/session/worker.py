@@ -82,6 +82,7 @@ from perseus_plugin.reporting.live.account import (
 from perseus_plugin.reporting.live.relay import FigureRelay
 from perseus_plugin.reporting.live.windows import Windows, step_size
 from perseus_plugin.reporting.record.recorder import Recorder
+from perseus_plugin.reporting.record.samples import next_sampled
 from perseus_plugin.session.lifetime import Lifetime
 from perseus_plugin.session.link import FinishedIteration, Link
 from perseus_plugin.stragglers.sensing import StragglerSensing
@@ -101,8 +102,8 @@ class Timing:
     Attributes:
         idle_s: at most, until it looks around.
         gather_s: from one look to the next for the sake of finished iterations alone, unless a measurement waits for
-            them. Where iterations are short, several are looked at together: each time that this thread begins to
-            compute, the training thread waits for the interpreter.
+            them, or one follows that is kept whole. Where iterations are short, several are looked at together: each
+            time that this thread begins to compute, the training thread waits for the interpreter.
         rest_s: from one look to the next, whatever there is.
         ticks_after_sweep_s: the counter's last tick of the sweep shows up to a period and a lag later.
         explanation_patience_s: for the reading that tells whether a GPU is below its clock as its power limit holds it:
@@ -192,7 +193,8 @@ class SessionWorker:
                 self._step()
                 now_s = monotonic()
                 rested_s = now_s + timing.rest_s
-                self._link.gather(now_s + timing.gather_s if self._measures_nothing else 0.0)
+                near_sample = next_sampled(self._link.timetable, self._link.iteration) - 1  # read the GPU from there on
+                self._link.gather(now_s + timing.gather_s if self._measures_nothing else 0.0, near_sample)
         except Exception as error:
             self._lifetime.fail(error)
             self._tell_trouble()

@@ -49,16 +49,20 @@ def test_a_finished_iteration_and_trouble_wake_the_worker() -> None:
 
 def test_while_iterations_are_gathered_all_else_wakes_the_worker() -> None:
     shared = link()
-    shared.gather(time.monotonic() + 3600.0)
+    shared.gather(time.monotonic() + 3600.0, 2)
     shared.finished(finished(0))
     assert not shared.wake.is_set()
+    shared.finished(finished(1))
+    assert shared.wake.is_set(), "the one that it is to see runs"
+    shared.wake.clear()
+    shared.gather(time.monotonic() + 3600.0, 9)
     shared.say({"slowdown": 0.1})
     assert shared.wake.is_set()
     shared.wake.clear()
-    shared.gather(0.0)
-    shared.finished(finished(1))
+    shared.gather(0.0, 9)
+    shared.finished(finished(2))
     assert shared.wake.is_set()
-    assert len(shared.take_finished()) == 2
+    assert len(shared.take_finished()) == 3
 
 
 def test_events_are_taken_in_batches_once() -> None:

@@ -308,11 +308,14 @@ def test_iterations_are_looked_at_together_but_where_a_measurement_waits_for_the
         assert came_true(lambda number=number: seen() == number), "the sweep waits"
     rank.fetch(estimate_key(0, 1))
     assert came_true(lambda: rank.link._gather_until_s > 0.0)
-    rank.link.wake.clear()
-    rank.iterate(3)
+    for number in range(1, 6):  # of these the second and the fourth are kept whole
+        rank.iterate()
+        assert came_true(lambda number=number: seen() == TABLE.sweep_end + number)
+    assert came_true(lambda: rank.link._gather_to == TABLE.sweep_end + 7)
+    rank.iterate()
     assert not rank.link.wake.is_set()
-    rank.link.trouble("no permission")
-    assert came_true(lambda: seen() == TABLE.sweep_end + 3)
+    rank.iterate()
+    assert came_true(lambda: seen() == TABLE.sweep_end + 7), "the next one is the eighth"
 
 
 # What plans are replayed over, and how a rank catches up.

@@ -127,6 +127,14 @@ def is_sampled(timetable: Timetable, number: int) -> bool:
     return since >= 2 and (since % _EVERY == 0 or (since < _EVERY and since & (since - 1) == 0))
 
 
+def next_sampled(timetable: Timetable, number: int) -> int:
+    """The first one after the sweep, from this number on, that all ranks keep whole, as far as is decided yet."""
+    begun = max([first for first, _ in timetable.switches if first <= number], default=timetable.sweep_end)
+    since = max(2, number - begun)
+    after = 1 << (since - 1).bit_length() if since < _EVERY else since + -since % _EVERY
+    return min([begun + after, *(first + 2 for first, _ in timetable.switches if first > number)])
+
+
 def asked_clocks_mhz(directive: Directive, record: IterationRecord, clocks_mhz: Iterable[int]) -> list[int]:
     """Per hooked operation the clock it was to run at, 0: full clock.
 

@@ -16,6 +16,7 @@ from perseus_plugin.reporting.record.samples import (
     asked_clocks_mhz,
     is_sampled,
     load_samples,
+    next_sampled,
     sample_of,
 )
 from tests.factories import record
@@ -45,6 +46,17 @@ def test_a_new_plan_begins_anew() -> None:
 def test_a_job_that_only_observes_keeps_some_too() -> None:
     table = Timetable(Round(5, ()), settle_steps=1, steps_per_clock=2)
     assert sampled(table, 40) == [7, 9, 13, 21, 37]
+
+
+def test_the_next_one_that_is_kept_is_known_beforehand() -> None:
+    observing = Timetable(Round(5, ()), settle_steps=1, steps_per_clock=2)
+    for table in (TABLE, observing, TABLE.switched(20, Follow(1)).switched(50, FullClock("dropped"))):
+        begun = max(first for first, _ in [(table.sweep_end, None), *table.switches])
+        kept = [number for number in sampled(table, begun + 4000) if number >= begun]
+        for number in range(begun, kept[-1] + 1):
+            assert next_sampled(table, number) == next(one for one in kept if one >= number)
+    coming = TABLE.switched(20, Follow(1)).switched(33, Follow(2))
+    assert [next_sampled(coming, number) for number in (24, 29, 35)] == [24, 35, 35]
 
 
 def test_the_clock_asked_for_is_the_plans_or_the_sweeps_or_none() -> None:

@@ -446,7 +446,7 @@ class _Deciding:
             state.step = None if move.goal == state.aimed else move.goal
             request = state.requests[move.schedule]
             kept = state.replayed.get(move.schedule)
-            margin = max(state.margin, 0.0 if kept is None else kept.margin)
+            margin = max(self._margin_in_force, 0.0 if kept is None else kept.margin)
             self._ask(move.schedule, move.goal, quick=True, margin=margin, overheads=request.overheads)
         elif isinstance(move, PlanAtFirst):
             state.goal, state.at_full = move.goal, state.aimed.is_full
@@ -786,8 +786,8 @@ class _Deciding:
         Over measured iterations a margin is chosen anew. For how durations vary, where a step is one CUDA graph, it
         would be the same one again.
         """
-        by_time = (one.made.margin for one in self.state.requests.values() if one.jitter is not None and one.made)
-        return max((self.state.margin, *by_time))
+        made = (one.made for one in self.state.requests.values() if self._config.cuda_graph)
+        return max((self.state.margin, *(one.margin for one in made if one is not None)))
 
     def _rechecked(self, seen: Rechecked) -> None:
         state = self.state

@@ -121,7 +121,7 @@ class PlannerDesk:
             in_force=ask.in_force,
             overheads=ask.overheads,
             search=not ask.quick,
-            jitter=jitter_of(survey.profile) if config.cuda_graph else None,
+            jitter=jitter_of(survey.profile) if config.cuda_graph and not ask.quick else None,
             refine_s=config.refine_s if ask.refine else 0.0,
         )
         if ask.refine:

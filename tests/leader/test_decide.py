@@ -212,19 +212,24 @@ def test_a_plan_that_does_not_hold_is_dropped_rechecked_and_made_again() -> None
     assert story.state.phase is Phase.GIVEN_UP, "one is enough here (max_replans)"
 
 
-@pytest.mark.parametrize(("jitter", "margin"), [((0.02, 0.02), 0.04 + 0.3), (None, 0.01 + 0.3)])
-def test_after_a_plan_of_a_graph_the_next_one_has_more_margin_than_was_chosen_for_that(
-    jitter: tuple[float, float] | None, margin: float
-) -> None:
-    story = Story(cuda_graph=True).then(*full(4), Runs("A", stream_of(2, 4)), Turned(20), MEASURED)
+def graphed(cuda_graph: bool) -> Story:
+    """A job under a plan with a margin of 4 %, that was chosen where 1 % is the least."""
+    story = Story(cuda_graph=cuda_graph).then(*full(4), Runs("A", stream_of(2, 4)), Turned(20), MEASURED)
     (ask,) = story.of(Ask)
-    asked = replace(request(), margin=ask.margin, jitter=jitter)
+    asked = replace(request(), margin=ask.margin, jitter=(0.02, 0.02) if cuda_graph else None)
     made = replace(asked.how(), margin=0.04)
-    story.then(Answered(ask, asked, PlanAnswer(PLAN, 0.1, made=made), 0.0))
+    return story.then(Answered(ask, asked, PlanAnswer(PLAN, 0.1, made=made), 0.0))
+
+
+@pytest.mark.parametrize(("cuda_graph", "margin"), [(True, 0.04), (False, 0.01)])
+def test_after_a_plan_of_a_graph_the_next_one_has_more_margin_than_was_chosen_for_that(
+    cuda_graph: bool, margin: float
+) -> None:
+    story = graphed(cuda_graph)
     story.then(Watched(None), Watched(0.3, "iterations take 30 % longer"), *full(PATIENCE, FullClock("dropped")))
     story.then(Rechecked([], complete=True))
     (ask,) = story.of(Ask)
-    assert ask.margin == pytest.approx(margin)
+    assert ask.margin == pytest.approx(margin + 0.3)
 
 
 def test_what_references_have_shown_drops_a_plan_beyond_doubt() -> None:

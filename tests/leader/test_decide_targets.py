@@ -32,7 +32,7 @@ from perseus_plugin.planning.process import answer_to, plan_for
 from perseus_plugin.planning.request import PlanAnswer
 from perseus_plugin.planning.targets import Target
 from tests.factories import stream_of
-from tests.leader.test_decide import MEASURED, PATIENCE, PLAN, SLOW, Story, full, request
+from tests.leader.test_decide import MEASURED, PATIENCE, PLAN, SLOW, Story, full, graphed, request
 
 SLOWER, FASTER = Target.slowdown(0.2), Target.slowdown(0.05)
 SLOWER_PLAN = plan_for(dataclasses.replace(request(), target=SLOWER))
@@ -66,6 +66,14 @@ def test_a_target_is_planned_for_quickly_and_in_force_two_iterations_later() -> 
     assert states(story) == {1: ("in force", 32)}
     assert told(story) == [(1, "in force")]
     assert story.state.expectations.graph_s("A") == SLOWER_PLAN.baseline_time_s
+
+
+@pytest.mark.parametrize(("cuda_graph", "margin"), [(True, 0.04), (False, 0.01)])
+def test_a_quick_plan_of_a_graph_has_the_margin_that_was_chosen_for_the_one_before(
+    cuda_graph: bool, margin: float
+) -> None:
+    (ask,) = graphed(cuda_graph).then(Turned(30), said(1, SLOWER)).of(Ask)
+    assert (ask.quick, ask.margin) == (True, margin)
 
 
 def test_back_to_what_was_before_needs_no_planner() -> None:

@@ -296,8 +296,10 @@ def summary(made: Plan, free: Plan | None = None, dwell_s: float = 0.0) -> Table
 
 
 def add_graphed(table: Table, request: PlanRequest, graphed: Replays) -> None:
-    """What is left of a plan where a step is one CUDA graph, and what was chosen for that."""
+    """What is left of a plan where a step is one CUDA graph, and what was chosen for that: under a power budget nothing."""
     table.add_row("as one CUDA graph: saving", "", f"{graphed.saving:.3%}")
     table.add_row("  slowdown", "", f"{graphed.slowdown:.3%}")
+    if request.target.budget is not None:
+        return
     changes = "any number" if request.max_changes is None else str(request.max_changes)
     table.add_row("  chosen: margin, most changes", "", f"{request.margin:.3g}, {changes}")

@@ -14,9 +14,10 @@ MEGATRON_VERSIONS := 0.12.3 0.14.0 0.16.1 0.17.1 0.18.0
 # Beside the newest, which is in the environment, and torchtitan's: the oldest with pipelines, and where these have changed.
 TORCH_VERSIONS := 2.4.1 2.6.0 2.9.1 2.10.0
 
-# Tests run by so many processes side by side: emulated time is mostly sleep. A job's ranks need cores; unit tests wait more.
-WORKERS ?= 2
-UNIT_WORKERS ?= 3
+# Tests run by so many processes side by side: emulated time is mostly sleep. What only `make test-all` runs is held
+# against figures as run more closely, for which ranks need cores.
+WORKERS ?= 3
+REST_WORKERS ?= 2
 # Dozens of processes start from the same sources: these are compiled once, whatever the environment says.
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/pytest --dist loadgroup --numprocesses
@@ -50,7 +51,7 @@ test-all: test rest
 
 # Unit tests with the lowest releases that setup.cfg asks for, of install and extras; what `setup` installs are the newest.
 test-minima: megatron .minima/.installed
-	.minima/bin/pytest --dist loadgroup --numprocesses $(UNIT_WORKERS) $(UNIT)
+	.minima/bin/pytest --dist loadgroup --numprocesses $(WORKERS) $(UNIT)
 
 # NumPy 1.24 has wheels up to Python 3.11, and lacks what Megatron's core imports from 0.14 on.
 .minima/.installed: setup.cfg requirements-torch.txt requirements-dev.txt
@@ -134,14 +135,14 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 unit: setup megatron
-	$(PYTEST) $(UNIT_WORKERS) $(UNIT)
+	$(PYTEST) $(WORKERS) $(UNIT)
 
 e2e: setup megatron
 	$(PYTEST) $(WORKERS) -m "e2e and not matrix and not repeated" $(call marked,e2e)
 
 rest: setup megatron .openg2g/.installed
-	$(PYTEST) $(WORKERS) -m "matrix or repeated" $(call marked,(matrix|repeated))
-	$(PYTEST) $(UNIT_WORKERS) --hypothesis-profile many -m many $(call marked,many)
+	$(PYTEST) $(REST_WORKERS) -m "matrix or repeated" $(call marked,(matrix|repeated))
+	$(PYTEST) $(WORKERS) --hypothesis-profile many -m many $(call marked,many)
 
 clean:
 	rm -rf $(VENV) .megatron .resiliency .titan .old_torch .openg2g .minima out build dist *.egg-info

@@ -296,7 +296,7 @@ def summary(made: Plan, free: Plan | None = None, dwell_s: float = 0.0) -> Table
 
 
 def add_graphed(table: Table, request: PlanRequest, graphed: Replays) -> None:
-    """What is left of a plan where a step is one CUDA graph, and what was chosen for that: under a power budget nothing."""
+    """What is left of a plan where a step is one CUDA graph, and what was chosen for that (nothing under a budget)."""
     table.add_row("as one CUDA graph: saving", "", f"{graphed.saving:.3%}")
     table.add_row("  slowdown", "", f"{graphed.slowdown:.3%}")
     if request.target.budget is not None:

@@ -37,12 +37,14 @@ def slow_job(
 ) -> Probe:
     """A job in which the GPU of a rank is slow for a while: plans may take no longer than full clocks but for that.
 
-    `last_s` is the last stage's forward, beside 0.012 s of the first, `config` what else DeepSpeed is told.
+    `last_s` is the last stage's forward, beside 0.012 s of the first, `config` what else DeepSpeed is told. With fewer
+    microbatches neighbours never wait, and iterations are so short that many pass until an answer is in force.
     """
     times = {"forward_time_s": [0.012, last_s], "backward_time_s": [0.024, 2 * last_s]}
     stragglers = {"threshold": 0.1, "min_interval_s": 1.0, **stragglers}
     block = perseus_block(folder / "out", 2, stragglers=stragglers, emulation=times, slowdown=0.0)
-    job = Probe(folder, block, do, ("--at", str(rank), "--slowdown", str(slowdown)), ranks, config or {})
+    config = {"gradient_accumulation_steps": 4, **(config or {})}
+    job = Probe(folder, block, do, ("--at", str(rank), "--slowdown", str(slowdown)), ranks, config)
     job.run().check()
     return job
 
@@ -88,7 +90,7 @@ def test_a_slow_replica_is_answered_when_it_is_seen_and_when_it_is_reported(tmp_
     reported = [("report", A_WHILE), ANSWERED, ("take-back", A_WHILE), BACK]
     aimed = [("aim-lower", A_WHILE), IN_FORCE, ("aim-at-full", A_WHILE), IN_FORCE]
     do = [PLANNED, *seen, *reported, *aimed, ("end", A_WHILE)]
-    job = slow_job(tmp_path, 4, {"detect": True}, 3, 1.25, do, config={**MIXED, "gradient_accumulation_steps": 4})
+    job = slow_job(tmp_path, 4, {"detect": True}, 3, 1.25, do, config=MIXED)
     check_answered(job, "slow", "recover", "report")
     figures = check_answered(job, "report", "take-back", "aim-lower")
     assert figures["detections"] >= 1
@@ -114,16 +116,7 @@ def test_a_slow_replica_is_reported_and_answered(tmp_path: Path) -> None:
 @pytest.mark.repeated  # from what ranks tell on: tests/stragglers/test_answers.py
 def test_a_slow_stage_within_the_only_pipeline(tmp_path: Path) -> None:
     seen = [("slow", A_WHILE), ANSWERED, ("recover", A_WHILE), BACK]
-    job = slow_job(
-        tmp_path,
-        2,
-        {"detect": True},
-        0,
-        2.0,
-        [PLANNED, *seen, ("end", A_WHILE)],
-        last_s=0.02,
-        config={"gradient_accumulation_steps": 4},  # with fewer its neighbour never waits
-    )
+    job = slow_job(tmp_path, 2, {"detect": True}, 0, 2.0, [PLANNED, *seen, ("end", A_WHILE)], last_s=0.02)
     replan = next(event for event in events_of(job) if event["event"] == "replan")
     (variant,) = replan["variants"]
     slowdown, other = variant["slowdown"]

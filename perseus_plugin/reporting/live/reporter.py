@@ -131,9 +131,9 @@ def _remarks(summary: Summary) -> str:
     remarks = [_counted(summary)]
     references = summary.references
     if references.iterations and references.energy_not_saved_j is not None:
-        remarks.append(f"those to compare with cost {references.energy_not_saved_j:.0f} J of saving")
+        remarks.append(f"those to compare with cost {_figure(references.energy_not_saved_j, 0)} J of saving")
     if summary.profiling.extra_time_s is not None:
-        remarks.append(f"profiling cost {summary.profiling.extra_time_s:.1f} s")
+        remarks.append(f"profiling cost {_figure(summary.profiling.extra_time_s, 1)} s")
     plan = summary.plan
     if plan is not None:
         above = (
@@ -196,8 +196,13 @@ def _counted(summary: Summary) -> str:
 
 def _interval(percent: Sequence[float] | None) -> str:
     """Between what the figure lies, with 95 % confidence."""
-    return "" if percent is None else f" ({percent[0]:.2f} to {percent[1]:.2f})"
+    return "" if percent is None else f" ({_figure(percent[0], 2)} to {_figure(percent[1], 2)})"
+
+
+def _figure(value: float, digits: int) -> str:
+    """Rounded; what rounds to nothing has no sign."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def _cell(value: float | None, unit: str, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f} {unit}"
+    return "-" if value is None else f"{_figure(value, digits)} {unit}"

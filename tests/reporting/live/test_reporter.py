@@ -82,6 +82,15 @@ def test_without_figures_no_table_is_printed(tmp_path: Path, capsys: pytest.Capt
     assert out.out == "", "the job's own output stays as it was"
 
 
+def test_what_rounds_to_nothing_has_no_sign() -> None:
+    summary = made(RANKS)
+    profiling = summary.profiling.model_copy(update={"extra_time_s": -0.04})
+    slowdown = summary.slowdown_percent.model_copy(update={"measured": -0.004})
+    text = printed(summary.model_copy(update={"profiling": profiling, "slowdown_percent": slowdown}))
+    assert "profiling cost 0.0 s; " in text
+    assert "-0.0" not in text
+
+
 def test_the_table_shows_time_energy_and_saving() -> None:
     lines = printed(made(RANKS)).splitlines()
     assert "perseus: 2 x test GPU (emulated, no real GPU)" in lines[0]

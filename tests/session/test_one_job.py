@@ -119,8 +119,13 @@ def test_a_job_keeps_the_power_budget_of_its_configuration(tmp_path: Path) -> No
     plan = load_plan(folder / "plan.json")
     assert planned_again(folder) == plan, "to the digit"
     assert plan.power is not None
-    assert 0.8 * allowed_w < plan.power.job_w - 100 <= allowed_w < plan.baseline_energy_j / plan.baseline_time_s
-    assert [one.allowed_w for one in plan.power.budgets] == pytest.approx([allowed_w + 100, 220, 220])
+    of_node, *of_gpus = (one.allowed_w for one in plan.power.budgets)
+    # What iterations were seen to draw beyond their plan, as on a busy machine, the next one stays below.
+    kept = (of_node - 100) / allowed_w
+    assert 0.8 < kept <= 1 + 1e-9
+    assert of_gpus == pytest.approx([220 * kept, 220 * kept])
+    assert 0.8 * kept * allowed_w < plan.power.job_w - 100 <= kept * allowed_w
+    assert allowed_w < plan.baseline_energy_j / plan.baseline_time_s
     assert all(one.planned_w <= 1.000001 * one.allowed_w for one in plan.power.budgets)
     at = [number for number, state in enumerate(ran.states) if state == "plan"]
     # A busy machine sets clocks late, and lets work wait: of those that took what was planned a plan can tell.

@@ -34,7 +34,7 @@ JOB = {
     "profiling": {
         "warmup_steps": 2,
         "clocks_mhz": [1000, 800, 600],
-        "steps_per_clock": 4,  # some may be disturbed there, and every clock is to be measured
+        "steps_per_clock": 6,  # some may be disturbed there, and every clock is to be measured
         "max_relative_error": 1.0,
         "max_time_error": 1.0,
     },

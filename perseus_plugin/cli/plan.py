@@ -56,7 +56,6 @@ from perseus_plugin.cli.power import (
 from perseus_plugin.cli.terminal import columns, console, progress, say
 from perseus_plugin.errors import ConfigError
 from perseus_plugin.iteration.instructions import INPUT_SHARE
-from perseus_plugin.planning.graphed import Jitter, Replayer, Replays, jitter_of
 from perseus_plugin.planning.plan import Plan, plan_to_json
 from perseus_plugin.planning.power.budget import NodeOverhead, PowerBudget
 from perseus_plugin.planning.request import PlanRequest
@@ -67,6 +66,8 @@ from perseus_plugin.profiling.profile import Profile
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from perseus_plugin.planning.graphed import Replays
 
 
 def plan(
@@ -176,6 +177,8 @@ def _jitter(text: str, profile: Profile) -> tuple[float, float]:
     if text != "measured":
         share = parse_jitter(text)
         return share, share
+    from perseus_plugin.planning.graphed import jitter_of
+
     found = jitter_of(profile)
     if found is None:
         raise ConfigError(
@@ -210,7 +213,7 @@ def _planned(
             seconds = straggler_s(straggler, planner.problem.full_clock_time_s)
             request = replace(request, target=Target.straggler(seconds))
         graphed = None
-        jitter, margin = None if request.jitter is None else Jitter(*request.jitter), request.margin
+        jitter, margin = request.jitter, request.margin
         request, made = by_time(request)
         if request.margin != margin:
             planner = planner_for(request, told)
@@ -219,8 +222,10 @@ def _planned(
             # After the other, which is a plan without limits too, and must not be the better one.
             free = plan_for(replace(request, max_changes=None, min_dwell_s=0.0), planner)
         if jitter is not None:
+            from perseus_plugin.planning.graphed import Jitter, Replayer  # loads what ranks tell each other
+
             problem = planner_for(replace(request, margin=0.0)).problem
-            graphed = request, Replayer(problem, request.latency_s or 0.0, jitter).under(made)
+            graphed = request, Replayer(problem, request.latency_s or 0.0, Jitter(*jitter)).under(made)
         return made if made.waits_until_s is not None else with_errors(request, made, planner), free, graphed
 
 

@@ -282,11 +282,11 @@ def by_time(request: PlanRequest, problem: PlanningProblem | None = None) -> tup
     Raises:
         PerseusError: there is no such plan, or the request is inconsistent.
     """
+    if request.jitter is None or request.target.budget is not None or request.full_clocks:
+        return request, None
     from perseus_plugin.planning.graphed import Jitter, Replayer, choose_by_time, worth
     from perseus_plugin.planning.options import build_problem
 
-    if request.jitter is None or request.target.budget is not None or request.full_clocks:
-        return request, None
     problem = problem or build_problem(graph_for(request), request.profile, request.blocking_power_w)
     replayer = Replayer(problem, request.latency_s or 0.0, Jitter(*request.jitter))
     slowdown = allowed_slowdown(request)

@@ -54,7 +54,7 @@ finally:
     print(*sys.modules, file=sys.stderr)
 """
 HEAVY = {"matplotlib", "pandas", "plotly", "pyarrow", "scipy", "torch"}
-NOT_FOR_IT = {"numpy.ma", "ortools.linear_solver.pywraplp", "perseus_plugin.config"}
+NOT_FOR_IT = {"numpy.ma", "ortools.linear_solver.pywraplp", "perseus_plugin.config", "perseus_plugin.exchange.messages"}
 
 
 def test_it_says_its_version_and_helps_on_short_demand(perseus: Perseus) -> None:

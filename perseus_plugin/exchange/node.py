@@ -25,7 +25,7 @@ _MOST_MEMBERS = 256
 _MOST_BYTES = 1 << 20
 _SENT_WITHIN = struct.pack("ll", 1, 0)  # seconds, microseconds; who is stopped must not hold up the others
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
-_REJOIN_S = 1.0  # after who led has gone: where a job ends, all go
+_REJOIN_S = 1.0  # after who led has gone (where a job ends, all go), or before it serves
 
 Message = dict[str, Any]
 
@@ -144,7 +144,10 @@ class Node:
                 return
             one.listen(_MOST_MEMBERS)
             self._listener = self._keep(one)
-        except OSError:  # bound, and not served: this rank is a node of its own
+        except ConnectionRefusedError:  # bound, and not served yet, or no more: where ranks come at once, one is first
+            one.close()
+            self._rejoin_at_s = time.monotonic() + _REJOIN_S
+        except OSError:  # it does not answer: this rank is a node of its own
             one.close()
 
     def _accept(self, listener: socket.socket) -> None:

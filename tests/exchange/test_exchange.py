@@ -379,6 +379,21 @@ def test_processes_of_other_users_are_not_talked_to(monkeypatch: pytest.MonkeyPa
         one.close()
 
 
+def test_who_comes_before_another_serves_follows_it_later() -> None:
+    name = f"perseus-test/{secrets.token_hex(8)}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as first:
+        first.bind(f"\0{name}")
+        second = node(name)
+        assert second.leads, "nobody answers yet"
+        first.listen()
+        assert came_true(lambda: second.receive(0.0) == [] and not second.leads)
+    assert came_true(lambda: second.receive(0.0) == [] and second.leads), "it leads where nobody else does"
+    third = node(name)
+    assert not third.leads
+    for one in (second, third):
+        one.close()
+
+
 @pytest.mark.parametrize("packet", [b"{", b"[1]", b"\xff", b"[" * 100_000])
 def test_what_is_no_message_is_not_taken(packet: bytes) -> None:
     name = f"perseus-test/{secrets.token_hex(8)}"

@@ -1,7 +1,12 @@
 /* A libnvidia-ml.so.1 whose GPUs are emulated GPUs' state files: PERSEUS_SIMULATED_GPUS lists them, separated by ':'.
  * Enough of NVML for pynvml, torch's and Zeus's device code to find, read and control them. Faults, throttling and
  * slow calls are injected through the state file (EmulatedGpu.set_faults, set_cap); with PERSEUS_SIMULATED_UNPRIVILEGED
- * set, this process may not set clocks. */
+ * set, this process may not set clocks. By hand:
+ *
+ *     cc -std=gnu11 -O2 -fPIC -shared -Wl,-soname,libnvidia-ml.so.1 -o /tmp/libnvidia-ml.so.1 nvml.c state.c -lpthread
+ *     python -c "from perseus_plugin.gpus.emulated.device import EmulatedGpu as G; G.create('/tmp/gpu0', uuid='GPU-0')"
+ *     LD_LIBRARY_PATH=/tmp PERSEUS_SIMULATED_GPUS=/tmp/gpu0 perseus doctor
+ */
 #define _GNU_SOURCE
 #include "state.h"
 

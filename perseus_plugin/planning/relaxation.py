@@ -67,6 +67,8 @@ class Relaxed:
 class _Network:
     """The flow network at one deadline: integer costs relative to a feasible schedule.
 
+    That changes no optimum, and the solver's effort grows with the largest cost.
+
     Attributes:
         guess_s: shape (events,), the schedule.
         earliest_s, latest_s: shape (events,), range of every event's time.
@@ -249,6 +251,7 @@ class Relaxation:
         return replace(network, guess_s=guess, node_of=node_of[root], cost=self._costs(guess))
 
     def _flow(self, network: _Network, sink_units: int | None) -> IntArray:
+        """The optimal flow; arcs without a limit get one that it rarely uses up, as the solver is mostly faster for it."""
         tail, head = network.node_of[self.tail], network.node_of[self.head]
         use = np.flatnonzero(tail != head)
         flow = np.zeros(len(tail), dtype=np.int64)

@@ -251,7 +251,7 @@ class Relaxation:
         return replace(network, guess_s=guess, node_of=node_of[root], cost=self._costs(guess))
 
     def _flow(self, network: _Network, sink_units: int | None) -> IntArray:
-        """The optimal flow; arcs without a limit get one that it rarely uses up, as the solver is mostly faster for it."""
+        """The optimal flow; arcs without a limit get one that it rarely uses up: the solver is mostly faster for it."""
         tail, head = network.node_of[self.tail], network.node_of[self.head]
         use = np.flatnonzero(tail != head)
         flow = np.zeros(len(tail), dtype=np.int64)

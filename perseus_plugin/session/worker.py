@@ -156,6 +156,7 @@ class SessionWorker:
         self._plans = job.plans
         self._estimated = not job.plans
         self._polling = False
+        self._taken = 0  # iterations; the training thread may have finished more
         self._sweep_ended_s: float | None = None
         self._news = News(sequence=0, switch=0, action="full")
         self._heard_of_batches: Any = None
@@ -206,9 +207,7 @@ class SessionWorker:
                         self._lifetime.fail(ClockNotFreeError(event.text))
 
     def _step(self) -> None:
-        self._take_helper_events()
-        for finished in self._link.take_finished():
-            self._take(finished)
+        self._take_iterations()
         self._sensing.send(self._link.take_reports())
         for announced in self._link.take_announced():
             if self._plans and not self._in_trouble:  # else nobody reads it
@@ -236,6 +235,13 @@ class SessionWorker:
             self._leader.update_summary(self._stats)
         self._relay.look()
 
+    def _take_iterations(self) -> None:
+        """Those that have finished, after what the helper told before they did."""
+        iterations = self._link.take_finished()
+        self._take_helper_events()
+        for finished in iterations:
+            self._take(finished)
+
     @property
     def _measures_nothing(self) -> bool:
         """Whether nobody waits for what the next iterations show."""
@@ -256,6 +262,7 @@ class SessionWorker:
         self._recorder.step()
 
     def _take(self, finished: FinishedIteration) -> None:
+        self._taken = finished.record.number + 1
         directive, record = finished.directive, self._as_it_was(finished)
         if self._selection.busy:
             directive, record = NOT_OURS, replace(record, undisturbed=False)
@@ -499,7 +506,7 @@ class SessionWorker:
     # Profile.
 
     def _finish_sweep(self) -> None:
-        if self._estimated or self._link.iteration < self._link.timetable.sweep_end:
+        if self._estimated or self._taken < self._link.timetable.sweep_end:
             return
         now_s = monotonic()
         if self._sweep_ended_s is None:
@@ -687,9 +694,7 @@ class SessionWorker:
                 self._leader.close()
 
     def _settle(self) -> None:
-        self._take_helper_events()
-        for finished in self._link.take_finished():
-            self._take(finished)
+        self._take_iterations()
         self._recorder.step(final=True)
         try:
             self._publish_stats(final=True)

@@ -4,7 +4,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,17 +69,23 @@ PATIENCE = 3
 
 
 class FakeHelper:
-    """A helper whose events the test makes up."""
+    """A helper whose events the test makes up; as the real one's they may come while others are taken.
+
+    Attributes:
+        meanwhile: what happens just after events were taken.
+    """
 
     def __init__(self) -> None:
-        self.events: list[wire.Event] = []
+        self.events: deque[wire.Event] = deque()
+        self.meanwhile: Callable[[], None] = lambda: None
         self.polling: list[float | None] = []
         self.silences_s: list[float] = []
         self.retired = False
 
     def drain(self) -> list[wire.Event]:
-        events, self.events = self.events, []
-        return events
+        taken = [self.events.popleft() for _ in range(len(self.events))]
+        self.meanwhile()
+        return taken
 
     def retire(self) -> None:
         self.retired = True
@@ -410,6 +417,15 @@ def test_after_the_sweep_a_rank_publishes_what_it_measured(ranks: Ranks) -> None
     )
 
 
+def test_iterations_that_finish_amid_a_look_are_measured_like_any_others(ranks: Ranks) -> None:
+    """Their clocks are confirmed by then, and of the last one of the sweep the estimate is made too."""
+    rank = ranks()
+    rank.helper.meanwhile = lambda: rank.iterate(min(3, TABLE.sweep_end - rank.number))
+    told = receive(RankEstimate, rank.fetch(estimate_key(0, 1)))
+    samples = {(row[0], row[1]): row[6] for row in told.estimate["instructions"]}
+    assert samples == {(kind, clock): n for kind in ("forward", "backward") for clock, n in ((1410, 4), (810, 2))}
+
+
 def test_a_step_that_becomes_a_graph_amid_the_sweep_ends_the_session(
     ranks: Ranks, heard: pytest.LogCaptureFixture
 ) -> None:
@@ -575,7 +591,7 @@ def test_a_clock_that_deviates_is_told_once(ranks: Ranks, heard: pytest.LogCaptu
     rank = ranks()
     rank.helper.events += [wire.Deviation(0.0, 1410, 1200)] * 3
     assert came_true(lambda: "1200 MHz where 1410 MHz were asked for" in heard.text)
-    assert came_true(lambda: not rank.helper.events)
+    assert came_true(lambda: stats_of(rank).deviations == 3)
     assert heard.text.count("1200 MHz") == 1
     assert not rank.failures
 
@@ -637,7 +653,8 @@ def test_a_helper_that_was_started_again_is_told_and_the_plan_goes_on(
 def test_the_clock_is_freed_after_several_iterations_worth_of_silence(ranks: Ranks) -> None:
     rank = ranks()
     rank.iterate(3)
-    assert came_true(lambda: rank.helper.silences_s == [LEAST_SILENCE_S])
+    assert came_true(lambda: stats_of(rank).hooked_iterations == 3), "the thread has done with them"
+    assert rank.helper.silences_s == [LEAST_SILENCE_S]
     rank.worker._free_when_silent(10.0)
     rank.worker._free_when_silent(10.5)
     assert rank.helper.silences_s == [LEAST_SILENCE_S, 10.0 * SILENT_ITERATIONS]

@@ -49,8 +49,8 @@ STUCK_AFTER_S = 8.0
 """A helper that is silent for so long (it sends a heartbeat every second) counts as stuck."""
 START_S = 30.0
 """How long it may take to say its first word: where many ranks start, Python is read from a busy file system."""
-RESCUE_WAIT_S = 2.5
-"""How long what is said of a helper waits for what comes of freeing its clock."""
+RESCUE_WAIT_S = 10.0
+"""How long what is said of a helper waits for what comes of freeing its clock; a busy machine starts a process late."""
 CLOSE_GRACE_S = 15.0
 """How long a helper that was closed may take to reset its clock before it is ended."""
 MAX_EVENTS = 200_000
@@ -351,7 +351,7 @@ class ClockHelper:
         waiter, outlet = select.poll(), _taken_over(rescuer.stdout)
         waiter.register(outlet.number, select.POLLIN)
         if not waiter.poll(1e3 * RESCUE_WAIT_S):
-            return self._not_free(f"freeing it takes longer than {RESCUE_WAIT_S} s")
+            return self._not_free(f"freeing it takes longer than {RESCUE_WAIT_S:g} s")
         said = bytearray(os.read(outlet.number, 1 << 16))
         try:
             for what, payload in split_replies(said):

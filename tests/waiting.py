@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 
-def came_true(condition: Callable[[], bool], timeout_s: float = 20.0, interval_s: float = 0.005) -> bool:
+def came_true(condition: Callable[[], bool], timeout_s: float = 60.0, interval_s: float = 0.005) -> bool:
     """Whether the condition came true in time."""
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
@@ -19,9 +20,22 @@ def came_true(condition: Callable[[], bool], timeout_s: float = 20.0, interval_s
     return condition()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Fail the test unless the condition comes true in time."""
     assert came_true(condition, timeout_s, 0.001), "it never happened"
+
+
+def stop_process(pid: int) -> None:
+    """Stop a process as SIGSTOP does, and wait for that: until each of its threads has had its turn, it may go on."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: all(_state(thread) in ("T", "") for thread in Path(f"/proc/{pid}/task").iterdir()))
+
+
+def _state(thread: Path) -> str:
+    """Its letter; none of a thread that has ended."""
+    with suppress(OSError):
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    return ""
 
 
 def processes_naming(word: str, among: Sequence[str] = ("perseus_plugin.control.helper",)) -> list[int]:

@@ -18,7 +18,7 @@ from perseus_plugin.control.wire import Applied, Deviation, Mark, SwitchLatency,
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, IGNORE_LOCKS, NO_PERMISSION
 from tests.gpus.fake_zeusd import FakeZeusd
-from tests.waiting import wait_until
+from tests.waiting import stop_process, wait_until
 
 from .harness import free_and_unowned, other_events, start_trainer, wait_for_event
 
@@ -226,7 +226,7 @@ def test_a_stopped_helper_is_ended_and_its_clock_freed(
 ) -> None:
     monkeypatch.setattr(client, "STUCK_AFTER_S", 1.5)
     lock(helper, 705)
-    os.kill(helper.pid or 0, signal.SIGSTOP)
+    stop_process(helper.pid or 0)
     trouble = wait_for_event(helper, Trouble)
     assert (trouble.code, trouble.free) == ("helper_stuck", True)
     assert gpu.locked_mhz() is None

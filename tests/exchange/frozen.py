@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from tests.waiting import stop_process
 
 _HOST = """
 import sys, time
@@ -31,7 +31,7 @@ class StoreHost:
 
     def freeze(self) -> None:
         """It answers no more, and its connections stay."""
-        os.kill(self._process.pid, signal.SIGSTOP)
+        stop_process(self._process.pid)
 
 
 @contextmanager

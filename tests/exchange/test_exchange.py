@@ -458,9 +458,10 @@ def test_a_script_that_takes_our_descriptors_for_its_own_keeps_what_its_sockets_
 def test_every_call_to_a_frozen_store_ends() -> None:
     with store_host() as host:
         store = TCPStore("127.0.0.1", host.port, is_master=False, wait_for_workers=False)
-        client = StoreClient(store, "p", start_limit_s=0.5)
+        client = StoreClient(store, "p", limit_s=0.5)
         client.publish("key", 1)
         host.freeze()
+        client.enter("frozen")  # with this it has half a second, and not a minute
         with pytest.raises(ExchangeError, match=r"cannot fetch 'key' from .*: its host has not answered for 0.5 s"):
             client.fetch("key")
         for use in (lambda: client.publish("key", 2), lambda: client.count("n"), lambda: client.append("list", 1)):
@@ -475,13 +476,13 @@ def test_all_ranks_of_a_node_learn_that_the_store_is_frozen() -> None:
     with store_host() as host:
         job = secrets.token_hex(8)
         store = TCPStore("127.0.0.1", host.port, is_master=False, wait_for_workers=False)
-        ranks = [
-            StoreExchange(StoreClient(store, "p", start_limit_s=1.0), rank, f"perseus-test/{job}")
-            for rank in range(1, 4)
-        ]
+        clients = [StoreClient(store, "p", limit_s=1.0) for _ in range(3)]
+        ranks = [StoreExchange(client, rank, f"perseus-test/{job}") for rank, client in enumerate(clients, 1)]
         ranks[0].tell_all(NEWS, 1)
         assert came_true(lambda: all(one.heard(NEWS) == 1 for one in ranks))
         host.freeze()
+        for client in clients:
+            client.enter("frozen")  # with this they have a second, and not a minute
 
         def lost(one: StoreExchange) -> bool:
             try:

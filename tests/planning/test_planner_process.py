@@ -19,7 +19,7 @@ from perseus_plugin.planning.child import Child, ChildLostError
 from perseus_plugin.planning.planner_process import PlannerProcess, why_no_planner
 from perseus_plugin.processes import ending
 from tests.planning.test_process import answer, request
-from tests.waiting import pipes_here, wait_until
+from tests.waiting import pipes_here, stop_process, wait_until
 
 PLANNER = "perseus_plugin.planning.process"
 
@@ -49,7 +49,7 @@ def test_one_that_is_stopped_is_ended_and_started_again(heard: pytest.LogCapture
     planner = PlannerProcess(pauses_s=(0.0,), idle_s=3.0)
     pid = planner.pid
     assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     assert answer(planner, request()).plan is not None
     assert "took no processor time for 3 s (it hangs, or somebody has stopped it) and was ended" in heard.messages[0]
     assert not Path(f"/proc/{pid}").exists()
@@ -60,7 +60,7 @@ def test_one_that_takes_too_long_is_ended(heard: pytest.LogCaptureFixture) -> No
     planner = PlannerProcess(pauses_s=(0.0,), limit_s=0.2)
     pid = planner.pid
     assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     got = answer(planner, request(8, 64))  # takes longer than that to be planned, too
     assert (got.plan, got.lost) == (None, True)
     assert "lost 2 times" in got.error
@@ -161,7 +161,7 @@ def test_when_memory_runs_out_the_planner_goes_before_the_trainer() -> None:
 
 def test_a_line_without_end_is_given_up_in_time() -> None:
     child = Child(PLANNER, str(os.getpid()))
-    os.kill(child.pid, signal.SIGSTOP)
+    stop_process(child.pid)
     with pytest.raises(ChildLostError, match=r"took longer than 0\.2 s"):
         child.tell(["x" * 2**20] * 2, limit_s=0.2)
     child.end()

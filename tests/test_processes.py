@@ -91,7 +91,7 @@ def test_a_process_has_this_package_and_not_another_one(tmp_path: Path, monkeypa
         env=processes.environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert (done.returncode, done.stderr) == (2, b"")

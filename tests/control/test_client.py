@@ -68,7 +68,7 @@ def test_it_reports_ticks_and_marks(helper: ClockHelper, gpu: EmulatedGpu) -> No
 def test_one_that_only_reads_makes_no_call_that_changes_the_gpu(gpu: EmulatedGpu, spec: str) -> None:
     gpu.lock_clock(900)
     helper = ClockHelper.start(spec, read_only=True)
-    facts = helper.wait_ready(10)
+    facts = helper.wait_ready(20)
     assert facts is not None
     assert not facts.can_lock
     helper.request(1200)
@@ -520,9 +520,13 @@ def test_a_second_helper_on_the_gpu_observes_only(helper: ClockHelper, spec: str
     assert second.close(20)
 
 
-def test_one_whose_lock_file_was_removed_keeps_its_gpu(helper: ClockHelper, spec: str, gpu: EmulatedGpu) -> None:
+def test_one_whose_lock_file_was_removed_keeps_its_gpu(
+    helper: ClockHelper, spec: str, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "STUCK_AFTER_S", 600.0)
     helper.request(900)
-    wait_until(lambda: gpu.locked_mhz() == 900)
+    wait_for_event(helper, Applied)
+    stop_process(helper.pid or 0)  # else it may have made its file again before the second looks
     lock_path(spec, gpu.uuid).unlink()
     second = ClockHelper.start(spec)
     facts = second.wait_ready(20)
@@ -531,6 +535,7 @@ def test_one_whose_lock_file_was_removed_keeps_its_gpu(helper: ClockHelper, spec
     assert f"its helper is process {helper.pid}" in facts.why_not
     assert second.close(20)
     assert gpu.locked_mhz() == 900
+    os.kill(helper.pid or 0, signal.SIGCONT)
 
 
 def test_a_lock_left_by_a_dead_run_is_found_and_freed(

@@ -46,12 +46,12 @@ def test_a_planner_that_was_killed_is_started_again_and_the_cause_is_said(heard:
 
 
 def test_one_that_is_stopped_is_ended_and_started_again(heard: pytest.LogCaptureFixture) -> None:
-    planner = PlannerProcess(pauses_s=(0.0,), idle_s=3.0)
+    planner = PlannerProcess(pauses_s=(0.0,), idle_s=8.0)
     pid = planner.pid
     assert pid is not None
     stop_process(pid)
     assert answer(planner, request()).plan is not None
-    assert "took no processor time for 3 s (it hangs, or somebody has stopped it) and was ended" in heard.messages[0]
+    assert "took no processor time for 8 s (it hangs, or somebody has stopped it) and was ended" in heard.messages[0]
     assert not Path(f"/proc/{pid}").exists()
     planner.close()
 

@@ -277,7 +277,7 @@ def test_the_process_answers_line_by_line_whatever_comes_and_ends_with_its_input
         input="\n".join(lines) + "\n",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     *errors, good = [json.loads(line) for line in done.stdout.splitlines()]

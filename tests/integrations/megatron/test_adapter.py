@@ -139,7 +139,7 @@ def test_a_stage_without_a_layer_has_a_device_all_the_same() -> None:
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "perseus_plugin.megatron", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=REPOSITORY)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=REPOSITORY)
 
 
 def test_the_launcher_runs_the_script_as_python_would(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -68,6 +68,10 @@ class Ran:
     states: list[str] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     errors: list[BaseException] = field(default_factory=list)
+
+    def nearest(self, numbers: Iterable[int], time_s: float, count: int = 5) -> list[int]:
+        """Of some iterations those that took about as long as they should: a busy machine has disturbed them least."""
+        return sorted(numbers, key=lambda number: abs(self.times_s[number] - time_s))[:count]
 
 
 @dataclass

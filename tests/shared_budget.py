@@ -37,9 +37,10 @@ PLUGIN: dict[str, Any] = {
     "log_level": "warning",
 }
 """On a busy machine times are noisy: neither stragglers nor the watch shall have a say."""
-LASTING_S, SAMPLE_S = 6.0, 0.5
+SAMPLE_S = 0.5
+FEWEST_SAMPLES = 8
 NAMES = ("one", "other")
-START_S = 300.0
+START_S = 900.0
 LATEST_S = 60.0  # until what is told is in force
 
 
@@ -81,6 +82,10 @@ class Shared:
         seconds = last.time_s - first.time_s
         return tuple((b - a) / seconds for a, b in zip(first.energy_j, last.energy_j, strict=True))
 
+    def most_w(self, samples: Sequence[Sample], over: int = 5) -> float:
+        """The most that both drew together over so many samples: a busy machine lets GPUs wait, and draw less."""
+        return max(sum(self.drawn_w(*pair)) for pair in zip(samples, samples[over:], strict=False))
+
     def of(self, phase: str) -> list[Sample]:
         """Samples of a phase from when what is told is in force."""
         found = [one for one in self.samples if one.phase == phase]
@@ -105,33 +110,35 @@ def job_process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
-def run(folder: Path, seconds: float, shares: Sequence[float] = (0.9, 0.6)) -> Shared:
+def run(folder: Path, seconds: float, shares: Sequence[float] = (0.9, 0.6), lasting_s: float = 6.0) -> Shared:
     """Both jobs under a budget, a smaller one, with one job in the middle of that, and the first budget again.
 
     Args:
         folder: for the jobs' files.
-        seconds: of each of these, from when what is told is in force.
+        seconds: of each of these, at least, from when what is told is in force.
         shares: the two budgets, of what both draw at full clocks.
+        lasting_s: how long what a job is told, every second, lasts.
     """
     folders = [folder / name for name in NAMES]
     with job_process(folders[0]), job_process(folders[1]) as other:
         wait_until(lambda: all((one / "frontier.json").exists() for one in folders), START_S)
         gpus = [[EmulatedGpu(one / "emulated_gpus" / f"rank{rank}") for rank in range(2)] for one in folders]
-        table = Table([str(one) for one in folders], make=lambda path, weight: Member(path, weight, LASTING_S))
+        table = Table([str(one) for one in folders], make=lambda path, weight: Member(path, weight, lasting_s))
         jobs = [look.holding.job for look in table.round(1e9).looks.values()]
         shared = Shared(sum(job.curve.full_w for job in jobs if job is not None))
         high_w, low_w = (share * shared.full_w for share in shares)
 
-        def phase(name: str, budget_w: float) -> None:
+        def phase(name: str, budget_w: float, has_begun: Callable[[Round], bool] = lambda done: True) -> None:
             end_s, due_s = time.monotonic() + LATEST_S, 0.0
             done: Round | None = None
-            settled = False
-            while time.monotonic() < end_s:
+            settled = 0
+            while time.monotonic() < end_s or 0 < settled < FEWEST_SAMPLES:
                 if done is None or done.on_the_way or time.monotonic() >= due_s:
                     done, due_s = table.round(budget_w), time.monotonic() + 1.0
                 energy_j = tuple(sum(gpu.exact_energy_j() for gpu in of_job) for of_job in gpus)
-                if not settled and done.held_w <= budget_w * (1 + 1e-6):
-                    settled, end_s = True, time.monotonic() + seconds
+                if settled or (done.held_w <= budget_w * (1 + 1e-6) and has_begun(done)):
+                    end_s = end_s if settled else time.monotonic() + seconds
+                    settled += 1
                 told_w = tuple(done.told_w.get(str(one), 0.0) for one in folders)
                 shared.samples.append(Sample(time.monotonic(), name, budget_w, done.held_w, energy_j, told_w))
                 time.sleep(SAMPLE_S)
@@ -139,7 +146,7 @@ def run(folder: Path, seconds: float, shares: Sequence[float] = (0.9, 0.6)) -> S
         phase("first", high_w)
         phase("a third less", low_w)
         os.kill(other.pid, signal.SIGKILL)
-        phase("one is killed", low_w)
+        phase("one is killed", low_w, lambda done: done.looks[str(folders[1])].state == "ended")
         phase("as at first", high_w)
     return shared
 

@@ -72,7 +72,7 @@ import perseus_plugin
 assert {str(tmp_path)!r} in perseus_plugin.__file__
 from tests.one_job import OneJob, Step
 folder = Path({str(tmp_path / "job")!r})
-OneJob(folder, [Step()] * 500, plugin={block!r}, until=(folder / "plan.json").exists).run()
+OneJob(folder, [Step()] * 10_000, plugin={block!r}, until=(folder / "plan.json").exists).run()
 """
     run(training, "-I", "-c", code)
     assert (tmp_path / "job" / "plan.json").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import random
 import select
 import signal
 import socket
@@ -17,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 PROBE = Path(__file__).with_name("probe.py")
@@ -217,7 +218,7 @@ def _forked(
 ) -> _Started:
     at_start = {name: environment[name] for name in sorted(environment) if name in READ_AT_START}
     server = _server(python, tuple(imports), tuple(at_start.items()))
-    environment = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     job = {"ranks": ranks, "folder": str(folder), "words": words, "environment": environment}
     ours, agents = os.pipe()
     socket.send_fds(server, [json.dumps(job).encode()], [output, agents])
@@ -346,12 +347,3 @@ class Probe:
 
 
 _WITHOUT: dict[str, list[dict[str, Any]]] = {}
-
-
-def _free_port() -> int:
-    """Below those that the system gives to whoever asks for any: nobody gets it before the job has it."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 30_000)
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            return port

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import pytest
 
 from tests.e2e.launching import JOB_TIMEOUT_S, Probe
 from tests.e2e.simulation import Simulation
+from tests.ports import free_port
 from tests.waiting import came_true
 
 STAGES, MICROBATCHES = 4, 4
@@ -48,7 +48,7 @@ class Observed:
 
 def observe(library: Path, folder: Path) -> Observed:
     """Run it: four stages on a simulated NVML, with all that is written and served switched on."""
-    machine, port, seen = Simulation(library, folder, STAGES), _free_port(), folder / "scraped"
+    machine, port, seen = Simulation(library, folder, STAGES), free_port(), folder / "scraped"
     # What is recorded under the plan is kept every so often.
     do = [("nothing", "plan 1 for"), ("nothing", "frontier: "), ("nothing", str(seen)), ("end", "+16")]
     # Nobody catches up, so that the clocks are the plan's however busy this machine is.
@@ -77,10 +77,3 @@ def _scraped(port: int) -> str:
             return str(response.read().decode())
     except (urllib.error.URLError, OSError):
         return ""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

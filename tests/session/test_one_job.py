@@ -59,14 +59,14 @@ def test_a_job_profiles_plans_and_saves_at_the_time_of_full_clocks(tmp_path: Pat
 
     job = OneJob(
         folder,
-        [Step()] * 500,
+        [Step()] * 10_000,
         forward_s=(0.020, 0.028),  # long enough for a busy machine's delays to leave something to save
         backward_s=(0.040, 0.056),
         plugin={**SHORT, "slowdown": 0.0},
         until=planned_for_a_while,
     )
     ran = job.run()
-    assert len(ran.times_s) == len(ran.energies_j) == len(ran.states) < 500
+    assert len(ran.times_s) == len(ran.energies_j) == len(ran.states) < 10_000
     assert ran.states[:2] == ["warm-up"] * 2
     assert ran.states[2] == "profiling"
     planned_j = [energy_j for energy_j, state in zip(ran.energies_j, ran.states, strict=True) if state == "plan"]
@@ -96,7 +96,7 @@ def test_a_dry_run_says_what_its_plan_would_save_and_leaves_clocks_alone(tmp_pat
     def planned_for_a_while() -> bool:
         return (folder / "plan.json").exists() and next(left, None) is None
 
-    ran = OneJob(folder, [Step()] * 500, plugin={**SHORT, "enforce": False}, until=planned_for_a_while).run()
+    ran = OneJob(folder, [Step()] * 10_000, plugin={**SHORT, "enforce": False}, until=planned_for_a_while).run()
     swept = max(number for number, state in enumerate(ran.states) if state == "profiling")
     assert set(ran.states[swept + 1 :]) == {"planning", "a dry run"}
     # A plan would take a sixth less; a busy machine makes iterations longer, and their energies higher.
@@ -115,7 +115,9 @@ def test_a_job_keeps_the_power_budget_of_its_configuration(tmp_path: Path) -> No
         return (folder / "plan.json").exists() and next(left, None) is None
 
     budget = {"power_budget_w": allowed_w + 100, "node_overhead_w": 100, "power_budget_groups_w": {"gpu": 220}}
-    ran = OneJob(folder, [Step()] * 500, plugin={**SHORT, "slowdown": 0.0, **budget}, until=planned_for_a_while).run()
+    ran = OneJob(
+        folder, [Step()] * 10_000, plugin={**SHORT, "slowdown": 0.0, **budget}, until=planned_for_a_while
+    ).run()
     plan = load_plan(folder / "plan.json")
     assert planned_again(folder) == plan, "to the digit"
     assert plan.power is not None
@@ -129,7 +131,7 @@ def test_a_job_keeps_the_power_budget_of_its_configuration(tmp_path: Path) -> No
     assert all(one.planned_w <= 1.000001 * one.allowed_w for one in plan.power.budgets)
     at = [number for number, state in enumerate(ran.states) if state == "plan"]
     # A busy machine sets clocks late, and lets work wait: of those that took what was planned a plan can tell.
-    nearest = sorted(at, key=lambda number: abs(ran.times_s[number] - plan.iteration_time_s))[:5]
+    nearest = ran.nearest(at, plan.iteration_time_s)
     assert min(ran.energies_j[number] / ran.times_s[number] for number in nearest) < 1.02 * allowed_w, "as run"
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     goals = [one for one in events if one["event"] == "goal"]
@@ -146,7 +148,7 @@ def test_stages_that_run_different_instructions_are_profiled_and_planned(tmp_pat
 
     # Where few changes are allowed, a plan of so many short instructions is a long search.
     plugin = {**SHORT, "limits": {"min_dwell_s": 0}}
-    ran = OneJob(folder, [Step()] * 500, plugin=plugin, schedule="zbv", until=planned_for_a_while).run()
+    ran = OneJob(folder, [Step()] * 10_000, plugin=plugin, schedule="zbv", until=planned_for_a_while).run()
     assert "plan" in ran.states
     assert ran.summary["state"] == "finished"
     assert ran.summary["plan"]["saving_percent"] > 1
@@ -174,7 +176,7 @@ def test_on_gpus_that_never_reach_their_top_clock_plans_are_made_and_energies_kn
     def planned_for_a_while() -> bool:
         return (folder / "plan.json").exists() and next(left, None) is None
 
-    ran = OneJob(folder, [Step()] * 500, plugin={**SHORT, "slowdown": 0.4}, until=planned_for_a_while).run()
+    ran = OneJob(folder, [Step()] * 10_000, plugin={**SHORT, "slowdown": 0.4}, until=planned_for_a_while).run()
     assert "plan" in ran.states
     assert ran.summary["plan"]["saving_percent"] > 1
     assert ran.summary["overhead"]["switch_latency_p50_s"] is not None, "timed at clocks that they do reach"
@@ -198,7 +200,7 @@ def test_on_gpus_at_their_power_limit_plans_are_made_of_what_was_read_back(
     emulation = {"model": model, "switch_latency_s": 0.005, "counter_period_s": 0.02}
     ran = OneJob(
         folder,
-        [Step()] * 500,
+        [Step()] * 10_000,
         forward_s=(0.030, 0.042),
         backward_s=(0.060, 0.084),
         plugin=plugin,
@@ -213,38 +215,40 @@ def test_on_gpus_at_their_power_limit_plans_are_made_of_what_was_read_back(
     assert summary["plan"]["dropped_plans"] == 0
     said = capfd.readouterr().err
     assert "Look for a power or thermal limit" not in said
+    # A busy machine makes iterations longer, and their energies higher: those count that it has disturbed least.
     # At full clocks as the limit makes them.
-    full_j = statistics.median(ran.energies_j[3:7])
-    assert plan.baseline_energy_j == pytest.approx(full_j, rel=0.15), "measured on a busy machine"
-    planned_j = statistics.median(j for j, state in zip(ran.energies_j, ran.states, strict=True) if state == "plan")
-    assert planned_j < 0.98 * full_j
+    full_j = statistics.median(ran.energies_j[one] for one in ran.nearest(range(3, 9), plan.baseline_time_s, 3))
+    assert plan.baseline_energy_j == pytest.approx(full_j, rel=0.15)
+    planned = [number for number, state in enumerate(ran.states) if state == "plan"]
+    nearest = ran.nearest(planned, plan.iteration_time_s)
+    assert statistics.median(ran.energies_j[one] for one in nearest) < 0.98 * full_j
 
 
 def test_transfers_and_what_is_there_once_are_found_and_planned_with(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """An iteration is 0.3 s, of which a third is neither computing nor loading."""
+    """An iteration is 0.36 s, of which almost half is neither computing nor loading."""
     folder, left = tmp_path / "job", iter(range(10))
 
     def planned_for_a_while() -> bool:
         return (folder / "plan.json").exists() and next(left, None) is None
 
-    job = OneJob(folder, [Step()] * 500, plugin=SHORT, transfer_s=0.02, end_s=0.06, until=planned_for_a_while)
+    job = OneJob(folder, [Step()] * 10_000, plugin=SHORT, transfer_s=0.02, end_s=0.12, until=planned_for_a_while)
     ran = job.run()
     beside, plan = ran.summary["beside"], load_plan(folder / "plan.json")
     # On a busy machine sleep is longer, never shorter.
     assert 0.015 < beside["transfer_s"] < 0.06
-    assert beside["once_s"] > 0.04
-    assert beside["percent"] > 20
+    assert beside["once_s"] > 0.1
+    assert beside["percent"] > 30
     assert "are neither computing nor loading: look at the network" in capfd.readouterr().err
     graph, profile = build_graph(one_f_one_b(2, 4)), load_profile(folder / "profile.csv").table
     computing_s = [
         0.0 if one is None else min(row.time_s for row in profile[one.stage, one.kind]) for one in graph.instructions
     ]
     # Two transfers at least are waited for: of the first forward and of the last backward.
-    least_s = graph.times(computing_s)[1].max() + 2 * 0.02 + 0.06
+    least_s = graph.times(computing_s)[1].max() + 2 * 0.02 + 0.12
     assert plan.baseline_time_s > 0.97 * least_s, "the plan's own iterations have it"
-    assert max(stage[-1].finish_s for stage in plan.stages) < plan.iteration_time_s - 0.9 * 0.06
+    assert max(stage[-1].finish_s for stage in plan.stages) < plan.iteration_time_s - 0.9 * 0.12
     assert ran.summary["plan"]["dropped_plans"] == 0
 
 
@@ -264,7 +268,7 @@ from tests.planning.jobs import bundled_profile
 NOT_IN_TRAINING = ("click", "matplotlib", "ortools", "pandas", "plotly", "prometheus_client", "rich", "scipy", "typer")
 folder, ran = Path({str(tmp_path / "job")!r}), Path({str(ran)!r})
 planned = lambda: (folder / "plan.json").exists() and "frontier" in ran.read_text()
-OneJob(folder, [Step()] * 500, plugin={block!r}, until=planned).run()
+OneJob(folder, [Step()] * 10_000, plugin={block!r}, until=planned).run()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr

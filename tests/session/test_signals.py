@@ -27,7 +27,7 @@ def test_a_job_follows_its_signal_and_says_what_its_energy_was_worth(tmp_path: P
         return log.exists() and '"in force"' in log.read_text() and next(left, None) is None
 
     plugin = {**PLUGIN, "profiling": SHORT["profiling"], "signals": signals}
-    job = OneJob(tmp_path / "job", [Step()] * 500, plugin=plugin, until=followed_for_a_while)
+    job = OneJob(tmp_path / "job", [Step()] * 10_000, plugin=plugin, until=followed_for_a_while)
     summary = job.run().summary
     lines = log.read_text().splitlines()
     events = [event for event in map(json.loads, lines) if event["event"] == "target"]

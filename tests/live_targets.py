@@ -115,7 +115,7 @@ def change_at_random(
                 iteration = len(job.ran.times_s)  # the one that runs
                 number = ask(folder, {"do": "target", "target": said})["number"]
                 changed.said.append((number, iteration))
-            deadline_s = time.monotonic() + 30.0
+            deadline_s = time.monotonic() + 300.0
             while time.monotonic() < deadline_s:
                 told = ask(folder, {"do": "targets"})
                 changed.outcomes = {one["number"]: one for one in told["outcomes"]}

@@ -32,7 +32,7 @@ def helper_works(folder: Path) -> None:
     EmulatedGpu.create(folder / "gpu", A100)
     helper = ClockHelper.start(f"emulated:{folder / 'gpu'}")
     try:
-        assert helper.wait_ready(30.0) is not None
+        assert helper.wait_ready(60.0) is not None
     finally:
         helper.close()
 

@@ -148,7 +148,7 @@ def test_a_job_with_a_lock_folder_of_its_own_keeps_its_gpu(
     gpus: list[EmulatedGpu], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     helper = ClockHelper.start(f"nvml:{UUIDS[0]}")
-    facts = helper.wait_ready(20)
+    facts = helper.wait_ready(60)
     assert facts is not None
     assert facts.can_lock
     helper.request(1005)
@@ -160,7 +160,7 @@ def test_a_job_with_a_lock_folder_of_its_own_keeps_its_gpu(
     assert "--force frees it all the same" in result.output
     assert gpus[0].locked_mhz() == 1005
     second = ClockHelper.start(f"nvml:{UUIDS[0]}")
-    refused = second.wait_ready(20)
+    refused = second.wait_ready(60)
     assert refused is not None
     assert not refused.can_lock
     second.close()

@@ -100,6 +100,6 @@ def spec(gpu: EmulatedGpu) -> str:
 @pytest.fixture
 def helper(spec: str) -> Iterator[ClockHelper]:
     helper = ClockHelper.start(spec)
-    assert helper.wait_ready(20) is not None
+    assert helper.wait_ready(60) is not None
     yield helper
     helper.close()

@@ -17,7 +17,7 @@ TRAINER = """
 import os, sys, time
 from perseus_plugin.control.client import ClockHelper
 helper = ClockHelper.start(sys.argv[1])
-assert helper.wait_ready(20).can_lock
+assert helper.wait_ready(60).can_lock
 helper.request(900)
 while not helper.drain():
     time.sleep(0.001)

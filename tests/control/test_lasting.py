@@ -23,13 +23,13 @@ def lasting(spec: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[LastingHelpe
     # To start a process may take a busy machine longer than a clock may stay locked unsaid.
     monkeypatch.setattr(client, "RESCUE_WAIT_S", 60.0)
     helper = LastingHelper.start(spec)
-    assert helper.wait_ready(20) is not None
+    assert helper.wait_ready(60) is not None
     yield helper
     helper.close()
 
 
 def kill(helper: LastingHelper, number: int) -> None:
-    facts = helper.wait_ready(20)
+    facts = helper.wait_ready(60)
     assert facts is not None
     os.kill(facts.pid, number)
 
@@ -62,7 +62,7 @@ def test_a_second_helper_takes_up_what_the_first_one_did(lasting: LastingHelper,
 def test_one_that_ends_while_it_starts_is_started_again(spec: str) -> None:
     helper = LastingHelper.start(spec)
     kill_at_once(helper, signal.SIGKILL)
-    facts = helper.wait_ready(20)
+    facts = helper.wait_ready(60)
     assert facts is not None
     assert facts.can_lock
     assert wait_for_event(helper, Trouble).code == "started_again"

@@ -151,7 +151,7 @@ def test_a_power_cap_is_seen(helper: ClockHelper, gpu: EmulatedGpu) -> None:
 def test_two_jobs_on_one_gpu(helper: ClockHelper, spec: str, gpu: EmulatedGpu) -> None:
     lock(helper, 900)
     second = ClockHelper.start(spec)
-    facts = second.wait_ready(20)
+    facts = second.wait_ready(60)
     assert facts is not None
     assert not facts.can_lock
     assert f"process {os.getpid()} of user id" in facts.why_not
@@ -164,7 +164,7 @@ def test_two_jobs_on_one_gpu(helper: ClockHelper, spec: str, gpu: EmulatedGpu) -
 def test_no_permission_names_every_way_out(spec: str, gpu: EmulatedGpu, tmp_path: Path) -> None:
     gpu.set_faults(NO_PERMISSION)
     helper = ClockHelper.start(f"auto:{tmp_path / 'zeusd.sock'}:{UUID}")
-    facts = helper.wait_ready(20)
+    facts = helper.wait_ready(60)
     assert facts is not None
     assert (facts.can_lock, facts.backend) == (False, "")
     for part in ("root", "CAP_SYS_ADMIN", "--cap-add SYS_ADMIN", f"zeusd at {tmp_path / 'zeusd.sock'} does not answer"):
@@ -181,7 +181,7 @@ def test_auto_falls_back_to_zeusd(spec: str, gpu: EmulatedGpu, tmp_path: Path, m
         thread = threading.Thread(target=daemon.serve_forever, args=(0.01,))
         thread.start()
         helper = ClockHelper.start(f"auto:{path}:{UUID}")
-        facts = helper.wait_ready(20)
+        facts = helper.wait_ready(60)
         assert facts is not None
         assert (facts.can_lock, facts.backend, facts.why_not) == (True, "zeusd", "")
         lock(helper, 900)
@@ -195,7 +195,7 @@ def test_auto_falls_back_to_zeusd(spec: str, gpu: EmulatedGpu, tmp_path: Path, m
 def test_no_driver_is_one_trouble(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
     monkeypatch.setenv("PERSEUS_SIMULATED_GPUS", "")
     helper = ClockHelper.start(spec)
-    assert helper.wait_ready(20) is None
+    assert helper.wait_ready(60) is None
     wait_until(lambda: not helper.alive)
     (trouble,) = (event for event in helper.drain() if isinstance(event, Trouble))
     assert (trouble.code, "no NVIDIA driver here" in trouble.text) == ("helper_failed", True)
@@ -210,7 +210,7 @@ def test_a_driver_that_takes_its_time_with_every_call_is_no_silent_helper(
     gpu = EmulatedGpu.create(gpu.state.path, uuid=UUID, switch_latency_s=0.002, tick_period_s=60.0)
     gpu.set_faults(faults, call_s=0.1)
     helper = ClockHelper.start(spec)
-    assert helper.wait_ready(20) is not None
+    assert helper.wait_ready(60) is not None
     helper.measure_latency()
     latency = wait_for_event(helper, SwitchLatency)
     assert latency.timeouts == (3 if faults else 0)

@@ -31,7 +31,7 @@ SLOWDOWN = 0.15
 JOB_TIMEOUT_S = 600.0
 """Only bounds a test that fails anyway: starved by others, processes take minutes to import torch."""
 ENDING_S = 40.0
-ENDED_S = 10.0
+ENDED_S = 40.0
 """Long enough for what takes a moment on a quiet machine."""
 
 BASE_CONFIG: dict[str, Any] = {
@@ -127,7 +127,7 @@ class Job:
         """How it ended."""
         status = self._status(timeout_s)
         assert status is not None, f"still running after {timeout_s} s:\n{self._said.text()[-6000:]}"
-        self._said.join(ENDED_S)
+        self._said.join(10.0)
         return Finished(status, self._said.text())
 
     def said(self) -> str:

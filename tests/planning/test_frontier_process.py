@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,15 +14,11 @@ from perseus_plugin.planning.frontier import frontier_to_json, make_frontier
 from perseus_plugin.planning.frontier_process import TOLERANCE, BackgroundFrontier, FrontierProcess
 from perseus_plugin.planning.process import limits_of, plan_for, planner_for
 from tests.planning.test_process import request
-
-PATIENCE_S = 60.0
+from tests.waiting import PATIENCE_S, wait_until
 
 
 def wait_for(what: Callable[[], bool]) -> None:
-    until = time.monotonic() + PATIENCE_S
-    while not what():
-        assert time.monotonic() < until, "nothing came"
-        time.sleep(0.01)
+    wait_until(what, PATIENCE_S)
 
 
 def test_it_is_the_frontier_of_the_plan(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from perseus_plugin.planning.child import Child, ChildLostError
 from perseus_plugin.planning.planner_process import PlannerProcess, why_no_planner
 from perseus_plugin.processes import ending
 from tests.planning.test_process import answer, request
-from tests.waiting import pipes_here, stop_process, wait_until
+from tests.waiting import PATIENCE_S, pipes_here, stop_process, wait_until
 
 PLANNER = "perseus_plugin.planning.process"
 
@@ -108,9 +108,9 @@ def test_closing_ends_the_process_and_a_wait_for_it(heard: pytest.LogCaptureFixt
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     planner.submit(request())
-    wait_until(lambda: bool(heard.messages))
+    wait_until(lambda: bool(heard.messages), PATIENCE_S)
     planner.close()
-    wait_until(lambda: not planner.busy)
+    wait_until(lambda: not planner.busy, PATIENCE_S)
     assert planner.pid is None
     assert not Path(f"/proc/{pid}").exists()
 
@@ -141,10 +141,10 @@ def test_one_that_refines_is_there_for_its_request_alone_and_takes_what_nobody_e
     refiner = PlannerProcess(pauses_s=(), ahead=False)
     assert refiner.pid is None
     refiner.submit(replace(request(), refine_s=30.0))
-    wait_until(lambda: refiner.pid is not None or not refiner.busy)
+    wait_until(lambda: refiner.pid is not None or not refiner.busy, PATIENCE_S)
     with suppress(OSError):  # it may have ended
-        wait_until(lambda: not refiner.busy or os.getpriority(os.PRIO_PROCESS, refiner.pid or 0) == 19)
-    wait_until(lambda: not refiner.busy)
+        wait_until(lambda: not refiner.busy or os.getpriority(os.PRIO_PROCESS, refiner.pid or 0) == 19, PATIENCE_S)
+    wait_until(lambda: not refiner.busy, PATIENCE_S)
     got = refiner.poll()
     assert got is not None
     assert got.plan is not None, got.error

@@ -27,7 +27,7 @@ from perseus_plugin.planning.planner_process import PlannerProcess
 from perseus_plugin.planning.process import PlanAnswer, PlanRequest, answered, plan_for, planner_for
 from perseus_plugin.planning.targets import Target
 from tests.factories import BLOCKING_W, CLOCKS_MHZ, profile
-from tests.waiting import came_true
+from tests.waiting import PATIENCE_S, came_true
 
 
 def request(stages: int = 2, microbatches: int = 4, **changes: Any) -> PlanRequest:
@@ -177,7 +177,7 @@ def planner() -> Iterator[PlannerProcess]:
 
 def answer(planner: PlannerProcess, wanted: PlanRequest) -> PlanAnswer:
     planner.submit(wanted)
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline_s:
         found = planner.poll()
         if found is not None:
@@ -185,11 +185,11 @@ def answer(planner: PlannerProcess, wanted: PlanRequest) -> PlanAnswer:
             assert wait_until_idle(planner)
             return found
         time.sleep(0.01)
-    raise AssertionError("no answer within a minute")
+    raise AssertionError("no answer in time")
 
 
 def wait_until_idle(planner: PlannerProcess) -> bool:
-    return came_true(lambda: not planner.busy, 60)
+    return came_true(lambda: not planner.busy, PATIENCE_S)
 
 
 def test_the_process_plans_as_this_one_would(planner: PlannerProcess) -> None:

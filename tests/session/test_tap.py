@@ -94,9 +94,11 @@ def test_the_controller_hears_of_controllable_instructions_only(errors: list[Exc
     noting = Noting()
     tap = InstructionTap(HostBoundaries(), noting, errors.append)
     record = armed(tap)
+    before_s = time.monotonic()
     run(tap)
+    took_s = time.monotonic() - before_s
     assert noting.seen == [(0, record.starts_s[0]), (1, record.starts_s[1])]
-    assert 0 < record.overhead_s < record.ends_s[-1] - record.starts_s[0]
+    assert 0 < record.overhead_s < took_s
 
 
 def test_an_emulated_gpu_stretches_controllable_instructions_only(errors: list[Exception]) -> None:

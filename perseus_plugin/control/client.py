@@ -49,8 +49,9 @@ STUCK_AFTER_S = 8.0
 """A helper that is silent for so long (it sends a heartbeat every second) counts as stuck."""
 START_S = 30.0
 """How long it may take to say its first word: where many ranks start, Python is read from a busy file system."""
-RESCUE_WAIT_S = 10.0
-"""How long what is said of a helper waits for what comes of freeing its clock; a busy machine starts a process late."""
+RESCUE_START_S, RESCUE_WAIT_S = 10.0, 2.5
+"""How long what is said of a helper waits for what comes of freeing its clock: until the process that does so has
+begun, which a busy machine may start late, and from then on."""
 CLOSE_GRACE_S = 15.0
 """How long a helper that was closed may take to reset its clock before it is ended."""
 MAX_EVENTS = 200_000
@@ -350,15 +351,22 @@ class ClockHelper:
     def _answer_of(self, rescuer: subprocess.Popen[bytes]) -> str:
         waiter, outlet = select.poll(), _taken_over(rescuer.stdout)
         waiter.register(outlet.number, select.POLLIN)
-        if not waiter.poll(1e3 * RESCUE_WAIT_S):
-            return self._not_free(f"freeing it takes longer than {RESCUE_WAIT_S:g} s")
-        said = bytearray(os.read(outlet.number, 1 << 16))
-        try:
-            for what, payload in split_replies(said):
-                return "" if what == BYE else Trouble.unpack(payload).text
-        except (WireError, ValueError):
-            pass
-        return self._not_free("the process that was to free it has failed")
+        said, limit_s = bytearray(), RESCUE_START_S
+        end_s = time.monotonic() + limit_s
+        while waiter.poll(1e3 * max(0.0, end_s - time.monotonic())):
+            try:
+                data = os.read(outlet.number, 1 << 16)
+                said += data
+                for what, payload in split_replies(said):
+                    if what != HEARTBEAT:
+                        return "" if what == BYE else Trouble.unpack(payload).text
+                    limit_s = RESCUE_WAIT_S
+                    end_s = time.monotonic() + limit_s
+            except (WireError, ValueError):
+                data = b""
+            if not data:
+                return self._not_free("the process that was to free it has failed")
+        return self._not_free(f"freeing it takes longer than {limit_s:g} s")
 
     def _not_free(self, problem: str) -> str:
         uuid = self._spec.rpartition(":")[2] if self._facts is None else self._facts.uuid

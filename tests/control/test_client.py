@@ -369,6 +369,21 @@ def test_a_stopped_helper_is_ended_and_its_clock_freed(silent_helper: ClockHelpe
     assert other_events(silent_helper) == []
 
 
+def test_where_processes_start_late_no_clock_is_said_to_be_locked(
+    helper: ClockHelper, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time that freeing it may take begins with the process that frees it."""
+    helper.request(900)
+    wait_for_event(helper, Applied)
+    command = client.processes.command
+    late = ("sh", "-c", f'sleep {client.RESCUE_WAIT_S + 0.5}; exec "$@"', "sh")
+    monkeypatch.setattr(client.processes, "command", lambda *words: [*late, *command(*words)])
+    os.kill(helper.pid or 0, signal.SIGKILL)
+    trouble = wait_for_event(helper, Trouble)
+    assert (trouble.code, trouble.free) == ("helper_died", True)
+    assert gpu.locked_mhz() is None
+
+
 def test_of_a_driver_that_hangs_it_is_said_that_the_clock_is_not_free_and_what_frees_it(
     silent_helper: ClockHelper, gpu: EmulatedGpu, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

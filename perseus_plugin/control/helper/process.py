@@ -78,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _rescue(options: argparse.Namespace, outlet: int) -> int:
     status = 0
+    if options.told:  # how long freeing the clock may take counts from here
+        Heartbeat(outlet).beat()
 
     def tell(problem: str) -> None:
         nonlocal status

@@ -2,6 +2,10 @@
 
 Nothing here blocks or raises into the caller. A helper that ends although nobody here has asked it to, or is silent,
 makes `alive` false; a fresh process frees its clock, and then one `Trouble` says what came of that.
+
+A helper answers many times in an iteration, and a thread that woke for each of them would keep the training thread
+waiting for the interpreter as often. So `drain` takes what is there by itself, and the thread, which is to see that the
+helper lives, wakes by the clock and at the end of the replies alone.
 """
 
 from __future__ import annotations
@@ -55,7 +59,8 @@ begun, which a busy machine may start late, and from then on."""
 CLOSE_GRACE_S = 15.0
 """How long a helper that was closed may take to reset its clock before it is ended."""
 MAX_EVENTS = 200_000
-_LOOK_S = 0.5
+_LOOK_S, _REST_S = 0.5, 0.25
+"""From one look at the replies to the next: until its first word comes, at which the thread wakes, and after it."""
 
 
 class _End(NamedTuple):
@@ -87,6 +92,10 @@ class ClockHelper:
         self._seq = 0
         self._last_sent: tuple[int | None] | None = None
         self._locked_mhz: int | None = None
+        self._reading = threading.Lock()
+        self._outlet: Descriptor | None = None
+        self._said = bytearray()
+        self._heard, self._broken = False, ""
         self._ready = threading.Event()
         self._facts: DeviceFacts | None = None
         self._closing = self._said_bye = self._lost = False
@@ -98,7 +107,9 @@ class ClockHelper:
             self._events.append(trouble)
         if process is not None:
             self._inlet, outlet = _taken_over(process.stdin), _taken_over(process.stdout)
-            os.set_blocking(self._inlet.number, False)
+            for end in (self._inlet, outlet):
+                os.set_blocking(end.number, False)
+            self._outlet = outlet
             _helpers.add(self)
             watching = (process, outlet)
             self._reader = threading.Thread(target=self._watch, args=watching, name="perseus-replies", daemon=True)
@@ -203,6 +214,9 @@ class ClockHelper:
 
     def drain(self) -> list[Event]:
         """What the helper has reported since the last call, oldest first."""
+        if self.alive and self._outlet is not None:
+            with suppress(OSError, WireError):  # the thread finds the same
+                self._pull(self._outlet)
         events: list[Event] = []
         while self._events:
             events.append(self._events.popleft())
@@ -267,23 +281,22 @@ class ClockHelper:
         """Take what the helper says until it ends, or must; None if it ended because it was closed."""
         waiter = select.poll()
         waiter.register(outlet.number, select.POLLIN)
-        buffer = bytearray()
-        limit_s, silent_s, looked_s = START_S, 0.0, time.monotonic()
+        limit_s, silent_s, looked_s, look_s = START_S, 0.0, time.monotonic(), _LOOK_S
         try:
             while True:
-                readable = waiter.poll(1e3 * _LOOK_S)
+                waiter.poll(1e3 * look_s)
                 # Time in which this process did not run either is no silence: a job may be suspended as a whole.
                 now_s = time.monotonic()
                 silent_s += min(now_s - looked_s, 2 * _LOOK_S)
                 looked_s = now_s
-                if readable:
-                    data = os.read(outlet.number, 1 << 16)
-                    if not data:
-                        break
+                if not self._pull(outlet):
+                    break
+                if self._ready.is_set():
+                    look_s = _REST_S
+                    waiter.modify(outlet.number, 0)  # that nothing more will come is told all the same
+                if self._heard:
+                    self._heard = False
                     limit_s, silent_s = STUCK_AFTER_S, 0.0
-                    buffer += data
-                    for what, payload in split_replies(buffer):
-                        self._take(what, payload)
                 elif silent_s > limit_s and not self._closing:
                     return _End("helper_stuck", f"the clock helper was silent for {limit_s:.0f} s", None)
         except (OSError, WireError) as error:
@@ -297,6 +310,31 @@ class ClockHelper:
             return None
         asked = ": a signal asked it to" if self._said_bye else ""
         return _End("helper_died", f"the clock helper ended with status {status}{asked}", status)
+
+    def _pull(self, outlet: Descriptor) -> bool:
+        """Take what the helper has said, from any thread; returns whether more may come.
+
+        Raises:
+            OSError: the pipe is not ours any more.
+            WireError: that is no reply.
+        """
+        with self._reading:
+            if self._broken:
+                raise WireError(self._broken)
+            try:
+                data = os.read(outlet.number, 1 << 16)
+            except BlockingIOError:
+                return True
+            if data:
+                self._heard = True
+                self._said += data
+                try:
+                    for what, payload in split_replies(self._said):
+                        self._take(what, payload)
+                except WireError as error:
+                    self._broken = str(error)
+                    raise
+            return bool(data)
 
     def _take(self, what: int, payload: bytes) -> None:
         if what == READY:

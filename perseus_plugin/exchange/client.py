@@ -7,10 +7,11 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeAlias
 
@@ -23,7 +24,20 @@ _JOINED_WITHIN_S = 1.0  # where the store's host does not answer, the thread sta
 _LOST_AFTER_S = 5.0  # who took a place in a list and has not filled it since has died
 
 _Call: TypeAlias = Callable[[Any, str], Any]
-_Calls: TypeAlias = "queue.SimpleQueue[tuple[Future[Any], _Call, str] | None]"
+
+
+@dataclass
+class _Watch:
+    """Counters that the thread looks at by itself: see `StoreClient.watch`."""
+
+    places: list[str]
+    seen: list[int]
+    every_s: float
+    changed: Callable[[], None]
+    due_s: float
+
+
+_Calls: TypeAlias = "queue.SimpleQueue[tuple[Future[Any], _Call, str] | _Watch | None]"
 
 
 class ExchangeError(PerseusError):
@@ -100,6 +114,20 @@ class StoreClient:
         )
         return [int(one) for one in counted]
 
+    def watch(self, seen: Mapping[str, int], every_s: float, changed: Callable[[], None]) -> None:
+        """Have the thread look at counters by itself, in the place of those that it looked at before.
+
+        While nothing changes one thread wakes for a look, where asking for `counts` wakes two.
+
+        Args:
+            seen: what they were, by name.
+            every_s: from now to the first look, and from look to look.
+            changed: called once, on the thread, when one is something else or cannot be looked at; it looks no more
+                then.
+        """
+        places = [self._key(name) for name in seen]
+        self._calls.put(_Watch(places, list(seen.values()), every_s, changed, time.monotonic() + every_s))
+
     def append(self, name: str, value: Any) -> None:
         """Put a JSON-serialisable value at the end of a list that any rank may append to."""
         self.publish(f"{name}/{self.count(f'{name}/count', 1)}", value)
@@ -128,6 +156,10 @@ class StoreClient:
             taken += 1
         self._taken[name] = taken
         return values
+
+    def taken(self, name: str) -> int:
+        """How far `take_new` has come in a list."""
+        return self._taken.get(name, 0)
 
     def close(self) -> None:
         """Let the thread end, once it has done what was asked of it before; idempotent."""
@@ -172,7 +204,21 @@ def _end(thread: threading.Thread, calls: _Calls) -> None:
 
 def _serve(store: Any, calls: _Calls) -> None:
     is_ours = False
-    while (asked := calls.get()) is not None:
+    watch: _Watch | None = None
+    while True:
+        try:
+            asked = calls.get(timeout=None if watch is None else max(0.0, watch.due_s - time.monotonic()))
+        except queue.Empty:
+            assert watch is not None  # else nothing limits the wait
+            if _has_changed(store, watch):
+                watch.changed()
+                watch = None
+            continue
+        if asked is None:
+            return
+        if isinstance(asked, _Watch):
+            watch = asked
+            continue
         answer, call, place = asked
         try:
             if not is_ours:
@@ -181,6 +227,16 @@ def _serve(store: Any, calls: _Calls) -> None:
         except BaseException as error:
             answer.set_exception(error)
         del asked, answer, call
+
+
+def _has_changed(store: Any, watch: _Watch) -> bool:
+    try:
+        if [store.add(place, 0) for place in watch.places] != watch.seen:
+            return True
+    except Exception:  # whoever asks next is told
+        return True
+    watch.due_s = time.monotonic() + watch.every_s
+    return False
 
 
 def _remove(store: Any, place: str) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import socket
 import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import wait
 from typing import Any
 
 from perseus_plugin.exchange.client import ExchangeError
@@ -44,12 +44,14 @@ class Node:
     def __init__(self, name: str, greeting: Callable[[], Message]) -> None:
         self._name, self._greeting = name, greeting
         self._inodes: dict[socket.socket, int] = {}
+        self._waiter = select.poll()
         self._listener: socket.socket | None = None
         self._leader: socket.socket | None = None
         self._rejoin_at_s: float | None = None
         self._ear, self._mouth = socket.socketpair()
         for end in (self._keep(self._ear), self._keep(self._mouth)):
             end.setblocking(False)
+        self._waiter.unregister(self._mouth)  # it is only written to
         self._join()
 
     @property
@@ -70,11 +72,9 @@ class Node:
             self._rejoin_at_s = None
             self._join()
         messages: list[Message] = []
-        ears = [one for one in self._inodes if one is not self._mouth]
-        readable = wait(ears, max(0.0, timeout_s))
+        readable = {number for number, _ in self._waiter.poll(1e3 * max(0.0, timeout_s))}
         self._check()
-        for ready in readable:
-            assert isinstance(ready, socket.socket)  # nothing else was given
+        for ready in [one for one in self._inodes if one.fileno() in readable] if readable else ():
             if ready is self._ear:
                 with suppress(BlockingIOError):
                     self._ear.recv(4096)
@@ -105,6 +105,7 @@ class Node:
         for one in self._inodes:
             one.close()
         self._inodes.clear()
+        self._waiter = select.poll()
 
     @property
     def _members(self) -> list[socket.socket]:
@@ -112,18 +113,23 @@ class Node:
 
     def _keep(self, one: socket.socket) -> socket.socket:
         self._inodes[one] = os.fstat(one.fileno()).st_ino
+        self._waiter.register(one, select.POLLIN)
         return one
 
     def _check(self) -> None:
         """A script that closes what it does not know and opens files of its own has them where our sockets were."""
         try:
-            if all(os.fstat(one.fileno()).st_ino == inode for one, inode in self._inodes.items()):
+            for one, inode in self._inodes.items():
+                if os.fstat(one.fileno()).st_ino != inode:
+                    break
+            else:
                 return
         except OSError:
             pass
         for one in self._inodes:
             one.detach()
         self._inodes.clear()
+        self._waiter = select.poll()
         self._leader = self._listener = None
         raise ExchangeError("the training script has closed descriptors of other parts of the process")
 
@@ -184,6 +190,7 @@ class Node:
 
     def _drop(self, peer: socket.socket) -> None:
         del self._inodes[peer]
+        self._waiter.unregister(peer)
         with suppress(OSError):
             peer.shutdown(socket.SHUT_RDWR)  # for children that were forked too
         peer.close()

@@ -29,9 +29,11 @@ INBOX_EVERY_S = 0.2
 PATIENT_S = 5.0
 """How often a node looks for news, rank 0 for what it is told, and a node sends what is in no hurry.
 
-Where nobody has told anything in a hurry for `_LIVELY_S`, rank 0 looks for both at once: all this takes the interpreter
-from the training thread.
+Where nobody has told anything in a hurry for `_LIVELY_S`, rank 0 looks for both at once. Whoever looks as rarely as a
+node has the client's thread look until it sees something: all this takes the interpreter from the training thread. The
+own thread asks again after `_OWN_LOOK_S`, which tells whether the store's host still answers.
 """
+_OWN_LOOK_S = 5.0
 _LIVELY_S = 2.0
 _TOGETHER_S = 0.1  # what ranks of a node tell within that goes in one piece
 _LOOKS_PER_S = 1000.0  # of all nodes; in larger jobs each looks more rarely
@@ -291,8 +293,10 @@ class StoreExchange:
             self._count_at_s = now_s + _COUNT_NODES_EVERY_S
             self._nodes = max(1, self._client.count(_NODES, 0 if self._counted else 1))
             self._counted = True
-        if looks:
-            self._look_at_s = now_s + self._look_every_s
+        # Set before it is asked, and made no later afterwards: what is told meanwhile on this rank is to be looked at.
+        own_look_at_s = now_s + max(_OWN_LOOK_S, self._look_every_s)
+        self._look_at_s = own_look_at_s if looks else self._look_at_s
+        self._inbox_at_s = own_look_at_s if takes else self._inbox_at_s
         counted = self._client.counts([_TURN] * looks + [f"{_INBOX}/count"] * takes)
         if looks and counted[0] != self._turn:
             self._hear(self._found())
@@ -304,10 +308,17 @@ class StoreExchange:
                 self._take(bundle)
                 if _HURRIED in bundle:
                     self._lively_until_s = max(self._lively_until_s, now_s + _LIVELY_S)
-            lively = now_s < self._lively_until_s
-            self._inbox_at_s = now_s + (INBOX_EVERY_S if lively else LOOK_EVERY_S)
-            if self._node.leads and not lively:
-                self._inbox_at_s = min(self._inbox_at_s, self._look_at_s)
+        if self._rank == 0 and now_s < self._lively_until_s:
+            self._look_at_s = min(self._look_at_s, now_s + self._look_every_s)
+            self._inbox_at_s = min(self._inbox_at_s, now_s + INBOX_EVERY_S)
+            return
+        seen = {_TURN: self._turn} if self._node.leads else {}
+        seen |= {f"{_INBOX}/count": self._client.taken(_INBOX)} if self._rank == 0 else {}
+        self._client.watch(seen, self._look_every_s, self._look_now)
+
+    def _look_now(self) -> None:
+        self._look_at_s = self._inbox_at_s = 0.0
+        self._node.wake()
 
     def _found(self) -> dict[str, Any]:
         found = {key: self._client.fetch(f"all/{key}") for key in ANNOUNCED}

@@ -112,8 +112,8 @@ class Timing:
         stats_every_s, durations_every_s: from one message to the next, in jobs of up to 2,000 ranks.
     """
 
-    idle_s: float = 0.25
-    gather_s: float = 0.25
+    idle_s: float = 0.5
+    gather_s: float = 0.5
     rest_s: float = 0.1
     ticks_after_sweep_s: float = 0.4
     read_failure_patience_s: float = 2.0
@@ -189,7 +189,8 @@ class SessionWorker:
             timing, rested_s = self._timing, 0.0
             while not self._stop.is_set():
                 self._link.wake.wait(timing.idle_s)
-                self._stop.wait(max(0.0, rested_s - monotonic()))
+                if monotonic() < rested_s:
+                    self._stop.wait(max(0.0, rested_s - monotonic()))
                 self._link.wake.clear()
                 self._step()
                 now_s = monotonic()
@@ -239,8 +240,9 @@ class SessionWorker:
         """Those that have finished, after what the helper told before they did."""
         iterations = self._link.take_finished()
         self._take_helper_events()
-        for finished in iterations:
-            self._take(finished)
+        taken = [self._take(finished) for finished in iterations]
+        if taken:
+            self._count(taken)
 
     @property
     def _measures_nothing(self) -> bool:
@@ -257,11 +259,12 @@ class SessionWorker:
             for key, stream_of in self._link.schedules.items():
                 self._recorder.keep_schedule(key, stream_of, self._placement.stages)
             self._recorder.use_schedule(*self._link.schedule, self._placement.stages)
-        if self._estimated:
+        if self._estimated and self._helper is not None:
             self._poll_energy(self._recorder.wants_readings(self._link.timetable, self._link.iteration))
         self._recorder.step()
 
-    def _take(self, finished: FinishedIteration) -> None:
+    def _take(self, finished: FinishedIteration) -> tuple[Directive, IterationRecord]:
+        """Returns what it counts as."""
         self._taken = finished.record.number + 1
         directive, record = finished.directive, self._as_it_was(finished)
         if self._selection.busy:
@@ -295,16 +298,14 @@ class SessionWorker:
         self._recorder.iteration(directive, record, self._link.timetable, self._link.parts)
         self._account.add(record.number, sorts, duration_s)
         self._account.forget_before(record.number - 16)
-        self._count(record)
         self._free_when_silent(duration_s)
-        self._count_lateness(directive, record)
-        self._count_waits(directive, record)
         self._sensing.saw(directive, record, self._link.parts)
         self._windows.saw(directive, record, self._link.parts)
         if self._leader is not None:
             part = part_for(self._link.parts, directive, record)
             size = math.nan if part is None else step_size(record, part, self._top_mhz)
             self._leader.saw(directive, record, size)
+        return directive, record
 
     def _look_at_graph(self, directive: Directive) -> None:
         """A step was replayed as one CUDA graph: no instruction of it was seen."""
@@ -336,46 +337,27 @@ class SessionWorker:
         confirmed = self._clocks.confirms(asked_mhz, record.begin_s, record.end_s)
         return record if confirmed else replace(record, undisturbed=False)
 
-    def _count_lateness(self, directive: Directive, record: IterationRecord) -> None:
-        part = part_for(self._link.parts, directive, record)
-        if part is None or part.catch_up is None or not (record.undisturbed and record.complete):
-            return
-        durations_s = [
-            end_s - start_s
-            for slot, start_s, end_s in zip(record.slots, record.starts_s, record.ends_s, strict=True)
-            if slot >= 0
-        ]
-        before = self._stats.caught_up
-        caught_up = CaughtUp(
-            iterations=before.iterations + 1,
-            instructions=before.instructions + len(durations_s),
-            late_iterations=before.late_iterations + bool(record.raised),
-            raised=before.raised + len(record.raised),
-            extra_energy_j=before.extra_energy_j + extra_energy_j(part, record.raised, durations_s),
-        )
-        self._stats = self._stats.model_copy(update={"caught_up": caught_up})
-
-    def _count_waits(self, directive: Directive, record: IterationRecord) -> None:
-        part = part_for(self._link.parts, directive, record)
-        if part is None or not part.waits or not (record.undisturbed and record.complete):
-            return
-        before = self._stats.waited
-        waited = Waited(
-            iterations=before.iterations + 1,
-            planned=before.planned + len(part.waits),
-            lowered=before.lowered + len(record.lowered),
-            woken_early=before.woken_early + record.woken_early,
-        )
-        self._stats = self._stats.model_copy(update={"waited": waited})
-
-    def _count(self, record: IterationRecord) -> None:
+    def _count(self, taken: Sequence[tuple[Directive, IterationRecord]]) -> None:
+        """Enter iterations into what this rank tells of itself, all at once: each message takes time to make."""
         stats = self._stats
+        followed = [
+            (part, record)
+            for directive, record in taken
+            if record.undisturbed
+            and record.complete
+            and (part := part_for(self._link.parts, directive, record)) is not None
+        ]
+        records = [record for _, record in taken]
         self._stats = stats.model_copy(
             update={
-                "overhead_s": stats.overhead_s + record.overhead_s,
-                "hooked_iterations": stats.hooked_iterations + bool(record.ends_s),
-                "overran": stats.overran + record.overran,
-                "instructions": stats.instructions + len(record.ends_s),
+                "overhead_s": stats.overhead_s + math.fsum(record.overhead_s for record in records),
+                "hooked_iterations": stats.hooked_iterations + sum(bool(record.ends_s) for record in records),
+                "overran": stats.overran + sum(record.overran for record in records),
+                "instructions": stats.instructions + sum(len(record.ends_s) for record in records),
+                "caught_up": _with_lateness(
+                    stats.caught_up, [(part, record) for part, record in followed if part.catch_up is not None]
+                ),
+                "waited": _with_waits(stats.waited, [(part, record) for part, record in followed if part.waits]),
             }
         )
 
@@ -704,3 +686,35 @@ class SessionWorker:
             logger.debug("the last statistics did not reach rank 0: %s", error)
         if self._leader is not None:
             self._leader.finish(self._stats)
+
+
+def _with_lateness(before: CaughtUp, seen: Sequence[tuple[PlanPart, IterationRecord]]) -> CaughtUp:
+    if not seen:
+        return before
+    durations_s = [
+        [
+            end_s - start_s
+            for slot, start_s, end_s in zip(record.slots, record.starts_s, record.ends_s, strict=True)
+            if slot >= 0
+        ]
+        for _, record in seen
+    ]
+    extra_j = [extra_energy_j(part, record.raised, of) for (part, record), of in zip(seen, durations_s, strict=True)]
+    return CaughtUp(
+        iterations=before.iterations + len(seen),
+        instructions=before.instructions + sum(map(len, durations_s)),
+        late_iterations=before.late_iterations + sum(bool(record.raised) for _, record in seen),
+        raised=before.raised + sum(len(record.raised) for _, record in seen),
+        extra_energy_j=before.extra_energy_j + sum(extra_j),
+    )
+
+
+def _with_waits(before: Waited, seen: Sequence[tuple[PlanPart, IterationRecord]]) -> Waited:
+    if not seen:
+        return before
+    return Waited(
+        iterations=before.iterations + len(seen),
+        planned=before.planned + sum(len(part.waits) for part, _ in seen),
+        lowered=before.lowered + sum(len(record.lowered) for _, record in seen),
+        woken_early=before.woken_early + sum(record.woken_early for _, record in seen),
+    )

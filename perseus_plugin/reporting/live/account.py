@@ -46,6 +46,28 @@ class _Open:
     time_s: float
 
 
+@dataclass(slots=True)
+class _Sums:
+    """See `Totals`, which takes longer to make than an iteration is worth."""
+
+    energy_j: float | None
+    iterations: int = 0
+    time_s: float = 0.0
+    unread: int = 0
+    held_s: float = 0.0
+    told_s: float = 0.0
+
+    def told(self) -> Totals:
+        return Totals(
+            iterations=self.iterations,
+            time_s=self.time_s,
+            energy_j=self.energy_j,
+            unread=self.unread,
+            held_s=self.held_s,
+            told_s=self.told_s,
+        )
+
+
 class Account:
     """Sums up iterations.
 
@@ -60,7 +82,7 @@ class Account:
         self._begun: dict[int, Mark] = {}
         self._ended: dict[int, Mark] = {}
         self._open: dict[int, _Open] = {}
-        self._totals: dict[str, Totals] = {}
+        self._sums: dict[str, _Sums] = {}
 
     def add(self, iteration: int, sorts: Sequence[str], time_s: float) -> None:
         """An iteration took `time_s` and counts for these sorts."""
@@ -85,12 +107,12 @@ class Account:
 
     def clear(self, sort: str) -> None:
         """Begin this sort's sum anew."""
-        self._totals.pop(sort, None)
+        self._sums.pop(sort, None)
 
     @property
     def totals(self) -> dict[str, Totals]:
         """The sums so far, by sort."""
-        return dict(self._totals)
+        return {sort: sums.told() for sort, sums in self._sums.items()}
 
     def _settle(self, iteration: int) -> None:
         if iteration in self._open and iteration in self._begun and iteration in self._ended:
@@ -110,17 +132,18 @@ class Account:
         unread: bool = False,
         held_s: float = math.nan,
     ) -> None:
-        told = held_s >= 0
         for sort in sorts:
-            old = self._totals.get(sort, Totals(energy_j=0.0 if self._measures_energy else None))
-            self._totals[sort] = Totals(
-                iterations=old.iterations + 1,
-                time_s=old.time_s + time_s,
-                energy_j=old.energy_j if energy_j is None or old.energy_j is None else old.energy_j + energy_j,
-                unread=old.unread + unread,
-                held_s=old.held_s + (held_s if told else 0.0),
-                told_s=old.told_s + (time_s if told else 0.0),
-            )
+            sums = self._sums.get(sort)
+            if sums is None:
+                sums = self._sums[sort] = _Sums(0.0 if self._measures_energy else None)
+            sums.iterations += 1
+            sums.time_s += time_s
+            sums.unread += unread
+            if energy_j is not None and sums.energy_j is not None:
+                sums.energy_j += energy_j
+            if held_s >= 0:
+                sums.held_s += held_s
+                sums.told_s += time_s
 
 
 def _energy_j(begin: Mark, end: Mark, time_s: float) -> float | None:

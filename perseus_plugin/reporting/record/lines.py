@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Annotated, Any, Literal
 
@@ -18,10 +17,8 @@ class _Strict(BaseModel):
 
     def to_line(self) -> str:
         """As it stands in the file; what is as usual is left out."""
-        content = self.model_dump(
-            mode="json", by_alias=True, exclude=set(type(self).model_fields) - self.model_fields_set
-        )
-        return json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n"
+        usual = set(type(self).model_fields) - self.model_fields_set
+        return self.model_dump_json(by_alias=True, exclude=usual) + "\n"
 
 
 ONE_GRAPH = ("training step", "one CUDA graph")

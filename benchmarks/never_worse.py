@@ -8,7 +8,9 @@ without bumps, two to sixteen clocks. Every plan is made by a planner of its own
 fewer clocks there are, the coarser is the puzzle that rounding and searching leave, and the likelier that more of
 something ends in a worse plan. Printed is the energy of each plan above the least of all that had less: less time, less
 effort, or a part of the clocks. Above 0 is worse. Of random jobs only what is worse is printed; each is planned for
-eight or nine slowdowns, some of them near each other, for the least energy, and with half of its clocks.
+eight or nine slowdowns, some of them near each other, for the least energy, and with half of its clocks. Counted, too,
+are the shorter deadlines, `APART` of each other, of which no lower bound says that none of their plans is better: a
+plan is sure to be no worse than theirs only if all of those have been searched for its sake.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 
 from perseus_plugin.errors import PlanError
@@ -31,6 +34,7 @@ BLOCKING_W = {"a100_sxm": 83.64, "a40": 70.38}
 SLOWDOWNS = (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.08, 0.12)
 SHARES = (0.12, 0.25, 0.5, 0.9)
 SAME = 1e-9
+APART = ((0.005, 0.0005), (0.02, 0.001), (float("inf"), 0.0025))  # slowdowns, up to how much of it
 
 
 def thinned(profile: Profile, share: float, seed: int) -> Profile:
@@ -92,9 +96,26 @@ def random_planners(number: int, most: int) -> tuple[Callable[[bool], Planner], 
     return new, drawn
 
 
+def shorter_than(slowdown: float) -> list[float]:
+    """Slowdowns below one, rising."""
+    found, one = list[float](), 0.0
+    while one < slowdown - SAME:
+        found.append(one)
+        one += next(apart for up_to, apart in APART if one < up_to - SAME)
+    return found
+
+
+def not_excluded(planner: Planner, slowdown: float, energy_j: float) -> int:
+    """Of how many shorter deadlines the lower bound is below the energy of a plan."""
+    full_s = planner.problem.full_clock_time_s
+    bounds = (planner.relaxation.solve(full_s * (1 + one)).bound_j for one in reversed(shorter_than(slowdown)))
+    return sum(1 for _ in takewhile(lambda bound_j: bound_j < energy_j * (1 - SAME), bounds))
+
+
 def worse_of_random(jobs: int, most: int, effort: Effort) -> None:
     """Print what is worse with more, of so many jobs, and how often."""
     plans, counts, worst, gaps = 0, dict.fromkeys(("time", "clocks", "effort"), 0), 0.0, 0.0
+    left = list[int]()
     for number in range(jobs):
         new, drawn = random_planners(number, most)
         little, much = drawn.uniform(0, 0.05), drawn.uniform(0, 0.3)
@@ -102,7 +123,10 @@ def worse_of_random(jobs: int, most: int, effort: Effort) -> None:
         found = list[float]()
         for slowdown in (*sorted(slowdowns), None):
             target = Target.cheapest() if slowdown is None else Target.slowdown(slowdown)
-            plan = new(False).plan(target, effort=effort)
+            planner = new(False)
+            plan = planner.plan(target, effort=effort)
+            if slowdown is not None:
+                left.append(not_excluded(planner, slowdown, plan.energy_j))
             less = {"time": found}
             if slowdown in (little, much):
                 with suppress(PlanError):  # with half of the clocks there may be no plan for that time
@@ -120,6 +144,7 @@ def worse_of_random(jobs: int, most: int, effort: Effort) -> None:
             plans, gaps = plans + 1, gaps + plan.gap
     told = ", ".join(f"{count} with more {kind}" for kind, count in counts.items())
     print(f"{jobs} jobs, {plans} plans, mean gap {gaps / plans:.3%}; worse: {told}; the worst: {worst:+.4%}")
+    print(f"shorter deadlines that are not excluded: {sum(left) / len(left):.1f} a plan, {max(left)} at most")
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ NEWEST = list(versions(with_training=True))[-1:]
 
 # Forks of the process that jobs of e2e/test_megatron.py are forks of.
 of_the_newest = pytest.mark.xdist_group("newest Megatron")
-IMPORTS = ("pretrain_gpt",)
+IMPORTS = ("pretrain_gpt", "torch._dynamo")
 
 # All flags of Megatron's parser and ours, as a script would have them.
 _LIST_FLAGS = """

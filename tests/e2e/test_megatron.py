@@ -33,6 +33,8 @@ SUPPORT = REPOSITORY / "tests" / "megatron_support"
 SCRIPT = SUPPORT / "pretrain_gpt.py"
 CORE_JOB = SUPPORT / "core_job.py"
 PATH = python_path(REPOSITORY)
+# As late as when they are made, a second of every rank.
+OPTIMIZERS_IMPORT = ("torch._dynamo",)
 # Iterations after a plan has been announced: some until all ranks follow it, some under it, references among them.
 MORE = 12
 AT_MOST = 300
@@ -82,7 +84,7 @@ def run_megatron(
         *(*start, str(script), *words, "--results", str(results)),
         torchrun=launcher,
         during=during,
-        imports=(script.stem,),
+        imports=(script.stem, *OPTIMIZERS_IMPORT),
         PYTHONPATH=path,
         **environment,
     ).check()
@@ -237,7 +239,7 @@ def test_evaluation_a_changing_batch_size_and_a_helper_that_dies(tmp_path: Path)
 )
 def test_a_wrong_flag_ends_the_job_at_once_with_one_line(words: list[str], message: str, tmp_path: Path) -> None:
     command = ("-m", "perseus_plugin.megatron", str(SCRIPT), *flags(2), *words)
-    done = run_ranks(2, tmp_path, *command, imports=(SCRIPT.stem,), PYTHONPATH=PATH)
+    done = run_ranks(2, tmp_path, *command, imports=(SCRIPT.stem, *OPTIMIZERS_IMPORT), PYTHONPATH=PATH)
     assert done.status != 0
     assert len([line for line in done.output.splitlines() if message in line]) == 1
     assert "iteration" not in done.output

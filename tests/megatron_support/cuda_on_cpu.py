@@ -1,8 +1,8 @@
 """Megatron on a machine without a GPU: stand-ins for what it asks of CUDA. Call `install` before importing Megatron.
 
-Megatron names its device in hundreds of places ("cuda", `torch.cuda.current_device()`), so a mode of torch maps every
-device argument to the CPU, and the few functions of `torch.cuda` that its training loop calls do nothing. The rest is
-Megatron's own: parser, training loop, schedules, communication (by gloo), optimizer.
+Megatron names its device in hundreds of places ("cuda", `torch.cuda.current_device()`), so whatever of torch makes a
+tensor or moves one does so on the CPU, and the few functions of `torch.cuda` that its training loop calls do nothing.
+The rest is Megatron's own: parser, training loop, schedules, communication (by gloo), optimizer.
 """
 
 from __future__ import annotations
@@ -20,11 +20,20 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 # Files with Triton kernels that Megatron imports without a guard.
 _KERNEL_MODULES = ("megatron.core.transformer.moe.paged_stash", "megatron.core.transformer.moe.ops.paged_stash")
 _CPU = torch.device("cpu")
+# What makes a tensor on a device. A mode of torch would be asked about everything else, too, which is half of the time
+# that a small model takes.
+_MAKERS = {
+    torch: (
+        *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones"),
+        *("rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
+        *("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like"),
+    ),
+    torch.Tensor: ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"),
+}
 
 
 def install() -> None:
@@ -50,21 +59,37 @@ def install() -> None:
     for name in ("set_device", "set_stream", "synchronize", "empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, _new_nothing())  # torch wants each of its functions to be another object
     torch.nn.Module.cuda = lambda module, device=None: module
-    _DevicesOnCpu().__enter__()
+    _put_tensors_on_cpu()
 
 
 def let_megatron_start() -> None:
-    """Megatron refuses to start without CUDA, and compiles an index builder that its wheel brings along."""
+    """Megatron refuses to start without CUDA, and compiles an index builder that its wheel brings along.
+
+    It also takes the help of its flags from its sources, whenever it parses: that is kept.
+    """
     import megatron.core.datasets.utils as datasets
     import megatron.core.tensor_parallel as tensor_parallel
+    import megatron.training.argument_utils as flags
     import megatron.training.training as training
 
     datasets.compile_helpers = _new_nothing()
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+    flags.ArgumentGroupFactory._get_field_docstrings = _kept(flags.ArgumentGroupFactory._get_field_docstrings)
     if hasattr(training, "FullCudaGraphWrapper"):
         training.FullCudaGraphWrapper.__call__ = _run_or_replay
         seed = tensor_parallel.model_parallel_cuda_manual_seed
         tensor_parallel.model_parallel_cuda_manual_seed = functools.wraps(seed)(functools.partial(_seeded, seed))
+
+
+def _kept(find: Callable[[Any, type], dict[str, str]]) -> Callable[[Any, type], dict[str, str]]:
+    known: dict[type, dict[str, str]] = {}
+
+    def found(self: Any, of: type) -> dict[str, str]:
+        if of not in known:
+            known[of] = find(self, of)
+        return known[of]
+
+    return found
 
 
 class _Graph:
@@ -98,23 +123,38 @@ def _run_or_replay(wrapper: Any, **call: Any) -> Any:
     return graph.result
 
 
-class _DevicesOnCpu(TorchFunctionMode):
-    """Maps the device of every torch call to the CPU; `tensor.cuda()` gives the tensor itself."""
+def _put_tensors_on_cpu() -> None:
+    """Whatever device is named; `tensor.cuda()` gives the tensor itself."""
+    for owner, names in _MAKERS.items():
+        for name in names:
+            setattr(owner, name, _made_on_cpu(getattr(owner, name)))
+    tensor: Any = torch.Tensor
+    stock_to, stock_type = tensor.to, tensor.type
 
-    def __torch_function__(
-        self, function: Callable[..., Any], classes: Any, arguments: Any = (), keywords: Any = None
-    ) -> Any:
-        if function is torch.Tensor.cuda:
-            return arguments[0]
-        if function is torch.Tensor.type and len(arguments) == 1 and not keywords:
-            # Optimizers refuse half precision parameters whose type does not name CUDA.
-            return str(function(*arguments)).replace("torch.", "torch.cuda.")
-        keywords = keywords or {}
+    @functools.wraps(stock_to)
+    def to(self: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         if "device" in keywords:
-            keywords = {**keywords, "device": _on_cpu(keywords["device"])}
-        if function is torch.Tensor.to and len(arguments) > 1:
-            arguments = (arguments[0], *(_on_cpu(argument) for argument in arguments[1:]))
-        return function(*arguments, **keywords)
+            keywords["device"] = _on_cpu(keywords["device"])
+        return stock_to(self, *map(_on_cpu, arguments), **keywords)
+
+    @functools.wraps(stock_type)
+    def type_(self: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        found = stock_type(self, *arguments, **keywords)
+        # Optimizers refuse half precision parameters whose type does not name CUDA.
+        return found if arguments or keywords else found.replace("torch.", "torch.cuda.")
+
+    tensor.to, tensor.type = to, type_
+    tensor.cuda = lambda self, *arguments, **keywords: self
+
+
+def _made_on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(make)
+    def made(*arguments: Any, **keywords: Any) -> Any:
+        if "device" in keywords:
+            keywords["device"] = _on_cpu(keywords["device"])
+        return make(*arguments, **keywords)
+
+    return made
 
 
 def _on_cpu(device: Any) -> Any:

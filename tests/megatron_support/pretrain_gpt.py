@@ -31,7 +31,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.package_info import VERSION
 from megatron.training import get_args, get_tokenizer, pretrain
-from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.arguments import add_megatron_arguments, core_transformer_config_from_args
 
 cuda_on_cpu.let_megatron_start()
 # The stock mock data set has 200 million tokens, to be shuffled at every start.
@@ -141,3 +141,6 @@ if __name__ == "__main__":
     if get_args().results:
         results.write(get_args().results, [losses for _, losses in sorted(_LOSSES.items())], _MODELS)
     torch.distributed.destroy_process_group()
+else:
+    # What is forked from a process that has imported this has read the help of all flags already.
+    add_megatron_arguments(argparse.ArgumentParser())

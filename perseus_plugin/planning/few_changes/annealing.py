@@ -132,7 +132,7 @@ class Annealing:
     ) -> None:
         """Put the durations of one stage of each plan into their place."""
         phase = (begin[:, None, 1:] <= self._places[:, None]).sum(axis=2)
-        at = np.take_along_axis(clock, phase, axis=1)
+        at = clock[np.arange(len(clock))[:, None], phase]
         duration_s[self._nodes[stage], plans[:, None]] = self._time_s[stage[:, None], self._places, at]
 
     def _energy_j(self, stage: IntArray, begin: IntArray, clock: IntArray) -> FloatArray:
@@ -161,7 +161,7 @@ class Annealing:
                 continue
             places = self._places[:count]
             phase = (begin[:, stage, None, 1:] <= places[:, None]).sum(axis=2)
-            at = np.take_along_axis(clock[:, stage], phase, axis=1)
+            at = clock[plans, stage, phase]
             changed = at != np.roll(at, 1, axis=1)
             when_s = start_s[nodes[:count], plans]
             before_s = np.maximum.accumulate(np.where(changed, when_s, -np.inf), axis=1)
@@ -221,14 +221,15 @@ class Annealing:
         turned = kind < _TURN
         which = self._random.integers(0, max(1, self._phases - 1), count)
         by = (self._random.integers(1, 3, count) * (2 * self._random.integers(0, 2, count) - 1)) * turned
-        clock[every, which] = np.clip(clock[every, which] + by, 0, self._clocks[stage] - 1)
+        turn = clock[every, which] + by
+        clock[every, which] = np.minimum(np.maximum(turn, 0), self._clocks[stage] - 1)
         clock[:, -1] = clock[:, 0]
         if self._phases > 1:
             cut = self._random.integers(1, self._phases, count)
             by = self._random.integers(1, _MOST_SHIFT + 1, count) * (2 * self._random.integers(0, 2, count) - 1)
             ends = np.concatenate([begin, self._count[stage][:, None]], axis=1)
-            shifted = np.clip(begin[every, cut] + by * (kind >= 1 - _SHIFT), ends[every, cut - 1], ends[every, cut + 1])
-            begin[every, cut] = shifted
+            shifted = np.maximum(begin[every, cut] + by * (kind >= 1 - _SHIFT), ends[every, cut - 1])
+            begin[every, cut] = np.minimum(shifted, ends[every, cut + 1])
         return stage, begin, clock, self._energy_j(stage, begin, clock)
 
     def _remember(self) -> None:

@@ -87,6 +87,7 @@ class _PhaseProgram:
         self.deadline = deadline_s / self.unit_s
         self.starts = [self.solver.NumVar(0.0, self.deadline, "") for _ in range(len(problem.graph))]
         self.shares: list[list[dict[int, pywraplp.Variable]]] = []
+        self.subtracted: list[list[list[float]]] = [(-stage.time_s / self.unit_s).tolist() for stage in stages]
         self.phase_of: dict[int, tuple[int, int, int]] = {}
         for stage in range(len(stages)):
             self._add_stage(stage)
@@ -145,8 +146,9 @@ class _PhaseProgram:
         place = self.phase_of.get(node)
         if place is not None:
             stage, phase, position = place
+            durations = self.subtracted[stage][position]
             for f, share in self.shares[stage][phase].items():
-                row.SetCoefficient(share, -float(self.stages[stage].time_s[position, f]) / self.unit_s)
+                row.SetCoefficient(share, durations[f])
 
     def solve(self, work: Work, until: float) -> PhaseMix | None:
         """The optimum, with all phases rounded to clocks that are fast enough; None if it is not found by `until`."""

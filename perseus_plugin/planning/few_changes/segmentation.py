@@ -48,6 +48,7 @@ def segment(cost: FloatArray, start_s: FloatArray, max_changes: int | None, min_
     closed = np.full((count + 1, levels, clocks), np.inf)
     clock_of = np.zeros((count + 1, levels, clocks), dtype=np.int64)
     begin_of = np.zeros((count + 1, levels, clocks), dtype=np.int64)
+    level_at, first_at = np.arange(levels)[:, None], np.arange(clocks)
     waiting = 1
     for position in range(1, count + 1):
         # Changes that lie a dwell back may be followed by another one.
@@ -56,9 +57,9 @@ def segment(cost: FloatArray, start_s: FloatArray, max_changes: int | None, min_
             waiting += 1
         total = open_cost + prefix[position]
         clock = total.argmin(axis=2)
-        closed[position] = np.take_along_axis(total, clock[:, :, None], axis=2)[:, :, 0]
+        closed[position] = total[level_at, first_at, clock]
         clock_of[position] = clock
-        begin_of[position] = np.take_along_axis(open_begin, clock[:, :, None], axis=2)[:, :, 0]
+        begin_of[position] = open_begin[level_at, first_at, clock]
     return _best(open_cost + prefix[count], open_begin, clock_of, begin_of, max_changes)
 
 
@@ -74,8 +75,8 @@ def _open(
     source, target = (closed, slice(0, 1)) if unlimited else (closed[:-1], slice(1, None))
     fresh = source[:, :, None] - prefix
     better = fresh < open_cost[target]
-    open_cost[target][better] = fresh[better]
-    open_begin[target][better] = position
+    np.copyto(open_cost[target], fresh, where=better)
+    np.copyto(open_begin[target], position, where=better)
 
 
 def _best(

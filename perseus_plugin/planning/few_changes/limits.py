@@ -209,13 +209,21 @@ def _mixed(
     """
     price, rest_j = relaxed.instruction_price_w, 0.0 if bound is None else bound.rest_j
     mixes: dict[tuple[tuple[int, ...], ...], PhaseMix] = {}
+    solved: dict[tuple[object, ...], tuple[PhaseMix, float]] = {}
     for done in range(1, _ROUNDS + 1):
         phases = _cut(stages, price, start_s, limits, work)
         if bound is not None:
             bound.see(price, rest_j, work)
-        mix = solve_phases(problem, stages, phases, deadline_s, work, stop)
-        if mix is None:
-            break
+        # Prices settle, and the same cuts come again: the same program, which counts as the work that it was.
+        mix, took = solved.get(phases.program, (None, 0.0))
+        if mix is not None and work.done + took < stop:
+            work.done += took
+        else:
+            before = work.done
+            mix = solve_phases(problem, stages, phases, deadline_s, work, stop)
+            if mix is None:
+                break
+            solved[phases.program] = mix, work.done - before
         mixes[mix.phases.begins] = min(mixes.get(mix.phases.begins, mix), mix, key=lambda one: one.energy_j)
         nearer = _NEARER / math.sqrt(done)
         price = price + nearer * (mix.price_w - price)

@@ -36,6 +36,11 @@ class Phases:
     begins: tuple[tuple[int, ...], ...]
     clocks: tuple[tuple[int, ...], ...]
 
+    @property
+    def program(self) -> tuple[object, ...]:
+        """All of it that the linear program of its clocks depends on: phases alike in that have the same one."""
+        return self.begins, tuple(clocks[:1] == clocks[-1:] for clocks in self.clocks)
+
     def merged(self, stage: int, phase: int, clock: int) -> Phases:
         """With one phase joined to the one before it, both at `clock`."""
         begins, clocks = list(self.begins[stage]), list(self.clocks[stage])

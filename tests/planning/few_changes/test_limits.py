@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -19,7 +19,8 @@ from perseus_plugin.iteration.schedules import interleaved_1f1b, one_f_one_b
 from perseus_plugin.planning.few_changes.bound import LimitedBound
 from perseus_plugin.planning.few_changes.dwelling import dwelling_phases
 from perseus_plugin.planning.few_changes.limits import keep_limits
-from perseus_plugin.planning.few_changes.phases import assign, stage_clocks
+from perseus_plugin.planning.few_changes.phase_lp import PhaseMix, solve_phases
+from perseus_plugin.planning.few_changes.phases import Phases, StageClocks, assign, stage_clocks
 from perseus_plugin.planning.few_changes.segmentation import Segments, segment
 from perseus_plugin.planning.options import Assignment, PlanningProblem
 from perseus_plugin.planning.plan import Plan
@@ -87,7 +88,8 @@ def test_limits_are_kept_and_promises_hold(job: Job, most: int, slowdown: float)
     assert plan.energy_j <= plan.baseline_energy_j
 
 
-@settings(max_examples=25)
+@pytest.mark.many
+@examples(8)
 @given(jobs(max_stages=3, max_microbatches=4, max_clocks=4), st.floats(0, 0.3), st.sampled_from([0.0, 0.2]))
 def test_a_dwell_is_kept_and_promises_hold(job: Job, share: float, slowdown: float) -> None:
     planner = of(job)
@@ -115,12 +117,12 @@ def test_phases_cut_for_a_dwell_meet_the_deadline(job: Job, share: float, aim: f
 
 
 def test_instructions_shorter_than_a_dwell_share_clocks_at_little_cost() -> None:
-    profile = bundled_profile(4)
+    profile = bundled_profile(3)
     shortest_s = min(row.time_s for rows in profile.table.values() for row in rows)
-    planner = Planner(build_graph(interleaved_1f1b(4, 8, 2)), profile, blocking_power_w=60.0)
+    planner = Planner(build_graph(interleaved_1f1b(3, 6, 2)), profile, blocking_power_w=60.0)
     free = planner.plan(Target.slowdown())
     kept = planner.plan(Target.slowdown(), ChangeLimits(None, 2 * shortest_s))
-    found = [dwell_s for stage in range(4) for dwell_s in dwells(kept, stage)]
+    found = [dwell_s for stage in range(3) for dwell_s in dwells(kept, stage)]
     assert len(found) > 8
     assert min(found) >= 2 * shortest_s
     assert kept.saving >= 0.85 * free.saving > 0
@@ -205,7 +207,7 @@ def test_a_bound_is_not_tightened_on_where_every_phase_plan_that_matters_is_mixe
 
 
 def test_more_changes_save_more() -> None:
-    planner = Planner(build_graph(one_f_one_b(2, 5)), bundled_profile(2), blocking_power_w=60.0)
+    planner = Planner(build_graph(one_f_one_b(2, 4)), bundled_profile(2), blocking_power_w=60.0)
     free = planner.plan(Target.slowdown())
     two, four = (planner.plan(Target.slowdown(), ChangeLimits(most)) for most in (2, 4))
     assert 0 < two.saving < four.saving <= free.saving
@@ -228,7 +230,7 @@ def test_where_a_search_with_more_changes_finds_less_the_plan_of_fewer_is_taken(
 
 
 @pytest.mark.many
-@examples(4)
+@examples(2)
 @given(
     jobs(max_stages=2, max_microbatches=5, max_clocks=6),
     st.tuples(st.integers(0, 3), st.integers(1, 4)).filter(lambda two: two[0] < two[1]),
@@ -267,6 +269,37 @@ def test_without_time_for_the_programs_prices_are_scaled(monkeypatch: pytest.Mon
     assert max(plan.clock_changes(stage) for stage in range(3)) <= 4
     assert plan.iteration_time_s <= plan.deadline_s
     assert plan.saving > 0.02
+
+
+def test_no_program_is_solved_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    solved = list[tuple[object, ...]]()
+
+    def kept(problem: PlanningProblem, stages: tuple[StageClocks, ...], phases: Phases, *given: Any) -> PhaseMix | None:
+        solved.append(phases.program)
+        return solve_phases(problem, stages, phases, *given)
+
+    monkeypatch.setattr(limits_module, "solve_phases", kept)
+    planner = Planner(build_graph(one_f_one_b(2, 3)), bundled_profile(2), blocking_power_w=60.0)
+    planner.solve(Target.slowdown(0.1), ChangeLimits(2))
+    assert 0 < len(solved) == len(set(solved))
+
+
+def test_phases_of_one_program_have_the_same_mixture() -> None:
+    planner = Planner(build_graph(one_f_one_b(2, 3)), bundled_profile(2), blocking_power_w=60.0)
+    problem, deadline_s = planner.problem, 1.1 * planner.problem.full_clock_time_s
+    begins = ((0, 2, 5), (0, 3))
+    same, alike, other = (
+        Phases(begins, clocks) for clocks in (((0, 1, 0), (1, 1)), ((2, 0, 2), (0, 0)), ((0, 1, 2), (0, 0)))
+    )
+    assert same.program == alike.program != other.program
+    mixes = [
+        solve_phases(problem, stage_clocks(problem), phases, deadline_s, planner.work("quick"), 9.0)
+        for phases in (same, alike, other)
+    ]
+    first, second, third = (mix for mix in mixes if mix is not None)
+    assert (first.phases, first.energy_j) == (second.phases, second.energy_j)
+    assert first.price_w.tolist() == second.price_w.tolist()
+    assert third.energy_j <= first.energy_j * (1 + 1e-9), "first and last phase are free of each other"
 
 
 @pytest.mark.parametrize(("most", "dwell"), [(-1, 0.0), (None, -0.1), (None, float("nan"))])

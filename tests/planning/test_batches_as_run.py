@@ -17,7 +17,7 @@ from perseus_plugin.planning.request import PlanRequest
 from tests.virtual_job import VirtualJob
 
 FORWARD_S, BACKWARD_S = (0.06, 0.06, 0.06, 0.09), (0.12, 0.12, 0.12, 0.18)
-MICROBATCHES, LEARNED_FROM, STEPS = 8, 8, 6
+MICROBATCHES, LEARNED_FROM, STEPS = 6, 8, 4
 
 
 def works_of(step: int) -> list[float]:

@@ -83,7 +83,7 @@ def test_intervals_hold_what_is_true(time_se: float, power_se: float, search: bo
     exact = planner_of(true)
     rng = np.random.default_rng(5)
     savings, gaps = [], []
-    for _ in range(40):
+    for _ in range(20):
         plan = planned(measured(true, time_se, power_se, rng), search=search)
         saving, gap = true_figures(plan, exact)
         low, high = known(plan).saving

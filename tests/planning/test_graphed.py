@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from perseus_plugin.iteration.graph import build_graph
@@ -27,12 +27,13 @@ from perseus_plugin.planning.process import answer_to, by_time, plan_for
 from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.planning.targets import ChangeLimits, Target
 from perseus_plugin.profiling.profile import Profile
+from tests.examples import examples
 from tests.planning.jobs import bundled_profile
 
 # One process makes the plan for all tests of this file.
 pytestmark = pytest.mark.xdist_group("plans by host time")
 
-STAGES, MICROBATCHES = 4, 8
+STAGES, MICROBATCHES = 4, 5
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,8 @@ def request_of(jitter: float, max_changes: int | None = None, stages: int = 2, m
     )
 
 
-@settings(max_examples=10)
+@pytest.mark.many
+@examples(3)
 @given(st.floats(0.0, 0.1), st.sampled_from([None, 6, 3]))
 def test_what_is_chosen_is_never_predicted_worse_than_the_fixed_number(jitter: float, max_changes: int | None) -> None:
     request = request_of(jitter, max_changes)

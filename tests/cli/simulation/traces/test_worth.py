@@ -58,7 +58,7 @@ def test_where_nothing_varies_the_bloat_is_what_the_planner_saves(tmp_path: Path
 
 
 def test_a_slow_replica_is_left_out_of_the_static_plan_and_answered_by_the_other(tmp_path: Path) -> None:
-    found = worth_of(tmp_path, slow_replica, replicas=4)
+    found = worth_of(tmp_path, slow_replica, replicas=3)
     static, aware = found.rides
     assert found.left_out == (1,)
     assert found.bloat.extrinsic.low > 0.05
@@ -99,7 +99,7 @@ def test_a_profile_gives_the_curves_and_the_trace_the_times(tmp_path: Path) -> N
 
 
 def test_the_command_says_and_writes_what_it_found(perseus: Perseus, tmp_path: Path) -> None:
-    table = write_table(tmp_path / "ops.csv.gz", rows_of(slow_replica, replicas=3, steps=4, end_s=0.1))
+    table = write_table(tmp_path / "ops.csv.gz", rows_of(slow_replica, replicas=3, steps=2, end_s=0.1))
     out, perfetto = tmp_path / "out.json", tmp_path / "trace.json"
     done = perseus("simulate", table, "--gpu", "h100", "-o", out, "--perfetto", perfetto)
     assert done.returncode == 0, done.stderr
@@ -148,7 +148,7 @@ def test_short_instructions_keep_a_clock_for_two_changes_unless_told_otherwise(
     def short(*which: Any) -> float:
         return plain(*which) / 10
 
-    table = write_table(tmp_path / "ops.csv", rows_of(short, steps=2, replicas=1))
+    table = write_table(tmp_path / "ops.csv", rows_of(short, steps=1, replicas=1))
     saved = []
     for number, options in enumerate(((), ("--min-dwell", 0.02), ("--min-dwell", 0))):
         out = tmp_path / f"{number}.json"

@@ -500,9 +500,10 @@ def test_the_clock_is_free_while_the_trainer_asks_for_nothing(helper: ClockHelpe
 def test_a_clock_that_was_to_rise_meanwhile_is_not_lowered_again(helper: ClockHelper, gpu: EmulatedGpu) -> None:
     helper.free_after(0.3)
     helper.request(900)
-    helper.request(1200, time.monotonic() + 0.6)
+    rises_s = time.monotonic() + 1.5
+    helper.request(1200, rises_s)
     assert wait_for_event(helper, Trouble).code == "paused"
-    time.sleep(0.5)
+    time.sleep(max(0.0, rises_s - time.monotonic()) + 0.1)
     helper.mark(1)
     wait_until(lambda: gpu.locked_mhz() == 1200)
     assert [event.mhz for event in gpu.events()][1:] == [900, 0, 1200]

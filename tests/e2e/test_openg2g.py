@@ -80,7 +80,7 @@ def test_a_grid_event_lowers_the_budget_and_the_job_follows_and_is_back(tmp_path
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        assert came_true(lambda: (folder / "plan.json").exists() or not thread.is_alive(), 120.0)
+        assert came_true(lambda: (folder / "plan.json").exists() or not thread.is_alive(), 600.0)
         times = ("--begin", "10", "--end", "45", "--seconds", "75", "--works-mw", "2.8")
         done = subprocess.run(
             [sys.executable, ROOT / "examples/openg2g/drive.py", folder, *times, "--log", tmp_path / "log"],

@@ -43,14 +43,14 @@ def test_a_step_that_becomes_a_graph_once_there_is_a_plan_goes_on_under_it_and_s
             captured.append(iteration + 2)  # on all ranks alike: none is two iterations ahead
         return bool(captured) and iteration >= captured[0]
 
-    ran = job_of(folder, BLOCK, 500, is_graph=is_graph, until=planned_for(folder, 24)).run()
+    ran = job_of(folder, BLOCK, 10_000, is_graph=is_graph, until=planned_for(folder, 24)).run()
     assert load_plan(folder / "plan.json").waits == ()
     assert ran.summary["plan"]["dropped_plans"] == 0
     assert len([at for at, state in enumerate(ran.states) if state == "plan" and at >= captured[0]]) >= 5
 
     other = tmp_path / "other"
     block = {**BLOCK, "profiling": {**SHORT["profiling"], "load": str(folder / "profile.csv")}}
-    ran = job_of(other, block, 500, is_graph=lambda iteration: True, until=planned_for(other, 12)).run()
+    ran = job_of(other, block, 10_000, is_graph=lambda iteration: True, until=planned_for(other, 12)).run()
     plan = load_plan(other / "plan.json")
     assert "plan" in ran.states
     assert ran.summary["plan"]["dropped_plans"] == 0

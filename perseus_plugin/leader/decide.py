@@ -105,7 +105,14 @@ ValueT = TypeVar("ValueT")
 
 def decide(state: JobState, observed: Observed, rules: Rules) -> tuple[JobState, tuple[Effect, ...]]:
     """What is known from now on, and what is to be done; `state` stays as it is."""
-    deciding = _Deciding(state.copy(), rules)
+    match observed:
+        case Turned():
+            changes = state.copy_to_set()
+        case Ended():
+            changes = state.copy_to_count()
+        case _:
+            changes = state.copy()
+    deciding = _Deciding(changes, rules)
     deciding.see(observed)
     return deciding.state, tuple(deciding.effects)
 

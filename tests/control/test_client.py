@@ -65,6 +65,20 @@ def test_it_reports_ticks_and_marks(helper: ClockHelper, gpu: EmulatedGpu) -> No
     assert ticks[-1].energy_j <= mark.energy_j <= gpu.exact_energy_j()
 
 
+def test_what_it_says_is_there_when_it_is_asked_for_and_its_end_is_seen_while_its_thread_rests(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_REST_S", 3600.0)
+    helper = ClockHelper.start(spec)
+    assert helper.wait_ready(20) is not None
+    for tag in (1, 2):
+        helper.mark(tag)
+        assert wait_for_event(helper, Mark).tag == tag
+    os.kill(helper.pid or 0, signal.SIGKILL)
+    assert wait_for_event(helper, Trouble).code == "helper_died"
+    assert not helper.alive
+
+
 def test_one_that_only_reads_makes_no_call_that_changes_the_gpu(gpu: EmulatedGpu, spec: str) -> None:
     gpu.lock_clock(900)
     helper = ClockHelper.start(spec, read_only=True)

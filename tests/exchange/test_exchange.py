@@ -227,6 +227,27 @@ def test_while_there_is_nothing_new_one_rank_of_a_node_asks_one_thing_and_the_ot
         assert new == [] or rank in leads or rank == 0
 
 
+def test_what_is_told_is_seen_while_the_threads_of_exchanges_rest(
+    ranks_of: RanksOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_OWN_LOOK_S", 3600.0)
+    monkeypatch.setattr(store_module, "_LIVELY_S", 0.0)
+    ranks = ranks_of(4, 2)
+
+    def rest() -> bool:
+        leads = [one for one in ranks.exchanges if one._node.leads]
+        looks_at_s = [one._look_at_s for one in leads] + [ranks[0]._inbox_at_s]
+        return min(looks_at_s) > time.monotonic() + 1800.0
+
+    for number in range(3):
+        assert came_true(rest)
+        ranks[number].tell_all(NEWS, number)
+        assert ranks.all_hear(NEWS, number)
+        assert came_true(rest)
+        ranks[3].tell("windows/3", number)
+        assert came_true(lambda number=number: ranks[0].told("windows/3") == number)
+
+
 def test_rank_0_looks_for_both_at_once_but_after_it_was_told_something_in_a_hurry(
     ranks_of: RanksOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

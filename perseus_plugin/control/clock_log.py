@@ -6,6 +6,7 @@ A request is no clock: it may wait, be dropped by a full pipe, be refused, or no
 from __future__ import annotations
 
 from collections import deque
+from itertools import takewhile
 from math import nan
 
 DEVIATION_MHZ = 20
@@ -14,7 +15,7 @@ _KEPT = 4096
 
 
 class ClockLog:
-    """Follows one GPU.
+    """Follows one GPU; both requests and readings come in order of their times.
 
     Args:
         top_mhz: the highest clock that is asked for. A GPU need not reach it (power limit, temperature): what it does
@@ -52,16 +53,19 @@ class ClockLog:
             begin_s, end_s: the stretch of time.
         """
         in_force: int | None = None
-        for time_s, mhz in self._applied:
+        # From the newest on: asked about the iteration that has just ended, which few of them concern.
+        for time_s, mhz in reversed(self._applied):
             if time_s <= begin_s:
                 in_force = mhz
-            elif time_s < end_s and mhz != frequency_mhz:
+                break
+            if time_s < end_s and mhz != frequency_mhz:
                 return False
         if in_force != frequency_mhz:
             return False
         if frequency_mhz is None or frequency_mhz >= self._top_mhz:
             return True
-        within = [(mhz, capped_s) for time_s, mhz, capped_s in self._read if begin_s <= time_s <= end_s]
+        since = takewhile(lambda one: one[0] >= begin_s, reversed(self._read))
+        within = [(mhz, capped_s) for time_s, mhz, capped_s in since if time_s <= end_s][::-1]
         highest_mhz = max((mhz for mhz, _ in within), default=0)
         held = bool(within) and within[-1][1] > within[0][1]
         return 0 < highest_mhz <= frequency_mhz + DEVIATION_MHZ and (

@@ -126,7 +126,7 @@ def check_followed(out: Path, ranks: int) -> dict[str, Any]:
 
 
 MICROBATCHES = 4
-VIRTUAL = {"num_layers_per_virtual_pipeline_stage": 1}
+VIRTUAL = {"num_layers": 4, "num_layers_per_virtual_pipeline_stage": 1}
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pp2": (2, 2, {}),
     "pp4": (4, 4, {}),
@@ -152,7 +152,7 @@ of_the_newest = pytest.mark.xdist_group("newest Megatron")
 def test_an_iteration_that_is_one_graph_follows_its_plan_by_host_time_and_is_bit_identical(tmp_path: Path) -> None:
     """From its third iteration on, with a profile of the job without the graph; on emulated GPUs it runs once more."""
     eager = uneven(tmp_path / "eager", 2)
-    words = flags(2, MICROBATCHES, train_iters=AT_MOST, log_interval=4)
+    words = flags(2, MICROBATCHES, num_layers=2, train_iters=AT_MOST, log_interval=4)
     run_megatron(2, tmp_path / "eager", [*words, *eager, "--until", PLANNED, "--more", "2"])
     plugin = uneven(tmp_path, 2)
     file = tmp_path / "perseus.yaml"
@@ -182,7 +182,7 @@ def test_an_iteration_that_is_one_graph_follows_its_plan_by_host_time_and_is_bit
 )
 def test_training_is_bit_identical_and_saves_energy(case: str, tmp_path: Path) -> None:
     ranks, stages, changes = CASES[case]
-    words = flags(stages, MICROBATCHES, train_iters=AT_MOST, log_interval=4, **changes)
+    words = flags(stages, MICROBATCHES, train_iters=AT_MOST, log_interval=4, **{"num_layers": stages, **changes})
     plugin = uneven(tmp_path, stages, FORWARD_S.get(case, 0.012))
     logged = tmp_path / "logged"
 
@@ -204,7 +204,7 @@ def test_evaluation_a_changing_batch_size_and_a_helper_that_dies(tmp_path: Path)
     """
     changes: dict[str, Any] = {"train_iters": None, "global_batch_size": None, "eval_iters": 1, "eval_interval": 7}
     # 40 iterations of 2 microbatches, more than it takes to profile and to plan, then 4.
-    words = flags(2, train_samples=4 * AT_MOST, step_batch_size_schedule="0:2 2560:4", **changes)
+    words = flags(2, num_layers=2, train_samples=4 * AT_MOST, step_batch_size_schedule="0:2 2560:4", **changes)
     out = tmp_path / "out"
     paths = [out / "emulated_gpus" / f"rank{rank}" for rank in range(2)]
 
@@ -255,7 +255,7 @@ def test_other_versions(version: str, tmp_path: Path) -> None:
     """With their training loop; where there is none the schedules alone, with virtual stages and evaluation."""
     path = python_path(versions()[version], REPOSITORY)
     if version in WITH_TRAINING:
-        script, words = SCRIPT, flags(2, MICROBATCHES, train_iters=AT_MOST)
+        script, words = SCRIPT, flags(2, MICROBATCHES, num_layers=2, train_iters=AT_MOST)
     else:
         script, words = CORE_JOB, ["--train-iters", str(AT_MOST), "--evaluate-every", "8", "--chunks", "2"]
         words += ["--microbatches", str(MICROBATCHES)]

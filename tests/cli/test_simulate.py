@@ -142,7 +142,7 @@ def test_wrong_options_give_one_line_and_status_2(
 
 
 def test_steps_that_are_one_graph_have_a_column_and_figures(perseus: Perseus, profile: Path, tmp_path: Path) -> None:
-    job = ("simulate", profile, "--blocking-power", 60, "--microbatches", 6, "--max-changes", 6)
+    job = ("simulate", profile, "--blocking-power", 60, "--microbatches", 4, "--max-changes", 6)
     done = perseus(*job, "--cuda-graph", "1%", "-o", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "out.json").read_text())["outcomes"]

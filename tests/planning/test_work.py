@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -27,6 +27,7 @@ from perseus_plugin.planning.planner import ChangeLimits, Effort, Planner, Targe
 from perseus_plugin.planning.process import PlanAnswer, PlanRequest, answer_to
 from perseus_plugin.planning.work import BRAKE_S, Work
 from perseus_plugin.profiling.profile import Measurement, Profile, save_profile
+from tests.examples import examples
 from tests.planning.jobs import Job, bundled_profile, jobs
 
 Clock = Callable[[], float]
@@ -70,7 +71,8 @@ def test_a_clock_that_runs_faster_changes_nothing(target: Target, limits: Change
     assert planner(steps(0.9 * BRAKE_S[effort] / looks)).plan(target, limits, effort) == plan
 
 
-@settings(max_examples=4)
+@pytest.mark.many
+@examples(2)
 @given(jobs(max_stages=3, max_microbatches=3, max_clocks=3), st.integers(0, 3), st.sampled_from(["quick", "normal"]))
 def test_the_same_job_has_the_same_plan(job: Job, most: int, effort: Effort) -> None:
     def plan() -> str:

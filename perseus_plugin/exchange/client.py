@@ -33,6 +33,7 @@ class _Watch:
     places: list[str]
     seen: list[int]
     every_s: float
+    may_look: Callable[[], bool]
     changed: Callable[[], None]
     due_s: float
 
@@ -114,7 +115,9 @@ class StoreClient:
         )
         return [int(one) for one in counted]
 
-    def watch(self, seen: Mapping[str, int], every_s: float, changed: Callable[[], None]) -> None:
+    def watch(
+        self, seen: Mapping[str, int], every_s: float, may_look: Callable[[], bool], changed: Callable[[], None]
+    ) -> None:
         """Have the thread look at counters by itself, in the place of those that it looked at before.
 
         While nothing changes one thread wakes for a look, where asking for `counts` wakes two.
@@ -122,11 +125,12 @@ class StoreClient:
         Args:
             seen: what they were, by name.
             every_s: from now to the first look, and from look to look.
-            changed: called once, on the thread, when one is something else or cannot be looked at; it looks no more
-                then.
+            may_look: asked before each look, on the thread.
+            changed: called once, on the thread, when one is something else, or cannot or may not be looked at; it looks
+                no more then.
         """
         places = [self._key(name) for name in seen]
-        self._calls.put(_Watch(places, list(seen.values()), every_s, changed, time.monotonic() + every_s))
+        self._calls.put(_Watch(places, list(seen.values()), every_s, may_look, changed, time.monotonic() + every_s))
 
     def append(self, name: str, value: Any) -> None:
         """Put a JSON-serialisable value at the end of a list that any rank may append to."""
@@ -231,7 +235,7 @@ def _serve(store: Any, calls: _Calls) -> None:
 
 def _has_changed(store: Any, watch: _Watch) -> bool:
     try:
-        if [store.add(place, 0) for place in watch.places] != watch.seen:
+        if not watch.may_look() or [store.add(place, 0) for place in watch.places] != watch.seen:
             return True
     except Exception:  # whoever asks next is told
         return True

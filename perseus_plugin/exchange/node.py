@@ -31,7 +31,7 @@ Message = dict[str, Any]
 
 
 class Node:
-    """This rank's place on its machine; for one thread, but for `wake`.
+    """This rank's place on its machine; for one thread, but for `wake` and `is_ours`.
 
     Args:
         name: of the job, the same on all its ranks and no other job's; empty: this rank is a node of its own.
@@ -62,8 +62,15 @@ class Node:
     def wake(self) -> None:
         """Have `receive` return; from any thread."""
         with suppress(OSError):  # full: it will return; closed: nobody is in it
-            if os.fstat(self._mouth.fileno()).st_ino == self._inodes.get(self._mouth):
+            if self.is_ours:
                 self._mouth.send(b"w")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process's descriptors still are what they were, as far as one of them tells; from any thread."""
+        with suppress(OSError):
+            return os.fstat(self._mouth.fileno()).st_ino == self._inodes.get(self._mouth)
+        return False
 
     def receive(self, timeout_s: float) -> list[Message]:
         """What the others have sent; waits for something, a wake or the time."""

@@ -295,8 +295,10 @@ class StoreExchange:
             self._counted = True
         # Set before it is asked, and made no later afterwards: what is told meanwhile on this rank is to be looked at.
         own_look_at_s = now_s + max(_OWN_LOOK_S, self._look_every_s)
-        self._look_at_s = own_look_at_s if looks else self._look_at_s
-        self._inbox_at_s = own_look_at_s if takes else self._inbox_at_s
+        if looks:
+            self._look_at_s = own_look_at_s
+        if takes:
+            self._inbox_at_s = own_look_at_s
         counted = self._client.counts([_TURN] * looks + [f"{_INBOX}/count"] * takes)
         if looks and counted[0] != self._turn:
             self._hear(self._found())
@@ -314,7 +316,11 @@ class StoreExchange:
             return
         seen = {_TURN: self._turn} if self._node.leads else {}
         seen |= {f"{_INBOX}/count": self._client.taken(_INBOX)} if self._rank == 0 else {}
-        self._client.watch(seen, self._look_every_s, self._look_now)
+        self._client.watch(seen, self._look_every_s, self._may_look, self._look_now)
+
+    def _may_look(self) -> bool:
+        """Where a script has taken our descriptors for its own, what asks the store may be one of them."""
+        return self._node.is_ours
 
     def _look_now(self) -> None:
         self._look_at_s = self._inbox_at_s = 0.0

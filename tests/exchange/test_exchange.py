@@ -473,6 +473,28 @@ def test_a_script_that_takes_our_descriptors_for_its_own_keeps_what_its_sockets_
     others.close()
 
 
+def test_where_a_script_has_taken_our_descriptors_the_store_is_not_even_looked_at(
+    ranks_of: RanksOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the client talks to the store by may be one of them."""
+    monkeypatch.setattr(store_module, "_OWN_LOOK_S", 1.0)
+    monkeypatch.setattr(store_module, "_LIVELY_S", 0.0)
+    ranks = ranks_of(1, 1)
+    counters, exchange = ranks.asked[0].counters, ranks[0]
+    assert came_true(lambda: len(counters) > 20), "while its own thread rests"
+    theirs, others = socket.socketpair()
+    taken = [one.fileno() for one in exchange._node._inodes]
+    for number in taken:
+        os.dup2(theirs.fileno(), number)
+    before = len(counters)
+    assert came_true(lambda: exchange._error is not None)
+    assert len(counters) <= before + 2, "but for a look that was under way"
+    for number in taken:
+        os.close(number)
+    theirs.close()
+    others.close()
+
+
 # A store that fails.
 
 

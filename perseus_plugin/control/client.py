@@ -264,8 +264,9 @@ class ClockHelper:
     def _watch(self, process: subprocess.Popen[bytes], outlet: Descriptor) -> None:
         """Take what the helper says until it has ended, and see that its clock is free."""
         end = self._read_replies(process, outlet)
-        outlet.close()
         self._alive = False
+        with self._reading:  # who reads it just now reads no other file that gets its number
+            outlet.close()
         with self._lock:
             self._close_inlet()  # a helper that still runs resets the clock and ends
         self._clear_up(process, end)
@@ -400,7 +401,7 @@ class ClockHelper:
                         return "" if what == BYE else Trouble.unpack(payload).text
                     limit_s = RESCUE_WAIT_S
                     end_s = time.monotonic() + limit_s
-            except (WireError, ValueError):
+            except (OSError, WireError, ValueError):
                 data = b""
             if not data:
                 return self._not_free("the process that was to free it has failed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import signal
@@ -702,3 +703,44 @@ def test_what_the_script_has_opened_in_place_of_our_pipes_is_left_alone(
     for number in (*pipes, opened):
         assert os.lseek(number, 0, os.SEEK_CUR) == 0, "nothing was read, and none closed"
         os.close(number)
+
+
+def test_its_replies_are_not_closed_while_somebody_reads_them(
+    spec: str, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else who reads them just now reads what the script has opened since, under the same number."""
+    monkeypatch.setattr(client, "_LOOK_S", 1.0)
+    with monkeypatch.context() as changed:
+        changed.setattr(client.processes, "command", lambda *words: ["sh", "-c", "exec >&-; sleep 2"])
+        helper = ClockHelper.start(spec)
+    assert helper._outlet is not None
+    time.sleep(0.3)  # its thread has seen the end, and waits for the process
+    with helper._reading:
+        time.sleep(1.2)
+        assert helper._outlet.number >= 0, "still open"
+    assert wait_for_event(helper, Trouble).code == "helper_died"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        assert helper._outlet.number
+
+
+def test_where_the_script_closes_what_the_process_that_frees_the_clock_answers_by_that_is_one_trouble(
+    gpu: EmulatedGpu, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = pipes_here()
+    helper = ClockHelper.start(spec)
+    assert helper.wait_ready(60) is not None
+    known = {**before, **pipes_here()}
+    command = client.processes.command
+    late = ("sh", "-c", 'sleep 1; exec "$@"', "sh")
+    monkeypatch.setattr(client.processes, "command", lambda *words: [*late, *command(*words)])
+    os.kill(helper.pid or 0, signal.SIGKILL)
+    wait_until(lambda: helper._rescuer is not None and (said := helper._rescuer.stdout) is not None and said.closed)
+    new = [number for number, pipe in pipes_here().items() if known.get(number) != pipe]
+    answers = [number for number in new if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY]
+    assert len(answers) == 1
+    os.close(answers[0])
+    trouble = wait_for_event(helper, Trouble)
+    assert (trouble.code, trouble.free) == ("helper_died", False)
+    assert "the process that was to free it has failed" in trouble.text
+    wait_until(lambda: gpu.locked_mhz() is None)
+    assert other_events(helper) == []

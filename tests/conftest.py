@@ -34,6 +34,7 @@ LONGEST = (
     "test_megatron_examples",
     "test_patches",
     "test_extending",
+    "session/test_graphed_steps",
     "session/test_live_targets",
     "session/test_one_job",
     "session/test_faults",

@@ -731,13 +731,18 @@ def test_where_the_script_closes_what_the_process_that_frees_the_clock_answers_b
     assert helper.wait_ready(60) is not None
     known = {**before, **pipes_here()}
     command = client.processes.command
-    late = ("sh", "-c", 'sleep 1; exec "$@"', "sh")
+    late = ("sh", "-c", 'sleep 3; exec "$@"', "sh")
     monkeypatch.setattr(client.processes, "command", lambda *words: [*late, *command(*words)])
     os.kill(helper.pid or 0, signal.SIGKILL)
     wait_until(lambda: helper._rescuer is not None and (said := helper._rescuer.stdout) is not None and said.closed)
-    new = [number for number, pipe in pipes_here().items() if known.get(number) != pipe]
-    answers = [number for number in new if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY]
-    assert len(answers) == 1
+    answers: list[int] = []
+
+    def found() -> bool:  # starting a process takes more pipes for a moment
+        new = [number for number, pipe in pipes_here().items() if known.get(number) != pipe]
+        answers[:] = [number for number in new if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY]
+        return len(answers) == 1
+
+    wait_until(found)
     os.close(answers[0])
     trouble = wait_for_event(helper, Trouble)
     assert (trouble.code, trouble.free) == ("helper_died", False)

@@ -204,22 +204,31 @@ def test_steps_after_the_run_of_another_schedule_are_not_waited_for(sessions: li
     assert whole(sessions[0].iterations) == [False, True, True, True]
 
 
-def test_a_compiled_step_of_an_optimizer_is_compiled_as_without(sessions: list[InMemorySession]) -> None:
+def run_compiled(script: Script) -> tuple[list[float], dict[str, int]]:
+    """Losses, and how often what was compiled."""
     counters = torch._dynamo.utils.counters
-    results, compiled = [], []
-    for script in (Script(), enabled()):
+    torch._dynamo.reset()
+    counters.clear()
+    step = torch.compile(lambda: [one.step() for one in script.optimizers], backend="eager")
+    losses: list[float] = []
+    for _ in range(3):
+        losses += script.run()
+        step()
+    return losses, {**counters["frames"], **counters["stats"]}
+
+
+def test_a_compiled_step_of_an_optimizer_is_compiled_as_without(sessions: list[InMemorySession]) -> None:
+    seen = []
+    for number in range(3):  # torch gives up a frame now and then; where that is ours, it is so every time
+        (usual_losses, usual), (losses, compiled) = run_compiled(Script()), run_compiled(enabled())
+        assert losses == usual_losses
+        assert whole(sessions[number].iterations) == [False, True, True]
+        if compiled == usual:
+            return
+        seen.append((usual, compiled))
         torch._dynamo.reset()
-        counters.clear()
-        step = torch.compile(lambda: [one.step() for one in script.optimizers], backend="eager")  # noqa: B023
-        losses: list[float] = []
-        for _ in range(3):
-            losses += script.run()
-            step()
-        results.append(losses)
-        compiled.append({**counters["frames"], **counters["stats"]})
-    assert results[0] == results[1]
-    assert compiled[0] == compiled[1]
-    assert whole(sessions[0].iterations) == [False, True, True]
+        gc.collect()  # one schedule at a time is followed
+    raise AssertionError(seen)
 
 
 def test_a_session_that_cannot_start_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

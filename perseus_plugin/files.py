@@ -152,6 +152,11 @@ def open_file(path: Path, flags: int, regular: bool = False) -> int:
     return descriptor
 
 
+def encoded(text: str) -> bytes:
+    """Text as UTF-8; what Python has of a path or a name that is none (lone surrogates) as its escape."""
+    return text.encode(errors="backslashreplace")
+
+
 def append(path: Path, text: str) -> None:
     """Put `text` at the end of a file, on a line of its own: a writer that was killed may have left half of one.
 
@@ -159,10 +164,10 @@ def append(path: Path, text: str) -> None:
         OSError: the file cannot be opened or written.
     """
     descriptor = open_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-    with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+    with os.fdopen(descriptor, "ab") as file:
         size = os.fstat(descriptor).st_size
         torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
-        file.write("\n" + text if torn else text)
+        file.write(encoded("\n" + text if torn else text))
 
 
 def write_atomically(path: Path, content: str | bytes, make: bool = False) -> None:
@@ -182,7 +187,7 @@ def write_atomically(path: Path, content: str | bytes, make: bool = False) -> No
         descriptor = os.open(temporary, flags, _MODE, dir_fd=folder)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(content if isinstance(content, bytes) else content.encode())
+                file.write(content if isinstance(content, bytes) else encoded(content))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)

@@ -36,6 +36,14 @@ def test_the_text_is_written_and_nothing_else_is_left(tmp_path: Path) -> None:
         assert names(tmp_path) == ["summary.json"]
 
 
+def test_what_is_not_unicode_is_written_as_its_escape(tmp_path: Path) -> None:
+    path, text, escaped = tmp_path / "caf\udce9", "größe of caf\udce9\n", "größe of caf\\udce9\n"
+    write_atomically(path, text)
+    append(path, text)
+    assert path.read_text(encoding="utf-8") == 2 * escaped
+    assert names(tmp_path) == ["caf\udce9"]
+
+
 def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "missing" / "file", "text")

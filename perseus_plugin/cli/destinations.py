@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from perseus_plugin.errors import ConfigError
-from perseus_plugin.files import write_atomically
+from perseus_plugin.files import encoded, write_atomically
 
 STANDARD = Path("-")
 """Standard output, or standard input."""
@@ -89,7 +89,7 @@ def write(path: Path, content: str | bytes, option: str = "--output") -> None:
     Raises:
         ConfigError: it cannot be written; names the path as the user gave it.
     """
-    data = content if isinstance(content, bytes) else content.encode()
+    data = content if isinstance(content, bytes) else encoded(content)
     try:
         if path == STANDARD:
             sys.stdout.flush()

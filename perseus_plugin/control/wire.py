@@ -239,7 +239,9 @@ class Trouble:
 
     def pack(self) -> bytes:
         """As the payload of TROUBLE."""
-        return f"{self.code}\n{self.time_s!r}\n{int(self.free)}\n{self.text}".encode()[:MAX_PAYLOAD]
+        return f"{self.code}\n{self.time_s!r}\n{int(self.free)}\n{self.text}".encode(errors="backslashreplace")[
+            :MAX_PAYLOAD
+        ]
 
     @classmethod
     def unpack(cls, payload: bytes) -> Trouble:

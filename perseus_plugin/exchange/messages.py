@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from perseus_plugin.bounds import Clock, ClockOrFull, Count, Moment, Power, Ratio, Stage, Time
 from perseus_plugin.errors import validation_problem
 from perseus_plugin.exchange.client import ExchangeError
 from perseus_plugin.exchange.store import ANNOUNCED
+from perseus_plugin.files import encoded
 
 NEWS, TROUBLE, REUSE, CALIBRATION, SEATS, BATCHES = ANNOUNCED
 RECHECKS = "recheck/"  # how their keys begin
@@ -18,10 +20,14 @@ STRAGGLERS = "stragglers"  # list that ranks append reports and detections to
 TARGETS = "targets"  # list that ranks append to what the job is to aim at
 WORKS = "works"  # list that ranks append to how much work batches are
 _BATCHES_AT_ONCE = 4  # that have been planned and not run yet
+_STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
+Text = Annotated[str, BeforeValidator(lambda told: encoded(told).decode() if isinstance(told, str) else told)]
+"""What the system or an error says; a path or a name in it need not be Unicode, which JSON is."""
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(**_STRICT, frozen=True)
 
 
 class Placement(_Message):
@@ -91,7 +97,7 @@ class RankEstimate(_Message):
     """
 
     placement: Placement
-    gpu: str
+    gpu: Text
     estimate: dict[str, Any]
     constant_time_s: dict[str, Time]
     switch_latency_s: Time | None = None
@@ -127,7 +133,7 @@ class News(_Message):
     straggler: bool = False
     clocks_mhz: tuple[Clock, ...] = ()
     paired: bool = False
-    reason: str = ""
+    reason: Text = ""
     recheck: bool = False
     limited: bool = False
     earlier: tuple[News, ...] = ()
@@ -141,7 +147,7 @@ class RankFacts(_Message):
     """What a rank's part of the job is, for the profile's fingerprint."""
 
     stage: Stage
-    facts: dict[str, str]
+    facts: dict[str, Text]
 
 
 class CatchUpPart(_Message):
@@ -168,7 +174,7 @@ class Reuse(_Message):
     """What rank 0 has found in the output folder: whether a profile of this job, or why a sweep would be in vain."""
 
     profile: bool = False
-    failed: str = ""
+    failed: Text = ""
 
 
 class WaitPart(_Message):
@@ -396,11 +402,12 @@ class Trouble(_Message):
     """A rank cannot control its GPU (any more); rank 0 then sends all ranks to full clocks."""
 
     rank: int
-    reason: str
+    reason: Text
 
 
-class Totals(_Message):
-    """Sums over iterations of one sort on one rank.
+@dataclass(slots=True)
+class Totals:
+    """Sums over iterations of one sort on one rank, which are counted up in place.
 
     Attributes:
         iterations: how many there were.
@@ -416,6 +423,8 @@ class Totals(_Message):
     unread: int = 0
     held_s: float = 0.0
     told_s: float = 0.0
+
+    __pydantic_config__ = _STRICT
 
     @property
     def mean_energy_j(self) -> float | None:

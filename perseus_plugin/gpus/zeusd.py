@@ -228,7 +228,9 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def _headers() -> dict[str, str]:
-    token = os.environ.get(TOKEN_VARIABLE)
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if not (token.isascii() and token.isprintable()):
+        raise GpuPermissionError(f"{TOKEN_VARIABLE}: it has letters that no token has; allowed: printable ASCII")
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 

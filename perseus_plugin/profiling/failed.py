@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from perseus_plugin.errors import ProfileError
+from perseus_plugin.exchange.messages import Text
 from perseus_plugin.files import read_model, write_atomically
 from perseus_plugin.profiling.kept import Fingerprint
 
@@ -22,7 +23,7 @@ class _FailedFile(BaseModel):
     schema_name: Literal["perseus-failed-profile"]
     version: Literal[1]
     fingerprint: Fingerprint
-    reason: str
+    reason: Text
     date: str
 
 

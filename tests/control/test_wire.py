@@ -81,6 +81,11 @@ def test_writes_stay_atomic() -> None:
     assert len(pack_reply(1, many.pack())) <= pipe_buf
 
 
+def test_a_trouble_with_a_path_that_is_not_unicode_is_told() -> None:
+    ((what, payload),) = split_replies(bytearray(pack_event(Trouble("lock_failed", "no caf\udce9", 1.0))))
+    assert unpack_event(what, payload) == Trouble("lock_failed", r"no caf\udce9", 1.0)
+
+
 def test_facts_and_nan_survive() -> None:
     facts = DeviceFacts("A100", "GPU-1", False, (1410, 210), False, "no permission", "", 12)
     assert DeviceFacts.unpack(facts.pack()) == facts

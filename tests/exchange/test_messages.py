@@ -57,12 +57,19 @@ def test_a_message_arrives_as_it_was_sent(message: Any) -> None:
         (RankEstimate, {**rank_estimate(0).model_dump(), "placement": {"rank": 0}}, "placement.world_size: "),
         (PlanPart, {"version": 1, "schedule": "s", "clocks_mhz": [1410, "x"], "times_s": []}, "clocks_mhz.1: "),
         (RankStats, [], ""),
+        (RankStats, {"placement": placement().model_dump(), "totals": {"plan": {"more": 1}}}, "totals.plan.more: "),
         (Trouble, "text", ""),
     ],
 )
 def test_what_is_no_such_message_is_an_exchange_error(message_class: Any, value: Any, where: str) -> None:
     with pytest.raises(ExchangeError, match=f"^{message_class.__name__} from the job's store: {where}"):
         receive(message_class, value)
+
+
+def test_what_is_said_of_a_path_that_is_not_unicode_arrives() -> None:
+    exchange = LocalExchange()
+    exchange.publish(TROUBLE, Trouble(rank=3, reason="no caf\udce9/größe").model_dump())
+    assert receive(Trouble, exchange.fetch(TROUBLE)).reason == r"no caf\udce9/größe"
 
 
 def test_no_two_messages_share_a_key() -> None:

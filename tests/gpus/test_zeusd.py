@@ -80,6 +80,16 @@ def test_a_token_is_sent_where_there_is_one(
     gpu.close()
 
 
+@pytest.mark.parametrize("token", ["caf\udce9", "größe", "two\nlines"])
+def test_a_token_that_is_none_is_said_and_not_sent(
+    token: str, socket_path: str, driver: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZEUSD_TOKEN", token)
+    with pytest.raises(GpuPermissionError, match=r"ZEUSD_TOKEN: .*; allowed: printable ASCII"):
+        ZeusdGpu(socket_path, 1, UUID).lock_clock(1005)
+    assert driver.locked_mhz() is None
+
+
 def test_a_connection_that_the_daemon_closed_is_made_again(
     socket_path: str, driver: EmulatedGpu, daemon: FakeZeusd
 ) -> None:

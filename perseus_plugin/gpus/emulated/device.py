@@ -107,7 +107,7 @@ class EmulatedGpu:
             raise GpuError(
                 f"emulated GPU: switch latency {switch_latency_s} s and jitter {switch_jitter_s} s; allowed: from 0"
             )
-        digest = hashlib.sha256(str(path).encode()).hexdigest()
+        digest = hashlib.sha256(os.fsencode(path)).hexdigest()
         tables = replace(
             model_tables(model, tick_period_s, window_s, tick_period_s * int(digest[:4], 16) / 65536),
             rise_s=[rise_s - switch_latency_s for rise_s, _ in own_s],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from perseus_plugin.control.readings import CheckedEnergy, energy_between_j
@@ -46,28 +46,6 @@ class _Open:
     time_s: float
 
 
-@dataclass(slots=True)
-class _Sums:
-    """See `Totals`, which takes longer to make than an iteration is worth."""
-
-    energy_j: float | None
-    iterations: int = 0
-    time_s: float = 0.0
-    unread: int = 0
-    held_s: float = 0.0
-    told_s: float = 0.0
-
-    def told(self) -> Totals:
-        return Totals(
-            iterations=self.iterations,
-            time_s=self.time_s,
-            energy_j=self.energy_j,
-            unread=self.unread,
-            held_s=self.held_s,
-            told_s=self.told_s,
-        )
-
-
 class Account:
     """Sums up iterations.
 
@@ -82,7 +60,7 @@ class Account:
         self._begun: dict[int, Mark] = {}
         self._ended: dict[int, Mark] = {}
         self._open: dict[int, _Open] = {}
-        self._sums: dict[str, _Sums] = {}
+        self._sums: dict[str, Totals] = {}
 
     def add(self, iteration: int, sorts: Sequence[str], time_s: float) -> None:
         """An iteration took `time_s` and counts for these sorts."""
@@ -112,7 +90,7 @@ class Account:
     @property
     def totals(self) -> dict[str, Totals]:
         """The sums so far, by sort."""
-        return {sort: sums.told() for sort, sums in self._sums.items()}
+        return {sort: replace(sums) for sort, sums in self._sums.items()}
 
     def _settle(self, iteration: int) -> None:
         if iteration in self._open and iteration in self._begun and iteration in self._ended:
@@ -135,7 +113,7 @@ class Account:
         for sort in sorts:
             sums = self._sums.get(sort)
             if sums is None:
-                sums = self._sums[sort] = _Sums(0.0 if self._measures_energy else None)
+                sums = self._sums[sort] = Totals(energy_j=0.0 if self._measures_energy else None)
             sums.iterations += 1
             sums.time_s += time_s
             sums.unread += unread

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from perseus_plugin.bounds import ClockOrFull, Count, PositiveTime, Time
-from perseus_plugin.exchange.messages import Placement
+from perseus_plugin.exchange.messages import Placement, Text
 from perseus_plugin.reporting.record.iterations import Sort, Stretch
 
 
@@ -32,11 +32,11 @@ class Header(_Strict):
     version: Literal[1]
     placement: Placement
     started_s: float
-    host: str
-    gpu: str
+    host: Text
+    gpu: Text
     backend: str
     emulated: bool
-    facts: dict[str, str]
+    facts: dict[str, Text]
 
 
 class Deviation(_Strict):

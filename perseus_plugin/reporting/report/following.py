@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import html
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +17,9 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from perseus_plugin.errors import ConfigError, PerseusError, os_problem
+from perseus_plugin.files import encoded
 from perseus_plugin.reporting.report.document import document, library
 from perseus_plugin.reporting.report.findings import Options, find
 from perseus_plugin.reporting.report.folder import load_folder
@@ -29,7 +30,9 @@ _SOON_S, _REST = 2.0, 9.0  # between two pages at least; and so many times as lo
 _QUIET_S = 60.0  # what has become of a job that writes nothing is looked at as often
 Tagged = tuple[str, bytes]
 """A tag that changes with the content, and the content."""
-_HERE = ("127.0.0.1", "localhost", "::1")
+_LOOPBACK = "127.0.0.1"
+_HERE = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.ASCII | re.IGNORECASE)
+"""How a page of this machine may be asked for; through a tunnel the port is another one."""
 _SCRIPT = "/plotly.js"
 _HEAD = f"""<script src="{_SCRIPT}"></script>
 <style>
@@ -146,11 +149,11 @@ class Followed:
 
     def _make(self) -> bytes:
         try:
-            return page(find(load_folder(self._folder), self._options), _HEAD).encode()
+            return encoded(page(find(load_folder(self._folder), self._options), _HEAD))
         except (PerseusError, OSError) as error:  # it may be there the next time
             why = os_problem(error) if isinstance(error, OSError) else str(error)
             note = f'<section class="note" id="nothing">Nothing to show (yet): {html.escape(why)}</section>'
-            return document("Perseus report", ["<h1>Perseus report</h1>", note], _HEAD).encode()
+            return encoded(document("Perseus report", ["<h1>Perseus report</h1>", note], _HEAD))
 
 
 class Server(BoundedHttp, HTTPServer):
@@ -173,7 +176,7 @@ class Server(BoundedHttp, HTTPServer):
             _SCRIPT: ("text/javascript; charset=utf-8", lambda: script),
         }
         try:
-            super().__init__((_HERE[0], port), _Handler)
+            super().__init__((_LOOPBACK, port), _Handler)
         except (OSError, OverflowError) as error:
             why = os_problem(error) if isinstance(error, OSError) else "ports end at 65535"
             raise ConfigError(f"--serve: got {port}: {why}; allowed: a free port, or 0 for any") from error
@@ -190,12 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         # A page from elsewhere may have its name lead to this machine, and would read ours in its reader's browser.
-        try:
-            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-        except ValueError:
-            self.send_error(400)
-            return
-        if host not in _HERE:
+        if _HERE.fullmatch(self.headers.get("Host", "")) is None:
             self.send_error(403)
             return
         kind, answers = self.server.answers.get(self.path, ("", None))

@@ -92,6 +92,13 @@ def test_bad_descriptions_are_refused(tmp_path: Path, options: dict[str, float],
         EmulatedGpu.create(tmp_path / "gpu", **options)  # type: ignore[arg-type]
 
 
+def test_its_folder_s_name_need_not_be_unicode(tmp_path: Path) -> None:
+    path = tmp_path / "caf\udce9" / "rank0"
+    gpu = EmulatedGpu.create(path, A100)
+    gpu.lock_clock(810)
+    assert EmulatedGpu(path).locked_mhz() == 810
+
+
 def test_opening_what_is_no_gpu_says_so(tmp_path: Path) -> None:
     with pytest.raises(GpuError, match="cannot open the emulated GPU"):
         EmulatedGpu(tmp_path / "missing")

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
@@ -176,6 +176,27 @@ def test_how_long_the_power_limit_held_the_gpu_is_counted_where_it_tells() -> No
         account.add_reading(replace(ended(number, 100.0 * number + 50, 1.0), capped_s=after_s))
     totals = account.totals[FULL_CLOCK]
     assert (totals.held_s, totals.told_s) == (pytest.approx(0.6 + 0.0 + 1.0), 3.0)
+
+
+def test_every_figure_is_counted_and_what_was_told_before_stays_as_it_was() -> None:
+    account = Account(measures_energy=True)
+    for number, (before_j, after_j) in enumerate([(100.0, 150.0), (math.nan, 250.0)]):
+        account.add(number, (PLAN,), 1.0)
+        account.add_reading(replace(begun(number, before_j), capped_s=2.0))
+        account.add_reading(replace(ended(number, after_j, 1.0), capped_s=2.5))
+    told = account.totals[PLAN]
+    assert {field.name: getattr(told, field.name) for field in fields(Totals)} == {
+        "iterations": 2,
+        "time_s": 2.0,
+        "energy_j": 50.0,
+        "unread": 1,
+        "held_s": 1.0,
+        "told_s": 2.0,
+    }
+    account.add(2, (PLAN,), 1.0)
+    account.add_reading(begun(2, 1.0))
+    account.add_reading(ended(2, 3.0, 1.0))
+    assert (told.iterations, account.totals[PLAN].iterations) == (2, 3)
 
 
 def test_a_sum_of_nothing_is_no_energy() -> None:

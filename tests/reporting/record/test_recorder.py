@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,14 @@ def test_the_record_is_there_before_the_first_iteration_and_grows_with_each(tmp_
         assert [row["first"] for row in lines(tmp_path)[1:]] == list(range(number + 1))
     assert [row["state"] for row in lines(tmp_path)[1:]] == ["warm-up", "profiling", "profiling", "full", "plan"]
     assert [row["energy_j"] for row in lines(tmp_path)[1:]] == [10.0, 11.0, 12.0, 13.0, 14.0]
+
+
+def test_a_machine_s_name_need_not_be_unicode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "caf\udce9")
+    run(recorder(tmp_path), 0, 2)
+    assert lines(tmp_path)[0]["host"] == r"caf\udce9"
+    assert load_record(tmp_path, 1).header.host == r"caf\udce9"
+    assert len(lines(tmp_path)) == 3
 
 
 def test_lines_are_appended_not_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,9 @@ WORKERS ?= 3
 REST_WORKERS ?= 2
 # Dozens of processes start from the same sources: these are compiled once, whatever the environment says.
 export PYTHONDONTWRITEBYTECODE :=
-PYTEST := $(BIN)/pytest --dist loadgroup --numprocesses
+# What fails beside others runs once more alone.
+AGAIN := python -m tests.again --dist loadgroup --numprocesses
+PYTEST := $(BIN)/$(AGAIN)
 UNIT := -m "not e2e and not repeated" --ignore=tests/e2e
 # Files with a test of a mark: every process that runs tests would have to read all the others for nothing.
 marked = $$(grep --recursive --files-with-matches --extended-regexp 'mark\.$(1)' --include='test_*.py' tests)
@@ -51,7 +53,7 @@ test-all: test rest
 
 # Unit tests with the lowest releases that setup.cfg asks for, of install and extras; what `setup` installs are the newest.
 test-minima: megatron .minima/.installed
-	.minima/bin/pytest --dist loadgroup --numprocesses $(WORKERS) $(UNIT)
+	.minima/bin/$(AGAIN) $(WORKERS) $(UNIT)
 
 # NumPy 1.24 has wheels up to Python 3.11, and lacks what Megatron's core imports from 0.14 on.
 .minima/.installed: setup.cfg requirements-torch.txt requirements-dev.txt

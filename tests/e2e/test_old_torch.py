@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.again import hold
 from tests.e2e.launching import REPOSITORY, Finished, perseus_block, started_ranks
 from tests.e2e.test_pipelining import IMPORTS, ORDERS, PLANNED, SCRIPT, facts
 
@@ -60,7 +61,7 @@ def test_training_is_bit_identical_and_what_is_known_is_planned(version: str, sc
     steps = len(with_plugin[0]["parameters"])
     assert steps < 400, "it was never said"
     run(version, 2, tmp_path / "without", *words, "--steps", str(steps))
-    assert with_plugin == facts(tmp_path / "without", 2)
+    hold(with_plugin == facts(tmp_path / "without", 2), "training is what it is without the plugin")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["state"] == "finished"
     assert summary["ranks_reporting"] == 2

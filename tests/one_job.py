@@ -82,6 +82,15 @@ class Sent:
     received: threading.Event = field(default_factory=threading.Event)
 
 
+def states_of(folder: Path, iterations: int) -> list[str]:
+    """What every iteration of a job ran as, by the record of its first rank."""
+    states: dict[int, str] = {}
+    for stretch in load_record(folder, 0).stretches:
+        state = stretch.sort.reason or stretch.sort.state
+        states.update(dict.fromkeys(range(stretch.first, stretch.first + stretch.count), state))
+    return [states.get(number, "") for number in range(iterations)]
+
+
 class OneJob:
     """Pipelines of `stages` ranks each, which wait for each other at the end of every iteration.
 
@@ -163,11 +172,7 @@ class OneJob:
             self.ran.by_replica_j.append([sum(of_one) for of_one in replicas])
         if self._with_plugin:
             self.ran.summary = json.loads((self._folder / "summary.json").read_text())
-            states: dict[int, str] = {}
-            for stretch in load_record(self._folder, 0).stretches:
-                state = stretch.sort.reason or stretch.sort.state
-                states.update(dict.fromkeys(range(stretch.first, stretch.first + stretch.count), state))
-            self.ran.states = [states.get(number, "") for number in range(len(self.ran.times_s))]
+            self.ran.states = states_of(self._folder, len(self.ran.times_s))
         return self.ran
 
     # A rank.

@@ -26,6 +26,7 @@ _MOST_BYTES = 1 << 20
 _SENT_WITHIN = struct.pack("ll", 1, 0)  # seconds, microseconds; who is stopped must not hold up the others
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _REJOIN_S = 1.0  # after who led has gone (where a job ends, all go), or before it serves
+_REJOIN_AT_MOST_S = 8.0  # a child that was forked may keep the name of who led bound, and serves nobody
 
 Message = dict[str, Any]
 
@@ -48,6 +49,7 @@ class Node:
         self._listener: socket.socket | None = None
         self._leader: socket.socket | None = None
         self._rejoin_at_s: float | None = None
+        self._refused_s = _REJOIN_S
         self._ear, self._mouth = socket.socketpair()
         for end in (self._keep(self._ear), self._keep(self._mouth)):
             end.setblocking(False)
@@ -73,11 +75,10 @@ class Node:
         return False
 
     def receive(self, timeout_s: float) -> list[Message]:
-        """What the others have sent; waits for something, a wake or the time."""
+        """What the others have sent; waits for something, a wake, the time, or until it is to join again."""
         self._check()
-        if self._rejoin_at_s is not None and time.monotonic() >= self._rejoin_at_s:
-            self._rejoin_at_s = None
-            self._join()
+        if self._rejoin_at_s is not None:
+            timeout_s = min(timeout_s, self._rejoin_at_s - time.monotonic())
         messages: list[Message] = []
         readable = {number for number, _ in self._waiter.poll(1e3 * max(0.0, timeout_s))}
         self._check()
@@ -89,6 +90,9 @@ class Node:
                 self._accept(ready)
             else:
                 self._read(ready, messages)
+        if self._rejoin_at_s is not None and time.monotonic() >= self._rejoin_at_s:
+            self._rejoin_at_s = None
+            self._join()
         return messages
 
     def send(self, message: Message) -> bool:
@@ -159,7 +163,8 @@ class Node:
             self._listener = self._keep(one)
         except ConnectionRefusedError:  # bound, and not served yet, or no more: where ranks come at once, one is first
             one.close()
-            self._rejoin_at_s = time.monotonic() + _REJOIN_S
+            self._rejoin_at_s = time.monotonic() + self._refused_s
+            self._refused_s = min(2 * self._refused_s, _REJOIN_AT_MOST_S)
         except OSError:  # it does not answer: this rank is a node of its own
             one.close()
 
@@ -203,6 +208,7 @@ class Node:
         peer.close()
         if peer is self._leader:
             self._leader = None
+            self._refused_s = _REJOIN_S
             self._rejoin_at_s = time.monotonic() + _REJOIN_S
 
 

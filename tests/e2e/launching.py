@@ -136,8 +136,11 @@ class Job:
         return self._said.text()
 
     def ranks(self) -> list[int]:
-        """Process ids of its ranks, rank by rank."""
-        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        """Process ids of its ranks, rank by rank; none once it has ended."""
+        children = ""
+        with suppress(OSError):
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
 
 
 @contextmanager
@@ -150,7 +153,7 @@ def started_ranks(
     imports: Sequence[str] = (),
     **environment: str,
 ) -> Iterator[Job]:
-    """Run a command line on every rank, in `folder`, as a process group that ends with the block.
+    """Run a command line on every rank, in `folder`, which end with the block.
 
     Args:
         ranks: how many.
@@ -170,11 +173,14 @@ def started_ranks(
         pid, status = start(ranks, folder, words, imports, {"OMP_NUM_THREADS": "1", **environment}, said.inlet)
     finally:
         os.close(said.inlet)
+    job = Job(pid, status, said)
     try:
-        yield Job(pid, status, said)
+        yield job
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+        # Under torchrun each rank has a process group of its own.
+        for group in (pid, *job.ranks()):
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
         status(ENDING_S)
 
 

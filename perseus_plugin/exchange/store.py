@@ -457,11 +457,11 @@ def open_exchange(name: str) -> Exchange:
     client = StoreClient(store, f"perseus/{name}")
     try:
         session = meet(client, rank, dist.get_world_size())
+        client.enter(session)
+        return StoreExchange(client, rank, f"perseus/{session}")
     except BaseException:
         client.close()
         raise
-    client.enter(session)
-    return StoreExchange(client, rank, f"perseus/{session}")
 
 
 class Lobby(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from time import monotonic, sleep
 from typing import Any, Protocol
 
@@ -94,28 +95,35 @@ class Leader:
         self._coordinator: Coordinator | None = None
         self._socket: JobSocket | None = None
         if job.plans:
-            python = job.config.planner.python
-            self._planner = planner or PlannerProcess(wake=wake, python=python)
-            self._frontier = BackgroundFrontier(job.output_dir, python) if job.config.frontier else None
-            # It may be lost: there is a plan already, and nobody waits for a better one.
-            if planner is None and job.config.refine_s:
-                self._refiner = PlannerProcess(pauses_s=(), wake=wake, ahead=False, python=python)
-            self._coordinator = Coordinator(
-                job,
-                self._planner,
-                refiner=self._refiner,
-                frontier=self._frontier,
-                batch_process=lambda: BatchProcess(wake, python),
-                tell=tell,
-                wake=wake,
-            )
-            self._socket = _socket(job, self._coordinator.request)
+            with ExitStack() as undone:
+                undone.callback(self.close)  # nobody else knows of the processes that are started here
+                self._plan_with(job, planner, tell, wake)
+                undone.pop_all()
         elif (limit := PowerBudget.configured(job.config)) is not None:
             logger.warning(
                 "the power budget (%s) cannot be kept, as no clock is set. See the reason above, or limit the power of "
                 "the GPUs (nvidia-smi -pl)",
                 described(limit),
             )
+
+    def _plan_with(self, job: Job, planner: ClosablePlanner | None, tell: Tell, wake: Callable[[], None]) -> None:
+        """Start what plans, and what decides."""
+        python = job.config.planner.python
+        self._planner = planner or PlannerProcess(wake=wake, python=python)
+        self._frontier = BackgroundFrontier(job.output_dir, python) if job.config.frontier else None
+        # It may be lost: there is a plan already, and nobody waits for a better one.
+        if planner is None and job.config.refine_s:
+            self._refiner = PlannerProcess(pauses_s=(), wake=wake, ahead=False, python=python)
+        self._coordinator = Coordinator(
+            job,
+            self._planner,
+            refiner=self._refiner,
+            frontier=self._frontier,
+            batch_process=lambda: BatchProcess(wake, python),
+            tell=tell,
+            wake=wake,
+        )
+        self._socket = _socket(job, self._coordinator.request)
 
     @property
     def coordinates(self) -> bool:

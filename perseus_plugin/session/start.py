@@ -236,6 +236,18 @@ def _take_gpu(
         return selection, None
     gives_way = config.gpu.foreign_clock == "give_way"
     helper = start_helper(selection.spec, min_dwell_s=config.limits.dwell_s, gives_way=gives_way)
+    with ExitStack() as undone:
+        undone.callback(helper.close, timeout_s=1.0)
+        selection = _with_helper(config, selection, verified, helper)
+        if selection.spec is not None:
+            undone.pop_all()
+    return selection, None if selection.spec is None else helper
+
+
+def _with_helper(
+    config: PerseusConfig, selection: Selection, verified: Verification | None, helper: LastingHelper
+) -> Selection:
+    """What the helper says of the GPU; without a spec if its clock cannot, or need not, be set."""
     device = helper.wait_ready(_READY_TIMEOUT_S)
     if device is not None and device.leftover:
         logger.warning("the SM clock was %s; it is free again, nothing needs to be done", device.leftover)
@@ -247,10 +259,7 @@ def _take_gpu(
         why_not = _why_not_planned(config, selection, device, verified)
         if why_not:
             selection = replace(selection, spec=None, clocks_mhz=(), why_not=why_not)
-    if selection.spec is None:
-        helper.close(timeout_s=1.0)
-        return selection, None
-    return selection, helper
+    return selection
 
 
 def _why_not_planned(

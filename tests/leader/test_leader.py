@@ -18,6 +18,7 @@ from perseus_plugin.iteration.timetable import Round, Timetable
 from perseus_plugin.leader import leader as leader_module
 from perseus_plugin.leader.leader import Leader
 from perseus_plugin.leader.signals.desk import SignalDesk
+from perseus_plugin.planning.request import PlanRequest
 from tests.factories import job_of
 
 
@@ -72,6 +73,32 @@ def test_everything_that_plans_runs_in_the_python_that_is_named(
     leader.close()
     assert len(Started.pythons) == 4
     assert set(Started.pythons) == {"/opt/planner/bin/python"}
+
+
+class OnePlanner:
+    """That which a leader is given."""
+
+    busy, closed = False, False
+
+    def submit(self, request: PlanRequest) -> None:
+        raise AssertionError("nothing is asked")
+
+    def drop(self) -> None:
+        pass
+
+    def poll(self) -> None:
+        return None
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_leader_that_cannot_be_made_leaves_no_planner_behind(tmp_path: Path) -> None:
+    job = job_of(PerseusConfig(frontier=False), LocalExchange(), tmp_path, Timetable(Round(0, (1410, 810)), 1, 2))
+    planner = OnePlanner()
+    with pytest.raises(AttributeError, match="survey"):
+        Leader(replace(job, known=None), lambda figures: None, wake=Event().set, planner=planner)  # type: ignore[arg-type]
+    assert planner.closed
 
 
 def test_what_ranks_say_where_no_clock_is_set_is_refused_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -880,6 +880,17 @@ def test_a_wrong_setting_found_late_leaves_no_helper_behind(tmp_path: Path, fake
         assert helper.calls[-1][0] == "close"
 
 
+def test_who_gives_up_while_the_helper_starts_leaves_none_behind(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
+    class Interrupted(fakes):  # type: ignore[misc,valid-type]
+        def wait_ready(self, timeout_s: float) -> DeviceFacts | None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(parse_config(block(tmp_path)), placement(), exchange=LocalExchange(), start_helper=Interrupted.start)
+    (helper,) = fakes.started
+    assert helper.calls[-1][0] == "close"
+
+
 def test_a_session_that_cannot_be_built_leaves_nothing_running(
     tmp_path: Path, fakes: type[FakeClockHelper], monkeypatch: pytest.MonkeyPatch
 ) -> None:

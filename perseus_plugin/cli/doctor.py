@@ -20,7 +20,7 @@ from perseus_plugin.control.examination import counter_problem, why_not_obeyed, 
 from perseus_plugin.control.ownership import describe, helper_elsewhere, holder_of, lock_path, read_record
 from perseus_plugin.control.wire import SwitchLatency, Trouble
 from perseus_plugin.errors import GpuError, PerseusError
-from perseus_plugin.gpus.base import Gpu, enforced_limit_w
+from perseus_plugin.gpus.base import Divisible, Gpu, enforced_limit_w
 from perseus_plugin.gpus.registry import backend, names, open_gpu
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "ortools", "nvidia-ml-py")
@@ -111,7 +111,8 @@ def examine(target: Target, *, control: bool) -> Findings:
         counter = counter_problem(device)
         found.facts["energy counter"] = counter or counter_period(device)
         path = lock_path(spec, device.uuid)
-        found.facts["MIG"] = "not in the way" if not device.emulated else "none (emulated)"
+        if isinstance(device, Divisible):
+            found.facts["MIG"] = "enabled" if device.mig_enabled() else "not in the way"
         holder = holder_of(path) or helper_elsewhere(device.uuid, path)
         if holder is not None:
             found.facts["control"] = f"held by {describe(holder)}"

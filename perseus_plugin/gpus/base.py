@@ -120,6 +120,19 @@ class LimitReader(Protocol):
         ...
 
 
+@runtime_checkable
+class Divisible(Protocol):
+    """What a `Gpu` of a kind that can be divided into partitions, which share its clock, tells beside."""
+
+    def mig_enabled(self) -> bool:
+        """Whether it is divided.
+
+        Raises:
+            GpuLostError: it does not answer any more.
+        """
+        ...
+
+
 def enforced_limit_w(gpu: Gpu) -> float:
     """The power limit in force on a GPU; NaN where it does not tell."""
     return gpu.enforced_limit_w() if isinstance(gpu, LimitReader) else math.nan

@@ -83,6 +83,10 @@ class ZeusdGpu:
         """The power limit in force."""
         return self._readings.enforced_limit_w()
 
+    def mig_enabled(self) -> bool:
+        """Whether the GPU is partitioned."""
+        return self._readings.mig_enabled()
+
     def close(self) -> None:
         """Hang up; does not reset the clock."""
         self._daemon.close()

@@ -56,6 +56,7 @@ def test_all_gpus_that_work_give_status_0_and_are_left_free(gpus: list[EmulatedG
         assert f"{gpu.name} {gpu.uuid}: would be controlled" in result.output
         assert gpu.locked_mhz() is None
         assert {event.mhz for event in gpu.events()} == {0, 840, 1410}
+    assert result.output.count("MIG            not in the way") == len(gpus)
     assert "in force: 477 W, highest that can be set: 477 W" in result.output
     for text in ("driver           999.99", "81 from 210 to 1410 MHz", "allowed, through nvml", "moves every 20 ms"):
         assert text in result.output
@@ -89,6 +90,7 @@ def test_a_counter_that_stands_still_is_seen(gpus: list[EmulatedGpu], tmp_path: 
     EmulatedGpu.create(tmp_path / "frozen", tick_period_s=1000.0)
     result = run("--emulated", str(tmp_path / "frozen"))
     assert result.exit_code == 1
+    assert "MIG" not in result.output, "only of GPUs that can be divided"
     assert "would NOT be controlled" in result.output
     assert "the energy counter read 0 J for 0.2 s, so no energies can be measured" in result.output
 

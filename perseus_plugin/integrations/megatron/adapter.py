@@ -57,13 +57,14 @@ _MODEL_FACTS = (
     "cuda_graph_impl",
 )
 FULL_ITERATION = "full_iteration"
-_hooks: Hooks | None = None
+_installed: tuple[Hooks, _Job] | None = None
 
 
 def install(config: PerseusConfig, arguments: argparse.Namespace) -> Hooks | None:
     """Hook Megatron's schedules; the session starts with the first training iteration.
 
-    Idempotent; once the hooks are gone for good, a job that starts anew in this process is hooked anew.
+    Once only, however often a script parses its arguments: those parsed last count, until the session starts. Once the
+    hooks are gone for good, a job that starts anew in this process is hooked anew.
 
     Args:
         config: enabled.
@@ -72,9 +73,11 @@ def install(config: PerseusConfig, arguments: argparse.Namespace) -> Hooks | Non
     Returns:
         The hooks, None for a job that cannot be controlled. Then it has been said why, and nothing is hooked.
     """
-    global _hooks
-    if _hooks is not None and not _hooks.removed:
-        return _hooks
+    global _installed
+    if _installed is not None and not _installed[0].removed:
+        hooks, job = _installed
+        job.parsed(config, arguments)
+        return hooks
     job = _Job(config, arguments)
     hooks = Hooks(job.start, job.schedule_of, job.after_iteration)
     try:
@@ -87,8 +90,8 @@ def install(config: PerseusConfig, arguments: argparse.Namespace) -> Hooks | Non
         hooks.remove()
         say_off(f"megatron-core cannot be hooked: {error!r}", everywhere=True)
         return None
-    _hooks = hooks
-    return _hooks
+    _installed = hooks, job
+    return hooks
 
 
 def _put(hooks: Hooks, arguments: argparse.Namespace) -> None:
@@ -180,9 +183,13 @@ class _Job:
     """What hooks want to know of the running job."""
 
     def __init__(self, config: PerseusConfig, arguments: argparse.Namespace) -> None:
-        self._config, self._arguments = config, arguments
+        self.parsed(config, arguments)
         self._schedules: dict[tuple[bool, int, int], Schedule] = {}
         self._metrics: Metrics | None = None
+
+    def parsed(self, config: PerseusConfig, arguments: argparse.Namespace) -> None:
+        """What the script's arguments are, which Megatron goes on to complete."""
+        self._config, self._arguments = config, arguments
 
     def start(self, model: list[Any], known: Mapping[str, Any]) -> PipelineSession | None:
         """Start the session.

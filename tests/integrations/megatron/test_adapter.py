@@ -181,11 +181,13 @@ def schedules(core: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             vars(module)[name] = lambda model=None: None
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(sys.modules, "megatron.core.pipeline_parallel", ModuleType("megatron.core.pipeline_parallel"))
-    monkeypatch.setattr(megatron, "_hooks", None)
+    monkeypatch.setattr(megatron, "_installed", None)
     return made
 
 
-def test_hooks_are_installed_once(schedules: ModuleType) -> None:
+def test_hooks_are_installed_once_and_the_arguments_parsed_last_count(
+    core: ModuleType, schedules: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     training = sys.modules["megatron.training.training"]
     stock = {**vars(schedules), **vars(training)}
     hooks = megatron.install(PerseusConfig(), argparse.Namespace())
@@ -193,7 +195,12 @@ def test_hooks_are_installed_once(schedules: ModuleType) -> None:
     hooked = {**vars(schedules), **vars(training)}
     changed = {name for name, function in stock.items() if hooked[name] is not function}
     assert changed == {*BRACKETS, "train_step"}, "instructions are hooked while a schedule runs"
-    assert megatron.install(PerseusConfig(), argparse.Namespace()) is hooks
+    assert megatron.install(PerseusConfig(), argparse.Namespace(hybrid_context_parallel=True)) is hooks
+    core.utils = ModuleType("megatron.core.utils")  # type: ignore[attr-defined]
+    core.utils.get_model_config = lambda chunk: SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "megatron.core.utils", core.utils)
+    assert hooks._start([torch.nn.Linear(1, 1)], {}) is None
+    assert "with --hybrid-context-parallel every microbatch is another piece of work" in caplog.text
     assert {**vars(schedules), **vars(training)} == hooked
     hooks.remove()
     assert {**vars(schedules), **vars(training)} == stock
@@ -253,12 +260,14 @@ def test_a_session_that_cannot_start_leaves_training_as_it_was(
     core.parallel_state = Groups(0, pp=2).module()  # type: ignore[attr-defined]
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    job = megatron._Job(PerseusConfig(), argparse.Namespace(micro_batch_size=2))
+    job = megatron._Job(PerseusConfig(slowdown=0.3), argparse.Namespace(micro_batch_size=1))
+    job.parsed(PerseusConfig(), argparse.Namespace(micro_batch_size=2))
     model = [torch.nn.Linear(1, 1)]
     with sessions_in_memory() as sessions:
         session = job.start(model, {"micro_batch_size": 9, "seq_length": 32})
         assert sessions == [session]
         assert (sessions[0].placement.device, sessions[0].placement.stages) == ("cpu", 2)
+        assert sessions[0].config == PerseusConfig(), "what was parsed last counts"
         facts = dict(sessions[0].facts or {})
         assert (facts["micro batch size"], facts["seq length"]) == ("2", "32"), "Megatron's arguments go first"
     with sessions_in_memory(OSError("no more processes")) as sessions:

@@ -25,13 +25,16 @@ from perseus_plugin.exchange.node import Message, Node
 ANNOUNCED = ("news", "trouble", "reuse", "calibration", "seats", "batches")
 """What may be told to all: keys of `Exchange.tell_all`."""
 LOOK_EVERY_S = 0.5
+RARELY_S = 2.0
 INBOX_EVERY_S = 0.2
 PATIENT_S = 5.0
-"""How often a node looks for news, rank 0 for what it is told, and a node sends what is in no hurry.
+"""How often a node looks for news, the same where no plans are made, how often rank 0 looks for what it is told, and a
+node sends what is in no hurry.
 
-Where nobody has told anything in a hurry for `_LIVELY_S`, rank 0 looks for both at once. Whoever looks as rarely as a
-node has the client's thread look until it sees something: all this takes the interpreter from the training thread. The
-own thread asks again after `_OWN_LOOK_S`, which tells whether the store's host still answers.
+Where nobody has told anything in a hurry for `_LIVELY_S`, rank 0 looks for both at once, and at one counter: who tells
+all ranks tells it so. Whoever looks as rarely as a node has the client's thread look until it sees something: all this
+takes the interpreter from the training thread. The own thread asks again after `_OWN_LOOK_S`, which tells whether the
+store's host still answers.
 """
 _OWN_LOOK_S = 5.0
 _LIVELY_S = 2.0
@@ -100,6 +103,10 @@ class Exchange(Protocol):
         """Until all ranks have heard what is told to all."""
         ...
 
+    def look_rarely(self) -> None:
+        """Nobody waits for what this rank is told from now on: no plans are made."""
+        ...
+
     def on_news(self, wake: Callable[[], None]) -> None:
         """Call this, from any thread, when something new was told or heard."""
         ...
@@ -133,6 +140,7 @@ class StoreExchange:
         self._turn, self._nodes, self._counted = 0, 1, False
         self._look_at_s = self._inbox_at_s = self._count_at_s = 0.0
         self._lively_until_s = time.monotonic() + _LIVELY_S
+        self._least_s = LOOK_EVERY_S
         self._send_at_s = float("inf")
         self._closing = threading.Event()
         self._node = Node(node, self._for_members)
@@ -151,13 +159,13 @@ class StoreExchange:
     def tell(self, key: str, value: Any, *, patient: bool = False, at_once: bool = False) -> None:
         self._fail_if_lost()
         if self._rank == 0:
-            self._take({key: json.loads(json.dumps(value))})
+            self._take({key: json.loads(json.dumps(value))}, hurried=not patient)
             if at_once:  # so do the others, and rank 0 waits for that
                 self._lively_until_s = float("inf")
                 self._inbox_at_s = 0.0
                 self._node.wake()
         elif at_once:
-            self._client.append(_INBOX, {key: value})
+            self._client.append(_INBOX, {_HURRIED: True, key: value})
         else:
             self._outbox.put((key, value, patient))
             self._node.wake()
@@ -184,6 +192,8 @@ class StoreExchange:
         self._fail_if_lost()
         self._client.publish(f"all/{key}", value)
         self._client.count(_TURN, 1)  # afterwards: who sees it finds the value
+        if self._rank != 0:
+            self._client.append(_INBOX, {_HURRIED: True})
         self._look_at_s = 0.0
         self._node.wake()
 
@@ -194,6 +204,9 @@ class StoreExchange:
     @property
     def news_take_s(self) -> float:
         return self._look_every_s + 0.2
+
+    def look_rarely(self) -> None:
+        self._least_s = RARELY_S
 
     def on_news(self, wake: Callable[[], None]) -> None:
         self._wake = wake
@@ -214,7 +227,7 @@ class StoreExchange:
 
     @property
     def _look_every_s(self) -> float:
-        return max(LOOK_EVERY_S, self._nodes / _LOOKS_PER_S)
+        return max(self._least_s, self._nodes / _LOOKS_PER_S)
 
     def _run(self) -> None:
         try:
@@ -273,15 +286,15 @@ class StoreExchange:
         pending, self._pending, self._send_at_s = self._pending, {}, float("inf")
         hurried, self._hurried = self._hurried, False
         if self._rank == 0:
-            self._take(pending)
+            self._take(pending, hurried)
             return
-        bundle: dict[str, Any] = {_HURRIED: True} if hurried else {}
-        size = 0
+        marks: dict[str, Any] = {_HURRIED: True} if hurried else {}
+        bundle, size = dict(marks), 0
         for key, value in pending.items():
             length = len(json.dumps(value))
             if size and size + length > _MOST_BYTES:
                 self._client.append(_INBOX, bundle)
-                bundle, size = {}, 0
+                bundle, size = dict(marks), 0
             bundle[key] = value
             size += length
         if bundle:
@@ -307,16 +320,14 @@ class StoreExchange:
             self._lively_until_s = max(self._lively_until_s, now_s + _LIVELY_S)
         if takes:
             for bundle in self._client.take_new(_INBOX, counted[-1]):
-                self._take(bundle)
-                if _HURRIED in bundle:
+                if self._take_bundle(bundle):
                     self._lively_until_s = max(self._lively_until_s, now_s + _LIVELY_S)
         if self._rank == 0 and now_s < self._lively_until_s:
             self._look_at_s = min(self._look_at_s, now_s + self._look_every_s)
             self._inbox_at_s = min(self._inbox_at_s, now_s + INBOX_EVERY_S)
             return
-        seen = {_TURN: self._turn} if self._node.leads else {}
-        seen |= {f"{_INBOX}/count": self._client.taken(_INBOX)} if self._rank == 0 else {}
-        self._client.watch(seen, self._look_every_s, self._may_look, self._look_now)
+        place, seen = (f"{_INBOX}/count", self._client.taken(_INBOX)) if self._rank == 0 else (_TURN, self._turn)
+        self._client.watch({place: seen}, self._look_every_s, self._may_look, self._look_now)
 
     def _may_look(self) -> bool:
         """Where a script has taken our descriptors for its own, what asks the store may be one of them."""
@@ -339,12 +350,20 @@ class StoreExchange:
         self._heard = {**self._heard, **values}
         self._wake()
 
-    def _take(self, values: Any) -> None:
-        if not isinstance(values, dict):
+    def _take_bundle(self, bundle: Any) -> bool:
+        """Returns whether something in it is in a hurry."""
+        if not isinstance(bundle, dict):
             raise ExchangeError(f"{_INBOX!r} in the job's store holds what is not ours")
+        hurried = bool(bundle.pop(_HURRIED, False))
+        self._take(bundle, hurried)
+        return hurried
+
+    def _take(self, values: dict[str, Any], hurried: bool) -> None:
+        """What is in no hurry is found by who looks for it; nobody is woken for it."""
         with self._lock:
             self._told.update(values)
-        self._wake()
+        if hurried:
+            self._wake()
 
     def _lose(self, error: Exception) -> None:
         self._error = error if isinstance(error, ExchangeError) else ExchangeError(f"between ranks: {error!r}")
@@ -398,6 +417,9 @@ class LocalExchange:
 
     def heard(self, key: str) -> Any | None:
         return self.fetch(key)
+
+    def look_rarely(self) -> None:
+        pass
 
     def on_news(self, wake: Callable[[], None]) -> None:
         self._wakes.append(wake)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -64,6 +65,7 @@ class Leader:
 
     Attributes:
         coordinates: whether plans will be made; not where no clock can be set.
+        looks_every_s: how often it is to be given its turn at least, as something is looked at by the clock.
     """
 
     def __init__(
@@ -129,6 +131,11 @@ class Leader:
     def coordinates(self) -> bool:
         """See the class."""
         return self._coordinator is not None
+
+    @property
+    def looks_every_s(self) -> float:
+        """See the class."""
+        return math.inf if self._coordinator is None else self._coordinator.targets.looks_every_s
 
     def saw(self, directive: Directive, record: IterationRecord, size: float) -> None:
         """An iteration has ended on this rank; see `Coordinator.saw`."""

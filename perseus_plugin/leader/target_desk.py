@@ -6,6 +6,7 @@ What follows from it is decided in `leader.decide`; what is said is weighed in `
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,11 @@ class TargetDesk:
         self._shown: tuple[TargetBook, Goal, str, int, float] | None = None
         self._drawn: Drawn | None = None
         self._drawn_until = 0.0
+
+    @property
+    def looks_every_s(self) -> float:
+        """From one call of `collect` to the next, at most: a file is looked at by the clock."""
+        return math.inf if self._file is None else _LOOK_EVERY_S
 
     def request(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Answer a request of the command line (see `leader.job_socket`).

@@ -189,6 +189,8 @@ def _built(job: Job, helper: LastingHelper | None, monitor: Monitor | None, undo
     link = link_for(job, helper, writes_events=monitor is not None)
     lifetime.on_end(link.ended)
     job.exchange.on_news(link.wake.set)
+    if not job.plans:
+        job.exchange.look_rarely()
     leads = placement.leads
     publishers = Publishers(config, job.summary_facts) if leads else None
     if publishers is not None:

@@ -104,6 +104,7 @@ class Timing:
         gather_s: from one look to the next for the sake of finished iterations alone, unless a measurement waits for
             them, or one follows that is kept whole. Where iterations are short, several are looked at together: each
             time that this thread begins to compute, the training thread waits for the interpreter.
+        rarely_s: in the place of both where no plans are made, as nobody waits for what iterations show.
         rest_s: from one look to the next, whatever there is.
         ticks_after_sweep_s: the counter's last tick of the sweep shows up to a period and a lag later.
         explanation_patience_s: for the reading that tells whether a GPU is below its clock as its power limit holds it:
@@ -112,8 +113,9 @@ class Timing:
         stats_every_s, durations_every_s: from one message to the next, in jobs of up to 2,000 ranks.
     """
 
-    idle_s: float = 0.5
-    gather_s: float = 0.5
+    idle_s: float = 1.0
+    gather_s: float = 1.0
+    rarely_s: float = 2.0
     rest_s: float = 0.1
     ticks_after_sweep_s: float = 0.4
     read_failure_patience_s: float = 2.0
@@ -136,7 +138,12 @@ class SessionWorker:
         leader: Leader | None = None,
         timing: Timing | None = None,
     ) -> None:
-        self._timing = timing or Timing()
+        self._timing = timing = timing or Timing()
+        self._idle_s, self._gather_s = (
+            (timing.idle_s, timing.gather_s) if job.plans else (timing.rarely_s, timing.rarely_s)
+        )
+        if leader is not None:
+            self._idle_s = min(self._idle_s, leader.looks_every_s)
         self._patience = max(1.0, job.placement.world_size / _RANKS_TO_TELL)
         config, placement, exchange = job.config, job.placement, job.exchange
         self._config, self._placement, self._exchange = config, placement, exchange
@@ -188,7 +195,7 @@ class SessionWorker:
         try:
             timing, rested_s = self._timing, 0.0
             while not self._stop.is_set():
-                self._link.wake.wait(timing.idle_s)
+                self._link.wake.wait(self._idle_s)
                 if monotonic() < rested_s:
                     self._stop.wait(max(0.0, rested_s - monotonic()))
                 self._link.wake.clear()
@@ -196,7 +203,7 @@ class SessionWorker:
                 now_s = monotonic()
                 rested_s = now_s + timing.rest_s
                 near_sample = next_sampled(self._link.timetable, self._link.iteration) - 1  # read the GPU from there on
-                self._link.gather(now_s + timing.gather_s if self._measures_nothing else 0.0, near_sample)
+                self._link.gather(now_s + self._gather_s if self._measures_nothing else 0.0, near_sample)
         except Exception as error:
             self._lifetime.fail(error)
             self._tell_trouble()

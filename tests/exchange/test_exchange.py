@@ -248,28 +248,54 @@ def test_what_is_told_is_seen_while_the_threads_of_exchanges_rest(
         assert came_true(lambda number=number: ranks[0].told("windows/3") == number)
 
 
-def test_rank_0_looks_for_both_at_once_but_after_it_was_told_something_in_a_hurry(
+def test_rank_0_looks_at_one_counter_but_after_it_was_told_something_in_a_hurry(
     ranks_of: RanksOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_module, "LOOK_EVERY_S", 0.1)
     monkeypatch.setattr(store_module, "INBOX_EVERY_S", 0.001)
     monkeypatch.setattr(store_module, "_LIVELY_S", 0.0)
+    monkeypatch.setattr(store_module, "_OWN_LOOK_S", 3600.0)
     ranks = ranks_of(2, 1)
     counters = ranks.asked[0].counters
 
     def looks() -> tuple[int, int]:
         return counters.count("p/turn"), counters.count("p/inbox/count")
 
-    wait_until(lambda: looks()[0] >= 5)
+    wait_until(lambda: looks()[1] >= 10)
     turns, inboxes = looks()
-    assert abs(turns - inboxes) <= 2
+    assert turns <= inboxes / 2
     monkeypatch.setattr(store_module, "_LIVELY_S", 3600.0)
     monkeypatch.setattr(store_module, "PATIENT_S", 0.01)
     ranks[1].tell("stats/1", 1, patient=True)
     wait_until(lambda: ranks[0].told("stats/1") == 1)
     assert ranks[0]._lively_until_s < time.monotonic(), "nothing follows"
+    turns, inboxes = looks()
     ranks[1].tell("windows/1", 1)
-    assert came_true(lambda: looks()[1] > 2 * looks()[0] + 10)
+    assert came_true(lambda: looks()[0] >= turns + 5 and looks()[1] - inboxes > 2 * (looks()[0] - turns))
+
+
+def test_who_waits_for_news_is_not_woken_for_what_is_in_no_hurry(
+    ranks_of: RanksOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "PATIENT_S", 0.01)
+    ranks = ranks_of(3, 2)
+    woken = threading.Event()
+    ranks[0].on_news(woken.set)
+    woken.clear()
+    for rank in range(3):
+        ranks[rank].tell(f"stats/{rank}", 1, patient=True)
+    assert came_true(lambda: all(ranks[0].told(f"stats/{rank}") == 1 for rank in range(3)))
+    assert not woken.is_set()
+    for tell in (
+        lambda: ranks[0].tell("windows/0", 1),
+        lambda: ranks[1].tell("windows/1", 1),
+        lambda: ranks[2].tell("windows/2", 1),
+        lambda: ranks[2].tell("stats/2", 2, at_once=True),
+        lambda: ranks[2].tell_all(NEWS, 1),
+    ):
+        woken.clear()
+        tell()
+        assert woken.wait(20.0)
 
 
 def test_what_ranks_of_a_node_tell_goes_in_one_piece(ranks_of: RanksOf, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +316,19 @@ def test_a_large_job_looks_and_tells_more_rarely(ranks_of: RanksOf) -> None:
     ranks[0]._count_at_s = 0.0
     assert came_true(lambda: ranks[0].news_take_s > 5.0)
     assert small_s < 1.0
+
+
+def test_where_no_plans_are_made_the_store_is_looked_at_more_rarely(
+    ranks_of: RanksOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "RARELY_S", 3600.0)
+    monkeypatch.setattr(store_module, "_OWN_LOOK_S", 0.01)
+    monkeypatch.setattr(store_module, "_LIVELY_S", 0.0)
+    ranks = ranks_of(1, 1)
+    ranks[0].look_rarely()
+    assert came_true(lambda: ranks[0]._look_at_s > time.monotonic() + 1800.0)
+    ranks[0].tell_all(NEWS, 1)
+    assert ranks.all_hear(NEWS, 1)
 
 
 def test_waiting_for_a_value_is_a_few_looks_and_not_thousands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,9 +405,10 @@ def test_when_who_leads_has_gone_another_one_does(ranks_of: RanksOf) -> None:
     StoreExchange.tell_all(others[0], NEWS, 2)
     assert came_true(lambda: all(one.heard(NEWS) == 2 for one in others))
     assert came_true(lambda: sum(one._node.leads for one in others) == 1)
-    others[1].tell("stats/9", 1)
     client = StoreClient(ranks.store, "p")
-    assert came_true(lambda: client.count("inbox/count") > 0)
+    told = client.count("inbox/count")
+    others[1].tell("stats/9", 1)
+    assert came_true(lambda: client.count("inbox/count") > told)
 
 
 def test_a_message_too_large_for_the_node_goes_to_the_store_itself(ranks_of: RanksOf) -> None:

@@ -97,7 +97,7 @@ class FakeHelper:
         self.silences_s.append(silence_s)
 
 
-FAST = Timing(0.01, 0.01, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+FAST = Timing(0.01, 0.01, 0.01, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class FakePlanner:
@@ -135,6 +135,7 @@ class Rank:
         busy: bool = False,
         enforce: bool = True,
         timing: Timing = FAST,
+        target_file: Path | None = None,
     ) -> None:
         self.rank = rank
         self.exchange = exchange
@@ -147,6 +148,7 @@ class Rank:
             "enforce": enforce,
             "watch": {"patience": PATIENCE, "reference_share": reference_share},
             "profiling": {"max_relative_error": 1.0},
+            "target_file": None if target_file is None else str(target_file),
         }
         selection = Selection(
             "nvml", "nvml:GPU-0", "test GPU", (1410, 810), poll_interval_s=0.005, busy=busy, power_limit_w=300.0
@@ -242,6 +244,7 @@ class Ranks:
         busy: bool = False,
         enforce: bool = True,
         timing: Timing = FAST,
+        target_file: Path | None = None,
     ) -> Rank:
         made = Rank(
             self.folder,
@@ -255,6 +258,7 @@ class Ranks:
             busy,
             enforce,
             timing,
+            target_file,
         )
         self.made.append(made)
         return self.made[-1]
@@ -323,6 +327,28 @@ def test_iterations_are_looked_at_together_but_where_a_measurement_waits_for_the
     assert not rank.link.wake.is_set()
     rank.iterate()
     assert came_true(lambda: seen() == TABLE.sweep_end + 7), "the next one is the eighth"
+
+
+def test_iterations_are_looked_at_rarely_where_no_plans_are_made(ranks: Ranks) -> None:
+    table = replace(TABLE, sweep=replace(TABLE.sweep, clocks_mhz=()))
+    rank = ranks(table=table, with_helper=False, timing=replace(FAST, rarely_s=3600.0))
+    rank.iterate()
+    assert came_true(lambda: rank.link._gather_until_s > time.monotonic() + 1800.0)
+
+
+def test_a_target_file_is_looked_at_while_nothing_else_happens(ranks: Ranks, tmp_path: Path) -> None:
+    file = tmp_path / "target.json"
+    rank = ranks(0, timing=replace(FAST, idle_s=3600.0, rarely_s=3600.0), target_file=file)
+    leader = rank.worker._leader
+    assert leader is not None
+    coordinator = leader._coordinator
+    assert coordinator is not None
+
+    def entries() -> list[str]:
+        return [one["source"] for one in coordinator.request({"do": "targets"}).get("entries", [])]
+
+    file.write_text('{"slowdown": 0.1}')
+    assert came_true(lambda: "target file" in entries())
 
 
 # What plans are replayed over, and how a rank catches up.
@@ -432,7 +458,7 @@ def test_a_step_that_becomes_a_graph_amid_the_sweep_ends_the_session(
     rank = ranks(rank=1)
     rank.iterate(3)
     rank.iterate(1, replayed=True)
-    assert came_true(lambda: rank.lifetime.ended)
+    assert came_true(lambda: rank.lifetime.ended and bool(heard.messages))
     assert rank.helper.retired
     (message,) = heard.messages
     assert "became a CUDA graph before profiling was over: capture it once there is a plan" in message

@@ -157,7 +157,8 @@ def plan(
     if as_json:
         write(STANDARD, content)
         return
-    table = summary(made, free, request.min_dwell_s)
+    cost = "" if free is None else cost_of_limits(request.target, made, free)
+    table = summary(made, cost, request.min_dwell_s)
     if graphed is not None:
         add_graphed(table, *graphed)
     if prices is not None:
@@ -271,8 +272,25 @@ def pick_target(
     return None if slowdown is None else Target.slowdown(slowdown)
 
 
-def summary(made: Plan, free: Plan | None = None, dwell_s: float = 0.0) -> Table:
-    """What a plan promises, beside the baseline; `free` is the same without limits on clock changes."""
+def cost_of_limits(target: Target, made: Plan, free: Plan) -> str:
+    """What limits on clock changes cost of what the target is to have least of.
+
+    Args:
+        target: of both.
+        made: keeps the limits; it is a plan without them, too, so that they cost nothing where the other is no better.
+        free: as good as was found without them.
+    """
+    if target.prices is not None:
+        plans = ((one.iteration_time_s, one.energy_j, len(one.stages)) for one in (made, free))
+        with_them, without = (1000 * target.prices.cost(*one) for one in plans)
+        return f"{max(0.0, with_them - without):.4f} per 1,000 iterations"
+    if target.kind in ("power_budget", "energy_budget"):
+        return f"{max(0.0, made.iteration_time_s - free.iteration_time_s):.6f} s"
+    return f"{max(0.0, made.energy_j - free.energy_j):.3f} J"
+
+
+def summary(made: Plan, cost: str = "", dwell_s: float = 0.0) -> Table:
+    """What a plan promises, beside the baseline; `cost` is that of limits on clock changes."""
     table = columns("", "full clocks", "plan")
     table.add_row("iteration time", f"{made.baseline_time_s:.6f} s", f"{made.iteration_time_s:.6f} s")
     table.add_row("energy per iteration", f"{made.baseline_energy_j:.3f} J", f"{made.energy_j:.3f} J")
@@ -295,8 +313,8 @@ def summary(made: Plan, free: Plan | None = None, dwell_s: float = 0.0) -> Table
     waits = sum(map(len, made.waits))
     if waits:
         table.add_row("waits at a lower clock", "", f"{waits} per iteration")
-    if free is not None:
-        table.add_row("cost of the limits", "", f"{made.energy_j - free.energy_j:.3f} J")
+    if cost:
+        table.add_row("cost of the limits", "", cost)
     return table
 
 

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from perseus_plugin.cli import destinations
+from perseus_plugin.cli.plan import cost_of_limits
+from perseus_plugin.iteration.graph import build_graph
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.plan import load_plan
+from perseus_plugin.planning.planner import make_plan
+from perseus_plugin.planning.power.budget import PowerBudget
+from perseus_plugin.planning.targets import Prices, Target
 from perseus_plugin.profiling.profile import Profile, save_profile
 from tests.cli.commands import Perseus
 from tests.iteration.pytorch_schedules import lists_of
@@ -50,6 +56,22 @@ def test_the_other_targets_and_limits(perseus: Perseus, profile: Path, tmp_path:
     limited = load_plan(out)
     assert max(limited.clock_changes(stage) for stage in range(2)) <= 2
     assert cheapest.energy_j <= limited.energy_j
+
+
+def test_limits_cost_of_what_the_target_is_to_have_least_of() -> None:
+    fast = make_plan(build_graph(one_f_one_b(2, 4)), bundled_profile(2), Target.slowdown(0.0), blocking_power_w=60.0)
+    slow = replace(fast, iteration_time_s=fast.iteration_time_s + 0.25, energy_j=fast.energy_j - 10.0)
+    budget = Target.power_budget(PowerBudget(job_w=1000.0))
+    money = Target.money(Prices(per_kwh=3.6, per_gpu_hour=3.6))
+    for target, costs, gains in (
+        (Target.slowdown(0.1), "10.000 J", "0.000 J"),
+        (Target.cheapest(), "10.000 J", "0.000 J"),
+        (Target.energy_budget(500.0), "0.000000 s", "0.250000 s"),
+        (budget, "0.000000 s", "0.250000 s"),
+        (money, "0.0000 per 1,000 iterations", "0.4900 per 1,000 iterations"),
+    ):
+        assert cost_of_limits(target, fast, slow) == costs
+        assert cost_of_limits(target, slow, fast) == gains
 
 
 def test_a_plan_for_a_graph_is_chosen_for_how_durations_vary(perseus: Perseus, profile: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from perseus_plugin.planning.work import Work
 
 # Per instruction and pair of clocks, for each level.
 _CUT_PAIR = 3.5e-9
-_NEARER = 0.8  # share of the best prices in those that are tried
+_BEST_SHARE = 0.8  # share of the best prices in those that are tried
 _TIGHT = 1e-4  # share of the energy by which it may be below what the program mixes
 
 
@@ -132,7 +132,7 @@ class LimitedBound:
                 return
             rest_j = self.rest(mix.edge_price_w, mix.sink_price_w)
             before_j, (price_w, best_rest_j), new = self._seen_j, self._best, False
-            for share in (_NEARER, 0.0):
+            for share in (_BEST_SHARE, 0.0):
                 tried_w = share * price_w + (1 - share) * mix.price_w
                 new |= self.see(tried_w, share * best_rest_j + (1 - share) * rest_j, work)
                 if new and self._seen_j > before_j:

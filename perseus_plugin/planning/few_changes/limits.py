@@ -29,7 +29,7 @@ from perseus_plugin.planning.work import Work
 _ROUNDS = 40
 # The relaxation's prices are near the best ones, a program's own belong to its cuts: they count for so much of those
 # that cut next, after the first round, and for less with the root of the rounds.
-_NEARER = 0.08
+_OWN_SHARE = 0.08
 _SCALINGS = 16
 _CUTTING = 0.45  # share of the work that is for programs
 _FEWER = (128, 96, 64, 48, 32, 24, 16, 12, *range(8, 1, -1), 0)
@@ -225,7 +225,7 @@ def _mixed(
                 break
             solved[phases.program] = mix, work.done - before
         mixes[mix.phases.begins] = min(mixes.get(mix.phases.begins, mix), mix, key=lambda one: one.energy_j)
-        nearer = _NEARER / math.sqrt(done)
+        nearer = _OWN_SHARE / math.sqrt(done)
         price = price + nearer * (mix.price_w - price)
         if bound is not None:
             rest_j += nearer * (bound.rest(mix.edge_price_w, mix.sink_price_w) - rest_j)

@@ -59,7 +59,9 @@ def test_the_other_targets_and_limits(perseus: Perseus, profile: Path, tmp_path:
 
 
 def test_limits_cost_of_what_the_target_is_to_have_least_of() -> None:
-    fast = make_plan(build_graph(one_f_one_b(2, 4)), bundled_profile(2), Target.slowdown(0.0), blocking_power_w=60.0)
+    fast = make_plan(
+        build_graph(one_f_one_b(2, 4)), bundled_profile(2), target=Target.slowdown(0.0), blocking_power_w=60.0
+    )
     slow = replace(fast, iteration_time_s=fast.iteration_time_s + 0.25, energy_j=fast.energy_j - 10.0)
     budget = Target.power_budget(PowerBudget(job_w=1000.0))
     money = Target.money(Prices(per_kwh=3.6, per_gpu_hour=3.6))

@@ -38,7 +38,7 @@ def test_enable_by_hand_a_changed_number_of_microbatches_and_a_failure_of_ours(t
     block.write_text(json.dumps(perseus_block(tmp_path / "out", 2)))
     # What plan.json shows is what most of the last 32 iterations ran.
     changed = [PLANNED, ("more-batches", "+8"), ("nothing", "for TrainSchedule/2x4 ready")]
-    failed = [("look", "+20"), ("break-tap", "+0"), ("nothing", OFF), ("end", "+4")]
+    failed = [("look", "+36"), ("break-tap", "+0"), ("nothing", OFF), ("end", "+4")]
     by_hand = Probe(tmp_path, None, [*changed, *failed], ("--enable", str(block)))
     done = by_hand.run(TORCH_DEVICE_BACKEND_AUTOLOAD="0").check()
     assert len(re.findall(r"plan \d+ for TrainSchedule/2x2 ready", done.output)) == 1

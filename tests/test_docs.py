@@ -123,6 +123,15 @@ def test_the_readme_names_the_commands_that_exist() -> None:
         assert set(named) <= set(targets)
 
 
+def test_pages_say_which_python_setup_cfg_asks_for() -> None:
+    asked = re.search(r"^python_requires = >=(\S+)$", (ROOT / "setup.cfg").read_text(), flags=re.MULTILINE)
+    assert asked is not None
+    said = {page.name: re.findall(r"Needs Linux, Python ([^,]+),", page.read_text()) for page in PAGES}
+    said = {name: versions for name, versions in said.items() if versions}
+    assert {"README.md", "installation.md", "quickstart.md"} <= set(said)
+    assert {version for versions in said.values() for version in versions} == {f"{asked[1]} or later"}
+
+
 def test_ci_runs_the_command_that_the_readme_names_for_tests_and_more() -> None:
     assert "exec make test-all\n" in (ROOT / ".ci" / "run").read_text()
     for target, parts in {"test": ["lint", "types", "docs", "unit", "e2e"], "test-all": ["test", "rest"]}.items():

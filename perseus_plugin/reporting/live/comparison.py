@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from perseus_plugin.config import WatchConfig
 from perseus_plugin.exchange.messages import RankWindow, RankWindows, Seen, receive, windows_key
 from perseus_plugin.exchange.store import Exchange
-from perseus_plugin.reporting.live.pairs import Effect, Row, effect_on_energy, effect_on_time
+from perseus_plugin.reporting.live.pairs import Effect, PairedBlock, Row, effect_on_energy, effect_on_time
 from perseus_plugin.reporting.live.windows import ENERGY_TAKES, by_iteration
 
 _MAX_BLOCKS = 400  # of the newest references that are kept
@@ -57,10 +58,11 @@ class Comparison:
         self._config, self._exchange, self._world_size = config, exchange, world_size
         self._graph_s, self._monotonic = graph_s, monotonic
         self._since = 0
+        self._own: Any = None
         self._heard: dict[int, dict[int, RankWindow]] = {}
         self._replica_of: dict[int, int] = {}
         self._first_heard_s: dict[int, float] = {}
-        self._rows: dict[int, list[Row]] = {}
+        self._rows: dict[int, PairedBlock] = {}
         self._look_due_s = 0.0
         self.compared = Compared()
         self._lately: Effect | None = None
@@ -70,7 +72,7 @@ class Comparison:
         """Plans that were made on new measurements are followed from this iteration on."""
         if since != self._since:
             self._since = since
-            self._heard, self._first_heard_s, self._rows = {}, {}, {}
+            self._own, self._heard, self._first_heard_s, self._rows = None, {}, {}, {}
             self.compared, self._lately, self._too_slow = Compared(), None, None
 
     def collect(self, at_once: bool = False) -> bool:
@@ -97,16 +99,17 @@ class Comparison:
                 changed |= self._enter(block, told)
                 del self._heard[block]
         if changed:
-            rows = [row for of_block in self._rows.values() for row in of_block]
-            self.compared = Compared(effect_on_time(rows), effect_on_energy(rows))
-            newest = sorted(self._rows)[-_LATELY:]
-            self._lately = effect_on_time([row for block in newest for row in self._rows[block]])
+            blocks = [self._rows[number] for number in sorted(self._rows)]
+            self.compared = Compared(effect_on_time(blocks), effect_on_energy(blocks))
+            self._lately = effect_on_time(blocks[-_LATELY:])
         return changed
 
     def _hear(self, rank: int, now_s: float) -> None:
         value = self._exchange.told(windows_key(rank))
-        if value is None:
+        if value is None or (rank == 0 and value is self._own):  # its windows have been entered, or are too old
             return
+        if rank == 0:
+            self._own = value
         told = receive(RankWindows, value)
         self._replica_of[rank] = told.replica
         for window in told.windows:
@@ -125,7 +128,7 @@ class Comparison:
         sizes = [max(_size(of.get(seen.iteration, [])) for of in in_replicas) for seen in told[0].seen]
         if not all(math.isfinite(size) for size in sizes):
             sizes = [1.0] * len(sizes)  # not known of all: what there is to compute is the schedule's to say
-        self._rows[block] = [
+        rows = [
             Row(
                 block,
                 seen.reference,
@@ -135,6 +138,7 @@ class Comparison:
             )
             for seen, size in zip(told[0].seen, sizes, strict=True)
         ]
+        self._rows[block] = PairedBlock(tuple(rows))
         while len(self._rows) > _MAX_BLOCKS:
             del self._rows[min(self._rows)]
         return bool(told[0].seen)

@@ -8,10 +8,12 @@ iteration's work is taken out as far as it is known, and how much blocks differ 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,28 +83,65 @@ class Effect:
         return math.expm1(self.log - self.error * student_quantile(confidence, freedom))
 
 
-def effect_on_time(rows: Sequence[Row]) -> Effect | None:
+class _Pair(NamedTuple):
+    """One block of which iterations of both sorts are known: logarithms about their means, and which are planned."""
+
+    value: Values
+    size: Values
+    planned: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class PairedBlock:
+    """The iterations in and beside one block of references. What they say is reckoned once, however often it is used.
+
+    Attributes:
+        rows: of this block.
+    """
+
+    rows: tuple[Row, ...]
+
+    @cached_property
+    def time(self) -> _Pair | None:
+        """By their times; None where one of the sorts is missing."""
+        return _pair(self.rows, lambda row: row.time_s)
+
+    @cached_property
+    def energy(self) -> _Pair | None:
+        """By their energies; None where one of the sorts is missing."""
+        return _pair(self.rows, lambda row: row.energy_j)
+
+
+def blocks_of(rows: Iterable[Row]) -> list[PairedBlock]:
+    """Rows of several blocks, by block."""
+    ordered = sorted(rows, key=lambda row: row.block)
+    return [PairedBlock(tuple(of)) for _, of in groupby(ordered, key=lambda row: row.block)]
+
+
+def effect_on_time(blocks: Iterable[PairedBlock]) -> Effect | None:
     """How much longer iterations take under the plan; None while there are too few blocks."""
-    return _effect(rows, lambda row: row.time_s)
+    return _effect([block.time for block in blocks])
 
 
-def effect_on_energy(rows: Sequence[Row]) -> Effect | None:
+def effect_on_energy(blocks: Iterable[PairedBlock]) -> Effect | None:
     """How much more energy iterations take under the plan; None while too few are known."""
-    return _effect(rows, lambda row: row.energy_j)
+    return _effect([block.energy for block in blocks])
 
 
-def _effect(rows: Sequence[Row], value_of: Callable[[Row], float]) -> Effect | None:
-    blocks = []
-    for _, of_block in groupby(sorted(rows, key=lambda row: row.block), key=lambda row: row.block):
-        known = [row for row in of_block if math.isfinite(value_of(row)) and value_of(row) > 0]
-        if {row.reference for row in known} == {True, False}:
-            blocks.append(known)
-    if len(blocks) < _LEAST_BLOCKS:
+def _pair(rows: Sequence[Row], value_of: Callable[[Row], float]) -> _Pair | None:
+    known = [row for row in rows if math.isfinite(value_of(row)) and value_of(row) > 0]
+    if {row.reference for row in known} != {True, False}:
         return None
-    value = np.concatenate([_centred([math.log(value_of(row)) for row in of]) for of in blocks])
-    size = np.concatenate([_sizes(of) for of in blocks])
-    planned = np.array([not row.reference for of in blocks for row in of])
-    block = np.repeat(np.arange(len(blocks)), [len(of) for of in blocks])
+    value = _centred([math.log(value_of(row)) for row in known])
+    return _Pair(value, _sizes(known), np.array([not row.reference for row in known]))
+
+
+def _effect(pairs: Sequence[_Pair | None]) -> Effect | None:
+    known = [pair for pair in pairs if pair is not None]
+    if len(known) < _LEAST_BLOCKS:
+        return None
+    value, size, planned = (np.concatenate(arrays) for arrays in zip(*known, strict=True))
+    block = np.repeat(np.arange(len(known)), [len(pair.value) for pair in known])
     elasticity = 1.0
     for _ in range(_ROUNDS):  # what is an interruption is seen once sizes are taken out, and the other way round
         usual = _without_interruptions(value - elasticity * size, planned, block) + elasticity * size
@@ -142,12 +181,21 @@ def _group_means(values: Values, group: NDArray[np.intp]) -> Values:
 
 def _without_interruptions(value: Values, planned: NDArray[np.bool_], block: NDArray[np.intp]) -> Values:
     """Iterations far from what is usual for their sort moved to the edge of that: an interruption is nobody's merit."""
-    usual = np.array([np.median(value[planned & (block == one)]) for one in range(int(block.max()) + 1)])[block]
+    usual = _medians(value[planned], block[planned])[block]
     apart = np.where(planned, 0.0, np.median((value - usual)[~planned]))
     rest = value - usual - apart
     limit = _LONG / _CORE_SIGMAS * float(np.quantile(np.abs(rest), _CORE))
     kept: Values = usual + apart + (np.clip(rest, -limit, limit) if limit > 0 else rest)
     return kept
+
+
+def _medians(value: Values, group: NDArray[np.intp]) -> Values:
+    """Of each group: sorted once, as a median by itself is hundreds of calls for as many groups."""
+    ordered = value[np.lexsort((value, group))]
+    counts = np.bincount(group)
+    first = np.cumsum(counts) - counts
+    medians: Values = (ordered[first + (counts - 1) // 2] + ordered[first + counts // 2]) / 2
+    return medians
 
 
 def _paired(value: Values, planned: NDArray[np.bool_], block: NDArray[np.intp]) -> Effect:

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perseus_plugin.iteration.references import block_near
-from perseus_plugin.reporting.live.pairs import Effect, Row, effect_on_energy, effect_on_time, student_quantile
+from perseus_plugin.reporting.live.pairs import (
+    Effect,
+    Row,
+    blocks_of,
+    effect_on_energy,
+    effect_on_time,
+    student_quantile,
+)
 
 SHARE = 0.02
 Sizes = Callable[[int, random.Random], float]
@@ -54,13 +61,13 @@ def rows_of(
 
 
 def on_time(rows: list[Row]) -> Effect:
-    effect = effect_on_time(rows)
+    effect = effect_on_time(blocks_of(rows))
     assert effect is not None
     return effect
 
 
 def on_energy(rows: list[Row]) -> Effect:
-    effect = effect_on_energy(rows)
+    effect = effect_on_energy(blocks_of(rows))
     assert effect is not None
     return effect
 
@@ -128,17 +135,17 @@ def test_energies_that_are_not_known_are_left_out() -> None:
     ]
     assert on_energy(some) == on_energy([row for row in rows if row.block != 2])
     none = [Row(row.block, row.reference, row.time_s, math.nan, row.work) for row in rows]
-    assert effect_on_energy(none) is None
-    assert effect_on_time(none) == effect_on_time(rows)
+    assert effect_on_energy(blocks_of(none)) is None
+    assert effect_on_time(blocks_of(none)) == effect_on_time(blocks_of(rows))
 
 
 def test_too_few_say_nothing() -> None:
     rows = rows_of(SIZES["even"], 1)
-    assert effect_on_time([]) is None
-    assert effect_on_time([row for row in rows if row.block < 2]) is None
-    assert effect_on_time([row for row in rows if row.block < 3]) is not None
-    assert effect_on_time([row for row in rows if row.reference]) is None
-    assert effect_on_time([row for row in rows if not row.reference]) is None
+    assert effect_on_time(blocks_of([])) is None
+    assert effect_on_time(blocks_of([row for row in rows if row.block < 2])) is None
+    assert effect_on_time(blocks_of([row for row in rows if row.block < 3])) is not None
+    assert effect_on_time(blocks_of([row for row in rows if row.reference])) is None
+    assert effect_on_time(blocks_of([row for row in rows if not row.reference])) is None
 
 
 @pytest.mark.parametrize(

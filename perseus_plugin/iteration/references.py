@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 SETTLING = 1
 """Iterations of a block that do not count."""
@@ -44,6 +45,7 @@ class Block:
     window_end: int
 
 
+@lru_cache(maxsize=64)  # each iteration is asked for a few times, on the training thread too
 def block_near(offset: int, share: float) -> Block | None:
     """The block in whose stretch of iterations this one lies.
 

@@ -20,7 +20,7 @@ from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.iteration.timetable import Directive
 from perseus_plugin.leader.batch_desk import BatchDesk, BatchPlannerProcess
-from perseus_plugin.leader.decide import decide
+from perseus_plugin.leader.decide import decide, with_ended
 from perseus_plugin.leader.effects import (
     Ask,
     Effect,
@@ -162,7 +162,8 @@ class Coordinator:
             pipelines,
         )
         configured = Goal(Target.configured(config), PowerBudget.configured(config))
-        self._state = JobState(
+        self._ended: list[Ended] = []
+        self._decided = JobState(
             times=IterationTimes(config.watch.patience),
             plans=PlanShelf(placement.stages, by_time=config.cuda_graph),
             answers=Answers(
@@ -180,13 +181,13 @@ class Coordinator:
         self.comparison = Comparison(config.watch, job.exchange, placement.world_size, self._graph_s)
 
     def _graph_s(self, schedule: str) -> float:
-        return self._state.expectations.graph_s(schedule)
+        return self.state.expectations.graph_s(schedule)
 
     # What rank 0 sees of its own iterations.
 
     def use_schedule(self, key: str, stream_of: StreamOf) -> None:
         """The schedule that iterations run from now on."""
-        if key != self._state.schedules.newest:
+        if key != self.state.schedules.newest:
             self._observe(Runs(key, stream_of))
 
     def use_schedules(self, all_by_key: Mapping[str, StreamOf], newest: tuple[str, StreamOf]) -> None:
@@ -195,7 +196,7 @@ class Coordinator:
         Several may have begun since the last time. One that is known has not run again for being among them.
         """
         for key, stream_of in all_by_key.items():
-            if key not in self._state.schedules:
+            if key not in self.state.schedules:
                 self.use_schedule(key, stream_of)
         self.use_schedule(*newest)
 
@@ -209,16 +210,16 @@ class Coordinator:
         """
         counts = record.undisturbed and record.timed
         time_s = record.end_s - record.begin_s
-        self._observe(Ended(record.number, directive, record.schedule, time_s, counts, size))
+        self._ended.append(Ended(record.number, directive, record.schedule, time_s, counts, size))
         if self.batches is not None:
             self.batches.saw(directive, record)
 
     def judge_external(self, figures: ExternalFigures) -> None:
         """Enter what another detector's figures say once they are corrected for the plans in force."""
-        news = self._state.orders.latest
-        if self._state.phase is not Phase.FOLLOWING or news is None:
+        news = self.state.orders.latest
+        if self.state.phase is not Phase.FOLLOWING or news is None:
             return
-        plans = self._state.plans
+        plans = self.state.plans
 
         def slowed(placement: Placement) -> float | None:
             return plans.slowed_by(news.version_for(placement.replica), placement.stage, figures.kinds)
@@ -230,7 +231,7 @@ class Coordinator:
         full = at_full_clocks(stats, self._job.placement.world_size)
         if full is not None:
             self._observe(DrewAtFull(full.power_w, full.iterations))
-        news = self._state.orders.latest
+        news = self.state.orders.latest
         if news is None or news.action != "follow":
             return
         drawn = under_plan(stats, self._job.placement.world_size, news.since)
@@ -251,7 +252,7 @@ class Coordinator:
         if self.phase is not Phase.GIVEN_UP:
             self._look(iteration)
         if self.batches is not None:
-            self.batches.step(self._state, self._monotonic(), self._exchange.news_take_s)
+            self.batches.step(self.state, self._monotonic(), self._exchange.news_take_s)
         self._look_for_targets(iteration)
 
     def _look(self, iteration: int) -> None:
@@ -261,7 +262,7 @@ class Coordinator:
             told = receive(Trouble, trouble)
             self._observe(Troubled(told.rank, told.reason))
             return
-        if not self._state.gpus_per_node and (placed := self._reports.placed()) is not None:
+        if not self.state.gpus_per_node and (placed := self._reports.placed()) is not None:
             self._observe(Placed(placed[1]))
         answered = self._desk.answer()
         if answered is not None:
@@ -272,15 +273,15 @@ class Coordinator:
         elif self.phase is Phase.FOLLOWING:
             self._look_for_stragglers()
             self._look_at_references()
-        elif self.phase is Phase.RECHECKING and self._state.times.again is not None:  # as soon as ranks can have told
-            complete = self._reports.all_rechecks(self._state.recheck_sequence)
+        elif self.phase is Phase.RECHECKING and self.state.times.again is not None:  # as soon as ranks can have told
+            complete = self._reports.all_rechecks(self.state.recheck_sequence)
             self._observe(Rechecked(self.stragglers.corrected(self._reports.rechecks), complete))
 
     def _look_for_targets(self, iteration: int) -> None:
         said, unix_s = self.targets.collect(), self._now()
-        if said or unix_s >= self._state.targets.next_end:
+        if said or unix_s >= self.state.targets.next_end:
             self._observe(Targeted(said, unix_s))
-        state = self._state
+        state = self.state
         self.targets.show(state.targets, in_force(state), state.phase.value, iteration, state.draws)
 
     def request(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -293,10 +294,10 @@ class Coordinator:
         return desk.request(request)
 
     def _look_for_measurements(self, iteration: int) -> None:
-        if not self._state.schedules or iteration < self._state.sweep.end:
+        if not self.state.schedules or iteration < self.state.sweep.end:
             return
         overdue = self._reports.overdue
-        if self._state.known is not None:
+        if self.state.known is not None:
             if self._reports.all_rechecks(0) or overdue:
                 self._observe(Checked(list(self._reports.rechecks.values())))
             return
@@ -309,18 +310,18 @@ class Coordinator:
     def _look_for_stragglers(self) -> None:
         assert self.plan is not None  # it is followed
         schedule = self.plan.schedule
-        situation = self.stragglers.current(schedule, self._state.expectations.full_s(schedule))
+        situation = self.stragglers.current(schedule, self.state.expectations.full_s(schedule))
         self._observe(Situated(situation, self._monotonic()))
 
     def _look_at_references(self) -> None:
-        if self.phase is not Phase.FOLLOWING or self._state.unanswered:
+        if self.phase is not Phase.FOLLOWING or self.state.unanswered:
             return
-        slowed = self.comparison.too_slow(self._state.plans.allowed_slowdown) if self.comparison.collect() else None
+        slowed = self.comparison.too_slow(self.state.plans.allowed_slowdown) if self.comparison.collect() else None
         said = "" if slowed is None else self.comparison.said
         self._observe(Watched(slowed, said, self._desk.idle, self._desk.refiner_idle))
 
     def _observe(self, observed: Observed) -> None:
-        self._state, effects = decide(self._state, observed, self._rules)
+        self._decided, effects = decide(self.state, observed, self._rules)
         for effect in effects:
             self._do(effect)
 
@@ -380,37 +381,40 @@ class Coordinator:
     @property
     def phase(self) -> Phase:
         """What is waited for."""
-        return self._state.phase
+        return self.state.phase
 
     @property
     def plan(self) -> Plan | None:
         """Of the schedule that runs most; None before the first."""
-        return self._state.plan
+        return self.state.plan
 
     @property
     def state(self) -> JobState:
-        """What is known."""
-        return self._state
+        """What is known, of all iterations that have ended."""
+        if self._ended:  # entered together: to copy what is known takes longer than an iteration is worth
+            ended, self._ended = self._ended, []
+            self._decided = with_ended(self._decided, ended, self._rules)
+        return self._decided
 
     def full_clock_scale(self) -> tuple[float, float] | None:
         """See `Expectations`."""
-        return self._state.expectations.full_clock_scale(self.plan)
+        return self.state.expectations.full_clock_scale(self.plan)
 
     def predicted(self) -> Predicted | None:
         """See `Expectations`."""
-        return self._state.expectations.predicted(self.plan, self._state.replayed)
+        return self.state.expectations.predicted(self.plan, self.state.replayed)
 
     @property
     def overheads(self) -> Overheads | None:
         """What iterations of the usual schedule take beside the work that is known; None before the first plan."""
-        request = None if self.plan is None else self._state.requests.get(self.plan.schedule)
+        request = None if self.plan is None else self.state.requests.get(self.plan.schedule)
         return None if request is None else request.overheads
 
     @property
     def planned_schedules(self) -> Mapping[str, int]:
         """How often each schedule has run under the plans in force."""
-        return dict(self._state.times.planned)
+        return dict(self.state.times.planned)
 
     def straggler_figures(self) -> dict[str, Any]:
         """What came in, and what came of it."""
-        return {**asdict(self.stragglers.figures), **asdict(self._state.answers.figures)}
+        return {**asdict(self.stragglers.figures), **asdict(self.state.answers.figures)}

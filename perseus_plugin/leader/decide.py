@@ -105,16 +105,20 @@ ValueT = TypeVar("ValueT")
 
 def decide(state: JobState, observed: Observed, rules: Rules) -> tuple[JobState, tuple[Effect, ...]]:
     """What is known from now on, and what is to be done; `state` stays as it is."""
-    match observed:
-        case Turned():
-            changes = state.copy_to_set()
-        case Ended():
-            changes = state.copy_to_count()
-        case _:
-            changes = state.copy()
+    if isinstance(observed, Ended):
+        return with_ended(state, [observed], rules), ()
+    changes = state.copy_to_set() if isinstance(observed, Turned) else state.copy()
     deciding = _Deciding(changes, rules)
     deciding.see(observed)
     return deciding.state, tuple(deciding.effects)
+
+
+def with_ended(state: JobState, ended: Sequence[Ended], rules: Rules) -> JobState:
+    """What is known once these iterations have ended, which asks for nothing to be done; `state` stays as it is."""
+    deciding = _Deciding(state.copy_to_count(), rules)
+    for one in ended:
+        deciding.ended(one)
+    return deciding.state
 
 
 class _Deciding:
@@ -129,8 +133,6 @@ class _Deciding:
         match observed:
             case Runs():
                 self.state.schedules.use(observed.schedule, observed.stream_of)
-            case Ended():
-                self._ended(observed)
             case Targeted():
                 self._targeted(observed)
             case _ if phase is Phase.GIVEN_UP:
@@ -170,7 +172,7 @@ class _Deciding:
 
     # Iterations.
 
-    def _ended(self, seen: Ended) -> None:
+    def ended(self, seen: Ended) -> None:
         state, directive = self.state, seen.directive
         state.reigns.count(seen.number)
         if seen.schedule:

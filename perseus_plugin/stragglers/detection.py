@@ -12,6 +12,8 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import compress
 
 from perseus_plugin.exchange.messages import PlanPart
 from perseus_plugin.iteration.instructions import Compute
@@ -51,7 +53,7 @@ def iteration_slowdown(record: IterationRecord, part: PlanPart) -> tuple[float, 
         return None
     clocks_mhz, planned = part.as_run(record.raised)
     pairs = list(zip(times_s, planned, strict=True))
-    steady = [pair for pair, held in zip(pairs, _held(clocks_mhz), strict=True) if held]
+    steady = list(compress(pairs, _held(clocks_mhz)))
     is_steady = len(steady) >= _MIN_STEADY
     chosen = steady if is_steady else pairs
     limit = _LARGEST_SHARE_OF_MEDIAN * statistics.median(seen_s / planned_s for seen_s, planned_s in chosen)
@@ -59,13 +61,14 @@ def iteration_slowdown(record: IterationRecord, part: PlanPart) -> tuple[float, 
     return part.slowdown * seen / math.fsum(planned_s for _, planned_s in chosen), is_steady
 
 
-def _held(clocks_mhz: Sequence[int]) -> list[bool]:
+@lru_cache(maxsize=32)  # of the plans in force, for iteration after iteration
+def _held(clocks_mhz: tuple[int, ...]) -> tuple[bool, ...]:
     """Which instructions have the clock of both neighbours."""
     last = len(clocks_mhz) - 1
-    return [
+    return tuple(
         clocks_mhz[max(0, i - 1)] == clock and clocks_mhz[min(last, i + 1)] == clock
         for i, clock in enumerate(clocks_mhz)
-    ]
+    )
 
 
 class StragglerDetector:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from perseus_plugin.config import parse_config
 from perseus_plugin.exchange.messages import Recheck
 from perseus_plugin.iteration.timetable import Follow, FullClock, Sweep
-from perseus_plugin.leader.decide import decide
+from perseus_plugin.leader.decide import decide, with_ended
 from perseus_plugin.leader.effects import (
     Ask,
     Effect,
@@ -432,3 +432,13 @@ def test_limits_are_blamed_only_where_they_may_be_to_blame(lost: bool) -> None:
     said = " ".join(say.text % say.values for say in story.of(Say))
     assert "the reason" in said
     assert ("limits" in said) != lost
+
+
+def test_iterations_entered_together_are_known_as_one_after_the_other() -> None:
+    story = Story().planned()
+    ended = [Ended(30 + number, Follow(1), "A", FULL_S * (1 + number / 100)) for number in range(PATIENCE + 2)]
+    before = told(story.state)
+    together = with_ended(story.state, ended, story.rules)
+    assert told(story.state) == before
+    assert told(together) == told(story.then(*ended).state)
+    assert together.held == len(ended)

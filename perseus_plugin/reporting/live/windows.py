@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from perseus_plugin.exchange.messages import (
     BatchPart,
@@ -137,10 +138,7 @@ def work_seen(record: IterationRecord, part: PlanPart, top_mhz: int) -> tuple[fl
         return part.pace_s, part.usual_s
     if not record.complete or len(part.clocks_mhz) != sum(slot >= 0 for slot in record.slots):
         return 0.0, 0.0
-    held = [
-        clock == top_mhz and (slot == 0 or part.clocks_mhz[slot - 1] == top_mhz)
-        for slot, clock in enumerate(part.clocks_mhz)
-    ]
+    held = _at_full_clocks(part.clocks_mhz, top_mhz)
     spent, usual = [], []
     for operation, slot, start_s, end_s in zip(
         record.operations, record.slots, record.starts_s, record.ends_s, strict=True
@@ -149,6 +147,14 @@ def work_seen(record: IterationRecord, part: PlanPart, top_mhz: int) -> tuple[fl
             spent.append(end_s - start_s)
             usual.append(part.times_s[slot])
     return math.fsum(spent), math.fsum(usual)
+
+
+@lru_cache(maxsize=32)  # of the plans in force, for iteration after iteration
+def _at_full_clocks(clocks_mhz: tuple[int, ...], top_mhz: int) -> tuple[bool, ...]:
+    """Which instructions are, after one that is as well."""
+    return tuple(
+        clock == top_mhz and (slot == 0 or clocks_mhz[slot - 1] == top_mhz) for slot, clock in enumerate(clocks_mhz)
+    )
 
 
 def step_size(record: IterationRecord, part: PlanPart, top_mhz: int) -> float:

@@ -122,7 +122,7 @@ class Pupil:
         from perseus_plugin.planning.batches import MARGINS, choose, sizes_of
         from perseus_plugin.planning.options import build_problem
         from perseus_plugin.planning.replay import by_node
-        from perseus_plugin.planning.robust import Promise, is_much_better, usual_delays
+        from perseus_plugin.planning.robust import Promise, gaps_of, is_much_better, usual_delays
         from perseus_plugin.profiling.work_model import fitted
 
         self._planner = None
@@ -149,7 +149,8 @@ class Pupil:
 
         predicted = [[sizes_of(problem, model.of, of.tolist()) for of in step] for step in works]
         margins = [request.margin, *(margin for margin in MARGINS if margin > request.margin)]
-        chosen = choose(planner_with, predicted, durations_s, promise, latency_s, margins)
+        gaps = gaps_of(problem, samples)
+        chosen = choose(planner_with, predicted, durations_s, promise, latency_s, margins, gaps)
         replayed, held = chosen.replayed, _held(request, problem, promise)
         known = replace(
             known,

@@ -21,7 +21,7 @@ from perseus_plugin.planning.options import ClockOptions, PlanningProblem
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.replay import CatchUp, Outcome, Replay, clocks_of, latest_starts
-from perseus_plugin.planning.robust import Promise, judged
+from perseus_plugin.planning.robust import Gaps, Promise, judged
 from perseus_plugin.planning.targets import ChangeLimits, Target
 from perseus_plugin.profiling.work_model import TimeByWork
 
@@ -157,17 +157,23 @@ class BatchPlanner:
         return BatchPlan(plan, problem, CatchUp(latest_s, self._latency_s or 0.0))
 
 
-def outcome_of(plans: Sequence[BatchPlan], durations_s: FloatArray, latency_s: float = 0.0) -> tuple[Outcome, Outcome]:
+def outcome_of(
+    plans: Sequence[BatchPlan], durations_s: FloatArray, latency_s: float = 0.0, gaps: Gaps | None = None
+) -> tuple[Outcome, Outcome]:
     """One step of all replicas under its plans, and at full clocks.
 
     Args:
         plans: of each replica.
         durations_s: shape (replicas, nodes), what instructions really take at full clocks.
         latency_s: how long a clock change takes.
+        gaps: of this step; None: there are none.
     """
     under, full = [], []
-    for plan, took_s in zip(plans, durations_s, strict=True):
-        replay = Replay(plan.problem, took_s[None, None], latency_s=latency_s)
+    for replica, (plan, took_s) in enumerate(zip(plans, durations_s, strict=True)):
+        began: dict[str, FloatArray] = {}
+        if gaps is not None:
+            began = {"seen_later_s": -gaps.usual_s[:, None], "gaps_s": gaps.gaps_s[:, replica, None]}
+        replay = Replay(plan.problem, took_s[None, None], latency_s=latency_s, **began)
         clocks = clocks_of(plan.plan, plan.problem.graph)
         under.append(replay.under(clocks, plan.catch_up, plan.plan.wait_clocks_mhz))
         full.append(replay.at_full_clocks)
@@ -212,6 +218,7 @@ def choose(
     promise: Promise,
     latency_s: float = 0.0,
     margins: Sequence[float] = MARGINS,
+    gaps: Gaps | None = None,
 ) -> Chosen:
     """Choose the least margin under which iterations that were measured keep to their time.
 
@@ -222,10 +229,15 @@ def choose(
         promise: what has to be kept.
         latency_s: how long a clock change takes.
         margins: to try, rising.
+        gaps: of these steps; None: there are none.
     """
     replicas = len(durations_s[0])
     count = min(len(durations_s), max(_FEWEST, _REPLAYED // replicas))
     steps = np.unique(np.linspace(0, len(durations_s) - 1, count).astype(int)).tolist()
+
+    def of_step(step: int) -> Gaps | None:
+        return None if gaps is None else replace(gaps, gaps_s=gaps.gaps_s[:, replicas * step : replicas * (step + 1)])
+
     replayed: Replayed | None = None
     interrupted: npt.NDArray[np.bool_] | None = None
     for margin in margins:
@@ -233,7 +245,7 @@ def choose(
         if interrupted is None:  # against what was predicted, as microbatches differ
             against = [durations_s[step] / np.maximum(np.stack(list(sizes[step])), _SMALLEST) for step in steps]
             interrupted = Replay(planner.problem, np.array(against)).interrupted
-        ran = [outcome_of(planner.step(sizes[step]), durations_s[step], latency_s) for step in steps]
+        ran = [outcome_of(planner.step(sizes[step]), durations_s[step], latency_s, of_step(step)) for step in steps]
         under, full = joined([one for one, _ in ran]), joined([one for _, one in ran])
         replayed = judged(under, full, interrupted, promise, planner.catches_up, margin)
         if replayed.kept:

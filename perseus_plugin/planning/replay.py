@@ -74,6 +74,8 @@ class Replay:
             clock of the one before it.
         seen_later_s: shape (nodes, iterations times replicas), how much later than the graph says each instruction
             began in these iterations for a rank that looks for lateness, usual delays apart; None: as the graph says.
+        gaps_s: of the same shape, how long after the end of all that it waits for each instruction began, beyond what
+            the graph says; None: at once. Whatever the clocks, it does so again.
 
     Attributes:
         full_s: shape (nodes, iterations times replicas), the durations.
@@ -88,6 +90,7 @@ class Replay:
         durations_s: npt.ArrayLike,
         seen_later_s: FloatArray | None = None,
         latency_s: float = 0.0,
+        gaps_s: FloatArray | None = None,
     ) -> None:
         graph = problem.graph
         given = np.asarray(durations_s, dtype=np.float64)
@@ -101,6 +104,7 @@ class Replay:
         self.full_s = np.ascontiguousarray(full_s)  # by node: what a level needs lies together
         self._top_s = problem.full_clock_s
         self._seen_later_s = np.zeros_like(self.full_s) if seen_later_s is None else seen_later_s
+        self._gaps_s = np.zeros_like(self.full_s) if gaps_s is None else gaps_s
         self._before = _own_predecessors(graph)
         self._latency_s = latency_s
 
@@ -151,7 +155,8 @@ class Replay:
         ratio = self._ratio(planned_s)
         duration, power = self._stretched(frequency_mhz, waits_mhz, ratio, watts)
         if catch_up is None:
-            finish, effective_j, raised = finishes(self.graph, duration), (duration * power).sum(axis=0), 0.0
+            finish = finishes(self.graph, self._gaps_s + duration)
+            effective_j, raised = (duration * power).sum(axis=0), 0.0
         else:
             finish, duration, effective_j, raised = self._event_driven(
                 planned_s, ratio, watts, duration, power, catch_up
@@ -256,6 +261,7 @@ class Replay:
             if low:
                 sources, latency, offsets = incoming[low]
                 start = np.maximum.reduceat(finish[sources] + latency[:, None], offsets, axis=0)
+            start += self._gaps_s[low:high]
             full_s, before = self.full_s[low:high], self._before[low:high]
             plan_s, plan_w = planned_s[low:high, None], watts[low:high, None]
             plan_ratio = ratio[low:high, None]

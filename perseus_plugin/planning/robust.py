@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from perseus_plugin.errors import PlanError
-from perseus_plugin.iteration.graph import FloatArray, IntArray
-from perseus_plugin.iteration.replayed import InForce, Replayed, Samples, StageCatchUp
+from perseus_plugin.iteration.graph import FloatArray, IntArray, PipelineGraph
+from perseus_plugin.iteration.replayed import InForce, PerStage, Replayed, Samples, StageCatchUp
 from perseus_plugin.planning.options import PlanningProblem
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.replay import CatchUp, Outcome, Replay, by_node, clocks_of, finishes, latest_starts
@@ -399,14 +399,82 @@ def _begun_later_s(problem: PlanningProblem, samples: Samples) -> FloatArray | N
     if not samples.starts_s:
         return None
     graph = problem.graph
-    starts_s, as_run_s = (
-        np.array([by_node(graph, replica) for one in iterations for replica in one]).T
-        for iterations in (samples.starts_s, samples.as_run_s)
-    )
+    starts_s, as_run_s = _by_column(graph, samples.starts_s), _by_column(graph, samples.as_run_s)
     durations_s = np.where(graph.is_constant[:, None], graph.constant_s[:, None], as_run_s)
     later_s: FloatArray = starts_s - (finishes(graph, durations_s) - durations_s)
     later_s[graph.is_constant] = 0.0
     return later_s
+
+
+@dataclass(frozen=True, eq=False)
+class Gaps:
+    """How much longer than usual after the end of all that it waits for each instruction began.
+
+    That is what a host does late, and transfers that take longer than others. What is usual the graph knows.
+
+    Attributes:
+        gaps_s: shape (nodes, iterations times replicas), from 0.
+        usual_s: shape (nodes,), how much later an instruction usually begins for all gaps before it: what ranks that
+            look for lateness do not count.
+    """
+
+    gaps_s: FloatArray
+    usual_s: FloatArray
+
+
+def gaps_of(problem: PlanningProblem, samples: Samples | None) -> Gaps | None:
+    """Those of iterations that were measured; None: not known.
+
+    Raises:
+        PlanError: the samples do not fit the graph.
+    """
+    if samples is None or not samples.starts_s:
+        return None
+    graph = problem.graph
+    starts_s, as_run_s = _by_column(graph, samples.starts_s), _by_column(graph, samples.as_run_s)
+    starts_s += _begins_s(graph, starts_s, as_run_s)[graph.stage]
+    ready_s, ends_s = np.zeros_like(starts_s), starts_s + as_run_s
+    for low, high, sources, latency_s, offsets in graph.forward_steps:
+        ready_s[low:high] = np.maximum.reduceat(ends_s[sources] + latency_s[:, None], offsets, axis=0)
+        constant = low + np.flatnonzero(graph.is_constant[low:high])
+        ends_s[constant] = ready_s[constant] + graph.constant_s[constant, None]
+    later_s = starts_s - ready_s
+    gaps_s: FloatArray = np.maximum(0.0, later_s - np.median(later_s, axis=1, keepdims=True))
+    gaps_s[graph.is_constant] = 0.0
+    durations_s = np.where(graph.is_constant[:, None], graph.constant_s[:, None], as_run_s)
+    moved_s = finishes(graph, durations_s + gaps_s) - finishes(graph, durations_s)
+    return Gaps(gaps_s, np.median(moved_s, axis=1))
+
+
+def _begins_s(graph: PipelineGraph, starts_s: FloatArray, as_run_s: FloatArray) -> FloatArray:
+    """When the ranks of each stage begin, against the first: shape (stages, iterations times replicas).
+
+    Of the transfers from a stage to the next there is one that the receiver has waited for, and one of those back: what
+    the quickest ones seem to take differs by the ranks' begins alone.
+    """
+    source, target = graph.edge_source, graph.edge_target
+    known = ~(graph.is_constant[source] | graph.is_constant[target])
+
+    def quickest_s(here: int, there: int) -> FloatArray | None:
+        edges = np.flatnonzero(known & (graph.stage[source] == here) & (graph.stage[target] == there))
+        if not len(edges):
+            return None
+        taken_s: FloatArray = starts_s[target[edges]] - starts_s[source[edges]] - as_run_s[source[edges]]
+        return (taken_s - graph.edge_latency_s[edges, None]).min(axis=0)  # type: ignore[no-any-return]
+
+    begins_s = np.zeros((graph.stages, starts_s.shape[1]))
+    for stage in range(1, graph.stages):
+        there_s, back_s = quickest_s(stage - 1, stage), quickest_s(stage, stage - 1)
+        begins_s[stage] = begins_s[stage - 1]
+        if there_s is not None and back_s is not None:
+            begins_s[stage] += (back_s - there_s) / 2
+    return begins_s
+
+
+def _by_column(graph: PipelineGraph, iterations: Sequence[Sequence[PerStage]]) -> FloatArray:
+    """Shape (nodes, iterations times replicas)."""
+    columns: FloatArray = np.array([by_node(graph, replica) for one in iterations for replica in one]).T
+    return columns
 
 
 def held_against(

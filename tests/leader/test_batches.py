@@ -25,6 +25,7 @@ from perseus_plugin.exchange.messages import (
 )
 from perseus_plugin.exchange.packing import packed, unpacked
 from perseus_plugin.exchange.parts import Parts, batch_part, with_batch
+from perseus_plugin.iteration.graph import FloatArray, build_graph
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.timetable import Follow, Sweep
 from perseus_plugin.leader import batch_desk
@@ -104,26 +105,28 @@ class Announced(RankZero):
 
     def tell_durations(self, *iterations: int, noise: float = 0.0) -> None:
         """All ranks tell of iterations at full clocks."""
+        graph = build_graph([SCHEDULES["A"](rank) for rank in (0, 1)])
+        took: dict[int, FloatArray] = {}
+        for iteration in iterations:
+            draw, factors = np.random.default_rng(iteration), np.array(works_of(iteration)) / 1000
+            took[iteration] = np.zeros(len(graph))
+            for rank, nodes in enumerate(graph.stage_nodes):
+                for node in nodes.tolist():
+                    if (one := graph.instructions[node]) is not None:
+                        usual_s = time_s(one.kind, CLOCKS_MHZ[0], rank) * factors[one.microbatch]
+                        took[iteration][node] = usual_s * (1 + noise * draw.standard_normal())
         for rank in (0, 1):
-            ops = [op for op in SCHEDULES["A"](rank) if isinstance(op, Compute)]
+            nodes = [node for node in graph.stage_nodes[rank].tolist() if graph.instructions[node] is not None]
             told = []
-            for iteration in iterations:
-                draw = np.random.default_rng(1000 * rank + iteration)
-                durations = [
-                    time_s(op.kind, CLOCKS_MHZ[0], rank)
-                    * works_of(iteration)[op.microbatch]
-                    / 1000
-                    * float(1 + noise * draw.standard_normal())
-                    for op in ops
-                ]
-                starts_s = np.cumsum([0.0, *durations[:-1]])
+            for iteration, durations_s in took.items():
+                starts_s, _ = graph.times(durations_s)
                 told.append(
                     IterationDurations(
                         number=iteration,
                         schedule="A",
                         clocks_mhz=(0,),
-                        durations_s=tuple(durations),
-                        starts_s=tuple(starts_s.tolist()),
+                        durations_s=tuple(durations_s[nodes].tolist()),
+                        starts_s=tuple(starts_s[nodes].tolist()),
                         time_s=FULL_S,
                     )
                 )

@@ -10,8 +10,8 @@ from perseus_plugin.planning.batches import BatchPlanner, choose, joined, of_bat
 from perseus_plugin.planning.options import PlanningProblem, build_problem
 from perseus_plugin.planning.planner import make_plan
 from perseus_plugin.planning.process import with_margin
-from perseus_plugin.planning.replay import Replay, clocks_of
-from perseus_plugin.planning.robust import Promise
+from perseus_plugin.planning.replay import Replay, clocks_of, finishes
+from perseus_plugin.planning.robust import Gaps, Promise
 from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.work_model import fitted
 
@@ -89,6 +89,38 @@ def test_the_margin_grows_with_the_error_of_what_is_predicted() -> None:
         assert chosen.replayed.time_ratio_mean < 1.002
         margins.append(chosen.replayed.margin)
     assert margins[0] == 0.0 < margins[1]
+
+
+def late(steps: int, seed: int) -> Gaps:
+    """One instruction in ten of three replicas begins late, and by then all do by so much."""
+    graph = problem().graph
+    draw, full_s = np.random.default_rng(seed), problem().full_clock_s
+    gaps_s = 0.6 * full_s[:, None] * (draw.uniform(size=(len(graph), 3 * steps)) < 0.1)
+    return Gaps(gaps_s, np.median(finishes(graph, full_s[:, None] + gaps_s), axis=1) - graph.times(full_s)[1])
+
+
+def test_instructions_that_begin_late_count_in_the_margin_and_in_what_is_promised() -> None:
+    predicted, took_s = noisy(24, 0.01, 50)
+
+    def of_step(gaps: Gaps, step: int) -> Gaps:
+        return Gaps(gaps.gaps_s[:, 3 * step : 3 * step + 3], gaps.usual_s)
+
+    found = []
+    for known in (late(8, 1), None):
+        chosen = choose(planner_with, *noisy(8, 0.01, 1), Promise(), LATENCY_S, gaps=known)
+        assert chosen.planner is not None
+        ran = [
+            outcome_of(chosen.planner.step(predicted[step]), took_s[step], LATENCY_S, of_step(late(24, 2), step))
+            for step in range(24)
+        ]
+        under, full = joined([one for one, _ in ran]), joined([one for _, one in ran])
+        saved = 1 - under.energy_j.sum() / full.energy_j.sum()
+        found.append((chosen.replayed, saved, under.time_s.sum() / full.time_s.sum()))
+    (told, saved, time_ratio), (blind, saved_blindly, longer) = found
+    assert told.margin > blind.margin
+    assert time_ratio < min(longer, 1.002)
+    assert told.saving_mean == pytest.approx(saved, abs=0.005)
+    assert blind.saving_mean > saved_blindly + 0.005
 
 
 def test_what_cannot_be_predicted_is_not_planned_for() -> None:

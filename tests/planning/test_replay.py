@@ -12,7 +12,7 @@ from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.options import PlanningProblem, build_problem
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.planner import Planner
-from perseus_plugin.planning.replay import CatchUp, Replay, by_node, clocks_of, latest_starts
+from perseus_plugin.planning.replay import CatchUp, Replay, by_node, clocks_of, finishes, latest_starts
 from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.profile import Measurement, Profile
 
@@ -116,6 +116,20 @@ def test_a_late_start_is_caught_up_with() -> None:
     assert caught.raised > 0
     slow_gpu = made.under(clocks, CatchUp(latest, latency_s=0.03))
     assert caught.time_s[0] <= slow_gpu.time_s[0] <= static.time_s[0]
+
+
+@given(job=jobs(), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=30)
+def test_what_begins_late_does_so_at_any_clock(job: Job, seed: int) -> None:
+    problem = problem_of(job)
+    graph, full_s = problem.graph, problem.full_clock_s
+    gaps_s = np.where(graph.is_constant, 0.0, np.random.default_rng(seed).uniform(0.0, 0.1, len(graph)))
+    clocks, never = clocks_of(plan_of(problem, 0.1), graph), CatchUp(np.full(len(graph), np.inf))
+    late = Replay(problem, full_s[None, None], gaps_s=gaps_s[:, None])
+    took_s = graph.durations(problem.planned_s(clocks))
+    assert late.at_full_clocks.time_s == pytest.approx(finishes(graph, (full_s + gaps_s)[:, None]).max())
+    for outcome in (late.under(clocks), late.under(clocks, never)):
+        assert outcome.time_s == pytest.approx(finishes(graph, (took_s + gaps_s)[:, None]).max())
 
 
 def test_a_larger_step_is_no_reason_to_catch_up_once_its_size_is_known() -> None:

@@ -14,9 +14,9 @@ from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.options import build_problem
 from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.process import answer_to, plan_for
-from perseus_plugin.planning.replay import Replay, clocks_of
+from perseus_plugin.planning.replay import Replay, clocks_of, finishes
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
-from perseus_plugin.planning.robust import margins_from, replay_of, usual_delays
+from perseus_plugin.planning.robust import gaps_of, margins_from, replay_of, usual_delays
 from perseus_plugin.planning.targets import Target
 from tests.factories import BLOCKING_W
 
@@ -280,6 +280,28 @@ def test_usual_delays_are_against_what_the_graph_says_of_the_same_durations() ->
     assert usual_delays(PROBLEM, made)[instructions] == pytest.approx(0.015)
     assert not usual_delays(PROBLEM, Samples(made.durations_s)).any()
     assert not usual_delays(PROBLEM, None).any()
+
+
+def test_gaps_are_what_instructions_begin_late_by_whenever_ranks_begin() -> None:
+    draw, instructions = np.random.default_rng(1), PROBLEM.instruction_nodes
+    factors, begins_s = noise(0.1, iterations=40), draw.uniform(0.0, 0.03, (40, STAGES))
+    injected_s = np.zeros((len(GRAPH), 40))
+    injected_s[instructions] = 0.02 * (draw.uniform(size=(len(instructions), 40)) < 0.1)
+    starts = []
+    for column in range(40):
+        took_s = GRAPH.durations(PROBLEM.full_clock_s * factors[column, 0])
+        begun_s = finishes(GRAPH, (took_s + injected_s[:, column])[:, None])[:, 0] - took_s
+        for nodes, begin_s in zip(GRAPH.stage_nodes, begins_s[column], strict=True):
+            begun_s[nodes] -= begin_s
+        starts.append((per_stage(begun_s),))
+    found = gaps_of(PROBLEM, replace(samples(factors), starts_s=tuple(starts)))
+    assert found is not None
+    off_s = np.abs(found.gaps_s - injected_s)[instructions]
+    assert np.median(off_s) < 0.001
+    assert found.gaps_s.sum() == pytest.approx(injected_s.sum(), rel=0.1)
+    assert np.corrcoef(found.gaps_s[instructions].ravel(), injected_s[instructions].ravel())[0, 1] > 0.9
+    assert found.usual_s.max() > 0
+    assert gaps_of(PROBLEM, Samples(samples(factors).durations_s)) is None
 
 
 def test_an_answer_passes_through_json() -> None:

@@ -154,3 +154,21 @@ def test_what_decides_touches_nothing(place: str) -> None:
                 names = [node.module or ""]
             assert not {name.split(".")[0] for name in names} & set(IMPURE), path
             assert not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open"), path
+
+
+SUMS = ("state", "figures", "work", "_work")
+"""Parts that are figures which their owner alone keeps; all other parts change by their own methods."""
+
+
+def test_a_part_is_not_changed_from_outside() -> None:
+    changed = []
+    for path in modules().values():
+        if path.name == "in_memory.py":
+            continue  # it stands for the session, whose parts have no methods of their own there
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Store):
+                continue
+            part = node.value
+            if isinstance(part, ast.Attribute) and ast.unparse(part.value) == "self" and part.attr not in SUMS:
+                changed.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}")
+    assert changed == [], "made at the wrong moment, or wants a method that says why"

@@ -198,7 +198,7 @@ class HelperLoop:
         elif command.what == MEASURE_LATENCY:
             self._begin_timing(command.number)
         elif command.what == FREE_AFTER:
-            self._pauses.free_after_s = command.time_s
+            self._pauses.free_after(command.time_s)
         elif command.what == CLOSE:
             self._ended = "closed"
 
@@ -314,8 +314,7 @@ class HelperLoop:
             problem = not_free(self._spec, self._gpu.uuid, self.locked_mhz, outcome.problem)
             said = f"{text}; {problem}" if code == "lock_failed" else problem
             self._event(Trouble(code or "reset_failed", said, now_s, free=False))
-        self._resetting = ClockReset(self._gpu, self.locked_mhz, limit_s=FREE_LIMIT_S)
-        self._resetting.next_s = now_s + FREE_AGAIN_S
+        self._resetting = ClockReset(self._gpu, self.locked_mhz, limit_s=FREE_LIMIT_S, begin_s=now_s + FREE_AGAIN_S)
 
     def _begin_timing(self, rounds: int) -> None:
         if self._ownership is None or not self._may_set:

@@ -12,16 +12,17 @@ class Pauses:
 
     Args:
         now_s: the time.
-
-    Attributes:
-        free_after_s: how long it may send nothing.
     """
 
     def __init__(self, now_s: float) -> None:
-        self.free_after_s = float("inf")
+        self._free_after_s = float("inf")
         self._heard_s = now_s
         self._suspended_until_s = 0.0
         self._stopped = False
+
+    def free_after(self, silence_s: float) -> None:
+        """How long it may send nothing; without this, for ever."""
+        self._free_after_s = silence_s
 
     def heard(self, now_s: float) -> None:
         """The trainer has sent something."""
@@ -49,6 +50,6 @@ class Pauses:
             return "the training process was stopped"
         if now_s < self._suspended_until_s:
             return "the job is about to be suspended (SIGTSTP)"
-        if now_s - self._heard_s > self.free_after_s:
-            return f"the training process asked for nothing for {self.free_after_s:.3g} s"
+        if now_s - self._heard_s > self._free_after_s:
+            return f"the training process asked for nothing for {self._free_after_s:.3g} s"
         return ""

@@ -38,13 +38,14 @@ class ClockReset:
         gpu: whose clock.
         locked_mhz: the clock it was locked at last; the read-back must leave it. None, or the highest clock:
             there is nothing to tell a reset by, so the driver's word is enough.
-        limit_s: when to give up; at least one attempt is made.
+        limit_s: when to give up, counted from the first step; at least one attempt is made.
+        begin_s: when the first step is due.
 
     Attributes:
         next_s: when to call `step` next.
     """
 
-    def __init__(self, gpu: Gpu, locked_mhz: int | None, *, limit_s: float) -> None:
+    def __init__(self, gpu: Gpu, locked_mhz: int | None, *, limit_s: float, begin_s: float = 0.0) -> None:
         self._gpu, self._limit_s = gpu, limit_s
         top_mhz = gpu.supported_clocks_mhz()[0]
         self._locked_mhz = None if locked_mhz is None or locked_mhz >= top_mhz else locked_mhz
@@ -52,7 +53,7 @@ class ClockReset:
         self._pause_s = FIRST_PAUSE_S
         self._problem = ""
         self._must_leave_by_s: float | None = None
-        self.next_s = 0.0
+        self.next_s = begin_s
 
     def step(self, now_s: float) -> ResetOutcome | None:
         """Go on; returns how it went once it is over. Never raises `GpuError`."""

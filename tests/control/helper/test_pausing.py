@@ -6,7 +6,7 @@ from perseus_plugin.control.helper.pausing import SUSPENDED_S, Pauses
 def test_a_trainer_that_is_heard_of_goes_on() -> None:
     pauses = Pauses(0.0)
     assert pauses.why(1e6, False) == "", "nothing was said of silence"
-    pauses.free_after_s = 10.0
+    pauses.free_after(10.0)
     pauses.heard(1e6)
     assert pauses.why(1e6 + 9, False) == ""
     assert "asked for nothing for 10 s" in pauses.why(1e6 + 11, False)
@@ -16,7 +16,7 @@ def test_a_trainer_that_is_heard_of_goes_on() -> None:
 
 def test_the_silence_of_one_that_was_stopped_counts_from_when_it_goes_on() -> None:
     pauses = Pauses(0.0)
-    pauses.free_after_s = 10.0
+    pauses.free_after(10.0)
     assert "was stopped" in pauses.why(1.0, True)
     assert "was stopped" in pauses.why(100.0, True)
     assert pauses.why(101.0, False) == ""

@@ -270,7 +270,7 @@ def translate(error: Exception, what: str) -> GpuError:
 
 def text_of(value: str | bytes) -> str:
     """Text that older releases of the package give as bytes."""
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _field_value(field: Any) -> float | None:

@@ -11,7 +11,7 @@ from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import GpuLostError, GpuPermissionError
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.state import GPU_LOST, MIG_ENABLED, NO_PERMISSION, NOT_SUPPORTED
-from perseus_plugin.gpus.nvml import NvmlGpu
+from perseus_plugin.gpus.nvml import NvmlGpu, text_of
 from tests.nvml_simulator.building import environment
 from tests.waiting import wait_until
 
@@ -52,6 +52,10 @@ def test_a_gpu_is_found_by_its_uuid_and_described(nvml: NvmlGpu, driver: Emulate
     without_prefix = NvmlGpu(UUID.removeprefix("GPU-"))
     assert without_prefix.uuid == UUID
     without_prefix.close()
+
+
+def test_what_the_driver_says_is_text_whatever_it_is() -> None:
+    assert [text_of(said) for said in (b"H100", "H100", b"H100 \xe9")] == ["H100", "H100", "H100 \ufffd"]
 
 
 def test_locks_and_resets_reach_that_gpu_only(nvml: NvmlGpu, simulated: list[EmulatedGpu]) -> None:

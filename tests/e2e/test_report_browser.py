@@ -220,6 +220,26 @@ def test_labels_stay_apart(page: Shown) -> None:
                 assert apart, f"{text!r} lies on {other!r}"
 
 
+def test_in_a_narrow_window_no_caption_and_no_label_is_cut(shown: Shown, tmp_path: Path) -> None:
+    report(Job(tmp_path / "out").planned().finished().folder, tmp_path / "report.html")
+    script = """() => [...document.querySelectorAll('.plotly-graph-div')].flatMap(d => {
+        const whole = d.querySelector('.main-svg').getBoundingClientRect();
+        return [...d.querySelectorAll('.annotation-text-g text, .g-xtitle text, .g-ytitle text, .legendtext')]
+            .map(t => [t, t.getBoundingClientRect()])
+            .filter(([t, b]) => b.width)
+            .map(([t, b]) => [t.textContent, b.left - whole.left, whole.right - b.right]);
+    })"""
+    wide = dict(shown.page.viewport_size)
+    shown.page.set_viewport_size({"width": 500, "height": 900})
+    try:
+        shown.open(tmp_path / "report.html")
+        labels = shown.page.evaluate(script)
+    finally:
+        shown.page.set_viewport_size(wide)
+    assert any(text.startswith("Plan, as predicted") for text, _, _ in labels)
+    assert [text for text, left, right in labels if min(left, right) < 0] == []
+
+
 def test_eight_stages_and_96_microbatches_open(shown: Shown, tmp_path: Path) -> None:
     folder = Job(tmp_path / "out", stages=8, microbatches=96).planned().finished().folder
     report(folder, tmp_path / "report.html")

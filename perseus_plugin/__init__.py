@@ -220,8 +220,8 @@ def announced(batches: Iterable[BatchT], work: Callable[[BatchT], Iterable[float
     Raises:
         ConfigError: `ahead` cannot be that.
     """
-    from perseus_plugin.bounds import MOST_AHEAD
     from perseus_plugin.errors import ConfigError, shown
+    from perseus_plugin.iteration.bounds import MOST_AHEAD
 
     if type(ahead) is not int or not 0 <= ahead <= MOST_AHEAD:
         raise ConfigError(f"ahead: got {shown(ahead)}; allowed: a whole number from 0 to {MOST_AHEAD}")

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from perseus_plugin.bounds import GPUS_OF_A_GROUP, MOST_MHZ, MOST_W
 from perseus_plugin.errors import ConfigError, shown, validation_problem
 from perseus_plugin.files import parse_json, parse_yaml, read_text
 from perseus_plugin.gpus.base import DWELL_LATENCIES
 from perseus_plugin.gpus.registry import AUTO, OFF, choices, is_backend
+from perseus_plugin.iteration.bounds import GPUS_OF_A_GROUP, MOST_MHZ, MOST_W
 from perseus_plugin.iteration.references import LARGEST_SHARE
 
 BLOCK = "perseus"

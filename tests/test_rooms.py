@@ -26,7 +26,7 @@ FLOORS = (
     ("gpus",),
     ("exchange",),
     ("iteration",),
-    ("bounds", "errors", "files", "processes", "serving", "_version"),
+    ("errors", "files", "_version"),
 )
 """From top to bottom: a room imports from floors below its own, and from itself."""
 LAZY_FACE = "__init__"
@@ -50,11 +50,8 @@ ROOMS_AT_MOST, ROOT_FILES = (
         "__init__.py",
         "megatron.py",
         "config.py",
-        "bounds.py",
         "errors.py",
         "files.py",
-        "processes.py",
-        "serving.py",
         "_version.py",
     },
 )

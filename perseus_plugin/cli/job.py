@@ -10,9 +10,9 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from perseus_plugin.bounds import MOST_W
 from perseus_plugin.cli.destinations import source
 from perseus_plugin.errors import ConfigError, PlanError
+from perseus_plugin.iteration.bounds import MOST_W
 from perseus_plugin.iteration.instructions import Compute, StageStream
 from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES

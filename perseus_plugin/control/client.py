@@ -21,7 +21,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from perseus_plugin import processes
 from perseus_plugin.control.helper.resetting import not_free
 from perseus_plugin.control.ownership import HELPER_MODULE
 from perseus_plugin.control.wire import (
@@ -47,6 +46,7 @@ from perseus_plugin.control.wire import (
     unpack_event,
 )
 from perseus_plugin.errors import os_problem
+from perseus_plugin.exchange import processes
 from perseus_plugin.files import Descriptor
 
 STUCK_AFTER_S = 8.0

@@ -1,1 +1,1 @@
-"""How do ranks tell each other something? The store, and the messages in it."""
+"""How do ranks, and the processes beside them, tell each other something? The store, its messages, sockets, processes."""

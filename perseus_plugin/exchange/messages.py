@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from perseus_plugin.bounds import Clock, ClockOrFull, Count, Moment, Power, Ratio, Stage, Time
 from perseus_plugin.errors import validation_problem
 from perseus_plugin.exchange.client import ExchangeError
 from perseus_plugin.exchange.store import ANNOUNCED
 from perseus_plugin.files import encoded
+from perseus_plugin.iteration.bounds import Clock, ClockOrFull, Count, Moment, Power, Ratio, Stage, Time
 
 NEWS, TROUBLE, REUSE, CALIBRATION, SEATS, BATCHES = ANNOUNCED
 RECHECKS = "recheck/"  # how their keys begin

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from perseus_plugin.errors import PerseusError, plain
+from perseus_plugin.exchange.serving import Bounded
 from perseus_plugin.files import opened_folder, parse_json
-from perseus_plugin.serving import Bounded
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
-from perseus_plugin.bounds import MOST_S
 from perseus_plugin.errors import PerseusError, PlanError, validation_problem
+from perseus_plugin.iteration.bounds import MOST_S
 from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.power.words import parse_share, parse_watts
 from perseus_plugin.planning.targets import Prices, Target

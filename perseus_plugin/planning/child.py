@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from perseus_plugin import processes
+from perseus_plugin.exchange import processes
 from perseus_plugin.files import Descriptor
 
 DROP = signal.SIGURG

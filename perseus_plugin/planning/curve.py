@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from perseus_plugin.bounds import Clock, PositiveEnergy, PositiveTime
 from perseus_plugin.errors import PlanError
 from perseus_plugin.files import read_model
+from perseus_plugin.iteration.bounds import Clock, PositiveEnergy, PositiveTime
 from perseus_plugin.planning.targets import Prices
 
 FRONTIER_FILE = "frontier.json"

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perseus_plugin.bounds import Count, Power, Stage, Time
 from perseus_plugin.errors import PerseusError, PlanError, validation_problem
 from perseus_plugin.files import read_model, write_atomically
+from perseus_plugin.iteration.bounds import Count, Power, Stage, Time
 from perseus_plugin.iteration.instructions import StageStream
 from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.planning.request import PlanRequest

@@ -10,9 +10,9 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perseus_plugin.bounds import MOST_COUNT, MOST_MHZ, MOST_S, Clock, Count, PositiveTime, Time
 from perseus_plugin.errors import PlanError, shown, validation_problem
 from perseus_plugin.files import read_text, write_atomically
+from perseus_plugin.iteration.bounds import MOST_COUNT, MOST_MHZ, MOST_S, Clock, Count, PositiveTime, Time
 from perseus_plugin.iteration.instructions import Instruction
 from perseus_plugin.planning.power.planned import PlannedBudget, PlannedPeaks, PlannedPower
 

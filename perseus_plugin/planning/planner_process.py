@@ -11,8 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from perseus_plugin import processes
 from perseus_plugin.errors import PerseusError, PlanError, lacking, os_problem, plain
+from perseus_plugin.exchange import processes
 from perseus_plugin.planning.child import DROP, Child, ChildLostError
 from perseus_plugin.planning.request import PlanAnswer, PlanRequest
 from perseus_plugin.planning.work import BRAKE_S

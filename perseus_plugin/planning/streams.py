@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
-from perseus_plugin.bounds import MOST_STAGES, Count
 from perseus_plugin.errors import ScheduleError, validation_problem
 from perseus_plugin.files import read_model, read_text, write_atomically
 from perseus_plugin.iteration.actions import lists_from_csv, streams_of_actions
+from perseus_plugin.iteration.bounds import MOST_STAGES, Count
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StageStream, StreamOp
 
 SCHEDULE_SCHEMA = "perseus-schedule"

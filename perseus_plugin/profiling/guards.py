@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from perseus_plugin.bounds import MOST_W
+from perseus_plugin.iteration.bounds import MOST_W
 from perseus_plugin.profiling.profile import Measurement, Profile
 
 _SIGMAS = 3.0  # standard errors within which a figure above the limit is taken for the limit

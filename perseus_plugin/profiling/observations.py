@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from perseus_plugin.bounds import LEAST_S, MOST_COUNT, MOST_J, MOST_MHZ, MOST_S, number
 from perseus_plugin.errors import ProfileError
+from perseus_plugin.iteration.bounds import LEAST_S, MOST_COUNT, MOST_J, MOST_MHZ, MOST_S, number
 
 
 @dataclass(frozen=True, slots=True)

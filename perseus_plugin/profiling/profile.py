@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from perseus_plugin.bounds import MOST_COUNT, MOST_J, MOST_MHZ, MOST_S, MOST_STAGES, MOST_W
 from perseus_plugin.errors import ProfileError
 from perseus_plugin.files import read_text, write_atomically
+from perseus_plugin.iteration.bounds import MOST_COUNT, MOST_J, MOST_MHZ, MOST_S, MOST_STAGES, MOST_W
 from perseus_plugin.profiling.waiting import WaitingPower
 
 REQUIRED_COLUMNS = ("stage", "instruction", "frequency", "time", "energy")

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perseus_plugin.bounds import LEAST_S
+from perseus_plugin.iteration.bounds import LEAST_S
 from perseus_plugin.profiling.energy.ticks import Array
 from perseus_plugin.profiling.observations import Activity, ClockRun, Spread, StepMean
 

@@ -19,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from perseus_plugin.bounds import MOST_AHEAD
 from perseus_plugin.config import StragglersConfig
 from perseus_plugin.control.boundaries import boundaries_for
 from perseus_plugin.control.controller import Controller
@@ -28,6 +27,7 @@ from perseus_plugin.errors import shown
 from perseus_plugin.exchange.messages import AnnouncedWork, Placement
 from perseus_plugin.exchange.parts import part_for, with_own_plan
 from perseus_plugin.exchange.store import Exchange
+from perseus_plugin.iteration.bounds import MOST_AHEAD
 from perseus_plugin.iteration.instructions import Compute, Constant, StreamOf
 from perseus_plugin.iteration.record import IterationRecord, hooked_operations
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Sweep

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perseus_plugin.bounds import MOST_S
 from perseus_plugin.errors import PerseusError, validation_problem
+from perseus_plugin.iteration.bounds import MOST_S
 
 DETECTION = "detection"
 """Source of what the session sees itself; nobody else may use it."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from perseus_plugin.exchange.processes import ending
 from perseus_plugin.planning.child import Child, ChildLostError
 from perseus_plugin.planning.planner_process import PlannerProcess, why_no_planner
-from perseus_plugin.processes import ending
 from tests.planning.test_process import answer, request
 from tests.waiting import PATIENCE_S, pipes_here, stop_process, wait_until
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perseus_plugin.bounds import MOST_S
 from perseus_plugin.errors import ProfileError
+from perseus_plugin.iteration.bounds import MOST_S
 from perseus_plugin.profiling.profile import Measurement, Profile, load_profile, save_profile
 from tests.factories import profile
 

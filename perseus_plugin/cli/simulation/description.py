@@ -13,11 +13,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perseus_plugin.bounds import MOST_COUNT, MOST_STAGES, MOST_W
 from perseus_plugin.cli.simulation.resplit import Split
 from perseus_plugin.errors import ConfigError, validation_problem
 from perseus_plugin.files import parse_yaml, read_text
 from perseus_plugin.gpus.emulated.physics import FORWARD_LIKE, MODELS, WAITING, GpuModel, load_class
+from perseus_plugin.iteration.bounds import MOST_COUNT, MOST_STAGES, MOST_W
 from perseus_plugin.iteration.instructions import BACKWARD, FORWARD
 from perseus_plugin.iteration.schedules import RECOMPUTE
 from perseus_plugin.profiling.profile import Measurement, Profile

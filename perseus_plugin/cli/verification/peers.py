@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from perseus_plugin import processes
 from perseus_plugin.errors import GpuError
+from perseus_plugin.exchange import processes
 
 ONE_GPU = "there is one GPU, which two ranks would have to share: see how one spinning thread waits"
 _START_S = 90.0  # to import torch, make a CUDA context and meet

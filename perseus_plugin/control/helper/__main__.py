@@ -1,4 +1,4 @@
-"""See `process`; run by `perseus_plugin.processes`."""
+"""See `process`; run by `perseus_plugin.exchange.processes`."""
 
 import sys
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from perseus_plugin.bounds import MOST_W
 from perseus_plugin.control.clock_log import DEVIATION_MHZ
 from perseus_plugin.control.examination import counter_problem
 from perseus_plugin.control.helper.heartbeat import with_heartbeat
@@ -18,6 +17,7 @@ from perseus_plugin.control.wire import DeviceFacts
 from perseus_plugin.errors import GpuError
 from perseus_plugin.gpus.base import Gpu, enforced_limit_w
 from perseus_plugin.gpus.registry import candidate_specs, open_gpu
+from perseus_plugin.iteration.bounds import MOST_W
 
 TAKEOVER_WAIT_S = 1.5
 """How long to wait for the helper of a run that is just ending."""

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from perseus_plugin.bounds import GPUS_OF_A_GROUP
 from perseus_plugin.errors import PlanError, shown
+from perseus_plugin.iteration.bounds import GPUS_OF_A_GROUP
 
 if TYPE_CHECKING:
     from perseus_plugin.config import PerseusConfig

@@ -19,8 +19,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from perseus_plugin.config import PrometheusConfig
 from perseus_plugin.errors import lacking
+from perseus_plugin.exchange.serving import BoundedHttp
 from perseus_plugin.files import remove, write_atomically
-from perseus_plugin.serving import BoundedHttp
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Gauge

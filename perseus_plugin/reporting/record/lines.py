@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from perseus_plugin.bounds import ClockOrFull, Count, PositiveTime, Time
 from perseus_plugin.exchange.messages import Placement, Text
+from perseus_plugin.iteration.bounds import ClockOrFull, Count, PositiveTime, Time
 from perseus_plugin.reporting.record.iterations import Sort, Stretch
 
 

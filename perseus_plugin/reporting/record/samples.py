@@ -14,9 +14,9 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from perseus_plugin.bounds import Count, PositiveTime
 from perseus_plugin.errors import ReportError
 from perseus_plugin.files import read_model
+from perseus_plugin.iteration.bounds import Count, PositiveTime
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.record import IterationRecord
 from perseus_plugin.iteration.timetable import Directive, RanAs, Sweep, Timetable

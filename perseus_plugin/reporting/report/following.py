@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from perseus_plugin.errors import ConfigError, PerseusError, os_problem
+from perseus_plugin.exchange.serving import BoundedHttp
 from perseus_plugin.files import encoded
 from perseus_plugin.reporting.report.document import document, library
 from perseus_plugin.reporting.report.findings import Options, find
 from perseus_plugin.reporting.report.folder import load_folder
 from perseus_plugin.reporting.report.page import page
-from perseus_plugin.serving import BoundedHttp
 
 _SOON_S, _REST = 2.0, 9.0  # between two pages at least; and so many times as long as the last one took
 _QUIET_S = 60.0  # what has become of a job that writes nothing is looked at as often

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from perseus_plugin.bounds import Count, PositiveTime, Power, Ratio
 from perseus_plugin.errors import PlanError
+from perseus_plugin.iteration.bounds import Count, PositiveTime, Power, Ratio
 from perseus_plugin.planning.power.budget import GroupBudget, NodeOverhead, Peaks, PowerBudget
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perseus_plugin.bounds import MOST_COUNT, number
 from perseus_plugin.cli.simulation.traces.traced import GivenSchedule, Ran, TracedJob, traced_job
 from perseus_plugin.errors import ConfigError, ScheduleError, shown
 from perseus_plugin.files import parse_json, read_unpacked
@@ -33,6 +32,7 @@ from perseus_plugin.iteration.actions import (
     pytorch_gpipe,
     streams_of_steps,
 )
+from perseus_plugin.iteration.bounds import MOST_COUNT, number
 from perseus_plugin.iteration.instructions import BACKWARD, FORWARD, Compute, of_chunk, of_pair
 from perseus_plugin.planning.solvers import keeping_the_interpreter
 

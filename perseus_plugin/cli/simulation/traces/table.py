@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from perseus_plugin.bounds import MOST_COUNT, MOST_S, MOST_STAGES
 from perseus_plugin.cli.simulation.traces.traced import GivenSchedule, Ran, TracedJob, traced_job
 from perseus_plugin.errors import ConfigError, lacking
 from perseus_plugin.files import read_bytes, read_unpacked
+from perseus_plugin.iteration.bounds import MOST_COUNT, MOST_S, MOST_STAGES
 from perseus_plugin.planning.solvers import keeping_the_interpreter
 
 NEEDED = ("dp_rank", "stage", "step", "optype", "mb_id", "duration")

@@ -62,7 +62,7 @@ def _run() -> None:
     import importlib.util
     import runpy
 
-    spec = importlib.util.spec_from_file_location(PACKAGE, Path(__file__).with_name("__init__.py"))
+    spec = importlib.util.spec_from_file_location(PACKAGE, Path(__file__).parents[1] / "__init__.py")
     assert spec is not None  # it has an ending that Python knows
     assert spec.loader is not None
     package = sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)

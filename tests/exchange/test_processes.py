@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from perseus_plugin import processes
 from perseus_plugin.cli.verification.peers import wait_for_a_peer
 from perseus_plugin.control.client import ClockHelper
+from perseus_plugin.exchange import processes
 from perseus_plugin.gpus.emulated.device import EmulatedGpu
 from perseus_plugin.gpus.emulated.physics import A100
 from perseus_plugin.planning.curve import FRONTIER_FILE
@@ -112,7 +112,7 @@ def test_packages_are_found_where_the_trainer_finds_them(monkeypatch: pytest.Mon
 
 
 def test_no_process_of_ours_is_started_in_another_way() -> None:
-    package = Path(processes.__file__).parent
+    package = Path(processes.__file__).parents[1]
     others = [
         str(path.relative_to(package))
         for path in package.rglob("*.py")

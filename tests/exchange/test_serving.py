@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from perseus_plugin.exchange.serving import Bounded
 from perseus_plugin.leader.job_socket import SOCKET_NAME, JobSocket, ask
-from perseus_plugin.serving import Bounded
 from tests.waiting import came_true, wait_until
 
 

@@ -1,1 +1,1 @@
-"""How do ranks, and the processes beside them, tell each other something? The store, its messages, sockets, processes."""
+"""How do ranks, and processes beside them, tell each other something? The store, its messages, sockets, processes."""

@@ -15,8 +15,10 @@ _KEPT = 400  # iterations that have run, whose works may still be asked for
 _MOST = 2000  # iterations in all
 _SOON = 3  # iterations that there is time to plan for, and are
 _TIMES = 8  # iterations that say how long one takes
-_JUDGED = 8  # iterations under plans of their own that a verdict takes
+_JUDGED = 8  # iterations under plans of their own that a verdict takes at least
+_LATEST = 24  # and at most
 _REFERENCES = 2
+_ERRORS = 3.0  # standard errors by which they have to be longer than they may be: they are looked at after each
 _MISTAKEN = 0.15  # share by which instructions may be shorter or longer than predicted, all together
 
 
@@ -104,8 +106,9 @@ class BatchWatch:
     """Whether iterations under plans of their own take what they were to take.
 
     Their times are held against the pace that the works make, just as those of references at full clocks: what all of
-    them have in common is the machine's, or the model's. Instructions that take clearly more or less than predicted
-    speak against the works, too.
+    them have in common is the machine's, or the model's. Where times vary, as on a busy machine, a few of them say
+    little, and the verdict is for good: they have to be longer by more than that. Instructions that take clearly more
+    or less than predicted speak against the works, too.
 
     Args:
         tolerance: share by which iterations may be longer.
@@ -113,8 +116,8 @@ class BatchWatch:
 
     def __init__(self, tolerance: float) -> None:
         self._tolerance = tolerance
-        self._planned: deque[float] = deque(maxlen=_JUDGED)
-        self._references: deque[float] = deque(maxlen=_JUDGED)
+        self._planned: deque[float] = deque(maxlen=_LATEST)
+        self._references: deque[float] = deque(maxlen=_LATEST)
         self._instructions: deque[float] = deque(maxlen=_JUDGED)
         self.iterations = 0
 
@@ -130,13 +133,21 @@ class BatchWatch:
     @property
     def against(self) -> str:
         """What speaks against such plans; empty: nothing does."""
-        if len(self._planned) == _JUDGED:
-            usual = statistics.median(self._references) if len(self._references) >= _REFERENCES else 1.0
-            longer = statistics.median(self._planned) / usual - 1
-            if longer > self._tolerance:
+        if len(self._planned) >= _JUDGED:
+            planned, error = _typical(self._planned)
+            usual, its_error = _typical(self._references) if len(self._references) >= _REFERENCES else (1.0, 0.0)
+            longer = planned / usual - 1
+            if longer - _ERRORS * planned / usual * math.hypot(error, its_error) > self._tolerance:
                 return f"iterations planned by announced works take {100 * longer:.1f} % longer than these make them"
         if len(self._instructions) == _JUDGED:
             ratio = statistics.median(self._instructions)
             if not 1 / (1 + _MISTAKEN) <= ratio <= 1 + _MISTAKEN:
                 return f"instructions take {ratio:.2f} times as long as the announced works make them"
         return ""
+
+
+def _typical(ratios: Sequence[float]) -> tuple[float, float]:
+    """Their median, and its standard error as a share of it, going by how far they lie from it; 0 where they do not."""
+    median = statistics.median(ratios)
+    spread = 1.4826 * statistics.median(abs(ratio - median) for ratio in ratios)  # a normal distribution's deviation
+    return median, math.sqrt(math.pi / 2 / len(ratios)) * spread / median

@@ -458,6 +458,26 @@ def test_what_references_have_in_common_is_not_the_plans_doing() -> None:
     assert watch.against.startswith("iterations planned by announced works take 20.0 % longer")
 
 
+def test_on_a_busy_machine_a_few_iterations_that_take_longer_by_chance_end_nothing() -> None:
+    draw = np.random.default_rng(1)
+
+    def ended(longer: float) -> int:
+        """Of 50 jobs in which now and then an iteration takes much longer."""
+        count = 0
+        for _ in range(50):
+            watch, against = BatchWatch(0.03), ""
+            for number in range(120):
+                reference = number % 12 == 0
+                time_s = (1.02 if reference else 1.02 + longer) + float(draw.gamma(0.5, 0.06))
+                watch.saw(time_s, 1.0, reference=reference)
+                against = against or watch.against
+            count += bool(against)
+        return count
+
+    assert ended(0.0) < 5
+    assert ended(0.05) > 45
+
+
 def test_instructions_that_take_half_as_long_speak_against_the_works() -> None:
     watch = BatchWatch(0.03)
     for _ in range(8):

@@ -59,7 +59,7 @@ begun, which a busy machine may start late, and from then on."""
 CLOSE_GRACE_S = 15.0
 """How long a helper that was closed may take to reset its clock before it is ended."""
 MAX_EVENTS = 200_000
-_LOOK_S, _REST_S = 0.5, 0.25
+_LOOK_S, _REST_S = 0.5, 0.5
 """From one look at the replies to the next: until its first word comes, at which the thread wakes, and after it."""
 
 

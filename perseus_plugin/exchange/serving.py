@@ -17,6 +17,8 @@ from perseus_plugin.files import identity
 logger = logging.getLogger(__name__)
 
 _PAUSE_S = 0.5
+_LOOK_S = 2.0
+"""From one look at how long callers have been served to the next; callers themselves, and the end, wake the thread."""
 
 
 class SocketTakenError(Exception):
@@ -107,7 +109,7 @@ class Bounded(socketserver.ThreadingMixIn):
 
     def _serve(self) -> None:
         try:
-            self.serve_forever(_PAUSE_S)  # type: ignore[attr-defined]
+            self.serve_forever(_LOOK_S)  # type: ignore[attr-defined]
         except Exception as error:
             if not self._stopping:
                 self.lost(str(error) or repr(error))

@@ -110,7 +110,8 @@ class Timing:
         explanation_patience_s: for the reading that tells whether a GPU is below its clock as its power limit holds it:
             they come at the ends of iterations.
         read_failure_patience_s: what broke reading may be about to end the session with a message of its own.
-        stats_every_s, durations_every_s: from one message to the next, in jobs of up to 2,000 ranks.
+        stats_every_s, durations_every_s: from one message to the next, in jobs of up to 2,000 ranks that plan; where
+            no plans are made, three times as long.
     """
 
     idle_s: float = 1.0
@@ -144,7 +145,8 @@ class SessionWorker:
         )
         if leader is not None:
             self._idle_s = min(self._idle_s, leader.looks_every_s)
-        self._patience = max(1.0, job.placement.world_size / _RANKS_TO_TELL)
+        # Without plans only the summary asks for what ranks tell, now and then.
+        self._patience = max(1.0 if job.plans else 3.0, job.placement.world_size / _RANKS_TO_TELL)
         config, placement, exchange = job.config, job.placement, job.exchange
         self._config, self._placement, self._exchange = config, placement, exchange
         self._link, self._lifetime, self._helper = link, lifetime, helper
@@ -249,6 +251,7 @@ class SessionWorker:
         self._take_helper_events()
         taken = [self._take(finished) for finished in iterations]
         if taken:
+            self._account.forget_before(self._taken - 17)
             self._count(taken)
 
     @property
@@ -304,7 +307,6 @@ class SessionWorker:
         self._durations.add(directive, record, part_for(self._link.parts, directive, record))
         self._recorder.iteration(directive, record, self._link.timetable, self._link.parts)
         self._account.add(record.number, sorts, duration_s)
-        self._account.forget_before(record.number - 16)
         self._free_when_silent(duration_s)
         self._sensing.saw(directive, record, self._link.parts)
         self._windows.saw(directive, record, self._link.parts)

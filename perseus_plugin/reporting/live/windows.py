@@ -73,7 +73,8 @@ class Windows:
             self._open.clear()
         if self._following is not None:
             self._enter(self._following, directive, record, parts)
-        self._finish(record.number)
+        if self._open or self._energy_j:
+            self._finish(record.number)
 
     def energy(self, number: int, energy_j: float) -> None:
         """The energy of an iteration has come; NaN: it is not known."""

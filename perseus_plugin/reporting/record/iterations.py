@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from perseus_plugin.iteration.timetable import REFERENCE, Directive, Follow, FullClock, RanAs, Sweep
 
@@ -39,6 +40,7 @@ class Sort:
     schedule: str = ""
 
     @classmethod
+    @lru_cache(maxsize=64)  # iteration after iteration is of the same
     def of(cls, directive: Directive, schedule: str = "") -> Sort:
         """The sort of iterations that run this schedule as `directive` says."""
         ran_as = directive.ran_as

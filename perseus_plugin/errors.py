@@ -81,6 +81,17 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def figure(value: float, form: str) -> str:
+    """A figure for people; what rounds to nothing is not negative.
+
+    Args:
+        value: that may be negative.
+        form: a format of fixed digits, such as ".2f" or "+.1%".
+    """
+    text = format(value, form)
+    return text if any(digit in text for digit in "123456789an") else format(0.0, form)  # NaN is as it is
+
+
 def validation_problem(error: ValidationError, model: type[BaseModel], source: str = "") -> str:
     """The first thing that is wrong with data, in one line: where it is, what was given, what is allowed.
 

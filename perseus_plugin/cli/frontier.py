@@ -47,6 +47,7 @@ from perseus_plugin.cli.power import (
     prices_from_options,
 )
 from perseus_plugin.cli.terminal import columns, console, progress, say
+from perseus_plugin.errors import figure
 from perseus_plugin.iteration.instructions import INPUT_SHARE
 from perseus_plugin.planning.power.budget import NodeOverhead
 from perseus_plugin.planning.targets import Target
@@ -152,7 +153,7 @@ def frontier(
     for name, plan in marks.items():
         told = f"{name}: {plan.iteration_time_s:.4f} s, {plan.energy_j:.1f} J, {plan.power_w:.1f} W"
         if plan.slowdown <= _FULL_SPEED:
-            told += f": full speed, with {plan.saving:.2%} less energy"
+            told += f": full speed, with {figure(plan.saving, '.2%')} less energy"
         say(told, to)
     say(written(output, plot), to)
 
@@ -167,7 +168,7 @@ def summary(made: Frontier) -> Table:
             f"{plan.iteration_time_s:.4f} s",
             f"{plan.energy_j:.1f} J",
             f"{plan.energy_j / plan.iteration_time_s:.1f} W",
-            f"{1 - plan.energy_j / made.baseline_energy_j:.2%}",
+            figure(1 - plan.energy_j / made.baseline_energy_j, ".2%"),
             f"{plan.energy_j / point.bound_j - 1:.3%}",
         )
     return table

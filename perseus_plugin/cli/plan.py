@@ -54,7 +54,7 @@ from perseus_plugin.cli.power import (
     prices_from_options,
 )
 from perseus_plugin.cli.terminal import columns, console, progress, say
-from perseus_plugin.errors import ConfigError
+from perseus_plugin.errors import ConfigError, figure
 from perseus_plugin.iteration.instructions import INPUT_SHARE
 from perseus_plugin.planning.plan import Plan, plan_to_json
 from perseus_plugin.planning.power.budget import NodeOverhead, PowerBudget
@@ -294,16 +294,16 @@ def summary(made: Plan, cost: str = "", dwell_s: float = 0.0) -> Table:
     table = columns("", "full clocks", "plan")
     table.add_row("iteration time", f"{made.baseline_time_s:.6f} s", f"{made.iteration_time_s:.6f} s")
     table.add_row("energy per iteration", f"{made.baseline_energy_j:.3f} J", f"{made.energy_j:.3f} J")
-    table.add_row("saving", "", f"{made.saving:.3%}")
+    table.add_row("saving", "", figure(made.saving, ".3%"))
     if made.confidence is not None:
         low, high = made.confidence.saving
         table.add_row(f"  known to be ({made.confidence.level:.0%})", "", f"{low:.3%} to {high:.3%}")
-    table.add_row("slowdown", "", f"{made.slowdown:.3%}")
+    table.add_row("slowdown", "", figure(made.slowdown, ".3%"))
     add_power(table, made)
     table.add_row("lower bound of energy", "", f"{made.energy_lower_bound_j:.3f} J")
-    table.add_row("gap to the bound", "", f"{made.gap:.3%}")
+    table.add_row("gap to the bound", "", figure(made.gap, ".3%"))
     if made.confidence is not None:
-        table.add_row("  known to be at most", "", f"{made.confidence.gap_at_most:.3%}")
+        table.add_row("  known to be at most", "", figure(made.confidence.gap_at_most, ".3%"))
     else:
         table.add_row("  known to within", "", "unknown: no errors in the profile")
     changes = [made.clock_changes(stage) for stage in range(len(made.stages))]
@@ -320,8 +320,8 @@ def summary(made: Plan, cost: str = "", dwell_s: float = 0.0) -> Table:
 
 def add_graphed(table: Table, request: PlanRequest, graphed: Replays) -> None:
     """What is left of a plan where a step is one CUDA graph, and what was chosen for that (nothing under a budget)."""
-    table.add_row("as one CUDA graph: saving", "", f"{graphed.saving:.3%}")
-    table.add_row("  slowdown", "", f"{graphed.slowdown:.3%}")
+    table.add_row("as one CUDA graph: saving", "", figure(graphed.saving, ".3%"))
+    table.add_row("  slowdown", "", figure(graphed.slowdown, ".3%"))
     if request.target.budget is not None:
         return
     changes = "any number" if request.max_changes is None else str(request.max_changes)

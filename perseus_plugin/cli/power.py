@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from perseus_plugin.cli.job import POWER
-from perseus_plugin.errors import ConfigError
+from perseus_plugin.errors import ConfigError, figure
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.power.budget import NodeOverhead, Peaks, PowerBudget
 from perseus_plugin.planning.power.words import parse_group, parse_watts
@@ -123,7 +123,7 @@ def add_power(table: Table, made: Plan) -> None:
     )
     table.add_row("shortest iteration possible", "", f"{power.time_lower_bound_s:.6f} s")
     gap = made.iteration_time_s / power.time_lower_bound_s - 1
-    table.add_row("time above that", "", f"{gap:.3%}" + ("" if power.converged else " (bound not the best)"))
+    table.add_row("time above that", "", figure(gap, ".3%") + ("" if power.converged else " (bound not the best)"))
 
 
 def add_cost(table: Table, made: Plan, prices: Prices) -> None:
@@ -132,4 +132,4 @@ def add_cost(table: Table, made: Plan, prices: Prices) -> None:
     full = prices.cost(made.baseline_time_s, made.baseline_energy_j, gpus)
     cost = prices.cost(made.iteration_time_s, made.energy_j, gpus)
     table.add_row("cost per 1,000 iterations", f"{1000 * full:.4f}", f"{1000 * cost:.4f}")
-    table.add_row("cheaper", "", f"{1 - cost / full:.3%}")
+    table.add_row("cheaper", "", figure(1 - cost / full, ".3%"))

@@ -19,6 +19,7 @@ from perseus_plugin.reporting.report.document import check_plotly
 from perseus_plugin.reporting.report.findings import Findings, Options, find
 from perseus_plugin.reporting.report.folder import ONE_GRAPH_SEEN, load_folder, state_of
 from perseus_plugin.reporting.report.phrases import (
+    DRY_RUN,
     Rows,
     budget_rows,
     comparison,
@@ -161,6 +162,8 @@ def show(found: Findings, to: Console) -> None:
     say(f"perseus: {job_line(folder)} · {state_of(folder)}", to)
     if folder.emulated:
         say("Emulated GPUs: figures are a model's, not a GPU's.", to)
+    if folder.dry_run:
+        say(DRY_RUN, to)
     for name, value, more in headline(found):
         say(f"  {name}: {value}" + (f" ({more})" if more else ""), to)
     for text in found.explained:

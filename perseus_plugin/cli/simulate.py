@@ -50,7 +50,7 @@ from perseus_plugin.cli.simulation.description import (
 )
 from perseus_plugin.cli.simulation.resplit import Split, resplit
 from perseus_plugin.cli.terminal import columns, console, fits, progress, say
-from perseus_plugin.errors import ConfigError
+from perseus_plugin.errors import ConfigError, figure
 from perseus_plugin.gpus.emulated.physics import MODELS
 from perseus_plugin.iteration.instructions import INPUT_SHARE, Compute, StageStream
 from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
@@ -483,10 +483,15 @@ def _print(to: Console, outcomes: Sequence[Outcome], modelled: bool) -> None:
     for outcome, differs in zip(kept, varied, strict=True):
         figures = outcome.figures
         assert figures is not None  # filtered above
-        other = "" if figures.left_alone_j is None else f"{1 - figures.left_alone_j / figures.full_clock_j:.3%}"
+        other = "" if figures.left_alone_j is None else figure(1 - figures.left_alone_j / figures.full_clock_j, ".3%")
         if figures.graphed is not None:
-            other = f"{figures.graphed.saving:.3%}, {figures.graphed.slowdown:.3%}"
-        shares = f"{figures.saving:.3%}", f"{figures.slowdown:.3%}", f"{figures.gap:.3%}", other
+            other = f"{figure(figures.graphed.saving, '.3%')}, {figure(figures.graphed.slowdown, '.3%')}"
+        shares = (
+            figure(figures.saving, ".3%"),
+            figure(figures.slowdown, ".3%"),
+            figure(figures.gap, ".3%"),
+            other,
+        )
         full = f"{figures.full_clock_s:.4f} s", f"{figures.full_clock_j:.1f} J"
         plan = f"{figures.iteration_s:.4f} s", f"{figures.energy_j:.1f} J"
         whole.add_row(*named(outcome).values(), ", ".join(full), ", ".join(plan), *shares)

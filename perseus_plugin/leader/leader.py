@@ -79,7 +79,7 @@ class Leader:
         final_stats_timeout_s: float = 5.0,
     ) -> None:
         self._placement, self._exchange, self._tell = job.placement, job.exchange, tell
-        self._reporter = Reporter(job.output_dir, job.summary_facts)
+        self._reporter = Reporter(job.output_dir, {**job.summary_facts, "dry_run": not job.config.enforce})
         self._progress = Progress(job.timetable)
         self._publishers = publishers
         self._signals, self._said_in_vain, self._refused_in_vain = job.signals, False, False

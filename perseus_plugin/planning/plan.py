@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perseus_plugin.errors import PlanError, shown, validation_problem
+from perseus_plugin.errors import PlanError, figure, shown, validation_problem
 from perseus_plugin.files import read_text, write_atomically
 from perseus_plugin.iteration.bounds import MOST_COUNT, MOST_MHZ, MOST_S, Clock, Count, PositiveTime, Time
 from perseus_plugin.iteration.instructions import Instruction
@@ -116,12 +116,12 @@ class Plan:
         """What is known of saving and gap, for people."""
         if self.confidence is None:
             return (
-                f"{100 * self.saving:.1f} % less energy predicted, at most {100 * self.gap:.2f} % above the optimum of "
-                "the profile, whose errors are not known"
+                f"{figure(100 * self.saving, '.1f')} % less energy predicted, at most "
+                f"{figure(100 * self.gap, '.2f')} % above the optimum of the profile, whose errors are not known"
             )
         return (
-            f"{100 * self.saving:.1f} % less energy predicted ({self.confidence}), at most "
-            f"{100 * self.confidence.gap_at_most:.2f} % above the optimum"
+            f"{figure(100 * self.saving, '.1f')} % less energy predicted ({self.confidence}), at most "
+            f"{figure(100 * self.confidence.gap_at_most, '.2f')} % above the optimum"
         )
 
     @property

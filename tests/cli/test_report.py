@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from perseus_plugin.reporting import report
 from tests.cli.commands import Perseus
 from tests.reporting.job import Job
+
+DOCS = Path(__file__).parents[2] / "docs"
+NOT_IN_A_REPORT = {"losses", "clocks in `nvidia-smi`", "after the job's end"}
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +31,42 @@ def test_a_report_is_printed_and_written_into_the_folder(perseus: Perseus, folde
         assert text in done.stdout, text
     assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert "missing" not in done.stdout
+
+
+def looked_for() -> set[str]:
+    """What docs/first-day.md and docs/troubleshooting.md tell a reader to look for in a report."""
+    first_day = (DOCS / "first-day.md").read_text()
+    tables = re.findall(r"perseus report OUTPUT_DIR.*?\n\| look at .*?\n\|[-|]+\n(.*?)\n\n", first_day, re.DOTALL)
+    rows = [row.split("|")[1].strip() for table in tables for row in table.splitlines()]
+    names = {re.sub(r",( predicted,)? with its interval$", "", row) for row in rows} - NOT_IN_A_REPORT
+    return names | set(re.findall(r"\*([^*\n]+)\* in the report", (DOCS / "troubleshooting.md").read_text()))
+
+
+def test_what_the_docs_say_to_look_for_in_a_report_is_in_its_text_and_on_its_page(
+    perseus: Perseus, tmp_path: Path
+) -> None:
+    folder = Job(tmp_path / "out").planned().finished().folder
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["beside"] = {"time_s": 0.01, "percent": 5.0, "transfer_s": 0.001, "once_s": 0.002}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    done = perseus("report", folder, "--no-frontier")
+    assert done.returncode == 0, done.stderr
+    names = looked_for()
+    assert names >= {"hooks took", "slowdown, as run", "energy saved, as run", "what happened"}
+    page = (folder / "report.html").read_text()
+    for said in (done.stdout, page.partition("</head>")[2] or page):
+        text = " ".join(said.split()).lower()
+        # A name with a comma is a row's and a column's of the table where it is no figure of its own.
+        lacking = [name for name in names if name not in text and not all(part in text for part in name.split(", "))]
+        assert lacking == []
+
+
+def test_what_the_docs_say_of_a_report_has_the_reports_words() -> None:
+    about = re.sub(r"(?m)^\*.*\*$", "", (DOCS / "report.md").read_text())  # captions of pictures
+    names = re.findall(r"(?<!\*)\*([a-zA-Z][^*\n]+)\*(?!\*)", about)
+    words = " ".join(file.read_text() for file in Path(report.__file__).parent.glob("*.py")).lower()
+    assert len(names) > 8
+    assert [name for name in names if name.lower() not in words] == []
 
 
 def test_the_figures_are_data_too(perseus: Perseus, folder: Path) -> None:

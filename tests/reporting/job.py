@@ -43,6 +43,7 @@ class Job:
         folder: output folder, made here.
         switch_latency_s: of clock changes; given, the profile has waiting power by clock, and the plan waits with a
             clock of their own.
+        dry_run: clocks are left alone, so no plan is run.
         records: every `IterationRecord`, by rank and number.
     """
 
@@ -54,6 +55,7 @@ class Job:
     facts: dict[str, str] = field(default_factory=lambda: {"microbatch size": "3"})
     silent: Sequence[int] = ()
     switch_latency_s: float | None = None
+    dry_run: bool = False
     records: dict[tuple[int, int], IterationRecord] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,7 +117,8 @@ class Job:
         """Profile, plan and follow the plan."""
         self.profiled()
         save_plan(self.plan, self.folder / "plan.json")
-        self.timetable = self.timetable.switched(self.plan_from, Follow(1))
+        if not self.dry_run:
+            self.timetable = self.timetable.switched(self.plan_from, Follow(1))
         self.iterate(self.plan_from + iterations - self.number)
         return self
 
@@ -129,10 +132,13 @@ class Job:
     def summarise(self, state: str) -> None:
         """Write summary.json."""
         stats = [
-            RankStats(placement=where, totals=account.totals)
+            RankStats(
+                placement=where, totals=account.totals, overhead_s=1e-5 * self.number, hooked_iterations=self.number
+            )
             for where, account in zip(self.placements, self.accounts, strict=True)
         ]
         facts: dict[str, Any] = {"gpu": "test GPU", "emulated": self.emulated, "backend": "emulated"}
+        facts["dry_run"] = self.dry_run
         reporter = Reporter(self.folder, {"world_size": self.world_size, "stages": self.stages, **facts})
         has_plan = (self.folder / "plan.json").exists()
         reporter.update(

@@ -104,6 +104,7 @@ def test_a_dry_run_says_what_its_plan_would_save_and_leaves_clocks_alone(tmp_pat
     assert ran.summary["saving_percent"]["predicted"] > 1
     assert ran.summary["saving_percent"]["measured"] is None
     assert ran.summary["iterations"]["plan"] == 0
+    assert ran.summary["dry_run"] is True
     assert load_plan(folder / "plan.json").saving > 0.01
 
 

@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from perseus_plugin.errors import figure
 from perseus_plugin.reporting.report.document import cards, document, table
 from perseus_plugin.reporting.report.phrases import Rows
 from perseus_plugin.reporting.verification import Estimator, KindOfWork, Spread, Verification
@@ -30,14 +31,16 @@ def parts(found: Verification) -> Iterator[Part]:
     )
     if (seen := found.boundaries) is not None:
         more = (
-            "" if seen.drift_ppm is None else f" The GPU's event clock runs {seen.drift_ppm:+.1f} ppm off the host's."
+            ""
+            if seen.drift_ppm is None
+            else f" The GPU's event clock runs {figure(seen.drift_ppm, '+.1f')} ppm off the host's."
         )
         yield Part(
             "When instructions begin and end",
             "In microseconds. The error is that of the recorded time, against an event that is spun on; that reference "
-            f"itself is late by at most {seen.reference_us:.0f} µs. Mean error {seen.bias_us:+.1f} µs (+: recorded too "
-            "late). Late is what is done at a boundary: a clock request goes out so much after the GPU got there."
-            + more,
+            f"itself is late by at most {seen.reference_us:.0f} µs. Mean error {figure(seen.bias_us, '+.1f')} µs "
+            "(+: recorded too late). Late is what is done at a boundary: a clock request goes out so much after the "
+            "GPU got there." + more,
             [
                 _SPREAD_HEAD,
                 _spread_row("error of the time", seen.error_us),
@@ -55,8 +58,8 @@ def parts(found: Verification) -> Iterator[Part]:
                 ("calls on the training thread, median", f"{cost.call_us.median:.1f} µs"),
                 ("the same, 95 %", f"{cost.call_us.p95:.1f} µs"),
                 ("as a share of the instruction", f"{cost.share_percent:.3f} %"),
-                ("longer where the CPU is the bottleneck", f"{cost.host_bound_us:+.1f} µs"),
-                ("longer where the GPU is", f"{cost.gpu_bound_us:+.1f} ± {cost.gpu_bound_se_us:.1f} µs"),
+                ("longer where the CPU is the bottleneck", f"{figure(cost.host_bound_us, '+.1f')} µs"),
+                ("longer where the GPU is", f"{figure(cost.gpu_bound_us, '+.1f')} ± {cost.gpu_bound_se_us:.1f} µs"),
             ],
         )
     if (graphs := found.graphs) is not None:
@@ -76,7 +79,7 @@ def parts(found: Verification) -> Iterator[Part]:
                 ("replays vary by (standard deviation)", f"{graphs.jitter_percent:.3f} %", "", "", ""),
                 (
                     "longer while another process reads the GPU",
-                    f"{graphs.read_percent:+.3f} ± {graphs.read_se_percent:.3f} %",
+                    f"{figure(graphs.read_percent, '+.3f')} ± {graphs.read_se_percent:.3f} %",
                     *[""] * 3,
                 ),
             ],
@@ -219,7 +222,7 @@ def number(value: float | None, digits: int) -> str:
 
 def percent(value: float | None) -> str:
     """An error, with its sign."""
-    return "-" if value is None else f"{value:+.2f} %"
+    return "-" if value is None else f"{figure(value, '+.2f')} %"
 
 
 def _share_off(value: float | None, truth: float | None) -> float | None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from perseus_plugin.errors import figure
 from perseus_plugin.exchange.messages import Placement
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def log_line(figures: dict[str, float]) -> str:
     saving, slowdown = figures.get("Perseus/saving_percent/measured"), figures.get("Perseus/slowdown_percent/measured")
     if time_s is not None and energy_j is not None and saving is not None and slowdown is not None:
         return (
-            f"{saving:.1f} % less energy and {slowdown:+.1f} % time than at full clocks "
+            f"{figure(saving, '.1f')} % less energy and {figure(slowdown, '+.1f')} % time than at full clocks "
             f"({energy_j:.4g} J and {time_s:.4g} s per iteration)"
         )
     time_s, energy_j = figures.get("Perseus/iteration_time_s/full_clock"), figures.get("Perseus/energy_j/full_clock")

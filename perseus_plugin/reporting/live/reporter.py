@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from perseus_plugin.errors import os_problem
+from perseus_plugin.errors import figure, os_problem
 from perseus_plugin.exchange.messages import RankStats
 from perseus_plugin.files import write_atomically
 from perseus_plugin.reporting.live.summary import build_summary
@@ -24,7 +24,8 @@ class Reporter:
 
     Args:
         output_dir: where summary.json goes.
-        facts: what `build_summary` wants to know beside figures (`world_size`, `stages`, `gpu`, `emulated`, `backend`).
+        facts: what `build_summary` wants to know beside figures (`world_size`, `stages`, `gpu`, `emulated`, `backend`,
+            `dry_run`).
     """
 
     def __init__(self, output_dir: Path, facts: dict[str, Any]) -> None:
@@ -102,6 +103,7 @@ def events_of(summary: Summary) -> list[tuple[str, float]]:
 def print_summary(summary: Summary, to: TextIO | None = None) -> None:
     """Print the table of a summary; to standard error unless told where."""
     kind = "emulated, no real GPU" if summary.emulated else summary.backend
+    dry = "; a dry run: outside the sweep no clock was set" if summary.dry_run else ""
     rows = [["per iteration", "full clocks", "predicted", "as run"]]
     for name, columns, unit, digits in (
         ("time", summary.iteration_time_s, "s", 4),
@@ -123,28 +125,30 @@ def print_summary(summary: Summary, to: TextIO | None = None) -> None:
         for name, *cells in rows
     ]
     table.insert(1, "-+-".join("-" * width for width in (name_width, *widths)))
-    lines = [f"perseus: {summary.ranks} x {summary.gpu} ({kind})", *table, _remarks(summary)]
+    lines = [f"perseus: {summary.ranks} x {summary.gpu} ({kind}){dry}", *table, _remarks(summary)]
     print("\n".join(lines), file=to or sys.stderr, flush=True)
 
 
 def _remarks(summary: Summary) -> str:
     remarks = [_counted(summary)]
     references = summary.references
-    if references.iterations and references.energy_not_saved_j is not None:
-        remarks.append(f"those to compare with cost {_figure(references.energy_not_saved_j, 0)} J of saving")
-    if summary.profiling.extra_time_s is not None:
-        remarks.append(f"profiling cost {_figure(summary.profiling.extra_time_s, 1)} s")
+    if references.iterations and (references.energy_not_saved_j or 0.0) > 0:
+        remarks.append(f"those to compare with cost {references.energy_not_saved_j:.0f} J of saving")
+    extra_s = summary.profiling.extra_time_s
+    if extra_s is not None:
+        # Iterations vary: lower clocks make none shorter.
+        remarks.append(f"profiling cost {extra_s:.1f} s" if extra_s >= 0.05 else "profiling cost no time that shows")
     plan = summary.plan
     if plan is not None:
         above = (
-            f"{plan.gap_percent:.2f} % above the optimum of a profile whose errors are not known"
+            f"{figure(plan.gap_percent, '.2f')} % above the optimum of a profile whose errors are not known"
             if plan.confidence is None
-            else f"{plan.confidence.gap_at_most_percent:.2f} % above the optimum"
+            else f"{figure(plan.confidence.gap_at_most_percent, '.2f')} % above the optimum"
         )
         remarks.append(f"planned in {plan.planning_time_s:.2f} s, at most {above}")
     stragglers = summary.stragglers
     if stragglers is not None and stragglers.iterations:
-        remarks.append(f"about {stragglers.energy_saved_j:.0f} J were saved by going at a straggler's pace")
+        remarks.append(f"about {figure(stragglers.energy_saved_j, '.0f')} J were saved by going at a straggler's pace")
     late = summary.catching_up
     if late.raised_instructions:
         remarks.append(
@@ -196,13 +200,8 @@ def _counted(summary: Summary) -> str:
 
 def _interval(percent: Sequence[float] | None) -> str:
     """Between what the figure lies, with 95 % confidence."""
-    return "" if percent is None else f" ({_figure(percent[0], 2)} to {_figure(percent[1], 2)})"
-
-
-def _figure(value: float, digits: int) -> str:
-    """Rounded; what rounds to nothing has no sign."""
-    return f"{round(value, digits) + 0.0:.{digits}f}"
+    return "" if percent is None else f" ({figure(percent[0], '.2f')} to {figure(percent[1], '.2f')})"
 
 
 def _cell(value: float | None, unit: str, digits: int) -> str:
-    return "-" if value is None else f"{_figure(value, digits)} {unit}"
+    return "-" if value is None else f"{figure(value, f'.{digits}f')} {unit}"

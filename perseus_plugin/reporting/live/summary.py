@@ -97,6 +97,7 @@ def build_summary(
     targets: Mapping[str, int] | None = None,
     bill: Bill | None = None,
     batches: BatchesSection | None = None,
+    dry_run: bool = False,
 ) -> Summary:
     """The content of summary.json.
 
@@ -137,6 +138,7 @@ def build_summary(
         emulated=emulated,
         gpu=gpu,
         backend=backend,
+        dry_run=dry_run,
         ranks=world_size,
         ranks_reporting=len(stats),
         stages=stages,

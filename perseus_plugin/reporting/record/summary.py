@@ -223,6 +223,7 @@ class Summary(_Section):
     emulated: bool = _told("whether the figures are those of emulated GPUs")
     gpu: str = _told("name of the GPUs")
     backend: str = _told("who sets the clocks")
+    dry_run: bool = _told("whether clocks are left alone outside the sweep (`enforce` is false)", False)
     ranks: int = _told("of the job")
     ranks_reporting: int = _told("whose figures are in here")
     stages: int = _told("of the pipeline")

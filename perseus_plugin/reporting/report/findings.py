@@ -221,8 +221,8 @@ def _lanes(folder: JobFolder) -> list[Lanes]:
         made.append(recorded_lanes(f"Plan, as iteration {ran[0].number} ran", ran, profile, graph, power_w))
     elif plan is not None and folder.one_graph:
         folder.missing.append(f"{ONE_GRAPH_SEEN}: what ran is not drawn{_as_a_whole(folder)}")
-    elif plan is not None and folder.records:
-        folder.missing.append("no iteration under the plan was kept whole (yet): what ran is not drawn")
+    elif plan is not None and folder.records and not folder.dry_run:
+        folder.missing.append(f"no iteration under the plan was kept whole{folder.yet}: what ran is not drawn")
     return made
 
 

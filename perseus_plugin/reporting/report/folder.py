@@ -101,6 +101,16 @@ class JobFolder:
         name, value = ONE_GRAPH
         return any(record.header.facts.get(name) == value for record in self.records.values())
 
+    @property
+    def dry_run(self) -> bool:
+        """Whether the job leaves clocks alone, so that no plan is run."""
+        return self.summary is not None and self.summary.dry_run
+
+    @property
+    def yet(self) -> str:
+        """Follows on what is missing: " (yet)" while it may still come, nothing once the job has ended."""
+        return "" if state_of(self) in ("finished", "crashed") else " (yet)"
+
     def graph(self) -> PipelineGraph | None:
         """Of the plan's schedule; None if its streams are not there, or are of another schedule."""
         if self.streams is None or self.plan is None:
@@ -170,7 +180,9 @@ def load_folder(path: Path, now_s: float | None = None) -> JobFolder:
     _read_records(folder)
     started_s = max((record.header.started_s for record in folder.records.values()), default=0.0)
     folder.summary = _read(folder, SUMMARY_FILE, started_s, load_summary, "figures of the whole job")
-    folder.plan = _read(folder, "plan.json", started_s, load_plan, "there is no plan (yet): no timeline, no frontier")
+    folder.plan = _read(
+        folder, "plan.json", started_s, load_plan, f"there is no plan{folder.yet}: no timeline, no frontier"
+    )
     folder.streams = _read(folder, "schedule.json", started_s, load_streams, "the schedule's dependencies")
     # Of a plan made since; where it is missing, a report computes it.
     folder.frontier = _read(folder, FRONTIER_FILE, started_s, load_curve, "")

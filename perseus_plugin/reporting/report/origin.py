@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from perseus_plugin.errors import figure
 from perseus_plugin.reporting.record.iterations import PLAN
 from perseus_plugin.reporting.record.records import RankRecord, Series
 from perseus_plugin.reporting.record.summary import Summary
@@ -27,7 +28,7 @@ def explained(folder: JobFolder, per: PerIteration | None, run: Series | None, l
     summary = folder.summary
     said = []
     if summary is not None and per is not None:
-        said.append(_why_predicted(summary) if per.predicted else _as_run(summary))
+        said.append(_why_predicted(folder, summary) if per.predicted else _as_run(summary))
     if summary is not None and summary.ranks_reporting < summary.ranks:
         said.append(f"{summary.ranks_reporting} of {summary.ranks} ranks had reported when the summary was written.")
     if run is not None:
@@ -50,9 +51,11 @@ def _as_run(summary: Summary) -> str:
     return f"As run: the mean of {counts.plan:,}{of} iterations under plans{left}. Full clocks: {full}."
 
 
-def _why_predicted(summary: Summary) -> str:
+def _why_predicted(folder: JobFolder, summary: Summary) -> str:
+    if summary.dry_run:
+        return "Predicted: what the plan would do. In a dry run no iteration is run under it."
     if summary.iteration_time_s.measured is None:
-        return "Predicted: no iteration under the plan has been measured (yet)."
+        return f"Predicted: no iteration under the plan has been measured{folder.yet}."
     if summary.energy_j.measured is None:
         return "Predicted: the energy of iterations under the plan is not known."
     return (
@@ -84,13 +87,14 @@ def _timeline(folder: JobFolder, per: PerIteration, lanes: Sequence[Lanes]) -> l
         return said
     slower, full_slower = whole_s / plan.iteration_time_s - 1, per.full_s / plan.baseline_time_s - 1
     profile = (
-        f"Against the profile, by which the other rows are drawn, iteration {number} took {100 * slower:+.1f} % time"
+        f"Against the profile, by which the other rows are drawn, iteration {number} took "
+        f"{figure(100 * slower, '+.1f')} % time"
     )
     if summary.references.slowdown_percent is None:
         if abs(slower) > _NOTICED:
             said.append(f"{profile}: what has changed since the sweep, other than by the plan, is in that too.")
     elif max(abs(slower), abs(full_slower)) > _NOTICED:
-        full = f"full clocks as run {100 * full_slower:+.1f} %"
+        full = f"full clocks as run {figure(100 * full_slower, '+.1f')} %"
         said.append(f"{profile} and {full}: what both share is not due to the plan.")
     return said
 

@@ -22,6 +22,7 @@ from perseus_plugin.reporting.report.findings import Findings
 from perseus_plugin.reporting.report.folder import state_of
 from perseus_plugin.reporting.report.phrases import (
     BUDGETS,
+    DRY_RUN,
     budget_rows,
     comparison,
     headline,
@@ -70,6 +71,8 @@ def _head(found: Findings) -> str:
             '<section class="note"><b>Emulated GPUs.</b> Times, clocks and energies below come from a model, not from '
             "a GPU; see <a href='#origin'>what was measured</a>.</section>"
         )
+    if folder.dry_run:
+        banner += f'<section class="note">{html.escape(DRY_RUN)}</section>'
     return f'<h1>Perseus report</h1><div class="muted">{html.escape(line)}</div>{banner}'
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from perseus_plugin.errors import figure
 from perseus_plugin.reporting.report.findings import Findings
 from perseus_plugin.reporting.report.folder import JobFolder
 from perseus_plugin.reporting.report.worth import (
@@ -23,6 +24,7 @@ BUDGETS = (
     "All iterations while a budget was in force, references and stragglers included. Highest: the average over any "
     "window, of iterations as a whole, and where one was kept whole of what the counter said within it."
 )
+DRY_RUN = "A dry run (`enforce` is false): no clock is set outside the sweep, and what a plan would save is predicted."
 _FULL_SPEED = 0.001  # share of the time at full clocks
 
 
@@ -47,10 +49,10 @@ def headline(found: Findings) -> list[tuple[str, str, str]]:
         energies = f"{per.full_j:,.0f} J → {per.plan_j:,.0f} J per iteration"
         if per.saved_percent_between is not None:
             low, high = per.saved_percent_between
-            energies += f", 95 %: {low:.1f} to {high:.1f} %"
-        cards.append((f"energy saved, {how}", f"{100 * (1 - per.plan_j / per.full_j):.1f} %", energies))
+            energies += f", 95 %: {figure(low, '.1f')} to {figure(high, '.1f')} %"
+        cards.append((f"energy saved, {how}", f"{figure(100 * (1 - per.plan_j / per.full_j), '.1f')} %", energies))
         times = f"{per.full_s:.4f} s → {per.plan_s:.4f} s"
-        cards.append((f"iteration time, {how}", f"{100 * (per.plan_s / per.full_s - 1):+.2f} %", times))
+        cards.append((f"iteration time, {how}", f"{figure(100 * (per.plan_s / per.full_s - 1), '+.2f')} %", times))
         budget_w = found.reigns[-1].budget_w if found.reigns else math.nan
         watts = f"{per.full_j / per.full_s:,.0f} W at full clocks"
         watts += "" if math.isnan(budget_w) else f", budget {budget_w:,.0f} W"
@@ -63,10 +65,15 @@ def headline(found: Findings) -> list[tuple[str, str, str]]:
             more += "; of the profile, whose errors are not known"
         else:
             gap = plan.confidence.gap_at_most
-        cards.append(("plan above the optimum", f"at most {100 * gap:.2f} %", more))
+        cards.append(("plan above the optimum", f"at most {figure(100 * gap, '.2f')} %", more))
     if run is not None and run.used_j is not None:
-        saved = "" if run.saved_j is None else f"{energy(run.saved_j)} saved under plans" + left_out(run)
+        saved = "" if not run.saved_j else f"{energy(run.saved_j)} saved under plans" + left_out(run)
         cards.append((f"used in {run.iterations:,} iterations", energy(run.used_j), saved))
+    hooks = None if found.folder.summary is None else found.folder.summary.overhead
+    if hooks is not None and hooks.hook_time_percent is not None:
+        took = 1e3 * (hooks.hook_time_per_iteration_s or 0.0)
+        more = f"{took:.3g} ms of an iteration, on a training thread, mean over ranks"
+        cards.append(("hooks took", f"{hooks.hook_time_percent:.3f} % of the time", more))
     paid = payback(found)
     if paid is not None:
         cards.append(paid)
@@ -85,7 +92,8 @@ def comparison(folder: JobFolder) -> Rows:
         return []
 
     def row(name: str, form: str, *values: float | None) -> tuple[str, ...]:
-        return (name, *("" if value is None else form.format(value) for value in values))
+        number, unit = form.split()
+        return (name, *("" if value is None else f"{figure(value, number)} {unit}" for value in values))
 
     def between(cells: tuple[str, ...], *intervals: tuple[float, float] | None) -> tuple[str, ...]:
         """The last cells, each with its interval."""
@@ -93,7 +101,9 @@ def comparison(folder: JobFolder) -> Rows:
         return (
             *cells[:first],
             *(
-                cell if interval is None or not cell else f"{cell} ({interval[0]:.2f} to {interval[1]:.2f})"
+                cell
+                if interval is None or not cell
+                else f"{cell} ({figure(interval[0], '.2f')} to {figure(interval[1], '.2f')})"
                 for cell, interval in zip(cells[first:], intervals, strict=True)
             ),
         )
@@ -102,14 +112,12 @@ def comparison(folder: JobFolder) -> Rows:
     slower, saved = summary.slowdown_percent, summary.saving_percent
     return [
         ("per iteration", "full clocks", "predicted", "as run"),
-        row("time", "{:.4f} s", times.full_clock, times.predicted, times.measured),
-        row("energy", "{:,.1f} J", energies.full_clock, energies.predicted, energies.measured),
-        row("power", "{:,.1f} W", powers.full_clock, powers.predicted, powers.measured),
+        row("time", ".4f s", times.full_clock, times.predicted, times.measured),
+        row("energy", ",.1f J", energies.full_clock, energies.predicted, energies.measured),
+        row("power", ",.1f W", powers.full_clock, powers.predicted, powers.measured),
+        between(row("slowdown", ".2f %", None, slower.predicted, slower.measured), summary.references.slowdown_percent),
         between(
-            row("slowdown", "{:.2f} %", None, slower.predicted, slower.measured), summary.references.slowdown_percent
-        ),
-        between(
-            row("energy saved", "{:.2f} %", None, saved.predicted, saved.measured),
+            row("energy saved", ".2f %", None, saved.predicted, saved.measured),
             summary.predicted_between.saving_percent,
             summary.references.saving_percent,
         ),
@@ -123,7 +131,7 @@ def worth_rows(found: Findings) -> Rows:
     rows: Rows = [("", "GPUs", "at the meter", *money, "CO2")]
     if run is not None and run.used_j is not None:
         rows.append(_worth(f"this run, {run.iterations:,} iterations", amount(run.used_j, rates)))
-    if run is not None and run.saved_j is not None:
+    if run is not None and run.saved_j:
         rows.append(_worth("saved under plans" + left_out(run), amount(run.saved_j, rates)))
     stragglers = None if found.folder.summary is None else found.folder.summary.stragglers
     if stragglers is not None and stragglers.iterations:
@@ -152,7 +160,7 @@ def _profiling(run: SoFar) -> str:
         if (run.profiling_j or 0.0) < 0
         else "profiling took more than full clocks"
     )
-    return of if run.profiling_s is None else f"{of}, in {run.profiling_s:.1f} s more"
+    return f"{of}, in {run.profiling_s:.1f} s more" if run.profiling_s is not None and run.profiling_s > 0 else of
 
 
 def payback(found: Findings) -> tuple[str, str, str] | None:
@@ -210,15 +218,15 @@ def valued_rows(found: Findings) -> Rows:
         if of.total is None:
             continue
 
-        def figure(value: float | None, unit: str = unit) -> str:
+        def valued(value: float | None, unit: str = unit) -> str:
             return "" if value is None else f"{_figure(pue * value)} {unit}".strip()
 
         between = of.full_clocks_between
-        full = figure(of.full_clocks)
+        full = valued(of.full_clocks)
         if full and between is not None:
             full += f" ({_figure(pue * between[0])} to {_figure(pue * between[1])})"
         known = "" if of.known_percent is None else f"{of.known_percent:.0f} %"
-        rows.append((name, figure(of.total), figure(of.under_plans), full, known))
+        rows.append((name, valued(of.total), valued(of.under_plans), full, known))
     return rows if len(rows) > 1 else []
 
 
@@ -250,9 +258,7 @@ def energy(energy_j: float) -> str:
 
 
 def _figure(value: float) -> str:
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return figure(value, ",.0f" if abs(value) >= 100 else ".3g")
 
 
 def _span(hours: float) -> str:
@@ -270,11 +276,11 @@ def least_cost_line(found: Findings) -> str:
     at = (
         "at full speed"
         if slower <= _FULL_SPEED
-        else f"with iterations of {best.iteration_time_s:.4f} s ({slower:+.1%})"
+        else f"with iterations of {best.iteration_time_s:.4f} s ({figure(slower, '+.1%')})"
     )
     return (
         f"At {rates.price:g} {rates.currency} per kWh at the meter and {rates.gpu_hour:g} per GPU-hour training costs "
-        f"least {at}, by a plan that takes {saved:.1%} less energy than full clocks."
+        f"least {at}, by a plan that takes {figure(saved, '.1%')} less energy than full clocks."
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from perseus_plugin.errors import PerseusError
+from perseus_plugin.errors import PerseusError, figure
 from perseus_plugin.iteration.graph import PipelineGraph, build_graph
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.schedules import SCHEDULES
@@ -49,7 +49,9 @@ def lanes_of(job: JobFolder) -> tuple[Plan, list[Lanes]]:
     """
     plan, profile = load_plan(job.path / "plan.json"), load_profile(job.path / "profile.csv")
     graph = job.graph() or textbook_graph(plan)
-    made = [planned_lanes(f"plan: {plan.energy_j:.0f} J ({-100 * plan.saving:+.1f} %)", plan, profile, graph)]
+    made = [
+        planned_lanes(f"plan: {plan.energy_j:.0f} J ({figure(-100 * plan.saving, '+.1f')} %)", plan, profile, graph)
+    ]
     planned = [[one.instruction for one in stage] for stage in plan.stages]
     # `perseus plan` may have derived rows that the file does not have.
     known = with_rows_for(job.profile or profile, [[Compute(i.kind, i.microbatch) for i in stage] for stage in planned])

@@ -173,7 +173,7 @@ def _against(full: Mapping[str, FullClocks], pairs: Sequence[tuple[Stretch, floa
 
 
 def _negative(value: float | None) -> float | None:
-    return None if value is None else -value
+    return None if value is None else 0.0 - value  # nothing is not negative
 
 
 def _total(pairs: Sequence[tuple[Stretch, float]]) -> float | None:

@@ -87,8 +87,21 @@ def test_what_rounds_to_nothing_has_no_sign() -> None:
     profiling = summary.profiling.model_copy(update={"extra_time_s": -0.04})
     slowdown = summary.slowdown_percent.model_copy(update={"measured": -0.004})
     text = printed(summary.model_copy(update={"profiling": profiling, "slowdown_percent": slowdown}))
-    assert "profiling cost 0.0 s; " in text
+    assert "slowdown" in text
     assert "-0.0" not in text
+
+
+@pytest.mark.parametrize("extra_s", [-7.5, -0.04, 0.0, 0.04])
+def test_profiling_costs_nothing_where_no_cost_shows(extra_s: float) -> None:
+    summary = made(RANKS)
+    profiling = summary.profiling.model_copy(update={"extra_time_s": extra_s})
+    assert "profiling cost no time that shows; " in printed(summary.model_copy(update={"profiling": profiling}))
+
+
+def test_a_dry_run_says_that_it_is_one() -> None:
+    summary = made(RANKS)
+    assert "dry run" not in printed(summary)
+    assert "a dry run: outside the sweep no clock was set" in printed(summary.model_copy(update={"dry_run": True}))
 
 
 def test_the_table_shows_time_energy_and_saving() -> None:

@@ -20,6 +20,7 @@ from perseus_plugin.reporting.report.lanes import planned_lanes
 from perseus_plugin.reporting.report.origin import explained
 from perseus_plugin.reporting.report.page import page
 from perseus_plugin.reporting.report.phrases import (
+    DRY_RUN,
     budget_rows,
     comparison,
     energy,
@@ -167,6 +168,27 @@ def test_before_the_plan_has_run_its_prediction_is_told_as_such(tmp_path: Path) 
     assert found.per.predicted
     assert ("energy saved, predicted", f"{100 * job.plan.saving:.1f} %") in [card[:2] for card in headline(found)]
     assert any("no iteration under the plan was kept whole" in text for text in found.folder.missing)
+
+
+def test_a_dry_run_says_that_it_is_one_and_promises_no_more(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out", dry_run=True).planned().finished()
+    found = find(load_folder(job.folder))
+    cards = headline(found)
+    assert [name for name, *_ in cards if name.startswith("energy saved")] == ["energy saved, predicted"]
+    said = [*found.explained, *found.folder.missing, *(" ".join(card) for card in cards)]
+    said += [" ".join(row) for row in worth_rows(found)]
+    assert "Predicted: what the plan would do. In a dry run no iteration is run under it." in said
+    assert [text for text in said if "yet" in text or "saved under plans" in text or "-0" in text] == []
+    assert found.folder.missing == []
+    assert DRY_RUN.replace("`", "") in page(found).replace("`", "")
+
+
+@pytest.mark.parametrize(("state", "yet"), [("running", True), ("finished", False), ("crashed", False)])
+def test_what_may_still_come_is_told_from_what_will_not(tmp_path: Path, state: str, yet: bool) -> None:
+    job = Job(tmp_path / "out").profiled().finished()
+    job.summarise(state)
+    (text,) = [one for one in load_folder(job.folder).missing if "there is no plan" in one]
+    assert ("(yet)" in text) is yet
 
 
 def test_of_steps_that_are_one_graph_what_is_known_is_told(tmp_path: Path) -> None:

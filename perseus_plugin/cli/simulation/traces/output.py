@@ -12,6 +12,7 @@ import numpy as np
 from perseus_plugin.cli.simulation.traces.findings import Explained, SlowStage, Spread, Stragglers
 from perseus_plugin.cli.simulation.traces.traced import TracedJob
 from perseus_plugin.cli.simulation.traces.worth import Estimate, Ride, Worth, clocked
+from perseus_plugin.errors import figure
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.report.lanes import Lanes, timed_lanes
@@ -97,11 +98,12 @@ def plan_rows(answer: Answer) -> Iterator[tuple[str, ...]]:
         how = [f"margin {ride.margin:.1%}"] if ride.margin is not None and not ride.obstacle else []
         if ride.raised:
             how.append(f"{ride.raised:.1%} of instructions caught up")
+        saving, low, high = (figure(one, ".2%") for one in (ride.saving.mean, ride.saving.low, ride.saving.high))
         yield (
             ride.name,
-            f"{ride.time_ratio - 1:+.2%}",
-            f"{ride.worst_ratio - 1:+.2%}",
-            f"{ride.saving.mean:.2%} ({ride.saving.low:.2%} to {ride.saving.high:.2%})",
+            figure(ride.time_ratio - 1, "+.2%"),
+            figure(ride.worst_ratio - 1, "+.2%"),
+            f"{saving} ({low} to {high})",
             f"{ride.full_j:.1f} J, {ride.energy_j:.1f} J",
             "full clocks, see below" if ride.obstacle else ", ".join(how),
         )

@@ -18,6 +18,7 @@ from perseus_plugin.cli.simulation.traces.output import (
     straggler_lines,
 )
 from perseus_plugin.cli.simulation.traces.worth import Estimate
+from perseus_plugin.errors import figure
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.reporting.report.document import (
     TIMELINE_TEXT,
@@ -66,7 +67,7 @@ _STEP_TEXT = (
 def _headline(answer: Answer) -> list[tuple[str, str, str]]:
     found = answer.worth
     shown = [
-        (f"{ride.name} plan saves", f"{ride.saving.mean:.1%}", f"{ride.time_ratio - 1:+.2%} time")
+        (f"{ride.name} plan saves", figure(ride.saving.mean, ".1%"), f"{figure(ride.time_ratio - 1, '+.2%')} time")
         for ride in found.rides
     ]
     for name, share, why in (

@@ -6,24 +6,38 @@ from one place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from perseus_plugin.errors import ConfigError, shown, validation_problem
+from perseus_plugin.errors import ConfigError, PlanError, shown, validation_problem
 from perseus_plugin.files import parse_json, parse_yaml, read_text
 from perseus_plugin.gpus.base import DWELL_LATENCIES
 from perseus_plugin.gpus.registry import AUTO, OFF, choices, is_backend
-from perseus_plugin.iteration.bounds import GPUS_OF_A_GROUP, MOST_MHZ, MOST_W
+from perseus_plugin.iteration.bounds import GPUS_OF_A_GROUP, MOST_MHZ, MOST_SLOWDOWN, MOST_W
 from perseus_plugin.iteration.references import LARGEST_SHARE
+from perseus_plugin.iteration.words import parse_share, parse_watts
 
 BLOCK = "perseus"
 
 _MOST_BYTES = 2**20  # of a configuration
 
+_Slowdown = Annotated[float, Field(ge=0, le=MOST_SLOWDOWN), BeforeValidator(lambda told: _in_words(parse_share, told))]
+_Watts = Annotated[float, Field(gt=0), BeforeValidator(lambda told: _in_words(parse_watts, told))]
+
 _TOLERANCE_PAIRED, _TOLERANCE_SWEEP = 0.01, 0.03
+
+
+def _in_words(parse: Callable[[object], float], told: object) -> object:
+    """What a person writes for a figure, as the command line takes it too; anything else stays, to be refused."""
+    if not isinstance(told, str):
+        return told
+    try:
+        return parse(told)
+    except PlanError:
+        return told
 
 
 def _as_tuple(value: object) -> object:
@@ -393,18 +407,15 @@ class PerseusConfig(_Strict):
         "false: a dry run. The job is profiled and planned for and says what the plan would do; outside the sweep no "
         "clock is set.",
     )
-    slowdown: float = _setting(
+    slowdown: _Slowdown = _setting(
         0.0,
-        "a number from 0 to 10",
+        'a number from 0 to 1, or a share such as "10%"',
         "Target: share by which an iteration may be longer than at full clocks.",
-        ge=0,
-        le=10,
     )
-    power_budget_w: float | None = _setting(
+    power_budget_w: _Watts | None = _setting(
         None,
-        "a number above 0, or null",
+        'a number above 0, watts such as "180kW", or null',
         "Average watts that the GPUs of the whole job may draw; iterations are as fast as that allows.",
-        gt=0,
     )
     price_per_kwh: float | None = _setting(
         None,
@@ -416,12 +427,10 @@ class PerseusConfig(_Strict):
     price_per_gpu_hour: float | None = _setting(
         None, "a number from 0, or null", "Price of an hour of one GPU, in the same currency.", ge=0
     )
-    power_budget_groups_w: dict[Annotated[str, Field(pattern=GPUS_OF_A_GROUP)], Annotated[float, Field(gt=0)]] = (
-        _setting(
-            {},
-            'an object of watts, by "gpu" (each), "node" (each), "node 3", or ranks such as "0-7,16"',
-            "The same for some of its GPUs together, by ranks, node or GPU.",
-        )
+    power_budget_groups_w: dict[Annotated[str, Field(pattern=GPUS_OF_A_GROUP)], _Watts] = _setting(
+        {},
+        'an object of watts, by "gpu" (each), "node" (each), "node 3", or ranks such as "0-7,16"',
+        "The same for some of its GPUs together, by ranks, node or GPU.",
     )
     node_overhead_w: float = _setting(
         0.0,
@@ -433,11 +442,10 @@ class PerseusConfig(_Strict):
     node_overhead_share: float = _setting(
         0.0, "a number from 0", "The same as a share of the power of its GPUs (fans, losses).", ge=0
     )
-    peak_w: float | None = _setting(
+    peak_w: _Watts | None = _setting(
         None,
-        "a number above 0, or null",
+        'a number above 0, watts such as "180kW", or null',
         "Highest average power, in watts, that a plan of the whole job may reach over any peak_window_s seconds.",
-        gt=0,
     )
     peak_window_s: float = _setting(
         1.0, "a number above 0", "Length of the window that peak power is averaged over, in seconds.", gt=0

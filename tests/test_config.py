@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from perseus_plugin.cli.job import parse_slowdown
 from perseus_plugin.config import PerseusConfig, load_config, parse_config, with_whole_paths
 from perseus_plugin.errors import ConfigError
 
@@ -89,6 +90,10 @@ FULL: dict[str, Any] = {
 }
 
 
+SLOWDOWN = 'a number from 0 to 1, or a share such as "10%"'
+WATTS = 'a number above 0, watts such as "180kW", or null'
+
+
 def settings_of(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Every key of the block, dotted."""
     keys = []
@@ -152,13 +157,15 @@ def test_a_config_cannot_be_changed_afterwards() -> None:
     [
         ("enabled", 1, "true or false"),
         ("enabled", "yes", "true or false"),
-        ("slowdown", -0.1, "a number from 0 to 10"),
-        ("power_budget_w", 0, "a number above 0, or null"),
-        ("power_budget_w", "180kW", "a number above 0, or null"),
+        ("slowdown", -0.1, SLOWDOWN),
+        ("power_budget_w", 0, WATTS),
+        ("power_budget_w", "180kWh", WATTS),
+        ("peak_w", "-3 W", WATTS),
         ("peak_window_s", 0, "a number above 0"),
-        ("slowdown", "0.1", "a number from 0 to 10"),
-        ("slowdown", None, "a number from 0 to 10"),
-        ("slowdown", True, "a number from 0 to 10"),
+        ("slowdown", "much", SLOWDOWN),
+        ("slowdown", 10, SLOWDOWN),
+        ("slowdown", None, SLOWDOWN),
+        ("slowdown", True, SLOWDOWN),
         ("margin", 1.5, "a number from 0 to 1"),
         ("effort", "hard", '"quick", "normal" or "thorough"'),
         ("output_dir", "", "a path"),
@@ -204,6 +211,26 @@ def test_a_wrong_value_names_key_value_and_what_is_allowed(key: str, value: obje
     with pytest.raises(ConfigError) as caught:
         parse_config(with_value(key, value))
     assert str(caught.value) == f"perseus.{key}: got {json.dumps(value)}; allowed: {allowed}"
+
+
+@pytest.mark.parametrize("written", ["10%", "10 %", "0.1", 0.1])
+def test_a_slowdown_may_be_written_as_on_the_command_line(written: object) -> None:
+    assert parse_config({"slowdown": written}).slowdown == 0.1
+    assert parse_config({"slowdown": written}).slowdown == parse_slowdown(str(written))
+
+
+@pytest.mark.parametrize("written", [10, 1.01, "1000%", "101 %"])
+def test_what_is_no_slowdown_for_the_one_is_none_for_the_other(written: object) -> None:
+    with pytest.raises(ConfigError, match=r"slowdown: got .*; allowed: .* 0 to 1,"):
+        parse_config({"slowdown": written})
+    with pytest.raises(ConfigError, match=r"slowdown: got .*; allowed: .* 0 to 1,"):
+        parse_slowdown(str(written))
+
+
+@pytest.mark.parametrize(("written", "watts"), [("180kW", 180e3), ("900 W", 900.0), ("1.2 MW", 1.2e6), (900, 900.0)])
+def test_powers_may_be_written_as_on_the_command_line(written: object, watts: float) -> None:
+    config = parse_config({"power_budget_w": written, "peak_w": written, "power_budget_groups_w": {"node": written}})
+    assert (config.power_budget_w, config.peak_w, config.power_budget_groups_w) == (watts, watts, {"node": watts})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
@@ -341,7 +368,7 @@ def test_a_file_with_a_wrong_value_names_itself(tmp_path: Path, name: str) -> No
     path.write_text('{"perseus": {"slowdown": -1}}')
     with pytest.raises(ConfigError) as caught:
         load_config(path)
-    assert str(caught.value) == f"{path}: perseus.slowdown: got -1; allowed: a number from 0 to 10"
+    assert str(caught.value) == f"{path}: perseus.slowdown: got -1; allowed: {SLOWDOWN}"
 
 
 @pytest.mark.parametrize(

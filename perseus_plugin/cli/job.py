@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
+from pydantic import ValidationError
 
 from perseus_plugin.cli.destinations import source
-from perseus_plugin.errors import ConfigError, PlanError
-from perseus_plugin.iteration.bounds import MOST_W
+from perseus_plugin.config import LimitsConfig
+from perseus_plugin.errors import ConfigError, PlanError, shown, validation_problem
+from perseus_plugin.iteration.bounds import MOST_SLOWDOWN, MOST_W
 from perseus_plugin.iteration.instructions import Compute, StageStream
 from perseus_plugin.iteration.replayed import Overheads
 from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
+from perseus_plugin.iteration.words import parse_share
 from perseus_plugin.planning.inputs import INPUTS_FILE, load_inputs
-from perseus_plugin.planning.power.words import parse_share
 from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.planning.streams import load_streams
-from perseus_plugin.planning.targets import Effort, dwell_for
+from perseus_plugin.planning.targets import ChangeLimits, Effort, dwell_for
 from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import Profile, load_profile
 
@@ -190,9 +192,9 @@ def request_from_options(path: Path, job: JobOptions) -> PlanRequest:
     """
     given: dict[str, object] = {
         "effort": parse_effort(job.effort),
-        "max_changes": job.max_changes,
-        "min_dwell_s": job.min_dwell,
-        "latency_s": None if job.switch_latency is None else _seconds("--switch-latency", job.switch_latency),
+        "max_changes": _limit("--max-changes", "max_changes_per_iteration", job.max_changes),
+        "min_dwell_s": _limit("--min-dwell", "min_dwell_s", job.min_dwell),
+        "latency_s": _limit("--switch-latency", "switch_latency_s", job.switch_latency),
         "lower_while_waiting": job.lower_while_waiting,
     }
     if path.is_dir():
@@ -295,6 +297,26 @@ def _per_stage(power_w: float | list[float], stages: int) -> list[float]:
     return power_w if isinstance(power_w, list) else [power_w] * stages
 
 
+def _limit(option: str, key: str, value: float | None) -> float | None:
+    """An option that is a key of `perseus.limits` too, of which the same is allowed."""
+    try:
+        LimitsConfig.model_validate({key: value})
+    except ValidationError as error:
+        allowed = validation_problem(error, LimitsConfig).partition("; allowed: ")[2].removesuffix(", or null")
+        raise ConfigError(f"{option}: got {shown(value)}; allowed: {allowed}") from None
+    return value
+
+
+def change_limits(max_changes: int | None, min_dwell: float | None) -> ChangeLimits:
+    """What `--max-changes` and `--min-dwell` say.
+
+    Raises:
+        ConfigError: such a limit is none.
+    """
+    _limit("--max-changes", "max_changes_per_iteration", max_changes)
+    return ChangeLimits(max_changes, _limit("--min-dwell", "min_dwell_s", min_dwell) or 0.0)
+
+
 def _seconds(option: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ConfigError(f"{option}: got {value:g}; allowed: seconds, a finite number from 0")
@@ -336,7 +358,8 @@ def lowering(lower_while_waiting: bool | None, switch_latency_s: float | None) -
     Raises:
         ConfigError: no such time.
     """
-    takes_s = _seconds("--switch-latency", SWITCH_LATENCY_S if switch_latency_s is None else switch_latency_s)
+    takes_s = _limit("--switch-latency", "switch_latency_s", switch_latency_s)
+    takes_s = SWITCH_LATENCY_S if takes_s is None else takes_s
     return takes_s if lower_while_waiting in (None, True) else None
 
 
@@ -420,9 +443,9 @@ def parse_slowdown(text: str) -> float:
         PerseusError: it is none, or so large that something else must be meant.
     """
     share = parse_share(text, "--slowdown")
-    if share > 1:
+    if share > MOST_SLOWDOWN:
         raise ConfigError(
-            f"--slowdown: got {text}; allowed: a share of the time at full clocks from 0 to 1, such as 0.1 or 10% (an "
-            "iteration that takes twice as long is a slowdown of 1)"
+            f"--slowdown: got {text}; allowed: a share of the time at full clocks from 0 to {MOST_SLOWDOWN:g}, such as "
+            "0.1 or 10% (an iteration that takes twice as long is a slowdown of 1)"
         )
     return share

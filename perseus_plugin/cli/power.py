@@ -9,9 +9,10 @@ import typer
 
 from perseus_plugin.cli.job import POWER
 from perseus_plugin.errors import ConfigError, figure
+from perseus_plugin.iteration.words import parse_watts
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.power.budget import NodeOverhead, Peaks, PowerBudget
-from perseus_plugin.planning.power.words import parse_group, parse_watts
+from perseus_plugin.planning.power.words import parse_group
 from perseus_plugin.planning.targets import Prices
 
 if TYPE_CHECKING:

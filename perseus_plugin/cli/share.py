@@ -15,7 +15,7 @@ from perseus_plugin.cli.sharing.member import Look, Member
 from perseus_plugin.cli.sharing.table import Round, Table, parse_weights
 from perseus_plugin.errors import ConfigError, PlanError, os_problem
 from perseus_plugin.files import read_text
-from perseus_plugin.planning.power.words import parse_watts
+from perseus_plugin.iteration.words import parse_watts
 
 _SOON_S = 0.5
 """Until jobs are looked at again that have yet to do what they were told."""

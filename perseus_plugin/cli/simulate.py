@@ -29,6 +29,7 @@ from perseus_plugin.cli.job import (
     PowerLimit,
     Scale,
     SwitchLatency,
+    change_limits,
     lowering,
     parse_effort,
     parse_jitter,
@@ -54,7 +55,7 @@ from perseus_plugin.errors import ConfigError, figure
 from perseus_plugin.gpus.emulated.physics import MODELS
 from perseus_plugin.iteration.instructions import INPUT_SHARE, Compute, StageStream
 from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
-from perseus_plugin.planning.power.words import parse_watts
+from perseus_plugin.iteration.words import parse_watts
 from perseus_plugin.planning.targets import ChangeLimits
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.report.document import check_plotly
@@ -213,7 +214,7 @@ def simulate(
         check_plotly("--html")
     paths = (*(output or ()), perfetto, plot, html)
     check_alone("--json and - more than once", *(path == STANDARD for path in paths), as_json)
-    spent, limits = parse_effort(effort) or "quick", ChangeLimits(max_changes, min_dwell or 0.0)
+    spent, limits = parse_effort(effort) or "quick", change_limits(max_changes, min_dwell)
     switch_latency_s = lowering(lower_while_waiting, switch_latency)
     dwell_latency_s = None if min_dwell is not None else lowering(True, switch_latency)
     graph = None if cuda_graph is None else _graph(cuda_graph, lowering(True, switch_latency) or 0.0)

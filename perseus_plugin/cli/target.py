@@ -14,8 +14,8 @@ from perseus_plugin.cli.job import parse_slowdown
 from perseus_plugin.cli.moments import MOMENTS, end_of, on_clock
 from perseus_plugin.cli.terminal import console
 from perseus_plugin.errors import ConfigError, PerseusError, plain, shown
+from perseus_plugin.iteration.words import parse_watts
 from perseus_plugin.leader.job_socket import ask
-from perseus_plugin.planning.power.words import parse_watts
 
 _LOOK_EVERY_S = 0.1
 

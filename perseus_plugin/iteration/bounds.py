@@ -20,6 +20,8 @@ LEAST_S = 1e-9
 MOST_W = 2000.0
 """No GPU draws more: what does is not in joules and seconds."""
 MOST_J = MOST_S * MOST_W
+MOST_SLOWDOWN = 1.0
+"""As a share of the time at full clocks, of which an iteration takes twice as much then: who writes 10 means 10 %."""
 MOST_COUNT = 10**9
 MOST_STAGES = 10_000
 MOST_AHEAD = 1000

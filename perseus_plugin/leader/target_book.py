@@ -22,9 +22,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from perseus_plugin.errors import PerseusError, PlanError, validation_problem
-from perseus_plugin.iteration.bounds import MOST_S
+from perseus_plugin.iteration.bounds import MOST_S, MOST_SLOWDOWN
+from perseus_plugin.iteration.words import parse_share, parse_watts
 from perseus_plugin.planning.power.budget import PowerBudget
-from perseus_plugin.planning.power.words import parse_share, parse_watts
 from perseus_plugin.planning.targets import Prices, Target
 
 CONFIG = "perseus block"
@@ -95,7 +95,7 @@ class Say(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    slowdown: Annotated[float, Field(ge=0, le=10), BeforeValidator(_share)] | None = None
+    slowdown: Annotated[float, Field(ge=0, le=MOST_SLOWDOWN), BeforeValidator(_share)] | None = None
     deadline_s: Annotated[float, Field(gt=0, le=MOST_S)] | None = None
     cheapest: bool = False
     money: Annotated[Prices, BeforeValidator(_prices)] | None = None

@@ -250,7 +250,16 @@ def test_a_profile_that_says_what_waiting_draws_needs_no_option_for_it(perseus: 
             ("--blocking-power", "60", "--input-share", "1"),
             "--input-share: got 1; allowed: a share above 0 and below 1",
         ),
-        (("--blocking-power", "60", "--switch-latency", "-1"), "--switch-latency: got -1; allowed: seconds"),
+        (
+            ("--blocking-power", "60", "--switch-latency", "-1"),
+            "--switch-latency: got -1.0; allowed: a number from 0 to 1\n",
+        ),
+        (
+            ("--blocking-power", "60", "--switch-latency", "5"),
+            "--switch-latency: got 5.0; allowed: a number from 0 to 1\n",
+        ),
+        (("--blocking-power", "60", "--min-dwell", "61"), "--min-dwell: got 61.0; allowed: a number from 0 to 60\n"),
+        (("--blocking-power", "60", "--max-changes", "-1"), "--max-changes: got -1; allowed: a whole number from 0 to"),
     ],
 )
 def test_wrong_options_give_one_line_and_status_2(

@@ -234,7 +234,7 @@ def test_evaluation_a_changing_batch_size_and_a_helper_that_dies(tmp_path: Path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--perseus", "--perseus-slowdown", "-1"], "perseus.slowdown: got -1.0; allowed: a number from 0 to 10"),
+        (["--perseus", "--perseus-slowdown", "-1"], "perseus.slowdown: got -1.0; allowed: a number from 0 to 1"),
         (["--perseus-output", "x"], "--perseus-output: needs --perseus"),
     ],
 )

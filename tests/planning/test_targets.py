@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from perseus_plugin.config import parse_config
 from perseus_plugin.errors import ConfigError, PlanError
+from perseus_plugin.iteration.words import parse_share, parse_watts
 from perseus_plugin.planning.power.budget import GroupBudget, NodeOverhead, Peaks, PowerBudget
-from perseus_plugin.planning.power.words import parse_group, parse_share, parse_watts
+from perseus_plugin.planning.power.words import parse_group
 from perseus_plugin.planning.targets import Prices, Target
 from tests.examples import examples
 from tests.planning.jobs import Job, jobs

@@ -26,13 +26,13 @@ _SETTINGS: Mapping[str, tuple[tuple[str, ...], bool, str, str]] = {
         ("slowdown",),
         True,
         "SHARE",
-        "Share by which an iteration may be longer than at full clocks, e.g. 0.05. Default: 0.",
+        "Share by which an iteration may be longer than at full clocks: 0.05 or 5%%. Default: 0.",
     ),
     "--perseus-power-budget": (
         ("power_budget_w",),
         True,
         "WATTS",
-        "Average power that the GPUs of the job may draw. Default: no limit.",
+        "Average power that the GPUs of the job may draw: 900 or 180kW. Default: no limit.",
     ),
     "--perseus-output": (
         ("output_dir",),
@@ -124,16 +124,17 @@ def config_of(arguments: argparse.Namespace) -> PerseusConfig | None:
         section = block
         for name in path[:-1]:
             section = section.setdefault(name, {})
-        section[path[-1]] = _number(flag, value) if is_number else value
+        section[path[-1]] = _number(value) if is_number else value
     config = parse_config(block)
     return config if config.enabled else None
 
 
-def _number(flag: str, value: str) -> float:
+def _number(value: str) -> float | str:
+    """As a file would have it; words such as `10%` are the configuration's to read."""
     try:
         return float(value)
     except ValueError:
-        raise ConfigError(f"{flag}: got {value!r}; allowed: a number") from None
+        return value
 
 
 def _attribute(flag: str) -> str:

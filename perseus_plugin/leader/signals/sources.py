@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from perseus_plugin.errors import ConfigError, PlanError, os_problem, validation_problem
 from perseus_plugin.files import read_text
+from perseus_plugin.iteration.bounds import MOST_SLOWDOWN
 from perseus_plugin.leader.signals.steps import Reading, Steps, steps_from_csv
 from perseus_plugin.planning.targets import Target
 from perseus_plugin.reporting.live.bill import Worth
@@ -25,7 +26,7 @@ _MOST_BYTES = 16 * 2**20
 _ZONES = 'a name of the IANA time zone database, such as "Europe/Berlin", or null for this machine\'s time zone'
 _BANDS = (
     "a list of [from, to, slowdown] of which each begins where the one before ends, such as "
-    "[[0, 80, 0.0], [80, 200, 0.05]], with slowdowns from 0 to 10, or null"
+    f"[[0, 80, 0.0], [80, 200, 0.05]], with slowdowns from 0 to {MOST_SLOWDOWN:g}, or null"
 )
 
 
@@ -46,7 +47,7 @@ def _zone(name: str) -> str:
 
 
 def _checked_bands(bands: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
-    rise = all(len(band) == 3 and band[0] < band[1] and 0 <= band[2] <= 10 for band in bands)
+    rise = all(len(band) == 3 and band[0] < band[1] and 0 <= band[2] <= MOST_SLOWDOWN for band in bands)
     if not rise or any(one[1] != after[0] for one, after in pairwise(bands)):
         raise ValueError(_BANDS)
     return bands
@@ -177,8 +178,8 @@ def carbon_signal(options: Mapping[str, Any], where: str) -> StepSignal:
 
 def _slowdown(value: float, means: str) -> Target:
     slowdown = value * _SLOWDOWN[means]
-    if not 0 <= slowdown <= 10:
-        raise PlanError(f"slowdown: got {slowdown:g}; allowed: a number from 0 to 10")
+    if not 0 <= slowdown <= MOST_SLOWDOWN:
+        raise PlanError(f"slowdown: got {slowdown:g}; allowed: a share from 0 to {MOST_SLOWDOWN:g}")
     return Target.slowdown(slowdown)
 
 

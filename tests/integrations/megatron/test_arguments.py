@@ -42,7 +42,7 @@ def test_flags_go_before_the_file(installed: list[PerseusConfig], tmp_path: Path
     file = tmp_path / "perseus.yaml"
     file.write_text("perseus: {slowdown: 0.5, profiling: {clock_count: 4}, gpu: {zeusd_socket: /x}}")
     parse(
-        *("--perseus", "--perseus-config", str(file), "--perseus-slowdown", "0.1", "--perseus-output", "there"),
+        *("--perseus", "--perseus-config", str(file), "--perseus-slowdown", "10%", "--perseus-output", "there"),
         *("--perseus-backend", "off", "--perseus-profile", "p.csv", "--perseus-blocking-power", "75"),
     )
     (config,) = installed
@@ -62,8 +62,8 @@ def test_a_file_can_turn_it_off(installed: list[PerseusConfig], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--perseus", "--perseus-slowdown", "-1"], "perseus.slowdown: got -1.0; allowed: a number from 0 to 10"),
-        (["--perseus", "--perseus-slowdown", "much"], "--perseus-slowdown: got 'much'; allowed: a number"),
+        (["--perseus", "--perseus-slowdown", "-1"], "perseus.slowdown: got -1.0; allowed: a number from 0 to 1"),
+        (["--perseus", "--perseus-slowdown", "much"], 'perseus.slowdown: got "much"; allowed: a number from 0 to 1'),
         (["--perseus", "--perseus-backend", "rocm"], 'perseus.gpu.backend: got "rocm"; allowed: "auto", "nvml"'),
         (["--perseus", "--perseus-config", "no.yaml"], "no.yaml: cannot read the configuration"),
         (["--perseus", "--perseus-config", "no.toml"], "no.toml: ending '.toml'; allowed: .json, .yaml or .yml"),

@@ -97,7 +97,7 @@ def wrong() -> Iterator[tuple[dict[str, Any], str]]:
     yield {**carbon, "after_last": "stay"}, 'got "stay"; allowed: "hold", "end" or null'
     for bands in ([], [[0, 80, 0.0], [70, 200, 0.1]], [[0, 80, 0.0], [90, 200, 0.1]], [[80, 80, 0.0]], [[0, 80]]):
         yield {**carbon, "stretch": bands}, "allowed: a list of [from, to, slowdown] of which each begins"
-    yield {**carbon, "stretch": [[0, 80, 11.0]]}, "with slowdowns from 0 to 10"
+    yield {**carbon, "stretch": [[0, 80, 11.0]]}, "with slowdowns from 0 to 1,"
 
 
 @pytest.mark.parametrize(("told", "said"), wrong())

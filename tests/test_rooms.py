@@ -1,8 +1,9 @@
-"""Which room may import which: one way, down the list below, and no circle."""
+"""Which room may import which: one way, down the list below, and no circle. And no test replaces a class of ours."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -169,3 +170,90 @@ def test_a_part_is_not_changed_from_outside() -> None:
             if isinstance(part, ast.Attribute) and ast.unparse(part.value) == "self" and part.attr not in SUMS:
                 changed.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}")
     assert changed == [], "made at the wrong moment, or wants a method that says why"
+
+
+# Tests are handed what they need, or plant a fault for real.
+
+TESTS = Path(__file__).parent
+PATCHES = ("setattr", "delattr", "object", "patch")
+
+
+@cache
+def classes() -> frozenset[str]:
+    """Names of all classes of the package."""
+    trees = [ast.parse(path.read_text()) for path in modules().values()]
+    return frozenset(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+
+
+def dotted(node: ast.expr, known: dict[str, str]) -> str:
+    """What an expression names, where that is an imported name, an attribute of one, or a string; else empty."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.Attribute):
+        return f"{owner}.{node.attr}" if (owner := dotted(node.value, known)) else ""
+    return known.get(node.id, "") if isinstance(node, ast.Name) else ""
+
+
+def replaced(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of what a test puts something else in the place of."""
+    known: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            known |= {alias.asname: alias.name for alias in node.names if alias.asname}
+            known |= {alias.name.split(".")[0]: alias.name.split(".")[0] for alias in node.names if not alias.asname}
+    for function in ast.walk(tree):
+        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        nodes = list(ast.walk(function))
+        words = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        for node in nodes:
+            if isinstance(node, (ast.Assign, ast.AugAssign, ast.Delete)):
+                targets = [node.target] if isinstance(node, ast.AugAssign) else node.targets
+                yield from (dotted(one, known) for one in targets if isinstance(one, ast.Attribute))
+            elif isinstance(node, ast.Call) and node.args and _called(node) in PATCHES:
+                owner, name = dotted(node.args[0], known), node.args[1] if len(node.args) > 1 else None
+                yield owner
+                # A name that is not spelt there may be any that the test spells elsewhere.
+                yield from (f"{owner}.{one}" for one in ([name.value] if isinstance(name, ast.Constant) else words))
+
+
+def _called(call: ast.Call) -> str:
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def of_ours(tree: ast.AST) -> list[str]:
+    """Classes of the package, and what is theirs, that a test replaces."""
+    found = (name for name in replaced(tree) if name.split(".")[0] == PACKAGE.name)
+    return sorted({name for name in found if not classes().isdisjoint(name.split("."))})
+
+
+def test_no_test_replaces_a_class_of_ours_or_what_is_its() -> None:
+    found = {str(path.relative_to(TESTS)): of_ours(ast.parse(path.read_text())) for path in TESTS.rglob("*.py")}
+    assert len(found) > 100
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "monkeypatch.setattr(Leader, 'step', None)",
+        "monkeypatch.setattr(leader_module, 'Leader', None)",
+        "for name in ('Leader', 'Coordinator'): monkeypatch.setattr(leader_module, name, None)",
+        "monkeypatch.setattr('perseus_plugin.leader.leader.Leader.step', None)",
+        "mock.patch('perseus_plugin.leader.leader.Leader')",
+        "mock.patch.object(leader_module, 'Leader')",
+        "setattr(Leader, 'step', None)",
+        "Leader.step = None",
+        "leader_module.Leader = None",
+        "del leader_module.Leader.step",
+    ],
+)
+def test_what_replaces_a_class_is_seen(line: str) -> None:
+    imports_ = (
+        "from perseus_plugin.leader.leader import Leader\nfrom perseus_plugin.leader import leader as leader_module"
+    )
+    assert of_ours(ast.parse(f"{imports_}\ndef test():\n    {line}"))
+    assert not of_ours(ast.parse(f"{imports_}\ndef test(): leader_module._SUMMARY_EVERY_S = 0.0"))

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Any, Protocol
 
@@ -52,6 +53,41 @@ class ClosablePlanner(Planner, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class PlanningProcesses:
+    """What plans beside the job.
+
+    Attributes:
+        planner: of its plans.
+        refiner: of better ones; None: plans are not refined.
+        frontier: None: there is to be none.
+        batches: makes the one for announced batches.
+    """
+
+    planner: ClosablePlanner
+    refiner: ClosablePlanner | None
+    frontier: BackgroundFrontier | None
+    batches: Callable[[], BatchProcess]
+
+    @classmethod
+    def of(cls, job: Job, wake: Callable[[], None], planner: ClosablePlanner | None = None) -> PlanningProcesses:
+        """Those of a job, all of them in the Python that its configuration names.
+
+        Args:
+            job: what the session is about.
+            wake: called from other threads when one has answered.
+            planner: which is then the only one; None: it is started.
+        """
+        python, refiner = job.config.planner.python, None
+        # It may be lost: there is a plan already, and nobody waits for a better one.
+        if planner is None and job.config.refine_s:
+            refiner = PlannerProcess(pauses_s=(), wake=wake, ahead=False, python=python)
+        frontier = BackgroundFrontier(job.output_dir, python) if job.config.frontier else None
+        # Last, as it is the only one that runs from now on.
+        planner = planner or PlannerProcess(wake=wake, python=python)
+        return cls(planner, refiner, frontier, lambda: BatchProcess(wake, python))
+
+
 class Leader:
     """Rank 0's share of the session's thread.
 
@@ -91,9 +127,8 @@ class Leader:
         self._drawn: Drawn | None = None
         self._power_due_s = 0.0
         self._planner = planner
-        self._refiner: PlannerProcess | None = None
+        self._processes: PlanningProcesses | None = None
         self._final_stats_timeout_s = final_stats_timeout_s
-        self._frontier: BackgroundFrontier | None = None
         self._coordinator: Coordinator | None = None
         self._socket: JobSocket | None = None
         if job.plans:
@@ -110,18 +145,13 @@ class Leader:
 
     def _plan_with(self, job: Job, planner: ClosablePlanner | None, tell: Tell, wake: Callable[[], None]) -> None:
         """Start what plans, and what decides."""
-        python = job.config.planner.python
-        self._planner = planner or PlannerProcess(wake=wake, python=python)
-        self._frontier = BackgroundFrontier(job.output_dir, python) if job.config.frontier else None
-        # It may be lost: there is a plan already, and nobody waits for a better one.
-        if planner is None and job.config.refine_s:
-            self._refiner = PlannerProcess(pauses_s=(), wake=wake, ahead=False, python=python)
+        self._processes = processes = PlanningProcesses.of(job, wake, planner)
         self._coordinator = Coordinator(
             job,
-            self._planner,
-            refiner=self._refiner,
-            frontier=self._frontier,
-            batch_process=lambda: BatchProcess(wake, python),
+            processes.planner,
+            refiner=processes.refiner,
+            frontier=processes.frontier,
+            batch_process=processes.batches,
             tell=tell,
             wake=wake,
         )
@@ -267,8 +297,9 @@ class Leader:
     def close(self) -> None:
         """End what was started."""
         self.stop_taking_reports()
-        batches = None if self._coordinator is None else self._coordinator.batches
-        for part in (self._planner, self._refiner, self._frontier, batches, self._publishers):
+        made, batches = self._processes, None if self._coordinator is None else self._coordinator.batches
+        planning = (self._planner,) if made is None else (made.planner, made.refiner, made.frontier)
+        for part in (*planning, batches, self._publishers):
             if part is not None:
                 part.close()
 

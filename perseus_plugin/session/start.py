@@ -59,6 +59,7 @@ def start_session(
     facts: Mapping[str, str] | None = None,
     about: Mapping[str, str] | None = None,
     exchange: Exchange | None = None,
+    start_helper: StartHelper = LastingHelper.start,
 ) -> Session:
     """Start a session on this rank.
 
@@ -70,11 +71,12 @@ def start_session(
             from an earlier run is used only if they are the same.
         about: further facts for the records alone, which may change without making a kept profile another job's.
         exchange: to the job's other ranks; None: through its default store.
+        start_helper: starts the process that sets the GPU's clock.
 
     Raises:
         ConfigError: something in the block does not fit this job; raised on every rank, before training starts.
     """
-    job, helper = prepare(config, placement, facts=facts, about=about, exchange=exchange)
+    job, helper = prepare(config, placement, facts=facts, about=about, exchange=exchange, start_helper=start_helper)
     with ExitStack() as undone:
         undone.callback(job.exchange.close)
         if helper is not None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
-from typing import ClassVar
+from typing import Any
 
 import pytest
 
-from perseus_plugin.config import PerseusConfig, PlannerConfig
+from perseus_plugin.config import PerseusConfig, PlannerConfig, parse_config
 from perseus_plugin.exchange.messages import STRAGGLERS, TARGETS, WORKS, AnnouncedWork
 from perseus_plugin.exchange.store import LocalExchange
+from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.iteration.timetable import Round, Timetable
-from perseus_plugin.leader import leader as leader_module
-from perseus_plugin.leader.leader import Leader
+from perseus_plugin.leader.leader import Leader, PlanningProcesses
 from perseus_plugin.leader.signals.desk import SignalDesk
 from perseus_plugin.planning.request import PlanRequest
-from tests.factories import job_of
+from tests.factories import BLOCKING_W, job_of, profile
+from tests.waiting import came_true
+
+REQUEST = PlanRequest("1F1B", one_f_one_b(2, 2), {}, profile(2), [BLOCKING_W] * 2)
+QUIET: dict[str, Any] = {"refine_s": 0, "frontier": False}
 
 
 def test_what_signals_ask_for_where_no_clock_is_set_is_said_once(
@@ -42,37 +45,41 @@ def test_what_signals_ask_for_where_no_clock_is_set_is_said_once(
     ]
 
 
-class Started:
-    """In the place of the processes that plan: who runs them."""
+def test_everything_that_plans_runs_in_the_python_that_is_named(tmp_path: Path) -> None:
+    python, ran = tmp_path / "python", tmp_path / "ran"
+    python.write_text(f'#!/bin/sh\necho "$2" >> {ran}\n')  # its module; then it ends
+    python.chmod(0o755)
+    config = PerseusConfig(planner=PlannerConfig(python=str(python)))
+    job = job_of(config, LocalExchange(), tmp_path, Timetable(Round(0, (1410, 810)), 1, 2))
+    answered = Event()
 
-    pythons: ClassVar[list[str | None]] = []
-    pid, busy = None, False
+    def started() -> list[str]:
+        return ran.read_text().replace("perseus_plugin.planning.", "").split() if ran.exists() else []
 
-    def __init__(self, *arguments: object, python: str | None = None, **more: object) -> None:
-        self.pythons.append(next((str(one) for one in arguments if isinstance(one, str)), python))
+    made = PlanningProcesses.of(job, answered.set)
+    assert came_true(lambda: started() == ["process"]), "ahead of the first plan"
+    assert made.refiner is not None
+    assert made.frontier is not None
+    made.refiner.submit(REQUEST)
+    assert answered.wait(60)
+    made.frontier.renew(REQUEST)
+    assert came_true(lambda: "frontier_process" in started())
+    made.frontier.close()
+    answered.clear()
+    batches = made.batches()
+    batches.plan([[1.0]], iteration=3, base=1)
+    assert answered.wait(60)
+    for part in (made.planner, made.refiner, batches):
+        part.close()
+    assert sorted(started()) == ["batch_process", "frontier_process", "process", "process"]
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *arguments, **more: None
 
-
-def test_everything_that_plans_runs_in_the_python_that_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Started, "pythons", [])
-    for name in ("PlannerProcess", "BackgroundFrontier", "BatchProcess"):
-        monkeypatch.setattr(leader_module, name, Started)
-    exchange = LocalExchange()
-    config = PerseusConfig(planner=PlannerConfig(python="/opt/planner/bin/python"))
-    leader = Leader(
-        job_of(config, exchange, tmp_path, Timetable(Round(0, (1410, 810)), 1, 2)),
-        lambda figures: None,
-        wake=Event().set,
-    )
-    exchange.append(WORKS, AnnouncedWork(iteration=3, replica=0, work=(1.0,)).model_dump())
-    leader.step(0, {}, None)
-    leader.close()
-    assert len(Started.pythons) == 4
-    assert set(Started.pythons) == {"/opt/planner/bin/python"}
+@pytest.mark.parametrize(("settings", "refines", "draws"), [({}, True, True), (QUIET, False, False)])
+def test_what_is_not_wanted_is_not_made(tmp_path: Path, settings: dict[str, Any], refines: bool, draws: bool) -> None:
+    job = job_of(parse_config(settings), LocalExchange(), tmp_path, Timetable(Round(0, (1410, 810)), 1, 2))
+    made = PlanningProcesses.of(job, Event().set)
+    made.planner.close()
+    assert (made.refiner is not None, made.frontier is not None) == (refines, draws)
 
 
 class OnePlanner:

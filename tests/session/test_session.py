@@ -21,7 +21,6 @@ from perseus_plugin.exchange.store import LocalExchange
 from perseus_plugin.iteration.instructions import Compute, Constant, Receive, Send, StreamOp
 from perseus_plugin.iteration.timetable import WARM_UP as WARMING_UP
 from perseus_plugin.iteration.timetable import Directive, Follow, FullClock, Round, Sweep, Timetable
-from perseus_plugin.leader import leader as leader_module
 from perseus_plugin.leader.job import Job
 from perseus_plugin.profiling.failed import save_failure
 from perseus_plugin.profiling.kept import save_survey
@@ -34,6 +33,7 @@ from perseus_plugin.session import start as start_module
 from perseus_plugin.session.link import FinishedIteration, Link
 from perseus_plugin.session.start import link_for, prepare, start_session
 from tests.factories import placement, profile, session_of
+from tests.waiting import processes_naming
 
 TABLE = Timetable(Round(1, (1410, 810)), settle_steps=1, steps_per_clock=2)
 STREAM: list[StreamOp] = [
@@ -891,32 +891,35 @@ def test_who_gives_up_while_the_helper_starts_leaves_none_behind(tmp_path: Path,
     assert helper.calls[-1][0] == "close"
 
 
+class NoEvents(str):
+    """A device on which boundaries cannot be told: a session is the last that asks of which sort it is."""
+
+    def startswith(self, prefix: str | tuple[str, ...], *more: Any) -> bool:
+        if prefix == "cuda":
+            raise OSError("no event could be made")
+        return super().startswith(prefix, *more)
+
+
 def test_a_session_that_cannot_be_built_leaves_nothing_running(
     tmp_path: Path, fakes: type[FakeClockHelper], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended: list[str] = []
-
-    class Planner:
-        def __init__(self, **_: object) -> None:
-            pass
-
-        def close(self) -> None:
-            ended.append("planner")
-
-    def broken(*_: object, **__: object) -> Any:
-        raise OSError("no event could be made")
-
+    python = tmp_path / "python"
+    tried = "perseus_plugin.planning.planner"  # before anything is built
+    python.write_text(f'#!/bin/sh\n[ "$2" = {tried} ] || cat\n')
+    python.chmod(0o755)
     publisher = InMemoryPublisher()
-    made = start(tmp_path, frontier=False)
     monkeypatch.setattr(publishers_module, "PUBLISHERS", [lambda config, facts: publisher])
-    monkeypatch.setattr(leader_module, "PlannerProcess", Planner)
-    monkeypatch.setattr(start_module, "prepare", lambda *_, **__: (made.job, made.helper))
-    monkeypatch.setattr(start_module, "Session", broken)
     with pytest.raises(OSError, match="no event could be made"):
-        start_module.start_session(made.job.config, made.job.placement)
-    assert ended == ["planner"] * 2, "that which answers, and that which refines"
+        start_session(
+            parse_config(block(tmp_path, planner={"python": str(python)})),
+            placement(world_size=1).model_copy(update={"device": NoEvents("cpu")}),
+            exchange=LocalExchange(),
+            start_helper=fakes.start,  # type: ignore[arg-type]
+        )
+    assert not processes_naming(str(python), ["perseus_plugin.planning.process"])
     assert publisher.closed
-    assert [what for what, _ in made.helper.calls][-2:] == ["request", "close"], "full clocks first"
+    (helper,) = fakes.started
+    assert [what for what, _ in helper.calls][-2:] == ["request", "close"], "full clocks first"
 
 
 def test_a_kept_iteration_of_the_sweep_knows_its_clock(rank: Rank) -> None:

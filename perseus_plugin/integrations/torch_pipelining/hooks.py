@@ -63,7 +63,6 @@ class Hooks:
         self.session: PipelineSession | None = None
         self._refused = self._in_run = False
         self._stages: list[InstanceMethods] = []
-        vars(schedule)[HOOKS] = self
         self._run_hook = InstanceMethods(self._of_schedule, {_RUN: self._run})
         self._loss_hook: InstanceMethods | None = None
         self._optimizers = OptimizerSteps()
@@ -75,6 +74,7 @@ class Hooks:
         self._followed: Followed | None = None
         self._expected: Sequence[Operation] = ()
         self._position = 0
+        vars(schedule)[HOOKS] = self  # last: whoever finds it finds all of it
 
     # In and out.
 

@@ -69,22 +69,35 @@ def test_the_page_is_made_from_what_there_is_and_sent_when_it_has_changed(folder
     assert "finished" in shown()
 
 
-def test_a_page_takes_a_tenth_of_a_processor_at_most(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, made = Clock(), 0
+class Processor:
+    """Asked before and after a page is made, which takes four seconds.
 
-    def make(self: Followed) -> bytes:
-        nonlocal made
-        made += 1
-        clock.now_s += 4.0
-        return b"%d" % made
+    Attributes:
+        pages: how many have been made.
+    """
 
-    monkeypatch.setattr(Followed, "_make", make)
-    followed = Followed(folder, Options(), clock, clock)
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.pages, self.making = clock, 0, False
+
+    def __call__(self) -> float:
+        taken_s = self.clock.now_s
+        self.making = not self.making
+        if self.making:
+            self.clock.now_s += 4.0
+            self.pages += 1
+        return taken_s
+
+
+def test_a_page_takes_a_tenth_of_a_processor_at_most(folder: Path) -> None:
+    clock = Clock()
+    processor = Processor(clock)
+    followed = Followed(folder, Options(frontier=False), clock, processor)
     for wait_s, writes, number in ((0, True, 1), (35, True, 1), (1, True, 2), (59, False, 2), (1, False, 3)):
         clock.now_s += wait_s
         if writes:
             (folder / f"{clock.now_s}").touch()
-        assert followed()[1] == b"%d" % number
+        assert b"Nothing to show" in followed()[1]
+        assert processor.pages == number
 
 
 def test_only_the_page_and_its_library_are_served(server: Server, folder: Path) -> None:

@@ -54,7 +54,7 @@ from perseus_plugin.cli.power import (
     prices_from_options,
 )
 from perseus_plugin.cli.terminal import columns, console, progress, say
-from perseus_plugin.errors import ConfigError, figure
+from perseus_plugin.errors import ConfigError, ReportError, figure
 from perseus_plugin.iteration.instructions import INPUT_SHARE
 from perseus_plugin.planning.plan import Plan, plan_to_json
 from perseus_plugin.planning.power.budget import NodeOverhead, PowerBudget
@@ -63,6 +63,7 @@ from perseus_plugin.planning.targets import Prices, Target
 from perseus_plugin.planning.work import tell_cut_short
 from perseus_plugin.planning.zeus import zeus_plan
 from perseus_plugin.profiling.profile import Profile
+from perseus_plugin.reporting.record.summary import SUMMARY_FILE, Summary, load_summary
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -158,7 +159,7 @@ def plan(
         write(STANDARD, content)
         return
     cost = "" if free is None else cost_of_limits(request.target, made, free)
-    table = summary(made, cost, request.min_dwell_s)
+    table = summary(made, cost, request.min_dwell_s, told=_told_of(profile, made))
     if graphed is not None:
         add_graphed(table, *graphed)
     if prices is not None:
@@ -289,15 +290,36 @@ def cost_of_limits(target: Target, made: Plan, free: Plan) -> str:
     return f"{max(0.0, made.energy_j - free.energy_j):.3f} J"
 
 
-def summary(made: Plan, cost: str = "", dwell_s: float = 0.0) -> Table:
-    """What a plan promises, beside the baseline; `cost` is that of limits on clock changes."""
+def _told_of(folder: Path, made: Plan) -> Summary | None:
+    """The job's summary, where the plan is the one that it predicts of; None: no job has left one, or another plan."""
+    try:
+        told = load_summary(folder / SUMMARY_FILE)
+    except ReportError:
+        return None  # nothing is planned by it
+    return told if told.predicts(made) else None
+
+
+def summary(made: Plan, cost: str = "", dwell_s: float = 0.0, told: Summary | None = None) -> Table:
+    """What a plan promises, beside the baseline.
+
+    Args:
+        made: the plan.
+        cost: of limits on clock changes.
+        dwell_s: for how long clocks are kept.
+        told: what its job says of it.
+    """
     table = columns("", "full clocks", "plan")
     table.add_row("iteration time", f"{made.baseline_time_s:.6f} s", f"{made.iteration_time_s:.6f} s")
     table.add_row("energy per iteration", f"{made.baseline_energy_j:.3f} J", f"{made.energy_j:.3f} J")
-    table.add_row("saving", "", figure(made.saving, ".3%"))
+    table.add_row("saving, by the profile", "", figure(made.saving, ".3%"))
     if made.confidence is not None:
         low, high = made.confidence.saving
-        table.add_row(f"  known to be ({made.confidence.level:.0%})", "", f"{low:.3%} to {high:.3%}")
+        table.add_row(f"  by its errors alone ({made.confidence.level:.0%})", "", f"{low:.3%} to {high:.3%}")
+    if told is not None and told.saving_percent.predicted is not None:
+        table.add_row("saving, predicted by the job", "", f"{figure(told.saving_percent.predicted, '.2f')}%")
+        if told.predicted_between.saving_percent is not None:
+            least, most = told.predicted_between.saving_percent
+            table.add_row("  as its iterations vary (95%)", "", f"{least:.2f}% to {most:.2f}%")
     table.add_row("slowdown", "", figure(made.slowdown, ".3%"))
     add_power(table, made)
     table.add_row("lower bound of energy", "", f"{made.energy_lower_bound_j:.3f} J")

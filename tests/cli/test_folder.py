@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,3 +139,33 @@ def test_what_is_no_jobs_folder_is_refused(perseus: Perseus, tmp_path: Path) -> 
         assert "is no output folder of perseus" in done.stderr
     (tmp_path / INPUTS_FILE).write_text('{"schema": "perseus-plan-inputs", "version": 2}')
     assert "version: got 2; allowed: 1" in perseus("plan", tmp_path).stderr
+
+
+def test_what_the_job_predicts_of_its_plan_stands_beside_what_the_profile_says(
+    perseus: Perseus, tmp_path: Path
+) -> None:
+    job, out = Job(tmp_path), tmp_path / "again.json"
+    job.survey = replace(job.survey, blocking_power_se_w=0.5)
+    job.profiled()
+    save_inputs(request_of_folder(tmp_path), tmp_path / INPUTS_FILE)
+
+    def rows(*options: object) -> dict[str, str]:
+        done = perseus("plan", tmp_path, "-o", out, *options)
+        assert done.returncode == 0, done.stderr
+        cells = (re.split(r"\s{2,}", line.strip()) for line in done.stdout.splitlines())
+        return {name: found[-1] for name, *found in cells if found}
+
+    alone = rows()
+    job.plan = load_plan(out)
+    out.rename(tmp_path / "plan.json")
+    job.replayed(0.9, (0.08, 0.12)).finished()
+    beside = rows()
+    assert beside["saving, by the profile"] == alone["saving, by the profile"] == f"{job.plan.saving:.3%}"
+    assert "by its errors alone (95%)" in beside
+    assert {name: cell for name, cell in beside.items() if name not in alone} == {
+        "saving, predicted by the job": "10.00%",
+        "as its iterations vary (95%)": "8.00% to 12.00%",
+    }
+    assert rows("--slowdown", "30%").keys() == alone.keys(), "another plan, of which the job predicts nothing"
+    (tmp_path / "summary.json").write_text("{")
+    assert rows() == alone

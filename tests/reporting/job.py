@@ -26,6 +26,7 @@ from perseus_plugin.profiling.profile import Measurement, Profile
 from perseus_plugin.profiling.survey import Survey
 from perseus_plugin.reporting.live.account import FULL_CLOCK, PLAN, PROFILING, Account, begin_tag, end_tag
 from perseus_plugin.reporting.live.reporter import Reporter
+from perseus_plugin.reporting.live.summary import Predicted
 from perseus_plugin.reporting.record.recorder import Recorder
 from perseus_plugin.reporting.record.samples import is_sampled
 from tests.factories import BLOCKING_W, CLOCKS_MHZ, energy_j, placement, time_s
@@ -57,6 +58,7 @@ class Job:
     switch_latency_s: float | None = None
     dry_run: bool = False
     records: dict[tuple[int, int], IterationRecord] = field(default_factory=dict)
+    predicted: Predicted | None = None
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +124,11 @@ class Job:
         self.iterate(self.plan_from + iterations - self.number)
         return self
 
+    def replayed(self, energy_ratio: float, saving: tuple[float, float]) -> Job:
+        """The plan is predicted to take so much of full clocks' energy by iterations that differ, see `Predicted`."""
+        self.predicted = Predicted(1.0, energy_ratio, saving)
+        return self
+
     def finished(self) -> Job:
         """Write all that a job writes at its end."""
         for recorder in self.recorders:
@@ -142,8 +149,13 @@ class Job:
         reporter = Reporter(self.folder, {"world_size": self.world_size, "stages": self.stages, **facts})
         has_plan = (self.folder / "plan.json").exists()
         reporter.update(
-            stats, state, plan=self.plan if has_plan else None, planning_time_s=0.25, dropped_plans=0
-        )  # fmt: skip
+            stats,
+            state,
+            plan=self.plan if has_plan else None,
+            planning_time_s=0.25,
+            dropped_plans=0,
+            predicted=self.predicted,
+        )
 
     def iterate(self, count: int) -> None:
         """Iterations run; what they run as says the timetable."""

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from perseus_plugin.errors import ReportError
 from perseus_plugin.files import read_model
+from perseus_plugin.planning.plan import Plan
 
 SUMMARY_FILE = "summary.json"
 
@@ -259,6 +260,18 @@ class Summary(_Section):
             full_clock=_ratio(energies.full_clock, times.full_clock),
             predicted=_ratio(energies.predicted, times.predicted),
             measured=_ratio(energies.measured, times.measured),
+        )
+
+    def predicts(self, plan: Plan) -> bool:
+        """Whether it has a prediction, and that is of this plan alone."""
+        told = self.plan
+        return (
+            self.saving_percent.predicted is not None
+            and told is not None
+            and told.schedule == plan.schedule
+            and told.saving_percent is not None
+            and len(self.planned_schedules) <= 1
+            and math.isclose(told.saving_percent, 100 * plan.saving, abs_tol=1e-9)
         )
 
     def to_json(self) -> str:

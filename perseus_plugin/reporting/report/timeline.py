@@ -49,16 +49,37 @@ def lanes_of(job: JobFolder) -> tuple[Plan, list[Lanes]]:
     """
     plan, profile = load_plan(job.path / "plan.json"), load_profile(job.path / "profile.csv")
     graph = job.graph() or textbook_graph(plan)
-    made = [
-        planned_lanes(f"plan: {plan.energy_j:.0f} J ({figure(-100 * plan.saving, '+.1f')} %)", plan, profile, graph)
-    ]
+    of_full, of_plan = _titles(job, plan)
+    made = [planned_lanes(of_plan, plan, profile, graph)]
     planned = [[one.instruction for one in stage] for stage in plan.stages]
     # `perseus plan` may have derived rows that the file does not have.
     known = with_rows_for(job.profile or profile, [[Compute(i.kind, i.microbatch) for i in stage] for stage in planned])
     if graph is not None and {(i.stage, i.kind) for stage in planned for i in stage} <= known.table.keys():
-        title = f"every instruction at full clock: {plan.baseline_energy_j:.0f} J"
-        made.insert(0, full_clock_lanes(title, known, graph))
+        made.insert(0, full_clock_lanes(of_full, known, graph))
     return plan, made
+
+
+def _titles(job: JobFolder, plan: Plan) -> tuple[str, str]:
+    """Of full clocks and of the plan: what the job's table says of energy, where it says something of this plan.
+
+    The plan's own figures are of iterations that all are as the profile is on average, and of one GPU per stage.
+    """
+    summary = job.summary
+    full_j, plan_j, saved, gpus = plan.baseline_energy_j, plan.energy_j, 100 * plan.saving, len(plan.stages)
+    how, which = "by the profile", ""
+    if summary is not None and summary.predicts(plan):
+        full, predicted, told = (
+            summary.energy_j.full_clock,
+            summary.energy_j.predicted,
+            summary.saving_percent.predicted,
+        )
+        if full is not None and predicted is not None and told is not None:
+            full_j, plan_j, saved, how = full, predicted, told, "predicted"
+            which = "" if summary.ranks == gpus else f" on {summary.ranks} GPUs"
+    return (
+        f"every instruction at full clock: {full_j:,.1f} J{which}",
+        f"plan: {plan_j:,.1f} J{which}, {how} ({figure(-saved, '+.2f')} %)",
+    )
 
 
 def draw_timeline(folder: Path, path: Path) -> bytes:

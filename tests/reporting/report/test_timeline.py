@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import Profile, save_profile
 from perseus_plugin.reporting.report.folder import load_folder
+from perseus_plugin.reporting.report.phrases import comparison
 from perseus_plugin.reporting.report.timeline import draw_timeline, lanes_of, textbook_graph
 from tests.factories import BLOCKING_W, profile
+from tests.reporting.job import Job
 
 SCHEDULE_NAMES = ("1f1b", "gpipe", "interleaved-1f1b", "zbv")
 
@@ -39,6 +42,28 @@ def test_plans_of_every_schedule_are_drawn_beside_full_clocks(tmp_path: Path, sc
     assert [block.clock_mhz for block in made.rows[0]] == plan.clocks_mhz(0)
     for path in ("timeline.png", "-"):
         assert draw_timeline(tmp_path, Path(path)).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_jobs_picture_says_of_energy_what_its_table_says(tmp_path: Path, replicas: int) -> None:
+    job = Job(tmp_path, replicas=replicas).planned().replayed(0.9, (0.08, 0.12)).finished()
+    table = {name: cells for name, *cells in comparison(load_folder(tmp_path))}
+    full_j, plan_j, _ = table["energy"]
+    _, saved, _ = table["energy saved"]
+    assert saved.startswith("10.00 % ")
+    assert 100 * job.plan.saving != pytest.approx(10, abs=0.5), "the model says something else"
+    which = " on 4 GPUs" if replicas == 2 else ""
+    assert [one.title for one in lanes_of(load_folder(tmp_path))[1]] == [
+        f"every instruction at full clock: {full_j}{which}",
+        f"plan: {plan_j}{which}, predicted (-10.00 %)",
+    ]
+    # The plan is newer than the summary.
+    newer = replace(job.plan, energy_j=job.plan.energy_j - 1.0)
+    save_plan(newer, tmp_path / "plan.json")
+    assert [one.title for one in lanes_of(load_folder(tmp_path))[1]] == [
+        f"every instruction at full clock: {newer.baseline_energy_j:,.1f} J",
+        f"plan: {newer.energy_j:,.1f} J, by the profile ({-100 * newer.saving:+.2f} %)",
+    ]
 
 
 def test_without_rows_for_what_it_runs_a_plan_is_drawn_alone(tmp_path: Path) -> None:

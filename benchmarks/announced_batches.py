@@ -299,11 +299,14 @@ def against(ran: Ran, other: Ran, which: list[int]) -> list[tuple[float, float]]
 def table(seen: dict[str, Seen], which: list[int]) -> tuple[float, float]:
     """Print it; returns the announced job's time against the one that is not announced, and its error."""
     announced, usual, without = (seen[name].ran for name in NAMES)
+    own = [i for i in which if announced.states[i] == OWN_BATCH]
     told = {
         "announced, against no plugin": against(announced, without, which),
         "not announced, against no plugin": against(usual, without, which),
         "announced, against not announced": against(announced, usual, which),
     }
+    if 2 <= len(own) < len(which):
+        told["those under plans of their own, against no plugin"] = against(announced, without, own)
     iteration_s = sum(without.times_s[i] for i in which) / len(which)
     print(f"\n| iterations of {iteration_s:.2f} s | time | energy |\n|---|---|---|")
     for name, figures in told.items():
@@ -383,7 +386,10 @@ def main() -> None:
         if announced.states[i] in ("plan", OWN_BATCH) and usual.states[i] == "plan"
     ]
     print(f"\n{len(which)} iterations, {len({*own} & {*which})} of them under plans of their own")
-    print(announced.summary["batches"])
+    batches = announced.summary["batches"]
+    print(batches)
+    if batches["saving_percent"] is not None:
+        print(f"promised at last of iterations under plans of their own: {-batches['saving_percent']:+.2f} % energy")
     if len(which) < 2:
         print(f"states: {announced.states}\n{usual.states}")
         return

@@ -83,7 +83,10 @@ class Exchange(Protocol):
         ...
 
     def append(self, name: str, value: Any) -> None:
-        """Put a JSON-serialisable value at the end of a list that any rank may append to and rank 0 reads."""
+        """Put a JSON-serialisable value at the end of a list that any rank may append to and rank 0 reads.
+
+        Rank 0 is woken for what others append; what it appends itself it reads afterwards.
+        """
         ...
 
     def take_new(self, name: str) -> list[Any]:
@@ -180,7 +183,7 @@ class StoreExchange:
 
     def append(self, name: str, value: Any) -> None:
         self._appended += 1
-        self.tell(f"{name}/{self._rank}/{self._appended}", value)
+        self.tell(f"{name}/{self._rank}/{self._appended}", value, patient=self._rank == 0)
 
     def take_new(self, name: str) -> list[Any]:
         self._fail_if_lost()

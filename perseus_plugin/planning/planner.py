@@ -155,9 +155,9 @@ class Planner(Discretiser):
             case "slowdown":
                 found = self._by_deadline(full_s * (1 + target.value), limits, effort, work, search)
             case "deadline":
-                found = self._by_deadline(target.value, limits, effort, work, search)
+                found = self._by_deadline(self._as_given(target.value), limits, effort, work, search)
             case "straggler":
-                until_s = target.value
+                until_s = self._as_given(target.value)
                 found = self._near(self._relaxed(until_s), until_s, limits, effort, work, search, waits_until_s=until_s)
             case "cheapest":
                 found = self._cheapest(limits, effort, work, search)
@@ -173,6 +173,13 @@ class Planner(Discretiser):
             case _:
                 return self.priced(self._relaxed(full_s), self.problem.full_clocks, full_s, limits)
         return self.best_known(found)
+
+    def _as_given(self, deadline_s: float) -> float:
+        """A deadline; the shortest iteration, or that of full clocks, where it is that but for the rounding of sums."""
+        for end_s in (self.relaxation.shortest_s, self.problem.full_clock_time_s):
+            if end_s * (1 - _SAME) <= deadline_s < end_s:
+                return end_s
+        return deadline_s
 
     def _relaxed(self, deadline_s: float) -> Relaxed:
         if deadline_s not in self._relaxations:
@@ -311,25 +318,34 @@ class Planner(Discretiser):
                 f"(no plan takes less than {high.relaxed.bound_j:.3f} J)"
             )
 
-        def rounded(deadline_s: float) -> Solution:
-            return self.discretise(self._relaxed(deadline_s), deadline_s, limits, "quick", work, search=False)
+        def rounded(deadline_s: float) -> tuple[float, Solution | None]:
+            try:
+                found = self.discretise(self._relaxed(deadline_s), deadline_s, limits, "quick", work, search=False)
+            except PlanError:  # so short an iteration may need more changes than are allowed
+                return math.inf, None
+            return found.energy_j, found
 
         low = self.relaxation.shortest_s
-        at_low = rounded(low)
-        if at_low.energy_j <= budget_j:
+        low_energy, at_low = rounded(low)
+        if at_low is not None and low_energy <= budget_j:
             high = at_low
-        low_energy = at_low.energy_j
         for step in range(_BUDGET_STEPS):
             if high.relaxed.deadline_s - low < 1e-4 * low:
                 break
             # Regula falsi on a convex curve creeps along one side; every other step halves the bracket instead.
-            share = (low_energy - budget_j) / max(low_energy - high.energy_j, 1e-12) if step % 2 else 0.5
+            share = 0.5
+            if step % 2 and math.isfinite(low_energy):
+                share = (low_energy - budget_j) / max(low_energy - high.energy_j, 1e-12)
             middle = low + (high.relaxed.deadline_s - low) * min(max(share, 0.02), 0.98)
-            found = rounded(middle)
-            if found.energy_j <= budget_j:
+            energy_j, found = rounded(middle)
+            if found is not None and energy_j <= budget_j:
                 high = found
             else:
-                low, low_energy = middle, found.energy_j
+                low, low_energy = middle, energy_j
+        full_s = self.problem.full_clock_time_s
+        if full_s < high.iteration_time_s and not violated(self.problem, self.problem.full_clocks, limits):
+            full = self.priced(self._relaxed(full_s), self.problem.full_clocks, full_s, limits)
+            high = full if full.energy_j <= budget_j else high
         if search:
             high = self._shorter(high, budget_j, effort, work)
         return replace(high, cut_short=work.cut_short)

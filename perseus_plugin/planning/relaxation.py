@@ -38,6 +38,7 @@ _MORE_ROOM = 16
 # energy from what the times take.
 _LONG = 8192
 _REPEATED_TO = 1e-3
+_ROUNDED = 1e-9  # a deadline so little shorter than another one is it: times are sums, and sums are rounded
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -168,10 +169,11 @@ class Relaxation:
         Raises:
             PlanError: the deadline is shorter than the shortest possible iteration.
         """
-        if not deadline_s >= self.shortest_s:
+        if not deadline_s >= self.shortest_s * (1 - _ROUNDED):
             raise PlanError(
                 f"deadline: got {deadline_s:.6f} s; the shortest possible iteration takes {self.shortest_s:.6f} s"
             )
+        deadline_s = max(deadline_s, self.shortest_s)
         # Beyond the longest iteration only the waiting grows.
         network = self._network(min(deadline_s, self.longest_s))
         found = self._repeated(network, deadline_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -333,6 +334,16 @@ def test_an_impossible_deadline_names_the_shortest_iteration() -> None:
     planner = small()
     with pytest.raises(PlanError, match=f"{planner.problem.shortest_s:.6f} s"):
         planner.plan(Target.deadline(0.01))
+
+
+@pytest.mark.parametrize("of", [Target.deadline, Target.straggler])
+def test_a_deadline_that_is_the_shortest_iteration_but_for_rounding_is_met(of: Callable[[float], Target]) -> None:
+    for planner in (small(), small(2, 3)):
+        shortest_s = planner.problem.shortest_s
+        plan = planner.plan(of(shortest_s * (1 - 1e-15)))
+        assert plan.iteration_time_s == shortest_s
+        with pytest.raises(PlanError, match=f"{shortest_s:.6f} s"):
+            planner.plan(of(shortest_s * (1 - 1e-6)))
 
 
 def test_what_was_found_for_fewer_changes_is_a_plan_for_any_number() -> None:

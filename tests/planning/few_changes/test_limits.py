@@ -18,7 +18,7 @@ from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.schedules import interleaved_1f1b, one_f_one_b
 from perseus_plugin.planning.few_changes.bound import LimitedBound
 from perseus_plugin.planning.few_changes.dwelling import dwelling_phases
-from perseus_plugin.planning.few_changes.limits import keep_limits
+from perseus_plugin.planning.few_changes.limits import keep_limits, violated
 from perseus_plugin.planning.few_changes.phase_lp import PhaseMix, solve_phases
 from perseus_plugin.planning.few_changes.phases import Phases, StageClocks, assign, stage_clocks
 from perseus_plugin.planning.few_changes.segmentation import Segments, segment
@@ -126,6 +126,39 @@ def test_instructions_shorter_than_a_dwell_share_clocks_at_little_cost() -> None
     assert len(found) > 8
     assert min(found) >= 2 * shortest_s
     assert kept.saving >= 0.85 * free.saving > 0
+
+
+def power_limited(stages: int = 2, microbatches: int = 6) -> Planner:
+    """At its highest clock a power limit makes every backward a little longer, and much dearer, than one below it."""
+    table = {}
+    for stage in range(stages):
+        longer = 1 + 0.1 * stage
+        table[stage, "forward"] = tuple(
+            Measurement(clock, longer * seconds, longer * joules)
+            for clock, seconds, joules in ((1410, 0.05, 15.0), (1200, 0.056, 13.5), (1000, 0.065, 13.0))
+        )
+        table[stage, "backward"] = tuple(
+            Measurement(clock, longer * seconds, longer * joules)
+            for clock, seconds, joules in ((1410, 0.1003, 30.0), (1200, 0.1, 28.0), (1000, 0.115, 26.0))
+        )
+    return Planner(build_graph(one_f_one_b(stages, microbatches)), Profile(table), blocking_power_w=70.0)
+
+
+@pytest.mark.parametrize(("stages", "microbatches", "most"), [(2, 6, 0), (2, 6, 2), (3, 12, 2)])
+@pytest.mark.parametrize("search", [False, True])
+def test_an_energy_budget_of_full_clocks_is_kept_where_the_shortest_iteration_takes_more_changes(
+    stages: int, microbatches: int, most: int, search: bool
+) -> None:
+    planner, limits = power_limited(stages, microbatches), ChangeLimits(most)
+    problem = planner.problem
+    assert problem.shortest_s < problem.full_clock_time_s
+    with pytest.raises(PlanError, match="no plan was found"):
+        planner.solve(Target.deadline(problem.shortest_s), limits)
+    budget_j = problem.full_clock_energy_j * 1.01
+    found = planner.solve(Target.energy_budget(budget_j), limits, search=search)
+    assert found.energy_j <= budget_j
+    assert found.iteration_time_s <= problem.full_clock_time_s
+    assert violated(problem, found.assignment, limits) == []
 
 
 def of(job: Job) -> Planner:

@@ -287,6 +287,8 @@ class _Deciding:
             self._take_aimed(seen)
         elif asked.goal != state.goal:
             return  # it is asked anew
+        elif asked.answer is not None:
+            self._take_refined_pace(seen, asked.answer)
         elif asked.situation is not None:
             self._take_pace(seen, asked.situation)
         elif asked.refine:
@@ -339,6 +341,11 @@ class _Deciding:
         self._show_usual()
         state.at_full |= not self._config.enforce
         begins = self._follow()
+        facts: dict[str, Any] = {"iteration": begins, "plan": number, "schedule": schedule}
+        facts |= {"saving": plan.saving, "gap": plan.gap}
+        facts |= {"replayed_saving": None if answer.replayed is None else answer.replayed.saving_mean}
+        facts |= {"planning_time_s": answer.planning_time_s, "refined": seen.asked.refine}
+        self.effects.append(Record("plan", facts))
         if first:
             self._reached(begins)
             self._reckon_with_full_clocks()
@@ -374,6 +381,7 @@ class _Deciding:
         """Have a plan in force searched on, where that can be worth it."""
         state = self.state
         if state.answers.situation is not None:
+            self._refine_pace(state.answers.situation)
             return
         schedule = state.reviews.to_refine(state.plans.schedules, state.iteration)
         if schedule is None:
@@ -383,6 +391,22 @@ class _Deciding:
             self._ask(schedule, review=True, refine=True, in_force=state.reviews.in_force(schedule))
         else:
             state.reviews.refined(schedule)
+
+    def _refine_pace(self, situation: Situation) -> None:
+        """The same of the plans for the pace of stragglers, who have been slow for a while."""
+        answers, answer = self.state.answers, self.state.answers.answer
+        pace = None if answer is None else answer.to_refine
+        if answer is None or pace is None or self.state.iteration < answers.refine_at:
+            return
+        answers.refine_at = self.state.iteration + EVERY
+        self._ask(
+            situation.schedule,
+            situation=situation,
+            pace=pace,
+            overheads=answer.overheads,
+            refine=True,
+            answer=answer,
+        )
 
     def _take_refined(self, seen: Answered) -> None:
         state, schedule = self.state, seen.asked.schedule
@@ -649,19 +673,11 @@ class _Deciding:
     def _take_pace(self, seen: Answered, situation: Situation) -> None:
         """The planner has answered; the job's plan stays if it found nothing."""
         state, answer = self.state, seen.answer
-        versions = {}
-        paced = answer.pace.variants if answer.pace else ()
-        catch_ups = answer.paced_catch_up or ((),) * len(paced)
-        for slowdowns, planned, catch_up in zip(situation.variants, paced, catch_ups, strict=False):
-            if planned.plan is not None:
-                profile, dwell_s = seen.asked.survey.profile, seen.request.min_dwell_s
-                number = state.plans.keep(situation.schedule, planned.plan, profile, slowdowns, catch_up, dwell_s)
-                versions[slowdowns] = number
         if answer.pace is None:
             self._warn(
                 "stragglers are not planned for: %s. The plan stays as it is; nothing needs to be done", answer.error
             )
-        made = Answer(answer.pace, versions)
+        made = self._with_plans(seen, situation)
         facts = {"error": answer.error} if answer.pace is None else state.answers.facts(situation, made)
         for number in state.answers.learn(situation, made):
             state.plans.discard(number)
@@ -669,10 +685,48 @@ class _Deciding:
         if state.plan is not None and state.plan.schedule == situation.schedule:
             self._switch(situation, made, seen.now_s)
 
+    def _with_plans(self, seen: Answered, situation: Situation) -> Answer:
+        """The planner's answer to stragglers, its plans kept."""
+        answer, versions = seen.answer, {}
+        paced = answer.pace.variants if answer.pace else ()
+        catch_ups = answer.paced_catch_up or ((),) * len(paced)
+        for slowdowns, planned, catch_up in zip(situation.variants, paced, catch_ups, strict=False):
+            if planned.plan is not None:
+                profile, dwell_s = seen.asked.survey.profile, seen.request.min_dwell_s
+                number = self.state.plans.keep(situation.schedule, planned.plan, profile, slowdowns, catch_up, dwell_s)
+                versions[slowdowns] = number
+        return Answer(answer.pace, versions, seen.asked.pace, answer.overheads)
+
+    def _take_refined_pace(self, seen: Answered, before: Answer) -> None:
+        """Plans for the pace in force take the place of those that there are if they save more."""
+        state, found = self.state, seen.answer.pace
+        answers, situation = state.answers, state.answers.situation
+        if situation is None or answers.answer is not before or state.unanswered or state.at_full or state.fallen:
+            return  # another plan is in force, or about to be; what is slow for long is tried again
+        if found is None or before.pace is None or not answers.saves_more(found):
+            answers.improve(replace(before, refined=True))
+            return
+        # What leaving the job's plan would have taken is as it was.
+        both = zip(found.variants, before.pace.variants, strict=True)
+        variants = tuple(replace(one, without_j=known.without_j) for one, known in both)
+        pace = replace(found, without_s=before.pace.without_s, variants=variants)
+        made = self._with_plans(replace(seen, answer=replace(seen.answer, pace=pace)), situation)
+        made = replace(made, asked=before.asked, refined=True)
+        answers.improve(made)
+        for number in before.versions.values():
+            state.plans.retire(number)
+        begins = self._follow()
+        self._inform(
+            "plans for the pace of stragglers: refined in the background for %.1f s", seen.answer.planning_time_s
+        )
+        facts = {"planning_time_s": seen.answer.planning_time_s, "iteration": begins, **answers.facts(situation, made)}
+        self.effects.append(Record("refined", facts))
+
     def _switch(self, situation: Situation | None, answer: Answer | None, now_s: float) -> None:
         """All ranks go over to what this situation asks for."""
         answers = self.state.answers
         answers.put_in_force(situation, answer, now_s)
+        answers.refine_at = self.state.iteration + SOON
         begins = self._follow()
         if situation is None:
             self._inform("no rank is slow any more: back to the job's plan")

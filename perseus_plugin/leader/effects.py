@@ -13,7 +13,7 @@ from perseus_plugin.leader.target_book import Goal
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PaceRequest, PlanRequest
 from perseus_plugin.profiling.survey import Survey
-from perseus_plugin.stragglers.situation import Situation
+from perseus_plugin.stragglers.situation import Answer, Situation
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Ask:
         review: a plan in force is held against newer iterations; not asked where there are too few.
         in_force: that plan.
         refine: look for a better one beside all else, with more effort; it is not waited for.
+        answer: to stragglers, which that is to be better than; None: a plan of the job is refined.
         or_nearest: where no plan keeps the goal's limit, take what comes nearest, as the goal is in force already.
     """
 
@@ -81,6 +82,7 @@ class Ask:
     review: bool = False
     in_force: InForce | None = None
     refine: bool = False
+    answer: Answer | None = None
     or_nearest: bool = False
 
 

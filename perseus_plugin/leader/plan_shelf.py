@@ -135,6 +135,10 @@ class PlanShelf:
         self._kept.clear()
         self._replaced.clear()
 
+    def retire(self, number: int) -> None:
+        """This plan will not be asked for any more once no rank follows it."""
+        self._replaced.add(number)
+
     def discard(self, number: int) -> None:
         """This plan will not be asked for any more."""
         self._kept.pop(number, None)

@@ -10,6 +10,7 @@ Source: Chung et al., "Reducing Energy Bloat in Large Model Training", SOSP 2024
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -41,6 +42,7 @@ def plan_pace(
     full_clock_only: Collection[tuple[int, str]] = (),
     schedule: str = "custom",
     switch_latency_s: float | None = None,
+    brake_s: float = math.inf,
 ) -> Pace:
     """Plan every sort of pipeline for the pace of the slowest.
 
@@ -54,6 +56,7 @@ def plan_pace(
         at_least_s: the pace is known to be at least this, whatever the profile says.
         planned_on: what the planner makes of a profile (a margin).
         limits, effort, full_clock_only, schedule, switch_latency_s: as for `make_plan`.
+        brake_s: for how long clocks may be searched for, all variants together.
 
     Raises:
         PlanError: a variant does not name every stage, the clocks do not fit the graph, or there is no plan.
@@ -70,6 +73,7 @@ def plan_pace(
             full_clock_only=full_clock_only,
             schedule=schedule,
             switch_latency_s=switch_latency_s,
+            brake_s=brake_s / len(variants),
         )
         for of_variant in seen
     ]

@@ -452,6 +452,7 @@ def pace_for(request: PlanRequest) -> Pace:
         full_clock_only=request.full_clock_only,
         schedule=request.schedule,
         switch_latency_s=wait_latency_s(request),
+        brake_s=request.refine_s or math.inf,
     )
 
 

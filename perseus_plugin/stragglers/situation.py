@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perseus_plugin.planning.paced import Pace, Slowdowns
+from perseus_plugin.iteration.replayed import Overheads
+from perseus_plugin.planning.paced import Pace, PacedPlan, Slowdowns
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.planning.request import PaceRequest
+from perseus_plugin.planning.work import SMALL, WORTH_REFINING
 
+_SAME = 1e-6
 _ANSWERS_KEPT = 32
 
 
@@ -69,10 +72,26 @@ class Answer:
     Attributes:
         pace: what the planner said; None if it found nothing, so that the job's plan stays.
         versions: numbers of plans by sort of pipeline; sorts for which the job's plan holds are missing.
+        asked: what the planner was asked; None: not known.
+        overheads: what iterations were taken to take beside the work that is known.
+        refined: better plans need not be searched for any more.
     """
 
     pace: Pace | None
     versions: Mapping[Slowdowns, int]
+    asked: PaceRequest | None = None
+    overheads: Overheads | None = None
+    refined: bool = False
+
+    @property
+    def to_refine(self) -> PaceRequest | None:
+        """What to ask a planner that searches for longer, for the same pace; None: it would hardly find anything."""
+        if self.refined or self.pace is None or self.asked is None:
+            return None
+        plans = [planned.plan for planned in self.pace.variants if planned.plan is not None]
+        if not any(plan.gap > WORTH_REFINING and sum(map(len, plan.stages)) > SMALL for plan in plans):
+            return None
+        return replace(self.asked, at_least_s=max(self.asked.at_least_s, self.pace.pace_s))
 
     def versions_in(self, situation: Situation, set_with: Callable[[int | None], int]) -> tuple[int, dict[int, int]]:
         """The version of the set of plans of most replicas, and those of the replicas that have another one.
@@ -111,6 +130,7 @@ class Answers:
 
     Attributes:
         situation, answer: in force; None while nothing is slow.
+        refine_at: iteration from which plans of the answer in force may be refined.
         figures: what happened so far.
     """
 
@@ -119,6 +139,7 @@ class Answers:
         self._min_interval_s = min_interval_s
         self.situation: Situation | None = None
         self.answer: Answer | None = None
+        self.refine_at = 0
         self.figures = AnswerFigures()
         self._answers: OrderedDict[object, Answer] = OrderedDict()
         self._answered_s = float("-inf")
@@ -129,6 +150,7 @@ class Answers:
             stages=self._stages, replicas=self._replicas, shards=self._shards, min_interval_s=self._min_interval_s
         )
         made.situation, made.answer, made.figures = self.situation, self.answer, self.figures
+        made.refine_at = self.refine_at
         made._answers, made._answered_s = self._answers.copy(), self._answered_s
         return made
 
@@ -176,6 +198,20 @@ class Answers:
         self.situation, self.answer, self._answered_s = situation, answer, now_s
         self.figures = replace(self.figures, switches=self.figures.switches + 1)
 
+    def saves_more(self, pace: Pace) -> bool:
+        """Whether all pipelines together take enough less at this pace than by the answer in force, which has one."""
+        assert self.answer is not None  # it is asked about
+        assert self.answer.pace is not None
+        before = self.answer.pace
+        if abs(pace.pace_s - before.pace_s) > _SAME * before.pace_s:
+            return False  # for another pace
+        return self._energy_j(pace) < (1 - WORTH_REFINING) * self._energy_j(before)
+
+    def improve(self, answer: Answer) -> None:
+        """In the place of the answer in force, for the same situations; whoever becomes slow is answered as soon."""
+        assert self.situation is not None  # it is answered
+        self.answer = self._answers[self.situation.identity] = answer
+
     def leave(self) -> None:
         """No answer is in force any more, for another reason than that nothing is slow."""
         self.situation = self.answer = None
@@ -194,12 +230,21 @@ class Answers:
         """An iteration has run under the answer in force."""
         figures = replace(self.figures, iterations=self.figures.iterations + 1)
         if self.answer is not None and self.situation is not None and self.answer.pace is not None:
-            of_slow = [slowdowns for _, slowdowns in self.situation.slow]
-            saved_j = figures.energy_saved_j
-            for variant, planned in zip(self.situation.variants, self.answer.pace.variants, strict=True):
-                count = self._replicas - self.slow_replicas if max(variant) == 1 else of_slow.count(variant)
-                # A plan's energy is that of one GPU per stage.
-                saved_j += self._shards * count * (planned.without_j - planned.energy_j)
+            # A plan's energy is that of one GPU per stage.
+            saved_j = figures.energy_saved_j + self._shards * self._saved_j(self.answer.pace)
             saved_s = figures.time_saved_s + self.answer.pace.without_s - self.answer.pace.pace_s
             figures = replace(figures, energy_saved_j=saved_j, time_saved_s=saved_s)
         self.figures = figures
+
+    def _energy_j(self, pace: Pace) -> float:
+        return sum(count * planned.energy_j for count, planned in self._counted(pace))
+
+    def _saved_j(self, pace: Pace) -> float:
+        return sum(count * (planned.without_j - planned.energy_j) for count, planned in self._counted(pace))
+
+    def _counted(self, pace: Pace) -> Iterator[tuple[int, PacedPlan]]:
+        """How many pipelines there are of every sort, with its plan."""
+        assert self.situation is not None  # it is answered
+        of_slow = [slowdowns for _, slowdowns in self.situation.slow]
+        for variant, planned in zip(self.situation.variants, pace.variants, strict=True):
+            yield self._replicas - self.slow_replicas if max(variant) == 1 else of_slow.count(variant), planned

@@ -130,8 +130,12 @@ def test_from_a_sweep_to_a_plan() -> None:
     assert [type(effect) for effect in story.effects] == [SaveProfile, Ask]
     assert story.state.phase is Phase.PLANNING
     story.then(story.answered())
-    assert [type(e) for e in story.effects if not isinstance(e, Say)] == [ShowPlan, PublishSet, Order, Record]
+    assert [type(e) for e in story.effects if not isinstance(e, Say)] == [ShowPlan, PublishSet, Order, Record, Record]
     (order,) = story.of(Order)
+    plan, goal = story.of(Record)
+    assert (plan.kind, goal.kind) == ("plan", "goal")
+    told_of = plan.facts["iteration"], plan.facts["saving"], plan.facts["gap"], plan.facts["refined"]
+    assert told_of == (22, PLAN.saving, PLAN.gap, False)
     assert (order.news.action, order.news.version, order.news.sequence) == ("follow", 1, 1)
     assert order.news.switch == 22, "two iterations of half a second are time enough for all to hear of it"
     assert story.state.phase is Phase.FOLLOWING
@@ -269,6 +273,8 @@ def test_a_plan_is_refined_once_while_the_planner_is_asked_for_other_things() ->
     assert not story.then(REFINES).of(Ask)
     story.then(answered)
     assert story.orders == [("follow", 2)]
+    (plan,) = story.of(Record)
+    assert (plan.facts["refined"], plan.facts["iteration"]) == (True, story.of(Order)[0].news.switch)
     assert not story.then(Turned(900), REFINES).of(Ask), "what is followed has been refined"
 
 
@@ -300,6 +306,93 @@ def test_a_straggler_is_answered_first_and_a_plan_is_refined_once_it_is_gone() -
     assert story.orders == []
     assert not story.then(Turned(900), REFINES).of(Ask)
     assert story.then(Situated(None, 200.0), Situated(None, 201.0), REFINES).of(Ask)
+
+
+def at_a_pace(gap: float = 0.02) -> Story:
+    """A job of which replica 1 is slow, for twelve iterations."""
+    story = refinable().then(Situated(SLOW, 100.0))
+    story.then(replace(story.answered(None, now_s=100.0), answer=paced(100.0, gap=gap)))
+    return story.then(Situated(SLOW, 101.0), Turned(story.state.iteration + SOON))
+
+
+def paced(energy_j: float, pace_s: float = 0.5, gap: float = 0.0) -> PlanAnswer:
+    """Those that are not slow get a plan for the pace, which takes so much; the slow one keeps the job's."""
+    plan = lowest(plan_for(request("A", MANY)))
+    plan = replace(plan, energy_lower_bound_j=plan.energy_j / (1 + gap))
+    variants = PacedPlan(plan, energy_j, 120.0), PacedPlan(None, 100.0, 100.0)
+    return PlanAnswer(None, 2.0, pace=Pace(pace_s, 0.6, variants))
+
+
+def test_plans_for_a_pace_are_refined_once_and_found_again() -> None:
+    story = refinable().then(Situated(SLOW, 100.0))
+    story.then(replace(story.answered(None), answer=paced(100.0, gap=0.02)), Situated(SLOW, 101.0), REFINES)
+    assert not story.of(Ask), "whoever is slow may be back soon"
+    assert not at_a_pace(gap=0.0005).then(REFINES).of(Ask), "it would gain too little"
+    story = at_a_pace()
+    (ask,) = story.then(REFINES).of(Ask)
+    assert (ask.refine, ask.situation, ask.review) == (True, SLOW, False)
+    assert ask.pace.at_least_s == 0.5, "for the pace in force"
+    better = replace(story.answered(None), answer=paced(99.0))
+    assert not story.then(REFINES).of(Ask)
+    version = story.state.orders.latest.version
+    story.then(better)
+    ((action, refined),) = story.orders
+    assert action == "follow"
+    assert refined > version
+    assert [record.kind for record in story.of(Record)] == ["refined"]
+    story.then(Ended(60, Follow(refined, straggler=True), "A", FULL_S))
+    assert story.state.answers.figures.energy_saved_j == pytest.approx(120.0 - 99.0)
+    assert not story.then(Turned(900), REFINES).of(Ask)
+    story.then(Situated(None, 200.0))
+    story.then(Situated(SLOW, 300.0))
+    assert (story.orders, story.of(Ask)) == ([("follow", refined)], []), "the better answer is known"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [paced(99.95), paced(99.0, pace_s=0.51), paced(99.0, pace_s=0.49), PlanAnswer(None, 0.1, "lost", lost=True)],
+    ids=["too little", "a longer pace", "a shorter pace", "nothing"],
+)
+def test_plans_for_a_pace_stay_where_nothing_better_was_found_for_it(found: PlanAnswer) -> None:
+    story = at_a_pace().then(REFINES)
+    story.then(replace(story.answered(None), answer=found))
+    assert story.effects == []
+    assert not story.then(Turned(900), REFINES).of(Ask), "it would come to the same"
+
+
+OTHER = Situation("A", ((1, (1.0, 1.5)),), (), 0.0, True, 2)
+
+
+@pytest.mark.parametrize("becomes", [None, OTHER], ids=["nobody is slow any more", "it has become slower"])
+def test_what_was_refined_for_another_pace_replaces_no_plan(becomes: Situation | None) -> None:
+    story = at_a_pace().then(REFINES)
+    late = replace(story.answered(None), answer=paced(90.0))
+    story.then(Situated(becomes, 200.0))
+    for ask in story.of(Ask):
+        assert story.then(late).effects == [], "who is slow has changed, and nothing answers that yet"
+        story.then(Answered(ask, request("A", MANY), paced(110.0, pace_s=0.7), 200.0))
+    before = story.state.orders.sequence
+    story.then(late)
+    assert (story.effects, story.state.orders.sequence) == ([], before)
+    story.then(Situated(SLOW, 300.0), Situated(SLOW, 301.0), Turned(900), REFINES)
+    (ask,) = story.of(Ask)
+    assert (ask.refine, ask.situation) == (True, SLOW), "it is tried again"
+
+
+def test_what_was_refined_for_a_pace_replaces_no_plan_made_anew_for_it() -> None:
+    story = at_a_pace().then(REFINES)
+    late = replace(story.answered(None), answer=paced(90.0))
+    story.then(Targeted([Entry(1, "cli", Standing.COMMAND, Target.full())], 100.0))
+    assert story.orders == [("full", 0)]
+    story.then(late)
+    assert story.effects == [], "no plan is followed"
+    story.then(Targeted([Entry(2, "", Standing.COMMAND)], 200.0), Situated(None, 300.0))
+    story.state.answers.forget()
+    story.then(Situated(SLOW, 400.0))
+    story.then(replace(story.answered(None, now_s=400.0), answer=paced(100.0, gap=0.02)))
+    before = story.state.orders.sequence
+    story.then(late)
+    assert (story.effects, story.state.orders.sequence) == ([], before)
 
 
 def test_a_straggler_is_planned_for_and_left_when_it_is_back() -> None:

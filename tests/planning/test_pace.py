@@ -113,6 +113,16 @@ def test_no_answer_is_slower_or_dearer_than_none(variants: list[tuple[float, ...
         assert sum(v.energy_j for v in made.variants) <= sum(v.without_j for v in made.variants) * (1 + 1e-3)
 
 
+@pytest.mark.parametrize("slowdown", [0.0, 0.1])
+@pytest.mark.parametrize("variant", [(1.0, 1.0, 1.02), (1.0, 1.2, 1.0)])
+def test_asked_for_the_pace_that_was_found_the_answer_is_the_same(variant: tuple[float, ...], slowdown: float) -> None:
+    """So what is searched for longer can be held against it."""
+    made = pace(EVEN, variant, slowdown=slowdown)
+    again = pace(EVEN, variant, slowdown=slowdown, at_least_s=made.pace_s)
+    assert again.pace_s == made.pace_s
+    assert [(one.plan, one.energy_j) for one in again.variants] == [(one.plan, one.energy_j) for one in made.variants]
+
+
 def test_through_json_and_back() -> None:
     made = pace(EVEN, (1.05, 1.0, 1.0))
     assert pace_from_dict(pace_to_dict(made)) == made

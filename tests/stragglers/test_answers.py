@@ -133,7 +133,7 @@ class Job(RankZero):
     def events(self) -> list[dict[str, Any]]:
         """What has to do with stragglers."""
         events = map(json.loads, (self.folder / "events.jsonl").read_text().splitlines())
-        return [event for event in events if event["event"] != "goal"]
+        return [event for event in events if event["event"] not in ("goal", "plan")]
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from perseus_plugin.cli.job import (
     Scale,
     Schedule,
     SwitchLatency,
+    of_emulated_gpus,
     request_from_options,
 )
 from perseus_plugin.cli.power import (
@@ -51,6 +52,7 @@ from perseus_plugin.errors import figure
 from perseus_plugin.iteration.instructions import INPUT_SHARE
 from perseus_plugin.planning.power.budget import NodeOverhead
 from perseus_plugin.planning.targets import Target
+from perseus_plugin.reporting.report.palette import AMBER, BLUE, BOUND, RED, VIOLET
 from perseus_plugin.reporting.report.still import check_drawable, drawn
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from perseus_plugin.planning.plan import Plan
 
 _FULL_SPEED = 0.001  # share of the time at full clocks
+_MARKS = (VIOLET, AMBER)  # of plans to point out: for a budget, for prices
 
 
 def frontier(
@@ -144,7 +147,7 @@ def frontier(
     content = frontier_to_json(made)
     write(output, content)
     if plot is not None:
-        write(plot, draw(made, plot, marks), "--plot")
+        write(plot, draw(made, plot, marks, of_emulated_gpus(profile)), "--plot")
     if as_json:
         write(STANDARD, content)
         return
@@ -174,10 +177,14 @@ def summary(made: Frontier) -> Table:
     return table
 
 
-def draw(made: Frontier, path: Path, marks: Mapping[str, Plan] | None = None) -> bytes:
-    """Bound and plans, energy above power, as a picture for the path, which was checked.
+def draw(made: Frontier, path: Path, marks: Mapping[str, Plan] | None = None, emulated: bool = False) -> bytes:
+    """Bound and plans, energy above power, as a picture.
 
-    `marks` are plans to point out.
+    Args:
+        made: the frontier.
+        path: where the picture goes, which was checked.
+        marks: plans to point out.
+        emulated: whether it is of emulated GPUs.
     """
     from matplotlib.figure import Figure
 
@@ -186,18 +193,19 @@ def draw(made: Frontier, path: Path, marks: Mapping[str, Plan] | None = None) ->
     bound = [(point.deadline_s, point.bound_j) for point in made.points]
     plans = [(point.plan.iteration_time_s, point.plan.energy_j) for point in made.points]
     full = [(made.baseline_time_s, made.baseline_energy_j)]
-    series: list[tuple[str, str, list[tuple[float, float]], str | None]] = [
-        ("lower bound", "-", bound, "0.6"),
-        ("plans", "o", plans, "C0"),
-        ("full clocks", "s", full, "C3"),
-        *((name, "D", [(plan.iteration_time_s, plan.energy_j)], None) for name, plan in (marks or {}).items()),
+    series: list[tuple[str, str, list[tuple[float, float]], str]] = [
+        ("lower bound", "-", bound, BOUND),
+        ("plans", "o", plans, BLUE),
+        ("full clocks", "s", full, RED),
     ]
-    for name, look, points, color in series:
+    for (name, plan), colour in zip((marks or {}).items(), _MARKS, strict=False):
+        series.append((name, "D", [(plan.iteration_time_s, plan.energy_j)], colour))
+    for name, look, points, colour in series:
         times_s = [time_s for time_s, _ in points]
-        energies.plot(times_s, [energy_j for _, energy_j in points], look, color=color, ms=4, label=name)
-        powers.plot(times_s, [energy_j / time_s for time_s, energy_j in points], look, color=color, ms=4)
+        energies.plot(times_s, [energy_j for _, energy_j in points], look, color=colour, ms=4, label=name)
+        powers.plot(times_s, [energy_j / time_s for time_s, energy_j in points], look, color=colour, ms=4)
     energies.set_ylabel("energy per iteration, one GPU per stage [J]")
     powers.set_ylabel("average power, one GPU per stage [W]")
-    powers.set_xlabel("iteration time [s]")
+    powers.set_xlabel(f"iteration time{' of emulated GPUs' if emulated else ''} [s]")
     energies.legend()
     return drawn(figure, path)

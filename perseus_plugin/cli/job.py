@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from perseus_plugin.cli.destinations import source
 from perseus_plugin.config import LimitsConfig
-from perseus_plugin.errors import ConfigError, PlanError, shown, validation_problem
+from perseus_plugin.errors import ConfigError, PerseusError, PlanError, shown, validation_problem
 from perseus_plugin.iteration.bounds import MOST_SLOWDOWN, MOST_W
 from perseus_plugin.iteration.instructions import Compute, StageStream
 from perseus_plugin.iteration.replayed import Overheads
@@ -249,6 +249,16 @@ def request_from_options(path: Path, job: JobOptions) -> PlanRequest:
 def searched(request: PlanRequest) -> PlanRequest:
     """The request for a plan that the job itself did not have to make, by a search whatever that one was made by."""
     return replace(request, search=True, full_clocks=False, drawn=1.0)
+
+
+def of_emulated_gpus(path: Path) -> bool:
+    """Whether it is the output folder of a job on emulated GPUs, as far as what stands in it says that."""
+    from perseus_plugin.reporting.report.folder import load_folder
+
+    try:
+        return path.is_dir() and bool(load_folder(path).emulated)
+    except PerseusError:
+        return False
 
 
 def request_of_folder(folder: Path) -> PlanRequest:

@@ -31,6 +31,7 @@ from perseus_plugin.cli.job import (
     SwitchLatency,
     change_limits,
     lowering,
+    of_emulated_gpus,
     parse_effort,
     parse_jitter,
     parse_slowdown,
@@ -329,7 +330,9 @@ def simulate(
     for path in output or ():
         write(path, outcomes_as(path.suffix, outcomes, facts))
     if plot is not None:
-        write(plot, draw(outcomes, f"{source.name}{' (modelled, not measured)' if modelled else ''}", plot), "--plot")
+        emulated = " (of emulated GPUs)" if of_emulated_gpus(source) else ""
+        of_what = f"{source.name}{' (modelled, not measured)' if modelled else emulated}"
+        write(plot, draw(outcomes, of_what, plot), "--plot")
     if as_json:
         write(STANDARD, outcomes_as(".json", outcomes, facts))
         return

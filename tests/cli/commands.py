@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,3 +17,11 @@ class Done:
 
 
 Perseus = Callable[..., Done]
+
+OF_AXES = ("#000000", "#ffffff", "#cccccc")
+"""Of frames and text, which are not of the palette."""
+
+
+def colours(svg: str) -> set[str]:
+    """Colours that a picture has."""
+    return set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg))

@@ -20,7 +20,8 @@ from perseus_plugin.planning.process import plan_for
 from perseus_plugin.planning.request import PlanRequest
 from perseus_plugin.planning.streams import save_streams
 from perseus_plugin.planning.targets import Target
-from tests.cli.commands import Perseus
+from perseus_plugin.reporting.report.palette import BLUE, BOUND, RED, SERIES
+from tests.cli.commands import OF_AXES, Perseus, colours
 from tests.planning.jobs import bundled_profile
 from tests.reporting.job import Job
 
@@ -169,3 +170,30 @@ def test_what_the_job_predicts_of_its_plan_stands_beside_what_the_profile_says(
     assert rows("--slowdown", "30%").keys() == alone.keys(), "another plan, of which the job predicts nothing"
     (tmp_path / "summary.json").write_text("{")
     assert rows() == alone
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("frontier", ("--tolerance", 0.05, "-o", "-")),
+        ("simulate", ("--microbatches", 2, "--microbatches", 3, "--slowdown", 0, "--slowdown", "10%")),
+    ],
+)
+def test_a_picture_says_of_what_gpus_it_is_in_the_colours_of_all_pictures(
+    perseus: Perseus, tmp_path: Path, command: str, options: tuple[object, ...]
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def drawn(emulated: bool) -> str:
+        folder, picture = (
+            Job(tmp_path / str(emulated), emulated=emulated).planned(2).finished().folder,
+            tmp_path / "a.svg",
+        )
+        done = perseus(command, folder, *options, "--plot", picture)
+        assert done.returncode == 0, done.stderr
+        return picture.read_text()
+
+    picture = drawn(emulated=True)
+    assert "emulated GPUs" in picture
+    assert {BLUE, RED} <= colours(picture) <= {*SERIES, BOUND, *OF_AXES}
+    assert "emulated" not in drawn(emulated=False)

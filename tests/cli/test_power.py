@@ -9,7 +9,8 @@ import pytest
 
 from perseus_plugin.planning.plan import load_plan
 from perseus_plugin.profiling.profile import save_profile
-from tests.cli.commands import Perseus
+from perseus_plugin.reporting.report.palette import AMBER, BLUE, BOUND, RED, SERIES, VIOLET
+from tests.cli.commands import OF_AXES, Perseus, colours
 from tests.planning.jobs import bundled_profile
 
 
@@ -58,7 +59,9 @@ def test_a_frontier_marks_budget_and_price_and_says_where_full_speed_is_best(
     assert "within the power budget: " in done.stdout
     assert "least cost: " in done.stdout
     assert "full speed, with " in done.stdout
-    assert "within the power budget" in (tmp_path / "f.svg").read_text()
+    picture = (tmp_path / "f.svg").read_text()
+    assert "within the power budget" in picture
+    assert {BLUE, RED, BOUND, VIOLET, AMBER} <= colours(picture) <= {*SERIES, BOUND, *OF_AXES}
 
 
 def test_budgets_are_simulated_beside_slowdowns(perseus: Perseus, job: tuple[object, ...], tmp_path: Path) -> None:

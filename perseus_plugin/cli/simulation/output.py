@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perseus_plugin.cli.simulation.scenarios import Outcome
+from perseus_plugin.reporting.report.palette import SERIES
 from perseus_plugin.reporting.report.still import drawn
 
 SIMULATION_SCHEMA = "perseus-simulation"
@@ -99,6 +100,7 @@ def draw(outcomes: Sequence[Outcome], title: str, path: Path) -> bytes:
     height = 4.5 if over_microbatches else 1.2 + 0.35 * len(lines)
     figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.add_subplot()
+    axes.set_prop_cycle(color=SERIES)
     axes.set_title(title, loc="left", fontsize=10)
     if over_microbatches:
         for name, points in lines.items():

@@ -14,17 +14,9 @@ from perseus_plugin.planning.curve import CurveSample, FrontierCurve
 from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Profile
 from perseus_plugin.reporting.record.samples import Sample
-from perseus_plugin.reporting.report.lanes import CLOCKS, Block, Lanes, Wait
-from perseus_plugin.reporting.report.style import (
-    BLUE,
-    GREEN,
-    MUTED,
-    RED,
-    TEXT,
-    WAITING,
-    legend_above,
-    styled,
-)
+from perseus_plugin.reporting.report.lanes import Block, Lanes, Wait
+from perseus_plugin.reporting.report.palette import BLUE, BOUND, CLOCKS, GREEN, MUTED, RED, SERIES, TEXT, WAITING
+from perseus_plugin.reporting.report.style import legend_above, styled
 from perseus_plugin.reporting.report.worth import PerIteration
 
 _LABELLED = 200  # most blocks of a row of pictures that carry their microbatch
@@ -172,7 +164,7 @@ def frontier(
     """Bound and plans over the iteration time, energy above power, with full clocks and the plan that was chosen."""
     shapes: list[tuple[str, list[tuple[float, float]], dict[str, Any]]] = [
         ("lower bound", [(p.deadline_s, p.bound_j) for p in made.samples],
-         {"mode": "lines", "line": {"color": "#8995a1", "width": 2}}),
+         {"mode": "lines", "line": {"color": BOUND, "width": 2}}),
         ("plans", [(p.iteration_time_s, p.energy_j) for p in made.samples],
          {"mode": "markers", "marker": {"color": BLUE, "size": 8}}),
     ]  # fmt: skip
@@ -272,9 +264,8 @@ def _error_bars(values: list[float]) -> dict[str, Any]:
 
 
 def _stage_colour(stage: int, stages: int) -> str:
-    palette = ["#2f6fb2", "#c8442c", "#2f8f57", "#8e6bb8", "#d08a1d", "#17899b", "#b5507f", "#6b7682"]
-    if stages <= len(palette):
-        return palette[stage]
+    if stages <= len(SERIES):
+        return SERIES[stage]
     return f"hsl({round(330 * stage / stages)},55%,42%)"
 
 

@@ -14,9 +14,6 @@ from perseus_plugin.planning.plan import Plan
 from perseus_plugin.profiling.profile import Measurement, Profile
 from perseus_plugin.reporting.record.samples import Sample
 
-CLOCKS = ["#5aa5d6", "#9bd0c3", "#f2e394", "#f6b26b", "#ea6a47"]
-"""Colours from the lowest clock to the highest; dark text is legible on all of them."""
-
 _SHORTEST_WAIT_S = 1e-5
 
 

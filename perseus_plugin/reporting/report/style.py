@@ -6,11 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-TEXT = "#1c2733"
-MUTED = "#5b6875"
-GRID = "#e3e7eb"
-WAITING = "#e4e8ec"
-BLUE, RED, GREEN = "#2f6fb2", "#c8442c", "#2f8f57"
+from perseus_plugin.reporting.report.palette import GRID, MUTED, TEXT
 
 
 def escaped(text: str) -> str:

@@ -18,7 +18,8 @@ from perseus_plugin.planning.plan import Plan, load_plan
 from perseus_plugin.profiling.derived import with_rows_for
 from perseus_plugin.profiling.profile import load_profile
 from perseus_plugin.reporting.report.folder import JobFolder, load_folder
-from perseus_plugin.reporting.report.lanes import CLOCKS, Lanes, full_clock_lanes, planned_lanes
+from perseus_plugin.reporting.report.lanes import Lanes, full_clock_lanes, planned_lanes
+from perseus_plugin.reporting.report.palette import CLOCKS
 from perseus_plugin.reporting.report.still import drawn
 
 if TYPE_CHECKING:

@@ -12,16 +12,17 @@ from plotly.subplots import make_subplots
 from perseus_plugin.reporting.record.iterations import FULL, PLAN, PROFILING, STRAGGLER, UNKNOWN, WARM_UP, Stretch
 from perseus_plugin.reporting.record.records import Series
 from perseus_plugin.reporting.report.findings import Happening
+from perseus_plugin.reporting.report.palette import AMBER, BLUE, GREEN, MUTED, RED, TEXT, VIOLET
 from perseus_plugin.reporting.report.reigns import Reign
-from perseus_plugin.reporting.report.style import BLUE, GREEN, MUTED, RED, TEXT, escaped, styled
+from perseus_plugin.reporting.report.style import escaped, styled
 from perseus_plugin.reporting.report.worth import PerIteration
 
 STATE_COLOURS = {
     WARM_UP: "#9aa5b1",
-    PROFILING: "#8e6bb8",
+    PROFILING: VIOLET,
     FULL: RED,
     PLAN: BLUE,
-    STRAGGLER: "#d08a1d",
+    STRAGGLER: AMBER,
     UNKNOWN: "#5c6670",
 }
 STATE_NAMES = {

@@ -108,6 +108,7 @@ class OneJob:
         announced: what the first stage of a replica announces of a step; None: nothing.
         ahead: so many steps before.
         is_graph: whether an iteration's step is replayed as one CUDA graph, so that nobody sees its instructions.
+        leader: the rank that does what is rank 0's in other jobs.
         until: asked once after every iteration; the job ends when it says so, or with its last step.
     """
 
@@ -128,6 +129,7 @@ class OneJob:
         announced: Callable[[Step, int], Sequence[float]] | None = None,
         ahead: int = 3,
         is_graph: Callable[[int], bool] = lambda iteration: False,
+        leader: int = 0,
         until: Callable[[], bool] = lambda: False,
     ) -> None:
         self._folder, self._steps, self._slow = folder, steps, slow
@@ -145,7 +147,7 @@ class OneJob:
         self._lock = threading.Lock()
         self.is_graph = is_graph
         self._announced, self._ahead = announced, ahead
-        self._until, self._over = until, False
+        self._until, self._over, self._leader = until, False, leader
         self._barrier = threading.Barrier(ranks, timeout=_TIMEOUT_S)
         self._turn = threading.Barrier(ranks, self._look, timeout=_TIMEOUT_S)
         self._energy_j = [[0.0] * ranks for _ in range(len(steps) + 1)]
@@ -194,6 +196,7 @@ class OneJob:
             replica=rank // self._stages,
             local_rank=rank,
             device="cpu",
+            leader=self._leader,
         )
         path = self._folder / "emulated_gpus" / f"rank{rank}"
         session: Session | None = None

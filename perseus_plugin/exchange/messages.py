@@ -41,6 +41,7 @@ class Placement(_Message):
             have the same stage and replica, and run in lock-step under the same plan.
         local_rank: on its machine.
         device: torch device, e.g. "cuda:0" or "cpu".
+        leader: the rank that does what is called rank 0's; the same on all ranks.
     """
 
     rank: Count
@@ -51,11 +52,12 @@ class Placement(_Message):
     shards: Annotated[Count, Field(ge=1)] = 1
     local_rank: Count
     device: str
+    leader: Count = 0
 
     @property
     def leads(self) -> bool:
         """Whether this rank plans for all, writes the summary, publishes figures and takes reports."""
-        return self.rank == 0
+        return self.rank == self.leader
 
     @property
     def replicas(self) -> int:

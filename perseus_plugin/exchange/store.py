@@ -126,10 +126,11 @@ class StoreExchange:
         client: of the job's store; closed with the exchange.
         rank: this one, in the whole job.
         node: a name for this job's ranks to find those on their machine by, see `Node`; empty: each by itself.
+        leader: the rank that is told, called rank 0 here.
     """
 
-    def __init__(self, client: StoreClient, rank: int = 0, node: str = "") -> None:
-        self._client, self._rank = client, rank
+    def __init__(self, client: StoreClient, rank: int = 0, node: str = "", leader: int = 0) -> None:
+        self._client, self._rank, self._is_told = client, rank, rank == leader
         self._lock = threading.Lock()
         self._told: dict[str, Any] = {}
         self._heard: dict[str, Any] = {}
@@ -161,7 +162,7 @@ class StoreExchange:
 
     def tell(self, key: str, value: Any, *, patient: bool = False, at_once: bool = False) -> None:
         self._fail_if_lost()
-        if self._rank == 0:
+        if self._is_told:
             self._take({key: json.loads(json.dumps(value))}, hurried=not patient)
             if at_once:  # so do the others, and rank 0 waits for that
                 self._lively_until_s = float("inf")
@@ -195,7 +196,7 @@ class StoreExchange:
         self._fail_if_lost()
         self._client.publish(f"all/{key}", value)
         self._client.count(_TURN, 1)  # afterwards: who sees it finds the value
-        if self._rank != 0:
+        if not self._is_told:
             self._client.append(_INBOX, {_HURRIED: True})
         self._look_at_s = 0.0
         self._node.wake()
@@ -249,7 +250,7 @@ class StoreExchange:
     def _step(self, now_s: float) -> None:
         self._empty_outbox()
         due_s = [self._look_at_s] if self._node.leads else []
-        due_s += [self._inbox_at_s] if self._rank == 0 else []
+        due_s += [self._inbox_at_s] if self._is_told else []
         until_s = min(*due_s, self._send_at_s, now_s + PATIENT_S)
         for message in self._node.receive(until_s - now_s):
             if "lost" in message:
@@ -261,7 +262,7 @@ class StoreExchange:
             self._post(message)
         now_s = time.monotonic()
         looks = self._node.leads and now_s >= self._look_at_s
-        takes = self._rank == 0 and now_s >= self._inbox_at_s
+        takes = self._is_told and now_s >= self._inbox_at_s
         if looks or takes:
             self._look(now_s, looks, takes)
         if now_s >= self._send_at_s:
@@ -288,7 +289,7 @@ class StoreExchange:
     def _send(self) -> None:
         pending, self._pending, self._send_at_s = self._pending, {}, float("inf")
         hurried, self._hurried = self._hurried, False
-        if self._rank == 0:
+        if self._is_told:
             self._take(pending, hurried)
             return
         marks: dict[str, Any] = {_HURRIED: True} if hurried else {}
@@ -325,11 +326,11 @@ class StoreExchange:
             for bundle in self._client.take_new(_INBOX, counted[-1]):
                 if self._take_bundle(bundle):
                     self._lively_until_s = max(self._lively_until_s, now_s + _LIVELY_S)
-        if self._rank == 0 and now_s < self._lively_until_s:
+        if self._is_told and now_s < self._lively_until_s:
             self._look_at_s = min(self._look_at_s, now_s + self._look_every_s)
             self._inbox_at_s = min(self._inbox_at_s, now_s + INBOX_EVERY_S)
             return
-        place, seen = (f"{_INBOX}/count", self._client.taken(_INBOX)) if self._rank == 0 else (_TURN, self._turn)
+        place, seen = (f"{_INBOX}/count", self._client.taken(_INBOX)) if self._is_told else (_TURN, self._turn)
         self._client.watch({place: seen}, self._look_every_s, self._may_look, self._look_now)
 
     def _may_look(self) -> bool:
@@ -463,13 +464,14 @@ def wait_for(
     return found
 
 
-def open_exchange(name: str) -> Exchange:
+def open_exchange(name: str, leader: int = 0) -> Exchange:
     """The exchange of this job: its default store, or a local one when `torch.distributed` is not initialised.
 
     Waits until all ranks are there, before training starts.
 
     Args:
         name: the same on every rank.
+        leader: the rank that is told, the same on every rank.
 
     Raises:
         ExchangeError: the ranks do not find each other in time.
@@ -483,7 +485,7 @@ def open_exchange(name: str) -> Exchange:
     try:
         session = meet(client, rank, dist.get_world_size())
         client.enter(session)
-        return StoreExchange(client, rank, f"perseus/{session}")
+        return StoreExchange(client, rank, f"perseus/{session}", leader)
     except BaseException:
         client.close()
         raise

@@ -178,7 +178,9 @@ class Coordinator:
             targets=TargetBook(configured.wish, configured.limit),
             goal=configured,
         )
-        self.comparison = Comparison(config.watch, job.exchange, placement.world_size, self._graph_s)
+        self.comparison = Comparison(
+            config.watch, job.exchange, placement.world_size, self._graph_s, leader=placement.leader
+        )
 
     def _graph_s(self, schedule: str) -> float:
         return self.state.expectations.graph_s(schedule)

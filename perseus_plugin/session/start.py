@@ -126,7 +126,7 @@ def prepare(
             "rises are asked for that much before their time"
         )
     if exchange is None:
-        exchange = open_exchange(_next_name())
+        exchange = open_exchange(_next_name(), placement.leader)
     helper = None
     try:
         # Emulated GPUs lie in the configured folder: as real ones do, they outlive a session, and several may meet

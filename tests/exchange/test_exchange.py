@@ -56,14 +56,15 @@ class Ranks:
         count: how many.
         per_node: of them, on one machine.
         beside: how many more there could be on rank 0's machine.
+        leader: the rank that is told.
     """
 
-    def __init__(self, count: int, per_node: int, beside: int = 0) -> None:
+    def __init__(self, count: int, per_node: int, beside: int = 0, leader: int = 0) -> None:
         self.store = HashStore()
         self.asked = [CountingStore(self.store) for _ in range(count)]
         job = secrets.token_hex(8)
         self.exchanges = [
-            StoreExchange(StoreClient(asked, "p"), rank, f"perseus-test/{job}/{(rank + beside) // per_node}")
+            StoreExchange(StoreClient(asked, "p"), rank, f"perseus-test/{job}/{(rank + beside) // per_node}", leader)
             for rank, asked in enumerate(self.asked)
         ]
 
@@ -89,8 +90,8 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
 def ranks_of() -> Iterator[Callable[..., Ranks]]:
     made: list[Ranks] = []
 
-    def make(count: int, per_node: int, beside: int = 0) -> Ranks:
-        made.append(Ranks(count, per_node, beside))
+    def make(count: int, per_node: int, beside: int = 0, leader: int = 0) -> Ranks:
+        made.append(Ranks(count, per_node, beside, leader))
         return made[-1]
 
     yield make
@@ -117,6 +118,24 @@ def test_all_hear_what_is_told_to_all_and_rank_0_what_it_is_told(ranks_of: Ranks
     ranks[0].tell_all(NEWS, {"sequence": 2})
     assert ranks.all_hear(REUSE, [True])
     assert ranks.all_hear(NEWS, {"sequence": 2})
+
+
+@pytest.mark.parametrize("per_node", [1, 2, 4])
+@pytest.mark.parametrize("leader", [1, 3])
+def test_another_rank_is_told_where_it_leads(ranks_of: RanksOf, per_node: int, leader: int) -> None:
+    ranks = ranks_of(4, per_node, leader=leader)
+    for rank in range(4):
+        ranks[rank].tell(f"facts/{rank}", rank)
+        ranks[rank].append("reports", rank)
+    keys = [f"facts/{rank}" for rank in range(4)]
+    assert wait_for(ranks[leader].told, keys, 20) == {f"facts/{rank}": rank for rank in range(4)}
+    reports: set[int] = set()
+    assert came_true(lambda: reports.update(ranks[leader].take_new("reports")) or len(reports) == 4)
+    assert [ranks[rank].told(key) for rank in range(4) if rank != leader for key in keys] == [None] * 12
+    ranks[leader].tell_all(NEWS, {"sequence": 1})
+    assert ranks.all_hear(NEWS, {"sequence": 1})
+    ranks[0].tell("last", True, at_once=True)
+    assert came_true(lambda: ranks[leader].told("last") is True)
 
 
 def test_what_is_too_large_for_the_node_is_heard_by_all_and_by_who_joins_later(ranks_of: RanksOf) -> None:

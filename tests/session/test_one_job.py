@@ -20,6 +20,7 @@ from perseus_plugin.iteration.schedules import one_f_one_b
 from perseus_plugin.planning.plan import Plan, load_plan
 from perseus_plugin.profiling.profile import load_profile, save_profile
 from perseus_plugin.reporting.record.records import load_record
+from perseus_plugin.reporting.report.folder import load_folder
 from tests.one_job import OneJob, Step
 from tests.planning.jobs import bundled_profile
 
@@ -87,6 +88,21 @@ def test_a_job_profiles_plans_and_saves_at_the_time_of_full_clocks(tmp_path: Pat
         for row in rows:
             error_w = abs(row.blocking_power_w - A100.power_w(WAITING, row.frequency_mhz))
             assert error_w < max(4 * row.blocking_power_se_w, 10.0), f"stage {stage} at {row.frequency_mhz} MHz"
+
+
+def test_another_rank_may_lead(tmp_path: Path) -> None:
+    folder, left = tmp_path / "job", iter(range(8))
+
+    def planned_for_a_while() -> bool:
+        return (folder / "plan.json").exists() and next(left, None) is None
+
+    ran = OneJob(folder, [Step()] * 10_000, plugin=SHORT, leader=1, until=planned_for_a_while).run()
+    assert (ran.summary["state"], ran.summary["ranks_reporting"]) == ("finished", 2)
+    assert ran.summary["iterations"]["plan"] > 0
+    assert load_record(folder, 1).placement.leads
+    run = load_folder(folder).series()
+    assert run is not None
+    assert run.stretches == load_record(folder, 1).stretches, "as the rank that leads saw iterations"
 
 
 @pytest.mark.repeated  # what is decided and run then: tests/leader/test_decide_targets.py, tests/session/test_worker.py
@@ -263,6 +279,7 @@ def test_the_planner_lives_in_another_environment_and_training_needs_nothing_of_
 import sys
 sys.modules.update(dict.fromkeys({list(NOT_IN_TRAINING)!r}))  # what importing one then meets is an ImportError
 from pathlib import Path
+from perseus_plugin.reporting.report.folder import load_folder
 from tests.one_job import OneJob, Step
 from tests.planning.jobs import bundled_profile
 

@@ -42,6 +42,7 @@ class Comparison:
         world_size: of the job.
         graph_s: how long an iteration of a schedule takes at full clocks in the graph; NaN: not known.
         monotonic: a clock.
+        leader: the rank whose windows the others' are put to, this one.
 
     Attributes:
         compared: the newest figures.
@@ -54,9 +55,10 @@ class Comparison:
         world_size: int,
         graph_s: Callable[[str], float],
         monotonic: Callable[[], float] = time.monotonic,
+        leader: int = 0,
     ) -> None:
         self._config, self._exchange, self._world_size = config, exchange, world_size
-        self._graph_s, self._monotonic = graph_s, monotonic
+        self._graph_s, self._monotonic, self._leader = graph_s, monotonic, leader
         self._since = 0
         self._own: Any = None
         self._heard: dict[int, dict[int, RankWindow]] = {}
@@ -88,14 +90,19 @@ class Comparison:
         if self._config.reference_share <= 0 or (now_s < self._look_due_s and not at_once):
             return False
         self._look_due_s = now_s + _LOOK_EVERY_S
-        self._hear(0, now_s)
+        self._hear(self._leader, now_s)
         if not self._heard:
             return False
-        for rank in range(1, self._world_size):
-            self._hear(rank, now_s)
+        for rank in range(self._world_size):
+            if rank != self._leader:
+                self._hear(rank, now_s)
         changed = False
         for block, told in sorted(self._heard.items()):
-            if at_once or len(told) == self._world_size or now_s > self._first_heard_s[block] + _patience_s(told[0]):
+            if (
+                at_once
+                or len(told) == self._world_size
+                or now_s > self._first_heard_s[block] + _patience_s(told[self._leader])
+            ):
                 changed |= self._enter(block, told)
                 del self._heard[block]
         if changed:
@@ -106,26 +113,29 @@ class Comparison:
 
     def _hear(self, rank: int, now_s: float) -> None:
         value = self._exchange.told(windows_key(rank))
-        if value is None or (rank == 0 and value is self._own):  # its windows have been entered, or are too old
+        if value is None or (
+            rank == self._leader and value is self._own
+        ):  # its windows have been entered, or are too old
             return
-        if rank == 0:
+        if rank == self._leader:
             self._own = value
         told = receive(RankWindows, value)
         self._replica_of[rank] = told.replica
         for window in told.windows:
             is_new = window.since == self._since and window.block not in self._rows
-            if is_new and (rank == 0 or window.block in self._heard):
+            if is_new and (rank == self._leader or window.block in self._heard):
                 self._heard.setdefault(window.block, {})[rank] = window
                 self._first_heard_s.setdefault(window.block, now_s)
 
     def _enter(self, block: int, told: dict[int, RankWindow]) -> bool:
         everywhere = by_iteration(list(told.values())) if len(told) == self._world_size else {}
         of_replica: dict[int, list[RankWindow]] = {}
+        times = told[self._leader].seen
         for rank, window in told.items():
             of_replica.setdefault(self._replica_of[rank], []).append(window)
         in_replicas = [by_iteration(windows) for windows in of_replica.values()]
         # The replica with most work is waited for.
-        sizes = [max(_size(of.get(seen.iteration, [])) for of in in_replicas) for seen in told[0].seen]
+        sizes = [max(_size(of.get(seen.iteration, [])) for of in in_replicas) for seen in times]
         if not all(math.isfinite(size) for size in sizes):
             sizes = [1.0] * len(sizes)  # not known of all: what there is to compute is the schedule's to say
         rows = [
@@ -136,12 +146,12 @@ class Comparison:
                 _energy_j(everywhere.get(seen.iteration, [])),
                 size * self._graph_s(seen.schedule),
             )
-            for seen, size in zip(told[0].seen, sizes, strict=True)
+            for seen, size in zip(times, sizes, strict=True)
         ]
         self._rows[block] = PairedBlock(tuple(rows))
         while len(self._rows) > _MAX_BLOCKS:
             del self._rows[min(self._rows)]
-        return bool(told[0].seen)
+        return bool(times)
 
     # What follows from it.
 

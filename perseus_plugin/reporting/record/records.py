@@ -101,13 +101,13 @@ class Series:
 
 
 def series(records: Mapping[int, RankRecord], world_size: int) -> Series | None:
-    """Join the records; None without rank 0's.
+    """Join the records; None without that of the rank that leads.
 
     Ranks join their iterations to stretches each for itself, so that theirs need not be the same.
     """
-    if 0 not in records or not records[0].stretches:
+    stretches = next((record.stretches for record in records.values() if record.placement.leads), ())
+    if not stretches:
         return None
-    stretches = records[0].stretches
     # Pieces within which no rank's figure changes: there may be far more iterations than stretches.
     everywhere = [stretch for record in records.values() for stretch in record.stretches]
     edges = np.unique([edge for s in everywhere for edge in (s.first, s.first + s.count)])

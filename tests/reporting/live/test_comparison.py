@@ -17,7 +17,7 @@ GRAPH_S = {"A": 1.0, "B": 2.0}
 class Job:
     """Four ranks: two stages of two replicas."""
 
-    def __init__(self, **watch: Any) -> None:
+    def __init__(self, leader: int = 0, **watch: Any) -> None:
         self.exchange = LocalExchange()
         self.now_s = 100.0
         self.comparison = Comparison(
@@ -26,6 +26,7 @@ class Job:
             4,
             lambda schedule: GRAPH_S.get(schedule, math.nan),
             monotonic=lambda: self.now_s,
+            leader=leader,
         )
         self.comparison.begin(SINCE)
 
@@ -66,6 +67,18 @@ class Job:
     def collect(self) -> bool:
         self.now_s += 1.0
         return self.comparison.collect()
+
+
+def test_the_times_are_those_of_the_rank_that_leads() -> None:
+    compared = []
+    for leader, slow in ((0, 0), (0, 2), (2, 0), (2, 2)):
+        job = Job(leader)
+        job.tell((slow,), slower=0.03)
+        job.tell(tuple(rank for rank in range(4) if rank != slow))
+        assert job.collect()
+        assert job.comparison.compared.time is not None
+        compared.append(round(job.comparison.compared.time.share, 2))
+    assert compared == [0.03, 0.0, 0.0, 0.03]
 
 
 def test_all_ranks_energies_and_rank_0s_times_are_compared() -> None:

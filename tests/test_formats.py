@@ -1,6 +1,6 @@
 """docs/formats.md lists every format with its version; its table of summary.json is written from the model.
 
-`python -m tests.test_formats` writes the table anew.
+`python -m tests.test_surface` writes the table anew.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from perseus_plugin.reporting.record.summary import Summary
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "formats.md"
-MARK = "<!-- written by `python -m tests.test_formats` -->\n"
+MARK = "<!-- written by `python -m tests.test_surface` -->\n"
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -42,9 +42,14 @@ def summary_table() -> str:
     return "".join(["\n| key | meaning |\n|---|---|\n", *rows])
 
 
+def page_anew() -> str:
+    """The page with its table as the model has it."""
+    return PAGE.read_text().partition(MARK)[0] + MARK + summary_table()
+
+
 def test_the_page_describes_every_key_of_the_summary() -> None:
     assert all(meaning for _, meaning in keys(Summary))
-    assert PAGE.read_text().partition(MARK)[2] == summary_table(), "run `python -m tests.test_formats`"
+    assert PAGE.read_text() == page_anew(), "run `python -m tests.test_surface`"
 
 
 def test_the_page_names_every_format_that_the_package_has() -> None:
@@ -59,7 +64,3 @@ def test_the_modules_that_the_page_names_are_there() -> None:
     named = re.findall(r"`([a-z_]+(?:/[a-z_]+)+\.py)`", PAGE.read_text())
     assert len(named) >= 12
     assert [name for name in named if not (ROOT / "perseus_plugin" / name).is_file()] == []
-
-
-if __name__ == "__main__":
-    PAGE.write_text(PAGE.read_text().partition(MARK)[0] + MARK + summary_table())

@@ -1,7 +1,8 @@
 """What a user's files and scripts depend on: every configuration key, every command, option and exit status.
 
-Written out in `config_surface.txt` and `cli_surface.txt` beside this file, so that a change is a decision:
-`python -m tests.test_surface` writes them anew.
+Written out in `config_surface.txt` and `cli_surface.txt` beside this file, so that a change is a decision.
+`python -m tests.test_surface` writes them anew, and all else that is made from the code: `docs/configuration.md` and
+the table of `docs/formats.md`.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 
 from perseus_plugin.cli.app import COMMANDS, command
+from perseus_plugin.cli.reference import config_reference
 from perseus_plugin.cli.targets import ALL, NONE, SOME
 from perseus_plugin.config import PerseusConfig
+from tests import test_formats
 
 HERE = Path(__file__).parent
 PAGES = {page.name: page.read_text() for page in (HERE.parent / "docs").glob("*.md") if page.name != "configuration.md"}
@@ -100,6 +103,13 @@ def test_every_setting_has_a_page_that_says_when_to_use_it(key: str) -> None:
     assert pages, f"{key} stands in the reference only: say on a page who needs it and why, or remove it"
 
 
+GENERATED: dict[Path, Callable[[], str]] = {
+    **{HERE / name: surface for name, surface in SURFACES.items()},
+    HERE.parent / "docs" / "configuration.md": config_reference,
+    test_formats.PAGE: test_formats.page_anew,
+}
+
+
 if __name__ == "__main__":
-    for name, surface in SURFACES.items():
-        (HERE / name).write_text(surface())
+    for path, made in GENERATED.items():
+        path.write_text(made())

@@ -32,4 +32,4 @@ def test_every_key_has_its_row_with_allowed_values_and_meaning() -> None:
 
 def test_the_page_in_the_docs_is_the_one_the_command_prints() -> None:
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
-    assert page.read_text() == config_reference(), "run `perseus config > docs/configuration.md`"
+    assert page.read_text() == config_reference(), "run `python -m tests.test_surface`"

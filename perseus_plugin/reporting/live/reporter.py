@@ -92,6 +92,7 @@ def events_of(summary: Summary) -> list[tuple[str, float]]:
             figures.append((f"Perseus/worth/{name}", of.total))
     seen = summary.references
     intervals = (("saving_percent", seen.saving_percent), ("slowdown_percent", seen.slowdown_percent))
+    figures += [(f"Perseus/{name}", value) for name, value in summary.metrics.items()]
     return figures + [
         (f"Perseus/{name}/{column}", value)
         for name, interval in intervals

@@ -33,8 +33,8 @@ Interval = tuple[float, float] | None
 """Between what a figure lies, with 95 % confidence; None: not known (yet)."""
 
 
-def _told(meaning: str, default: Any = ...) -> Any:
-    return Field(default=default, description=meaning)
+def _told(meaning: str, default: Any = ..., *, metric: bool = False) -> Any:
+    return Field(default=default, description=meaning, json_schema_extra={"metric": True} if metric else None)
 
 
 class _Section(BaseModel):
@@ -185,7 +185,7 @@ class OverheadSection(_Section):
     """What the plugin itself takes."""
 
     hook_time_per_iteration_s: Figure = _told("time on a training thread, mean over ranks", None)
-    hook_time_percent: Figure = _told("the same as a share of an iteration")
+    hook_time_percent: Figure = _told("the same as a share of an iteration", metric=True)
     switch_latency_p50_s: Figure = _told("how long a clock change takes, median, of the slowest GPU", None)
     switch_latency_p95_s: Figure = _told("the same, 95 % of changes", None)
     clock_requests: int = _told("asked of the driver, all ranks together", 0)
@@ -273,6 +273,17 @@ class Summary(_Section):
             and len(self.planned_schedules) <= 1
             and math.isclose(told.saving_percent, 100 * plan.saving, abs_tol=1e-9)
         )
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Known figures of sections that are marked as metrics, by section and key: `overhead/hook_time_percent`."""
+        found: dict[str, float] = {}
+        for name, section in self:
+            for key, field in type(section).model_fields.items() if isinstance(section, _Section) else ():
+                extra, value = field.json_schema_extra, getattr(section, key)
+                if isinstance(extra, dict) and extra.get("metric") and value is not None:
+                    found[f"{name}/{key}"] = float(value)
+        return found
 
     def to_json(self) -> str:
         """The content of the file."""

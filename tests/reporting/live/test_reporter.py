@@ -194,9 +194,17 @@ def test_events_are_the_known_main_figures() -> None:
             "Perseus/saving_percent/measured": 100 * 190 / 900,
             "Perseus/slowdown_percent/predicted": -2.0,
             "Perseus/slowdown_percent/measured": 2.0,
+            "Perseus/overhead/hook_time_percent": made(RANKS).overhead.hook_time_percent,
         }
     )
     assert events_of(made([], None)) == []
+
+
+def test_every_metric_of_a_section_stands_on_the_page_of_metrics() -> None:
+    metrics = made(RANKS).metrics
+    assert "overhead/hook_time_percent" in metrics
+    page = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
+    assert [name for name in metrics if f"`Perseus/{name}`" not in page] == []
 
 
 def test_what_stragglers_brought_is_said() -> None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from perseus_plugin.cli.job import parse_slowdown
 from perseus_plugin.config import PerseusConfig, load_config, parse_config, with_whole_paths
 from perseus_plugin.errors import ConfigError
+from perseus_plugin.gpus.registry import choices
 
 FULL: dict[str, Any] = {
     "enabled": True,
@@ -187,7 +188,7 @@ def test_a_config_cannot_be_changed_afterwards() -> None:
         ("profiling.load", 3, "a path of a profile CSV, or null"),
         ("profiling.blocking_power_w", 0, "a number above 0 and at most 2000, or null"),
         ("profiling.power_limit_w", 0, "a number above 0 and at most 2000, or null"),
-        ("gpu.backend", "cuda", '"auto", "nvml", "zeusd", "emulated" or "off"'),
+        ("gpu.backend", "cuda", choices()),
         ("gpu.zeusd_socket", None, "a path"),
         ("emulation.model", "V100", '"A100", "A40", "H100", "H200", "B200" or "B300"'),
         ("emulation.forward_time_s", [], "a list with one number above 0 and at most 3600 per stage, or null"),

@@ -411,7 +411,8 @@ def _planner_of_one(job: TracedJob, request: PlanRequest, step: int, replica: in
             if not isinstance(op, Compute):
                 named.append(op)
                 continue
-            own = Compute(f"{op.kind} {op.microbatch}", op.microbatch, op.chunk)
+            # A kind need not carry its chunk, and a microbatch has one instruction of it in each.
+            own = Compute(f"{op.kind} {op.microbatch} {op.chunk}", op.microbatch, op.chunk)
             rows = request.profile.table[stage, op.kind]
             factor = max(next(took_s), _SHORTEST_S) / rows[0].time_s
             table[stage, own.kind] = tuple(row.scaled(factor) for row in rows)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from perseus_plugin.iteration.graph import build_graph
-from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.iteration.schedules import SCHEDULES, interleaved_1f1b
 
 Duration = Callable[[int, int, int, str, int], float]
 """Of step, replica, stage, kind and microbatch, seconds."""
@@ -27,17 +27,28 @@ def rows_of(
     steps: int = 6,
     replicas: int = 2,
     schedule: str = "1f1b",
+    chunk_times: Sequence[float] = (),
     transfer_s: float = 0.0,
     end_s: float = 0.0,
 ) -> list[dict[str, str | int | float]]:
-    """Rows of a table; every step begins with a gather of parameters that takes no time and ends with an optimizer."""
-    graph = build_graph(SCHEDULES[schedule](stages, microbatches), latency_s=transfer_s)
+    """Rows of a table; every step begins with a gather of parameters that takes no time and ends with an optimizer.
+
+    With `chunk_times` the schedule is interleaved 1F1B; they say how many times as long each model chunk takes.
+    """
+    if chunk_times:
+        streams = interleaved_1f1b(stages, microbatches, len(chunk_times))
+    else:
+        streams = SCHEDULES[schedule](stages, microbatches)
+    graph = build_graph(streams, latency_s=transfer_s)
     rows: list[dict[str, str | int | float]] = []
     for step in range(steps):
         ends = []
         for replica in range(replicas):
             took = [
-                0.0 if one is None else duration(step, replica, one.stage, one.kind, one.microbatch)
+                0.0
+                if one is None
+                else duration(step, replica, one.stage, one.kind, one.microbatch)
+                * (chunk_times[one.chunk] if chunk_times else 1.0)
                 for one in graph.instructions
             ]
             start_s, finish_s = graph.times(np.array(took))

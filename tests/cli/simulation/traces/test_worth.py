@@ -71,6 +71,14 @@ def test_a_slow_replica_is_left_out_of_the_static_plan_and_answered_by_the_other
     assert aware.clocks_mhz[0] == aware.clocks_mhz[2] != aware.clocks_mhz[1]
 
 
+@pytest.mark.parametrize("chunk_times", [(0.2, 0.4), (0.4, 0.2)])
+def test_chunks_of_one_replica_keep_their_own_times(tmp_path: Path, chunk_times: tuple[float, ...]) -> None:
+    found = worth_of(tmp_path, plain, steps=2, replicas=1, microbatches=2, chunk_times=chunk_times)
+    # A single replica waits for no other one, and at full clocks it draws the same however plans are made.
+    assert found.bloat.extrinsic_j.mean == pytest.approx(0.0, abs=1e-6 * found.bloat.full_j.mean)
+    assert found.bloat.full_j.mean == pytest.approx(found.rides[0].full_j, rel=0.01)
+
+
 def test_a_replica_that_is_slow_by_chance_gets_no_plan_of_its_own(tmp_path: Path) -> None:
     def rotating(step: int, replica: int, stage: int, kind: str, microbatch: int) -> float:
         return (1.5 if step % 4 == replica else 1.0) * plain(step, replica, stage, kind, microbatch)

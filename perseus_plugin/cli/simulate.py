@@ -226,7 +226,6 @@ def simulate(
         _refuse(
             "with a trace, which says it",
             microbatches=microbatches,
-            chunks=chunks,
             straggler=straggler,
             power_budget=power_budget,
             split=split,
@@ -243,6 +242,7 @@ def simulate(
             _refuse("with --profile, which is of its own GPU", gpu=gpu)
         how = Options(
             schedule=_one("--schedule", schedule),
+            chunks=chunks,
             stages=_one("--stages", stages),
             gpu=_one("--gpu", gpu) or "a100",
             profile=profile,

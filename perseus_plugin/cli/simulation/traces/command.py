@@ -18,7 +18,7 @@ from perseus_plugin.cli.simulation.traces.traced import GivenSchedule, TracedJob
 from perseus_plugin.cli.simulation.traces.worth import Asked, mean_times_s, profile_from, worth
 from perseus_plugin.cli.terminal import columns, console, say, working
 from perseus_plugin.errors import ConfigError
-from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
 from perseus_plugin.planning.streams import load_streams
 from perseus_plugin.planning.targets import ChangeLimits, Effort, dwell_for
 from perseus_plugin.profiling.derived import with_rows_for
@@ -32,6 +32,7 @@ class Options:
 
     Attributes:
         schedule: as for `perseus plan`; None: found in the trace.
+        chunks: model chunks per stage; None: as the trace says, or else as the schedule usually has.
         stages: of the pipeline; None: found in the trace.
         gpu: of the catalogue.
         profile: its curves instead.
@@ -48,6 +49,7 @@ class Options:
     """
 
     schedule: str | None
+    chunks: int | None
     stages: int | None
     gpu: str
     profile: Path | None
@@ -116,19 +118,21 @@ def simulate_trace(paths: Sequence[Path], options: Options) -> None:
 
 
 def _read(paths: Sequence[Path], options: Options) -> TracedJob:
-    given = None if options.schedule is None else _given(options.schedule)
+    given = None if options.schedule is None else _given(options.schedule, options.chunks)
     if paths[0].name.endswith(ENDINGS):
-        return load_traces(paths, given, options.stages)
+        return load_traces(paths, given, options.stages, options.chunks)
     if len(paths) > 1 or options.stages is not None:
         what = f"{len(paths)} files" if len(paths) > 1 else "--stages"
         raise ConfigError(f"got {what}; allowed: one table of operations, which says its stages")
-    return load_table(paths[0], given)
+    return load_table(paths[0], given, options.chunks)
 
 
-def _given(schedule: str) -> GivenSchedule:
-    """What `--schedule` names."""
+def _given(schedule: str, chunks: int | None) -> GivenSchedule:
+    """What `--schedule` names, where `--chunks` says so many."""
+    if chunks is not None and schedule not in OF_CHUNKS:
+        raise ConfigError(f"--chunks: got {chunks} with {schedule}; allowed: with {' or '.join(OF_CHUNKS)}")
     if schedule in SCHEDULES:
-        return GivenSchedule(schedule, SCHEDULES[schedule])
+        return GivenSchedule(schedule, SCHEDULES[schedule], OF_CHUNKS.get(schedule))
     if not Path(schedule).exists():
         raise ConfigError(f"--schedule: got {schedule!r}; allowed: {', '.join(SCHEDULES)}, or an existing file")
     streams = load_streams(schedule)

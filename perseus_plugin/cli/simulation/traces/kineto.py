@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perseus_plugin.cli.simulation.traces.traced import GivenSchedule, Ran, TracedJob, traced_job
+from perseus_plugin.cli.simulation.traces.traced import LEAST_IN_ORDER, GivenSchedule, Ran, TracedJob, traced_job
 from perseus_plugin.errors import ConfigError, ScheduleError, shown
 from perseus_plugin.files import parse_json, read_unpacked
 from perseus_plugin.iteration.actions import (
@@ -33,7 +33,8 @@ from perseus_plugin.iteration.actions import (
     streams_of_steps,
 )
 from perseus_plugin.iteration.bounds import MOST_COUNT, number
-from perseus_plugin.iteration.instructions import BACKWARD, FORWARD, Compute, of_chunk, of_pair
+from perseus_plugin.iteration.instructions import BACKWARD, FORWARD, Compute, StageStream, of_chunk, of_pair
+from perseus_plugin.iteration.schedules import OF_CHUNKS
 from perseus_plugin.planning.solvers import keeping_the_interpreter
 
 ENDINGS = (".json", ".json.gz")
@@ -113,13 +114,19 @@ class _Rank:
         return kinds.index(BACKWARD) if BACKWARD in kinds else len(kinds)
 
 
-def load_traces(paths: Sequence[Path], given: GivenSchedule | None = None, stages: int | None = None) -> TracedJob:
+def load_traces(
+    paths: Sequence[Path],
+    given: GivenSchedule | None = None,
+    stages: int | None = None,
+    chunks: int | None = None,
+) -> TracedJob:
     """Read the traces of all ranks of a job, one file each.
 
     Args:
         paths: of the files.
         given: the schedule; None: as the trace has it.
         stages: of the pipeline; None: as the trace tells.
+        chunks: model chunks per stage; None: as the trace tells, or else as the schedule usually has.
 
     Raises:
         ConfigError: naming the file and what is wrong.
@@ -145,17 +152,31 @@ def load_traces(paths: Sequence[Path], given: GivenSchedule | None = None, stage
             given = GivenSchedule("PyTorch's GPipe", pytorch_gpipe)
         elif given is None and ranks[0].family == _PYTORCH:
             given = GivenSchedule("PyTorch's 1F1B", pytorch_1f1b)
+    by_order_alone = any(ranks[0].family == of_file for of_file, _ in _FRAMES)
+    if by_order_alone and chunks is not None and (given is None or given.of_chunks is None):
+        raise ConfigError(
+            f"--chunks: got {chunks}; functions do not tell chunks; allowed: with --schedule {' or '.join(OF_CHUNKS)}"
+        )
     iterations: dict[tuple[int, int], dict[int, list[Ran]]] = defaultdict(dict)
     times_s: dict[int, float] = {}
     for one in ranks:
         stage, replica = places[one.rank]
         begins_s = [min(since_s for _, (since_s, _) in markers) for markers in one.iterations]
         for step, markers in enumerate(one.iterations):
-            ran = _ran(one, markers, given, stage, 1 + max(stage for stage, _ in places.values()))
+            ran = _ran(one, markers, given, stage, 1 + max(stage for stage, _ in places.values()), chunks)
             iterations[step, replica][stage] = ran
             if step + 1 < len(begins_s):  # what comes after the last one is not in the trace
                 times_s[step] = max(times_s.get(step, 0.0), begins_s[step + 1] - begins_s[step])
-    return traced_job(name, iterations, times_s, given)
+    job = traced_job(name, iterations, times_s, given, chunks)
+    if by_order_alone and given is not None and job.in_order < LEAST_IN_ORDER:
+        of, hint = "", ""
+        if given.of_chunks is not None:
+            of, hint = f" of {_chunks(job.streams)} chunks", ", with its number of --chunks"
+        raise ConfigError(
+            f"--schedule: got {given.name}{of}; {job.in_order:.0%} of the iterations of {name} ran in this order, by "
+            f"which alone functions tell microbatches; allowed: the schedule that ran{hint}"
+        )
+    return job
 
 
 def _rank(path: Path, place: int) -> _Rank:
@@ -355,7 +376,8 @@ def _in_replicas(ranks: Sequence[_Rank], stage_of: dict[int, int]) -> dict[int, 
 def _as_run(ranks: Sequence[_Rank], places: dict[int, tuple[int, int]]) -> GivenSchedule:
     """The schedule of annotated actions, which are all that the ranks run."""
     first = sorted((one for one in ranks if places[one.rank][1] == 0), key=lambda one: places[one.rank])
-    steps = [[marker.step for marker, _ in one.iterations[0]] for one in first]
+    # The longest one is whole, and has all microbatches.
+    steps = [[marker.step for marker, _ in max(one.iterations, key=len)] for one in first]
     return GivenSchedule("PyTorch's actions", lambda stages, microbatches: streams_of_steps(steps, pairs_as_one=True))
 
 
@@ -365,6 +387,7 @@ def _ran(
     given: GivenSchedule | None,
     stage: int,
     stages: int,
+    chunks: int | None,
 ) -> list[Ran]:
     """The instructions of an iteration of a rank."""
     if one.family == "PP":
@@ -384,7 +407,13 @@ def _ran(
     for kind in (FORWARD, BACKWARD):
         wanted[kind] = iter([(m, 0) for m in range(len(markers))])
         if given is not None:
-            streams = given.streams_of(stages, forwards)
+            in_each = _chunks(given.streams(stages, forwards, chunks))
+            if forwards % in_each:
+                raise ConfigError(
+                    f"{one.path}: got {forwards} forwards in an iteration; allowed: a multiple of the {in_each} chunks "
+                    f"of --schedule {given.name}"
+                )
+            streams = given.streams(stages, forwards // in_each, chunks)
             own = streams[stage] if stage < len(streams) else ()
             wanted[kind] = iter(
                 [(op.microbatch, op.chunk) for op in own if isinstance(op, Compute) and op.kind.startswith(kind)]
@@ -398,6 +427,11 @@ def _ran(
             )
         ran.append(Ran(marker.kind, microbatch, chunk, since_s, until_s - since_s))
     return ran
+
+
+def _chunks(streams: Sequence[StageStream]) -> int:
+    """Model chunks per stage."""
+    return 1 + max((op.chunk for stream in streams for op in stream if isinstance(op, Compute)), default=0)
 
 
 def _instruction(step: Step, chunk_of: dict[int, int]) -> tuple[str, int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from perseus_plugin.cli.simulation.traces.findings import Explained, SlowStage, Spread, Stragglers
-from perseus_plugin.cli.simulation.traces.traced import TracedJob
+from perseus_plugin.cli.simulation.traces.traced import LEAST_IN_ORDER, TracedJob
 from perseus_plugin.cli.simulation.traces.worth import Estimate, Ride, Worth, clocked
 from perseus_plugin.errors import figure
 from perseus_plugin.iteration.graph import build_graph
@@ -46,6 +46,7 @@ class Answer:
 
 def lines(answer: Answer) -> Iterator[str]:
     """What is said above the table of plans."""
+    yield from caution_lines(answer)
     yield from job_lines(answer)
     yield from (f"  {line}" for line in spread_lines(answer))
     yield graph_line(answer)
@@ -67,8 +68,18 @@ def job_lines(answer: Answer) -> Iterator[str]:
         f"{_some(len(job.replicas), 'replica')}, {len(job.steps)} {_some(len(job.steps), 'step')}"
         + (f" ({len(job.left_out)} left out, as something is missing in them)" if job.left_out else "")
     )
-    if job.in_order < 1:
+    if LEAST_IN_ORDER <= job.in_order < 1:
         yield f"{job.in_order:.0%} of the iterations ran in this order; durations are taken of all"
+
+
+def caution_lines(answer: Answer) -> Iterator[str]:
+    """What makes all that follows doubtful."""
+    job = answer.job
+    if job.in_order < LEAST_IN_ORDER:
+        yield (
+            f"Only {job.in_order:.0%} of the iterations ran in the order of {job.schedule}: all figures are of that "
+            "schedule with the traced durations, not of what ran. Give the --schedule that ran."
+        )
 
 
 def spread_lines(answer: Answer) -> list[str]:

@@ -8,6 +8,7 @@ from perseus_plugin._version import __version__
 from perseus_plugin.cli.simulation.traces.output import (
     PLAN_HEAD,
     Answer,
+    caution_lines,
     graph_line,
     job_lines,
     lanes_of,
@@ -42,6 +43,7 @@ def page(answer: Answer) -> str:
     which, *order = job_lines(answer)
     parts = [
         f'<h1>What would be saved</h1><div class="muted">{html.escape(which)}</div>',
+        *(f'<section class="note"><b>{html.escape(line)}</b></section>' for line in caution_lines(answer)),
         '<section class="note"><b>No energy was measured.</b> A trace holds times; power, and what a clock does to '
         f"them, are those of {html.escape(answer.power_of)}.</section>",
         cards(_headline(answer)),

@@ -42,12 +42,13 @@ def is_table(path: Path) -> bool:
     return set(NEEDED) <= set(next(csv.reader([_text(path).partition("\n")[0]]), []))
 
 
-def load_table(path: Path, given: GivenSchedule | None = None) -> TracedJob:
+def load_table(path: Path, given: GivenSchedule | None = None, chunks: int | None = None) -> TracedJob:
     """Read a table.
 
     Args:
         path: of the file.
         given: the schedule; None: as the rows are in order.
+        chunks: model chunks per stage that there have to be; None: as many as there are.
 
     Raises:
         ConfigError: naming the file, the line, the column, the value and what is allowed.
@@ -73,7 +74,7 @@ def load_table(path: Path, given: GivenSchedule | None = None) -> TracedJob:
             for what, seen in by_what.items()
         ]
     times_s = {step: until_s - since_s for step, (since_s, until_s) in whole.items()} if timed else {}
-    return traced_job(path.name, iterations, times_s, given)
+    return traced_job(path.name, iterations, times_s, given, chunks)
 
 
 def _text(path: Path) -> str:

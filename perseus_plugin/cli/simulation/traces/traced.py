@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -13,9 +13,13 @@ import numpy as np
 from perseus_plugin.errors import ConfigError, PerseusError
 from perseus_plugin.iteration.graph import FloatArray, PipelineGraph, build_graph
 from perseus_plugin.iteration.instructions import Compute, StageStream, parts_of
-from perseus_plugin.iteration.schedules import SCHEDULES, TextbookSchedule, interleaved_1f1b
+from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
 
-_LEAST_IN_ORDER = 0.5  # share of the iterations that have to be in the order of the schedule
+LEAST_IN_ORDER = 0.5
+"""Share of the iterations that have to be in the order of a schedule for it to be the one that ran."""
+_LEFT_OVER = (
+    0.01  # share of the work that may have no place in the schedule, as a first stage's input gradient has none
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +52,22 @@ class GivenSchedule:
     Attributes:
         name: for people.
         streams_of: its streams, given stages and microbatches.
+        of_chunks: the same, and given the model chunks per stage; None: it says them itself.
     """
 
     name: str
     streams_of: Callable[[int, int], Sequence[StageStream]]
+    of_chunks: Callable[[int, int, int], Sequence[StageStream]] | None = None
+
+    def streams(self, stages: int, microbatches: int, chunks: int | None) -> Sequence[StageStream]:
+        """Its streams; of as many model chunks per stage as it says or usually has, where they are None.
+
+        Raises:
+            ScheduleError: there is no such schedule.
+        """
+        if self.of_chunks is None or chunks is None:
+            return self.streams_of(stages, microbatches)
+        return self.of_chunks(stages, microbatches, chunks)
 
 
 Iterations: TypeAlias = Mapping[tuple[int, int], Mapping[int, Sequence[Ran]]]
@@ -116,6 +132,7 @@ def traced_job(
     iterations: Iterations,
     times_s: Mapping[int, float],
     given: GivenSchedule | None = None,
+    chunks: int | None = None,
 ) -> TracedJob:
     """Put what ran into the order of its schedule.
 
@@ -124,18 +141,22 @@ def traced_job(
         iterations: what ran.
         times_s: how long iterations took as a whole, by step.
         given: the schedule; None: the textbook schedule that ran in this order.
+        chunks: model chunks per stage that there have to be; None: as many as there are.
 
     Raises:
-        ConfigError: no iteration is whole, or they ran in the order of no known schedule.
+        ConfigError: no iteration is whole, they ran in the order of no known schedule, or the one that is given has no
+            place for what ran.
     """
     if not iterations:
         raise ConfigError(f"{name}: got no iteration; allowed: a trace with at least one whole iteration")
     _check_numbers(name, iterations)
     orders = {place: _order(stages) for place, stages in iterations.items()}
-    schedule, streams, in_order = _schedule_of(name, orders, given)
+    schedule, streams, in_order = _schedule_of(name, orders, given, chunks)
     graph = build_graph(streams)
     wanted = {_what(one.kind, one.microbatch, one.chunk, one.stage): node for one, node in graph.node_of.items()}
     replicas = sorted({replica for _, replica in iterations})
+    if given is not None:
+        _check_places(name, schedule, iterations, wanted)
     steps, left_out = [], []
     durations_s, starts_s = [], []
     seen_in = Counter(step for step, _ in iterations)
@@ -192,6 +213,27 @@ def _check_numbers(name: str, iterations: Iterations) -> None:
             )
 
 
+def _check_places(
+    name: str, schedule: str, iterations: Iterations, wanted: Mapping[tuple[str, int, int, int], int]
+) -> None:
+    """Refuse a schedule in which a part of the work has no place: it would be missing from all that follows."""
+    work_s, left_s = 0.0, 0.0
+    left: dict[tuple[str, int, int, int], float] = {}
+    for of_stages in iterations.values():
+        for stage, ran in of_stages.items():
+            for one in ran:
+                work_s += one.time_s
+                if (what := (*one.what, stage)) not in wanted:
+                    left_s += one.time_s
+                    left[what] = left.get(what, 0.0) + one.time_s
+    if left_s > _LEFT_OVER * work_s:
+        kind, microbatch, chunk, stage = max(left, key=lambda what: left[what])
+        raise ConfigError(
+            f"--schedule: got {schedule}, which has no {kind} of microbatch {microbatch} and chunk {chunk} in stage "
+            f"{stage}; allowed: one with all instructions of {name} ({left_s / work_s:.0%} of their time has no place)"
+        )
+
+
 _Order: TypeAlias = tuple[tuple[tuple[str, int, int], ...], ...]
 """Per stage what it ran, in its order."""
 
@@ -210,6 +252,7 @@ def _schedule_of(
     name: str,
     orders: Mapping[tuple[int, int], _Order],
     given: GivenSchedule | None,
+    told_chunks: int | None,
 ) -> tuple[str, Sequence[StageStream], float]:
     """The schedule's name and streams, and the share of iterations in its order."""
     counts = Counter(orders.values())
@@ -217,33 +260,40 @@ def _schedule_of(
     stages = len(most)
     microbatches = 1 + max((m for stage in most for _, m, _ in stage), default=0)
     chunks = 1 + max((chunk for stage in most for _, _, chunk in stage), default=0)
+    if told_chunks is not None and told_chunks != chunks:
+        raise ConfigError(f"--chunks: got {told_chunks}; allowed: {chunks}, as {name} has")
     if given is not None:
-        streams = given.streams_of(stages, microbatches)
-        if len(streams) != stages:
-            raise ConfigError(f"--schedule: got {len(streams)} stages; allowed: the {stages} of {name}")
+        streams = given.streams(stages, microbatches, chunks)
+        computes = [op for stream in streams for op in stream if isinstance(op, Compute)]
+        for what, has, runs in (
+            ("stages", len(streams), stages),
+            ("chunks", 1 + max((op.chunk for op in computes), default=0), chunks),
+            ("microbatches", 1 + max((op.microbatch for op in computes), default=0), microbatches),
+        ):
+            if has != runs:
+                got = f"{has} {what if has != 1 else what[:-1]}"
+                raise ConfigError(f"--schedule: got {got}; allowed: the {runs} of {name}")
         # What is in the trace and no instruction of the schedule takes no time, as a first stage's input gradient.
-        has = [
+        places = [
             {_what(op.kind, op.microbatch, op.chunk, 0)[:3] for op in stream if isinstance(op, Compute)}
             for stream in streams
         ]
         of_schedule: Counter[_Order] = Counter()
         for order, count in counts.items():
-            kept = [tuple(what for what in ran if what in own) for ran, own in zip(order, has, strict=False)]
+            kept = [tuple(what for what in ran if what in own) for ran, own in zip(order, places, strict=False)]
             of_schedule[tuple(kept)] += count
         return given.name, streams, _share_in(of_schedule, streams)
-    known: dict[str, TextbookSchedule] = dict(SCHEDULES)
-    if chunks > 1:
-        known["interleaved-1f1b"] = partial(interleaved_1f1b, chunks=chunks)
     best: tuple[float, str, Sequence[StageStream]] = (0.0, "", ())
-    for schedule, streams_of in known.items():
+    for schedule, streams_of in SCHEDULES.items():
+        one = GivenSchedule(schedule, streams_of, OF_CHUNKS.get(schedule))
         try:
-            streams = streams_of(stages, microbatches)
+            streams = one.streams(stages, microbatches, chunks if chunks > 1 else None)
         except PerseusError:
             continue  # there is none of this size
         share = _share_in(counts, streams)
         if share > best[0]:
             best = share, schedule, streams
-    if best[0] < _LEAST_IN_ORDER:
+    if best[0] < LEAST_IN_ORDER:
         first = "; ".join(
             f"stage {s}: {', '.join(f'{kind} {m}' for kind, m, _ in stage[:6])}, ..." for s, stage in enumerate(most)
         )

@@ -13,7 +13,7 @@ import numpy as np
 from perseus_plugin.iteration.actions import Action, Step, streams_of_steps, written
 from perseus_plugin.iteration.graph import PipelineGraph, build_graph
 from perseus_plugin.iteration.instructions import BACKWARD, Instruction
-from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.iteration.schedules import SCHEDULES, interleaved_1f1b
 from tests.cli.simulation.traces.made import Duration
 
 Framework = Literal["deepspeed", "megatron", "pytorch"]
@@ -78,9 +78,16 @@ def traces_with_stacks(
     replicas: int = 1,
     on_gpu: bool = False,
     schedule: str = "1f1b",
+    chunks: int = 1,
 ) -> list[Path]:
-    """One file per rank of a job whose frames tell what ran; ranks are numbered stage by stage."""
-    graph = build_graph(SCHEDULES[schedule](stages, microbatches))
+    """One file per rank of a job whose frames tell what ran; ranks are numbered stage by stage.
+
+    Of several `chunks` per stage the schedule is interleaved 1F1B.
+    """
+    streams = (
+        interleaved_1f1b(stages, microbatches, chunks) if chunks > 1 else SCHEDULES[schedule](stages, microbatches)
+    )
+    graph = build_graph(streams)
     file, around, forward, backward = FRAMES[framework]
     files = (f"{file}schedules.py", f"{file}stage.py") if framework == "pytorch" else (file, file)
     paths = []

@@ -16,7 +16,7 @@ from perseus_plugin.cli.simulation.traces.findings import explained
 from perseus_plugin.cli.simulation.traces.kineto import load_traces
 from perseus_plugin.cli.simulation.traces.traced import GivenSchedule, TracedJob
 from perseus_plugin.errors import ConfigError
-from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
 from tests.cli.commands import Perseus
 from tests.cli.simulation.traces.made import Duration, uneven
 from tests.cli.simulation.traces.made_kineto import (
@@ -94,6 +94,34 @@ def test_a_schedule_that_is_given_says_which_microbatch_is_which(tmp_path: Path)
     paths = traces_with_stacks(tmp_path, "megatron", by_microbatch, schedule="gpipe", microbatches=3)
     job = load_traces(paths, GivenSchedule("gpipe", SCHEDULES["gpipe"]), stages=2)
     assert_durations(job, by_microbatch)
+
+
+def test_functions_of_an_interleaved_schedule_need_its_number_of_chunks(tmp_path: Path) -> None:
+    def by_microbatch(step: int, replica: int, stage: int, kind: str, microbatch: int) -> float:
+        return 0.01 * (1 + microbatch)
+
+    paths = traces_with_stacks(tmp_path, "megatron", by_microbatch, chunks=4)
+    given = GivenSchedule("interleaved-1f1b", SCHEDULES["interleaved-1f1b"], OF_CHUNKS["interleaved-1f1b"])
+    job = load_traces(paths, given, stages=2, chunks=4)
+    assert (job.microbatches, job.in_order) == (4, 1.0)
+    assert {one.chunk for one in job.graph.instructions if one is not None} == {0, 1, 2, 3}
+    assert_durations(job, by_microbatch)
+    # Two chunks, as the schedule has if nothing is said, divide the forwards as well.
+    wrong = "--schedule: got interleaved-1f1b of 2 chunks; 0% of the iterations .* allowed: .* --chunks"
+    for chunks in (None, 2):
+        with pytest.raises(ConfigError, match=wrong):
+            load_traces(paths, given, stages=2, chunks=chunks)
+    with pytest.raises(ConfigError, match="got 16 forwards in an iteration; allowed: a multiple of the 3 chunks"):
+        load_traces(paths, given, stages=2, chunks=3)
+    with pytest.raises(ConfigError, match=r"--chunks: got 4; .* allowed: with --schedule interleaved-1f1b or"):
+        load_traces(paths, None, stages=2, chunks=4)
+
+
+def test_annotations_say_how_many_chunks_there_are(tmp_path: Path) -> None:
+    paths = annotated_traces(tmp_path, uneven)
+    assert load_traces(paths, chunks=2).microbatches == 4
+    with pytest.raises(ConfigError, match=r"--chunks: got 4; allowed: 2, as rank0\.json and 1 more has"):
+        load_traces(paths, chunks=4)
 
 
 def test_evaluation_and_what_is_cut_off_do_not_count(tmp_path: Path) -> None:

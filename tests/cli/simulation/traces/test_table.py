@@ -15,7 +15,7 @@ from perseus_plugin.cli.simulation.traces.findings import explained, faulty_repl
 from perseus_plugin.cli.simulation.traces.table import is_table, load_table
 from perseus_plugin.cli.simulation.traces.traced import GivenSchedule
 from perseus_plugin.errors import ConfigError
-from perseus_plugin.iteration.schedules import SCHEDULES
+from perseus_plugin.iteration.schedules import OF_CHUNKS, SCHEDULES
 from tests.cli.simulation.traces.made import rows_of, uneven, write_table
 
 
@@ -147,6 +147,31 @@ def test_a_schedule_that_is_given_is_taken_and_an_unknown_order_needs_one(tmp_pa
     assert (job.schedule, job.in_order) == ("mine", 0.0)
     with pytest.raises(ConfigError, match="--schedule: got 3 stages; allowed: the 4"):
         load_table(path, GivenSchedule("mine", lambda stages, microbatches: SCHEDULES["1f1b"](3, microbatches)))
+
+
+def test_all_chunks_of_a_table_have_a_place_in_the_schedule_that_is_given(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "ops.csv", rows_of(uneven, replicas=1, chunk_times=(1.0, 1.0, 1.0, 2.0)))
+    found = load_table(path)
+    interleaved = GivenSchedule("interleaved-1f1b", SCHEDULES["interleaved-1f1b"], OF_CHUNKS["interleaved-1f1b"])
+    for given, chunks in ((None, 4), (interleaved, None), (interleaved, 4)):
+        job = load_table(path, given, chunks)
+        assert (job.schedule, job.in_order) == ("interleaved-1f1b", 1.0)
+        assert np.array_equal(job.durations_s, found.durations_s)
+    for given in (None, interleaved):
+        with pytest.raises(ConfigError, match=r"--chunks: got 2; allowed: 4, as ops\.csv has"):
+            load_table(path, given, 2)
+    for schedule, got in (("zbv", "2 chunks"), ("gpipe", "1 chunk")):
+        with pytest.raises(ConfigError, match=rf"--schedule: got {got}; allowed: the 4 of ops\.csv"):
+            load_table(path, GivenSchedule(schedule, SCHEDULES[schedule]))
+
+
+def test_no_work_is_left_out_of_the_schedule_that_is_given(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "ops.csv", rows_of(uneven, schedule="early-recomputation-1f1b"))
+    with pytest.raises(ConfigError, match=r"got 1f1b, which has no recompute of microbatch 0 and chunk 0 in stage 0; "):
+        load_table(path, GivenSchedule("1f1b", SCHEDULES["1f1b"]))
+    fewer = SCHEDULES["early-recomputation-1f1b"](2, 3)
+    with pytest.raises(ConfigError, match=r"--schedule: got 3 microbatches; allowed: the 4 of ops\.csv"):
+        load_table(path, GivenSchedule("mine", lambda stages, microbatches: fewer))
 
 
 @pytest.mark.parametrize(

@@ -166,10 +166,22 @@ def test_short_instructions_keep_a_clock_for_two_changes_unless_told_otherwise(
     assert saved[0] == saved[1] != saved[2]
 
 
+def test_a_schedule_in_whose_order_nothing_ran_is_said_above_all_figures(perseus: Perseus, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "ops.csv", rows_of(plain, steps=1, replicas=1, schedule="gpipe"))
+    done = perseus("simulate", table, "--schedule", "1f1b", "--html", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    told = "Only 0% of the iterations ran in the order of 1f1b"
+    assert done.stdout.startswith(told)
+    page = (tmp_path / "page.html").read_text()
+    assert 0 < page.find(told) < page.find("static plan saves")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--microbatches", "4"), "--microbatches: got [4]; allowed: nothing with a trace, which says it"),
+        (("--chunks", "2"), "--chunks: got 2; allowed: 1, as ops.csv has"),
+        (("--chunks", "1", "--schedule", "gpipe"), "--chunks: got 1 with gpipe; allowed: with interleaved-1f1b or"),
         (("--blocking-power", "60"), "--blocking-power: got 60; allowed: nothing without --profile"),
         (("--gpu", "a100", "--profile", "p.csv"), "--gpu: got ['a100']; allowed: nothing with --profile"),
         (("--gpu", "a100", "--gpu", "a40"), "--gpu: got 2 of them; allowed: one"),

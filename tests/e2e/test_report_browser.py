@@ -6,6 +6,7 @@ Without Chromium or playwright the tests are skipped, saying so; where `CI` is s
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,49 @@ _FLAGS = (
     "--disable-sync",
 )
 _DRAWN = "[...document.querySelectorAll('.plotly-graph-div')].every(d => d.querySelector('.main-svg'))"
+
+
+_CAPTIONS = ".annotation-text-g text, g[class$='title'] text, .legendtext, g[class$='tick'] text"
+_CUT = """captions => [...document.querySelectorAll('.plotly-graph-div')].flatMap(d => {
+    const paper = d.getBoundingClientRect();
+    return [...d.querySelectorAll(captions)]
+        .map(t => [t.textContent, t.getBoundingClientRect()])
+        .filter(([text, b]) => b.width && (b.left < paper.left - 1 || b.right > paper.right + 1))
+        .map(([text]) => `${d.id}: ${text}`);
+})"""
+"""Captions of pictures that go beyond their paper, to which plotly.js cuts them off."""
+_CONTRASTS = """captions => {
+    const numbers = text => text.match(/[\\d.]+/g).map(Number);
+    const luminance = colour => colour.slice(0, 3)
+        .map(c => c / 255)
+        .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = e => {
+        const colour = numbers(getComputedStyle(e).backgroundColor);
+        return colour[3] === 0 ? behind(e.parentElement) : colour;
+    };
+    // As `invert(0.9) hue-rotate(180deg)`, by which pictures are turned over.
+    const turns = [[-0.574, 1.43, 0.144], [0.426, 0.43, 0.144], [0.426, 1.43, -0.856]];
+    const turned = colour => {
+        const inverted = colour.slice(0, 3).map(c => 255 * 0.9 - 0.8 * c);
+        return turns.map(row => Math.min(255, Math.max(0, row.reduce((sum, of, i) => sum + of * inverted[i], 0))));
+    };
+    const found = [];
+    const note = (text, of, on) => {
+        const [high, low] = [luminance(of), luminance(on)].sort((a, b) => b - a);
+        found.push([text, (high + 0.05) / (low + 0.05)]);
+    };
+    for (const e of document.querySelectorAll('main *:not(script, style)'))
+        if (!e.closest('.plotly-graph-div') && [...e.childNodes].some(n => n.nodeType === 3 && n.nodeValue.trim()))
+            note(e.textContent.trim(), numbers(getComputedStyle(e).color), behind(e));
+    for (const t of document.querySelectorAll(captions)) {
+        const div = t.closest('.plotly-graph-div'), fill = numbers(getComputedStyle(t).fill);
+        note(t.textContent, getComputedStyle(div).filter === 'none' ? fill : turned(fill), behind(div));
+    }
+    return found;
+}"""
+"""All text outside of pictures, and captions, each with its contrast to what is behind it (WCAG 2.2)."""
+_LEGIBLE = 4.5  # WCAG 2.2, level AA
 
 
 @dataclass
@@ -238,6 +282,37 @@ def test_in_a_narrow_window_no_caption_and_no_label_is_cut(shown: Shown, tmp_pat
         shown.page.set_viewport_size(wide)
     assert any(text.startswith("Plan, as predicted") for text, _, _ in labels)
     assert [text for text, left, right in labels if min(left, right) < 0] == []
+
+
+@pytest.fixture
+def narrow(page: Shown) -> Iterator[Shown]:
+    """The page in a window of 500 pixels."""
+    for_width = "[...document.querySelectorAll('.plotly-graph-div')].every(d => d._fullLayout.width === d.clientWidth)"
+    wide = page.page.viewport_size
+    page.page.set_viewport_size({"width": 500, "height": 900})
+    page.page.wait_for_function(for_width, timeout=60_000)
+    yield page
+    page.page.set_viewport_size(wide)
+    page.page.wait_for_function(for_width, timeout=60_000)
+
+
+def test_a_narrow_window_shows_all_of_it(narrow: Shown) -> None:
+    assert narrow.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is beside it"
+    assert narrow.count(_CAPTIONS) > 20
+    assert narrow.page.evaluate(_CUT, _CAPTIONS) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_legible_on_what_is_behind_it(page: Shown, scheme: str) -> None:
+    page.page.emulate_media(color_scheme=scheme)
+    try:
+        contrasts = page.page.evaluate(_CONTRASTS, _CAPTIONS)
+        paper = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    finally:
+        page.page.emulate_media(color_scheme="light")
+    assert (sum(map(int, re.findall(r"\d+", paper))) < 3 * 64) == (scheme == "dark"), paper
+    assert len(contrasts) > 100
+    assert [one for one in contrasts if one[1] < _LEGIBLE] == []
 
 
 def test_eight_stages_and_96_microbatches_open(shown: Shown, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def trace(
     if not any(record.samples for record in loaded.records.values()):
         if loaded.one_graph:
             raise ConfigError(f"{folder}: {ONE_GRAPH_SEEN}, so there is nothing to trace")
-        raise ConfigError(f"{folder}: no iteration was kept whole (yet), so there is nothing to trace")
+        raise ConfigError(f"{folder}: no iteration was kept whole{loaded.yet}, so there is nothing to trace")
     made = trace_of(loaded)
     write(output, json.dumps(made, allow_nan=False, separators=(",", ":")) + "\n")
     if output != STANDARD:

@@ -134,10 +134,12 @@ def test_a_trace_is_written(perseus: Perseus, folder: Path, tmp_path: Path) -> N
 
 
 def test_a_trace_of_nothing_is_refused(perseus: Perseus, tmp_path: Path) -> None:
-    folder = Job(tmp_path / "out", silent=(0, 1)).planned().finished().folder
-    done = perseus("trace", str(folder), "-o", str(tmp_path / "trace.json"))
-    assert done.returncode == 2
-    assert "no iteration was kept whole" in done.stderr
+    job = Job(tmp_path / "out", silent=(0, 1)).planned().finished()
+    for state, more in (("finished", ""), ("running", " (yet)")):
+        job.summarise(state)
+        done = perseus("trace", str(job.folder), "-o", str(tmp_path / "trace.json"))
+        assert done.returncode == 2
+        assert f"no iteration was kept whole{more}, so there is nothing to trace" in done.stderr
     facts = {"training step": "one CUDA graph"}
     graphed = Job(tmp_path / "graphed", silent=(1,), facts=facts).planned(0).finished().folder
     (graphed / "records" / "rank-0.samples.json").unlink(missing_ok=True)

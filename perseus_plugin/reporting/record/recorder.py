@@ -299,7 +299,7 @@ def _sort_of(directive: Directive, record: IterationRecord, parts: Parts) -> Sor
     if record.applied or not isinstance(directive, Follow):
         return Sort.of(directive, record.schedule)
     if part_for(parts, directive, record) is None and any(version == directive.version for version, _ in parts):
-        why = "there is no plan for this schedule (yet)"
+        why = "there was no plan for this schedule"
     else:
         why = f"plan {directive.version} was not there yet"
     return Sort(FULL, reason=why, schedule=record.schedule)

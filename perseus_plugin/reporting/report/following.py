@@ -152,7 +152,8 @@ class Followed:
             return encoded(page(find(load_folder(self._folder), self._options), _HEAD))
         except (PerseusError, OSError) as error:  # it may be there the next time
             why = os_problem(error) if isinstance(error, OSError) else str(error)
-            note = f'<section class="note" id="nothing">Nothing to show (yet): {html.escape(why)}</section>'
+            said = f"Nothing to show: {html.escape(why)}. It is looked at again."
+            note = f'<section class="note" id="nothing">{said}</section>'
             return encoded(document("Perseus report", ["<h1>Perseus report</h1>", note], _HEAD))
 
 

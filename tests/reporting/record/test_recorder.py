@@ -191,7 +191,7 @@ def test_iterations_that_could_not_follow_their_plan_ran_at_full_clocks(tmp_path
     made.step(final=True)
     read = load_record(tmp_path, 1)
     assert [stretch.sort for stretch in read.stretches] == [
-        Sort(FULL, reason="there is no plan for this schedule (yet)", schedule="1F1B"),
+        Sort(FULL, reason="there was no plan for this schedule", schedule="1F1B"),
         Sort(FULL, reason="plan 1 was not there yet", schedule="1F1B"),
         Sort(PLAN, plan=1, schedule="1F1B"),
     ]

@@ -53,7 +53,8 @@ def test_the_page_is_made_from_what_there_is_and_sent_when_it_has_changed(folder
         clock.now_s += 30.0
         return followed()[1].decode()
 
-    assert "is no output folder of perseus" in shown()
+    assert "is no output folder of perseus" in (nothing := shown())
+    assert " is there. It is looked at again.</section>" in nothing
     job = Job(folder).profiled()
     assert 'id="profile"' in shown()
     assert 'id="timeline"' not in shown()

@@ -81,7 +81,8 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("outside")
 def test_a_backend_of_another_package_is_one_like_ours(tmp_path: Path) -> None:
-    assert names() == ("nvml", "zeusd", "emulated", "other", "broken")
+    assert names()[-2:] == ("other", "broken")
+    assert {"nvml", "zeusd", "emulated"} <= set(names()[:-2])
     assert open_gpu("other:OTHER-1") == "opened OTHER-1"  # type: ignore[comparison-overlap]
     assert type(backend("nvml")).__module__ == "perseus_plugin.gpus.nvml"
     xpu = placement().model_copy(update={"device": "xpu:1"})

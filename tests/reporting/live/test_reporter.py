@@ -194,7 +194,7 @@ def test_events_are_the_known_main_figures() -> None:
             "Perseus/saving_percent/measured": 100 * 190 / 900,
             "Perseus/slowdown_percent/predicted": -2.0,
             "Perseus/slowdown_percent/measured": 2.0,
-            "Perseus/overhead/hook_time_percent": made(RANKS).overhead.hook_time_percent,
+            **{f"Perseus/{name}": value for name, value in made(RANKS).metrics.items()},
         }
     )
     assert events_of(made([], None)) == []

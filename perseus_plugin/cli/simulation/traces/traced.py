@@ -88,7 +88,7 @@ class TracedJob:
         starts_s: the same, since the first start of the rank's iteration.
         times_s: shape (steps,), how long the whole iterations took, NaN where the trace does not say.
         in_order: share of (step, replica) that ran in the schedule's order.
-        left_out: steps in which instructions are missing.
+        left_out: steps in which instructions are missing, or all of a replica take no time.
     """
 
     name: str
@@ -159,6 +159,7 @@ def traced_job(
         _check_places(name, schedule, iterations, wanted)
     steps, left_out = [], []
     durations_s, starts_s = [], []
+    idle: list[int] = []  # replicas whose instructions take no time
     seen_in = Counter(step for step, _ in iterations)
     for step in sorted(seen_in):
         if seen_in[step] < len(replicas):
@@ -176,9 +177,18 @@ def traced_job(
         if np.isnan(took).any():
             left_out.append(step)
             continue
+        if not took.any(axis=1).all():
+            idle.append(replicas[int(took.any(axis=1).argmin())])
+            left_out.append(step)
+            continue
         steps.append(step)
         durations_s.append(took)
         starts_s.append(began)
+    if not steps and idle:
+        raise ConfigError(
+            f"{name}: got instructions that all take 0 s, of replica {idle[0]}; allowed: at least one iteration "
+            "in which those of every replica take longer"
+        )
     if not steps:
         raise ConfigError(
             f"{name}: got no iteration in which all {len(replicas)} replicas ran all {len(wanted)} instructions of "
@@ -192,7 +202,8 @@ def traced_job(
         replicas=tuple(replicas),
         durations_s=np.array(durations_s),
         starts_s=np.array(starts_s),
-        times_s=np.array([times_s.get(step, np.nan) for step in steps]),
+        # Next to a large start a short time is lost in the float.
+        times_s=np.array([times_s.get(step) or np.nan for step in steps]),
         in_order=in_order,
         left_out=tuple(left_out),
     )

@@ -83,6 +83,20 @@ def test_a_step_that_lacks_something_is_left_out(tmp_path: Path) -> None:
     assert (job.steps, job.left_out) == ((0, 1, 3, 5), (2, 4))
 
 
+def test_a_step_in_which_a_replica_takes_no_time_is_left_out(tmp_path: Path) -> None:
+    rows = rows_of(uneven)
+    idle = [{**row, "duration": 0.0} if (row["step"], row["dp_rank"]) == (2, 1) else row for row in rows]
+    job = load_table(write_table(tmp_path / "ops.csv", idle))
+    assert (job.steps, job.left_out) == ((0, 1, 3, 4, 5), (2,))
+    assert explained(job).error_worst < 0.01
+
+
+def test_an_iteration_that_is_lost_in_the_float_of_its_starts_is_not_timed(tmp_path: Path) -> None:
+    rows = [{**row, "start_ts": 1e6, "duration": 1e-12} for row in rows_of(uneven) if row["mb_id"] != -1]
+    job = load_table(write_table(tmp_path / "ops.csv", rows), GivenSchedule("1f1b", SCHEDULES["1f1b"]))
+    assert np.isnan(job.times_s).all()
+
+
 def test_the_graph_finds_transfers_and_what_is_there_once(tmp_path: Path) -> None:
     rows = rows_of(uneven, stages=4, microbatches=8, transfer_s=0.01, end_s=0.2)
     explains = explained(load_table(write_table(tmp_path / "ops.csv", rows)))

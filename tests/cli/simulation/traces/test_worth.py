@@ -176,6 +176,19 @@ def test_a_schedule_in_whose_order_nothing_ran_is_said_above_all_figures(perseus
     assert 0 < page.find(told) < page.find("static plan saves")
 
 
+@pytest.mark.parametrize("with_starts", [True, False])
+def test_instructions_that_take_no_time_are_refused_in_one_line(
+    perseus: Perseus, tmp_path: Path, with_starts: bool
+) -> None:
+    rows = [{**row, "duration": 0.0} for row in rows_of(plain, steps=2)]
+    if not with_starts:
+        rows = [{name: value for name, value in row.items() if name != "start_ts"} for row in rows]
+    done = perseus("simulate", write_table(tmp_path / "ops.csv", rows))
+    assert done.returncode == 2
+    assert "ops.csv: got instructions that all take 0 s, of replica 0; allowed" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -19,11 +19,13 @@ from perseus_plugin.planning.relaxation import Relaxed
 from perseus_plugin.planning.rounding import round_to_deadline, use_up_slack
 from perseus_plugin.planning.targets import ChangeLimits, Effort
 from perseus_plugin.planning.waiting import Waits
+from perseus_plugin.planning.whole import cheapest_clocks
 from perseus_plugin.planning.work import BRAKE_S, SMALL, Work
 
 _PASSES = {"quick": QUICK, "normal": NORMAL, "thorough": THOROUGH}
 WORK: dict[Effort, float] = {"quick": 0.7, "normal": 5.5, "thorough": 100.0}
 """What a search in windows may do, in units of `planning.work`; one of a small job as a whole may do half of that."""
+_OF_FEW = 1 / 8  # the same for one with few changes, as fewer ones may have to be searched for too
 # What tightening the bound for few changes may do, in the same units.
 _BOUND_WORK: dict[Effort, float] = {"quick": 0.0, "normal": 9.0, "thorough": 30.0}
 
@@ -138,22 +140,46 @@ class Discretiser:
                 # The cheapest iteration may be too short for few changes where a longer one is not.
                 return keep_limits(problem, relaxed, free, limits, effort, allowed_s, work, seen_by, search=search)
 
-        found_one = kept(limits, bound)
-        limited = found_one is not free
+        whole = search and small and bound is not None
+
+        def within(limits: ChangeLimits, seen_by: LimitedBound | None) -> tuple[Solution, bool]:
+            """The best that was found with so few changes, and whether it is proven to be that."""
+            found, failure = list[Solution](), None
+            try:
+                found.append(priced(kept(limits, seen_by)))
+            except PlanError as error:
+                if not whole:
+                    raise
+                failure = error
+            known, sure = found[0].assignment if found else None, False
+            if whole:
+                end_price_w = problem.total_blocking_w if waits_until_s is None else 0.0
+                best, sure = cheapest_clocks(
+                    problem, relaxed, known, allowed_s, end_price_w, limits.max_changes, work, WORK[effort] * _OF_FEW
+                )
+                keeps = best is not None and not violated(problem, best, limits)
+                sure = sure and keeps
+                if best is not None and keeps:
+                    found.append(priced(best))
+            if failure is not None and not found:
+                raise failure
+            return min(found, key=lambda one: one.energy_j), sure
+
+        limited, sure = bool(violated(problem, free, limits)), False
         if limited:
-            solution = priced(found_one)
+            solution, sure = within(limits, bound)
         if bound is not None and search:
             bound.tighten(deadline_s, work, work.done + _BOUND_WORK[effort])
             # Each takes as long as the search itself: a job that waits for its first plan is not kept for these.
             every = small or effort == "thorough"
-            for fewer in fewer_changes(limits, every=every) if every or effort != "quick" else ():
+            for fewer in fewer_changes(limits, every=every) if not sure and (every or effort != "quick") else ():
                 # Prices that bound plans of many changes bound those of fewer, too.
                 of_fewer = bound.of_fewer(fewer.max_changes or 0, work)
                 if of_fewer.bound_j >= solution.energy_j:
                     break
                 # A search sees to its bound as it does where so few are all that is asked for, and finds the same.
                 with suppress(PlanError):
-                    solution = min(solution, priced(kept(fewer, of_fewer)), key=lambda one: one.energy_j)
+                    solution = min(solution, within(fewer, of_fewer)[0], key=lambda one: one.energy_j)
         if bound is not None:
             relaxed = replace(relaxed, bound_j=bound.bound_j)
         proven = proven and not limited

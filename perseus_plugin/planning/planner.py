@@ -20,6 +20,7 @@ from perseus_plugin.planning.power.budget import PowerBudget
 from perseus_plugin.planning.relaxation import Relaxation, Relaxed
 from perseus_plugin.planning.rounding import use_up_slack
 from perseus_plugin.planning.targets import EFFORTS, ChangeLimits, Effort, Target
+from perseus_plugin.planning.whole import Budget, fastest_clocks
 from perseus_plugin.planning.work import SMALL, Work
 from perseus_plugin.profiling.profile import Profile
 
@@ -359,6 +360,10 @@ class Planner(Discretiser):
             relaxed = self._relaxed(max(kept.iteration_time_s, self.relaxation.shortest_s))
             choice = fastest_whole(problem, relaxed, choice, budget_j, work, WORK[effort] / 2)
             assignment = problem.assignment(choice)
+            if violated(problem, assignment, limits):
+                within, most = (Budget.energy(problem, budget_j),), WORK[effort] / 2
+                few = fastest_clocks(problem, kept.assignment, within, limits.max_changes, work, most)
+                assignment = few or kept.assignment
             if not violated(problem, assignment, limits):
                 end_s = problem.graph.iteration_time_s(assignment.duration_s)
                 relaxed = self._relaxed(max(end_s, self.relaxation.shortest_s))

@@ -80,22 +80,30 @@ def solve_window(
     model = _Window(problem, choice, deadline_s, nodes, regret_j, limits.max_regret, end_price_w, budget_j)
     if not model.options:
         return choice, True
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.max_deterministic_time = limits.work
-    solver.parameters.max_time_in_seconds = work.solver_limit_s
-    # It would keep the signal to itself.
-    solver.parameters.catch_sigint_signal = False
-    status = interruptible(lambda: solver.solve(model.model), solver.stop_search)
-    work.done += _BUILD + _BUILD_NODE * len(nodes) + CP_SAT * solver.response_proto.deterministic_time
-    if status != cp_model.OPTIMAL:
-        work.brake_acts()
+    solver, status = solved(model.model, len(nodes), work, limits.work)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return choice, False
     found = choice.copy()
     for node, options in model.options.items():
         found[node] = next(k for k, chosen in options if solver.boolean_value(chosen))
     return found, status == cp_model.OPTIMAL
+
+
+def solved(
+    model: cp_model.CpModel, nodes: int, work: Work, most: float
+) -> tuple[cp_model.CpSolver, cp_model.CpSolverStatus]:
+    """A model of so many nodes after `most` of CP-SAT's deterministic time; what is done is added to `work`."""
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.max_deterministic_time = most
+    solver.parameters.max_time_in_seconds = work.solver_limit_s
+    # It would keep the signal to itself.
+    solver.parameters.catch_sigint_signal = False
+    status = interruptible(lambda: solver.solve(model), solver.stop_search)
+    work.done += _BUILD + _BUILD_NODE * nodes + CP_SAT * solver.response_proto.deterministic_time
+    if status not in (cp_model.OPTIMAL, cp_model.INFEASIBLE):
+        work.brake_acts()
+    return solver, status
 
 
 class _Window:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,70 @@ def test_an_energy_budget_of_full_clocks_is_kept_where_the_shortest_iteration_ta
 def of(job: Job) -> Planner:
     graph = build_graph(job.streams, latency_s=job.latency_s)
     return Planner(graph, job.profile, blocking_power_w=list(job.blocking_w))
+
+
+@pytest.mark.many
+@examples(12)
+@given(
+    jobs(max_stages=2, max_microbatches=2, max_clocks=3),
+    st.sampled_from([0, 2, 3]),
+    st.floats(0, 0.5),
+    st.floats(0, 1),
+    st.sampled_from(EFFORTS[:2]),
+)
+def test_few_changes_of_a_small_job_are_at_their_optimum(
+    job: Job, most: int, slowdown: float, share: float, effort: Effort
+) -> None:
+    problem = of(job).problem
+    assume(len(problem.instruction_nodes) <= 6)
+    choices, limits, waiting_w = every_choice(job, most), ChangeLimits(most), problem.total_blocking_w
+    until_s = problem.full_clock_time_s * (1 + slowdown)
+    in_time = [(end_s, energy_j) for end_s, energy_j in choices if end_s <= until_s * (1 + 1e-12)]
+    for target, best_j in (
+        (Target.deadline(until_s), min(energy_j for _, energy_j in in_time)),
+        (
+            Target.straggler(until_s),
+            min(energy_j + waiting_w * (until_s - end_s) for end_s, energy_j in in_time),
+        ),
+        (Target.cheapest(), min(energy_j for _, energy_j in choices)),
+    ):
+        found = of(job).solve(target, limits, effort)
+        assert violated(problem, found.assignment, limits) == []
+        assert best_j * (1 - 1e-9) - 1e-9 <= found.energy_j <= best_j * (1 + 1e-3) + 1e-9
+    least_j, soonest_j = min(energy_j for _, energy_j in choices), min(choices)[1]
+    budget_j = least_j + share * (soonest_j - least_j) + 1e-4 * abs(least_j)
+    best_s = min(end_s for end_s, energy_j in choices if energy_j <= budget_j)
+    fastest = of(job).solve(Target.energy_budget(budget_j), limits, effort)
+    assert violated(problem, fastest.assignment, limits) == []
+    assert fastest.energy_j <= budget_j
+    assert best_s * (1 - 1e-9) <= fastest.iteration_time_s <= best_s * (1 + 1e-3)
+
+
+def one_clock_per_stage(planner: Planner, clocks: Sequence[int]) -> list[tuple[float, float]]:
+    """Time and energy of all plans without any change."""
+    problem, found = planner.problem, []
+    for chosen in itertools.product(clocks, repeat=problem.graph.stages):
+        time_s, watts = problem.at_clocks(np.array(chosen)[problem.graph.stage])
+        end_s = problem.graph.iteration_time_s(time_s)
+        found.append((end_s, float(time_s @ watts) + problem.total_blocking_w * end_s))
+    return found
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(2, 5), (3, 6), (4, 8)])
+@pytest.mark.parametrize("effort", EFFORTS[:2])
+def test_without_a_change_a_job_takes_what_the_best_clock_of_each_stage_does(
+    stages: int, microbatches: int, effort: Effort
+) -> None:
+    clocks = (1400, 1150, 670, 610, 475)
+    graph = build_graph(one_f_one_b(stages, microbatches))
+    planner = Planner(graph, bundled_profile(stages, clocks), blocking_power_w=70.0)
+    choices = one_clock_per_stage(planner, clocks)
+    least_j = planner.solve(Target.cheapest(), ChangeLimits(0), effort).energy_j
+    assert least_j == pytest.approx(min(energy_j for _, energy_j in choices), rel=1e-6)
+    until_s = planner.problem.full_clock_time_s * 1.3
+    in_time_j = [energy_j for end_s, energy_j in choices if end_s <= until_s]
+    least_j = planner.solve(Target.deadline(until_s), ChangeLimits(0), effort).energy_j
+    assert least_j == pytest.approx(min(in_time_j), rel=1e-6)
 
 
 @pytest.mark.many

@@ -12,7 +12,6 @@ import typer
 from pydantic import ValidationError
 
 from perseus_plugin.cli.destinations import source
-from perseus_plugin.config import LimitsConfig
 from perseus_plugin.errors import ConfigError, PerseusError, PlanError, shown, validation_problem
 from perseus_plugin.iteration.bounds import MOST_SLOWDOWN, MOST_W
 from perseus_plugin.iteration.instructions import Compute, StageStream
@@ -309,6 +308,11 @@ def _per_stage(power_w: float | list[float], stages: int) -> list[float]:
 
 def _limit(option: str, key: str, value: float | None) -> float | None:
     """An option that is a key of `perseus.limits` too, of which the same is allowed."""
+    if value is None:
+        return None
+    # All models of the configuration, which a command without such an option does without.
+    from perseus_plugin.config import LimitsConfig
+
     try:
         LimitsConfig.model_validate({key: value})
     except ValidationError as error:

@@ -291,8 +291,8 @@ def _iterations(markers: Sequence[_Marker], around: Sequence[_Span]) -> Iterator
     current: list[_Marker] = []
     for marker in markers:
         what = marker.step or (marker.kind, marker.microbatch)
-        # Of functions alone nothing says where an iteration ends.
-        if what in seen and (marker.step or marker.microbatch >= 0):
+        # Of functions alone nothing says where an iteration ends. Parameters may be gathered several times in one.
+        if what in seen and max((marker.microbatch, *(action.microbatch for action in marker.step))) >= 0:
             yield current
             seen, current = set(), []
         seen.add(what)

@@ -234,10 +234,9 @@ def _slow(one: SlowStage, several: bool) -> str:
 
 
 def _joules(joules: Estimate, share: Estimate) -> str:
-    return (
-        f"{joules.mean:.1f} J ({joules.low:.1f} to {joules.high:.1f}), {share.mean:.2%} ({share.low:.2%} to "
-        f"{share.high:.2%})"
-    )
+    own, low, high = (figure(one, ".1f") for one in (joules.mean, joules.low, joules.high))
+    part, least, most = (figure(one, ".2%") for one in (share.mean, share.low, share.high))
+    return f"{own} J ({low} to {high}), {part} ({least} to {most})"
 
 
 def _ms(seconds: float) -> str:

@@ -76,7 +76,7 @@ def _headline(answer: Answer) -> list[tuple[str, str, str]]:
         ("intrinsic bloat", found.bloat.intrinsic, "stages are not balanced"),
         ("extrinsic bloat", found.bloat.extrinsic, "a slower replica is waited for"),
     ):
-        shown.append((name, f"{share.mean:.1%}", why))
+        shown.append((name, figure(share.mean, ".1%"), why))
     if len(answer.job.replicas) > 1:
         shown.append(("slowest replica", f"{answer.stragglers.behind:.1%}", "behind the median one"))
     return shown
@@ -84,8 +84,12 @@ def _headline(answer: Answer) -> list[tuple[str, str, str]]:
 
 def _bloat_rows(answer: Answer) -> Rows:
     def row(name: str, joules: Estimate, share: Estimate | None) -> tuple[str, str, str]:
-        percent = "" if share is None else f"{share.mean:.2%} ({share.low:.2%} to {share.high:.2%})"
-        return name, f"{joules.mean:.1f} J ({joules.low:.1f} to {joules.high:.1f})", percent
+        own, low, high = (figure(one, ".1f") for one in (joules.mean, joules.low, joules.high))
+        percent = ""
+        if share is not None:
+            part, least, most = (figure(one, ".2%") for one in (share.mean, share.low, share.high))
+            percent = f"{part} ({least} to {most})"
+        return name, f"{own} J ({low} to {high})", percent
 
     bloat = answer.worth.bloat
     return [

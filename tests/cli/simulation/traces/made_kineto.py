@@ -140,8 +140,10 @@ def lists_of(stages: int, microbatches: int) -> list[list[Step]]:
     return lists
 
 
-def annotated_traces(folder: Path, duration: Duration, *, stages: int = 2, microbatches: int = 4) -> list[Path]:
-    """One file per rank of a schedule whose actions are annotated."""
+def annotated_traces(
+    folder: Path, duration: Duration, *, stages: int = 2, microbatches: int = 4, sharded: bool = False
+) -> list[Path]:
+    """One file per rank of a schedule whose actions are annotated; `sharded`: parameters are gathered for each."""
     lists = lists_of(stages, microbatches)
     graph = build_graph(streams_of_steps(lists))
     paths = []
@@ -158,5 +160,9 @@ def annotated_traces(folder: Path, duration: Duration, *, stages: int = 2, micro
                 events.append(event("user_annotation", f"PP:{written(step)}", since_s, took_s))
                 events.append(event("cpu_op", "aten::mm", since_s, took_s))
                 now_s = since_s + took_s
+                if sharded:
+                    stage = step[0].stage
+                    events.append(event("user_annotation", f"PP:{stage}UNSHARD", since_s - 2e-6, 1e-6))
+                    events.append(event("user_annotation", f"PP:{stage}RESHARD", now_s - 1e-6, 5e-7))
         paths.append(write_trace(folder / f"rank{rank}.json", events, rank))
     return paths

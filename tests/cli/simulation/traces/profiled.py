@@ -1,8 +1,8 @@
 """Real traces for the tests: small jobs of two ranks under PyTorch's profiler, on the CPU, and a slice of each kept.
 
 Run `torchrun --nproc-per-node 2 -m tests.cli.simulation.traces.profiled WHAT FOLDER` to make them anew, with WHAT one
-of deepspeed, megatron, 1f1b, gpipe, zbv. A slice has what tells instructions, and operators that follow each
-other as one; names of folders are cut.
+of deepspeed, megatron, 1f1b, gpipe, interleaved, zbv. A slice has what tells instructions, and operators that follow
+each other as one; names of folders are cut.
 """
 
 from __future__ import annotations
@@ -108,14 +108,15 @@ def pytorch_steps(name: str) -> Callable[[], Any]:
     import torch.distributed as dist
     from torch.distributed.pipelining import PipelineStage
     from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
-    from train import LENGTH, VOCABULARY, loss_of, part_of_model
+    from train import LENGTH, V_SHAPED, VOCABULARY, loss_of, part_of_model
 
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     kind = get_schedule_class(name)
     single = issubclass(kind, PipelineScheduleSingle)
-    in_all = ranks if single else 2 * ranks
-    numbers = [rank] if single else [rank, in_all - 1 - rank]
+    # So many stages that PyTorch gathers the parameters of some of them several times.
+    in_all = ranks if single else 2 * ranks if name in V_SHAPED else 4 * ranks
+    numbers = [rank, in_all - 1 - rank] if name in V_SHAPED else list(range(rank, in_all, ranks))
     stages = [PipelineStage(part_of_model(n, in_all), n, in_all, torch.device("cpu")) for n in numbers]
     given: Any = stages[0] if single else stages
     schedule: Any = kind(given, MICROBATCHES, loss_fn=loss_of)
@@ -169,7 +170,7 @@ def main() -> None:
     from torch.profiler import ProfilerActivity, profile
 
     torch.set_num_threads(1)
-    names = {"1f1b": "1F1B", "gpipe": "GPipe", "zbv": "ZBVZeroBubble"}
+    names = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "Interleaved1F1B", "zbv": "ZBVZeroBubble"}
     step = deepspeed_steps() if what == "deepspeed" else pytorch_steps(names[what])
     for _ in range(WARM_UP):
         step()

@@ -56,12 +56,14 @@ def test_frames_tell_what_ran(tmp_path: Path, framework: Framework, on_gpu: bool
     assert explains.error_worst < 0.002
 
 
-def test_annotations_tell_schedule_and_stages(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_annotations_tell_schedule_and_stages(tmp_path: Path, sharded: bool) -> None:
     def split(step: int, replica: int, stage: int, kind: str, microbatch: int) -> float:
         return 0.05 * (1 + stage) + 0.01 * step + (0.02 if kind.startswith("forward") else 0.0)
 
-    job = load_traces(annotated_traces(tmp_path, split))
+    job = load_traces(annotated_traces(tmp_path, split, sharded=sharded))
     assert (job.schedule, job.stages, job.microbatches) == ("PyTorch's actions", 2, 4)
+    assert (job.steps, job.left_out, job.in_order) == ((0, 1, 2), (), 1.0)
     kinds = {kind for stage, kind in job.classes if stage == 0}
     assert kinds == {"forward", "forward_1", "weight_backward", "weight_backward_1", "input_backward_1"}
     assert_durations(job, split)
@@ -202,6 +204,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, content: str, message: str) -
         ("megatron", "1f1b", None, {"forward", "backward"}),
         ("1f1b", "PyTorch's 1F1B", None, {"forward", "backward"}),
         ("gpipe", "PyTorch's GPipe", 2, {"forward", "backward"}),
+        ("interleaved", "PyTorch's actions", None, {"forward", "forward_3", "backward", "backward_3"}),
         ("zbv", "PyTorch's actions", None, {"forward", "forward_1", "input_backward", "weight_backward"}),
     ],
 )

@@ -46,6 +46,7 @@ _MOST_BYTES = 1 << 20  # in one piece; torch's store takes 8 MiB
 _MOST_IN_PACKET = 100_000  # the kernel's usual limit is twice that
 _INBOX, _TURN, _NODES = "inbox", "turn", "nodes"
 _HURRIED = "hurried"  # in a piece that holds something that is in a hurry: more may follow
+_AT_ONCE = "at once"  # in a piece that did not wait: what others bring later under its keys was told before
 
 
 class Exchange(Protocol):
@@ -70,7 +71,7 @@ class Exchange(Protocol):
             key: of this rank, unlike those of others.
             value: to be told.
             patient: it is in no hurry.
-            at_once: do not return before it is on its way: nothing may follow.
+            at_once: do not return before it is on its way: nothing may follow, and what is still on its way is older.
         """
         ...
 
@@ -133,6 +134,7 @@ class StoreExchange:
         self._client, self._rank, self._is_told = client, rank, rank == leader
         self._lock = threading.Lock()
         self._told: dict[str, Any] = {}
+        self._told_at_once: set[str] = set()
         self._heard: dict[str, Any] = {}
         self._error: ExchangeError | None = None
         self._wake: Callable[[], None] = lambda: None
@@ -163,13 +165,13 @@ class StoreExchange:
     def tell(self, key: str, value: Any, *, patient: bool = False, at_once: bool = False) -> None:
         self._fail_if_lost()
         if self._is_told:
-            self._take({key: json.loads(json.dumps(value))}, hurried=not patient)
+            self._take({key: json.loads(json.dumps(value))}, hurried=not patient, at_once=at_once)
             if at_once:  # so do the others, and rank 0 waits for that
                 self._lively_until_s = float("inf")
                 self._inbox_at_s = 0.0
                 self._node.wake()
         elif at_once:
-            self._client.append(_INBOX, {_HURRIED: True, key: value})
+            self._client.append(_INBOX, {_HURRIED: True, _AT_ONCE: True, key: value})
         else:
             self._outbox.put((key, value, patient))
             self._node.wake()
@@ -358,14 +360,16 @@ class StoreExchange:
         """Returns whether something in it is in a hurry."""
         if not isinstance(bundle, dict):
             raise ExchangeError(f"{_INBOX!r} in the job's store holds what is not ours")
-        hurried = bool(bundle.pop(_HURRIED, False))
-        self._take(bundle, hurried)
+        hurried, at_once = bool(bundle.pop(_HURRIED, False)), bool(bundle.pop(_AT_ONCE, False))
+        self._take(bundle, hurried, at_once)
         return hurried
 
-    def _take(self, values: dict[str, Any], hurried: bool) -> None:
+    def _take(self, values: dict[str, Any], hurried: bool, at_once: bool = False) -> None:
         """What is in no hurry is found by who looks for it; nobody is woken for it."""
         with self._lock:
-            self._told.update(values)
+            if at_once:
+                self._told_at_once.update(values)
+            self._told.update({key: of for key, of in values.items() if at_once or key not in self._told_at_once})
         if hurried:
             self._wake()
 

@@ -330,6 +330,23 @@ def test_who_waits_for_news_is_not_woken_for_what_is_in_no_hurry(
         assert woken.wait(20.0)
 
 
+@pytest.mark.parametrize("per_node", [1, 2, 3])
+def test_what_is_told_at_once_is_the_last_word_of_a_rank(
+    ranks_of: RanksOf, monkeypatch: pytest.MonkeyPatch, per_node: int
+) -> None:
+    monkeypatch.setattr(store_module, "PATIENT_S", 3600.0)
+    ranks = ranks_of(3, per_node)
+    for rank in range(3):
+        ranks[rank].tell(f"stats/{rank}", "before", patient=True)
+        ranks[rank].tell(f"stats/{rank}", "last", at_once=True)
+    assert came_true(lambda: all(ranks[0].told(f"stats/{rank}") == "last" for rank in range(3)))
+    ranks[1].tell("facts/1", "later")
+    ranks[2].close()
+    ranks[1].close()  # with what they had not sent yet
+    assert came_true(lambda: ranks[0].told("facts/1") == "later")
+    assert [ranks[0].told(f"stats/{rank}") for rank in range(3)] == ["last"] * 3
+
+
 def test_what_ranks_of_a_node_tell_goes_in_one_piece(ranks_of: RanksOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "_TOGETHER_S", 2.0)
     ranks = ranks_of(5, 4, beside=3)

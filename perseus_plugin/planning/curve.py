@@ -22,7 +22,7 @@ class CurveSample:
 
     Attributes:
         deadline_s: where it was taken.
-        bound_j: least energy of the relaxation there, blocking included.
+        bound_j: what no plan for that takes less than, blocking included.
         iteration_time_s, energy_j: of the plan that was made for it.
     """
 

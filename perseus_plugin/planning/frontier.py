@@ -40,8 +40,9 @@ class FrontierPoint:
 
     Attributes:
         deadline_s: where it was taken.
-        bound_j: least energy of the relaxation there, blocking included.
-        slope_w: slope of the bound curve there, joules per second, not above 0; -inf at the shortest iteration.
+        bound_j: what no plan for that takes less than, blocking included: least energy of the relaxation, or the bound
+            of the limits on clock changes where that is more.
+        slope_w: slope of the relaxation's curve there, joules per second, not above 0; -inf at the shortest iteration.
         plan: what was achieved.
     """
 
@@ -58,7 +59,7 @@ class Frontier:
     Attributes:
         points: the samples, without those at which no plan was found that keeps the limits.
         slower: plans beyond T*, by falling power: they take more energy, and draw less.
-        tolerance: share to within which the bound curve is known between them.
+        tolerance: share to within which the relaxation's curve is known between them.
         baseline_time_s, baseline_energy_j: every instruction at the profile's highest clock.
     """
 
@@ -96,8 +97,8 @@ def make_frontier(
 
     Args:
         planner: the job.
-        tolerance: the bound curve is to be known everywhere to within this share of it.
-        limits: on clock changes of the plans; the bound is that without limits.
+        tolerance: the relaxation's curve is to be known everywhere to within this share of it.
+        limits: on clock changes of the plans.
         effort: spent on each sample's plan; quick is rounding alone, as there are many.
         progress: called after each sample with their number and the share to which the curve is known by now.
         planned: called after each sample's plan with the number of those that there are, and of samples.
@@ -128,7 +129,8 @@ def make_frontier(
             failure = error  # so short an iteration may need more changes than are allowed
             continue
         plan = planner.to_plan(planner.best_known(solution))
-        points.append(FrontierPoint(relaxed.deadline_s, min(relaxed.bound_j, plan.energy_j), slope_w, plan))
+        bound_j = max(relaxed.bound_j, solution.relaxed.bound_j)  # limits have one of their own
+        points.append(FrontierPoint(relaxed.deadline_s, min(bound_j, plan.energy_j), slope_w, plan))
     if failure is not None and not points:
         raise failure
     return Frontier(

@@ -18,6 +18,7 @@ from perseus_plugin.planning.curve import load_curve
 from perseus_plugin.planning.frontier import Frontier, frontier_to_json, make_frontier, save_frontier
 from perseus_plugin.planning.planner import ChangeLimits, Planner
 from perseus_plugin.planning.power.sharing import SpeedCurve
+from perseus_plugin.planning.targets import Target
 from perseus_plugin.profiling.profile import Measurement, Profile
 from tests.examples import examples
 
@@ -75,6 +76,18 @@ def test_a_finer_tolerance_takes_more_samples_and_progress_is_told() -> None:
     assert len(fine.points) > len(coarse.points)
     assert [count for count, _ in told] == list(range(2, len(fine.points) + 1))
     assert told[-1][1] <= 0.001 < told[0][1]
+
+
+def test_with_few_changes_the_gap_is_to_what_no_plan_of_so_few_takes_less_than() -> None:
+    limits = ChangeLimits(1)
+    planner = Planner(build_graph(one_f_one_b(2, 3)), bundled_profile(2), blocking_power_w=60.0)
+    free = {point.deadline_s: point for point in make_frontier(planner, tolerance=0.02).points}
+    few = make_frontier(planner, tolerance=0.02, limits=limits)
+    for point in few.points:
+        assert point.bound_j >= free[point.deadline_s].bound_j
+        searched = planner.plan(Target.deadline(point.deadline_s), limits)
+        assert point.bound_j <= searched.energy_j, "which may end in any way that a plan can"
+    assert max(point.bound_j / free[point.deadline_s].bound_j for point in few.points) > 1.01
 
 
 def test_the_file_holds_every_sample() -> None:

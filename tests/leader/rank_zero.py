@@ -87,6 +87,7 @@ class RankZero:
         shards: int = 1,
         exchange: LocalExchange | None = None,
         planner: FakePlanner | None = None,
+        refiner: FakePlanner | None = None,
         survey: Survey | None = None,
         frontier: BackgroundFrontier | None = None,
         batch_process: Callable[[], BatchPlannerProcess] | None = None,
@@ -106,6 +107,7 @@ class RankZero:
             batch_process=batch_process,
             tell=self.told.append,
             wake=lambda: self.woken.append(True),
+            refiner=refiner,
             monotonic=lambda: self.now_s,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ class Job(RankZero):
         replicas: int = 2,
         shards: int = 1,
         exchange: LocalExchange | None = None,
+        refiner: FakePlanner | None = None,
         **stragglers: Any,
     ) -> None:
         block = {
@@ -80,7 +82,9 @@ class Job(RankZero):
             "stragglers": {"min_interval_s": INTERVAL_S, "window": WINDOW, **stragglers},
         }
         size = 2 * replicas * shards
-        super().__init__(folder, block, world_size=size, shards=shards, exchange=exchange, planner=Planner())
+        super().__init__(
+            folder, block, world_size=size, shards=shards, exchange=exchange, planner=Planner(), refiner=refiner
+        )
         self.desk = self.coordinator.stragglers
         for rank in range(self.world_size):
             where = placement(rank // shards, self.world_size).model_copy(update={"rank": rank, "shards": shards})
@@ -467,6 +471,33 @@ def test_another_schedule_is_answered_for_itself(job: Job) -> None:
     job.answer()
     assert job.newest().straggler
     assert sum(job.part(job.newest().version_for(0), 1).clocks_mhz) < sum(own.clocks_mhz)
+
+
+def test_plans_for_a_pace_are_refined_beside_the_job_and_adopted_at_an_iterations_boundary(tmp_path: Path) -> None:
+    refiner = FakePlanner()
+    job = Job(tmp_path, refiner=refiner)
+    job.schedule = "20"
+    job.answered(slowdown=1.03)
+    before, asked = job.newest(), job.planner.requests[-1]
+    for _ in range(30):
+        job.run(Follow(before.version_for(0), True), FULL_S)
+    (request,) = refiner.requests
+    assert (asked.effort, asked.refine_s) == ("quick", 0)
+    assert (request.effort, request.refine_s) == ("normal", job.config.refine_s)
+    assert asked.pace is not None
+    pace = pace_for(asked)
+    assert request.pace == replace(asked.pace, at_least_s=pace.pace_s)
+    less = [replace(one, energy_j=0.99 * one.energy_j) for one in pace.variants]
+    refiner.answer = PlanAnswer(None, 7.0, pace=replace(pace, variants=tuple(less)))
+    job.step()
+    after = job.newest()
+    assert after.straggler
+    assert after.switch > job.iteration, "all ranks hear of it before"
+    assert after.version_for(0) > before.version_for(0)
+    refined = job.events()[-1]
+    assert (refined["event"], refined["iteration"], refined["planning_time_s"]) == ("refined", after.switch, 7.0)
+    assert refined["pace_s"] == pace.pace_s
+    assert len(job.planner.requests) == 2, "whoever else becomes slow is planned for meanwhile"
 
 
 # The record.

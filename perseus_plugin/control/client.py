@@ -17,6 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -99,6 +100,8 @@ class ClockHelper:
         self._ready = threading.Event()
         self._facts: DeviceFacts | None = None
         self._closing = self._said_bye = self._lost = False
+        self._on_end: Callable[[], None] = lambda: None
+        self._is_over = process is None
         self._retired = False
         self._alive = process is not None
         self._inlet: Descriptor | None = None
@@ -212,6 +215,13 @@ class ClockHelper:
             self._last_sent = None
             self._send(MEASURE_LATENCY, rounds, 0.0)
 
+    def on_end(self, ended: Callable[[], None]) -> None:
+        """Call this, from any thread, once the helper has ended and it is known what of its clock: `drain` tells."""
+        with self._lock:
+            self._on_end = ended
+        if self._is_over:
+            ended()
+
     def drain(self) -> list[Event]:
         """What the helper has reported since the last call, oldest first."""
         if self.alive and self._outlet is not None:
@@ -271,6 +281,10 @@ class ClockHelper:
             self._close_inlet()  # a helper that still runs resets the clock and ends
         self._clear_up(process, end)
         self._ready.set()  # who waits for that finds out why it will not be
+        self._is_over = True
+        with self._lock:  # who comes later sees that it is over
+            told = self._on_end
+        told()
         for ended in (process, self._rescuer):
             if ended is not None:
                 with suppress(subprocess.TimeoutExpired):

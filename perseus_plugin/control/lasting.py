@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from perseus_plugin.control.client import ClockHelper
 from perseus_plugin.control.wire import DeviceFacts, Event, SwitchLatency, Trouble
@@ -25,6 +26,7 @@ class LastingHelper:
         self._latency_s = 0.0
         self._poll_s: float | None = None
         self._silence_s: float | None = None
+        self._on_end: Callable[[], None] = lambda: None
 
     @classmethod
     def start(cls, spec: str, *, min_dwell_s: float | None = None, gives_way: bool = False) -> LastingHelper:
@@ -75,6 +77,13 @@ class LastingHelper:
             self._rounds, self._asked = rounds, None
             self._helper.measure_latency(rounds)
 
+    def on_end(self, ended: Callable[[], None]) -> None:
+        """See `ClockHelper.on_end`; of the second helper, too."""
+        with self._lock:
+            self._on_end = ended
+            helper = self._helper
+        helper.on_end(ended)
+
     def drain(self) -> list[Event]:
         """See `ClockHelper.drain`; here the second helper is started, so it is to be called now and then."""
         told, self._told = self._told, []
@@ -119,6 +128,7 @@ class LastingHelper:
                 helper.close(0.0)
                 return
             self._helper = helper
+            helper.on_end(self._on_end)
             if self._silence_s is not None:
                 helper.free_after(self._silence_s)
             if self._poll_s is not None:

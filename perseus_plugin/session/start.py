@@ -171,6 +171,7 @@ def link_for(job: Job, helper: LastingHelper | None, *, writes_events: bool = Fa
     if helper is None:
         _observe_only(job.selection, link, job.placement)
         return link
+    helper.on_end(link.wake.set)
     if job.config.limits.free_after_s is not None:
         helper.free_after(job.config.limits.free_after_s)
     if latency_s is None:

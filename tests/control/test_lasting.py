@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -58,6 +59,19 @@ def test_a_second_helper_takes_up_what_the_first_one_did(lasting: LastingHelper,
     assert wait_for_event(lasting, Mark).tag == 3
     lasting.request(1005)
     wait_until(lambda: gpu.locked_mhz() == 1005)
+
+
+def test_whoever_looks_now_and_then_is_woken_as_one_ends(lasting: LastingHelper) -> None:
+    woken = threading.Event()
+    lasting.on_end(woken.set)
+    for code in ("started_again", "helper_died"):
+        assert not woken.is_set()
+        kill(lasting, signal.SIGKILL)
+        assert woken.wait(60)
+        woken.clear()
+        assert wait_for_event(lasting, Trouble).code == code
+    lasting.on_end(woken.set)
+    assert woken.is_set(), "it has ended before"
 
 
 def test_one_that_ends_while_it_starts_is_started_again(spec: str) -> None:

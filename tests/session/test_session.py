@@ -586,6 +586,9 @@ class FakeClockHelper(FakeHelper):
     def free_after(self, silence_s: float) -> None:
         self._note("free_after", silence_s)
 
+    def on_end(self, ended: Callable[[], None]) -> None:
+        self.ended = ended
+
     def drain(self) -> list[Event]:
         return list(self.events)
 

@@ -627,6 +627,13 @@ def start(folder: Path, **more: Any) -> Started:
     return Started(job, helper, link_for(job, helper))
 
 
+def test_the_end_of_the_helper_wakes_the_sessions_thread(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
+    made = start(tmp_path)
+    made.link.wake.clear()
+    fakes.started[0].ended()
+    assert made.link.wake.is_set()
+
+
 def test_a_session_starts_with_a_sweep_of_the_gpus_clocks(tmp_path: Path, fakes: type[FakeClockHelper]) -> None:
     made = start(tmp_path, limits={"min_dwell_s": 0.5})
     table = made.link.timetable

@@ -3,7 +3,8 @@
     python benchmarks/small_jobs.py [--jobs 200] [--seed 1] [--effort quick --effort normal]
 
 A job is *missed* where its plan is more than 0.1 % worse than the best: more energy for a deadline, a straggler and
-the energy minimum, more time for an energy budget, a higher cost for money. Jobs have up to 60,000 choices of clocks.
+the energy minimum, more time for an energy or a power budget, a higher cost for money. Jobs have up to 60,000 choices
+of clocks.
 """
 
 from __future__ import annotations
@@ -104,6 +105,10 @@ def measures(job: Tiny, random: np.random.Generator) -> Iterator[tuple[str, Targ
     most_j = float(job.energy_j[job.time_s.argmin()])
     budget_j = job.energy_j.min() + random.uniform(0.001, 1) * (most_j - job.energy_j.min())
     yield "energy budget", Target.energy_budget(budget_j), float(job.time_s[job.energy_j <= budget_j].min()), 1
+    full_w, least_w = problem.full_clock_energy_j / full_s, float((job.energy_j / job.time_s).min())
+    budget_w = least_w + random.uniform(0.001, 1) * (full_w - least_w)
+    within_s = job.time_s[job.energy_j <= budget_w * job.time_s]
+    yield "power budget", Target.power_budget(budget_w), float(within_s.min()), 1
     cost_j = job.energy_j + PRICES.gpu_w * problem.graph.stages * job.time_s
     yield "money", Target.money(PRICES), float(cost_j.min()), 2
 

@@ -41,6 +41,7 @@ _SEARCHED, _CHEAP = 3, 0.1  # of them these are searched, those after the first 
 _MANY = 4096  # instructions from which only the time of full clocks is tried
 _ONE_BOUND = ("slowdown", "deadline", "straggler", "cheapest")  # whatever the plan's time
 _MORE_EFFORT = (1.0, 0.5, 0.25)  # of the way from the shortest iteration that a budget may allow to what was found
+_WHOLE = 1 / 8  # share of the work that is for a search at every clock there is
 _SHORTEST_TO = 1e-3  # share of the time to which that is known
 _SAME, _ON_STEP = 1e-9, 1e-6
 
@@ -360,10 +361,9 @@ class Planner(Discretiser):
             relaxed = self._relaxed(max(kept.iteration_time_s, self.relaxation.shortest_s))
             choice = fastest_whole(problem, relaxed, choice, budget_j, work, WORK[effort] / 2)
             assignment = problem.assignment(choice)
-            if violated(problem, assignment, limits):
-                within, most = (Budget.energy(problem, budget_j),), WORK[effort] / 2
-                few = fastest_clocks(problem, kept.assignment, within, limits.max_changes, work, most)
-                assignment = few or kept.assignment
+            known = kept.assignment if violated(problem, assignment, limits) else assignment
+            within, most = (Budget.energy(problem, budget_j),), WORK[effort] * _WHOLE
+            assignment = fastest_clocks(problem, known, within, limits.max_changes, work, most) or known
             if not violated(problem, assignment, limits):
                 end_s = problem.graph.iteration_time_s(assignment.duration_s)
                 relaxed = self._relaxed(max(end_s, self.relaxation.shortest_s))

@@ -109,6 +109,7 @@ def fastest_clocks(
     max_changes: int | None,
     work: Work,
     most: float,
+    at_least_s: float = 0.0,
 ) -> Assignment | None:
     """The choice of clocks with the shortest iteration that keeps budgets: a longer one may keep more.
 
@@ -119,6 +120,7 @@ def fastest_clocks(
         max_changes: of a stage's clock in an iteration; None: any number.
         work: what is done is added to it.
         most: CP-SAT's deterministic time.
+        at_least_s: a bound on the iteration's time.
 
     Returns:
         What was found that is shorter than `known`, or `known`.
@@ -126,10 +128,14 @@ def fastest_clocks(
     stages = stage_clocks(problem, every=True)
     allowed = _allowed(stages)
     longest_s = _longest_s(problem, stages) if known is None else problem.graph.iteration_time_s(known.duration_s)
+    rounding_s = TIME_UNIT_S * len(problem.graph.level_start)
+    if known is not None and longest_s - at_least_s <= rounding_s:
+        return known
     # Those that may keep the budgets, then those that should, then those that surely do.
     for share in (_ROUNDED, 0.0, -_ROUNDED):
-        end_s = longest_s + TIME_UNIT_S * len(problem.graph.level_start)
+        end_s = longest_s + rounding_s
         model = _Whole(problem, stages, allowed, known, end_s, max_changes, budgets=budgets, over=share)
+        model.no_sooner(at_least_s - rounding_s)
         found, _ = model.solve(work, most)
         if found is None:
             return known
@@ -192,6 +198,7 @@ class _Whole:
         end = self._add_times(exact=any(budget.most_w > 0 for budget in budgets))
         for budget in budgets:
             self._add_budget(budget, over, end)
+        self.end = end
         if budgets:
             self.model.minimize(end)
         else:
@@ -281,6 +288,10 @@ class _Whole:
         left_j = (budget.most_j + over * abs(budget.most_j)) / most - float(np.dot(weights, self.base_j))
         per_unit = (budget.most_w + over * abs(budget.most_w)) / most * TIME_UNIT_S * self.steps
         self.model.add(self._costs(weights) - end * round(per_unit) <= math.floor(left_j * self.steps))
+
+    def no_sooner(self, end_s: float) -> None:
+        """The iteration does not end before that."""
+        self.model.add(self.end >= math.floor(end_s / TIME_UNIT_S))
 
     def solve(self, work: Work, most: float) -> tuple[Assignment | None, bool]:
         """The best that was found, if any, and whether there is proven to be no better one."""

@@ -15,12 +15,13 @@ from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import build_graph
 from perseus_plugin.iteration.instructions import Compute
 from perseus_plugin.iteration.schedules import one_f_one_b
+from perseus_plugin.planning.few_changes.limits import violated
 from perseus_plugin.planning.plan import Plan, plan_from_json, plan_to_json
 from perseus_plugin.planning.planner import Planner
 from perseus_plugin.planning.power.budget import GroupBudget, NodeOverhead, Peaks, PowerBudget
 from perseus_plugin.planning.power.fastest import uniform_within
 from perseus_plugin.planning.power.trace import PowerTrace, peak_w, traces_of
-from perseus_plugin.planning.targets import ChangeLimits, Target
+from perseus_plugin.planning.targets import ChangeLimits, Effort, Target
 from perseus_plugin.profiling.profile import Measurement
 from tests.examples import examples
 from tests.planning.jobs import Job, bundled_profile, jobs, replay, simulate
@@ -42,10 +43,17 @@ def instructions(job: Job) -> list[tuple[int, Compute]]:
     return [(s, op) for s, stream in enumerate(job.streams) for op in stream if isinstance(op, Compute)]
 
 
-def every_choice(job: Job) -> Iterator[tuple[float, list[float]]]:
-    """What each choice of clocks takes."""
+def every_choice(job: Job, max_changes: int | None = None) -> Iterator[tuple[float, list[float]]]:
+    """What each choice of clocks takes, of those in which no stage changes its clock more often."""
     todo = instructions(job)
     for rows in itertools.product(*(job.profile.table[s, op.kind] for s, op in todo)):
+        if max_changes is not None:
+            clocks = [
+                [row.frequency_mhz for (s, _), row in zip(todo, rows, strict=True) if s == stage]
+                for stage in range(len(job.streams))
+            ]
+            if max(sum(a != b for a, b in zip(own, own[1:] + own[:1], strict=True)) for own in clocks) > max_changes:
+                continue
         yield run_at(job, dict(zip(todo, rows, strict=True)))
 
 
@@ -144,6 +152,32 @@ def steady(share: float, **more: object) -> Plan:
     planner = small()
     full = planner.plan(Target.full())
     return planner.plan(Target.power_budget(PowerBudget(share * full.power_w, **more)))  # type: ignore[arg-type]
+
+
+@pytest.mark.many
+@examples(15)
+@given(
+    jobs(max_stages=2, max_microbatches=2, max_clocks=3),
+    st.lists(st.floats(0.01, 1.1), min_size=1, max_size=2),
+    st.sampled_from([None, 0, 2]),
+    st.sampled_from(["quick", "normal"]),
+)
+def test_a_power_budget_of_a_small_job_is_at_its_optimum(
+    job: Job, shares: list[float], most: int | None, effort: Effort
+) -> None:
+    planner, limits = planner_of(job), ChangeLimits(most)
+    assume(len(planner.problem.instruction_nodes) <= 6)
+    choices = list(every_choice(job, most))
+    least = min(sum(stage_w) for _, stage_w in choices)
+    _, fastest_w = min(choices)
+    budget_w = least + shares[0] * (sum(fastest_w) - least) + 1e-3 * least
+    groups = [GroupBudget("first", "0", share * fastest_w[0]) for share in shares[1:] if share * fastest_w[0] > 1]
+    budget = PowerBudget(budget_w, tuple(groups))
+    best_s = min((end_s for end_s, stage_w in choices if keeps(budget, stage_w, 1.0)), default=None)
+    assume(best_s is not None)
+    found = planner.solve(Target.power_budget(budget), limits, effort)
+    assert violated(planner.problem, found.assignment, limits) == []
+    assert best_s * (1 - 1e-9) <= found.iteration_time_s <= best_s * (1 + 1e-3)
 
 
 def test_a_plan_is_faster_than_one_clock_for_all_at_the_same_power_and_close_to_its_bound() -> None:

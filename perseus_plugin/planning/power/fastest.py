@@ -19,7 +19,7 @@ import numpy as np
 
 from perseus_plugin.errors import PlanError
 from perseus_plugin.iteration.graph import FloatArray, IntArray
-from perseus_plugin.planning.discretise import Discretiser, Solution
+from perseus_plugin.planning.discretise import WORK, Discretiser, Solution
 from perseus_plugin.planning.few_changes.limits import violated
 from perseus_plugin.planning.options import Assignment, PlanningProblem, capped, weighted
 from perseus_plugin.planning.power.bound import Bound, time_bound
@@ -28,13 +28,15 @@ from perseus_plugin.planning.power.planned import ROUNDED, PlannedBudget, Planne
 from perseus_plugin.planning.power.trace import planned_peaks
 from perseus_plugin.planning.relaxation import Relaxation
 from perseus_plugin.planning.targets import EFFORTS, ChangeLimits, Effort
-from perseus_plugin.planning.work import BRAKE_S, Work
+from perseus_plugin.planning.whole import Budget, fastest_clocks
+from perseus_plugin.planning.work import BRAKE_S, SMALL, Work
 
 _STEPS = 14
 _MORE_EFFORT = (1.0, 0.5, 0.25)  # of the way from the bound to what was found quickly
 _NEAR = 1e-4  # share of the iteration to which the shortest is looked for
 _BESIDES = 1e-3  # what energy counts that no budget is short of, against that which one is
 _LEAST_W = 1.0  # of a budget that overheads alone use up, to come near to
+_WHOLE = 1 / 8  # share of the work that a search of a small job as a whole may do, and again where costs were rounded
 _AVERAGES = 256  # steps in which a lower average is looked for
 
 
@@ -138,13 +140,13 @@ def _with_low_peaks(
     )
     average_w = found.planned(budget).job_w
 
-    def without_clocks(at: int, effort: Effort) -> Fastest:
+    def without_clocks(at: int, effort: Effort, whole: bool) -> Fastest:
         within = Discretiser(capped(problem, powers_w[at]), planner.switch_latency_s)
-        return _Search(within, strict, limits, effort, work).run()
+        return _Search(within, strict, limits, effort, work).run(whole=whole)
 
-    def on_average(at: int, effort: Effort) -> Fastest:
+    def on_average(at: int, effort: Effort, whole: bool) -> Fastest:
         lower = replace(strict, job_w=average_w * (at + 1) / _AVERAGES)
-        return _Search(planner, lower, limits, effort, work).run()
+        return _Search(planner, lower, limits, effort, work).run(whole=whole)
 
     best: Fastest | None = None
     found_by, found_at = without_clocks, 0
@@ -153,7 +155,7 @@ def _with_low_peaks(
         while low <= high:
             middle = (low + high) // 2
             try:
-                tried = attempt(middle, "quick")
+                tried = attempt(middle, "quick", False)
             except PlanError:  # so little may not be possible
                 low = middle + 1
                 continue
@@ -170,7 +172,7 @@ def _with_low_peaks(
         raise PlanError(f"peak power: {drawn}; no plan was found that keeps that")
     if effort != "quick":
         # Where to look is found quickly; the effort is for the plan there.
-        tried = found_by(found_at, effort)
+        tried = found_by(found_at, effort, True)
         faster = tried.solution.iteration_time_s < best.solution.iteration_time_s
         best = tried if faster and not tried.peaks.over(budget.peaks) else best
     return best
@@ -206,7 +208,8 @@ class _Search:
         self.best: tuple[Solution, FloatArray] | None = None
         self.nearest: tuple[float, Solution, FloatArray] | None = None
 
-    def run(self) -> Fastest:
+    def run(self, *, whole: bool = True) -> Fastest:
+        """What was found; `whole`: small jobs are searched as a whole, too."""
         problem, shortest_s = self.problem, self.problem.shortest_s
         bound = _bound_of(problem, self.priced)
         for assignment in self.uniform():
@@ -215,6 +218,8 @@ class _Search:
             self._within(bound, max(bound.time_s, shortest_s))
         if self.best is None or self.best[0].iteration_time_s > problem.longest_s:
             self._beyond(bound)
+        if whole and self.limits and bound.possible and len(problem.instruction_nodes) <= SMALL:
+            self._whole(bound.time_s)
         if self.best is None and self.nearest is not None:
             if not self.budget.or_nearest:
                 raise PlanError(self._lowest(self.nearest[0]))
@@ -297,6 +302,16 @@ class _Search:
             # More effort saves energy, and so allows for a shorter iteration.
             for share in _MORE_EFFORT:
                 kept(from_s + share * (high_s - from_s), effort, search=True)
+
+    def _whole(self, at_least_s: float) -> None:
+        """All choices of a small job, for the shortest of those that keep the budgets."""
+        problem, most_changes = self.problem, self.changes.max_changes
+        budgets = [Budget.power(problem, limit.gpus, limit.watts * (1 + ROUNDED)) for limit in self.priced]
+        for effort in EFFORTS[: EFFORTS.index(self.effort) + 1]:
+            known, most = None if self.best is None else self.best[0].assignment, WORK[effort] * _WHOLE
+            found = fastest_clocks(problem, known, budgets, most_changes, self.work, most, at_least_s)
+            if found is not None and found is not known and not violated(problem, found, self.changes):
+                self.price(found)
 
     def _beyond(self, bound: Bound) -> None:
         """Slow a critical path beyond what takes the least energy."""

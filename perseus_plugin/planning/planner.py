@@ -363,11 +363,12 @@ class Planner(Discretiser):
             assignment = problem.assignment(choice)
             known = kept.assignment if violated(problem, assignment, limits) else assignment
             within, most = (Budget.energy(problem, budget_j),), WORK[effort] * _WHOLE
-            assignment = fastest_clocks(problem, known, within, limits.max_changes, work, most) or known
-            if not violated(problem, assignment, limits):
-                end_s = problem.graph.iteration_time_s(assignment.duration_s)
-                relaxed = self._relaxed(max(end_s, self.relaxation.shortest_s))
-                found.append(self.priced(relaxed, assignment, end_s, limits))
+            faster = fastest_clocks(problem, known, within, limits.max_changes, work, most) or known
+            for one in (known, faster):
+                if not violated(problem, one, limits):
+                    end_s = problem.graph.iteration_time_s(one.duration_s)
+                    relaxed = self._relaxed(max(end_s, self.relaxation.shortest_s))
+                    found.append(self.priced(relaxed, one, end_s, limits))
         else:
             allowed_s, low_s = kept.relaxed.deadline_s, self._deadline_of(budget_j, kept.relaxed.deadline_s)
             for share in _MORE_EFFORT:

@@ -158,7 +158,8 @@ class Discretiser:
                     problem, relaxed, known, allowed_s, end_price_w, limits.max_changes, work, WORK[effort] * _OF_FEW
                 )
                 keeps = best is not None and not violated(problem, best, limits)
-                sure = sure and keeps
+                # Where waits can be lowered, fewer changes leave more for them.
+                sure = sure and keeps and problem.waiting_costs.is_constant
                 if best is not None and keeps:
                     found.append(priced(best))
             if failure is not None and not found:

@@ -30,6 +30,7 @@ from perseus_plugin.planning.targets import EFFORTS, Effort
 from perseus_plugin.profiling.profile import Measurement, Profile
 from tests.examples import examples
 from tests.planning.jobs import Job, bundled_profile, every_choice, jobs, replay
+from tests.planning.test_waiting import with_power
 
 costs = st.tuples(st.integers(1, 6), st.integers(1, 3)).flatmap(
     lambda shape: arrays.arrays(np.float64, shape, elements=st.floats(0, 100).map(lambda x: round(x, 3)))
@@ -338,6 +339,28 @@ def test_more_changes_are_never_worse(job: Job, most: tuple[int, int], slowdown:
     fewer, more = (of(job).solve(Target.slowdown(slowdown), ChangeLimits(one)) for one in most)
     assume(more.limited)
     assert more.energy_j <= fewer.energy_j * (1 + 1e-12)
+
+
+def test_where_waits_can_be_lowered_no_change_but_for_them_is_tried_too() -> None:
+    clocks = (1400, 1150, 670, 475)
+    power_w = [dict(zip(clocks, of, strict=True)) for of in ((68, 54, 51, 44), (110, 78, 63, 61), (98, 76, 40, 20))]
+    planner = Planner(
+        build_graph(one_f_one_b(3, 3)),
+        with_power(bundled_profile(3, clocks), power_w),
+        blocking_power_w=70.0,
+        switch_latency_s=0.01,
+    )
+    problem, limits = planner.problem, ChangeLimits(2)
+    until_s = problem.full_clock_time_s * 1.3
+    relaxed, priced_j = planner.relaxation.solve(until_s), []
+    for chosen in itertools.product(clocks, repeat=3):
+        clocks_mhz = np.array(chosen)[problem.graph.stage]
+        time_s, watts = problem.at_clocks(clocks_mhz)
+        if problem.graph.iteration_time_s(time_s) <= until_s:
+            one = Assignment(clocks_mhz, time_s, float(time_s @ watts))
+            priced_j.append(planner.priced(relaxed, one, until_s, limits).energy_j)
+    found = planner.solve(Target.deadline(until_s), limits)
+    assert found.energy_j <= min(priced_j) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("dwell_s", [0.2, 0.5])

@@ -23,7 +23,8 @@ from perseus_plugin.planning.window import TIME_UNIT_S, solved
 from perseus_plugin.planning.work import Work
 
 _ROUNDED = 6e-5  # share of a budget by which a model's costs may be off
-_STEPS = 1e13  # of energy in which costs count, for all of them together: sums stay far below 64 bits
+_STEPS = 1e10  # of energy in which costs count, for all of them together; with far more of them CP-SAT misses choices
+_NOTHING = 1e-6  # share of all energy that power until the end of the iteration may be and not count
 _REGRET = 0.02  # of the mean energy of an instruction, which an option may always lose
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -190,7 +191,7 @@ class _Whole:
         size_j = abs(end_price_w) * end_s
         for stage, may in zip(stages, allowed, strict=True):
             size_j += float(np.where(may, np.abs(stage.energy_j), 0.0).max(axis=1, initial=0.0).sum())
-        self.steps = _STEPS / max(size_j, 1e-12)
+        self.size_j = max(size_j, 1e-12)
         self.base_j = np.zeros(problem.graph.stages)
         self.cost: list[list[tuple[cp_model.IntVar, float]]] = []
         for stage, may in zip(stages, allowed, strict=True):
@@ -202,8 +203,8 @@ class _Whole:
         if budgets:
             self.model.minimize(end)
         else:
-            every = [1.0] * problem.graph.stages
-            self.model.minimize(self._costs(every) + end * round(end_price_w * TIME_UNIT_S * self.steps))
+            steps, per_unit = self._steps(end_price_w)
+            self.model.minimize(self._costs([1.0] * problem.graph.stages, steps) + end * per_unit)
 
     def _add_stage(self, stage: StageClocks, may: BoolArray, known: Assignment | None, max_changes: int | None) -> None:
         model, number = self.model, len(self.cost)
@@ -273,21 +274,29 @@ class _Whole:
                 model.add(end >= one)
         return end
 
-    def _costs(self, weights: Sequence[float]) -> cp_model.LinearExpr:
+    def _steps(self, watts: float) -> tuple[float, int]:
+        """Steps of energy per joule, and how many of them so much power is in a unit of time: a whole number."""
+        per_unit_j, steps = watts * TIME_UNIT_S, _STEPS / self.size_j
+        if abs(per_unit_j) * self.last * steps < _NOTHING * _STEPS:
+            return steps, 0
+        whole = math.copysign(max(1.0, round(abs(per_unit_j) * steps)), per_unit_j)
+        return whole / per_unit_j, int(whole)
+
+    def _costs(self, weights: Sequence[float], steps: float) -> cp_model.LinearExpr:
         """Effective energy above the least of every instruction, in steps, that of each stage times its weight."""
         costs = [
-            (literal, round(joules * weight * self.steps))
+            (literal, round(joules * weight * steps))
             for own, weight in zip(self.cost, weights, strict=True)
             for literal, joules in own
         ]
-        return cp_model.LinearExpr.weighted_sum([literal for literal, _ in costs], [steps for _, steps in costs])
+        return cp_model.LinearExpr.weighted_sum([literal for literal, _ in costs], [one for _, one in costs])
 
     def _add_budget(self, budget: Budget, over: float, end: cp_model.IntVar) -> None:
         most = max(budget.gpus)
         weights = [gpus / most for gpus in budget.gpus]
         left_j = (budget.most_j + over * abs(budget.most_j)) / most - float(np.dot(weights, self.base_j))
-        per_unit = (budget.most_w + over * abs(budget.most_w)) / most * TIME_UNIT_S * self.steps
-        self.model.add(self._costs(weights) - end * round(per_unit) <= math.floor(left_j * self.steps))
+        steps, per_unit = self._steps((budget.most_w + over * abs(budget.most_w)) / most)
+        self.model.add(self._costs(weights, steps) - end * per_unit <= math.floor(left_j * steps))
 
     def no_sooner(self, end_s: float) -> None:
         """The iteration does not end before that."""

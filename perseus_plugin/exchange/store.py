@@ -186,7 +186,7 @@ class StoreExchange:
 
     def append(self, name: str, value: Any) -> None:
         self._appended += 1
-        self.tell(f"{name}/{self._rank}/{self._appended}", value, patient=self._rank == 0)
+        self.tell(f"{name}/{self._rank}/{self._appended}", value, patient=self._is_told)
 
     def take_new(self, name: str) -> list[Any]:
         self._fail_if_lost()

@@ -293,17 +293,18 @@ def test_rank_0_looks_at_one_counter_but_after_it_was_told_something_in_a_hurry(
     assert came_true(lambda: looks()[0] >= turns + 5 and looks()[1] - inboxes > 2 * (looks()[0] - turns))
 
 
-def test_rank_0_is_woken_for_what_others_append_and_not_for_its_own(ranks_of: RanksOf) -> None:
-    ranks = ranks_of(2, 1)
+@pytest.mark.parametrize("leader", [0, 1])
+def test_rank_0_is_woken_for_what_others_append_and_not_for_its_own(ranks_of: RanksOf, leader: int) -> None:
+    ranks = ranks_of(2, 1, leader=leader)
     woken = threading.Event()
-    ranks[0].on_news(woken.set)
+    ranks[leader].on_news(woken.set)
     woken.clear()
-    ranks[0].append("works", 1)
+    ranks[leader].append("works", 1)
     assert not woken.is_set()
-    assert ranks[0].take_new("works") == [1]
-    ranks[1].append("works", 2)
+    assert ranks[leader].take_new("works") == [1]
+    ranks[1 - leader].append("works", 2)
     assert woken.wait(20)
-    assert ranks[0].take_new("works") == [2]
+    assert ranks[leader].take_new("works") == [2]
 
 
 def test_who_waits_for_news_is_not_woken_for_what_is_in_no_hurry(

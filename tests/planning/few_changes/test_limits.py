@@ -30,6 +30,7 @@ from perseus_plugin.planning.targets import EFFORTS, Effort
 from perseus_plugin.profiling.profile import Measurement, Profile
 from tests.examples import examples
 from tests.planning.jobs import Job, bundled_profile, every_choice, jobs, replay
+from tests.planning.test_planner import planner_of
 from tests.planning.test_waiting import with_power
 
 costs = st.tuples(st.integers(1, 6), st.integers(1, 3)).flatmap(
@@ -94,7 +95,7 @@ def test_limits_are_kept_and_promises_hold(job: Job, most: int, slowdown: float)
 @examples(8)
 @given(jobs(max_stages=3, max_microbatches=4, max_clocks=4), st.floats(0, 0.3), st.sampled_from([0.0, 0.2]))
 def test_a_dwell_is_kept_and_promises_hold(job: Job, share: float, slowdown: float) -> None:
-    planner = of(job)
+    planner = planner_of(job)
     dwell_s = share * planner.problem.full_clock_time_s
     plan = planner.plan(Target.slowdown(slowdown), ChangeLimits(None, dwell_s))
     for stage in range(len(plan.stages)):
@@ -109,7 +110,7 @@ def test_a_dwell_is_kept_and_promises_hold(job: Job, share: float, slowdown: flo
 @examples(25)
 @given(jobs(max_stages=3, max_microbatches=4, max_clocks=4), st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.3))
 def test_phases_cut_for_a_dwell_meet_the_deadline(job: Job, share: float, aim: float, dwell: float) -> None:
-    problem = of(job).problem
+    problem = planner_of(job).problem
     deadline_s = problem.shortest_s + share * (problem.longest_s - problem.shortest_s)
     aim_s = aim * deadline_s * np.ones(len(problem.graph))
     stages = stage_clocks(problem)
@@ -163,11 +164,6 @@ def test_an_energy_budget_of_full_clocks_is_kept_where_the_shortest_iteration_ta
     assert violated(problem, found.assignment, limits) == []
 
 
-def of(job: Job) -> Planner:
-    graph = build_graph(job.streams, latency_s=job.latency_s)
-    return Planner(graph, job.profile, blocking_power_w=list(job.blocking_w))
-
-
 @pytest.mark.many
 @examples(12)
 @given(
@@ -180,7 +176,7 @@ def of(job: Job) -> Planner:
 def test_few_changes_of_a_small_job_are_at_their_optimum(
     job: Job, most: int, slowdown: float, share: float, effort: Effort
 ) -> None:
-    problem = of(job).problem
+    problem = planner_of(job).problem
     assume(len(problem.instruction_nodes) <= 6)
     choices, limits, waiting_w = every_choice(job, most), ChangeLimits(most), problem.total_blocking_w
     until_s = problem.full_clock_time_s * (1 + slowdown)
@@ -193,13 +189,13 @@ def test_few_changes_of_a_small_job_are_at_their_optimum(
         ),
         (Target.cheapest(), min(energy_j for _, energy_j in choices)),
     ):
-        found = of(job).solve(target, limits, effort)
+        found = planner_of(job).solve(target, limits, effort)
         assert violated(problem, found.assignment, limits) == []
         assert best_j * (1 - 1e-9) - 1e-9 <= found.energy_j <= best_j * (1 + 1e-3) + 1e-9
     least_j, soonest_j = min(energy_j for _, energy_j in choices), min(choices)[1]
     budget_j = least_j + share * (soonest_j - least_j) + 1e-4 * abs(least_j)
     best_s = min(end_s for end_s, energy_j in choices if energy_j <= budget_j)
-    fastest = of(job).solve(Target.energy_budget(budget_j), limits, effort)
+    fastest = planner_of(job).solve(Target.energy_budget(budget_j), limits, effort)
     assert violated(problem, fastest.assignment, limits) == []
     assert fastest.energy_j <= budget_j
     assert best_s * (1 - 1e-9) <= fastest.iteration_time_s <= best_s * (1 + 1e-3)
@@ -244,7 +240,7 @@ def test_without_a_change_a_job_takes_what_the_best_clock_of_each_stage_does(
 def test_no_choice_of_clocks_with_so_few_changes_is_below_the_bound(
     job: Job, most: int, slowdown: float, effort: Effort, kind: str
 ) -> None:
-    planner = of(job)
+    planner = planner_of(job)
     problem = planner.problem
     # The longer search takes seconds for each of the larger ones.
     assume(len(problem.instruction_nodes) <= (8 if effort == "quick" else 5))
@@ -336,7 +332,7 @@ def test_where_a_search_with_more_changes_finds_less_the_plan_of_fewer_is_taken(
     st.sampled_from([0.0, 0.05]),
 )
 def test_more_changes_are_never_worse(job: Job, most: tuple[int, int], slowdown: float) -> None:
-    fewer, more = (of(job).solve(Target.slowdown(slowdown), ChangeLimits(one)) for one in most)
+    fewer, more = (planner_of(job).solve(Target.slowdown(slowdown), ChangeLimits(one)) for one in most)
     assume(more.limited)
     assert more.energy_j <= fewer.energy_j * (1 + 1e-12)
 
